@@ -1,0 +1,52 @@
+# Helpers shared by every CMakeLists.txt of the project.
+
+# Warnings are errors in our own targets; foreign headers come in as SYSTEM.
+function(tandem_options target)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor
+    -Woverloaded-virtual -Wunused -Werror -fno-omit-frame-pointer)
+  target_include_directories(${target} PUBLIC ${PROJECT_SOURCE_DIR})
+  if(TANDEM_SANITIZE)
+    target_compile_options(${target} PUBLIC -fsanitize=${TANDEM_SANITIZE} -fno-sanitize-recover=all)
+    target_link_options(${target} PUBLIC -fsanitize=${TANDEM_SANITIZE})
+  endif()
+  if(TANDEM_COVERAGE)
+    target_compile_options(${target} PUBLIC --coverage)
+    target_link_options(${target} PUBLIC --coverage)
+  endif()
+endfunction()
+
+# tandem_library(NAME SOURCES a.cc ... PUBLIC deps... PRIVATE deps...): a static library named tandem_NAME.
+function(tandem_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  add_library(tandem_${name} STATIC ${ARG_SOURCES})
+  tandem_options(tandem_${name})
+  target_link_libraries(tandem_${name} PUBLIC ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
+endfunction()
+
+# tandem_executable(NAME SOURCES ... LIBS ...): a program called NAME in build/<preset>/bin.
+function(tandem_executable name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LIBS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  tandem_options(${name})
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS})
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+endfunction()
+
+# tandem_test(NAME LABELS l... SOURCES ... LIBS ...): a GoogleTest program, registered as one CTest.
+# Labels: unit (fast), golden, sim, system (starts processes), style, slow (only with --full).
+function(tandem_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LIBS;LABELS" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  tandem_options(${name})
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gtest GTest::gtest_main)
+  target_compile_definitions(${name} PRIVATE TANDEM_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
+    TANDEM_BIN_DIR="${CMAKE_BINARY_DIR}/bin")
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+endfunction()
