@@ -1,0 +1,100 @@
+// Byte-level BPE tokenizers (GPT-2's family: SmolLM2, Llama 3, Qwen2/3), from a Hugging Face
+// tokenizer.json or from the metadata of a GGUF file. The oracle is the Hugging Face `tokenizers`
+// library: same text, same ids.
+//
+// A Tokenizer is immutable after loading; copies share one vocabulary. Every const function may be
+// called from any thread at once.
+#pragma once
+
+#include "protocol/base/result.h"
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tandem::text {
+
+/// Longest text that one encode() accepts, in bytes.
+inline constexpr std::size_t kEncodeBytesMax = std::size_t{64} << 20;
+/// Largest tokenizer.json that is read, in bytes, and the largest vocabulary, in tokens.
+inline constexpr std::size_t kTokenizerJsonBytesMax = std::size_t{256} << 20;
+inline constexpr std::size_t kVocabularyMax = std::size_t{1} << 22;
+
+/// The tokenizer of a GGUF file, as its keys hold it. Whoever reads the file fills this.
+struct GgufTokenizerData {
+  std::string model;                      ///< tokenizer.ggml.model; only "gpt2" is byte-level BPE
+  std::string pre;                        ///< tokenizer.ggml.pre: names the splitting rules
+  std::vector<std::string> tokens;        ///< tokenizer.ggml.tokens, in byte-level characters
+  std::vector<std::int32_t> token_types;  ///< tokenizer.ggml.token_type: 1 normal, 3 control, ...
+  std::vector<std::string> merges;        ///< tokenizer.ggml.merges: "a b", best first
+  std::optional<std::int32_t> bos_id;     ///< tokenizer.ggml.bos_token_id
+  std::optional<std::int32_t> eos_id;     ///< tokenizer.ggml.eos_token_id
+  std::optional<std::int32_t> unk_id;     ///< tokenizer.ggml.unknown_token_id
+  std::optional<std::int32_t> pad_id;     ///< tokenizer.ggml.padding_token_id
+  std::optional<bool> add_bos;            ///< tokenizer.ggml.add_bos_token; absent: the family's
+  std::optional<bool> add_eos;            ///< tokenizer.ggml.add_eos_token
+  std::optional<bool> add_space_prefix;   ///< tokenizer.ggml.add_space_prefix
+};
+
+struct EncodeOptions {
+  /// Adds what the tokenizer puts around a text (BOS and so on). A rendered chat template already
+  /// holds its own BOS: encode it with false.
+  bool add_special_tokens = true;
+  /// Special tokens spelled in the text become their ids. With false their spelling is plain text,
+  /// so that a user cannot write one; added tokens that are not special are found either way.
+  bool parse_special = true;
+};
+
+class Tokenizer {
+ public:
+  /// From the text of tokenizer.json. `tokenizer_config_json` ("" when the folder has none) names
+  /// bos, eos, unk and pad tokens. Refused: any model but byte-level BPE and any component that
+  /// this class does not know, named in the message. Invalid: not JSON, or contradictory.
+  static Result<Tokenizer> from_json(std::string_view tokenizer_json,
+                                     std::string_view tokenizer_config_json = {});
+  /// From GGUF metadata. Refused: a model other than "gpt2", an unknown `pre`.
+  static Result<Tokenizer> from_gguf(const GgufTokenizerData& data);
+
+  /// The ids of `text`. Invalid: not UTF-8 (with the byte's offset), or over kEncodeBytesMax.
+  [[nodiscard]] Result<std::vector<std::int32_t>> encode(std::string_view text,
+                                                         EncodeOptions options = {}) const;
+
+  /// The text of `ids`. Bytes that are no UTF-8 become U+FFFD, one per maximal invalid part.
+  /// Ids outside the vocabulary add nothing. `skip_special` leaves special tokens out.
+  [[nodiscard]] std::string decode(std::span<const std::int32_t> ids,
+                                   bool skip_special = false) const;
+
+  /// The bytes that `id` stands for; they need not be whole characters. Empty: not in the
+  /// vocabulary. Valid as long as any copy of this tokenizer lives.
+  [[nodiscard]] std::string_view token_bytes(std::int32_t id) const;
+
+  /// One more than the largest id; a model's output rows may exceed it.
+  [[nodiscard]] std::int32_t vocab_size() const;
+  [[nodiscard]] std::optional<std::int32_t> bos_id() const;
+  [[nodiscard]] std::optional<std::int32_t> eos_id() const;
+  [[nodiscard]] std::optional<std::int32_t> unk_id() const;
+  [[nodiscard]] std::optional<std::int32_t> pad_id() const;
+  /// The spelling of bos/eos as chat templates want it; "" when there is none.
+  [[nodiscard]] std::string bos_token() const;
+  [[nodiscard]] std::string eos_token() const;
+
+  /// Whether decode(skip_special = true) leaves this id out.
+  [[nodiscard]] bool is_special(std::int32_t id) const;
+  /// The id of the added token (special or not) with exactly this content.
+  [[nodiscard]] std::optional<std::int32_t> added_token_id(std::string_view content) const;
+  /// Whether encode(add_special_tokens = true) puts the BOS token first.
+  [[nodiscard]] bool adds_bos() const;
+
+  /// The parts; internal to worker/text.
+  struct Impl;
+  explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
+ private:
+  std::shared_ptr<const Impl> impl_;
+};
+
+}  // namespace tandem::text
