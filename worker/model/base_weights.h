@@ -1,0 +1,103 @@
+// The one copy of a base model's weights on a device, immutable, shared by training and serving.
+#pragma once
+
+#include "kernels/ops.h"
+#include "worker/model/model_config.h"
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace tandem::worker::model {
+
+/// Names of the linear sites that adapters may attach to, in a block's order; Hugging Face names,
+/// as PEFT's target_modules uses them.
+enum class Site : int { kQ = 0, kK, kV, kO, kGate, kUp, kDown };
+inline constexpr int kSiteCount = 7;
+/// "q_proj", ..., "down_proj".
+const char* site_name(Site site);
+/// "model.layers.3.self_attn.q_proj": the module path in checkpoints and PEFT files.
+std::string site_path(std::int64_t layer, Site site);
+/// Logical W [n, i] of a site.
+struct SiteShape {
+  std::int64_t n = 0, i = 0;
+};
+SiteShape site_shape(const ModelConfig& config, Site site);
+
+struct BlockWeights {
+  kernels::Tensor attention_norm, mlp_norm;  ///< [C] cd
+  kernels::PackedWeight qkv;                 ///< [(H + 2K) * D, C]: q, k, v stacked
+  kernels::Tensor qkv_bias;                  ///< [(H + 2K) * D] cd or undefined
+  kernels::PackedWeight o;                   ///< [C, H * D]
+  kernels::PackedWeight gate_up;             ///< [2F, C]: gate, then up
+  kernels::PackedWeight down;                ///< [C, F]
+};
+
+/// Where host bytes come from while a model is built: a Hugging Face folder, a GGUF file, a
+/// generator in tests, or zeros for the meta backend.
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+  /// Converts rows [row, row + rows) of the 2-D (or [n] as n rows of 1) tensor called `name`
+  /// (Hugging Face names and layout) to f32. Checked for presence and shape by `has` before
+  /// building starts.
+  virtual void read_rows(const std::string& name, std::int64_t row, std::int64_t rows,
+                         float* out) const = 0;
+  /// ok when `name` exists with logical shape [n, i] (i = 0: a vector of n); else the error to
+  /// show.
+  [[nodiscard]] virtual Status has(const std::string& name, std::int64_t n,
+                                   std::int64_t i) const = 0;
+};
+
+class BaseWeights {
+ public:
+  /// Builds and packs everything into `arena` (kind kWeights). Every tensor is checked before the
+  /// first byte is read: not_found_error / invalid_error name it. Throws DeviceError when memory is
+  /// out.
+  static Result<std::shared_ptr<const BaseWeights>> load(kernels::Ops& ops, kernels::Exec& exec,
+                                                         kernels::Arena& arena,
+                                                         const ModelConfig& config, DType dtype,
+                                                         const TensorSource& source);
+  [[nodiscard]] const ModelConfig& config() const { return config_; }
+  [[nodiscard]] DType dtype() const { return dtype_; }
+  [[nodiscard]] const kernels::PackedWeight& embedding() const { return embedding_; }  ///< [V, C]
+  [[nodiscard]] const kernels::PackedWeight& lm_head() const {
+    return config_.tied_embedding ? embedding_ : lm_head_;
+  }
+  [[nodiscard]] const kernels::Tensor& final_norm() const { return final_norm_; }
+  [[nodiscard]] const kernels::Tensor& inv_freq() const { return inv_freq_; }  ///< [D/2] f32
+  [[nodiscard]] float rope_attention_factor() const { return rope_attention_factor_; }
+  [[nodiscard]] const BlockWeights& block(std::int64_t layer) const {
+    return blocks_.at(static_cast<std::size_t>(layer));
+  }
+
+ private:
+  ModelConfig config_;
+  DType dtype_ = DType::kF32;
+  kernels::PackedWeight embedding_, lm_head_;
+  kernels::Tensor final_norm_, inv_freq_;
+  float rope_attention_factor_ = 1.0f;
+  std::vector<BlockWeights> blocks_;
+};
+
+/// The door through which a block's weights come: resident (here), gathered (ZeRO-3) or streamed
+/// (offload) later. acquire/release bracket every use of a block in a phase.
+enum class Phase : int { kForward, kBackward };
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  virtual const BlockWeights& acquire(std::int64_t layer, Phase phase) = 0;
+  virtual void release(std::int64_t layer, Phase phase) = 0;
+  [[nodiscard]] virtual const BaseWeights& base() const = 0;
+};
+std::unique_ptr<WeightSource> make_resident_weights(std::shared_ptr<const BaseWeights> base);
+
+/// Told when a block's gradients of one micro-batch are complete, in backward order, so that
+/// reductions can start. The single-rank body does nothing.
+class GradSink {
+ public:
+  virtual ~GradSink() = default;
+  virtual void ready(std::int64_t layer) = 0;
+};
+
+}  // namespace tandem::worker::model
