@@ -1,0 +1,257 @@
+#include "protocol/job_spec.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <functional>
+
+namespace tandem::protocol {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+/// One settable field: how it is read, checked and written. The table of these is the format.
+struct Field {
+  std::string name;
+  std::function<Status(TrainSettings&, const Json&)> read;
+  std::function<Json(const TrainSettings&)> write;
+};
+
+Status wrong_type(const std::string& name, const char* expected, const Json& value) {
+  return invalid_error(str(name, " must be ", expected, ", not ", value.dump()));
+}
+
+Field integer(std::string name, std::int64_t TrainSettings::*member, std::int64_t low,
+              std::int64_t high) {
+  auto read = [=](TrainSettings& s, const Json& value) -> Status {
+    if (!value.is_number_integer()) return wrong_type(name, "an integer", value);
+    const auto number = value.get<std::int64_t>();
+    if (number < low || number > high)
+      return invalid_error(str(name, " must be in ", low, "..", high, ", not ", number));
+    s.*member = number;
+    return {};
+  };
+  return {name, read, [=](const TrainSettings& s) { return Json(s.*member); }};
+}
+
+struct Range {
+  double low, high;
+  bool low_open = false, high_open = false;
+};
+
+Field real(std::string name, double TrainSettings::*member, Range range) {
+  auto read = [=](TrainSettings& s, const Json& value) -> Status {
+    if (!value.is_number()) return wrong_type(name, "a number", value);
+    const double number = value.get<double>();
+    const bool low_ok = range.low_open ? number > range.low : number >= range.low;
+    const bool high_ok = range.high_open ? number < range.high : number <= range.high;
+    if (!std::isfinite(number) || !low_ok || !high_ok)
+      return invalid_error(str(name, " must be in ", range.low_open ? "(" : "[", range.low, ", ",
+                               range.high, range.high_open ? ")" : "]", ", not ", value.dump()));
+    s.*member = number;
+    return {};
+  };
+  return {name, read, [=](const TrainSettings& s) { return Json(s.*member); }};
+}
+
+Field boolean(std::string name, bool TrainSettings::*member) {
+  auto read = [=](TrainSettings& s, const Json& value) -> Status {
+    if (!value.is_boolean()) return wrong_type(name, "true or false", value);
+    s.*member = value.get<bool>();
+    return {};
+  };
+  return {name, read, [=](const TrainSettings& s) { return Json(s.*member); }};
+}
+
+template <class T>
+Field choice(std::string name, T TrainSettings::*member,
+             std::vector<std::pair<std::string, T>> options) {
+  auto read = [=](TrainSettings& s, const Json& value) -> Status {
+    std::string known;
+    for (const auto& [text, option] : options) {
+      if (value.is_string() && value.get<std::string>() == text) {
+        s.*member = option;
+        return {};
+      }
+      known += (known.empty() ? "" : ", ") + text;
+    }
+    return invalid_error(str(name, " must be one of ", known, "; not ", value.dump()));
+  };
+  auto write = [=](const TrainSettings& s) {
+    for (const auto& [text, option] : options)
+      if (s.*member == option) return Json(text);
+    return Json();
+  };
+  return {name, read, write};
+}
+
+Field words(std::string name, std::vector<std::string> options,
+            std::string TrainSettings::*member) {
+  std::vector<std::pair<std::string, std::string>> pairs;
+  for (auto& option : options) pairs.emplace_back(option, option);
+  return choice<std::string>(std::move(name), member, std::move(pairs));
+}
+
+Field name_list(std::string name, std::vector<std::string> TrainSettings::*member) {
+  auto read = [=](TrainSettings& s, const Json& value) -> Status {
+    std::vector<std::string> names;
+    if (value.is_string())
+      names.push_back(value.get<std::string>());
+    else if (value.is_array())
+      for (const auto& item : value) {
+        if (!item.is_string()) return wrong_type(name, "a list of names", value);
+        names.push_back(item.get<std::string>());
+      }
+    if (names.empty()) return wrong_type(name, "a name or a non-empty list of names", value);
+    s.*member = std::move(names);
+    return {};
+  };
+  return {name, read, [=](const TrainSettings& s) { return Json(s.*member); }};
+}
+
+const std::vector<Field>& fields() {
+  using S = TrainSettings;
+  constexpr double kInf = 1e30;
+  constexpr std::int64_t kBig = std::int64_t{1} << 40;
+  static const std::vector<Field> table{
+      words("method", {"lora"}, &S::method),
+      integer("lora_r", &S::lora_r, 1, 512),
+      real("lora_alpha", &S::lora_alpha, {0, kInf, true}),
+      real("lora_dropout", &S::lora_dropout, {0, 1, false, true}),
+      boolean("use_rslora", &S::use_rslora),
+      name_list("target_modules", &S::target_modules),
+      real("learning_rate", &S::learning_rate, {0, 10, true}),
+      real("weight_decay", &S::weight_decay, {0, 10}),
+      real("adam_beta1", &S::adam_beta1, {0, 1, false, true}),
+      real("adam_beta2", &S::adam_beta2, {0, 1, false, true}),
+      real("adam_epsilon", &S::adam_epsilon, {0, 1, true}),
+      real("max_grad_norm", &S::max_grad_norm, {0, kInf}),
+      choice<Schedule>("lr_scheduler_type", &S::lr_scheduler_type,
+                       {{"cosine", Schedule::kCosine},
+                        {"linear", Schedule::kLinear},
+                        {"constant", Schedule::kConstant}}),
+      real("warmup_ratio", &S::warmup_ratio, {0, 1}),
+      integer("warmup_steps", &S::warmup_steps, 0, kBig),
+      real("num_train_epochs", &S::num_train_epochs, {0, 1e6, true}),
+      integer("max_steps", &S::max_steps, 0, kBig),
+      integer("seed", &S::seed, 0, INT64_MAX),
+      integer("per_device_train_batch_size", &S::per_device_train_batch_size, 1, 65536),
+      integer("gradient_accumulation_steps", &S::gradient_accumulation_steps, 1, 4096),
+      integer("max_length", &S::max_length, 8, 1 << 20),
+      boolean("packing", &S::packing),
+      choice<OverLength>("over_length", &S::over_length,
+                         {{"raise", OverLength::kRaise},
+                          {"drop", OverLength::kDrop},
+                          {"truncate", OverLength::kTruncate}}),
+      boolean("train_on_all_tokens", &S::train_on_all_tokens),
+      real("eval_split", &S::eval_split, {0, 0.5}),
+      integer("eval_steps", &S::eval_steps, 0, kBig),
+      integer("save_steps", &S::save_steps, 0, kBig),
+      integer("save_total_limit", &S::save_total_limit, 1, 1000),
+      integer("logging_steps", &S::logging_steps, 1, kBig),
+      words("dtype", {"auto", "f32", "bf16"}, &S::dtype),
+      words("adapter_dtype", {"auto", "f32", "bf16"}, &S::adapter_dtype),
+      words("recompute", {"none", "mlp", "block"}, &S::recompute),
+  };
+  return table;
+}
+
+Result<Json> parse_object(const std::string& json, const char* what) {
+  Json value = Json::parse(json, nullptr, false);
+  if (value.is_discarded()) return invalid_error(str(what, " is not valid JSON"));
+  if (!value.is_object())
+    return invalid_error(str(what, " must be an object, not ", value.type_name()));
+  return value;
+}
+
+Status unknown_field(const std::string& name, const std::vector<std::string>& known) {
+  const std::string nearest = nearest_name(name, known);
+  return invalid_error(str("unknown setting \"", name, "\"",
+                           nearest.empty() ? "" : str("; did you mean \"", nearest, "\"?")));
+}
+
+Status read_settings(const Json& object, TrainSettings& settings) {
+  for (const auto& [name, value] : object.items()) {
+    const Field* found = nullptr;
+    for (const Field& field : fields())
+      if (field.name == name) found = &field;
+    if (!found) return unknown_field(name, TrainSettings::field_names());
+    TANDEM_RETURN_IF_ERROR(found->read(settings, value));
+  }
+  return {};
+}
+
+Json settings_json(const TrainSettings& settings) {
+  Json object = Json::object();
+  for (const Field& field : fields()) object[field.name] = field.write(settings);
+  return object;
+}
+
+Status read_text(const Json& value, const std::string& name, std::string& out) {
+  if (!value.is_string()) return wrong_type(name, "a string", value);
+  out = value.get<std::string>();
+  return {};
+}
+
+}  // namespace
+
+Result<TrainSettings> TrainSettings::parse(const std::string& json) {
+  TANDEM_ASSIGN_OR_RETURN(const Json object, parse_object(json, "training settings"));
+  TrainSettings settings;
+  TANDEM_RETURN_IF_ERROR(read_settings(object, settings));
+  return settings;
+}
+
+std::string TrainSettings::to_json() const {
+  return settings_json(*this).dump();
+}
+
+const std::vector<std::string>& TrainSettings::field_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> list;
+    for (const Field& field : fields()) list.push_back(field.name);
+    return list;
+  }();
+  return names;
+}
+
+Result<JobSpec> JobSpec::parse(const std::string& json) {
+  TANDEM_ASSIGN_OR_RETURN(const Json object, parse_object(json, "a job"));
+  JobSpec spec;
+  for (const auto& [name, value] : object.items()) {
+    if (name == "model")
+      TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.model));
+    else if (name == "dataset")
+      TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.dataset));
+    else if (name == "eval_dataset")
+      TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.eval_dataset));
+    else if (name == "adapter")
+      TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.adapter));
+    else if (name == "priority") {
+      if (!value.is_number_integer() || value.get<std::int64_t>() < -100 ||
+          value.get<std::int64_t>() > 100)
+        return invalid_error(str("priority must be an integer in -100..100, not ", value.dump()));
+      spec.priority = value.get<std::int32_t>();
+    } else if (name == "train") {
+      if (!value.is_object()) return wrong_type(name, "an object of training settings", value);
+      TANDEM_RETURN_IF_ERROR(read_settings(value, spec.train));
+    } else {
+      return unknown_field(name,
+                           {"model", "dataset", "eval_dataset", "adapter", "priority", "train"});
+    }
+  }
+  for (const auto& [name, value] :
+       {std::pair<const char*, const std::string*>{"model", &spec.model},
+        {"dataset", &spec.dataset},
+        {"adapter", &spec.adapter}})
+    if (value->empty()) return invalid_error(str("a job needs a \"", name, "\""));
+  return spec;
+}
+
+std::string JobSpec::to_json() const {
+  return Json{{"model", model},     {"dataset", dataset},   {"eval_dataset", eval_dataset},
+              {"adapter", adapter}, {"priority", priority}, {"train", settings_json(train)}}
+      .dump();
+}
+
+}  // namespace tandem::protocol

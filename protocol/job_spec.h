@@ -1,0 +1,81 @@
+// What a user asks of a job, as JSON or YAML with the field names of PEFT and the Hugging Face
+// trainer. Parsed once by everybody (CLI, coordinator, worker): defaults, ranges and spelling live
+// here only. An unknown field is refused with the nearest known name.
+#pragma once
+
+#include "protocol/base/result.h"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tandem::protocol {
+
+/// What happens to a row longer than max_length.
+enum class OverLength { kRaise, kDrop, kTruncate };
+enum class Schedule { kCosine, kLinear, kConstant };
+
+/// Every field is settable under its own name; the comment gives the range that parse() enforces.
+struct TrainSettings {
+  std::string method = "lora";  ///< "lora" (others are refused until they exist)
+  // -- lora (PEFT names)
+  std::int64_t lora_r = 16;   ///< 1..512
+  double lora_alpha = 32.0;   ///< > 0
+  double lora_dropout = 0.0;  ///< [0, 1)
+  bool use_rslora = false;
+  std::vector<std::string> target_modules{"all-linear"};
+  // -- optimizer and schedule (Hugging Face trainer names)
+  double learning_rate = 2e-4;                  ///< > 0
+  double weight_decay = 0.0;                    ///< >= 0
+  double adam_beta1 = 0.9, adam_beta2 = 0.999;  ///< [0, 1)
+  double adam_epsilon = 1e-8;                   ///< > 0
+  double max_grad_norm = 1.0;                   ///< >= 0; 0: no clipping
+  Schedule lr_scheduler_type = Schedule::kCosine;
+  double warmup_ratio = 0.03;     ///< [0, 1]
+  std::int64_t warmup_steps = 0;  ///< > 0 overrides warmup_ratio
+  double num_train_epochs = 3.0;  ///< > 0
+  std::int64_t max_steps = 0;     ///< > 0 overrides num_train_epochs
+  std::int64_t seed = 42;
+  // -- batches
+  std::int64_t per_device_train_batch_size =
+      4;  ///< rows' worth: a micro-batch packs up to this times max_length tokens
+  std::int64_t gradient_accumulation_steps = 1;  ///< 1..4096
+  std::int64_t max_length = 512;  ///< tokens per row, 8..1048576 and at most the model's context
+  bool packing = true;            ///< false: one row per sequence slot, still never padded
+  OverLength over_length = OverLength::kRaise;
+  bool train_on_all_tokens = false;  ///< loss on prompts too; default: assistant tokens only
+  // -- evaluation, checkpoints, reports
+  double eval_split = 0.0;        ///< [0, 0.5]: share of rows held out when no eval file is given
+  std::int64_t eval_steps = 0;    ///< 0: only at the end (when there is an eval set)
+  std::int64_t save_steps = 100;  ///< 0: only at the end
+  std::int64_t save_total_limit = 2;  ///< >= 1
+  std::int64_t logging_steps = 1;     ///< >= 1
+  // -- engine
+  std::string dtype = "auto";          ///< compute dtype: "auto" | "f32" | "bf16"
+  std::string adapter_dtype = "auto";  ///< published dtype: "auto" (= compute) | "f32" | "bf16"
+  std::string recompute = "none";      ///< "none" | "mlp" | "block"
+
+  /// Parses a JSON object; absent fields keep their defaults. invalid_error names field, range and
+  /// value.
+  static Result<TrainSettings> parse(const std::string& json);
+  /// All fields, defaults included: what a job record stores. parse(to_json()) == *this.
+  [[nodiscard]] std::string to_json() const;
+  /// Known field names, for completion and for nearest-name messages.
+  static const std::vector<std::string>& field_names();
+};
+
+/// One job as submitted.
+struct JobSpec {
+  std::string model;          ///< base model name, alias or digest
+  std::string dataset;        ///< digest of an uploaded data set
+  std::string eval_dataset;   ///< digest or ""
+  std::string adapter;        ///< name to publish under
+  std::int32_t priority = 0;  ///< -100..100, higher first
+  TrainSettings train;
+
+  static Result<JobSpec> parse(const std::string& json);
+  [[nodiscard]] std::string to_json() const;
+};
+
+}  // namespace tandem::protocol
