@@ -1,0 +1,373 @@
+// Every message of the wire as a plain struct, and the two variants that travel. The schemas
+// (protocol/schema/*.capnp) are the specification: who sends it, when, the receiver's duty, what
+// happens on loss or repeat. Structs here have no behaviour; protocol/codec turns them into bytes
+// and back and enforces the limits below.
+//
+// Three ROUTER sockets of the coordinator: clients, workers (agents and engines), bulk. Peers are
+// DEALERs.
+#pragma once
+
+#include "protocol/base/digest.h"
+#include "protocol/base/dtype.h"
+#include "protocol/base/ids.h"
+#include "protocol/base/status.h"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace tandem::protocol {
+
+// -- limits, printed at start --------------------------------------------------------------------
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 1;  ///< 1.0 is understood too
+inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
+inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
+inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
+inline constexpr std::int64_t kListItemsMax = 1 << 18;
+inline constexpr int kNestingMax = 32;
+
+// -- shared pieces ------------------------------------------------------------------------------
+
+struct Version {
+  std::uint16_t major = kVersionMajor, minor = kVersionMinor;
+};
+
+/// Sampling as a request asks for it. Ranges are enforced by the engine, which knows the model;
+/// absent optionals take the model's generation config, then the defaults named here.
+struct SamplingParams {
+  std::optional<std::int64_t> max_tokens;  ///< absent: up to the context
+  std::optional<float> temperature;        ///< 0: greedy; default 1
+  std::optional<std::int64_t> top_k;       ///< 0: off
+  std::optional<float> top_p, min_p;       ///< 1, 0: off
+  float repetition_penalty = 1.0f, presence_penalty = 0.0f, frequency_penalty = 0.0f;
+  std::optional<std::int64_t> seed;  ///< absent: from the request id
+  std::vector<std::string> stop;     ///< stop strings, cut from the text
+  std::vector<std::int32_t> stop_token_ids;
+  std::int64_t logprobs = -1;  ///< -1: none; n: of each token and its n likeliest
+  std::int64_t min_tokens = 0;
+  bool ignore_eos = false;
+};
+
+struct ChatMessage {
+  std::string role, content;
+};
+
+/// Exactly one of messages (chat template applies), prompt (text; template unless raw) or tokens.
+struct PromptInput {
+  std::vector<ChatMessage> messages;
+  std::string prompt;
+  std::vector<std::int32_t> tokens;
+  bool raw = false;  ///< prompt as it is: no chat template
+};
+
+struct TokenLogprob {
+  std::int32_t token = 0;
+  float logprob = 0;
+  std::vector<std::pair<std::int32_t, float>> top;
+};
+
+enum class FinishReason : std::uint8_t {
+  kNone = 0,
+  kStop = 1,
+  kLength = 2,
+  kCancelled = 3,
+  kError = 4
+};
+
+struct Usage {
+  std::int64_t prompt_tokens = 0, completion_tokens = 0, cached_prompt_tokens = 0;
+};
+
+// -- client -> coordinator
+// -------------------------------------------------------------------------
+
+/// First message of every client connection; anything before it is refused.
+struct ClientHello {
+  Version version;
+  std::string client;  ///< "tandem-cli/0.1.0", for logs
+};
+/// Start (or, with the same id, continue) a generation. `next_index` tokens have arrived already.
+struct Generate {
+  RequestId id;
+  std::string model;  ///< base, alias, alias@version, JOB@latest, JOB@step-N, digest prefix
+  PromptInput input;
+  SamplingParams sampling;
+  bool stream = true;  ///< false: one chunk with everything
+  bool no_cache = false;
+  std::int64_t next_index = 0;
+  std::int64_t deadline_ms = 0;  ///< remaining time when sent; 0: none
+};
+struct Cancel {
+  RequestId id;
+};
+/// Any other verb: method and parameters as JSON (specified in schema/client.capnp). The
+/// idempotency key makes a repeated mutating call answer as the first did.
+struct Call {
+  std::string call_id, idempotency_key;
+  std::string method, params_json;
+};
+/// Stop a streaming call (watch, logs).
+struct CallCancel {
+  std::string call_id;
+};
+struct Ping {
+  std::uint64_t nonce = 0;
+};
+
+// -- coordinator -> client
+// -------------------------------------------------------------------------
+
+struct ServerHello {
+  Status status;  ///< kRefused: version not supported (message names the range)
+  Version version;
+  std::string server;  ///< "tandem-coordinator/0.1.0"
+  Incarnation incarnation = 0;
+  std::int64_t heartbeat_ms = 0;
+};
+/// Part of an answer. Chunks of one request carry consecutive `index`es of their first token.
+struct GenerateChunk {
+  RequestId id;
+  std::int64_t index = 0;  ///< index of tokens[0] in the completion
+  std::string text;
+  std::vector<std::int32_t> tokens;
+  std::vector<TokenLogprob> logprobs;
+  FinishReason finish = FinishReason::kNone;  ///< not kNone: the last chunk
+  Status status;                              ///< not ok: the request failed (finish is kError)
+  Usage usage;                                ///< on the last chunk
+  Digest model, adapter;  ///< what answered, on the first and the last chunk; adapter empty: base
+  bool cached = false;    ///< answered from the result cache
+  std::int64_t queue_us = 0,
+               first_token_us = 0;  ///< coordinator's share and engine's, on the last chunk
+  std::int64_t retry_after_ms = 0;  ///< with kBusy
+};
+struct CallReply {
+  std::string call_id;
+  Status status;
+  std::string result_json;
+  bool more = false;  ///< a streaming call goes on
+};
+struct Pong {
+  std::uint64_t nonce = 0;
+};
+
+using ClientMessage = std::variant<ClientHello, Generate, Cancel, Call, CallCancel, Ping>;
+using ServerMessage = std::variant<ServerHello, GenerateChunk, CallReply, Pong>;
+
+// -- worker <-> coordinator
+// ------------------------------------------------------------------------
+
+enum class WorkerRole : std::uint8_t { kAgent = 0, kEngine = 1 };
+
+/// A base model as a worker needs it.
+struct ModelRef {
+  Digest digest;
+  std::string name, path;  ///< path on the coordinator's host, or on every host when shared
+  bool shared = false;
+  std::vector<std::pair<std::string, Digest>>
+      files;  ///< relative path ("" when path is one file), content root
+};
+
+/// A job an engine is running when it says hello (adoption) or reports load.
+struct RunningJob {
+  JobId job;
+  Epoch epoch = 0;
+  std::int64_t step = 0;
+};
+
+/// First message of an agent or engine, and again after every reconnect. The coordinator adopts or
+/// refuses what is said to be running.
+struct WorkerHello {
+  Version version;
+  WorkerRole role = WorkerRole::kAgent;
+  WorkerId worker;
+  std::string host;
+  std::int32_t slot = 0;
+  std::string device;  ///< "cpu" or the GPU's UUID
+  std::string device_name;
+  std::int64_t memory_bytes = 0, pid = 0;
+  Incarnation incarnation = 0;
+  Digest model;  ///< engine: the base it holds; empty: none
+  std::vector<RunningJob> jobs;
+  std::vector<RequestId> requests;  ///< still being answered
+  std::vector<Digest> adapters;     ///< resident
+  std::int64_t credits = 0;         ///< requests it will hold at once
+};
+/// Every heartbeat_ms from agents and engines. An engine sends it from its device loop, so that a
+/// hung step is seen.
+struct Heartbeat {
+  WorkerId worker;
+  WorkerRole role = WorkerRole::kAgent;
+  Incarnation incarnation = 0;
+  std::uint64_t seq = 0;
+  std::int64_t running = 0, waiting = 0;  ///< requests
+  std::int64_t kv_blocks_free = 0, kv_blocks_total = 0;
+  double tokens_per_second = 0;
+  std::vector<RunningJob> jobs;
+  std::vector<Digest> adapters;
+  std::string stats_json;  ///< counters for status and metrics
+};
+/// Engine -> coordinator: outcome of LoadModel.
+struct ModelLoaded {
+  Digest model;
+  Status status;
+  double seconds = 0;
+};
+struct EstimateReply {
+  std::string call_id;
+  Status status;
+  std::string result_json;  ///< {"peak_bytes":…, "by_kind":{…}, "device_bytes":…, "fits":…}
+};
+/// Progress of a job; `seq` counts per (job, epoch) from 1. Repeats are dropped by seq.
+struct JobProgress {
+  JobId job;
+  Epoch epoch = 0;
+  std::uint64_t seq = 0;
+  std::string kind;  ///< "started", "step", "eval", "log", "data", "probe"
+  std::int64_t step = 0, total_steps = 0;
+  std::string message, metrics_json;
+};
+/// The checkpoint's blobs are durable (bulk socket); asks for its record to be written.
+struct CheckpointReady {
+  JobId job;
+  Epoch epoch = 0;
+  std::int64_t step = 0;
+  std::string manifest;  ///< canonical text; its SHA-256 is the identity
+};
+/// The adapter's blobs are durable; asks for manifest, version and alias in one transaction.
+struct Publish {
+  JobId job;
+  Epoch epoch = 0;
+  std::int64_t step = 0;
+  std::string manifest;
+  std::string metadata_json;  ///< probe result, losses
+};
+/// The job's end on this engine, after the last Publish was acknowledged (or instead of it).
+struct JobEnded {
+  JobId job;
+  Epoch epoch = 0;
+  Status status;  ///< kCancelled: stopped as asked
+  std::int64_t step = 0;
+  std::string summary_json;
+};
+/// Part of an answer, engine -> coordinator; the same chunk the client gets.
+struct InferChunk {
+  std::uint32_t attempt = 0;  ///< as in Infer: chunks of an older attempt are dropped
+  GenerateChunk chunk;
+};
+/// Goodbye: the process is about to end on purpose; its work may be moved at once.
+struct WorkerBye {
+  WorkerId worker;
+  WorkerRole role = WorkerRole::kAgent;
+  Incarnation incarnation = 0;
+};
+
+struct WorkerHelloReply {
+  Status status;  ///< not ok: the peer must end (old incarnation, version, slot taken)
+  Incarnation coordinator = 0;
+  std::int64_t heartbeat_ms = 0, lease_ms = 0;
+  std::vector<JobId> stop_jobs;  ///< not adopted: end them without publishing
+  std::vector<RequestId> stop_requests;
+};
+struct HeartbeatReply {
+  std::uint64_t seq = 0;
+};
+enum class AgentAction : std::uint8_t {
+  kRestartEngine = 0,
+  kDrain = 1,
+  kResume = 2,
+  kShutdown = 3,
+  kUpgrade = 4
+};
+struct AgentCommand {
+  AgentAction action = AgentAction::kDrain;
+};
+/// Engine: hold this base (replacing none or the same; another base is refused while work runs).
+struct LoadModel {
+  ModelRef model;
+};
+struct EstimateRequest {
+  std::string call_id;
+  ModelRef model;
+  std::string spec_json;  ///< a JobSpec's "train" object
+};
+struct StartJob {
+  JobId job;
+  Epoch epoch = 0;
+  std::string spec_json;  ///< JobSpec
+  ModelRef model;
+  Digest dataset, eval_dataset;
+  std::int64_t dataset_bytes = 0, eval_dataset_bytes = 0;
+  std::string checkpoint_manifest;  ///< canonical text; "" = from the start
+};
+enum class StopMode : std::uint8_t { kCancel = 0, kPause = 1 };  ///< pause: checkpoint first
+struct StopJob {
+  JobId job;
+  Epoch epoch = 0;
+  StopMode mode = StopMode::kCancel;
+};
+/// Receipt of JobProgress/CheckpointReady/Publish/JobEnded, after commit where something was
+/// written. The engine repeats the message until it has this.
+struct JobAck {
+  JobId job;
+  Epoch epoch = 0;
+  std::string of;    ///< "progress:SEQ", "checkpoint:STEP", "publish", "ended"
+  Status status;     ///< kConflict: old epoch, stop at once
+  Digest digest;     ///< of what was published
+  std::string name;  ///< "alias@version" published
+};
+/// What a request resolved to at admission; the digest stays for the request's whole life.
+struct Infer {
+  Generate request;
+  std::uint32_t attempt = 0;
+  ModelRef model;
+  Digest adapter;                ///< empty: the base itself
+  std::string adapter_manifest;  ///< canonical text, for engines that do not have it yet
+  JobId job;                     ///< not empty: JOB@latest of this job, served from its trainer
+};
+struct InferCancel {
+  RequestId id;
+};
+/// A version was published: engines may load it ahead of the first request.
+struct Announce {
+  std::string name;
+  Digest model, adapter;
+  std::string adapter_manifest;
+};
+
+using WorkerMessage = std::variant<WorkerHello, Heartbeat, ModelLoaded, EstimateReply, JobProgress,
+                                   CheckpointReady, Publish, JobEnded, InferChunk, WorkerBye>;
+using ControlMessage =
+    std::variant<WorkerHelloReply, HeartbeatReply, AgentCommand, LoadModel, EstimateRequest,
+                 StartJob, StopJob, JobAck, Infer, InferCancel, Announce>;
+
+// -- bulk: content-addressed chunks of at most 16 MiB; the bytes travel in a frame of their own
+// ------
+
+/// "Which of these do you have?" Answered in order.
+struct BlobHas {
+  std::uint64_t call = 0;
+  std::vector<Digest> digests;
+};
+struct BlobPut {
+  std::uint64_t call = 0;
+  Digest digest;    ///< SHA-256 of the payload frame
+  std::string pin;  ///< upload id: garbage collection spares it for an hour
+};
+/// A blob, or `bytes` from `offset` of a model file (by content root) that the coordinator's host
+/// has.
+struct BlobGet {
+  std::uint64_t call = 0;
+  Digest digest;
+  std::int64_t offset = 0, bytes = 0;  ///< 0 bytes: the whole chunk
+};
+struct BlobReply {
+  std::uint64_t call = 0;
+  Status status;
+  std::vector<bool> has;         ///< BlobHas
+  std::int64_t total_bytes = 0;  ///< BlobGet of a file: its size
+};
+using BulkRequest = std::variant<BlobHas, BlobPut, BlobGet>;
+
+}  // namespace tandem::protocol
