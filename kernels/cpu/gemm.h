@@ -1,0 +1,132 @@
+// Matrix products of the CPU backend over weights packed once. One packed copy serves the forward
+// product, the input gradient and row lookup, so a weight is never resident twice.
+//
+// Threads: each call runs on the OpenMP threads of the caller's setting (omp_get_max_threads) and
+// returns when all is done; concurrent calls are safe as long as their outputs and scratch are
+// distinct. Memory: nothing is allocated; scratch is the caller's, 64-byte aligned, its size a pure
+// function of shapes, dtypes and the thread count (not of the processor), contents undefined before
+// and after. Results never depend on the thread count.
+//
+// Numerics.
+//   f32: Invariant. An output element is one chain of fused multiply-adds over the reduction index
+//     in ascending order, starting from 0, the bias, or the old value (accumulate), then continued
+//     by the low-rank terms in their order. So its bits depend on its own row and the weights, not
+//     on T, neighbours, chunking or threads; AVX2 and AVX-512 give the same bits.
+//   bf16: inputs bf16, accumulation in f32 (order free), one rounding to the output's dtype. bf16
+//     denormals may be flushed to zero (as AMX and AVX512-BF16 do).
+#pragma once
+
+#include "protocol/base/dtype.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace tandem::kernels::cpu {
+
+/// Element (i, j) of a row-major matrix is data[i * ld + j]; ld counts elements, ld >= columns.
+struct ConstRows {
+  const void* data = nullptr;
+  std::int64_t ld = 0;
+  DType dtype = DType::kF32;
+};
+struct Rows {
+  void* data = nullptr;
+  std::int64_t ld = 0;
+  DType dtype = DType::kF32;
+};
+
+// -- packed weights -------------------------------------------------------------------------------
+
+/// W [n, k] in format kF32 or kBF16. `data` is 64-byte aligned and holds packed_bytes(format, n,
+/// k).
+struct PackedMatrix {
+  const void* data = nullptr;
+  DType format = DType::kF32;
+  std::int64_t n = 0, k = 0;
+};
+
+/// Bytes of W [n, k] packed: n is padded to 32, k (bf16 only) to 32. Pure.
+std::int64_t packed_bytes(DType format, std::int64_t n, std::int64_t k);
+
+/// Rows per pack_rows block: every block but the last must start and end at a multiple of this.
+inline constexpr std::int64_t kPackRows = 32;
+
+/// Writes rows [row, row + count) of W from `src` [count, k] (f32 or bf16, rounded or widened to
+/// the format) into `packed`, the start of the whole matrix. `row` is a multiple of kPackRows, and
+/// so is `count` unless row + count = n. Padding is zeroed. Single-threaded; disjoint blocks may be
+/// packed concurrently.
+void pack_rows(void* packed, DType format, std::int64_t n, std::int64_t k, std::int64_t row,
+               std::int64_t count, ConstRows src);
+
+/// out[i, :] = W[ids[i], :] for i < count; out [count, k] f32 or bf16. The elements are the packed
+/// ones, exactly (rounded only where out is bf16 and the format f32). ids must be in [0, n).
+void read_rows(const PackedMatrix& w, std::span<const std::int32_t> ids, Rows out);
+
+// -- the linear layer -----------------------------------------------------------------------------
+
+/// A product of small inner dimension added to a column range of the output:
+/// forward:    y[:, begin + j] += sum_r u[:, r] * v[j, r]   (v [count, rank]: LoRA's B)
+/// input_grad: dx[:, begin + j] += sum_r u[:, r] * v[r, j]  (v [rank, count]: LoRA's A)
+/// u [T, rank] in the dtype of x; v f32 or bf16 (f32 v needs an f32 weight format). Scales belong
+/// into u (LoRA's s is applied by small_product's `scale`). rank <= kLowRankMax.
+inline constexpr std::int64_t kLowRankMax = 1024;
+struct LowRankTerm {
+  std::int64_t begin = 0, count = 0, rank = 0;
+  ConstRows u, v;
+};
+
+struct LinearOptions {
+  const void* bias = nullptr;      ///< [N] added to every row (forward only)
+  DType bias_dtype = DType::kF32;  ///< f32 or bf16
+  bool accumulate = false;         ///< add to the output instead of overwriting it
+  std::span<const LowRankTerm> low_rank;
+};
+
+/// Scratch for linear_forward of any T rows. `rank_sum` is the sum of the terms' ranks (0: none)
+/// and `terms` their number. Pure.
+std::int64_t linear_forward_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
+                                    std::int64_t terms, std::int64_t rank_sum, int threads);
+/// y[T, n] = x[T, k] W^T. x in the format's dtype; y f32, or bf16 when the format is bf16.
+void linear_forward(const PackedMatrix& w, std::int64_t t, ConstRows x, Rows y,
+                    const LinearOptions& options, std::span<std::byte> scratch);
+
+/// Scratch for linear_input_grad: holds the weight re-tiled for this direction, a strip at a time
+/// (at most kRetileBytesMax plus blocks per thread). Pure.
+inline constexpr std::int64_t kRetileBytesMax = 16 << 20;
+std::int64_t linear_input_grad_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
+                                       std::int64_t terms, std::int64_t rank_sum, int threads);
+/// dx[T, k] = dy[T, n] W. dy in the format's dtype; dx f32, or bf16 when the format is bf16.
+void linear_input_grad(const PackedMatrix& w, std::int64_t t, ConstRows dy, Rows dx,
+                       const LinearOptions& options, std::span<std::byte> scratch);
+
+// -- small products of LoRA -----------------------------------------------------------------------
+
+/// How the small operand of small_product lies in memory.
+enum class SmallLayout : std::uint8_t {
+  kOutByIn,  ///< w [out, in]: y = x w^T (u = x A^T; y += u B^T)
+  kInByOut,  ///< w [in, out]: y = x w   (dU = dy B; dx += dU A)
+};
+
+/// Scratch for small_product. Pure.
+std::int64_t small_product_scratch(DType dtype, std::int64_t t, std::int64_t in, std::int64_t out,
+                                   int threads);
+/// y[T, out] = scale * (x[T, in] times w), or += with accumulate. x and w have one dtype; y is of
+/// that dtype or f32. One of `in`, `out` is expected to be small (a rank). In f32 the chain over
+/// `in` starts from 0 and its end is multiplied by scale; with accumulate it starts from the old y
+/// and each x is multiplied by scale first. So u = s x A^T followed by y += u B^T (scale 1) has the
+/// bits of the low-rank term inside linear_forward, and likewise backward.
+void small_product(std::int64_t t, std::int64_t in, std::int64_t out, ConstRows x, ConstRows w,
+                   SmallLayout layout, float scale, bool accumulate, Rows y,
+                   std::span<std::byte> scratch);
+
+/// Scratch for outer_accumulate. Pure.
+std::int64_t outer_accumulate_scratch(DType dtype, std::int64_t t, std::int64_t m, std::int64_t n,
+                                      int threads);
+/// c[m, n] += alpha * a[T, m]^T b[T, n]: weight gradients. a, b of one dtype (f32 or bf16), c f32
+/// with row stride ldc. The sum over T is taken in blocks of fixed size in ascending order, so the
+/// bits do not depend on the thread count. m or n is expected to be small (a rank).
+void outer_accumulate(std::int64_t t, std::int64_t m, std::int64_t n, ConstRows a, ConstRows b,
+                      float alpha, float* c, std::int64_t ldc, std::span<std::byte> scratch);
+
+}  // namespace tandem::kernels::cpu
