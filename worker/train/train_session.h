@@ -1,0 +1,145 @@
+// One LoRA fine-tuning job on one engine, in slices that the runtime interleaves with serving. The
+// session owns what training adds to a served base (f32 masters, gradients, Adam moments, the
+// compute-dtype adapter in its table slot); base weights, slots, activations and workspace are the
+// engine's and shared. One device thread calls everything.
+//
+// Between two slices the activation arena is as the session found it, so serving may use it.
+// Determinism: a step is a pure function of (state, settings, batches), so a session that was
+// stopped at any moment and continued from export_state() ends with the same bits (same backend,
+// threads and layout).
+#pragma once
+
+#include "kernels/ops.h"
+#include "protocol/job_spec.h"
+#include "worker/model/adapter.h"
+#include "worker/model/context.h"
+#include "worker/model/transformer.h"
+#include "worker/train/batch_source.h"
+
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace tandem::worker::train {
+
+/// What the engine lends. All must outlive the session.
+struct SessionParts {
+  kernels::Allocator& allocator;
+  kernels::MemoryLedger& ledger;
+  model::Context context;
+  model::WeightSource& weights;
+  model::AdapterTable& adapters;
+  std::int64_t slot = 0;  ///< the session's own until it is destroyed (it clears the slot)
+};
+
+// -- what a slice did --------------------------------------------------------------------------
+/// A micro-batch of a step that is not complete yet, or of an evaluation.
+struct Progress {
+  std::int64_t step = 0;  ///< optimizer steps done
+};
+/// An optimizer step was taken.
+struct StepDone {
+  std::int64_t step = 0, total_steps = 0;  ///< step counts from 1
+  double epoch = 0.0;                      ///< passes over the data so far
+  double loss = 0.0;                       ///< mean over the step's trained tokens, before the step
+  double learning_rate = 0.0;              ///< used by this step
+  double grad_norm = 0.0;                  ///< before clipping
+  std::int64_t trained_tokens = 0, tokens = 0;
+  double seconds = 0.0;  ///< time inside the step's slices
+};
+struct EvalDone {
+  std::int64_t step = 0;  ///< optimizer steps done; 0 with `base`: before training
+  bool base = false;      ///< of the base model without any adapter
+  double loss = 0.0;      ///< mean over trained tokens
+  double accuracy = 0.0;  ///< share of trained tokens that are the most likely one
+  std::int64_t trained_tokens = 0;
+  double seconds = 0.0;
+};
+/// export_state() is due (every save_steps, and at the end). Ignoring it harms nothing.
+struct CheckpointDue {
+  std::int64_t step = 0;
+  bool last = false;
+};
+/// Nothing is left to do; every further slice says so again.
+struct Finished {
+  std::int64_t step = 0;
+};
+using SliceEvent = std::variant<Progress, StepDone, EvalDone, CheckpointDue, Finished>;
+
+// -- state -------------------------------------------------------------------------------------
+/// A logical host tensor: independent of ranks and layout. Names are PEFT's parameter path plus
+/// ".param", ".exp_avg" or ".exp_avg_sq", e.g. "model.layers.0.self_attn.q_proj.lora_A.param".
+struct StateTensor {
+  std::string name;
+  std::vector<std::int64_t> shape;
+  std::vector<float> values;
+};
+struct TrainState {
+  std::string json;  ///< {"version","step","seed","settings",...}
+  std::vector<StateTensor> tensors;
+};
+
+struct SessionOptions {
+  protocol::TrainSettings settings;
+  /// Evaluate the base (no adapter) before the first step, when there is an evaluation set.
+  bool eval_base_first = true;
+  /// Start from this adapter instead of a fresh one; must fit rank and target_modules.
+  const std::vector<model::HostAdapterTensor>* initial = nullptr;
+};
+
+class TrainSession {
+ public:
+  /// Allocates and initialises. A is kaiming-uniform(a = sqrt(5)), i.e. uniform in +-1/sqrt(I), as
+  /// PEFT initialises it, from (seed, site); B is zero. Errors: unknown target_modules, settings
+  /// that this build refuses, an initial adapter that does not fit. Throws DeviceError when memory
+  /// is out.
+  static Result<std::unique_ptr<TrainSession>> create(const SessionParts& parts,
+                                                      const SessionOptions& options,
+                                                      std::unique_ptr<BatchSource> batches);
+  ~TrainSession();
+  TrainSession(const TrainSession&) = delete;
+  TrainSession& operator=(const TrainSession&) = delete;
+
+  /// Does the next bounded piece of work: one micro-batch (forward, loss, backward) and, after a
+  /// step's last one, the optimizer step; or one evaluation micro-batch. Errors come from the
+  /// data source, or say that the loss is not finite (the step number and what to lower).
+  Result<SliceEvent> run_slice();
+
+  [[nodiscard]] std::int64_t step() const;  ///< optimizer steps done
+  [[nodiscard]] std::int64_t total_steps() const;
+  [[nodiscard]] bool finished() const;
+  [[nodiscard]] const model::LoraConfig& lora() const;
+
+  /// The state after the last complete optimizer step; may be called between any two slices.
+  [[nodiscard]] TrainState export_state() const;
+  /// Continues from a state. Only on a session that has run no slice. corrupt_error /
+  /// conflict_error name what is missing, has another shape, or which setting differs from the
+  /// state's.
+  Status import_state(const TrainState& state);
+
+  /// A frozen copy of the adapter as of the last step, in compute dtype, made on the device (no
+  /// host copy): what serving shows as the job's latest and what is served after the publish.
+  [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot_adapter() const;
+  /// The adapter on the host for publishing: masters rounded to `dtype` (kF32 or kBF16).
+  [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
+
+  /// Largest absolute difference between the logits of every position of `prompt` (1..context
+  /// tokens) with the trained slot and with `other`; 0 when the published dtype keeps the compute
+  /// dtype's bits.
+  double probe(const std::vector<std::int32_t>& prompt,
+               std::shared_ptr<const model::AdapterWeights> other);
+
+  /// Nanoseconds spent so far, by phase: what the training bench prints.
+  struct PhaseTimes {
+    std::int64_t data = 0, forward = 0, loss = 0, backward = 0, optimizer = 0;
+  };
+  [[nodiscard]] const PhaseTimes& phase_times() const;
+
+ private:
+  class Impl;
+  explicit TrainSession(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace tandem::worker::train
