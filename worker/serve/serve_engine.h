@@ -1,0 +1,136 @@
+// The serving engine of one base model on one device: continuous batching over a paged KV cache
+// with prefix reuse, rows of any adapters and of none in one batch, on the same weights and forward
+// path as training. It solves "which rows run next, and what came out"; it has no threads, sockets
+// or names: one device thread (worker/runtime) submits, calls step() while has_work(), and forwards
+// the outputs. All device memory comes from arenas; after create() a step allocates none.
+//
+// Life of a request: submit -> waiting (for its adapter, KV blocks, a place) -> running (prefill in
+// chunks, then one token per step; preempted and recomputed when KV is short) -> one output with a
+// finish reason. Under Numerics::kInvariant its tokens and logprobs do not depend on any of that.
+#pragma once
+
+#include "protocol/base/clock.h"
+#include "worker/model/transformer.h"
+#include "worker/serve/request.h"
+#include "worker/text/tokenizer.h"
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace tandem::worker::serve {
+
+struct ServeOptions {
+  std::int64_t kv_bytes_max = std::int64_t{1} << 30;  ///< of keys and values, all layers together
+  std::int64_t block_size = 16;                       ///< tokens per KV block: 16 or 32
+  std::int64_t max_batch_tokens = 512;  ///< rows of one step, decode and prefill; > max_running
+  std::int64_t prefill_chunk_max = 0;  ///< rows of one sequence in one step; 0: what the step holds
+  std::int64_t max_running = 32;       ///< sequences that hold KV at once
+  std::int64_t max_waiting = 1024;     ///< further ones that wait; beyond: busy_error
+  std::int64_t context_max = 0;        ///< prompt + new tokens; 0: the model's own
+  std::int64_t adapter_rank_max = 128;   ///< larger adapters are refused
+  std::int64_t adapters_max = 256;       ///< installed at once, in slots or not
+  std::int64_t adapter_wait_ms = 30000;  ///< a request whose adapter does not come fails after it
+  bool prefix_cache = true;
+  Digest base_digest;                 ///< root of every prefix key
+  std::vector<std::int32_t> eos_ids;  ///< added to the model's own
+  /// Allowed row counts of a batch, ascending (one captured graph each); a batch is filled up with
+  /// inert rows. Empty: exact row counts.
+  std::vector<std::int64_t> token_buckets;
+};
+
+/// What the engine runs on; everything outlives it.
+struct ServeParts {
+  kernels::Allocator& allocator;
+  kernels::MemoryLedger& ledger;
+  model::Context& context;  ///< activations and workspace are used inside a step only
+  model::WeightSource& weights;
+  model::AdapterTable* adapters = nullptr;      ///< null: base only
+  std::int64_t slot_begin = 0, slot_count = 0;  ///< the slots of the table that serving may set
+  std::optional<text::Tokenizer> tokenizer;     ///< absent: no text, and stop strings are refused
+  const Clock& clock;
+};
+
+/// KV geometry, a pure function: the estimator and admission use the same.
+struct KvLayout {
+  std::int64_t block_bytes = 0;  ///< of one block: keys and values, all layers
+  std::int64_t blocks = 0;       ///< that kv_bytes_max holds
+};
+KvLayout kv_layout(const model::ModelConfig& config, DType dtype, const ServeOptions& options);
+
+struct StepOutput {
+  std::vector<SequenceOutput> outputs;                 ///< only requests with news
+  std::int64_t prefill_tokens = 0, decode_tokens = 0;  ///< rows that ran
+};
+
+struct ServeStats {
+  std::int64_t running = 0, waiting = 0;
+  std::int64_t kv_blocks_free = 0;   ///< unused or only kept for prefix reuse
+  std::int64_t kv_blocks_total = 0;  ///< the present limit
+  std::int64_t kv_block_bytes = 0;
+  std::int64_t prefix_queries = 0, prefix_hits = 0;  ///< in blocks, since the start
+  std::int64_t preemptions = 0;
+  std::int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0;  ///< since the start
+  double decode_tokens_per_s = 0, prefill_tokens_per_s = 0;       ///< lately, while busy
+  std::vector<Digest> resident_adapters;                          ///< most recently used first
+};
+
+class ServeEngine {
+ public:
+  /// Takes its KV and batch buffers. invalid_error: options that contradict each other or the model
+  /// (names the option, its limit and value). Throws DeviceError when memory is out.
+  static Result<std::unique_ptr<ServeEngine>> create(const ServeParts& parts,
+                                                     const ServeOptions& options);
+  ~ServeEngine();
+  ServeEngine(const ServeEngine&) = delete;
+  ServeEngine& operator=(const ServeEngine&) = delete;
+
+  /// Runs one step of the largest batch there can be, all rows inert, so that arenas hold what any
+  /// later step needs: after it the ledger's peak is final, and equal on the meta backend.
+  void reserve_worst_case();
+
+  /// Queues a request. invalid_error: empty prompt, token ids outside the vocabulary, over the
+  /// context, sampling values out of range. refused_error: needs more KV than there is.
+  /// conflict_error: the id is live. busy_error: the queue is full ("retry after N ms").
+  Status submit(GenerateRequest request);
+  /// Its KV is free at once; the next step reports kCancelled. Unknown and finished ids: nothing.
+  void cancel(const RequestId& id);
+  /// Every live request ends with kError and `why` at the next step.
+  void fail_all(const Status& why);
+
+  /// Adapters that waiting requests need and that are not installed, longest wanted first.
+  [[nodiscard]] std::vector<Digest> missing_adapters() const;
+  /// Makes an adapter servable. Beyond adapters_max the least recently used idle one goes.
+  /// refused_error: rank over adapter_rank_max, all installed ones in use, no slots. Installing one
+  /// that is installed is a no-op.
+  Status install_adapter(const Digest& digest,
+                         std::shared_ptr<const model::AdapterWeights> weights);
+  /// The adapter cannot be had: requests that wait for it end with kError and `why`.
+  void fail_adapter(const Digest& digest, const Status& why);
+  /// Forgets an adapter and its prefix blocks once no live request uses it.
+  void drop_adapter(const Digest& digest);
+
+  /// True when step() would do something: rows to run or outcomes to report. False while all that
+  /// is left waits for an adapter that has not come (its time-out makes it true again).
+  [[nodiscard]] bool has_work() const;
+  /// One iteration: at most one packed batch through the model, each sampled row's token back.
+  StepOutput step();
+
+  /// Rows per step from now on, at most max_batch_tokens, more than max_running: a worker that also
+  /// trains keeps steps short.
+  void set_token_budget(std::int64_t tokens);
+  /// Changes how many blocks may be used, at most kv_layout().blocks, and returns the memory beyond
+  /// to the device. Prefixes cached there are forgotten and sequences with blocks there preempted
+  /// (recomputed later); one that no longer fits at all ends with kError. Returns the bytes of KV
+  /// now mapped.
+  std::int64_t set_kv_limit(std::int64_t blocks);
+
+  [[nodiscard]] ServeStats stats() const;
+
+ private:
+  struct Impl;
+  explicit ServeEngine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace tandem::worker::serve
