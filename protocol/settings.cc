@@ -1,0 +1,190 @@
+#include "protocol/settings.h"
+
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <filesystem>
+
+namespace tandem::protocol {
+namespace {
+
+std::string environment(const std::string& name) {
+  const char* value = std::getenv(name.c_str());
+  return value ? value : "";
+}
+
+std::string default_data_dir() {
+  const std::string xdg = environment("XDG_DATA_HOME");
+  if (!xdg.empty()) return xdg + "/tandem";
+  const std::string home = environment("HOME");
+  return home.empty() ? "/var/lib/tandem" : home + "/.local/share/tandem";
+}
+
+std::string variable_name(const std::string& setting) {
+  std::string name = "TANDEM_" + setting;
+  for (char& c : name) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  return name;
+}
+
+std::vector<std::string> known_names() {
+  std::vector<std::string> names;
+  for (const auto& info : Settings::known()) names.push_back(info.name);
+  return names;
+}
+
+Status unknown_setting(const std::string& where, const std::string& name) {
+  const std::string nearest = nearest_name(name, known_names());
+  return invalid_error(str(where, ": unknown setting \"", name, "\"",
+                           nearest.empty() ? "" : str("; did you mean \"", nearest, "\"?")));
+}
+
+Status read_file(const std::string& path, std::map<std::string, SettingValue>& values) {
+  YAML::Node root;
+  try {
+    root = YAML::LoadFile(path);
+  } catch (const YAML::Exception& error) {
+    return invalid_error(str(path, ":", error.mark.line + 1, ": ", error.msg));
+  }
+  if (root.IsNull()) return {};
+  if (!root.IsMap()) return invalid_error(str(path, ": expected \"name: value\" lines"));
+  for (const auto& entry : root) {
+    const auto name = entry.first.as<std::string>("");
+    const auto names = known_names();
+    if (std::find(names.begin(), names.end(), name) == names.end())
+      return unknown_setting(str(path, ":", entry.first.Mark().line + 1), name);
+    if (!entry.second.IsScalar())
+      return invalid_error(
+          str(path, ":", entry.second.Mark().line + 1, ": ", name, " must be one value"));
+    values[name] = {entry.second.Scalar(), path};
+  }
+  return {};
+}
+
+}  // namespace
+
+const std::vector<SettingInfo>& Settings::known() {
+  static const std::vector<SettingInfo> table{
+      {"data_dir", default_data_dir(), "registry, logs, sockets and caches live below it"},
+      {"coordinator", "", "endpoint of the coordinator's client socket; empty: ipc below data_dir"},
+      {"listen_clients", "",
+       "where the coordinator listens for clients; empty: ipc below data_dir"},
+      {"listen_workers", "", "where it listens for workers; empty: ipc below data_dir"},
+      {"listen_bulk", "", "where it listens for blob traffic; empty: ipc below data_dir"},
+      {"key_file", "", "this process's CURVE key file (0600); needed for tcp:// endpoints"},
+      {"keys_dir", "",
+       "coordinator: directory of accepted public keys; needed for tcp:// endpoints"},
+      {"server_key", "", "public key of the coordinator, for tcp:// endpoints"},
+      {"model_roots", "", "colon-separated directories that model add may name; empty: any"},
+      {"registry_bytes_max", "1GiB", "map size of the registry"},
+      {"blobs_bytes_max", "16GiB", "map size of the blob store; larger objects become files"},
+      {"cache_bytes_max", "256MiB", "result cache"},
+      {"cache_ttl_s", "86400", "seconds a cached result lives"},
+      {"queue_requests_max", "1024", "requests waiting in the coordinator; more are answered busy"},
+      {"queue_jobs_max", "1024", "jobs waiting; more are refused"},
+      {"lease_ms", "5000", "a worker that is silent this long is dead"},
+      {"heartbeat_ms", "1000", "how often workers report"},
+      {"job_attempts_max", "10", "starts of one job after worker deaths before it fails"},
+      {"device", "auto", "auto, cpu or cuda"},
+      {"threads", "0",
+       "OpenMP threads per engine; 0: the machine's cores divided by the local workers"},
+      {"dtype", "auto", "compute dtype: auto, f32 or bf16"},
+      {"numerics", "auto", "auto, replay or invariant (auto: invariant for f32 on CPU)"},
+      {"memory_bytes_max", "0",
+       "device memory an engine may use; 0: three quarters of what is there"},
+      {"kv_bytes_max", "0",
+       "key-value cache; 0: an eighth of memory_bytes_max, at most 1 GiB on CPU"},
+      {"adapter_slots", "32", "adapters that may share a batch"},
+      {"batch_tokens_max", "512", "tokens of one serving iteration (prefill is chunked to fit)"},
+      {"running_requests_max", "64", "requests decoding at once in one engine"},
+      {"train_share_min", "0.25", "share of device time a training job keeps while requests run"},
+      {"drain_timeout_s", "25", "seconds SIGTERM waits for running work"},
+      {"workers", "1", "tandem up: workers to launch"},
+      {"log_level", "info", "debug, info, warn or error"},
+  };
+  return table;
+}
+
+Result<Settings> Settings::load(const std::map<std::string, std::string>& flags,
+                                const std::string& config_file) {
+  Settings settings;
+  for (const auto& info : known()) settings.values_[info.name] = {info.default_value, "default"};
+  std::vector<std::string> files{"/etc/tandem/config.yaml"};
+  const std::string home = environment("HOME");
+  const std::string xdg = environment("XDG_CONFIG_HOME");
+  if (!xdg.empty())
+    files.push_back(xdg + "/tandem/config.yaml");
+  else if (!home.empty())
+    files.push_back(home + "/.config/tandem/config.yaml");
+  if (!config_file.empty()) {
+    if (!std::filesystem::exists(config_file))
+      return not_found_error(str("no configuration file ", config_file));
+    files.push_back(config_file);
+  }
+  for (const auto& file : files)
+    if (std::error_code error; std::filesystem::exists(file, error))
+      TANDEM_RETURN_IF_ERROR(read_file(file, settings.values_));
+  for (const auto& info : known()) {
+    const std::string variable = variable_name(info.name);
+    if (const char* value = std::getenv(variable.c_str()))
+      settings.values_[info.name] = {value, variable};
+  }
+  for (const auto& [name, value] : flags) {
+    if (!settings.values_.contains(name)) return unknown_setting("command line", name);
+    settings.values_[name] = {value, "flag"};
+  }
+  std::error_code error;
+  auto& data_dir = settings.values_["data_dir"].value;
+  data_dir = std::filesystem::absolute(data_dir, error).lexically_normal().string();
+  return settings;
+}
+
+const std::string& Settings::get(const std::string& name) const {
+  const auto found = values_.find(name);
+  TANDEM_CHECK(found != values_.end(), "unknown setting ", name);
+  return found->second.value;
+}
+
+Result<std::int64_t> Settings::get_int(const std::string& name) const {
+  const std::string& text = get(name);
+  char* end = nullptr;
+  const long long value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end)
+    return invalid_error(str(name, " must be a whole number, not \"", text, "\""));
+  return static_cast<std::int64_t>(value);
+}
+
+Result<std::int64_t> Settings::get_bytes(const std::string& name) const {
+  auto bytes = parse_bytes(get(name));
+  if (!bytes.ok()) return invalid_error(str(name, ": ", bytes.status().message()));
+  return bytes;
+}
+
+std::string Settings::endpoint(const std::string& socket) const {
+  const std::string& listen = get("listen_" + socket);
+  if (!listen.empty()) return listen;
+  if (socket == "clients" && !get("coordinator").empty()) return get("coordinator");
+  return "ipc://" + run_dir() + "/" + socket + ".sock";
+}
+
+Result<std::int64_t> parse_bytes(const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  std::string unit(end);
+  unit.erase(std::remove(unit.begin(), unit.end(), ' '), unit.end());
+  double factor = 0;
+  if (unit.empty() || unit == "B")
+    factor = 1;
+  else if (unit == "KiB")
+    factor = 1024.0;
+  else if (unit == "MiB")
+    factor = 1024.0 * 1024;
+  else if (unit == "GiB")
+    factor = 1024.0 * 1024 * 1024;
+  if (end == text.c_str() || factor == 0 || value < 0 || value * factor > 9e18)
+    return invalid_error(str("not a size: \"", text, "\" (examples: 1048576, 512MiB, 2GiB)"));
+  return static_cast<std::int64_t>(value * factor);
+}
+
+}  // namespace tandem::protocol

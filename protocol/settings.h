@@ -1,0 +1,59 @@
+// The platform's settings and where each value came from: flag, then TANDEM_NAME, then --config
+// FILE, then
+// ~/.config/tandem/config.yaml, then /etc/tandem/config.yaml, then the default. Unknown keys in any
+// file are refused with the nearest name. Every process reads the same table.
+#pragma once
+
+#include "protocol/base/result.h"
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace tandem::protocol {
+
+/// One known setting. `name` is the YAML key; the environment variable is TANDEM_ + upper case.
+struct SettingInfo {
+  std::string name, default_value, help;
+};
+
+struct SettingValue {
+  std::string value;
+  std::string origin;  ///< "flag", "TANDEM_DATA_DIR", "/etc/tandem/config.yaml", "default"
+};
+
+class Settings {
+ public:
+  /// All known settings, in the order that help shows them.
+  static const std::vector<SettingInfo>& known();
+
+  /// Resolves every setting. `flags`: what the command line gave (names as in known());
+  /// `config_file`: --config or "". invalid_error names file, line and key; not_found_error when
+  /// --config names no file.
+  static Result<Settings> load(const std::map<std::string, std::string>& flags,
+                               const std::string& config_file);
+
+  [[nodiscard]] const std::string& get(const std::string& name) const;
+  /// The value as a whole number / a size ("512MiB", "2GiB", plain bytes); invalid_error names the
+  /// setting.
+  [[nodiscard]] Result<std::int64_t> get_int(const std::string& name) const;
+  [[nodiscard]] Result<std::int64_t> get_bytes(const std::string& name) const;
+  [[nodiscard]] const std::map<std::string, SettingValue>& all() const { return values_; }
+
+  // -- derived paths: all below data_dir
+  [[nodiscard]] std::string data_dir() const { return get("data_dir"); }
+  [[nodiscard]] std::string run_dir() const { return data_dir() + "/run"; }
+  [[nodiscard]] std::string log_dir() const { return data_dir() + "/log"; }
+  /// The endpoint of one of the coordinator's sockets: the setting, or ipc under run_dir() when
+  /// empty. `socket`: "clients", "workers" or "bulk".
+  [[nodiscard]] std::string endpoint(const std::string& socket) const;
+
+ private:
+  std::map<std::string, SettingValue> values_;
+};
+
+/// "512MiB", "2 GiB", "1024" -> bytes.
+Result<std::int64_t> parse_bytes(const std::string& text);
+
+}  // namespace tandem::protocol
