@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -32,6 +33,7 @@ inline constexpr int kNestingMax = 32;
 
 struct Version {
   std::uint16_t major = kVersionMajor, minor = kVersionMinor;
+  bool operator==(const Version&) const = default;
 };
 
 /// Sampling as a request asks for it. Ranges are enforced by the engine, which knows the model;
@@ -48,10 +50,12 @@ struct SamplingParams {
   std::int64_t logprobs = -1;  ///< -1: none; n: of each token and its n likeliest
   std::int64_t min_tokens = 0;
   bool ignore_eos = false;
+  bool operator==(const SamplingParams&) const = default;
 };
 
 struct ChatMessage {
   std::string role, content;
+  bool operator==(const ChatMessage&) const = default;
 };
 
 /// Exactly one of messages (chat template applies), prompt (text; template unless raw) or tokens.
@@ -60,12 +64,14 @@ struct PromptInput {
   std::string prompt;
   std::vector<std::int32_t> tokens;
   bool raw = false;  ///< prompt as it is: no chat template
+  bool operator==(const PromptInput&) const = default;
 };
 
 struct TokenLogprob {
   std::int32_t token = 0;
   float logprob = 0;
   std::vector<std::pair<std::int32_t, float>> top;
+  bool operator==(const TokenLogprob&) const = default;
 };
 
 enum class FinishReason : std::uint8_t {
@@ -78,6 +84,7 @@ enum class FinishReason : std::uint8_t {
 
 struct Usage {
   std::int64_t prompt_tokens = 0, completion_tokens = 0, cached_prompt_tokens = 0;
+  bool operator==(const Usage&) const = default;
 };
 
 // -- client -> coordinator
@@ -87,6 +94,7 @@ struct Usage {
 struct ClientHello {
   Version version;
   std::string client;  ///< "tandem-cli/0.1.0", for logs
+  bool operator==(const ClientHello&) const = default;
 };
 /// Start (or, with the same id, continue) a generation. `next_index` tokens have arrived already.
 struct Generate {
@@ -98,22 +106,27 @@ struct Generate {
   bool no_cache = false;
   std::int64_t next_index = 0;
   std::int64_t deadline_ms = 0;  ///< remaining time when sent; 0: none
+  bool operator==(const Generate&) const = default;
 };
 struct Cancel {
   RequestId id;
+  bool operator==(const Cancel&) const = default;
 };
 /// Any other verb: method and parameters as JSON (specified in schema/client.capnp). The
 /// idempotency key makes a repeated mutating call answer as the first did.
 struct Call {
   std::string call_id, idempotency_key;
   std::string method, params_json;
+  bool operator==(const Call&) const = default;
 };
 /// Stop a streaming call (watch, logs).
 struct CallCancel {
   std::string call_id;
+  bool operator==(const CallCancel&) const = default;
 };
 struct Ping {
   std::uint64_t nonce = 0;
+  bool operator==(const Ping&) const = default;
 };
 
 // -- coordinator -> client
@@ -125,6 +138,7 @@ struct ServerHello {
   std::string server;  ///< "tandem-coordinator/0.1.0"
   Incarnation incarnation = 0;
   std::int64_t heartbeat_ms = 0;
+  bool operator==(const ServerHello&) const = default;
 };
 /// Part of an answer. Chunks of one request carry consecutive `index`es of their first token.
 struct GenerateChunk {
@@ -141,15 +155,19 @@ struct GenerateChunk {
   std::int64_t queue_us = 0,
                first_token_us = 0;  ///< coordinator's share and engine's, on the last chunk
   std::int64_t retry_after_ms = 0;  ///< with kBusy
+  bool operator==(const GenerateChunk&) const = default;
 };
 struct CallReply {
   std::string call_id;
   Status status;
   std::string result_json;
-  bool more = false;  ///< a streaming call goes on
+  bool more = false;                ///< a streaming call goes on
+  std::int64_t retry_after_ms = 0;  ///< with kBusy; 1.1 (a 1.0 peer has it in the message only)
+  bool operator==(const CallReply&) const = default;
 };
 struct Pong {
   std::uint64_t nonce = 0;
+  bool operator==(const Pong&) const = default;
 };
 
 using ClientMessage = std::variant<ClientHello, Generate, Cancel, Call, CallCancel, Ping>;
@@ -167,6 +185,7 @@ struct ModelRef {
   bool shared = false;
   std::vector<std::pair<std::string, Digest>>
       files;  ///< relative path ("" when path is one file), content root
+  bool operator==(const ModelRef&) const = default;
 };
 
 /// A job an engine is running when it says hello (adoption) or reports load.
@@ -174,6 +193,7 @@ struct RunningJob {
   JobId job;
   Epoch epoch = 0;
   std::int64_t step = 0;
+  bool operator==(const RunningJob&) const = default;
 };
 
 /// First message of an agent or engine, and again after every reconnect. The coordinator adopts or
@@ -193,6 +213,7 @@ struct WorkerHello {
   std::vector<RequestId> requests;  ///< still being answered
   std::vector<Digest> adapters;     ///< resident
   std::int64_t credits = 0;         ///< requests it will hold at once
+  bool operator==(const WorkerHello&) const = default;
 };
 /// Every heartbeat_ms from agents and engines. An engine sends it from its device loop, so that a
 /// hung step is seen.
@@ -207,17 +228,20 @@ struct Heartbeat {
   std::vector<RunningJob> jobs;
   std::vector<Digest> adapters;
   std::string stats_json;  ///< counters for status and metrics
+  bool operator==(const Heartbeat&) const = default;
 };
 /// Engine -> coordinator: outcome of LoadModel.
 struct ModelLoaded {
   Digest model;
   Status status;
   double seconds = 0;
+  bool operator==(const ModelLoaded&) const = default;
 };
 struct EstimateReply {
   std::string call_id;
   Status status;
   std::string result_json;  ///< {"peak_bytes":…, "by_kind":{…}, "device_bytes":…, "fits":…}
+  bool operator==(const EstimateReply&) const = default;
 };
 /// Progress of a job; `seq` counts per (job, epoch) from 1. Repeats are dropped by seq.
 struct JobProgress {
@@ -227,6 +251,7 @@ struct JobProgress {
   std::string kind;  ///< "started", "step", "eval", "log", "data", "probe"
   std::int64_t step = 0, total_steps = 0;
   std::string message, metrics_json;
+  bool operator==(const JobProgress&) const = default;
 };
 /// The checkpoint's blobs are durable (bulk socket); asks for its record to be written.
 struct CheckpointReady {
@@ -234,6 +259,7 @@ struct CheckpointReady {
   Epoch epoch = 0;
   std::int64_t step = 0;
   std::string manifest;  ///< canonical text; its SHA-256 is the identity
+  bool operator==(const CheckpointReady&) const = default;
 };
 /// The adapter's blobs are durable; asks for manifest, version and alias in one transaction.
 struct Publish {
@@ -242,6 +268,7 @@ struct Publish {
   std::int64_t step = 0;
   std::string manifest;
   std::string metadata_json;  ///< probe result, losses
+  bool operator==(const Publish&) const = default;
 };
 /// The job's end on this engine, after the last Publish was acknowledged (or instead of it).
 struct JobEnded {
@@ -250,17 +277,20 @@ struct JobEnded {
   Status status;  ///< kCancelled: stopped as asked
   std::int64_t step = 0;
   std::string summary_json;
+  bool operator==(const JobEnded&) const = default;
 };
 /// Part of an answer, engine -> coordinator; the same chunk the client gets.
 struct InferChunk {
   std::uint32_t attempt = 0;  ///< as in Infer: chunks of an older attempt are dropped
   GenerateChunk chunk;
+  bool operator==(const InferChunk&) const = default;
 };
 /// Goodbye: the process is about to end on purpose; its work may be moved at once.
 struct WorkerBye {
   WorkerId worker;
   WorkerRole role = WorkerRole::kAgent;
   Incarnation incarnation = 0;
+  bool operator==(const WorkerBye&) const = default;
 };
 
 struct WorkerHelloReply {
@@ -269,9 +299,11 @@ struct WorkerHelloReply {
   std::int64_t heartbeat_ms = 0, lease_ms = 0;
   std::vector<JobId> stop_jobs;  ///< not adopted: end them without publishing
   std::vector<RequestId> stop_requests;
+  bool operator==(const WorkerHelloReply&) const = default;
 };
 struct HeartbeatReply {
   std::uint64_t seq = 0;
+  bool operator==(const HeartbeatReply&) const = default;
 };
 enum class AgentAction : std::uint8_t {
   kRestartEngine = 0,
@@ -282,15 +314,18 @@ enum class AgentAction : std::uint8_t {
 };
 struct AgentCommand {
   AgentAction action = AgentAction::kDrain;
+  bool operator==(const AgentCommand&) const = default;
 };
 /// Engine: hold this base (replacing none or the same; another base is refused while work runs).
 struct LoadModel {
   ModelRef model;
+  bool operator==(const LoadModel&) const = default;
 };
 struct EstimateRequest {
   std::string call_id;
   ModelRef model;
   std::string spec_json;  ///< a JobSpec's "train" object
+  bool operator==(const EstimateRequest&) const = default;
 };
 struct StartJob {
   JobId job;
@@ -300,12 +335,14 @@ struct StartJob {
   Digest dataset, eval_dataset;
   std::int64_t dataset_bytes = 0, eval_dataset_bytes = 0;
   std::string checkpoint_manifest;  ///< canonical text; "" = from the start
+  bool operator==(const StartJob&) const = default;
 };
 enum class StopMode : std::uint8_t { kCancel = 0, kPause = 1 };  ///< pause: checkpoint first
 struct StopJob {
   JobId job;
   Epoch epoch = 0;
   StopMode mode = StopMode::kCancel;
+  bool operator==(const StopJob&) const = default;
 };
 /// Receipt of JobProgress/CheckpointReady/Publish/JobEnded, after commit where something was
 /// written. The engine repeats the message until it has this.
@@ -316,6 +353,7 @@ struct JobAck {
   Status status;     ///< kConflict: old epoch, stop at once
   Digest digest;     ///< of what was published
   std::string name;  ///< "alias@version" published
+  bool operator==(const JobAck&) const = default;
 };
 /// What a request resolved to at admission; the digest stays for the request's whole life.
 struct Infer {
@@ -325,15 +363,18 @@ struct Infer {
   Digest adapter;                ///< empty: the base itself
   std::string adapter_manifest;  ///< canonical text, for engines that do not have it yet
   JobId job;                     ///< not empty: JOB@latest of this job, served from its trainer
+  bool operator==(const Infer&) const = default;
 };
 struct InferCancel {
   RequestId id;
+  bool operator==(const InferCancel&) const = default;
 };
 /// A version was published: engines may load it ahead of the first request.
 struct Announce {
   std::string name;
   Digest model, adapter;
   std::string adapter_manifest;
+  bool operator==(const Announce&) const = default;
 };
 
 using WorkerMessage = std::variant<WorkerHello, Heartbeat, ModelLoaded, EstimateReply, JobProgress,
@@ -349,11 +390,13 @@ using ControlMessage =
 struct BlobHas {
   std::uint64_t call = 0;
   std::vector<Digest> digests;
+  bool operator==(const BlobHas&) const = default;
 };
 struct BlobPut {
   std::uint64_t call = 0;
   Digest digest;    ///< SHA-256 of the payload frame
   std::string pin;  ///< upload id: garbage collection spares it for an hour
+  bool operator==(const BlobPut&) const = default;
 };
 /// A blob, or `bytes` from `offset` of a model file (by content root) that the coordinator's host
 /// has.
@@ -361,12 +404,14 @@ struct BlobGet {
   std::uint64_t call = 0;
   Digest digest;
   std::int64_t offset = 0, bytes = 0;  ///< 0 bytes: the whole chunk
+  bool operator==(const BlobGet&) const = default;
 };
 struct BlobReply {
   std::uint64_t call = 0;
   Status status;
   std::vector<bool> has;         ///< BlobHas
   std::int64_t total_bytes = 0;  ///< BlobGet of a file: its size
+  bool operator==(const BlobReply&) const = default;
 };
 using BulkRequest = std::variant<BlobHas, BlobPut, BlobGet>;
 

@@ -40,6 +40,7 @@ class [[nodiscard]] Status {
   [[nodiscard]] const std::string& message() const { return message_; }
   /// "not_found: no adapter named x".
   [[nodiscard]] std::string to_string() const;
+  bool operator==(const Status&) const = default;
 
  private:
   StatusCode code_ = StatusCode::kOk;

@@ -1,0 +1,29 @@
+// Which versions of the wire understand each other. A process understands its own minor version and
+// the one before, of the same major; everything else is refused in the hello's answer, with a
+// message that names the range. What a newer minor added is used only when both sides have it.
+#pragma once
+
+#include "protocol/base/result.h"
+#include "protocol/messages.h"
+
+#include <string>
+
+namespace tandem::protocol {
+
+/// "1.0 to 1.1".
+std::string version_range();
+
+/// The version to speak with a peer that says `peer` in its hello: the lower of both. kRefused,
+/// with the range and who must be upgraded, when there is none. `who` names the peer ("client
+/// x/0.1").
+Result<Version> agree_version(const Version& peer, const std::string& who);
+
+/// True when a peer of that version knows CallReply.retry_after_ms (since 1.1).
+constexpr bool has_retry_after(const Version& version) {
+  return version.minor >= 1;
+}
+
+/// "retry after N ms" as kBusy messages carry it, or 0: all a 1.0 peer says.
+std::int64_t retry_after_from_text(const std::string& message);
+
+}  // namespace tandem::protocol
