@@ -19,7 +19,7 @@
 namespace tandem::text {
 
 /// Longest text that one encode() accepts, in bytes.
-inline constexpr std::size_t kEncodeBytesMax = std::size_t{64} << 20;
+inline constexpr std::size_t kEncodeBytesMax = std::size_t{16} << 20;
 /// Largest tokenizer.json that is read, in bytes, and the largest vocabulary, in tokens.
 inline constexpr std::size_t kTokenizerJsonBytesMax = std::size_t{256} << 20;
 inline constexpr std::size_t kVocabularyMax = std::size_t{1} << 22;

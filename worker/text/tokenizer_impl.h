@@ -1,0 +1,51 @@
+// The parts of a Tokenizer, shared by its loaders; internal to worker/text.
+#pragma once
+
+#include "worker/text/added_tokens.h"
+#include "worker/text/bpe.h"
+#include "worker/text/normalizer.h"
+#include "worker/text/pre_tokenizer.h"
+#include "worker/text/tokenizer.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace tandem::text {
+
+struct Tokenizer::Impl {
+  /// What an id stands for.
+  struct Entry {
+    std::string bytes;
+    bool present = false;
+    bool special = false;
+  };
+  std::vector<Entry> entries;  ///< by id
+  std::vector<AddedToken> added;
+  StringMap<std::int32_t> added_ids;
+  AddedTokenMatcher raw_matcher;         ///< tokens looked for in the text as given
+  AddedTokenMatcher normalized_matcher;  ///< tokens looked for in the normalized text
+  Normalizer normalizer;
+  PreTokenizer pre_tokenizer;
+  std::unique_ptr<Bpe> bpe;
+  std::vector<std::int32_t> prefix_ids, suffix_ids;  ///< what add_special_tokens puts around
+  std::optional<std::int32_t> bos_id, eos_id, unk_id, pad_id;
+
+  /// Appends the ids of text that holds no added token of the raw matcher.
+  Status encode_text(std::string_view text, bool parse_special,
+                     std::vector<std::int32_t>& ids) const;
+};
+
+/// What every loader hands to build().
+struct TokenizerParts {
+  StringMap<std::int32_t> vocabulary;  ///< spelling -> id, as the file has it
+  std::vector<std::pair<std::string, std::string>> merges;  ///< spellings, best first
+  std::vector<AddedToken> added;
+  BpeOptions bpe;
+};
+
+/// Fills entries, matchers and bpe of `impl` (whose normalizer is set already). Invalid: ids out of
+/// range or used twice, merges that do not fit the vocabulary, limits.
+Status build_vocabulary(TokenizerParts parts, Tokenizer::Impl& impl);
+
+}  // namespace tandem::text

@@ -1,0 +1,305 @@
+// tokenizer.json of Hugging Face tokenizers. Each component is either understood completely or
+// refused by name; a setting that is skipped here cannot change ids or text.
+#include "worker/text/tokenizer.h"
+#include "worker/text/tokenizer_impl.h"
+
+#include <nlohmann/json.hpp>
+
+#include <initializer_list>
+
+namespace tandem::text {
+namespace {
+
+using Json = nlohmann::json;
+
+/// Nesting of Sequence components.
+constexpr int kComponentNestingMax = 8;
+
+std::string type_of(const Json& component) { return component.value("type", std::string("(none)")); }
+
+Status unsupported(const std::string& what, const std::string& supported) {
+  return refused_error(str("tokenizer.json: ", what, " is not supported (supported: ", supported,
+                           ")"));
+}
+
+Status check_keys(const Json& component, const std::string& what,
+                  std::initializer_list<const char*> known) {
+  for (const auto& [key, value] : component.items()) {
+    if (key == "type") continue;
+    bool found = false;
+    for (const char* name : known) found = found || key == name;
+    if (!found) return unsupported(str("the key \"", key, "\" of ", what), "those of tokenizers");
+  }
+  return Status::ok_status();
+}
+
+Result<std::variant<std::string, Regex>> parse_pattern(const Json& component,
+                                                       const std::string& what) {
+  const Json& pattern = component.at("pattern");
+  if (pattern.is_object() && pattern.contains("String")) {
+    std::string literal = pattern.at("String").get<std::string>();
+    if (literal.empty()) return invalid_error(str("tokenizer.json: empty pattern of ", what));
+    return std::variant<std::string, Regex>(std::move(literal));
+  }
+  if (pattern.is_object() && pattern.contains("Regex")) {
+    TANDEM_ASSIGN_OR_RETURN(Regex regex, Regex::compile(pattern.at("Regex").get<std::string>()));
+    return std::variant<std::string, Regex>(std::move(regex));
+  }
+  return unsupported(str("the pattern of ", what), "String, Regex");
+}
+
+Status add_normalizer(const Json& component, Normalizer& normalizer, int depth) {
+  if (component.is_null()) return Status::ok_status();
+  const std::string type = type_of(component);
+  if (type == "Sequence" && depth < kComponentNestingMax) {
+    for (const Json& part : component.at("normalizers"))
+      TANDEM_RETURN_IF_ERROR(add_normalizer(part, normalizer, depth + 1));
+  } else if (type == "NFC") {
+    normalizer.add(NormalForm::kNfc);
+  } else if (type == "NFD") {
+    normalizer.add(NormalForm::kNfd);
+  } else if (type == "NFKC") {
+    normalizer.add(NormalForm::kNfkc);
+  } else if (type == "NFKD") {
+    normalizer.add(NormalForm::kNfkd);
+  } else if (type == "Prepend") {
+    normalizer.add(PrependStep{component.at("prepend").get<std::string>()});
+  } else if (type == "Replace") {
+    TANDEM_ASSIGN_OR_RETURN(auto pattern, parse_pattern(component, "the normalizer Replace"));
+    normalizer.add(ReplaceStep{std::move(pattern), component.at("content").get<std::string>()});
+  } else {
+    return unsupported(str("the normalizer ", type),
+                       "NFC, NFD, NFKC, NFKD, Prepend, Replace, Sequence");
+  }
+  return Status::ok_status();
+}
+
+Result<SplitBehavior> parse_behavior(const std::string& name) {
+  if (name == "Removed") return SplitBehavior::kRemoved;
+  if (name == "Isolated") return SplitBehavior::kIsolated;
+  if (name == "MergedWithPrevious") return SplitBehavior::kMergedWithPrevious;
+  if (name == "MergedWithNext") return SplitBehavior::kMergedWithNext;
+  if (name == "Contiguous") return SplitBehavior::kContiguous;
+  return invalid_error(str("tokenizer.json: unknown behavior \"", name, "\" of Split"));
+}
+
+Status add_split(const Json& component, PreTokenizer& pre_tokenizer) {
+  TANDEM_RETURN_IF_ERROR(check_keys(component, "Split", {"pattern", "behavior", "invert"}));
+  SplitStep step;
+  TANDEM_ASSIGN_OR_RETURN(step.pattern, parse_pattern(component, "the pre-tokenizer Split"));
+  TANDEM_ASSIGN_OR_RETURN(step.behavior,
+                          parse_behavior(component.at("behavior").get<std::string>()));
+  step.invert = component.value("invert", false);
+  pre_tokenizer.add(std::move(step));
+  return Status::ok_status();
+}
+
+Status add_byte_level(const Json& component, PreTokenizer& pre_tokenizer) {
+  TANDEM_RETURN_IF_ERROR(
+      check_keys(component, "ByteLevel", {"add_prefix_space", "trim_offsets", "use_regex"}));
+  ByteLevelStep step;
+  step.add_prefix_space = component.value("add_prefix_space", true);
+  if (component.value("use_regex", true)) {
+    TANDEM_ASSIGN_OR_RETURN(step.regex, Regex::compile(kGpt2Pattern));
+  }
+  pre_tokenizer.add(std::move(step));
+  return Status::ok_status();
+}
+
+/// `byte_level` becomes true at ByteLevel, after which nothing may follow: text is bytes then.
+Status add_pre_tokenizer(const Json& component, PreTokenizer& pre_tokenizer, bool& byte_level,
+                         int depth) {
+  const std::string type = component.is_null() ? "(none)" : type_of(component);
+  if (byte_level) return unsupported(str("the pre-tokenizer ", type, " after ByteLevel"), "none");
+  if (type == "Sequence" && depth < kComponentNestingMax) {
+    for (const Json& part : component.at("pretokenizers"))
+      TANDEM_RETURN_IF_ERROR(add_pre_tokenizer(part, pre_tokenizer, byte_level, depth + 1));
+    return Status::ok_status();
+  }
+  if (type == "Split") return add_split(component, pre_tokenizer);
+  if (type == "Digits") {
+    pre_tokenizer.add(DigitsStep{component.value("individual_digits", false)});
+    return Status::ok_status();
+  }
+  if (type == "ByteLevel") {
+    byte_level = true;
+    return add_byte_level(component, pre_tokenizer);
+  }
+  return unsupported(str("the pre-tokenizer ", type), "ByteLevel, Split, Digits, Sequence");
+}
+
+Status add_template(const Json& component, Tokenizer::Impl& impl) {
+  bool before = true;
+  for (const Json& part : component.at("single")) {
+    if (part.contains("Sequence")) {
+      if (!before) return unsupported("a template with two sequences", "one sequence");
+      before = false;
+      continue;
+    }
+    const std::string name = part.at("SpecialToken").at("id").get<std::string>();
+    auto& ids = before ? impl.prefix_ids : impl.suffix_ids;
+    for (const Json& id : component.at("special_tokens").at(name).at("ids"))
+      ids.push_back(id.get<std::int32_t>());
+  }
+  if (before) return invalid_error("tokenizer.json: TemplateProcessing has no Sequence");
+  return Status::ok_status();
+}
+
+Status add_post_processor(const Json& component, Tokenizer::Impl& impl, int depth) {
+  if (component.is_null()) return Status::ok_status();
+  const std::string type = type_of(component);
+  if (type == "ByteLevel") return Status::ok_status();  // moves offsets, not ids
+  if (type == "TemplateProcessing") return add_template(component, impl);
+  if (type == "Sequence" && depth < kComponentNestingMax) {
+    for (const Json& part : component.at("processors"))
+      TANDEM_RETURN_IF_ERROR(add_post_processor(part, impl, depth + 1));
+    return Status::ok_status();
+  }
+  return unsupported(str("the post-processor ", type), "ByteLevel, TemplateProcessing, Sequence");
+}
+
+Status check_decoder(const Json& component, int depth) {
+  const std::string type = component.is_null() ? "(none)" : type_of(component);
+  if (type == "ByteLevel") return Status::ok_status();
+  if (type == "Sequence" && depth < kComponentNestingMax) {
+    for (const Json& part : component.at("decoders"))
+      TANDEM_RETURN_IF_ERROR(check_decoder(part, depth + 1));
+    return Status::ok_status();
+  }
+  return unsupported(str("the decoder ", type), "ByteLevel");
+}
+
+Result<std::pair<std::string, std::string>> parse_merge(const Json& merge) {
+  if (merge.is_array() && merge.size() == 2)
+    return std::pair(merge[0].get<std::string>(), merge[1].get<std::string>());
+  if (merge.is_string()) {
+    const std::string text = merge.get<std::string>();
+    const std::size_t space = text.find(' ');
+    if (space != std::string::npos && text.find(' ', space + 1) == std::string::npos)
+      return std::pair(text.substr(0, space), text.substr(space + 1));
+  }
+  return invalid_error(str("tokenizer.json: a merge is not \"a b\" or [\"a\",\"b\"]: ",
+                           merge.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80)));
+}
+
+Status check_model(const Json& model) {
+  const std::string type =
+      model.value("type", std::string(model.contains("merges") ? "BPE" : "(none)"));
+  if (type != "BPE") return unsupported(str("the model ", type), "BPE");
+  TANDEM_RETURN_IF_ERROR(
+      check_keys(model, "the model",
+                 {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                  "fuse_unk", "byte_fallback", "ignore_merges", "vocab", "merges"}));
+  for (const char* affix : {"continuing_subword_prefix", "end_of_word_suffix"})
+    if (model.contains(affix) && !model.at(affix).is_null() && model.at(affix) != "")
+      return unsupported(str("the model's ", affix), "none");
+  if (model.contains("dropout") && !model.at("dropout").is_null() && model.at("dropout") != 0.0)
+    return unsupported("the model's dropout", "none");
+  if (model.value("byte_fallback", false)) return unsupported("the model's byte_fallback", "false");
+  return Status::ok_status();
+}
+
+Status parse_model(const Json& model, TokenizerParts& parts) {
+  TANDEM_RETURN_IF_ERROR(check_model(model));
+  parts.bpe.ignore_merges = model.value("ignore_merges", false);
+  parts.bpe.fuse_unk = model.value("fuse_unk", false);
+  for (const auto& [spelling, id] : model.at("vocab").items())
+    parts.vocabulary.emplace(spelling, id.get<std::int32_t>());
+  for (const Json& merge : model.at("merges")) {
+    TANDEM_ASSIGN_OR_RETURN(auto pair, parse_merge(merge));
+    parts.merges.push_back(std::move(pair));
+  }
+  if (model.contains("unk_token") && model.at("unk_token").is_string()) {
+    const auto found = parts.vocabulary.find(model.at("unk_token").get<std::string>());
+    if (found == parts.vocabulary.end())
+      return invalid_error("tokenizer.json: unk_token is not in the vocabulary");
+    parts.bpe.unk_id = found->second;
+  }
+  return Status::ok_status();
+}
+
+void parse_added(const Json& list, TokenizerParts& parts) {
+  for (const Json& item : list) {
+    AddedToken token;
+    token.id = item.at("id").get<std::int32_t>();
+    token.content = item.at("content").get<std::string>();
+    token.special = item.value("special", false);
+    token.single_word = item.value("single_word", false);
+    token.lstrip = item.value("lstrip", false);
+    token.rstrip = item.value("rstrip", false);
+    token.normalized = item.value("normalized", !token.special);
+    parts.added.push_back(std::move(token));
+  }
+}
+
+/// The id of a token that tokenizer_config.json names, as text or as {"content": ...}.
+Result<std::optional<std::int32_t>> named_token(const Json& config, const char* key,
+                                                const Tokenizer::Impl& impl,
+                                                const TokenizerParts& parts) {
+  if (!config.contains(key) || config.at(key).is_null()) return std::optional<std::int32_t>();
+  const Json& value = config.at(key);
+  const std::string content =
+      value.is_object() ? value.at("content").get<std::string>() : value.get<std::string>();
+  if (const auto added = impl.added_ids.find(content); added != impl.added_ids.end())
+    return std::optional(added->second);
+  if (const auto known = parts.vocabulary.find(content); known != parts.vocabulary.end())
+    return std::optional(known->second);
+  return invalid_error(str("tokenizer_config.json: ", key, " is \"", content,
+                           "\", which the tokenizer does not have"));
+}
+
+Status parse_config(const Json& config, const TokenizerParts& parts, Tokenizer::Impl& impl) {
+  TANDEM_ASSIGN_OR_RETURN(impl.bos_id, named_token(config, "bos_token", impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.eos_id, named_token(config, "eos_token", impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.unk_id, named_token(config, "unk_token", impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.pad_id, named_token(config, "pad_token", impl, parts));
+  return Status::ok_status();
+}
+
+Status check_template_ids(const Tokenizer::Impl& impl) {
+  for (const auto* ids : {&impl.prefix_ids, &impl.suffix_ids})
+    for (const std::int32_t id : *ids)
+      if (id < 0 || static_cast<std::size_t>(id) >= impl.entries.size() ||
+          !impl.entries[static_cast<std::size_t>(id)].present)
+        return invalid_error(str("tokenizer.json: TemplateProcessing names the id ", id,
+                                 ", which the tokenizer does not have"));
+  return Status::ok_status();
+}
+
+Result<Tokenizer> parse(std::string_view tokenizer_json, std::string_view config_json) {
+  const Json root = Json::parse(tokenizer_json);
+  auto impl = std::make_shared<Tokenizer::Impl>();
+  TANDEM_RETURN_IF_ERROR(add_normalizer(root.value("normalizer", Json()), impl->normalizer, 0));
+  TokenizerParts parts;
+  TANDEM_RETURN_IF_ERROR(parse_model(root.at("model"), parts));
+  bool byte_level = false;
+  TANDEM_RETURN_IF_ERROR(
+      add_pre_tokenizer(root.value("pre_tokenizer", Json()), impl->pre_tokenizer, byte_level, 0));
+  if (!byte_level) return unsupported("a pre-tokenizer without ByteLevel", "byte-level BPE");
+  TANDEM_RETURN_IF_ERROR(add_post_processor(root.value("post_processor", Json()), *impl, 0));
+  TANDEM_RETURN_IF_ERROR(check_decoder(root.value("decoder", Json()), 0));
+  if (root.contains("added_tokens") && !root.at("added_tokens").is_null())
+    parse_added(root.at("added_tokens"), parts);
+  TANDEM_RETURN_IF_ERROR(build_vocabulary(parts, *impl));
+  TANDEM_RETURN_IF_ERROR(check_template_ids(*impl));
+  if (!config_json.empty()) {
+    TANDEM_RETURN_IF_ERROR(parse_config(Json::parse(config_json), parts, *impl));
+  }
+  return Tokenizer(std::move(impl));
+}
+
+}  // namespace
+
+Result<Tokenizer> Tokenizer::from_json(std::string_view tokenizer_json,
+                                       std::string_view tokenizer_config_json) {
+  if (tokenizer_json.size() > kTokenizerJsonBytesMax)
+    return refused_error(str("tokenizer.json has ", tokenizer_json.size(), " bytes; at most ",
+                             kTokenizerJsonBytesMax, " are read"));
+  try {
+    return parse(tokenizer_json, tokenizer_config_json);
+  } catch (const Json::exception& e) {
+    return invalid_error(str("tokenizer.json cannot be read: ", e.what()));
+  }
+}
+
+}  // namespace tandem::text

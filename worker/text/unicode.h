@@ -1,0 +1,31 @@
+// Unicode normalization and character classes. The only file that knows utf8proc. Any thread.
+#pragma once
+
+#include "protocol/base/result.h"
+
+#include <string>
+#include <string_view>
+
+namespace tandem::text {
+
+/// Longest run of combining characters in text to be normalized: putting a run in canonical order
+/// takes time quadratic in its length.
+inline constexpr int kCombiningRunMax = 256;
+
+enum class NormalForm { kNfc, kNfd, kNfkc, kNfkd };
+
+/// `text` (valid UTF-8) in a normal form. Refused: a run over kCombiningRunMax.
+Result<std::string> normalize(std::string_view text, NormalForm form);
+
+bool is_white_space(char32_t c);  ///< property White_Space
+bool is_numeric(char32_t c);      ///< categories Nd, Nl, No (Rust's char::is_numeric)
+bool is_word(char32_t c);         ///< letters, marks, numbers, connectors: regex \w
+
+/// One code point to one; characters whose case form is longer (such as sharp s) stay, except
+/// where noted by the caller.
+char32_t to_lower(char32_t c);
+char32_t to_upper(char32_t c);
+bool is_cased_lower(char32_t c);
+bool is_cased_upper(char32_t c);
+
+}  // namespace tandem::text
