@@ -57,8 +57,8 @@ Result<std::unique_ptr<Bpe>> Bpe::create(
     const auto end = bpe->vocabulary_.end();
     if (a == end || b == end || merged == end)
       return invalid_error(str("merge ", rank, " of the tokenizer, \"", spelling_of_bytes(left),
-                               " ", spelling_of_bytes(right), "\": ",
-                               a == end || b == end ? "a part" : "the result",
+                               " ", spelling_of_bytes(right),
+                               "\": ", a == end || b == end ? "a part" : "the result",
                                " is not in the vocabulary"));
     bpe->merges_.add(a->second, b->second, {static_cast<std::int32_t>(rank), merged->second});
   }

@@ -34,7 +34,8 @@ class Detokenizer {
   static Result<Detokenizer> create(Tokenizer tokenizer, DetokenizerOptions options = {});
 
   /// Adds a token. The concatenation of all updates and finish() equals Tokenizer::decode() of all
-  /// ids, cut at the stop string that ends first (of several, the longest), whatever the tokens. After `stopped` nothing is added any more.
+  /// ids, cut at the stop string that ends first (of several, the longest), whatever the tokens.
+  /// After `stopped` nothing is added any more.
   Update append(std::int32_t id);
 
   /// The end without a stop string: releases what was held (an unfinished character as U+FFFD).

@@ -25,7 +25,10 @@ struct PrependStep {
 class Normalizer {
  public:
   using Step = std::variant<NormalForm, ReplaceStep, PrependStep>;
-  void add(Step step) { steps_.push_back(std::move(step)); }
+  template <class OneStep>
+  void add(OneStep step) {
+    steps_.emplace_back(std::in_place_type<OneStep>, std::move(step));
+  }
   [[nodiscard]] bool empty() const { return steps_.empty(); }
   /// All steps in order. Refused: a limit of a step. Text may grow to at most kNormalizedBytesMax.
   [[nodiscard]] Result<std::string> apply(std::string_view text) const;

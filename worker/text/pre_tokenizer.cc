@@ -32,8 +32,8 @@ std::vector<Stretch> stretches_of(const std::vector<Span>& matches, std::size_t 
 }
 
 /// Appends the pieces that `behavior` makes of the stretches, moved by `base`.
-void join_stretches(const std::vector<Stretch>& stretches, SplitBehavior behavior,
-                    std::size_t base, std::vector<Span>& pieces) {
+void join_stretches(const std::vector<Stretch>& stretches, SplitBehavior behavior, std::size_t base,
+                    std::vector<Span>& pieces) {
   const std::size_t first = pieces.size();
   bool previous_matched = false;
   for (std::size_t i = 0; i < stretches.size(); ++i) {

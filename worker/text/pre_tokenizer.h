@@ -35,7 +35,10 @@ extern const char* const kGpt2Pattern;
 class PreTokenizer {
  public:
   using Step = std::variant<SplitStep, DigitsStep, ByteLevelStep>;
-  void add(Step step) { steps_.push_back(std::move(step)); }
+  template <class OneStep>
+  void add(OneStep step) {
+    steps_.emplace_back(std::in_place_type<OneStep>, std::move(step));
+  }
 
   /// Splits `buffer` (valid UTF-8) into `pieces`, none empty. The buffer is rewritten where a step
   /// adds characters; the pieces are ranges of it afterwards. Refused: an expression that gave up.

@@ -16,8 +16,8 @@ constexpr std::size_t kJitStackBytesMax = 64 << 20;
 constexpr std::string_view kWordClass = "\\p{L}\\p{M}\\p{Nd}\\p{Pc}";
 
 Status dialect_error(std::string_view pattern, std::size_t offset, const char* what) {
-  return refused_error(str("regular expression /", pattern, "/ at byte ", offset, ": ", what,
-                           " is not supported"));
+  return refused_error(
+      str("regular expression /", pattern, "/ at byte ", offset, ": ", what, " is not supported"));
 }
 
 /// Appends PCRE2's spelling of the escape \c.
@@ -120,12 +120,12 @@ Result<Regex> Regex::compile(std::string_view pattern) {
   compiled->pattern = std::string(pattern);
   int code = 0;
   PCRE2_SIZE offset = 0;
-  compiled->code = pcre2_compile(
-      reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
-      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &code, &offset, nullptr);
+  compiled->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
+                                 PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C,
+                                 &code, &offset, nullptr);
   if (compiled->code == nullptr)
-    return invalid_error(str("regular expression /", pattern, "/ is wrong near byte ", offset,
-                             ": ", pcre2_message(code)));
+    return invalid_error(str("regular expression /", pattern, "/ is wrong near byte ", offset, ": ",
+                             pcre2_message(code)));
   // Without JIT (a platform that lacks it) matching is interpreted: slower, the same result.
   (void)pcre2_jit_compile(compiled->code, PCRE2_JIT_COMPLETE);
   compiled->context = pcre2_match_context_create(nullptr);
@@ -144,15 +144,16 @@ Status Regex::find_all(std::string_view text, std::vector<Span>& matches) const 
     if (rc == PCRE2_ERROR_NOMATCH) break;
     if (rc < 0)
       return refused_error(str("regular expression /", compiled_->pattern, "/ gave up at byte ",
-                               offset, " of a text of ", text.size(), " bytes (",
-                               pcre2_message(rc), "; limit ", kRegexMatchLimit, ")"));
+                               offset, " of a text of ", text.size(), " bytes (", pcre2_message(rc),
+                               "; limit ", kRegexMatchLimit, ")"));
     const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data.get());
     if (bounds[1] > bounds[0]) {
       matches.push_back({bounds[0], bounds[1]});
       offset = bounds[1];
     } else {
-      offset = bounds[1] + utf8_length(static_cast<unsigned char>(
-                               bounds[1] < text.size() ? text[bounds[1]] : ' '));
+      offset =
+          bounds[1] +
+          utf8_length(static_cast<unsigned char>(bounds[1] < text.size() ? text[bounds[1]] : ' '));
     }
   }
   return Status::ok_status();

@@ -15,16 +15,16 @@ Status check_parts(const TokenizerParts& parts) {
     return refused_error(str("the tokenizer has ", parts.vocabulary.size(), " tokens; at most ",
                              kVocabularyMax, " are supported"));
   if (parts.added.size() > kAddedTokensMax)
-    return refused_error(str("the tokenizer has ", parts.added.size(),
-                             " added tokens; at most ", kAddedTokensMax, " are supported"));
+    return refused_error(str("the tokenizer has ", parts.added.size(), " added tokens; at most ",
+                             kAddedTokensMax, " are supported"));
   return Status::ok_status();
 }
 
 Status put_entry(Tokenizer::Impl& impl, std::int32_t id, std::string bytes,
                  const std::string& shown) {
   if (id < 0 || static_cast<std::size_t>(id) >= 2 * kVocabularyMax)
-    return invalid_error(str("token \"", shown, "\" has the id ", id, ", outside [0, ",
-                             2 * kVocabularyMax, ")"));
+    return invalid_error(
+        str("token \"", shown, "\" has the id ", id, ", outside [0, ", 2 * kVocabularyMax, ")"));
   const auto index = static_cast<std::size_t>(id);
   if (impl.entries.size() <= index) impl.entries.resize(index + 1);
   if (impl.entries[index].present)
@@ -118,8 +118,8 @@ Result<std::vector<std::int32_t>> Tokenizer::encode(std::string_view text,
       ids.push_back(*segment.added_id);
       continue;
     }
-    TANDEM_RETURN_IF_ERROR(impl_->encode_text(
-        text.substr(segment.span.begin, segment.span.size()), options.parse_special, ids));
+    TANDEM_RETURN_IF_ERROR(impl_->encode_text(text.substr(segment.span.begin, segment.span.size()),
+                                              options.parse_special, ids));
   }
   if (options.add_special_tokens)
     ids.insert(ids.end(), impl_->suffix_ids.begin(), impl_->suffix_ids.end());
@@ -147,10 +147,18 @@ bool Tokenizer::is_special(std::int32_t id) const {
 std::int32_t Tokenizer::vocab_size() const {
   return static_cast<std::int32_t>(impl_->entries.size());
 }
-std::optional<std::int32_t> Tokenizer::bos_id() const { return impl_->bos_id; }
-std::optional<std::int32_t> Tokenizer::eos_id() const { return impl_->eos_id; }
-std::optional<std::int32_t> Tokenizer::unk_id() const { return impl_->unk_id; }
-std::optional<std::int32_t> Tokenizer::pad_id() const { return impl_->pad_id; }
+std::optional<std::int32_t> Tokenizer::bos_id() const {
+  return impl_->bos_id;
+}
+std::optional<std::int32_t> Tokenizer::eos_id() const {
+  return impl_->eos_id;
+}
+std::optional<std::int32_t> Tokenizer::unk_id() const {
+  return impl_->unk_id;
+}
+std::optional<std::int32_t> Tokenizer::pad_id() const {
+  return impl_->pad_id;
+}
 
 std::string Tokenizer::bos_token() const {
   return impl_->bos_id ? std::string(token_bytes(*impl_->bos_id)) : std::string();

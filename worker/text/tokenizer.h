@@ -16,6 +16,10 @@
 #include <string_view>
 #include <vector>
 
+namespace tandem::storage {
+struct GgufTokenizer;
+}
+
 namespace tandem::text {
 
 /// Longest text that one encode() accepts, in bytes.
@@ -23,22 +27,6 @@ inline constexpr std::size_t kEncodeBytesMax = std::size_t{16} << 20;
 /// Largest tokenizer.json that is read, in bytes, and the largest vocabulary, in tokens.
 inline constexpr std::size_t kTokenizerJsonBytesMax = std::size_t{256} << 20;
 inline constexpr std::size_t kVocabularyMax = std::size_t{1} << 22;
-
-/// The tokenizer of a GGUF file, as its keys hold it. Whoever reads the file fills this.
-struct GgufTokenizerData {
-  std::string model;                      ///< tokenizer.ggml.model; only "gpt2" is byte-level BPE
-  std::string pre;                        ///< tokenizer.ggml.pre: names the splitting rules
-  std::vector<std::string> tokens;        ///< tokenizer.ggml.tokens, in byte-level characters
-  std::vector<std::int32_t> token_types;  ///< tokenizer.ggml.token_type: 1 normal, 3 control, ...
-  std::vector<std::string> merges;        ///< tokenizer.ggml.merges: "a b", best first
-  std::optional<std::int32_t> bos_id;     ///< tokenizer.ggml.bos_token_id
-  std::optional<std::int32_t> eos_id;     ///< tokenizer.ggml.eos_token_id
-  std::optional<std::int32_t> unk_id;     ///< tokenizer.ggml.unknown_token_id
-  std::optional<std::int32_t> pad_id;     ///< tokenizer.ggml.padding_token_id
-  std::optional<bool> add_bos;            ///< tokenizer.ggml.add_bos_token; absent: the family's
-  std::optional<bool> add_eos;            ///< tokenizer.ggml.add_eos_token
-  std::optional<bool> add_space_prefix;   ///< tokenizer.ggml.add_space_prefix
-};
 
 struct EncodeOptions {
   /// Adds what the tokenizer puts around a text (BOS and so on). A rendered chat template already
@@ -56,8 +44,9 @@ class Tokenizer {
   /// this class does not know, named in the message. Invalid: not JSON, or contradictory.
   static Result<Tokenizer> from_json(std::string_view tokenizer_json,
                                      std::string_view tokenizer_config_json = {});
-  /// From GGUF metadata. Refused: a model other than "gpt2", an unknown `pre`.
-  static Result<Tokenizer> from_gguf(const GgufTokenizerData& data);
+  /// From the metadata of a GGUF file (storage::Gguf::tokenizer()). Refused: a model other than
+  /// "gpt2", an unknown `pre`.
+  static Result<Tokenizer> from_gguf(const storage::GgufTokenizer& data);
 
   /// The ids of `text`. Invalid: not UTF-8 (with the byte's offset), or over kEncodeBytesMax.
   [[nodiscard]] Result<std::vector<std::int32_t>> encode(std::string_view text,

@@ -1,5 +1,6 @@
 // The tokenizer inside a GGUF file. The file names its splitting rules only by a word ("smollm"),
 // so the rules stand here.
+#include "storage/gguf.h"
 #include "worker/text/tokenizer.h"
 #include "worker/text/tokenizer_impl.h"
 
@@ -86,10 +87,10 @@ Status add_rules(Rules rules, bool add_prefix_space, Tokenizer::Impl& impl) {
   return Status::ok_status();
 }
 
-Status parse_tokens(const GgufTokenizerData& data, TokenizerParts& parts) {
+Status parse_tokens(const storage::GgufTokenizer& data, TokenizerParts& parts) {
   if (!data.token_types.empty() && data.token_types.size() != data.tokens.size())
-    return invalid_error(str("GGUF: ", data.tokens.size(), " tokens but ",
-                             data.token_types.size(), " token types"));
+    return invalid_error(
+        str("GGUF: ", data.tokens.size(), " tokens but ", data.token_types.size(), " token types"));
   for (std::size_t i = 0; i < data.tokens.size(); ++i) {
     const auto id = static_cast<std::int32_t>(i);
     if (!parts.vocabulary.emplace(data.tokens[i], id).second)
@@ -111,13 +112,13 @@ Status parse_tokens(const GgufTokenizerData& data, TokenizerParts& parts) {
   return Status::ok_status();
 }
 
-Status take_ids(const GgufTokenizerData& data, bool adds_bos, Tokenizer::Impl& impl) {
-  const auto take = [&](const char* name, std::optional<std::int32_t> id,
+Status take_ids(const storage::GgufTokenizer& data, bool adds_bos, Tokenizer::Impl& impl) {
+  const auto take = [&](const char* name, std::optional<std::uint32_t> id,
                         std::optional<std::int32_t>& to) -> Status {
-    if (id && (*id < 0 || static_cast<std::size_t>(*id) >= impl.entries.size()))
+    if (id && *id >= impl.entries.size())
       return invalid_error(str("GGUF: ", name, " token id ", *id, " is outside the vocabulary of ",
                                impl.entries.size()));
-    to = id;
+    if (id) to = static_cast<std::int32_t>(*id);
     return Status::ok_status();
   };
   TANDEM_RETURN_IF_ERROR(take("bos", data.bos_id, impl.bos_id));
@@ -131,7 +132,7 @@ Status take_ids(const GgufTokenizerData& data, bool adds_bos, Tokenizer::Impl& i
 
 }  // namespace
 
-Result<Tokenizer> Tokenizer::from_gguf(const GgufTokenizerData& data) {
+Result<Tokenizer> Tokenizer::from_gguf(const storage::GgufTokenizer& data) {
   if (data.model != "gpt2")
     return refused_error(str("GGUF: tokenizer.ggml.model is \"", data.model,
                              "\", which is not supported (supported: gpt2, byte-level BPE)"));

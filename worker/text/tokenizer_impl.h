@@ -38,7 +38,7 @@ struct Tokenizer::Impl {
 
 /// What every loader hands to build().
 struct TokenizerParts {
-  StringMap<std::int32_t> vocabulary;  ///< spelling -> id, as the file has it
+  StringMap<std::int32_t> vocabulary;                       ///< spelling -> id, as the file has it
   std::vector<std::pair<std::string, std::string>> merges;  ///< spellings, best first
   std::vector<AddedToken> added;
   BpeOptions bpe;

@@ -15,11 +15,13 @@ using Json = nlohmann::json;
 /// Nesting of Sequence components.
 constexpr int kComponentNestingMax = 8;
 
-std::string type_of(const Json& component) { return component.value("type", std::string("(none)")); }
+std::string type_of(const Json& component) {
+  return component.value("type", std::string("(none)"));
+}
 
 Status unsupported(const std::string& what, const std::string& supported) {
-  return refused_error(str("tokenizer.json: ", what, " is not supported (supported: ", supported,
-                           ")"));
+  return refused_error(
+      str("tokenizer.json: ", what, " is not supported (supported: ", supported, ")"));
 }
 
 Status check_keys(const Json& component, const std::string& what,
@@ -178,8 +180,9 @@ Result<std::pair<std::string, std::string>> parse_merge(const Json& merge) {
     if (space != std::string::npos && text.find(' ', space + 1) == std::string::npos)
       return std::pair(text.substr(0, space), text.substr(space + 1));
   }
-  return invalid_error(str("tokenizer.json: a merge is not \"a b\" or [\"a\",\"b\"]: ",
-                           merge.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80)));
+  return invalid_error(
+      str("tokenizer.json: a merge is not \"a b\" or [\"a\",\"b\"]: ",
+          merge.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80)));
 }
 
 Status check_model(const Json& model) {

@@ -39,9 +39,9 @@ Result<std::string> normalize(std::string_view text, NormalForm form) {
   options |= composed ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
   if (form == NormalForm::kNfkc || form == NormalForm::kNfkd) options |= UTF8PROC_COMPAT;
   utf8proc_uint8_t* result = nullptr;
-  const utf8proc_ssize_t size = utf8proc_map(
-      reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-      static_cast<utf8proc_ssize_t>(text.size()), &result, static_cast<utf8proc_option_t>(options));
+  const utf8proc_ssize_t size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                             static_cast<utf8proc_ssize_t>(text.size()), &result,
+                                             static_cast<utf8proc_option_t>(options));
   if (size < 0) {
     std::free(result);
     return invalid_error(str("text cannot be normalized: ", utf8proc_errmsg(size)));
@@ -89,7 +89,9 @@ char32_t to_lower(char32_t c) {
 char32_t to_upper(char32_t c) {
   return static_cast<char32_t>(utf8proc_toupper(static_cast<utf8proc_int32_t>(c)));
 }
-bool is_cased_lower(char32_t c) { return category(c) == UTF8PROC_CATEGORY_LL; }
+bool is_cased_lower(char32_t c) {
+  return category(c) == UTF8PROC_CATEGORY_LL;
+}
 bool is_cased_upper(char32_t c) {
   return category(c) == UTF8PROC_CATEGORY_LU || category(c) == UTF8PROC_CATEGORY_LT;
 }
