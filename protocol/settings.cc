@@ -1,11 +1,15 @@
 #include "protocol/settings.h"
 
+#include "protocol/base/digest.h"
+
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
 #include <filesystem>
+
+#include <unistd.h>
 
 namespace tandem::protocol {
 namespace {
@@ -161,11 +165,18 @@ Result<std::int64_t> Settings::get_bytes(const std::string& name) const {
   return bytes;
 }
 
+std::string Settings::socket_dir() const {
+  constexpr std::size_t kDirectoryBytesMax =
+      90;  // sockaddr_un holds 107 and the names need the rest
+  if (run_dir().size() <= kDirectoryBytesMax) return run_dir();
+  return str("/tmp/tandem-", getuid(), "-", sha256(run_dir()).short_hex());
+}
+
 std::string Settings::endpoint(const std::string& socket) const {
   const std::string& listen = get("listen_" + socket);
   if (!listen.empty()) return listen;
   if (socket == "clients" && !get("coordinator").empty()) return get("coordinator");
-  return "ipc://" + run_dir() + "/" + socket + ".sock";
+  return "ipc://" + socket_dir() + "/" + socket + ".sock";
 }
 
 Result<std::int64_t> parse_bytes(const std::string& text) {

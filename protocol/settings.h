@@ -45,6 +45,9 @@ class Settings {
   [[nodiscard]] std::string data_dir() const { return get("data_dir"); }
   [[nodiscard]] std::string run_dir() const { return data_dir() + "/run"; }
   [[nodiscard]] std::string log_dir() const { return data_dir() + "/log"; }
+  /// Where ipc sockets lie: run_dir(), or, where that would exceed a socket address (107 bytes), a
+  /// directory in /tmp named after it. Its creator makes it with mode 0700.
+  [[nodiscard]] std::string socket_dir() const;
   /// The endpoint of one of the coordinator's sockets: the setting, or ipc under run_dir() when
   /// empty. `socket`: "clients", "workers" or "bulk".
   [[nodiscard]] std::string endpoint(const std::string& socket) const;

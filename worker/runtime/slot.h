@@ -1,0 +1,55 @@
+// A worker's identity on its host: one directory and three lock files per slot, so that launching
+// again fills only the missing slots and a new agent can adopt the engine that an old one left
+// running.
+//
+//   <run>/worker-<device><slot>/supervisor.lock  agent.lock  engine.lock   held (flock) while alive
+//                               engine.json      {"pid", "incarnation"} of the running engine
+#pragma once
+
+#include "protocol/base/ids.h"
+#include "protocol/base/result.h"
+
+#include <sys/types.h>
+
+#include <optional>
+#include <string>
+
+namespace tandem::worker::runtime {
+
+/// An flock that lives until the object or the process dies. Move-only.
+class FileLock {
+ public:
+  /// conflict_error (with the holder's pid, which the file holds) when somebody has it; waits up to
+  /// `wait_ms` for that to change.
+  static Result<FileLock> acquire(const std::string& path, std::int64_t wait_ms = 0);
+  /// True when some process holds the lock now.
+  static bool is_held(const std::string& path);
+  FileLock(FileLock&& other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
+  FileLock& operator=(FileLock&& other) noexcept;
+  ~FileLock();
+
+ private:
+  explicit FileLock(int fd) : fd_(fd) {}
+  int fd_ = -1;
+};
+
+/// Where one slot keeps its files.
+struct SlotPaths {
+  std::string directory, supervisor_lock, agent_lock, engine_lock, engine_json;
+  /// Creates the directory (0700).
+  static Result<SlotPaths> create(const std::string& run_dir, const std::string& device, int slot);
+};
+
+struct EngineInfo {
+  pid_t pid = 0;
+  Incarnation incarnation = 0;
+};
+/// Written by the engine after it took its lock.
+Status write_engine_info(const SlotPaths& paths, const EngineInfo& info);
+/// The engine that holds the slot now, if any does.
+std::optional<EngineInfo> running_engine(const SlotPaths& paths);
+
+/// This host's name, for WorkerId and hello.
+std::string host_name();
+
+}  // namespace tandem::worker::runtime
