@@ -46,6 +46,10 @@ class BoundedQueue {
     closed_ = true;
     ready_.notify_all();
   }
+  [[nodiscard]] bool closed_and_empty() const {
+    std::lock_guard lock(mutex_);
+    return closed_ && items_.empty();
+  }
   [[nodiscard]] std::size_t size() const {
     std::lock_guard lock(mutex_);
     return items_.size();

@@ -1,0 +1,230 @@
+#include "worker/runtime/agent.h"
+
+#include "protocol/base/log.h"
+#include "worker/runtime/coordinator_link.h"
+#include "worker/runtime/process.h"
+#include "worker/runtime/supervisor.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <fstream>
+
+namespace tandem::worker::runtime {
+namespace {
+
+constexpr TimeMs kPollMs = 50;
+constexpr TimeMs kTakeOverWaitMs = 10000;
+constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
+
+std::atomic<int> g_stop_signals{0};
+std::atomic<bool> g_hand_over{false};
+
+void on_signal(int signal) {
+  if (signal == SIGUSR1)
+    g_hand_over = true;
+  else
+    g_stop_signals = g_stop_signals + 1;
+}
+
+void install_signal_handlers() {
+  struct sigaction action {};
+  action.sa_handler = on_signal;
+  for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaction(signal, &action, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+}
+
+/// Takes the agent's lock; an orphaned agent that holds it is asked to hand over first.
+Result<FileLock> take_over(const SlotPaths& paths) {
+  auto lock = FileLock::acquire(paths.agent_lock);
+  if (lock.ok()) return lock;
+  std::ifstream in(paths.agent_lock);
+  pid_t holder = 0;
+  if (in >> holder && holder > 1) ::kill(holder, SIGUSR1);
+  return FileLock::acquire(paths.agent_lock, scaled_ms(kTakeOverWaitMs));
+}
+
+class Agent {
+ public:
+  Agent(const AgentOptions& options, const SlotPaths& paths,
+        std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock)
+      : options_(options),
+        paths_(paths),
+        clock_(clock),
+        incarnation_(entropy64() | 1),
+        link_(std::move(endpoint), clock,
+              {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); }}) {}
+
+  int run() {
+    while (true) {
+      if (auto message = link_.poll(kPollMs)) handle(*message);
+      if (g_hand_over) {
+        log_info("handing the slot to a new agent; engine ", engine_, " stays");
+        return kExitAsked;
+      }
+      if (g_stop_signals > stops_seen_) {
+        if (stopping_) kill_engine(SIGKILL);
+        stops_seen_ = g_stop_signals;
+        begin_stop();
+      }
+      if (exit_code_ >= 0) return exit_code_;
+      watch_engine();
+      if (stopping_ && engine_ == 0) {
+        (void)link_.send(
+            protocol::WorkerBye{options_.worker, protocol::WorkerRole::kAgent, incarnation_});
+        return kExitAsked;
+      }
+    }
+  }
+
+ private:
+  protocol::WorkerHello hello() const {
+    protocol::WorkerHello hello;
+    hello.role = protocol::WorkerRole::kAgent;
+    hello.worker = options_.worker;
+    hello.host = options_.host;
+    hello.slot = options_.slot;
+    hello.device = options_.device;
+    hello.device_name = options_.device_name;
+    hello.memory_bytes = options_.memory_bytes;
+    hello.pid = ::getpid();
+    hello.incarnation = incarnation_;
+    return hello;
+  }
+
+  protocol::Heartbeat heartbeat(std::uint64_t seq) const {
+    protocol::Heartbeat beat;
+    beat.worker = options_.worker;
+    beat.role = protocol::WorkerRole::kAgent;
+    beat.incarnation = incarnation_;
+    beat.seq = seq;
+    return beat;
+  }
+
+  void handle(const protocol::ControlMessage& message) {
+    if (const auto* reply = std::get_if<protocol::WorkerHelloReply>(&message)) {
+      if (!reply->status.ok())
+        log_warn("the coordinator refuses this worker: ", reply->status.message());
+      return;
+    }
+    const auto* command = std::get_if<protocol::AgentCommand>(&message);
+    if (!command) return;
+    switch (command->action) {
+      case protocol::AgentAction::kRestartEngine:
+        log_info("asked to restart the engine");
+        kill_engine(SIGTERM);
+        break;
+      case protocol::AgentAction::kUpgrade:
+        log_info("asked to upgrade: draining the engine, then starting the new binary in place");
+        upgrading_ = true;
+        kill_engine(SIGTERM);
+        break;
+      case protocol::AgentAction::kShutdown:
+        log_info("asked to shut down");
+        begin_stop();
+        break;
+      case protocol::AgentAction::kDrain:
+      case protocol::AgentAction::kResume:
+        break;  // placement's business: the coordinator gives a draining worker nothing new
+    }
+  }
+
+  void begin_stop() {
+    if (stopping_) return;
+    stopping_ = true;
+    kill_engine(SIGTERM);
+  }
+
+  void kill_engine(int signal) {
+    if (engine_ == 0) return;
+    ::kill(engine_, signal);
+    if (kill_at_ms_ == 0)
+      kill_at_ms_ = clock_.now_ms() + scaled_ms(options_.drain_timeout_ms + kKillAfterMs);
+  }
+
+  void watch_engine() {
+    if (engine_ != 0) {
+      if (kill_at_ms_ && clock_.now_ms() >= kill_at_ms_) {
+        log_warn("engine ", engine_, " did not end in time; killing it");
+        ::kill(engine_, SIGKILL);
+        kill_at_ms_ = clock_.now_ms() + scaled_ms(kKillAfterMs);
+      }
+      if (!engine_ended()) return;
+      engine_ = 0;
+      kill_at_ms_ = 0;
+      if (upgrading_) restart_in_place();
+      start_at_ms_ = clock_.now_ms() + backoff_.next_delay_ms(clock_.now_ms() - started_ms_);
+    }
+    if (stopping_ || exit_code_ >= 0 || clock_.now_ms() < start_at_ms_) return;
+    if (auto running = running_engine(paths_)) {
+      log_info("adopting engine ", running->pid);
+      engine_ = running->pid;
+      child_ = false;
+      started_ms_ = clock_.now_ms();
+      return;
+    }
+    auto pid = start_process(options_.executable, options_.engine_arguments, false);
+    started_ms_ = clock_.now_ms();
+    if (!pid.ok()) {
+      log_error("cannot start the engine: ", pid.status().message());
+      start_at_ms_ = clock_.now_ms() + backoff_.next_delay_ms(0);
+      return;
+    }
+    engine_ = *pid;
+    child_ = true;
+    log_info("started engine ", engine_);
+  }
+
+  /// Whether the engine is gone; its exit code may end the agent too.
+  bool engine_ended() {
+    if (!child_) {
+      const auto running = running_engine(paths_);
+      return !running || running->pid != engine_;
+    }
+    int wait_status = 0;
+    if (::waitpid(engine_, &wait_status, WNOHANG) != engine_) return false;
+    if (WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == kExitUsage) exit_code_ = kExitUsage;
+    if (!stopping_) log_warn("engine ", engine_, " ended by ", describe_wait_status(wait_status));
+    return true;
+  }
+
+  void restart_in_place() {
+    std::vector<std::string> arguments = options_.engine_arguments;
+    for (auto& argument : arguments)
+      if (argument == "--engine") argument = "--agent";
+    std::vector<char*> argv{const_cast<char*>(options_.executable.c_str())};
+    for (auto& argument : arguments) argv.push_back(argument.data());
+    argv.push_back(nullptr);
+    ::execv(options_.executable.c_str(), argv.data());  // locks are close-on-exec and taken anew
+    log_error("cannot execute ", options_.executable);
+    upgrading_ = false;
+  }
+
+  const AgentOptions& options_;
+  const SlotPaths& paths_;
+  const Clock& clock_;
+  const Incarnation incarnation_;
+  CoordinatorLink link_;
+  RestartBackoff backoff_;
+  pid_t engine_ = 0;
+  bool child_ = false, stopping_ = false, upgrading_ = false;
+  int stops_seen_ = 0, exit_code_ = -1;
+  TimeMs started_ms_ = 0, start_at_ms_ = 0, kill_at_ms_ = 0;
+};
+
+}  // namespace
+
+int run_agent(const AgentOptions& options, const SlotPaths& paths,
+              std::unique_ptr<protocol::ClientEndpoint> coordinator, const Clock& clock) {
+  install_signal_handlers();
+  auto lock = take_over(paths);
+  if (!lock.ok()) {
+    log_error(lock.status().message());
+    return kExitUsage;
+  }
+  return Agent(options, paths, std::move(coordinator), clock).run();
+}
+
+}  // namespace tandem::worker::runtime

@@ -1,0 +1,144 @@
+#include "worker/runtime/bulk_client.h"
+
+#include "protocol/codec.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+
+namespace tandem::worker::runtime {
+namespace {
+
+constexpr std::size_t kInFlightMax = 256;             ///< calls sent and not answered
+constexpr std::int64_t kInFlightBytesMax = 64 << 20;  ///< payload of those
+constexpr TimeMs kResendMs = 5000, kPollMs = 100;
+constexpr std::size_t kHasBatch = 4096;
+
+std::uint64_t& call_id(protocol::BulkRequest& request) {
+  return std::visit([](auto& r) -> std::uint64_t& { return r.call; }, request);
+}
+
+}  // namespace
+
+BulkClient::BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock)
+    : endpoint_(std::move(endpoint)), clock_(clock) {}
+
+void BulkClient::send_due(std::vector<Call>& calls, std::size_t& in_flight) {
+  const TimeMs now = clock_.now_ms();
+  in_flight = 0;
+  std::int64_t bytes = 0;
+  for (Call& call : calls) {
+    if (call.done) continue;
+    const bool due = call.sent_ms < 0 || now - call.sent_ms > scaled_ms(kResendMs);
+    if (due) {
+      const protocol::Bytes payload(call.payload.begin(), call.payload.end());
+      if (!endpoint_->send(protocol::encode(call.request), payload).ok())
+        return;  // full or away: later
+      call.sent_ms = now;
+    }
+    bytes += static_cast<std::int64_t>(call.payload.size());
+    if (++in_flight >= kInFlightMax || bytes >= kInFlightBytesMax) return;
+  }
+}
+
+Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
+  const std::uint64_t first = next_call_;
+  for (Call& call : calls) call_id(call.request) = next_call_++;
+  const TimeMs end = clock_.now_ms() + scaled_ms(deadline_ms);
+  for (std::size_t done = 0; done < calls.size();) {
+    if (cancelled_) return cancelled_error("the transfer was cancelled");
+    if (deadline_ms > 0 && clock_.now_ms() > end)
+      return timeout_error(
+          str("no answer from the coordinator's bulk socket for ", deadline_ms, " ms"));
+    std::size_t in_flight = 0;
+    send_due(calls, in_flight);
+    auto envelope = endpoint_->receive(kPollMs);
+    if (!envelope) continue;
+    auto reply = protocol::decode_blob_reply(envelope->frame);
+    if (!reply.ok() || reply->call < first || reply->call >= next_call_)
+      continue;  // an older call's
+    Call& call = calls[reply->call - first];
+    if (call.done) continue;
+    call.done = true;
+    ++done;
+    call.reply = std::move(*reply);
+    call.data = std::move(envelope->payload);
+  }
+  return {};
+}
+
+Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
+                       TimeMs deadline_ms) {
+  std::vector<Call> questions;
+  for (std::size_t i = 0; i < blobs.size(); i += kHasBatch) {
+    protocol::BlobHas has;
+    for (const auto& blob : blobs.subspan(i, std::min(kHasBatch, blobs.size() - i)))
+      has.digests.push_back(blob.digest);
+    questions.push_back({.request = std::move(has), .payload = {}, .reply = {}, .data = {}});
+  }
+  TANDEM_RETURN_IF_ERROR(run(questions, deadline_ms));
+  std::vector<Call> puts;
+  std::size_t index = 0;
+  for (const Call& question : questions) {
+    TANDEM_RETURN_IF_ERROR(question.reply.status);
+    for (bool has : question.reply.has) {
+      const BlobView& blob = blobs[index++];
+      if (has) continue;
+      puts.push_back({.request = protocol::BlobPut{0, blob.digest, pin},
+                      .payload = blob.bytes,
+                      .reply = {},
+                      .data = {}});
+    }
+  }
+  TANDEM_RETURN_IF_ERROR(run(puts, deadline_ms));
+  for (const Call& call : puts) TANDEM_RETURN_IF_ERROR(call.reply.status);
+  return {};
+}
+
+Result<std::vector<std::vector<std::byte>>> BulkClient::get(std::span<const Digest> digests,
+                                                            TimeMs deadline_ms) {
+  std::vector<Call> calls;
+  for (const Digest& digest : digests)
+    calls.push_back(
+        {.request = protocol::BlobGet{0, digest, 0, 0}, .payload = {}, .reply = {}, .data = {}});
+  TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
+  std::vector<std::vector<std::byte>> blobs;
+  for (std::size_t i = 0; i < calls.size(); ++i) {
+    TANDEM_RETURN_IF_ERROR(calls[i].reply.status);
+    if (sha256(calls[i].data) != digests[i])
+      return corrupt_error(str("blob ", digests[i].hex(), " arrived with other bytes"));
+    blobs.push_back(std::move(calls[i].data));
+  }
+  return blobs;
+}
+
+Status BulkClient::fetch_file(const Digest& root, const std::string& path, TimeMs deadline_ms) {
+  const std::string temporary = path + ".part";
+  std::error_code error;
+  std::filesystem::create_directories(std::filesystem::path(path).parent_path(), error);
+  Hasher leaves;
+  std::ofstream out(temporary, std::ios::binary | std::ios::trunc);
+  for (std::int64_t offset = 0, total = 1; offset < total; offset += kDigestLeafBytes) {
+    std::vector<Call> calls(1);
+    calls[0].request = protocol::BlobGet{0, root, offset, kDigestLeafBytes};
+    TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
+    TANDEM_RETURN_IF_ERROR(calls[0].reply.status);
+    total = calls[0].reply.total_bytes;
+    const auto& data = calls[0].data;
+    if (static_cast<std::int64_t>(data.size()) != std::min(kDigestLeafBytes, total - offset))
+      return corrupt_error(
+          str(path, ": ", data.size(), " bytes arrived at offset ", offset, " of ", total));
+    const Digest leaf = sha256(data);
+    leaves.update(std::as_bytes(std::span(leaf.bytes)));
+    out.write(reinterpret_cast<const char*>(data.data()),
+              static_cast<std::streamsize>(data.size()));
+  }
+  if (!out.flush()) return internal_error(str("cannot write ", temporary, " (disk full?)"));
+  if (leaves.finish() != root)
+    return corrupt_error(str(path, " does not match its digest ", root.hex()));
+  std::filesystem::rename(temporary, path, error);
+  if (error) return internal_error(str("cannot rename ", temporary, ": ", error.message()));
+  return {};
+}
+
+}  // namespace tandem::worker::runtime
