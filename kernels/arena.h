@@ -1,6 +1,9 @@
 // Bump allocation in one reserved address range, booked in the ledger under one kind. All tensors
 // of the engine come from arenas; a step allocates by bumping and frees by resetting to a mark, so
 // no step ever calls the system allocator. One thread.
+//
+// The ledger counts what the device has lost: the mapped pages, which stay mapped after reset()
+// until trim(). It therefore moves in steps of kMapGranularity; peak_used() is the exact number.
 #pragma once
 
 #include "kernels/allocator.h"
@@ -10,6 +13,9 @@
 #include <string>
 
 namespace tandem::kernels {
+
+/// Arenas map and unmap in multiples of this: a huge page of a CPU, a page of a GPU.
+inline constexpr std::int64_t kMapGranularity = 2 << 20;
 
 class Arena {
  public:
@@ -30,6 +36,8 @@ class Arena {
   [[nodiscard]] std::int64_t mark() const { return used_; }
   void reset(std::int64_t mark);
   [[nodiscard]] std::int64_t used() const { return used_; }
+  /// The largest used() since construction.
+  [[nodiscard]] std::int64_t peak_used() const { return peak_used_; }
   [[nodiscard]] std::int64_t capacity() const { return capacity_; }
   /// Gives pages beyond what is in use back to the device.
   void trim();
@@ -40,8 +48,10 @@ class Arena {
   const MemoryKind kind_;
   const std::string name_;
   const std::int64_t capacity_;
+  const std::int64_t reserved_;
   void* base_ = nullptr;
   std::int64_t used_ = 0;
+  std::int64_t peak_used_ = 0;
   std::int64_t mapped_ = 0;
 };
 

@@ -85,9 +85,11 @@ struct LinearArgs {
   std::vector<LoraSite> sites;  ///< empty: plain linear
   const AdapterRows* adapters;  ///< null: plain linear
   Tensor y;                     ///< [T, N] cd, or f32 whatever cd is (logits), overwritten
-  Tensor u;  ///< [T, sites * rank_max] cd: A dropout(x), saved for backward; may be undefined
+  /// [T, sites * rank_max] cd, overwritten: s A dropout(x) of each site in turn, zeros where a row
+  /// has no adapter or a smaller rank; saved for backward. May be undefined (serving).
+  Tensor u;
 };
-/// dx = dy W + sum over sites of dropout'(s (dy B) A); dA += s (dy B)^T dropout(x); dB += s dy^T u.
+/// dx = dy W + sum over sites of dropout'(s (dy B) A); dA += s (dy B)^T dropout(x); dB += dy^T u.
 struct LinearBackwardArgs {
   Tensor dy;  ///< [T, N] cd
   Tensor x;   ///< [T, I] cd, as in forward

@@ -1,0 +1,65 @@
+// Private to kernels/cpu: the class whose bodies are spread over ops_*.cc.
+#pragma once
+
+#include "kernels/ops.h"
+#include "kernels/workspace.h"
+
+#include <span>
+
+namespace tandem::kernels::cpu {
+
+class CpuOps final : public Ops {
+ public:
+  explicit CpuOps(const DeviceProfile& profile) : profile_(profile) {}
+
+  const DeviceProfile& profile() const override { return profile_; }
+  void synchronize(Exec&) override {}
+  std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i) const override {
+    return kernels::packed_weight_bytes(dtype, n, i, profile_);
+  }
+
+ private:
+  void do_upload(Exec&, std::span<const std::byte>, Tensor) override;
+  void do_download(Exec&, Tensor, std::span<std::byte>) override;
+  void do_copy(Exec&, Tensor, Tensor) override;
+  void do_fill_zero(Exec&, Tensor) override;
+  void do_pack_weight(Exec&, PackedWeight&, const FillRows&) override;
+  void do_embedding_forward(Exec&, const EmbeddingArgs&) override;
+  void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override;
+  void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override;
+  void do_linear_forward(Exec&, const LinearArgs&) override;
+  void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
+  void do_rope_forward(Exec&, const RopeArgs&) override;
+  void do_rope_backward(Exec&, const RopeBackwardArgs&) override;
+  void do_attention_forward(Exec&, const AttentionArgs&) override;
+  void do_attention_backward(Exec&, const AttentionBackwardArgs&) override;
+  void do_paged_attention_forward(Exec&, const PagedAttentionArgs&) override;
+  void do_silu_mul_forward(Exec&, const SiluMulArgs&) override;
+  void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override;
+  void do_gather_rows(Exec&, const GatherRowsArgs&) override;
+  void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) override;
+  void do_logprob(Exec&, const LogprobArgs&) override;
+  void do_sample(Exec&, const SampleArgs&) override;
+  void do_squared_norm(Exec&, const SquaredNormArgs&) override;
+  void do_adamw(Exec&, const AdamWArgs&) override;
+
+  const DeviceProfile profile_;
+};
+
+/// An op's scratch: exactly `bytes` from the workspace for as long as this lives.
+class Scratch {
+ public:
+  Scratch(Exec& exec, std::int64_t bytes)
+      : scope_(exec.workspace),
+        base_(bytes > 0 ? static_cast<char*>(exec.workspace.alloc_bytes(bytes)) : nullptr) {}
+  template <class T>
+  [[nodiscard]] T* at(std::int64_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+
+ private:
+  ArenaScope scope_;
+  char* base_;
+};
+
+}  // namespace tandem::kernels::cpu

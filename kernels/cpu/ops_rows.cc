@@ -1,0 +1,236 @@
+// Row-wise ops: copies, embedding, norms, rope, the gated activation.
+#include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/parallel.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace tandem::kernels::cpu {
+namespace {
+
+/// Elements one task copies.
+constexpr std::int64_t kCopyBlock = 1 << 16;
+
+template <class From, class To>
+void convert(const Tensor& from, const Tensor& to, int threads) {
+  const From* a = from.as<From>();
+  To* b = to.as<To>();
+  const std::int64_t n = from.elements();
+  parallel_for(threads, (n + kCopyBlock - 1) / kCopyBlock, [&](std::int64_t block) {
+    const std::int64_t end = std::min(n, (block + 1) * kCopyBlock);
+    for (std::int64_t i = block * kCopyBlock; i < end; ++i) b[i] = from_f32<To>(to_f32(a[i]));
+  });
+}
+
+template <class From>
+void convert_from(const Tensor& from, const Tensor& to, int threads) {
+  if (to.dtype == DType::kF32) return convert<From, float>(from, to, threads);
+  if (to.dtype == DType::kBF16) return convert<From, bf16>(from, to, threads);
+  convert<From, f16>(from, to, threads);
+}
+
+void copy_bytes(const void* from, void* to, std::int64_t bytes, int threads) {
+  constexpr std::int64_t kBytes = kCopyBlock * 4;
+  parallel_for(threads, (bytes + kBytes - 1) / kBytes, [&](std::int64_t block) {
+    const std::int64_t begin = block * kBytes;
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin,
+                static_cast<std::size_t>(std::min(kBytes, bytes - begin)));
+  });
+}
+
+template <class T>
+void add_rms_norm(const AddRmsNormArgs& a, int threads) {
+  const std::int64_t c = a.residual.dim(1);
+  const T* weight = a.weight.as<T>();
+  parallel_for(threads, a.residual.dim(0), [&](std::int64_t row) {
+    T* residual = a.residual.as<T>() + row * c;
+    if (a.delta.defined()) {
+      const T* delta = a.delta.as<T>() + row * c;
+      for (std::int64_t j = 0; j < c; ++j)
+        residual[j] = from_f32<T>(to_f32(residual[j]) + to_f32(delta[j]));
+    }
+    float sum = 0.0f;
+    for (std::int64_t j = 0; j < c; ++j) sum += to_f32(residual[j]) * to_f32(residual[j]);
+    const float rstd = 1.0f / std::sqrt(sum / static_cast<float>(c) + a.eps);
+    if (a.rstd.defined()) a.rstd.as<float>()[row] = rstd;
+    T* y = a.y.as<T>() + row * c;
+    for (std::int64_t j = 0; j < c; ++j)
+      y[j] = from_f32<T>(to_f32(residual[j]) * rstd * to_f32(weight[j]));
+  });
+}
+
+// With n = r x, x the residual, r = rstd: dx = r (w dy - x r^2 mean(w dy x)).
+template <class T>
+void rms_norm_grad(const RmsNormBackwardArgs& a, int threads) {
+  const std::int64_t c = a.dy.dim(1);
+  const T* weight = a.weight.as<T>();
+  parallel_for(threads, a.dy.dim(0), [&](std::int64_t row) {
+    const T* dy = a.dy.as<T>() + row * c;
+    const T* x = a.residual.as<T>() + row * c;
+    T* dx = a.dresidual.as<T>() + row * c;
+    const float rstd = a.rstd.as<float>()[row];
+    float dot = 0.0f;
+    for (std::int64_t j = 0; j < c; ++j) dot += to_f32(dy[j]) * to_f32(weight[j]) * to_f32(x[j]);
+    const float scale = dot * rstd * rstd / static_cast<float>(c);
+    for (std::int64_t j = 0; j < c; ++j)
+      dx[j] = from_f32<T>(to_f32(dx[j]) +
+                          rstd * (to_f32(dy[j]) * to_f32(weight[j]) - to_f32(x[j]) * scale));
+  });
+}
+
+/// Rotates `heads` heads of one row; `sign` -1 turns back.
+template <class T>
+void rotate(T* heads_at, std::int64_t heads, std::int64_t d, const float* cosines,
+            const float* sines) {
+  const std::int64_t half = d / 2;
+  for (std::int64_t h = 0; h < heads; ++h) {
+    T* x = heads_at + h * d;
+    for (std::int64_t j = 0; j < half; ++j) {
+      const float lo = to_f32(x[j]), hi = to_f32(x[j + half]);
+      x[j] = from_f32<T>(lo * cosines[j] - hi * sines[j]);
+      x[j + half] = from_f32<T>(hi * cosines[j] + lo * sines[j]);
+    }
+  }
+}
+
+constexpr std::int64_t kHalfHeadMax = 512;
+
+void angles(std::int32_t position, const float* inv_freq, std::int64_t half, float factor,
+            float sign, float* cosines, float* sines) {
+  for (std::int64_t j = 0; j < half; ++j) {
+    const float angle = static_cast<float>(position) * inv_freq[j];
+    cosines[j] = std::cos(angle) * factor;
+    sines[j] = std::sin(angle) * factor * sign;
+  }
+}
+
+template <class T>
+void write_cache(const RopeArgs& a, std::int64_t row, const T* k, const T* v) {
+  const std::int32_t slot = a.cache_slots.as<std::int32_t>()[row];
+  if (slot < 0) return;
+  const KvCache& cache = *a.cache;
+  const std::int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
+  TANDEM_CHECK(block < cache.k.dim(0), "rope_forward: cache_slots[", row, "] = ", slot,
+               ": expected below ", cache.k.dim(0) * cache.block_size);
+  for (std::int64_t h = 0; h < a.kv_heads; ++h) {
+    const std::int64_t to = ((block * a.kv_heads + h) * cache.block_size + offset) * a.head_dim;
+    const auto bytes = static_cast<std::size_t>(a.head_dim) * sizeof(T);
+    std::memcpy(cache.k.as<T>() + to, k + h * a.head_dim, bytes);
+    std::memcpy(cache.v.as<T>() + to, v + h * a.head_dim, bytes);
+  }
+}
+
+template <class T>
+void rope(const RopeArgs& a, int threads) {
+  const std::int64_t width = a.qkv.dim(1), half = a.head_dim / 2;
+  TANDEM_CHECK_LE(half, kHalfHeadMax, "rope: head_dim ", a.head_dim);
+  parallel_for(threads, a.qkv.dim(0), [&](std::int64_t row) {
+    float cosines[kHalfHeadMax], sines[kHalfHeadMax];
+    angles(a.positions.as<std::int32_t>()[row], a.inv_freq.as<float>(), half, a.attention_factor,
+           1.0f, cosines, sines);
+    T* q = a.qkv.as<T>() + row * width;
+    rotate(q, a.heads + a.kv_heads, a.head_dim, cosines, sines);
+    T* k = q + a.heads * a.head_dim;
+    if (a.cache != nullptr) write_cache(a, row, k, k + a.kv_heads * a.head_dim);
+  });
+}
+
+template <class T>
+void rope_grad(const RopeBackwardArgs& a, int threads) {
+  const std::int64_t width = a.dqkv.dim(1), half = a.head_dim / 2;
+  TANDEM_CHECK_LE(half, kHalfHeadMax, "rope: head_dim ", a.head_dim);
+  parallel_for(threads, a.dqkv.dim(0), [&](std::int64_t row) {
+    float cosines[kHalfHeadMax], sines[kHalfHeadMax];
+    angles(a.positions.as<std::int32_t>()[row], a.inv_freq.as<float>(), half, a.attention_factor,
+           -1.0f, cosines, sines);
+    rotate(a.dqkv.as<T>() + row * width, a.heads + a.kv_heads, a.head_dim, cosines, sines);
+  });
+}
+
+float sigmoid(float x) {
+  return 1.0f / (1.0f + std::exp(-x));
+}
+
+template <class T>
+void silu_mul(const SiluMulArgs& a, int threads) {
+  const std::int64_t f = a.out.dim(1);
+  parallel_for(threads, a.out.dim(0), [&](std::int64_t row) {
+    const T* gate = a.gate_up.as<T>() + row * 2 * f;
+    T* out = a.out.as<T>() + row * f;
+    for (std::int64_t j = 0; j < f; ++j) {
+      const float g = to_f32(gate[j]);
+      out[j] = from_f32<T>(g * sigmoid(g) * to_f32(gate[f + j]));
+    }
+  });
+}
+
+template <class T>
+void silu_mul_grad(const SiluMulBackwardArgs& a, int threads) {
+  const std::int64_t f = a.dout.dim(1);
+  parallel_for(threads, a.dout.dim(0), [&](std::int64_t row) {
+    const T* gate = a.gate_up.as<T>() + row * 2 * f;
+    const T* dout = a.dout.as<T>() + row * f;
+    T* dgate = a.dgate_up.as<T>() + row * 2 * f;
+    for (std::int64_t j = 0; j < f; ++j) {
+      const float g = to_f32(gate[j]), u = to_f32(gate[f + j]), d = to_f32(dout[j]);
+      const float s = sigmoid(g);
+      dgate[j] = from_f32<T>(d * u * s * (1.0f + g * (1.0f - s)));
+      dgate[f + j] = from_f32<T>(d * g * s);
+    }
+  });
+}
+
+}  // namespace
+
+void CpuOps::do_upload(Exec&, std::span<const std::byte> host, Tensor to) {
+  copy_bytes(host.data(), to.data, to.bytes(), profile_.threads);
+}
+
+void CpuOps::do_download(Exec&, Tensor from, std::span<std::byte> host) {
+  copy_bytes(from.data, host.data(), from.bytes(), profile_.threads);
+}
+
+void CpuOps::do_copy(Exec&, Tensor from, Tensor to) {
+  if (from.dtype == to.dtype) return copy_bytes(from.data, to.data, to.bytes(), profile_.threads);
+  if (from.dtype == DType::kF32) return convert_from<float>(from, to, profile_.threads);
+  if (from.dtype == DType::kBF16) return convert_from<bf16>(from, to, profile_.threads);
+  convert_from<f16>(from, to, profile_.threads);
+}
+
+void CpuOps::do_fill_zero(Exec&, Tensor x) {
+  std::memset(x.data, 0, static_cast<std::size_t>(x.bytes()));
+}
+
+void CpuOps::do_gather_rows(Exec&, const GatherRowsArgs& a) {
+  const std::int64_t bytes = a.x.dim(1) * dtype_bytes(a.x.dtype);
+  const auto* index = a.index.as<std::int32_t>();
+  parallel_for(profile_.threads, a.index.dim(0), [&](std::int64_t j) {
+    TANDEM_CHECK(index[j] >= 0 && index[j] < a.x.dim(0), "gather_rows: index[", j, "] = ", index[j],
+                 ": expected 0 .. ", a.x.dim(0) - 1);
+    std::memcpy(static_cast<char*>(a.out.data) + j * bytes,
+                static_cast<const char*>(a.x.data) + index[j] * bytes,
+                static_cast<std::size_t>(bytes));
+  });
+}
+
+void CpuOps::do_add_rms_norm_forward(Exec&, const AddRmsNormArgs& a) {
+  TANDEM_CPU_DISPATCH(a.y.dtype, add_rms_norm, a, profile_.threads);
+}
+void CpuOps::do_rms_norm_backward(Exec&, const RmsNormBackwardArgs& a) {
+  TANDEM_CPU_DISPATCH(a.dy.dtype, rms_norm_grad, a, profile_.threads);
+}
+void CpuOps::do_rope_forward(Exec&, const RopeArgs& a) {
+  TANDEM_CPU_DISPATCH(a.qkv.dtype, rope, a, profile_.threads);
+}
+void CpuOps::do_rope_backward(Exec&, const RopeBackwardArgs& a) {
+  TANDEM_CPU_DISPATCH(a.dqkv.dtype, rope_grad, a, profile_.threads);
+}
+void CpuOps::do_silu_mul_forward(Exec&, const SiluMulArgs& a) {
+  TANDEM_CPU_DISPATCH(a.out.dtype, silu_mul, a, profile_.threads);
+}
+void CpuOps::do_silu_mul_backward(Exec&, const SiluMulBackwardArgs& a) {
+  TANDEM_CPU_DISPATCH(a.dout.dtype, silu_mul_grad, a, profile_.threads);
+}
+
+}  // namespace tandem::kernels::cpu

@@ -1,0 +1,40 @@
+// Private to kernels/cpu: work over rows on the backend's threads. What one index computes never
+// depends on the split, so any thread count gives the same bits.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdint>
+
+namespace tandem::kernels::cpu {
+
+/// Indices below this run on the caller: waking threads costs more.
+inline constexpr std::int64_t kSerialMax = 1;
+
+/// f(index) for every index in [0, n), in contiguous shares.
+template <class F>
+void parallel_for(int threads, std::int64_t n, const F& f) {
+  if (threads <= 1 || n <= kSerialMax) {
+    for (std::int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (std::int64_t i = 0; i < n; ++i) f(i);
+}
+
+/// As above for uneven work: f(index, thread), shares handed out as threads become free.
+template <class F>
+void parallel_for_dynamic(int threads, std::int64_t n, const F& f) {
+  if (threads <= 1 || n <= kSerialMax) {
+    for (std::int64_t i = 0; i < n; ++i) f(i, 0);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (std::int64_t i = 0; i < n; ++i) f(i, omp_get_thread_num());
+}
+
+/// Calls f<float>() or f<bf16>() by dtype.
+#define TANDEM_CPU_DISPATCH(dtype, function, ...) \
+  ((dtype) == DType::kF32 ? function<float>(__VA_ARGS__) : function<bf16>(__VA_ARGS__))
+
+}  // namespace tandem::kernels::cpu

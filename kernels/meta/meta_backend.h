@@ -1,0 +1,14 @@
+// A device that runs nothing: shapes are checked, scratch and tensors are booked in the ledger, and
+// no byte is touched. The estimator drives the real objects on it to learn what a job would take on
+// the device that `profile` describes.
+#pragma once
+
+#include "kernels/ops.h"
+
+namespace tandem::kernels {
+
+/// Addresses handed out are distinct and aligned but belong to no memory. Never refuses memory, so
+/// that a plan that does not fit still yields its number. One thread.
+Backend make_meta_backend(const DeviceProfile& profile);
+
+}  // namespace tandem::kernels

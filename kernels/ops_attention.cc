@@ -1,0 +1,137 @@
+#include "kernels/op_checks.h"
+#include "kernels/ops.h"
+
+namespace tandem::kernels {
+namespace {
+
+void check_heads(const OpCheck& check, std::int64_t heads, std::int64_t kv_heads,
+                 std::int64_t head_dim) {
+  check.that(heads > 0 && kv_heads > 0 && head_dim > 0 && heads % kv_heads == 0,
+             str("heads ", heads, ", kv_heads ", kv_heads, ", head_dim ", head_dim,
+                 ": all positive and heads a multiple of kv_heads"));
+}
+
+void check_spec(const OpCheck& check, const AttentionSpec& spec) {
+  check_heads(check, spec.heads, spec.kv_heads, spec.head_dim);
+  check.that(spec.window >= 0, str("window: expected >= 0, got ", spec.window));
+  check.that(spec.soft_cap >= 0.0f, str("soft_cap: expected >= 0, got ", spec.soft_cap));
+}
+
+void check_cache(const OpCheck& check, const KvCache& cache, DType cd, std::int64_t kv_heads,
+                 std::int64_t head_dim) {
+  check.rank("cache.k", cache.k, 4);
+  check.that(cache.block_size > 0, str("block_size: expected > 0, got ", cache.block_size));
+  const Shape shape{cache.k.dim(0), kv_heads, cache.block_size, head_dim};
+  check.tensor("cache.k", cache.k, cd, shape);
+  check.tensor("cache.v", cache.v, cd, shape);
+}
+
+/// Columns of qkv for these heads.
+std::int64_t qkv_width(std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim) {
+  return (heads + 2 * kv_heads) * head_dim;
+}
+
+}  // namespace
+
+void Ops::rope_forward(Exec& exec, const RopeArgs& a) {
+  const OpCheck check("rope_forward");
+  check_heads(check, a.heads, a.kv_heads, a.head_dim);
+  check.that(a.head_dim % 2 == 0, str("head_dim: expected even, got ", a.head_dim));
+  check.rank("qkv", a.qkv, 2);
+  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const std::int64_t t = a.qkv.dim(0);
+  check.tensor("qkv", a.qkv, cd, Shape{t, qkv_width(a.heads, a.kv_heads, a.head_dim)});
+  check.tensor("positions", a.positions, DType::kI32, Shape{t});
+  check.tensor("inv_freq", a.inv_freq, DType::kF32, Shape{a.head_dim / 2});
+  if (a.cache != nullptr) {
+    check_cache(check, *a.cache, cd, a.kv_heads, a.head_dim);
+    check.tensor("cache_slots", a.cache_slots, DType::kI32, Shape{t});
+    check.disjoint("qkv", a.qkv, "cache.k", a.cache->k);
+    check.disjoint("qkv", a.qkv, "cache.v", a.cache->v);
+  }
+  if (t == 0) return;
+  do_rope_forward(exec, a);
+}
+
+void Ops::rope_backward(Exec& exec, const RopeBackwardArgs& a) {
+  const OpCheck check("rope_backward");
+  check_heads(check, a.heads, a.kv_heads, a.head_dim);
+  check.that(a.head_dim % 2 == 0, str("head_dim: expected even, got ", a.head_dim));
+  check.rank("dqkv", a.dqkv, 2);
+  const DType cd = check.compute_dtype("dqkv", a.dqkv);
+  const std::int64_t t = a.dqkv.dim(0);
+  check.tensor("dqkv", a.dqkv, cd, Shape{t, qkv_width(a.heads, a.kv_heads, a.head_dim)});
+  check.tensor("positions", a.positions, DType::kI32, Shape{t});
+  check.tensor("inv_freq", a.inv_freq, DType::kF32, Shape{a.head_dim / 2});
+  if (t == 0) return;
+  do_rope_backward(exec, a);
+}
+
+void Ops::attention_forward(Exec& exec, const AttentionArgs& a) {
+  const OpCheck check("attention_forward");
+  check_spec(check, a.spec);
+  check.rank("qkv", a.qkv, 2);
+  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const std::int64_t t = a.qkv.dim(0);
+  check.tensor("qkv", a.qkv, cd,
+               Shape{t, qkv_width(a.spec.heads, a.spec.kv_heads, a.spec.head_dim)});
+  check.rank("seq_offsets", a.seq_offsets, 1);
+  check.that(a.seq_offsets.dim(0) >= 1, "seq_offsets: empty, expected [S + 1]");
+  check.tensor("seq_offsets", a.seq_offsets, DType::kI32, a.seq_offsets.shape);
+  check.in_range<std::int64_t>("seq_len_max", a.seq_len_max, 0, t);
+  check.tensor("out", a.out, cd, Shape{t, a.spec.heads * a.spec.head_dim});
+  check.optional("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
+  check.disjoint("out", a.out, "qkv", a.qkv);
+  if (t == 0) return;
+  do_attention_forward(exec, a);
+}
+
+void Ops::attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
+  const OpCheck check("attention_backward");
+  check_spec(check, a.spec);
+  check.rank("qkv", a.qkv, 2);
+  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const std::int64_t t = a.qkv.dim(0);
+  const Shape wide{t, qkv_width(a.spec.heads, a.spec.kv_heads, a.spec.head_dim)};
+  const Shape narrow{t, a.spec.heads * a.spec.head_dim};
+  check.tensor("qkv", a.qkv, cd, wide);
+  check.tensor("dqkv", a.dqkv, cd, wide);
+  check.tensor("dout", a.dout, cd, narrow);
+  check.tensor("out", a.out, cd, narrow);
+  check.tensor("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
+  check.rank("seq_offsets", a.seq_offsets, 1);
+  check.that(a.seq_offsets.dim(0) >= 1, "seq_offsets: empty, expected [S + 1]");
+  check.tensor("seq_offsets", a.seq_offsets, DType::kI32, a.seq_offsets.shape);
+  check.in_range<std::int64_t>("seq_len_max", a.seq_len_max, 0, t);
+  check.disjoint("dqkv", a.dqkv, "qkv", a.qkv);
+  check.disjoint("dqkv", a.dqkv, "dout", a.dout);
+  check.disjoint("dqkv", a.dqkv, "out", a.out);
+  if (t == 0) return;
+  do_attention_backward(exec, a);
+}
+
+void Ops::paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) {
+  const OpCheck check("paged_attention_forward");
+  check_spec(check, a.spec);
+  check.rank("qkv", a.qkv, 2);
+  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const std::int64_t t = a.qkv.dim(0);
+  check.tensor("qkv", a.qkv, cd,
+               Shape{t, qkv_width(a.spec.heads, a.spec.kv_heads, a.spec.head_dim)});
+  check.rank("kv_lens", a.kv_lens, 1);
+  const std::int64_t s = a.kv_lens.dim(0);
+  check.tensor("kv_lens", a.kv_lens, DType::kI32, Shape{s});
+  check.tensor("q_offsets", a.q_offsets, DType::kI32, Shape{s + 1});
+  check.rank("block_tables", a.block_tables, 2);
+  check.tensor("block_tables", a.block_tables, DType::kI32, Shape{s, a.block_tables.dim(1)});
+  check.that(a.cache != nullptr, "cache: null");
+  check_cache(check, *a.cache, cd, a.spec.kv_heads, a.spec.head_dim);
+  check.in_range<std::int64_t>("kv_len_max", a.kv_len_max, 0,
+                               a.block_tables.dim(1) * a.cache->block_size);
+  check.tensor("out", a.out, cd, Shape{t, a.spec.heads * a.spec.head_dim});
+  check.disjoint("out", a.out, "qkv", a.qkv);
+  if (t == 0) return;
+  do_paged_attention_forward(exec, a);
+}
+
+}  // namespace tandem::kernels
