@@ -57,6 +57,7 @@ void BatchScheduler::next(Batch& batch) {
   grow_running(batch);
   if (batch.preempted == 0) admit_waiting(batch);
   choose_adapters();
+  choose_histories();
   pick_rows(batch);
 }
 
@@ -144,6 +145,28 @@ bool BatchScheduler::chosen(const Digest& adapter) const {
                      [&](const Service& x) { return x.adapter == adapter; });
 }
 
+// Penalty histories of one step are bounded; when they do not fit together, who ran longest ago
+// goes first.
+void BatchScheduler::choose_histories() {
+  order_.clear();
+  std::int64_t total = 0;
+  for (Sequence* s : running_) {
+    s->held_back = false;
+    if (!s->penalized) continue;
+    total += s->history.size();
+    order_.push_back(s);
+  }
+  if (total <= limits_.history_max) return;
+  std::sort(order_.begin(), order_.end(), [](const Sequence* a, const Sequence* b) {
+    return std::tie(a->last_step, a->age) < std::tie(b->last_step, b->age);
+  });
+  std::int64_t taken = 0;
+  for (Sequence* s : order_) {
+    s->held_back = taken + s->history.size() > limits_.history_max;
+    if (!s->held_back) taken += s->history.size();
+  }
+}
+
 void BatchScheduler::pick_rows(Batch& batch) {
   order_.assign(running_.begin(), running_.end());
   // Decoding before prefill; among decoding ones who waited longest (all equal unless adapters or
@@ -153,19 +176,14 @@ void BatchScheduler::pick_rows(Batch& batch) {
     if (da != db) return da;
     return da && a->last_step < b->last_step;
   });
-  std::int64_t history = 0;
   for (Sequence* s : order_) {
     const std::int64_t left = limits_.token_budget - batch.tokens;
     if (left == 0) break;
-    if (!chosen(s->adapter)) continue;
+    if (s->held_back || !chosen(s->adapter)) continue;
     const std::int64_t chunk =
         limits_.prefill_chunk_max > 0 ? std::min(left, limits_.prefill_chunk_max) : left;
     const std::int64_t count = std::min(s->pending(), chunk);
     const bool sample = s->wants_token && count == s->pending();
-    if (sample && s->penalized) {
-      if (history + s->history.size() > limits_.history_max) continue;
-      history += s->history.size();
-    }
     if (s->pending() > 1) batch.prefill_tokens += count;
     batch.rows.push_back({s, s->computed, count, sample});
     batch.tokens += count;
@@ -218,10 +236,10 @@ void BatchScheduler::extend_keys(Sequence* sequence, std::int64_t full_blocks) {
   if (keys.empty()) keys.push_back(prefix_root(base_, sequence->adapter));
   while (static_cast<std::int64_t>(keys.size()) <= full_blocks) {
     const std::int64_t begin = (static_cast<std::int64_t>(keys.size()) - 1) * limits_.block_size;
-    keys.push_back(prefix_key(keys.back(),
-                              std::span(sequence->tokens)
-                                  .subspan(static_cast<std::size_t>(begin),
-                                           static_cast<std::size_t>(limits_.block_size))));
+    keys.push_back(
+        prefix_key(keys.back(), std::span(sequence->tokens)
+                                    .subspan(static_cast<std::size_t>(begin),
+                                             static_cast<std::size_t>(limits_.block_size))));
   }
 }
 

@@ -71,6 +71,7 @@ class BatchScheduler {
   void admit_waiting(Batch& batch);
   bool admit(Sequence* sequence, bool alone);
   void choose_adapters();
+  void choose_histories();
   [[nodiscard]] bool chosen(const Digest& adapter) const;
   void pick_rows(Batch& batch);
   void preempt(Sequence* sequence);

@@ -28,12 +28,12 @@ struct SamplingParams {
   /// New tokens at most. Absent: to the end of the context (or of what KV memory holds). 0 only
   /// with prompt_logprobs_from: the prompt is scored and nothing generated.
   std::optional<std::int64_t> max_tokens;
-  std::int64_t min_tokens = 0;  ///< before so many tokens no eos and no stop token is drawn, and no
-                                ///< stop string ends the text
-  float temperature = 1.0f;     ///< 0: greedy, ties to the lowest id
-  std::int64_t top_k = 0;       ///< 0: off
-  float top_p = 1.0f;           ///< (0, 1]; 1: off
-  float min_p = 0.0f;           ///< [0, 1]; 0: off
+  /// Before so many tokens no eos and no stop token can be drawn; stop strings are not affected.
+  std::int64_t min_tokens = 0;
+  float temperature = 1.0f;         ///< 0: greedy, ties to the lowest id
+  std::int64_t top_k = 0;           ///< 0: off
+  float top_p = 1.0f;               ///< (0, 1]; 1: off
+  float min_p = 0.0f;               ///< [0, 1]; 0: off
   float repetition_penalty = 1.0f;  ///< (0, max]; 1: off; prompt and output tokens (CTRL, 2019)
   float presence_penalty = 0.0f, frequency_penalty = 0.0f;  ///< output tokens (OpenAI's formula)
   std::optional<std::uint64_t> seed;                        ///< absent: derived from the request id

@@ -41,14 +41,14 @@ class PenaltyHistory {
 
 struct Sequence {
   // Set once, before the scheduler sees it.
-  Digest adapter;             ///< empty: base
-  std::int64_t age = 0;       ///< order of service, lower first; distinct
-  std::int64_t prompt = 0;    ///< tokens of the prompt
+  Digest adapter;           ///< empty: base
+  std::int64_t age = 0;     ///< order of service, lower first; distinct
+  std::int64_t prompt = 0;  ///< tokens of the prompt
   /// Leading tokens whose outputs nobody needs, so that a cached prefix may cover them (the last
   /// token is always computed).
   std::int64_t reusable = std::numeric_limits<std::int64_t>::max();
-  bool wants_token = true;    ///< false: only scored
-  bool penalized = false;     ///< `history` counts
+  bool wants_token = true;  ///< false: only scored
+  bool penalized = false;   ///< `history` counts
 
   bool adapter_ready = true;         ///< its adapter is installed (or it has none)
   std::vector<std::int32_t> tokens;  ///< prompt, then what was drawn
@@ -62,6 +62,7 @@ struct Sequence {
   std::int64_t cached_tokens = 0;    ///< taken from the prefix cache at the first admission
   std::int64_t last_step = -1;       ///< in which it had rows
   bool admitted_before = false;
+  bool held_back = false;  ///< not in this step: its penalty history did not fit
 
   [[nodiscard]] std::int64_t size() const { return static_cast<std::int64_t>(tokens.size()); }
   /// Known tokens not computed yet: 1 while decoding.

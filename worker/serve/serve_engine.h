@@ -107,7 +107,7 @@ class ServeEngine {
                          std::shared_ptr<const model::AdapterWeights> weights);
   /// The adapter cannot be had: requests that wait for it end with kError and `why`.
   void fail_adapter(const Digest& digest, const Status& why);
-  /// Forgets an adapter and its prefix blocks once no live request uses it.
+  /// Forgets an adapter once no live request uses it; its prefix blocks age out.
   void drop_adapter(const Digest& digest);
 
   /// True when step() would do something: rows to run or outcomes to report. False while all that

@@ -44,7 +44,8 @@ TEST(AdapterResidency, BindsMoreAdaptersThanSlotsStepByStep) {
     EXPECT_EQ(table.slots[first], all[static_cast<std::size_t>(i)].get());
     EXPECT_EQ(table.slots[second], all[static_cast<std::size_t>((i + 1) % 5)].get());
   }
-  EXPECT_EQ(residency.binds(), 6);  // one new adapter per step after the first: the shared one stays
+  EXPECT_EQ(residency.binds(),
+            6);  // one new adapter per step after the first: the shared one stays
 }
 
 TEST(AdapterResidency, ABoundAdapterOfThisStepIsNeverTakenOver) {

@@ -1,5 +1,5 @@
-#include "protocol/base/random.h"
 #include "worker/serve/batch_scheduler.h"
+#include "protocol/base/random.h"
 
 #include <gtest/gtest.h>
 
@@ -102,7 +102,7 @@ TEST(BatchScheduler, TakesTurnsWhenMoreAdaptersRunThanAStepMayName) {
   BatchLimits l = limits();
   l.adapters_max = 2;
   Harness h(200, l);
-  std::map<Digest, int> served;
+  std::map<Digest, int> last;
   for (int i = 0; i < 5; ++i) h.add(3, 1000, sha256(str("adapter ", i)));
   Sequence& base = h.add(3, 1000);
   int base_rows = 0;
@@ -115,11 +115,12 @@ TEST(BatchScheduler, TakesTurnsWhenMoreAdaptersRunThanAStepMayName) {
         distinct.insert(rows.sequence->adapter);
     }
     EXPECT_EQ(distinct.size(), 2u);
-    for (const Digest& d : distinct) ++served[d];
+    for (const Digest& d : distinct) last[d] = i;
+    if (i < 4) continue;
+    ASSERT_EQ(last.size(), 5u);
+    for (const auto& [adapter, step] : last) EXPECT_LE(i - step, 3) << adapter;
   }
   EXPECT_EQ(base_rows, 50);
-  for (const auto& [adapter, times] : served) EXPECT_EQ(times, 20) << adapter;
-  EXPECT_EQ(served.size(), 5u);
 }
 
 TEST(BatchScheduler, PreemptsTheYoungestAndFinishesEverything) {
@@ -143,7 +144,7 @@ TEST(BatchScheduler, PreemptsTheYoungestAndFinishesEverything) {
 
 TEST(BatchScheduler, DoesNotLetYoungerOnesOvertakeOneThatDoesNotFitYet) {
   Harness h(10);
-  h.add(20, 8);              // 5 blocks, grows to 7
+  h.add(20, 8);                  // 5 blocks, grows to 7
   Sequence& big = h.add(28, 2);  // 7 blocks: not now
   Sequence& small = h.add(4, 2);
   h.step();
@@ -207,7 +208,7 @@ TEST(BatchScheduler, ShrinkingKvPreemptsHoldersOfWhatGoesAndGrowsBack) {
   Sequence& a = h.add(12, 6);
   Sequence& b = h.add(12, 6);
   h.step();
-  h.scheduler.set_kv_limit(6);
+  h.scheduler.set_kv_limit(5);
   EXPECT_FALSE(a.blocks.empty());
   EXPECT_TRUE(b.blocks.empty());
   for (int i = 0; i < 40; ++i) h.step();

@@ -1,5 +1,5 @@
-#include "protocol/base/random.h"
 #include "worker/serve/prefix_cache.h"
+#include "protocol/base/random.h"
 
 #include <gtest/gtest.h>
 
