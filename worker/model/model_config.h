@@ -11,7 +11,7 @@
 #include <vector>
 
 namespace tandem::storage {
-class GgufFile;
+class Gguf;
 }
 
 namespace tandem::worker::model {
@@ -24,6 +24,9 @@ struct RopeScaling {
   std::int64_t original_max_position_embeddings = 0;     // llama3, yarn
   double beta_fast = 32.0, beta_slow = 1.0;              // yarn
   std::optional<double> attention_factor;                // yarn; absent: 0.1 ln(factor) + 1
+  bool truncate = true;                                  // yarn: whole-dimension ramp limits
+  /// [D/2] divisors of the inverse frequencies; empty: all 1. How GGUF files carry llama3 scaling.
+  std::vector<float> factors;
 };
 
 struct ModelConfig {
@@ -43,7 +46,10 @@ struct ModelConfig {
   /// Parses config.json's text. invalid_error: malformed; refused_error: names the unsupported
   /// architecture or key with its value.
   static Result<ModelConfig> from_hf_json(const std::string& json_text);
-  static Result<ModelConfig> from_gguf(const storage::GgufFile& file);
+  /// From GGUF metadata and the presence of tensors (output.weight absent: tied). Errors as above.
+  static Result<ModelConfig> from_gguf(const storage::Gguf& file);
+  /// invalid_error names the first field that is out of range or contradicts another.
+  [[nodiscard]] Status validate() const;
   /// One stable JSON text of all fields: part of the model's manifest.
   [[nodiscard]] std::string canonical_json() const;
 };
