@@ -115,8 +115,7 @@ std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size) {
   TANDEM_CHECK_GE(size, 1);
   auto meeting = std::make_shared<Meeting>(size);
   std::vector<std::unique_ptr<Communicator>> ranks;
-  for (int r = 0; r < size; ++r)
-    ranks.push_back(std::make_unique<ThreadCommunicator>(meeting, r));
+  for (int r = 0; r < size; ++r) ranks.push_back(std::make_unique<ThreadCommunicator>(meeting, r));
   return ranks;
 }
 

@@ -2,6 +2,7 @@
 // slots.
 #pragma once
 
+#include "kernels/allocator.h"
 #include "worker/model/base_weights.h"
 
 #include <array>
@@ -53,11 +54,24 @@ struct HostAdapterTensor {
   std::vector<float> a, b;  ///< [r, I], [n, r]
 };
 
+/// Puts host tensors on the device in memory of their own (kind kAdapters, in `ledger` until the
+/// last holder lets go). invalid_error: no tensors, a layer or site that the model lacks, a site
+/// twice, sizes that do not fit rank and site, a rank over kernels' int32. Throws DeviceError when
+/// memory is out.
+Result<std::shared_ptr<const AdapterWeights>> build_adapter(
+    kernels::Ops& ops, kernels::Exec& exec, kernels::Allocator& allocator,
+    kernels::MemoryLedger& ledger, const ModelConfig& config, DType dtype,
+    const std::vector<HostAdapterTensor>& tensors);
+
+/// Checks what build_adapter checks, without a device.
+Status check_adapter(const ModelConfig& config, const std::vector<HostAdapterTensor>& tensors);
+
 /// Device slots of adapters: per (layer, site) one array of LoraEntry that ops read. Training and
 /// serving hold slots of the same table. One device thread.
 class AdapterTable {
  public:
-  /// Entry arrays for `slots` adapters, allocated once in `arena` (kind kAdapters).
+  /// Entry arrays for `slots` adapters, allocated once in `arena` (kind kAdapters): one block, so
+  /// that changing a slot is one upload.
   AdapterTable(kernels::Ops& ops, kernels::Exec& exec, kernels::Arena& arena,
                const ModelConfig& config, std::int64_t slots);
   /// Makes rows with this slot use `weights` from the next op on. The table keeps it alive.
@@ -78,9 +92,15 @@ class AdapterTable {
   [[nodiscard]] const std::vector<kernels::LoraSite>& sites(std::int64_t layer, Fused fused) const;
 
  private:
+  [[nodiscard]] kernels::LoraEntry& entry(std::int64_t layer, Site site, std::int64_t slot);
+  void erase(std::int64_t slot);
+  void upload(kernels::Exec& exec);
+
   kernels::Ops& ops_;
   const ModelConfig config_;
   const std::int64_t slots_;
+  kernels::Tensor table_;                    ///< u8, [layers][sites][slots] LoraEntry
+  std::vector<kernels::LoraEntry> entries_;  ///< host copy of table_
   std::vector<std::array<std::vector<kernels::LoraSite>, 4>> sites_;  ///< [layers][Fused]
   std::vector<std::shared_ptr<const AdapterWeights>> held_;           ///< [slots]
 };

@@ -24,6 +24,14 @@ struct SiteShape {
 };
 SiteShape site_shape(const ModelConfig& config, Site site);
 
+/// A tensor of a checkpoint: name and logical shape [n, i]; i = 0: a vector of n.
+struct TensorSpec {
+  std::string name;
+  std::int64_t n = 0, i = 0;
+};
+/// Everything that BaseWeights::load reads for a config, in a stable order.
+std::vector<TensorSpec> expected_tensors(const ModelConfig& config);
+
 struct BlockWeights {
   kernels::Tensor attention_norm, mlp_norm;  ///< [C] cd
   kernels::PackedWeight qkv;                 ///< [(H + 2K) * D, C]: q, k, v stacked

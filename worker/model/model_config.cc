@@ -128,8 +128,8 @@ class Fields {
   Status must_be(const std::string& key, const Json& only) {
     const Json* value = find(key);
     if (value == nullptr || *value == only) return {};
-    return refused_error(str(where_, ": ", key, " is ", value->dump(), "; only ", only.dump(),
-                             " is supported"));
+    return refused_error(
+        str(where_, ": ", key, " is ", value->dump(), "; only ", only.dump(), " is supported"));
   }
   /// Refuses every key that was not asked for and is not harmless.
   Status no_others(const std::set<std::string>& harmless) const {
@@ -314,8 +314,8 @@ Status ModelConfig::validate() const {
   TANDEM_RETURN_IF_ERROR(positive("intermediate_size", mlp_width));
   TANDEM_RETURN_IF_ERROR(positive("max_position_embeddings", context_max));
   if (heads % kv_heads != 0)
-    return invalid_error(str("model: ", heads, " query heads are no multiple of ", kv_heads,
-                             " key-value heads"));
+    return invalid_error(
+        str("model: ", heads, " query heads are no multiple of ", kv_heads, " key-value heads"));
   if (head_dim % 2 != 0)
     return invalid_error(str("model: head_dim ", head_dim, " is odd; rope needs pairs"));
   if (!(rope_theta > 0.0) || !(norm_eps >= 0.0f) || !(rope_scaling.factor > 0.0))
@@ -327,8 +327,8 @@ Status ModelConfig::validate() const {
     return invalid_error("model: rope scaling needs original_max_position_embeddings");
   if (!rope_scaling.factors.empty() &&
       static_cast<std::int64_t>(rope_scaling.factors.size()) != head_dim / 2)
-    return invalid_error(str("model: ", rope_scaling.factors.size(), " rope factors for head_dim ",
-                             head_dim));
+    return invalid_error(
+        str("model: ", rope_scaling.factors.size(), " rope factors for head_dim ", head_dim));
   return {};
 }
 

@@ -80,6 +80,10 @@ class Transformer {
   [[nodiscard]] const ModelConfig& config() const;
 
  private:
+  /// The final norm of before + stream, or their sum on a stage that is not the last.
+  void finish_forward(Context& ctx, kernels::Tensor before, kernels::Tensor stream,
+                      kernels::Tensor hidden, Saved* saved) const;
+
   WeightSource& weights_;
   const AdapterTable* adapters_;
   const Stage stage_;

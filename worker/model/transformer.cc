@@ -1,0 +1,317 @@
+#include "worker/model/transformer.h"
+
+#include <cmath>
+
+namespace tandem::worker::model {
+
+namespace {
+
+using kernels::ArenaScope;
+using kernels::Tensor;
+using Fused = AdapterTable::Fused;
+
+kernels::AttentionSpec attention_spec(const ModelConfig& config) {
+  return {config.heads,    config.kv_heads,
+          config.head_dim, 1.0f / std::sqrt(static_cast<float>(config.head_dim)),
+          config.window,   0.0f};
+}
+
+/// What every part of a block needs: who runs, on what, with which weights and adapters.
+struct BlockRun {
+  Context& ctx;
+  const TokenBatch& batch;
+  const ModelConfig& config;
+  const BaseWeights& base;
+  const BlockWeights& weights;
+  const AdapterTable* adapters;
+  std::int64_t layer;
+
+  [[nodiscard]] bool has_adapters() const {
+    return adapters != nullptr && batch.adapters.rank_max > 0;
+  }
+  [[nodiscard]] std::vector<kernels::LoraSite> sites(Fused fused) const {
+    return has_adapters() ? adapters->sites(layer, fused) : std::vector<kernels::LoraSite>{};
+  }
+  [[nodiscard]] Tensor rows(std::int64_t width) const {
+    return ctx.activations.alloc({batch.tokens(), width}, ctx.compute_dtype);
+  }
+  [[nodiscard]] Tensor row_scalars(std::int64_t width) const {
+    return ctx.activations.alloc({batch.tokens(), width}, DType::kF32);
+  }
+  [[nodiscard]] std::int64_t qkv_width() const {
+    return (config.heads + 2 * config.kv_heads) * config.head_dim;
+  }
+  /// A x of a fused linear, kept for backward; undefined without adapters.
+  [[nodiscard]] Tensor lora_inputs(Fused fused) const {
+    const auto count = static_cast<std::int64_t>(sites(fused).size());
+    return count == 0 ? Tensor{} : rows(count * batch.adapters.rank_max);
+  }
+  void linear(Fused fused, const Tensor& x, const kernels::PackedWeight& weight, const Tensor& bias,
+              const Tensor& y, const Tensor& u) const {
+    ctx.ops.linear_forward(ctx.exec, {x, &weight, bias, sites(fused),
+                                      has_adapters() ? &batch.adapters : nullptr, y, u});
+  }
+  void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
+                       const kernels::PackedWeight& weight, const Tensor& u,
+                       const Tensor& dx) const {
+    ctx.ops.linear_backward(ctx.exec, {dy, x, &weight, sites(fused),
+                                       has_adapters() ? &batch.adapters : nullptr, u, dx});
+  }
+  /// Each rank of a tensor-parallel group holds a part of the sum.
+  void sum_over_ranks(const Tensor& x) const {
+    if (ctx.comm.size() > 1) ctx.comm.all_reduce_sum(ctx.exec, x);
+  }
+};
+
+// -- forward
+// -----------------------------------------------------------------------------------------
+
+/// `stream` holds the part of the residual stream that is fresh memory, `before` (or nothing) the
+/// part that must survive: their sum is left in `stream`. Addition commutes, so neither is copied.
+void add_and_norm(Context& ctx, const ModelConfig& config, const Tensor& stream,
+                  const Tensor& before, const Tensor& weight, const Tensor& y, const Tensor& rstd) {
+  ctx.ops.add_rms_norm_forward(ctx.exec, {stream, before, weight, config.norm_eps, y, rstd});
+}
+
+void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
+  const kernels::AttentionSpec spec = attention_spec(run.config);
+  const PagedKv* paged = run.batch.paged;
+  const kernels::KvCache* cache =
+      paged ? &paged->caches.at(static_cast<std::size_t>(run.layer)) : nullptr;
+  run.ctx.ops.rope_forward(run.ctx.exec,
+                           {qkv, run.batch.positions, run.base.inv_freq(),
+                            run.base.rope_attention_factor(), run.config.heads, run.config.kv_heads,
+                            run.config.head_dim, cache, paged ? paged->cache_slots : Tensor{}});
+  if (paged)
+    run.ctx.ops.paged_attention_forward(
+        run.ctx.exec, {spec, qkv, paged->q_offsets, paged->kv_lens, paged->block_tables, cache,
+                       paged->kv_len_max, out});
+  else
+    run.ctx.ops.attention_forward(
+        run.ctx.exec, {spec, qkv, run.batch.seq_offsets, run.batch.seq_len_max, out, lse});
+}
+
+void forward_attention(const BlockRun& run, SavedBlock& s, bool keep) {
+  s.normed_attention = run.rows(run.config.width);
+  s.qkv = run.rows(run.qkv_width());
+  s.attention_out = run.rows(run.config.heads * run.config.head_dim);
+  if (keep) {
+    s.rstd_attention = run.ctx.activations.alloc({run.batch.tokens()}, DType::kF32);
+    s.rstd_mlp = run.ctx.activations.alloc({run.batch.tokens()}, DType::kF32);
+    s.lse = run.row_scalars(run.config.heads);
+    s.u[0] = run.lora_inputs(Fused::kQkv);
+    s.u[1] = run.lora_inputs(Fused::kO);
+    s.u[2] = run.lora_inputs(Fused::kGateUp);
+    s.u[3] = run.lora_inputs(Fused::kDown);
+  }
+}
+
+void forward_mlp_hidden(const BlockRun& run, const SavedBlock& s) {
+  run.linear(Fused::kGateUp, s.normed_mlp, run.weights.gate_up, {}, s.gate_up, s.u[2]);
+  run.ctx.ops.silu_mul_forward(run.ctx.exec, {s.gate_up, s.act});
+}
+
+/// One block. On entry the residual stream is `s.x` + `before` (undefined: s.x alone); s.x then
+/// holds it whole. On return it is s.residual_attention (memory given by the caller, as is
+/// `mlp_out`) + mlp_out. Everything else that `s` names is allocated here: `keep` says whether
+/// backward follows, `keep_mlp` whether gate_up and act outlive the call.
+void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, const Tensor& mlp_out,
+                   bool keep, bool keep_mlp) {
+  forward_attention(run, s, keep);
+  add_and_norm(run.ctx, run.config, s.x, before, run.weights.attention_norm, s.normed_attention,
+               s.rstd_attention);
+  run.linear(Fused::kQkv, s.normed_attention, run.weights.qkv, run.weights.qkv_bias, s.qkv, s.u[0]);
+  attend(run, s.qkv, s.attention_out, s.lse);
+  run.linear(Fused::kO, s.attention_out, run.weights.o, {}, s.residual_attention, s.u[1]);
+  run.sum_over_ranks(s.residual_attention);
+  s.normed_mlp = run.rows(run.config.width);
+  add_and_norm(run.ctx, run.config, s.residual_attention, s.x, run.weights.mlp_norm, s.normed_mlp,
+               s.rstd_mlp);
+  {
+    const std::int64_t mark = run.ctx.activations.mark();
+    s.gate_up = run.rows(2 * run.config.mlp_width);
+    s.act = run.rows(run.config.mlp_width);
+    forward_mlp_hidden(run, s);
+    run.linear(Fused::kDown, s.act, run.weights.down, {}, mlp_out, s.u[3]);
+    if (!keep_mlp) {
+      run.ctx.activations.reset(mark);
+      s.gate_up = s.act = {};
+    }
+  }
+  run.sum_over_ranks(mlp_out);
+}
+
+// -- backward
+// ----------------------------------------------------------------------------------------
+
+/// dresidual [T, C]: on entry the gradient of the block's output stream, on return that of its
+/// input stream (`want_dx` false: nobody asks for it, dresidual is then left half way).
+void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dresidual,
+                    bool want_dx) {
+  ArenaScope scope(run.ctx.activations);
+  kernels::Ops& ops = run.ctx.ops;
+  const Tensor dnormed = run.rows(run.config.width);
+  {
+    ArenaScope mlp(run.ctx.activations);
+    SavedBlock again = s;
+    if (!s.act.defined()) {
+      again.gate_up = run.rows(2 * run.config.mlp_width);
+      again.act = run.rows(run.config.mlp_width);
+      forward_mlp_hidden(run, again);
+    }
+    const Tensor dact = run.rows(run.config.mlp_width);
+    run.linear_backward(Fused::kDown, dresidual, again.act, run.weights.down, s.u[3], dact);
+    // The gradient takes gate_up's memory: nobody reads that again.
+    ops.silu_mul_backward(run.ctx.exec, {dact, again.gate_up, again.gate_up});
+    run.linear_backward(Fused::kGateUp, again.gate_up, s.normed_mlp, run.weights.gate_up, s.u[2],
+                        dnormed);
+    run.sum_over_ranks(dnormed);
+  }
+  ops.rms_norm_backward(
+      run.ctx.exec, {dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual});
+  const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
+  run.linear_backward(Fused::kO, dresidual, s.attention_out, run.weights.o, s.u[1], dattention);
+  const Tensor dqkv = run.rows(run.qkv_width());
+  ops.attention_backward(run.ctx.exec,
+                         {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
+                          run.batch.seq_offsets, run.batch.seq_len_max, dqkv});
+  ops.rope_backward(run.ctx.exec, {dqkv, run.batch.positions, run.base.inv_freq(),
+                                   run.base.rope_attention_factor(), run.config.heads,
+                                   run.config.kv_heads, run.config.head_dim});
+  run.linear_backward(Fused::kQkv, dqkv, s.normed_attention, run.weights.qkv, s.u[0],
+                      want_dx ? dnormed : Tensor{});
+  if (!want_dx) return;
+  run.sum_over_ranks(dnormed);
+  ops.rms_norm_backward(run.ctx.exec,
+                        {dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual});
+}
+
+/// The residual stream between two blocks: the sum of both tensors.
+struct Streams {
+  Tensor before{};  ///< may be undefined
+  Tensor stream{};
+};
+
+}  // namespace
+
+Transformer::Transformer(WeightSource& weights, const AdapterTable* adapters, Stage stage)
+    : weights_(weights), adapters_(adapters), stage_(stage) {
+  TANDEM_CHECK(stage.first >= 0 && stage.first < stage.last && stage.last <= config().layers,
+               "blocks [", stage.first, ", ", stage.last, ") of ", config().layers);
+}
+
+const ModelConfig& Transformer::config() const {
+  return weights_.base().config();
+}
+
+void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tensor hidden,
+                          Saved* saved, Recompute recompute) const {
+  const BaseWeights& base = weights_.base();
+  const auto rows = [&] {
+    return ctx.activations.alloc({batch.tokens(), config().width}, ctx.compute_dtype);
+  };
+  const std::int64_t mark = ctx.activations.mark();
+  Streams streams{{}, rows()};
+  if (stage_.first == 0) {
+    TANDEM_CHECK(!in.defined(), "the first stage embeds ids itself");
+    ctx.ops.embedding_forward(ctx.exec, {batch.ids, &base.embedding(), streams.stream});
+  } else {
+    ctx.ops.copy(ctx.exec, in, streams.stream);
+  }
+  // Without a block's own tensors kept, one buffer serves the attention stream of all blocks: it
+  // lives until the next block has made the sum.
+  const bool keep_blocks = saved != nullptr && recompute != Recompute::kBlock;
+  const Tensor shared = keep_blocks ? Tensor{} : rows();
+
+  for (std::int64_t layer = stage_.first; layer < stage_.last; ++layer) {
+    const BlockRun run{ctx,       batch, config(), base, weights_.acquire(layer, Phase::kForward),
+                       adapters_, layer};
+    SavedBlock s;
+    s.x = streams.stream;
+    // Where x must survive for backward the block's output is fresh memory; else it takes x's own,
+    // which is free once attention's sum has been made.
+    const Tensor mlp_out = saved != nullptr ? rows() : streams.stream;
+    s.residual_attention = keep_blocks ? rows() : shared;
+    const std::int64_t block_mark = ctx.activations.mark();
+    block_forward(run, s, streams.before, mlp_out, keep_blocks,
+                  keep_blocks && recompute == Recompute::kNone);
+    streams = {s.residual_attention, mlp_out};
+    if (!keep_blocks) {
+      ctx.activations.reset(block_mark);
+      const Tensor x = s.x;
+      s = {};
+      s.x = x;
+    }
+    if (saved != nullptr) saved->blocks.push_back(std::move(s));
+    weights_.release(layer, Phase::kForward);
+  }
+  finish_forward(ctx, streams.before, streams.stream, hidden, saved);
+  if (saved == nullptr) ctx.activations.reset(mark);
+}
+
+void Transformer::finish_forward(Context& ctx, Tensor before, Tensor stream, Tensor hidden,
+                                 Saved* saved) const {
+  if (stage_.last == config().layers) {
+    Tensor rstd{};
+    if (saved != nullptr) rstd = ctx.activations.alloc({hidden.dim(0)}, DType::kF32);
+    add_and_norm(ctx, config(), stream, before, weights_.base().final_norm(), hidden, rstd);
+    if (saved != nullptr) {
+      saved->final_residual = stream;
+      saved->final_rstd = rstd;
+    }
+    return;
+  }
+  // The next stage wants the stream as one tensor; the norm of the sum is a by-product nobody
+  // reads.
+  ArenaScope scope(ctx.activations);
+  ctx.ops.copy(ctx.exec, stream, hidden);
+  add_and_norm(ctx, config(), hidden, before, weights_.base().final_norm(),
+               ctx.activations.alloc(hidden.shape, ctx.compute_dtype), {});
+}
+
+void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden,
+                           const Saved& saved, Recompute recompute, Tensor din,
+                           GradSink& sink) const {
+  TANDEM_CHECK(batch.paged == nullptr, "backward needs packed attention");
+  ArenaScope scope(ctx.activations);
+  const BaseWeights& base = weights_.base();
+  Tensor dresidual = dhidden;
+  if (stage_.last == config().layers) {
+    dresidual = ctx.activations.alloc(dhidden.shape, ctx.compute_dtype);
+    ctx.ops.fill_zero(ctx.exec, dresidual);
+    ctx.ops.rms_norm_backward(
+        ctx.exec, {dhidden, saved.final_residual, base.final_norm(), saved.final_rstd, dresidual});
+  }
+  for (std::int64_t layer = stage_.last; layer-- > stage_.first;) {
+    const BlockRun run{ctx,       batch, config(), base, weights_.acquire(layer, Phase::kBackward),
+                       adapters_, layer};
+    const SavedBlock& s = saved.blocks.at(static_cast<std::size_t>(layer - stage_.first));
+    const bool want_dx = layer > stage_.first || din.defined();
+    if (recompute == Recompute::kBlock) {
+      ArenaScope block(ctx.activations);
+      SavedBlock again;
+      again.x = s.x;  // already the whole stream
+      again.residual_attention = run.rows(config().width);
+      block_forward(run, again, {}, run.rows(config().width), true, true);
+      block_backward(run, again, dresidual, want_dx);
+    } else {
+      block_backward(run, s, dresidual, want_dx);
+    }
+    weights_.release(layer, Phase::kBackward);
+    sink.ready(layer);
+  }
+  if (din.defined()) ctx.ops.copy(ctx.exec, dresidual, din);
+}
+
+void Transformer::logits(Context& ctx, Tensor hidden, Tensor logits) const {
+  ctx.ops.linear_forward(ctx.exec,
+                         {hidden, &weights_.base().lm_head(), {}, {}, nullptr, logits, {}});
+}
+
+void Transformer::loss(Context& ctx, Tensor hidden, Tensor labels, float gradient_scale,
+                       Tensor loss, Tensor correct, Tensor dhidden) const {
+  ctx.ops.linear_cross_entropy(ctx.exec, {hidden, &weights_.base().lm_head(), labels,
+                                          gradient_scale, loss, correct, dhidden});
+}
+
+}  // namespace tandem::worker::model
