@@ -27,6 +27,9 @@ inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or cli
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
 inline constexpr std::int64_t kListItemsMax = 1 << 18;
+inline constexpr std::int64_t kIdBytesMax = 256;     ///< an id, a routing id, a worker name
+inline constexpr std::int64_t kNameBytesMax = 1024;  ///< a model, adapter, method or device name
+inline constexpr std::int64_t kBlobHasMax = 4096;    ///< digests in one BlobHas
 inline constexpr int kNestingMax = 32;
 
 // -- shared pieces ------------------------------------------------------------------------------

@@ -1,0 +1,184 @@
+@0xbf9c58cdd270412c;
+# Clients (the CLI, the gateway, applications) and the coordinator. common.capnp states the rules.
+
+using Cxx = import "/capnp/c++.capnp";
+using Common = import "common.capnp";
+$Cxx.namespace("tandem::protocol::wire");
+
+struct ClientMessage {
+  # client -> coordinator
+  union {
+    hello @0 :ClientHello;
+    generate @1 :Common.Generate;
+    cancel @2 :Cancel;
+    call @3 :Call;
+    callCancel @4 :CallCancel;
+    ping @5 :Ping;
+  }
+}
+
+struct ServerMessage {
+  # coordinator -> client
+  union {
+    hello @0 :ServerHello;
+    chunk @1 :Common.GenerateChunk;
+    callReply @2 :CallReply;
+    pong @3 :Pong;
+  }
+}
+
+struct ClientHello {
+  # First message of every connection, also after each reconnect. Answered with ServerHello; anything
+  # that arrives before it is dropped and counted. Lost: sent again after 2 s. A repeat is answered
+  # again and changes nothing.
+  version @0 :Common.Version;
+  client @1 :Text;  # program and version, "tandem-cli/0.1.0", for logs; at most 256 bytes
+}
+
+struct ServerHello {
+  status @0 :Common.Status;  # refused: the version is not understood (the message names the range)
+  version @1 :Common.Version;  # what both will speak; with `refused`, the newest that the server speaks
+  server @2 :Text;
+  incarnation @3 :UInt64;    # of the coordinator's process; a new one means that it was restarted:
+                             # the client sends every open Generate and Call again
+  heartbeatMs @4 :Int64;     # a client with open requests that hears nothing for so long sends Ping;
+                             # nothing for three times as long: it sends its hello and open requests again
+}
+
+struct Cancel {
+  # The client no longer wants this generation. The coordinator stops it and sends a last chunk with
+  # finish cancelled, unless it had ended. Unknown id: ignored. Lost: the request runs to its end.
+  id @0 :Text;
+}
+
+struct Call {
+  # Any verb of the table below. Answered with one CallReply, or, where the table says stream, with
+  # replies whose `more` is true until one has it false.
+  # Loss: the client sends it again with the same callId and idempotencyKey. A call that changes
+  # something stores the key in the transaction of its effect and answers a repeat (for 24 hours, over
+  # restarts) as it answered first; the same key with other parameters is answered `conflict`. A
+  # repeat of a streaming call starts the stream again from `after`.
+  callId @0 :Text;          # 1 to 64 bytes, unique within the client's process
+  idempotencyKey @1 :Text;  # 1 to 64 bytes where the method changes something (marked !)
+  method @2 :Text;
+  paramsJson @3 :Text;      # an object; an unknown or missing key is answered `invalid` and named
+}
+
+struct CallCancel {
+  # Ends a streaming call. No answer. Lost: the stream goes on and the client drops its replies.
+  callId @0 :Text;
+}
+
+struct CallReply {
+  callId @0 :Text;
+  status @1 :Common.Status;
+  resultJson @2 :Text;       # "" unless status is ok
+  more @3 :Bool;             # a streaming call goes on
+  retryAfterMs @4 :Int64;    # with `busy`; since 1.1 (a 1.0 peer says "retry after N ms" in the message)
+}
+
+struct Ping {
+  # Answered with a Pong of the same nonce. Lost: the client asks again.
+  nonce @0 :UInt64;
+}
+
+struct Pong {
+  nonce @0 :UInt64;
+}
+
+# -- Methods of Call ----------------------------------------------------------------------------
+#
+# Notation: {params} -> result; "key?": optional; "= x": its default. (!) changes something and needs
+# an idempotency key. (stream) sends replies with `more`. Every name that is not there is answered
+# `notFound`. Times are Unix milliseconds, sizes bytes, digests 64 hex digits in results and 12 or more
+# in parameters, versions integers from 1. Lists that can grow take {limit = 1000, after = ""} and
+# answer {..., "next": ""}: a `next` that is not empty is the `after` of the following page. MODEL,
+# ADAPTER and JOB below are the objects that stand under "Objects".
+#
+# status            {} -> {"server", "version", "incarnation", "uptime_s", "endpoints": {"client",
+#                   "worker", "bulk"}, "data_dir", "log_path", "tensorboard_dir", "models": n,
+#                   "adapters": n, "jobs": {"queued", "running", "paused", "done", "failed",
+#                   "cancelled"}, "requests": {"running", "waiting"}, "workers": [WORKER],
+#                   "refused_frames": n}
+#
+# model.add !       {"name", "path", "shared"? = false} -> MODEL. The path is on the coordinator's host,
+#                   under one of its model_roots, else `refused`; a family or GGUF type that is not
+#                   supported: `refused` with its name; another model of that name: `conflict`.
+# model.list        {} + page -> {"models": [MODEL], "next"}
+# model.show        {"model"} -> MODEL with "config", "files": [{"path", "digest", "bytes"}]
+# model.rm !        {"model", "force"? = false} -> {}. `refused` while adapters or jobs need it, unless
+#                   forced.
+#
+# data.add !        {"digest", "name"?, "bytes", "chunks": [digest], "upload"} -> DATA. The chunks of at
+#                   most 16 MiB lie on the bulk socket already (BlobPut with pin = upload); `digest` is
+#                   the content root: SHA-256 over their digests (base/digest.h). `notFound` names the
+#                   first chunk that is missing.
+# data.list         {} + page -> {"data": [DATA], "next"}
+# data.show         {"data"} -> DATA with "chunks"
+# data.rm !         {"data"} -> {}. `refused` while a job that has not ended needs it.
+#
+# job.submit !      {"spec": JobSpec, "name"?} -> {"job", "state", "position", "estimate": {...}}. The
+#                   whole job is checked first: an unknown setting is `invalid` with the nearest name;
+#                   what does not fit in memory is `refused` with the bytes and by how much.
+# job.list          {"state"?} + page -> {"jobs": [JOB], "next"}; newest first
+# job.show          {"job"} -> JOB with "spec", "epoch", "checkpoints": [{"step", "digest", "bytes"}],
+#                   "metrics" (the last of each kind), "error"
+# job.watch stream  {"job", "after"? = 0} -> {"seq", "time", "kind", "step", "total_steps", "message",
+#                   "metrics"} for each event with seq > after, old ones first, then as they come. The
+#                   last reply (more false) is {"job", "state", "adapter", "error"} when the job ended.
+# job.logs stream   {"job", "after"? = 0, "follow"? = false} -> {"seq", "time", "line"}; as watch
+# job.cancel !      {"job"} -> JOB. A job that has ended: `conflict`.
+# job.pause !       {"job"} -> JOB. Writes a checkpoint first; state is "pausing" until then.
+# job.resume !      {"job"} -> JOB. A paused or failed job is queued again from its last checkpoint.
+#
+# adapter.list      {"model"?} + page -> {"adapters": [ADAPTER], "next"}
+# adapter.show      {"adapter"} -> ADAPTER with "manifest", "history": [{"version", "digest", "time",
+#                   "job"}], "aliases"
+# adapter.alias !   {"alias", "target"} -> {"alias", "version", "digest"}. Points alias at what target
+#                   (a name, name@version or digest) resolves to now.
+# adapter.rollback ! {"alias", "version"? = the one before} -> {"alias", "version", "digest"}. A new
+#                   version with the old digest: history is never rewritten.
+# adapter.rm !      {"adapter"} -> {}. Removes the alias; the bytes go with the next registry.gc.
+# adapter.import !  {"name", "model", "manifest", "upload"} -> ADAPTER. The tensors' chunks lie on the
+#                   bulk socket already; a tensor that fits no site, a rank or base that does not fit:
+#                   `refused` with the tensor's name.
+# adapter.manifest  {"adapter"} -> {"digest", "manifest"}: the canonical text, for export; the chunks
+#                   are fetched by BlobGet.
+#
+# estimate          {"model", "train": TrainSettings, "workers"? = 1} -> {"peak_bytes", "by_kind": {kind:
+#                   bytes}, "device_bytes", "fits", "per_rank": [...]}
+#
+# worker.list       {} -> {"workers": [WORKER]}
+# worker.drain !    {"worker"} -> WORKER. No new work; what runs goes on; jobs write a checkpoint and move.
+# worker.resume !   {"worker"} -> WORKER
+# worker.restart !  {"worker"} -> WORKER. Its engine is ended and started again.
+#
+# cache.stats       {} -> {"entries", "bytes", "bytes_max", "hits", "misses", "evictions"}
+# cache.clear !     {} -> {"entries": removed}
+#
+# registry.check    {"verify_blobs"? = true} -> {"ok", "records", "blobs", "bytes", "problems": [text]}
+# registry.gc !     {"dry_run"? = false} -> {"blobs", "bytes"} freed. Spares what an upload pins and what
+#                   is younger than an hour.
+# registry.backup ! {"path"} -> {"path", "bytes"}. A consistent copy on the coordinator's host, while it runs.
+#
+# key.create !      {"name", "role"} -> {"name", "role", "public", "secret", "server_public"}. The secret
+#                   is answered once and kept nowhere (a repeat with the same idempotency key answers
+#                   `conflict`, not the secret). role: client, worker or admin.
+# key.list          {} -> {"keys": [{"name", "role", "public", "created"}]}
+# key.revoke !      {"name"} -> {}. Open connections of that key are refused from their next message on.
+#
+# config.show       {} -> {"settings": [{"name", "value", "origin", "default"}]}; secrets are not shown
+# shutdown !        {"checkpoint"? = true} -> {}. Jobs write a checkpoint, then the coordinator ends.
+#
+# Objects
+#   MODEL    {"name", "digest", "family", "parameters", "dtype", "bytes", "context", "path", "shared",
+#            "created", "workers": n ready}
+#   DATA     {"name", "digest", "bytes", "created"}
+#   JOB      {"job", "name", "state", "model", "adapter", "step", "total_steps", "loss", "priority",
+#            "position", "reason", "worker", "created", "started", "ended"}; state: queued, estimating,
+#            starting, running, pausing, paused, publishing, done, failed, cancelled; reason: why a queued
+#            job waits
+#   ADAPTER  {"name", "version", "digest", "model", "rank", "bytes", "job", "created", "resident": n}
+#   WORKER   {"worker", "host", "device", "state", "model", "jobs": [JOB id], "requests", "kv_free",
+#            "tokens_per_second", "memory_bytes", "adapters": n}; state: starting, ready, draining,
+#            drained, lost

@@ -1,0 +1,298 @@
+@0x999dcb8f2be99786;
+# Workers (agents and engines) and the coordinator. common.capnp states the rules.
+#
+# Identity. `worker` names the slot (host and device) and outlives processes; `incarnation` is one start
+# of one process. (job, epoch) names one gang; a message of an older epoch is answered with JobAck
+# `conflict`, and its sender stops that job at once without publishing.
+#
+# Lease. The coordinator counts a peer as lost when no Heartbeat came for leaseMs. A peer that hears no
+# HeartbeatReply keeps what runs going (jobs, started answers), repeats its hello, and is adopted or
+# told to stop. Work that waits for an acknowledgement waits as long as it takes.
+
+using Cxx = import "/capnp/c++.capnp";
+using Common = import "common.capnp";
+$Cxx.namespace("tandem::protocol::wire");
+
+struct WorkerMessage {
+  # agent or engine -> coordinator
+  union {
+    hello @0 :WorkerHello;
+    heartbeat @1 :Heartbeat;
+    modelLoaded @2 :ModelLoaded;
+    estimateReply @3 :EstimateReply;
+    progress @4 :JobProgress;
+    checkpoint @5 :CheckpointReady;
+    publish @6 :Publish;
+    ended @7 :JobEnded;
+    chunk @8 :InferChunk;
+    bye @9 :WorkerBye;
+  }
+}
+
+struct ControlMessage {
+  # coordinator -> agent or engine
+  union {
+    hello @0 :WorkerHelloReply;
+    heartbeat @1 :HeartbeatReply;
+    agent @2 :AgentCommand;
+    loadModel @3 :LoadModel;
+    estimate @4 :EstimateRequest;
+    startJob @5 :StartJob;
+    stopJob @6 :StopJob;
+    jobAck @7 :JobAck;
+    infer @8 :Infer;
+    inferCancel @9 :InferCancel;
+    announce @10 :Announce;
+  }
+}
+
+enum WorkerRole {
+  agent @0;
+  engine @1;
+}
+
+struct FileRef {
+  path @0 :Text;    # relative; "" when the model is one file
+  digest @1 :Data;  # content root
+}
+
+struct ModelRef {
+  # A base model as a worker needs it: read from `path` when it is on this host and its files' roots
+  # agree, else fetched by BlobGet of the roots.
+  digest @0 :Data;
+  name @1 :Text;
+  path @2 :Text;
+  shared @3 :Bool;  # every worker sees the same path
+  files @4 :List(FileRef);
+}
+
+struct RunningJob {
+  job @0 :Text;
+  epoch @1 :UInt64;
+  step @2 :Int64;
+}
+
+# -- worker -> coordinator ------------------------------------------------------------------------
+
+struct WorkerHello {
+  # First message of every connection of an agent or engine, repeated every 2 s until WorkerHelloReply
+  # comes. It says what is running, and the coordinator adopts it or names it in stopJobs and
+  # stopRequests. A hello of an older incarnation of the same (worker, role) is refused (`conflict`); a
+  # newer one takes the place of the older, whose work is then lost unless it names it.
+  version @0 :Common.Version;
+  role @1 :WorkerRole;
+  worker @2 :Text;       # at most 256 bytes
+  host @3 :Text;
+  slot @4 :Int32;
+  device @5 :Text;       # "cpu" or the GPU's UUID
+  deviceName @6 :Text;
+  memoryBytes @7 :Int64; # what the device may give to this worker
+  pid @8 :Int64;
+  incarnation @9 :UInt64;  # random, not 0
+  model @10 :Data;       # engine: the base it holds; empty: none
+  jobs @11 :List(RunningJob);
+  requests @12 :List(Text);  # ids of requests still being answered
+  adapters @13 :List(Data);  # resident
+  credits @14 :Int64;    # requests it will hold at once; the coordinator never has more open with it
+}
+
+struct Heartbeat {
+  # Every heartbeatMs. An engine sends it from its device loop: a hung step is seen by its silence.
+  # Answered with HeartbeatReply. Lost: the next one says the same and more.
+  worker @0 :Text;
+  role @1 :WorkerRole;
+  incarnation @2 :UInt64;
+  seq @3 :UInt64;
+  running @4 :Int64;     # requests
+  waiting @5 :Int64;
+  kvBlocksFree @6 :Int64;
+  kvBlocksTotal @7 :Int64;
+  tokensPerSecond @8 :Float64;
+  jobs @9 :List(RunningJob);
+  adapters @10 :List(Data);
+  statsJson @11 :Text;   # counters for status and metrics
+}
+
+struct ModelLoaded {
+  # Engine: outcome of LoadModel. Lost: the coordinator repeats LoadModel, which is answered again.
+  model @0 :Data;
+  status @1 :Common.Status;
+  seconds @2 :Float64;
+}
+
+struct EstimateReply {
+  # Outcome of EstimateRequest. Lost: the request is repeated.
+  callId @0 :Text;
+  status @1 :Common.Status;
+  resultJson @2 :Text;   # {"peak_bytes", "by_kind": {kind: bytes}, "device_bytes", "fits"}
+}
+
+struct JobProgress {
+  # Engine: something happened in a job. seq counts from 1 per (job, epoch). Answered with JobAck
+  # "progress:SEQ" after it is on disk; the engine keeps at most 1024 that are not acknowledged (it then
+  # drops "step" and "log" ones, oldest first, never others) and repeats them after a reconnect. A repeat
+  # is known by its seq and acknowledged again.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  seq @2 :UInt64;
+  kind @3 :Text;         # started, step, eval, log, data, probe
+  step @4 :Int64;
+  totalSteps @5 :Int64;
+  message @6 :Text;
+  metricsJson @7 :Text;  # numbers: loss, learning_rate, grad_norm, tokens, tokens_per_second, …
+}
+
+struct CheckpointReady {
+  # Engine: all blobs of the checkpoint are durable (BlobPut was answered ok). The coordinator checks
+  # that, writes the record and acknowledges with "checkpoint:STEP" after the commit. Repeated until then
+  # (at reconnect, and every 5 s); a repeat is acknowledged again.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  step @2 :Int64;
+  manifest @3 :Text;     # canonical; its SHA-256 is the checkpoint's identity
+}
+
+struct Publish {
+  # Engine: all blobs of the adapter are durable. The coordinator writes manifest, version and alias in
+  # one transaction, acknowledges with "publish" (digest, "alias@version"), and announces. Repeated until
+  # acknowledged; (job, epoch, manifest) makes a repeat: one version, however often it comes.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  step @2 :Int64;
+  manifest @3 :Text;
+  metadataJson @4 :Text; # probe result, losses
+}
+
+struct JobEnded {
+  # Engine: the job is over here, after its last Publish was acknowledged, or instead of it. Repeated
+  # until acknowledged with "ended".
+  job @0 :Text;
+  epoch @1 :UInt64;
+  status @2 :Common.Status;  # cancelled: stopped as asked
+  step @3 :Int64;
+  summaryJson @4 :Text;
+}
+
+struct InferChunk {
+  # Engine: part of an answer. Not acknowledged: a lost connection makes the coordinator send Infer again
+  # with nextIndex, here or elsewhere, under the next attempt.
+  attempt @0 :UInt32;    # as in Infer; chunks of an older attempt are dropped
+  chunk @1 :Common.GenerateChunk;
+}
+
+struct WorkerBye {
+  # The process is about to end on purpose; its work may be moved at once. Lost: the lease runs out.
+  worker @0 :Text;
+  role @1 :WorkerRole;
+  incarnation @2 :UInt64;
+}
+
+# -- coordinator -> worker ------------------------------------------------------------------------
+
+struct WorkerHelloReply {
+  status @0 :Common.Status;  # not ok: the peer must end (old incarnation, version, slot taken)
+  coordinator @1 :UInt64;    # its incarnation
+  heartbeatMs @2 :Int64;
+  leaseMs @3 :Int64;
+  stopJobs @4 :List(Text);   # not adopted: end them, publish nothing
+  stopRequests @5 :List(Text);
+}
+
+struct HeartbeatReply {
+  seq @0 :UInt64;
+}
+
+enum AgentAction {
+  restartEngine @0;
+  drain @1;
+  resume @2;
+  shutdown @3;
+  upgrade @4;      # drain, then exec the binary that is in place now
+}
+
+struct AgentCommand {
+  # To an agent. Its next Heartbeats show the effect; the coordinator repeats it until they do.
+  # Doing it twice is doing it once (a restart is repeated only when the engine's incarnation stayed).
+  action @0 :AgentAction;
+}
+
+struct LoadModel {
+  # To an engine: hold this base. Answered with ModelLoaded, also when it holds it already. Another base
+  # while work runs: `refused`. Repeated every 5 s until answered or the lease is lost.
+  model @0 :ModelRef;
+}
+
+struct EstimateRequest {
+  # To an engine: a dry run on the shape-only backend. Answered with EstimateReply. Repeated after 5 s;
+  # computing it twice does no harm.
+  callId @0 :Text;
+  model @1 :ModelRef;
+  specJson @2 :Text;     # the "train" object of a JobSpec
+}
+
+struct StartJob {
+  # To an engine: run this job as this epoch, from the checkpoint (or the start). Answered with
+  # JobProgress "started" or JobEnded. Repeated until one of them comes; a repeat of what runs does nothing,
+  # a newer epoch of a job that runs here ends the older one first.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  specJson @2 :Text;     # JobSpec
+  model @3 :ModelRef;
+  dataset @4 :Data;
+  evalDataset @5 :Data;
+  datasetBytes @6 :Int64;
+  evalDatasetBytes @7 :Int64;
+  checkpointManifest @8 :Text;  # "": from the start
+}
+
+enum StopMode {
+  cancel @0;
+  pause @1;        # checkpoint first
+}
+
+struct StopJob {
+  # To an engine. Answered with JobEnded (`cancelled`). Repeated until that comes; of a job that does not
+  # run here: answered with JobEnded `notFound`.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  mode @2 :StopMode;
+}
+
+struct JobAck {
+  # To an engine: receipt, after commit where something was written. Lost: the engine repeats the
+  # message and is answered again.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  of @2 :Text;           # "progress:SEQ", "checkpoint:STEP", "publish", "ended"
+  status @3 :Common.Status;  # conflict: old epoch; stop at once
+  digest @4 :Data;       # of what was published
+  name @5 :Text;         # "alias@version" published
+}
+
+struct Infer {
+  # To an engine: a request with everything resolved at admission; these digests stay for its life.
+  # Answered with InferChunks from request.nextIndex on. At most `credits` are open at once. A repeat
+  # with the same attempt does nothing; a newer attempt replaces the older.
+  request @0 :Common.Generate;
+  attempt @1 :UInt32;
+  model @2 :ModelRef;
+  adapter @3 :Data;      # empty: the base itself
+  adapterManifest @4 :Text;  # canonical, for an engine that does not have the adapter yet
+  job @5 :Text;          # not empty: JOB@latest, answered by the engine that trains this job
+}
+
+struct InferCancel {
+  # To an engine: free the request's memory at the next step. Answered with a last chunk (cancelled)
+  # when it was running. Lost: the answer's chunks come for a request that is no longer known, and the
+  # coordinator says it again.
+  id @0 :Text;
+}
+
+struct Announce {
+  # To engines, after the commit: a version was published; they may load it ahead of the first request.
+  # Lost: nothing; Infer carries all that is needed.
+  name @0 :Text;
+  model @1 :Data;
+  adapter @2 :Data;
+  adapterManifest @3 :Text;
+}
