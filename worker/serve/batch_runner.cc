@@ -1,0 +1,346 @@
+#include "worker/serve/batch_runner.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace tandem::worker::serve {
+
+using kernels::ArenaScope;
+using kernels::Shape;
+using kernels::Tensor;
+
+namespace {
+
+std::int64_t input_bytes(const RunnerLimits& l) {
+  const std::int64_t blocks = (l.context_max + l.block_size - 1) / l.block_size;
+  std::int64_t bytes = 3 * Staging::bytes<std::int32_t>(l.tokens_max);  // ids, positions, slots
+  bytes += 2 * Staging::bytes<std::int32_t>(l.sequences_max + 1);       // q_offsets, kv_lens
+  bytes += Staging::bytes<std::int32_t>(l.sequences_max * blocks);
+  bytes += 2 * Staging::bytes<std::int32_t>(l.slots + 3);          // segments
+  bytes += 2 * Staging::bytes<std::int32_t>(l.sequences_max + 1);  // index, history offsets
+  bytes += 7 * Staging::bytes<float>(l.sequences_max);             // sampling, 4 bytes each
+  bytes += 2 * Staging::bytes<std::int64_t>(l.sequences_max);      // seed, position
+  bytes += 3 * Staging::bytes<std::int32_t>(l.history_max);
+  return bytes;
+}
+
+std::int64_t output_bytes(const RunnerLimits& l) {
+  return Staging::bytes<std::int32_t>(l.sequences_max) + Staging::bytes<float>(l.sequences_max) +
+         Staging::bytes<std::int32_t>(l.sequences_max * l.top_logprobs_max) +
+         Staging::bytes<float>(l.sequences_max * l.top_logprobs_max);
+}
+
+std::int32_t i32(std::int64_t value) {
+  return static_cast<std::int32_t>(value);
+}
+
+}  // namespace
+
+// The row of token p gives the distribution of token p + 1.
+ScoredRows scored_rows(const RunRows& run) {
+  if (run.score_from < 0) return {};
+  const std::int64_t first = std::max(run.rows.begin, run.score_from - 1);
+  const std::int64_t end = std::min(run.rows.begin + run.rows.count, run.rows.sequence->prompt - 1);
+  return {first, std::max<std::int64_t>(0, end - first)};
+}
+
+BatchRunner::BatchRunner(model::Context& context, kernels::Arena& arena,
+                         model::WeightSource& weights, const model::AdapterTable* adapters,
+                         const std::vector<kernels::KvCache>& caches, const RunnerLimits& limits)
+    : context_(context),
+      limits_(limits),
+      transformer_(weights, adapters, model::Stage{0, weights.base().config().layers}),
+      inputs_(arena, input_bytes(limits)),
+      outputs_(arena, output_bytes(limits)) {
+  const model::ModelConfig& config = weights.base().config();
+  hidden_ = arena.alloc(Shape{limits.tokens_max, config.width}, context.compute_dtype);
+  gathered_ = arena.alloc(Shape{limits.sequences_max, config.width}, context.compute_dtype);
+  logits_ = arena.alloc(Shape{limits.sequences_max, config.vocab}, DType::kF32);
+  paged_.caches = caches;
+  batch_.paged = &paged_;
+}
+
+std::int64_t BatchRunner::bytes_needed(const model::ModelConfig& config, DType dtype,
+                                       const RunnerLimits& l) {
+  const auto aligned = [](std::int64_t bytes) {
+    return round_up(bytes, kernels::kDeviceAlignment);
+  };
+  return aligned(input_bytes(l)) + aligned(output_bytes(l)) +
+         aligned(l.tokens_max * config.width * dtype_bytes(dtype)) +
+         aligned(l.sequences_max * config.width * dtype_bytes(dtype)) +
+         aligned(l.sequences_max * config.vocab * dtype_bytes(DType::kF32));
+}
+
+BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int64_t tokens,
+                                        std::int64_t samples) const {
+  Extent e{tokens, static_cast<std::int64_t>(rows.size()), 1, 1, samples};
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    e.blocks = std::max(e.blocks, static_cast<std::int64_t>(rows[i].rows.sequence->blocks.size()));
+    if (i > 0 && rows[i].slot != rows[i - 1].slot) ++e.segments;
+  }
+  if (limits_.token_buckets.empty()) return e;
+  e.tokens = *std::lower_bound(limits_.token_buckets.begin(), limits_.token_buckets.end(), tokens);
+  e.sequences = std::min(e.tokens, limits_.sequences_max);
+  e.samples = samples > 0 ? e.sequences : 0;
+  e.segments = limits_.slots + 2;
+  e.blocks = (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
+  return e;
+}
+
+void BatchRunner::stage_rows(std::span<const RunRows> rows, const Extent& e,
+                             std::int64_t rank_max) {
+  inputs_.clear();
+  const auto ids = inputs_.take<std::int32_t>(Shape{e.tokens}, batch_.ids);
+  const auto positions = inputs_.take<std::int32_t>(Shape{e.tokens}, batch_.positions);
+  const auto slots = inputs_.take<std::int32_t>(Shape{e.tokens}, paged_.cache_slots);
+  const auto offsets = inputs_.take<std::int32_t>(Shape{e.sequences + 1}, paged_.q_offsets);
+  const auto lens = inputs_.take<std::int32_t>(Shape{e.sequences}, paged_.kv_lens);
+  const auto tables = inputs_.take<std::int32_t>(Shape{e.sequences, e.blocks}, paged_.block_tables);
+  std::size_t t = 0, s = 0;
+  paged_.kv_len_max = 0;
+  for (const RunRows& run : rows) {
+    const Sequence& sequence = *run.rows.sequence;
+    offsets[s] = i32(static_cast<std::int64_t>(t));
+    for (std::int64_t p = run.rows.begin; p < run.rows.begin + run.rows.count; ++p, ++t) {
+      ids[t] = sequence.tokens[static_cast<std::size_t>(p)];
+      positions[t] = i32(p);
+      const std::int32_t block = sequence.blocks[static_cast<std::size_t>(p / limits_.block_size)];
+      slots[t] = i32(block * limits_.block_size + p % limits_.block_size);
+    }
+    const std::int64_t len = run.rows.begin + run.rows.count;
+    lens[s] = i32(len);
+    paged_.kv_len_max = std::max(paged_.kv_len_max, len);
+    const auto table =
+        tables.subspan(s * static_cast<std::size_t>(e.blocks), static_cast<std::size_t>(e.blocks));
+    std::fill(std::copy(sequence.blocks.begin(), sequence.blocks.end(), table.begin()), table.end(),
+              0);
+    ++s;
+  }
+  std::fill(ids.begin() + static_cast<std::ptrdiff_t>(t), ids.end(), 0);
+  std::fill(positions.begin() + static_cast<std::ptrdiff_t>(t), positions.end(), 0);
+  std::fill(slots.begin() + static_cast<std::ptrdiff_t>(t), slots.end(), -1);
+  std::fill(offsets.begin() + static_cast<std::ptrdiff_t>(s), offsets.end(),
+            i32(static_cast<std::int64_t>(t)));
+  std::fill(lens.begin() + static_cast<std::ptrdiff_t>(s), lens.end(), 0);
+  std::fill(tables.begin() + static_cast<std::ptrdiff_t>(s) * e.blocks, tables.end(), 0);
+  stage_segments(rows, e, rank_max);
+}
+
+void BatchRunner::stage_segments(std::span<const RunRows> rows, const Extent& e,
+                                 std::int64_t rank_max) {
+  kernels::AdapterRows& adapters = batch_.adapters;
+  adapters.segments_max = e.segments;
+  adapters.rank_max = rank_max;
+  const auto offsets = inputs_.take<std::int32_t>(Shape{e.segments + 1}, adapters.segment_offsets);
+  const auto slots = inputs_.take<std::int32_t>(Shape{e.segments}, adapters.segment_slots);
+  std::fill(offsets.begin(), offsets.end(), i32(e.tokens));
+  std::fill(slots.begin(), slots.end(), -1);
+  std::int64_t t = 0;
+  std::size_t segment = 0;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (i == 0 || rows[i].slot != rows[i - 1].slot) {
+      offsets[segment] = i32(t);
+      slots[segment++] = rows[i].slot;
+    }
+    t += rows[i].rows.count;
+  }
+  if (t < e.tokens && segment < slots.size()) offsets[segment] = i32(t);  // inert rows: no adapter
+}
+
+void BatchRunner::stage_sampling(std::span<const RunRows> rows, const Extent& e) {
+  kernels::SampleArgs& a = sample_args_;
+  a = {};
+  const Shape shape{e.samples};
+  const auto index = inputs_.take<std::int32_t>(shape, sample_index_);
+  const auto temperature = inputs_.take<float>(shape, a.temperature);
+  const auto top_k = inputs_.take<std::int32_t>(shape, a.top_k);
+  const auto top_p = inputs_.take<float>(shape, a.top_p);
+  const auto min_p = inputs_.take<float>(shape, a.min_p);
+  const auto seed = inputs_.take<std::int64_t>(shape, a.seed);
+  const auto position = inputs_.take<std::int64_t>(shape, a.position);
+  for (std::size_t i = 0; i < index.size(); ++i) {  // greedy, where nobody samples
+    index[i] = top_k[i] = 0;
+    temperature[i] = min_p[i] = 0.0f;
+    top_p[i] = 1.0f;
+    seed[i] = position[i] = 0;
+  }
+  std::size_t r = 0;
+  std::int64_t t = 0;
+  bool penalized = false;
+  for (const RunRows& run : rows) {
+    t += run.rows.count;
+    if (!run.rows.sample) continue;
+    const SamplingParams& p = *run.sampling;
+    index[r] = i32(t - 1);
+    temperature[r] = p.temperature;
+    top_k[r] = i32(p.top_k);
+    top_p[r] = p.top_p;
+    min_p[r] = p.min_p;
+    seed[r] = static_cast<std::int64_t>(run.seed);
+    position[r++] = run.rows.begin + run.rows.count;
+    penalized |= run.rows.sequence->penalized;
+    a.top_logprobs = std::max(a.top_logprobs, p.logprobs.value_or(0));
+  }
+  if (penalized) stage_history(rows, e);
+}
+
+void BatchRunner::stage_history(std::span<const RunRows> rows, const Extent& e) {
+  kernels::SampleArgs& a = sample_args_;
+  const Shape shape{e.samples};
+  const auto repetition = inputs_.take<float>(shape, a.repetition_penalty);
+  const auto presence = inputs_.take<float>(shape, a.presence_penalty);
+  const auto frequency = inputs_.take<float>(shape, a.frequency_penalty);
+  const auto offsets = inputs_.take<std::int32_t>(Shape{e.samples + 1}, a.history_offsets);
+  std::int64_t total = 0;
+  for (const RunRows& run : rows)
+    if (run.rows.sample && run.rows.sequence->penalized) total += run.rows.sequence->history.size();
+  const auto ids = inputs_.take<std::int32_t>(Shape{total}, a.history_ids);
+  const auto prompt = inputs_.take<std::int32_t>(Shape{total}, a.history_prompt_counts);
+  const auto output = inputs_.take<std::int32_t>(Shape{total}, a.history_output_counts);
+  std::fill(repetition.begin(), repetition.end(), 1.0f);
+  std::fill(presence.begin(), presence.end(), 0.0f);
+  std::fill(frequency.begin(), frequency.end(), 0.0f);
+  std::size_t r = 0;
+  std::ptrdiff_t at = 0;
+  for (const RunRows& run : rows) {
+    if (!run.rows.sample) continue;
+    offsets[r] = i32(at);
+    if (run.rows.sequence->penalized) {
+      const PenaltyHistory& h = run.rows.sequence->history;
+      repetition[r] = run.sampling->repetition_penalty;
+      presence[r] = run.sampling->presence_penalty;
+      frequency[r] = run.sampling->frequency_penalty;
+      std::copy(h.ids().begin(), h.ids().end(), ids.begin() + at);
+      std::copy(h.prompt_counts().begin(), h.prompt_counts().end(), prompt.begin() + at);
+      std::copy(h.output_counts().begin(), h.output_counts().end(), output.begin() + at);
+      at += h.size();
+    }
+    ++r;
+  }
+  std::fill(offsets.begin() + static_cast<std::ptrdiff_t>(r), offsets.end(), i32(at));
+}
+
+void BatchRunner::forward() {
+  const ArenaScope scope(context_.activations);
+  transformer_.forward(context_, batch_, Tensor{}, hidden_.rows(0, batch_.tokens()), nullptr,
+                       model::Recompute::kNone);
+}
+
+// Few values, few rows, only while min_tokens is not reached: not worth an op of its own.
+void BatchRunner::ban(std::span<const RunRows> rows) {
+  const float never = -std::numeric_limits<float>::infinity();
+  std::int64_t r = 0;
+  for (const RunRows& run : rows) {
+    if (!run.rows.sample) continue;
+    for (const std::int32_t id : run.banned) {
+      const Tensor logit = logits_.rows(r, 1).reshaped(Shape{logits_.dim(1)}).rows(id, 1);
+      context_.ops.upload(context_.exec, std::as_bytes(std::span(&never, 1)), logit);
+    }
+    ++r;
+  }
+}
+
+void BatchRunner::sample(const Extent& e, std::int64_t real, RunResult& result) {
+  kernels::SampleArgs& a = sample_args_;
+  a.logits = logits_.rows(0, e.samples);
+  outputs_.clear();
+  const auto ids = outputs_.take<std::int32_t>(Shape{e.samples}, a.ids);
+  const auto logprobs = outputs_.take<float>(Shape{e.samples}, a.logprob);
+  const std::int64_t n = a.top_logprobs;
+  const auto top_ids = outputs_.take<std::int32_t>(Shape{e.samples, n}, a.top_ids);
+  const auto top = outputs_.take<float>(Shape{e.samples, n}, a.top_logprob);
+  context_.ops.sample(context_.exec, a);
+  outputs_.download(context_.ops, context_.exec);
+  result.ids.assign(ids.begin(), ids.begin() + real);
+  result.logprobs.assign(logprobs.begin(), logprobs.begin() + real);
+  result.top_count = n;
+  result.top_ids.assign(top_ids.begin(), top_ids.begin() + real * n);
+  result.top_logprobs.assign(top.begin(), top.begin() + real * n);
+}
+
+// As many rows at once as there are logits rows; after the sampler is done with them.
+void BatchRunner::score(std::span<const RunRows> rows, RunResult& result) {
+  std::vector<std::int32_t> index, targets;
+  std::int64_t t = 0;
+  for (const RunRows& run : rows) {
+    const ScoredRows scored = scored_rows(run);
+    for (std::int64_t p = scored.first; p < scored.first + scored.count; ++p) {
+      index.push_back(i32(t + p - run.rows.begin));
+      targets.push_back(run.rows.sequence->tokens[static_cast<std::size_t>(p + 1)]);
+    }
+    t += run.rows.count;
+  }
+  const auto total = static_cast<std::int64_t>(index.size());
+  for (std::int64_t at = 0; at < total; at += limits_.sequences_max) {
+    const std::int64_t count = std::min(limits_.sequences_max, total - at);
+    Tensor index_view, target_view, logprob_view;
+    inputs_.clear();
+    const auto index_part = inputs_.take<std::int32_t>(Shape{count}, index_view);
+    const auto target_part = inputs_.take<std::int32_t>(Shape{count}, target_view);
+    std::copy_n(index.begin() + at, count, index_part.begin());
+    std::copy_n(targets.begin() + at, count, target_part.begin());
+    inputs_.upload(context_.ops, context_.exec);
+    context_.ops.gather_rows(context_.exec, {hidden_, index_view, gathered_.rows(0, count)});
+    transformer_.logits(context_, gathered_.rows(0, count), logits_.rows(0, count));
+    outputs_.clear();
+    const auto logprobs = outputs_.take<float>(Shape{count}, logprob_view);
+    context_.ops.logprob(context_.exec, {logits_.rows(0, count), target_view, logprob_view});
+    outputs_.download(context_.ops, context_.exec);
+    result.scores.insert(result.scores.end(), logprobs.begin(), logprobs.end());
+  }
+}
+
+void BatchRunner::run(std::span<const RunRows> rows, std::int64_t rank_max, RunResult& result) {
+  std::int64_t tokens = 0, samples = 0;
+  bool scored = false, banned = false;
+  for (const RunRows& run : rows) {
+    tokens += run.rows.count;
+    samples += run.rows.sample ? 1 : 0;
+    scored |= run.score_from >= 0;
+    banned |= run.rows.sample && !run.banned.empty();
+  }
+  const Extent e = extent(rows, tokens, samples);
+  stage_rows(rows, e, rank_max);
+  stage_sampling(rows, e);
+  inputs_.upload(context_.ops, context_.exec);
+  forward();
+  result.ids.clear();
+  result.scores.clear();
+  result.top_count = 0;
+  if (samples > 0) {
+    const Tensor gathered = gathered_.rows(0, e.samples);
+    context_.ops.gather_rows(context_.exec, {hidden_.rows(0, e.tokens), sample_index_, gathered});
+    transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
+    if (banned) ban(rows);
+    sample(e, samples, result);
+  }
+  if (scored) score(rows, result);
+}
+
+void BatchRunner::run_worst_case() {
+  const std::int64_t blocks = (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
+  const Extent e{limits_.tokens_max, limits_.sequences_max, limits_.slots + 2, blocks,
+                 limits_.sequences_max};
+  stage_rows({}, e, limits_.rank_max);
+  paged_.kv_len_max = limits_.context_max;
+  stage_sampling({}, e);
+  stage_history({}, e);
+  sample_args_.top_logprobs = limits_.top_logprobs_max;
+  inputs_.upload(context_.ops, context_.exec);
+  forward();
+  const Tensor gathered = gathered_.rows(0, e.samples);
+  context_.ops.gather_rows(context_.exec, {hidden_, sample_index_, gathered});
+  transformer_.logits(context_, gathered, logits_);
+  RunResult result;
+  sample(e, e.samples, result);
+  Tensor ids, logprob;
+  inputs_.clear();
+  outputs_.clear();
+  const auto targets = inputs_.take<std::int32_t>(Shape{e.samples}, ids);
+  std::fill(targets.begin(), targets.end(), 0);
+  outputs_.take<float>(Shape{e.samples}, logprob);
+  inputs_.upload(context_.ops, context_.exec);
+  context_.ops.logprob(context_.exec, {logits_, ids, logprob});
+}
+
+}  // namespace tandem::worker::serve

@@ -1,0 +1,92 @@
+// The device side of a step: turns scheduled rows into the device tensors that the model and the
+// sampler want, runs them, and brings back what was drawn. All buffers are taken once, for the
+// largest batch there can be. One device thread.
+#pragma once
+
+#include "worker/model/transformer.h"
+#include "worker/serve/batch_scheduler.h"
+#include "worker/serve/request.h"
+#include "worker/serve/staging.h"
+
+#include <span>
+#include <vector>
+
+namespace tandem::worker::serve {
+
+struct RunnerLimits {
+  std::int64_t tokens_max = 0, sequences_max = 0, slots = 0, context_max = 0, block_size = 0,
+               rank_max = 0, history_max = 0, top_logprobs_max = 0;
+  std::vector<std::int64_t> token_buckets;  ///< see ServeOptions
+};
+
+/// Rows of one sequence with all that the device needs to know. Pointers outlive run().
+struct RunRows {
+  BatchRows rows;
+  std::int32_t slot = -1;  ///< of its adapter; rows of one slot are neighbours
+  const SamplingParams* sampling = nullptr;
+  std::uint64_t seed = 0;
+  std::span<const std::int32_t> banned;  ///< tokens that may not be drawn now
+  std::int64_t score_from = -1;          ///< prompt tokens from here on are scored; -1: none
+};
+
+/// Rows [first, first + count) of the group's tokens give log-probabilities that are wanted.
+struct ScoredRows {
+  std::int64_t first = 0, count = 0;
+};
+ScoredRows scored_rows(const RunRows& run);
+
+/// Reused between steps.
+struct RunResult {
+  std::vector<std::int32_t> ids;      ///< [sampled rows], in the order of the rows
+  std::vector<float> logprobs;        ///< [sampled rows]
+  std::int64_t top_count = 0;         ///< n, the largest that any row asked for
+  std::vector<std::int32_t> top_ids;  ///< [sampled rows, n]
+  std::vector<float> top_logprobs;
+  /// Log-probabilities of scored prompt tokens, row group by row group, ascending.
+  std::vector<float> scores;
+};
+
+class BatchRunner {
+ public:
+  /// Takes its buffers from `arena` (kActivations), which must hold at least bytes_needed().
+  BatchRunner(model::Context& context, kernels::Arena& arena, model::WeightSource& weights,
+              const model::AdapterTable* adapters, const std::vector<kernels::KvCache>& caches,
+              const RunnerLimits& limits);
+  static std::int64_t bytes_needed(const model::ModelConfig& config, DType dtype,
+                                   const RunnerLimits& limits);
+
+  /// Forward of all rows, one drawn token for every row group with `sample`. `rank_max`: of the
+  /// adapters named. `result` is overwritten.
+  void run(std::span<const RunRows> rows, std::int64_t rank_max, RunResult& result);
+  /// The largest batch, inert: every op is called with the largest shapes.
+  void run_worst_case();
+
+ private:
+  /// The padded sizes of one batch.
+  struct Extent {
+    std::int64_t tokens, sequences, segments, blocks, samples;
+  };
+  Extent extent(std::span<const RunRows> rows, std::int64_t tokens, std::int64_t samples) const;
+  void stage_rows(std::span<const RunRows> rows, const Extent& e, std::int64_t rank_max);
+  void stage_segments(std::span<const RunRows> rows, const Extent& e, std::int64_t rank_max);
+  void stage_sampling(std::span<const RunRows> rows, const Extent& e);
+  void stage_history(std::span<const RunRows> rows, const Extent& e);
+  void forward();
+  void ban(std::span<const RunRows> rows);
+  void sample(const Extent& e, std::int64_t real, RunResult& result);
+  void score(std::span<const RunRows> rows, RunResult& result);
+
+  model::Context& context_;
+  const RunnerLimits limits_;
+  const model::Transformer transformer_;
+  kernels::Tensor hidden_;    ///< [tokens_max, C] cd
+  kernels::Tensor gathered_;  ///< [sequences_max, C] cd
+  kernels::Tensor logits_;    ///< [sequences_max, V] f32
+  Staging inputs_, outputs_;
+  model::TokenBatch batch_;
+  model::PagedKv paged_;
+  kernels::Tensor sample_index_;  ///< [samples] i32
+  kernels::SampleArgs sample_args_;
+};
+
+}  // namespace tandem::worker::serve
