@@ -68,7 +68,11 @@ Result<std::unique_ptr<LiveRequest>> LiveRequest::create(
 }
 
 RunRows LiveRequest::run_rows(const BatchRows& rows, std::int32_t slot) const {
-  RunRows run{.rows = rows, .slot = slot, .sampling = &request_.sampling, .seed = seed_};
+  RunRows run;
+  run.rows = rows;
+  run.slot = slot;
+  run.sampling = &request_.sampling;
+  run.seed = seed_;
   if (generated() < request_.sampling.min_tokens) run.banned = ending_;
   if (const auto from = request_.sampling.prompt_logprobs_from;
       from && rows.begin < sequence_.prompt)

@@ -8,6 +8,8 @@
 #include "worker/serve/request_checks.h"
 
 #include <algorithm>
+#include <limits>
+#include <map>
 #include <unordered_map>
 
 namespace tandem::worker::serve {
@@ -143,7 +145,7 @@ struct ServeEngine::Impl {
   std::vector<std::int32_t> eos_ids;
 
   std::unordered_map<RequestId, std::unique_ptr<LiveRequest>> live;
-  std::unordered_map<std::int64_t, LiveRequest*> by_age;
+  std::map<std::int64_t, LiveRequest*> by_age;
   std::int64_t arrivals = 0;
   std::int64_t unready = 0;             ///< requests that wait for their adapter
   std::vector<SequenceOutput> pending;  ///< outcomes that the next step reports
