@@ -35,7 +35,7 @@ struct ModelRecord {
 /// One published version of an adapter; never changed, only removed.
 struct AdapterVersionRecord {
   std::string name;
-  std::uint32_t version = 0;  ///< from 1, never used twice for one name
+  std::uint32_t version = 0;  ///< from 1, rising; not reused while the name exists
   Digest digest;              ///< of its manifest
   Digest base_model;          ///< digest of the model it was trained on
   std::string job;            ///< empty when imported

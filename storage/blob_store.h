@@ -96,21 +96,24 @@ class BlobStore {
   };
   Status put_batch(std::span<const BlobChunk> chunks);
   Status put_one(WriteTxn& txn, const BlobChunk& chunk);
-  void add_pin(const std::string& pin, std::span<const Digest> digests);
-  void expire_pins();
+  Status add_pin(const std::string& pin, std::span<const Digest> digests);
+  void expire_pins();  // with mutex_ held
+  bool is_pinned(const Digest& digest);
+  Status remove_batch(std::span<const Digest> victims, BlobGcResult& result);
   Status remove_leftovers();
   Result<std::optional<Meta>> find_meta(ReadTxn& txn, const Digest& digest);
   [[nodiscard]] std::string file_path(const Digest& digest) const;
-  Result<std::int64_t> sweep_orphan_files();
+  Status sweep_orphan_files();
 
   std::unique_ptr<Store> store_;
   const std::string files_directory_;
   const std::int64_t budget_bytes_;
   const Clock& clock_;
-  std::mutex mutex_;  // guards what follows; never held while a transaction waits for another
+  std::mutex write_mutex_;  // puts, gc and backup exclude each other; guards lmdb_bytes_
+  std::int64_t lmdb_bytes_ = 0;
+  std::mutex mutex_;  // guards what follows; innermost
   std::map<std::string, Pin> pins_;
   std::unordered_set<Digest> verified_;
-  std::int64_t lmdb_bytes_ = 0;
 };
 
 }  // namespace tandem::storage

@@ -1,6 +1,6 @@
-// The formulas are ggml's dequantize_row_* (ggml-quants.c), written so that every intermediate is the
-// same f32. Contraction to fused multiply-add could not change a bit: wherever a sum follows, the
-// product before it is exact in f32 (a scale of 11 + 6 bits times 5 bits).
+// The formulas are ggml's dequantize_row_* (ggml-quants.c), written so that every intermediate is
+// the same f32. Contraction to fused multiply-add could not change a bit: wherever a sum follows,
+// the product before it is exact in f32 (a scale of 11 + 6 bits times 5 bits).
 #include "storage/gguf.h"
 
 #include <array>

@@ -13,6 +13,7 @@
 #include "storage/file_io.h"
 #include "storage/manifest.h"
 #include "storage/records.h"
+#include "storage/sealed_value.h"
 #include "storage/store.h"
 
 #include <functional>
@@ -116,8 +117,9 @@ class RegistryTxn {
   Status remove_adapter_version(std::string_view name, std::uint32_t version);
   /// The alias only.
   Status remove_alias(std::string_view name);
-  /// Model, alias, name@version, or a digest of 12 or more hex digits. Errors: not_found (with the
-  /// nearest name), invalid (an ambiguous or malformed reference).
+  /// Model, alias, name@version, JOB@latest, JOB@step-N (of stored checkpoints), or a digest of 12
+  /// or more hex digits. Errors: not_found (with the nearest name), invalid (an ambiguous or
+  /// malformed reference).
   Result<Resolved> resolve(std::string_view reference);
   /// The nearest known model or alias name, or "".
   std::string nearest(std::string_view name);
@@ -161,12 +163,13 @@ class RegistryTxn {
  private:
   friend class Registry;
   RegistryTxn(std::unique_ptr<ReadTxn> read, WriteTxn* write, BlobStore* blobs, const Clock* clock);
-  Result<Manifest> check_manifest(const std::string& text, ManifestKind kind, bool chunks_here);
+  Result<Manifest> check_manifest(const std::string& text, ManifestKind kind);
   Status put_manifest(const std::string& text, ManifestKind kind, const Digest& base_model);
   Status check_epoch(const std::string& job, std::uint64_t epoch);
   Status move_alias(AliasRecord& alias, const AdapterVersionRecord& to, const std::string& reason);
   Result<AdapterVersionRecord> adapter_version(std::string_view reference);
   Result<Resolved> resolve_digest(std::string_view prefix);
+  Result<Resolved> resolve_checkpoint(std::string_view job, std::string_view which);
   Status refuse_taken_name(const std::string& name, bool for_model);
   [[nodiscard]] Status not_found(const char* noun, std::string_view key);
 

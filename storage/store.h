@@ -28,6 +28,7 @@ inline constexpr std::size_t kStoreKeyBytesMax = 480;
 
 /// Walks one table in key order. Key and value are valid until the cursor moves or the transaction
 /// writes or ends; after a write to its table a cursor must seek again.
+/// A cursor is destroyed before its transaction.
 class StoreCursor {
  public:
   virtual ~StoreCursor() = default;

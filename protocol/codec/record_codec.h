@@ -27,8 +27,33 @@ std::string encode_record(const KeyRecord& record);
 std::string encode_record(const SettingRecord& record);
 std::string encode_record(const IdempotencyRecord& record);
 
-/// decode_record<JobRecord>(bytes); instantiated for every record above.
+/// decode_record<JobRecord>(bytes); one for every record above.
 template <class Record>
 Result<Record> decode_record(std::span<const std::byte> bytes);
+
+template <>
+Result<ModelRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<AdapterVersionRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<AliasRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<ManifestRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<CheckpointRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<JobRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<JobEventRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<ResultRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<DatasetRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<KeyRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<SettingRecord> decode_record(std::span<const std::byte> bytes);
+template <>
+Result<IdempotencyRecord> decode_record(std::span<const std::byte> bytes);
 
 }  // namespace tandem::protocol
