@@ -1,0 +1,272 @@
+#include "worker/runtime/adapter_codec.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <set>
+
+namespace tandem::worker::runtime {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr const char* kPeftPrefix = "base_model.model.";
+
+std::vector<std::byte> to_bytes(std::span<const float> values, DType dtype) {
+  std::vector<std::byte> bytes(values.size() * static_cast<std::size_t>(dtype_bytes(dtype)));
+  if (dtype == DType::kF32) {
+    std::memcpy(bytes.data(), values.data(), bytes.size());
+    return bytes;
+  }
+  TANDEM_CHECK(dtype == DType::kBF16, dtype_name(dtype));
+  auto* out = reinterpret_cast<bf16*>(bytes.data());
+  for (std::size_t i = 0; i < values.size(); ++i) out[i] = to_bf16(values[i]);
+  return bytes;
+}
+
+Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std::string& dtype,
+                                     const std::string& name) {
+  const auto parsed = parse_dtype(dtype);
+  if (!parsed || (*parsed != DType::kF32 && *parsed != DType::kBF16 && *parsed != DType::kF16))
+    return refused_error(
+        str("tensor ", name, " has dtype ", dtype, "; f32, bf16 and f16 are supported"));
+  std::vector<float> values(bytes.size() / static_cast<std::size_t>(dtype_bytes(*parsed)));
+  if (*parsed == DType::kF32) std::memcpy(values.data(), bytes.data(), bytes.size());
+  for (std::size_t i = 0; *parsed != DType::kF32 && i < values.size(); ++i) {
+    std::uint16_t bits = 0;
+    std::memcpy(&bits, bytes.data() + 2 * i, 2);
+    values[i] = *parsed == DType::kBF16 ? to_f32(bf16{bits}) : to_f32(f16{bits});
+  }
+  return values;
+}
+
+/// Adds a tensor to a manifest and its chunks to the object.
+void add_tensor(PackedObject& object, storage::Manifest& manifest, const std::string& name,
+                DType dtype, std::vector<std::int64_t> shape, std::span<const float> values) {
+  object.buffers.push_back(to_bytes(values, dtype));
+  const std::span<const std::byte> bytes = object.buffers.back();
+  manifest.tensors.push_back(
+      storage::describe_tensor(name, dtype_name(dtype), std::move(shape), bytes));
+  const auto& chunks = manifest.tensors.back().chunks;
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    const std::size_t begin = i * kDigestLeafBytes;
+    object.blobs.push_back(
+        {chunks[i],
+         bytes.subspan(begin, std::min<std::size_t>(kDigestLeafBytes, bytes.size() - begin))});
+  }
+}
+
+Json lora_settings(const Digest& base_model, const storage::PeftConfig& config) {
+  Json settings{{"base_model", base_model.hex()},
+                {"r", config.r},
+                {"lora_alpha", config.lora_alpha},
+                {"use_rslora", config.use_rslora},
+                {"target_modules", config.target_modules}};
+  if (!config.rank_pattern.empty()) settings["rank_pattern"] = config.rank_pattern;
+  if (!config.alpha_pattern.empty()) settings["alpha_pattern"] = config.alpha_pattern;
+  return settings;
+}
+
+Result<PackedObject> finish(PackedObject object, storage::Manifest& manifest,
+                            const Json& settings) {
+  manifest.settings_json = settings.dump();
+  TANDEM_ASSIGN_OR_RETURN(object.manifest, storage::encode_manifest(manifest));
+  object.digest = storage::manifest_digest(object.manifest);
+  return object;
+}
+
+Status check_base(const Json& settings, const Digest& base_model) {
+  const std::string base = settings.value("base_model", "");
+  if (base == base_model.hex()) return {};
+  return conflict_error(
+      str("the adapter belongs to base model ", base.substr(0, 12), ", this one is ", base_model));
+}
+
+/// All tensors of a manifest as f32, in the manifest's order.
+Result<std::vector<std::vector<float>>> fetch_tensors(const storage::Manifest& manifest,
+                                                      const FetchBlobs& fetch) {
+  std::vector<Digest> digests;
+  for (const auto& tensor : manifest.tensors)
+    digests.insert(digests.end(), tensor.chunks.begin(), tensor.chunks.end());
+  TANDEM_ASSIGN_OR_RETURN(auto blobs, fetch(digests));
+  std::vector<std::vector<float>> tensors;
+  std::size_t next = 0;
+  for (const auto& tensor : manifest.tensors) {
+    std::vector<std::byte> bytes;
+    for (std::size_t i = 0; i < tensor.chunks.size(); ++i) {
+      auto& blob = blobs[next++];
+      if (bytes.empty())
+        bytes = std::move(blob);
+      else
+        bytes.insert(bytes.end(), blob.begin(), blob.end());
+    }
+    if (static_cast<std::int64_t>(bytes.size()) != tensor.bytes)
+      return corrupt_error(str("tensor ", tensor.name, " has ", bytes.size(),
+                               " bytes, its manifest says ", tensor.bytes));
+    TANDEM_ASSIGN_OR_RETURN(auto values, to_floats(bytes, tensor.dtype, tensor.name));
+    tensors.push_back(std::move(values));
+  }
+  return tensors;
+}
+
+/// "PATH.lora_A.weight" (adapter) or "PATH.lora_A.param" (checkpoint) -> PATH and 'A' or 'B'.
+std::optional<std::pair<std::string, char>> split_name(const std::string& name,
+                                                       storage::ManifestKind kind) {
+  const bool adapter = kind == storage::ManifestKind::kAdapter;
+  std::string path = name;
+  if (adapter) {
+    if (!path.starts_with(kPeftPrefix)) return std::nullopt;
+    path.erase(0, std::strlen(kPeftPrefix));
+  }
+  for (char half : {'A', 'B'}) {
+    const std::string ending = str(".lora_", half, adapter ? ".weight" : ".param");
+    if (path.ends_with(ending)) return std::pair{path.substr(0, path.size() - ending.size()), half};
+  }
+  return std::nullopt;
+}
+
+Status check_shape(const storage::ManifestTensor& tensor, std::int64_t rows, std::int64_t columns) {
+  if (tensor.shape == std::vector<std::int64_t>{rows, columns}) return {};
+  std::string actual;
+  for (auto d : tensor.shape) actual += (actual.empty() ? "" : ", ") + std::to_string(d);
+  return conflict_error(str("tensor ", tensor.name, " has shape [", actual, "], this model needs [",
+                            rows, ", ", columns, "]"));
+}
+
+}  // namespace
+
+std::optional<SitePlace> parse_site_path(const std::string& path) {
+  constexpr const char* kPrefix = "model.layers.";
+  if (!path.starts_with(kPrefix)) return std::nullopt;
+  char* end = nullptr;
+  const std::int64_t layer = std::strtoll(path.c_str() + std::strlen(kPrefix), &end, 10);
+  for (int i = 0; i < model::kSiteCount; ++i)
+    if (const auto site = static_cast<model::Site>(i);
+        layer >= 0 && model::site_path(layer, site) == path)
+      return SitePlace{layer, site};
+  return std::nullopt;
+}
+
+storage::PeftConfig peft_config(const model::LoraConfig& lora) {
+  storage::PeftConfig config;
+  config.r = lora.r;
+  config.lora_alpha = lora.lora_alpha;
+  config.lora_dropout = lora.lora_dropout;
+  config.use_rslora = lora.use_rslora;
+  for (model::Site site : lora.target_modules)
+    config.target_modules.push_back(model::site_name(site));
+  std::sort(config.target_modules.begin(), config.target_modules.end());
+  return config;
+}
+
+Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
+                                  std::span<const model::HostAdapterTensor> tensors, DType dtype) {
+  PackedObject object;
+  storage::Manifest manifest;
+  manifest.kind = storage::ManifestKind::kAdapter;
+  for (const auto& t : tensors) {
+    const std::string site = kPeftPrefix + model::site_path(t.layer, t.site);
+    const auto inputs = static_cast<std::int64_t>(t.a.size()) / t.rank,
+               outputs = static_cast<std::int64_t>(t.b.size()) / t.rank;
+    add_tensor(object, manifest, site + ".lora_A.weight", dtype, {t.rank, inputs}, t.a);
+    add_tensor(object, manifest, site + ".lora_B.weight", dtype, {outputs, t.rank}, t.b);
+  }
+  return finish(std::move(object), manifest, lora_settings(base_model, config));
+}
+
+Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
+                                     const train::TrainState& state) {
+  PackedObject object;
+  storage::Manifest manifest;
+  manifest.kind = storage::ManifestKind::kCheckpoint;
+  for (const auto& t : state.tensors)
+    add_tensor(object, manifest, t.name, DType::kF32, t.shape, t.values);
+  Json settings = lora_settings(base_model, config);
+  settings["state"] = state.json;
+  return finish(std::move(object), manifest, settings);
+}
+
+Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest) {
+  const Json settings = Json::parse(manifest.settings_json, nullptr, false);
+  storage::PeftConfig config;
+  try {
+    config.r = settings.at("r").get<std::int64_t>();
+    config.lora_alpha = settings.at("lora_alpha").get<double>();
+    config.use_rslora = settings.value("use_rslora", false);
+    config.target_modules = settings.value("target_modules", std::vector<std::string>{});
+    config.rank_pattern = settings.value("rank_pattern", std::map<std::string, std::int64_t>{});
+    config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
+  } catch (const Json::exception& error) {
+    return corrupt_error(str("adapter manifest: ", error.what()));
+  }
+  if (config.r < 1 || config.r > storage::kLoraRankMax)
+    return corrupt_error(
+        str("adapter manifest: r ", config.r, " is not in 1..", storage::kLoraRankMax));
+  return config;
+}
+
+Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& text,
+                                                             const Digest& base_model,
+                                                             const model::ModelConfig& model,
+                                                             const FetchBlobs& fetch) {
+  TANDEM_ASSIGN_OR_RETURN(storage::Manifest manifest, storage::parse_manifest(text));
+  TANDEM_ASSIGN_OR_RETURN(const storage::PeftConfig config, manifest_lora(manifest));
+  TANDEM_RETURN_IF_ERROR(
+      check_base(Json::parse(manifest.settings_json, nullptr, false), base_model));
+  if (manifest.kind == storage::ManifestKind::kCheckpoint)  // moments are not the adapter's
+    std::erase_if(manifest.tensors,
+                  [&](const auto& t) { return !split_name(t.name, manifest.kind); });
+  TANDEM_ASSIGN_OR_RETURN(auto values, fetch_tensors(manifest, fetch));
+  std::map<std::pair<std::int64_t, model::Site>, model::HostAdapterTensor> sites;
+  for (std::size_t i = 0; i < manifest.tensors.size(); ++i) {
+    const auto& tensor = manifest.tensors[i];
+    const auto name = split_name(tensor.name, manifest.kind);
+    const auto place = name ? parse_site_path(name->first) : std::nullopt;
+    if (!place || place->layer >= model.layers)
+      return conflict_error(str("adapter tensor ", tensor.name, " matches no site of this model (",
+                                model.layers, " layers)"));
+    const auto shape = model::site_shape(model, place->site);
+    auto& site = sites[{place->layer, place->site}];
+    site.layer = place->layer;
+    site.site = place->site;
+    const std::int64_t rank =
+        tensor.shape.size() == 2 ? tensor.shape[name->second == 'A' ? 0 : 1] : -1;
+    if (rank < 1 || (site.rank && site.rank != rank))
+      return conflict_error(
+          str("adapter tensor ", tensor.name, " has rank ", rank, ", its other half ", site.rank));
+    site.rank = rank;
+    site.scale = static_cast<float>(config.scale(name->first, rank));
+    TANDEM_RETURN_IF_ERROR(name->second == 'A' ? check_shape(tensor, rank, shape.i)
+                                               : check_shape(tensor, shape.n, rank));
+    (name->second == 'A' ? site.a : site.b) = std::move(values[i]);
+  }
+  std::vector<model::HostAdapterTensor> tensors;
+  for (auto& [place, site] : sites) {
+    if (site.a.empty() || site.b.empty())
+      return conflict_error(str("adapter site ", model::site_path(site.layer, site.site),
+                                " lacks lora_", site.a.empty() ? "A" : "B"));
+    tensors.push_back(std::move(site));
+  }
+  if (tensors.empty()) return conflict_error("the adapter has no tensors");
+  return tensors;
+}
+
+Result<train::TrainState> unpack_checkpoint(const std::string& text, const Digest& base_model,
+                                            const FetchBlobs& fetch) {
+  TANDEM_ASSIGN_OR_RETURN(storage::Manifest manifest, storage::parse_manifest(text));
+  if (manifest.kind != storage::ManifestKind::kCheckpoint)
+    return corrupt_error("not a checkpoint's manifest");
+  const Json settings = Json::parse(manifest.settings_json, nullptr, false);
+  TANDEM_RETURN_IF_ERROR(check_base(settings, base_model));
+  TANDEM_ASSIGN_OR_RETURN(auto values, fetch_tensors(manifest, fetch));
+  train::TrainState state;
+  state.json = settings.value("state", "");
+  for (std::size_t i = 0; i < manifest.tensors.size(); ++i)
+    state.tensors.push_back(
+        {manifest.tensors[i].name, manifest.tensors[i].shape, std::move(values[i])});
+  return state;
+}
+
+}  // namespace tandem::worker::runtime

@@ -1,0 +1,64 @@
+// Adapters and checkpoints between the engine's host tensors and the registry's manifests and
+// blobs. One naming for both directions: PEFT's parameter names in adapters, TrainState's names in
+// checkpoints. Pure functions; any thread.
+#pragma once
+
+#include "protocol/base/digest.h"
+#include "storage/manifest.h"
+#include "storage/peft.h"
+#include "worker/model/adapter.h"
+#include "worker/runtime/bulk_client.h"
+#include "worker/train/train_session.h"
+
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace tandem::worker::runtime {
+
+/// A manifest with the bytes it names, ready for BulkClient::put. Move-only in spirit: blobs point
+/// into buffers.
+struct PackedObject {
+  std::string manifest;  ///< canonical text
+  Digest digest;         ///< its identity
+  std::vector<std::vector<std::byte>> buffers;
+  std::vector<BlobView> blobs;
+};
+
+/// How a manifest's chunks are had: BulkClient::get in a worker, the blob store in a coordinator's
+/// process.
+using FetchBlobs =
+    std::function<Result<std::vector<std::vector<std::byte>>>(std::span<const Digest>)>;
+
+/// `config` gives r, lora_alpha, use_rslora, patterns and target_modules; tensors are stored as
+/// `dtype`.
+Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
+                                  std::span<const model::HostAdapterTensor> tensors, DType dtype);
+Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
+                                     const train::TrainState& state);
+
+/// Adapter tensors of an adapter's or a checkpoint's manifest, checked against the model:
+/// corrupt_error or conflict_error names the tensor, the expected and the actual shape, or the
+/// other base's digest.
+Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& manifest,
+                                                             const Digest& base_model,
+                                                             const model::ModelConfig& model,
+                                                             const FetchBlobs& fetch);
+Result<train::TrainState> unpack_checkpoint(const std::string& manifest, const Digest& base_model,
+                                            const FetchBlobs& fetch);
+
+/// The mathematics of a manifest's "settings" as PEFT's configuration (export, scales).
+Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest);
+
+/// PEFT's configuration of a training run.
+storage::PeftConfig peft_config(const model::LoraConfig& lora);
+
+/// Inverse of model::site_path; nothing for any other text.
+struct SitePlace {
+  std::int64_t layer = 0;
+  model::Site site = model::Site::kQ;
+};
+std::optional<SitePlace> parse_site_path(const std::string& path);
+
+}  // namespace tandem::worker::runtime
