@@ -23,6 +23,11 @@ void CoordinatorLink::rehello() {
 
 void CoordinatorLink::tick() {
   const TimeMs now = clock_.now_ms();
+  if (const std::uint64_t connections = endpoint_->connections();
+      connections != connections_seen_) {
+    connections_seen_ = connections;  // another connection, perhaps another coordinator
+    rehello();
+  }
   if (state_ == State::kReady && now - heard_ms_ > scaled_ms(lease_ms_)) {
     log_warn("no word from the coordinator for ", now - heard_ms_,
              " ms; saying hello until it answers");
