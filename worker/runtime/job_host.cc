@@ -1,0 +1,381 @@
+#include "worker/runtime/job_host.h"
+
+#include "protocol/base/log.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+
+namespace tandem::worker::runtime {
+namespace {
+
+using Json = nlohmann::json;
+constexpr std::size_t kProbeTokens = 32;
+
+/// A data set by its manifest's (or, when it is one chunk, its own) digest.
+Result<std::string> fetch_text(BulkClient& bulk, const Digest& digest) {
+  TANDEM_ASSIGN_OR_RETURN(auto first, bulk.get(std::span(&digest, 1)));
+  std::string text(reinterpret_cast<const char*>(first[0].data()), first[0].size());
+  auto manifest = storage::parse_manifest(text);
+  if (!manifest.ok() || manifest->kind != storage::ManifestKind::kDataset) return text;
+  text.clear();
+  for (const auto& tensor : manifest->tensors) {
+    TANDEM_ASSIGN_OR_RETURN(auto chunks, bulk.get(tensor.chunks));
+    for (const auto& chunk : chunks)
+      text.append(reinterpret_cast<const char*>(chunk.data()), chunk.size());
+  }
+  return text;
+}
+
+data::OverLength over_length(protocol::OverLength mode) {
+  switch (mode) {
+    case protocol::OverLength::kDrop:
+      return data::OverLength::kDrop;
+    case protocol::OverLength::kTruncate:
+      return data::OverLength::kTruncate;
+    case protocol::OverLength::kRaise:
+      break;
+  }
+  return data::OverLength::kRaise;
+}
+
+}  // namespace
+
+/// What the task thread makes of StartJob.
+struct JobHost::Prepared {
+  Status status;
+  std::shared_ptr<const data::Dataset> train, eval;
+  std::optional<train::TrainState> state;
+};
+
+JobHost::JobHost(const JobParts& parts, ModelHost& model, const protocol::StartJob& start)
+    : parts_(parts), model_(model), start_(start) {
+  auto spec = protocol::JobSpec::parse(start.spec_json);
+  if (!spec.ok()) {
+    end(spec.status());
+    return;
+  }
+  spec_ = std::move(*spec);
+  adapter_dtype_ = parse_dtype(spec_.train.adapter_dtype).value_or(model.options().dtype);
+  prepare();
+}
+
+JobHost::~JobHost() {
+  *alive_ = false;
+}
+
+void JobHost::in_background(std::function<void()> task, std::function<void()> done) {
+  const bool posted = parts_.tasks.post([task = std::move(task), done = std::move(done),
+                                         to_device = parts_.to_device, alive = alive_]() mutable {
+    task();
+    to_device([done = std::move(done), alive] {
+      if (*alive) done();
+    });
+  });
+  TANDEM_CHECK(posted, "the task queue holds more than a job can post");
+}
+
+void JobHost::prepare() {
+  auto prepared = std::make_shared<Prepared>();
+  auto task = [prepared, &bulk = parts_.bulk, &model = model_, start = start_,
+               settings = spec_.train] {
+    data::DatasetOptions options;
+    options.max_length = settings.max_length;
+    options.over_length = over_length(settings.over_length);
+    auto load = [&](const Digest& digest,
+                    const char* name) -> Result<std::shared_ptr<const data::Dataset>> {
+      TANDEM_ASSIGN_OR_RETURN(const std::string text, fetch_text(bulk, digest));
+      TANDEM_ASSIGN_OR_RETURN(auto dataset,
+                              data::parse_dataset(text, name, model.encoder(), options));
+      if (settings.train_on_all_tokens)
+        for (auto& example : dataset.examples)
+          for (std::size_t i = 0; i + 1 < example.tokens.size(); ++i)
+            example.labels[i] = example.tokens[i + 1];
+      return std::make_shared<const data::Dataset>(std::move(dataset));
+    };
+    auto run = [&]() -> Status {
+      TANDEM_ASSIGN_OR_RETURN(prepared->train, load(start.dataset, "training data"));
+      if (!start.eval_dataset.empty()) {
+        TANDEM_ASSIGN_OR_RETURN(prepared->eval, load(start.eval_dataset, "evaluation data"));
+      }
+      if (start.checkpoint_manifest.empty()) return {};
+      TANDEM_ASSIGN_OR_RETURN(prepared->state,
+                              unpack_checkpoint(start.checkpoint_manifest, start.model.digest,
+                                                [&](auto digests) { return bulk.get(digests); }));
+      return {};
+    };
+    prepared->status = run();
+  };
+  in_background(task, [this, prepared] { begin(std::move(*prepared)); });
+}
+
+void JobHost::begin(Prepared prepared) {
+  if (phase_ != Phase::kPreparing) return;  // stopped meanwhile
+  auto run = [&]() -> Status {
+    TANDEM_RETURN_IF_ERROR(prepared.status);
+    for (const auto& example : prepared.train->examples)
+      if (probe_prompt_.empty())
+        probe_prompt_.assign(example.tokens.begin(),
+                             example.tokens.begin() + static_cast<std::ptrdiff_t>(std::min(
+                                                          kProbeTokens, example.tokens.size())));
+    TANDEM_ASSIGN_OR_RETURN(auto batches,
+                            train::make_packed_batches(prepared.train, prepared.eval, spec_.train));
+    train::SessionOptions options;
+    options.settings = spec_.train;
+    TANDEM_ASSIGN_OR_RETURN(
+        session_, train::TrainSession::create(model_.session_parts(), options, std::move(batches)));
+    if (prepared.state) TANDEM_RETURN_IF_ERROR(session_->import_state(*prepared.state));
+    TANDEM_ASSIGN_OR_RETURN(
+        metrics_, train::MetricsWriter::open(str(parts_.runs_directory, "/", start_.job)));
+    return {};
+  };
+  if (const Status status = run(); !status.ok()) return end(status);
+  resumed_step_ = checkpoint_step_ = checkpoint_acked_step_ = session_->step();
+  phase_ = Phase::kTraining;
+  const auto& report = prepared.train->report;
+  progress("started", resumed_step_ ? str("resumed at step ", resumed_step_) : "started",
+           Json{{"rows", report.rows},
+                {"tokens", prepared.train->total_tokens()},
+                {"trained_tokens", prepared.train->trained_tokens()},
+                {"format", data::format_name(report.format)},
+                {"dropped_over_length", report.dropped_over_length},
+                {"truncated", report.truncated},
+                {"total_steps", session_->total_steps()},
+                {"device_dtype", dtype_name(model_.options().dtype)}}
+               .dump());
+}
+
+bool JobHost::runnable() const {
+  return session_ && !draining_ && !pausing_ && !finished_ &&
+         (phase_ == Phase::kTraining || phase_ == Phase::kFinishing);
+}
+
+void JobHost::run_slice() {
+  auto event = session_->run_slice();
+  if (!event.ok()) return end(event.status());
+  if (const auto* step = std::get_if<train::StepDone>(&*event))
+    on_step(*step);
+  else if (const auto* eval = std::get_if<train::EvalDone>(&*event))
+    on_eval(*eval);
+  else if (const auto* due = std::get_if<train::CheckpointDue>(&*event)) {
+    if (!due->last) checkpoint();  // the last state is the adapter that is being published
+  } else if (std::holds_alternative<train::Finished>(*event)) {
+    finished_ = true;
+    if (phase_ == Phase::kTraining) publish();  // resumed at its last step
+    if (published_) end({});
+  }
+}
+
+void JobHost::on_step(const train::StepDone& done) {
+  if (trained_tokens_ == 0) first_loss_ = done.loss;
+  last_loss_ = done.loss;
+  trained_tokens_ += done.trained_tokens;
+  tokens_ += done.tokens;
+  train_seconds_ += done.seconds;
+  const bool last = done.step == done.total_steps;
+  const Json metrics{
+      {"step", done.step},
+      {"total_steps", done.total_steps},
+      {"epoch", done.epoch},
+      {"loss", done.loss},
+      {"learning_rate", done.learning_rate},
+      {"grad_norm", done.grad_norm},
+      {"trained_tokens", done.trained_tokens},
+      {"tokens", done.tokens},
+      {"tokens_per_second", static_cast<double>(done.tokens) / std::max(done.seconds, 1e-9)},
+      {"seconds", done.seconds}};
+  if (last || done.step % spec_.train.logging_steps == 0) {
+    progress("step", "", metrics.dump());
+    metrics_->scalars(done.step, {{"train/loss", done.loss},
+                                  {"train/learning_rate", done.learning_rate},
+                                  {"train/grad_norm", done.grad_norm},
+                                  {"train/tokens_per_second", metrics["tokens_per_second"]},
+                                  {"train/epoch", done.epoch}});
+  }
+  if (last) {
+    last_step_ns_ = steady_ns();
+    publish();
+  }
+}
+
+void JobHost::on_eval(const train::EvalDone& done) {
+  const Json metrics{{"step", done.step},       {"base", done.base},
+                     {"eval_loss", done.loss},  {"eval_accuracy", done.accuracy},
+                     {"seconds", done.seconds}, {"trained_tokens", done.trained_tokens}};
+  Json all = Json::parse(eval_json_);
+  all[done.base ? "base" : "adapter"] = metrics;
+  eval_json_ = all.dump();
+  progress("eval", "", metrics.dump());
+  metrics_->scalars(done.step,
+                    {{done.base ? "eval/base_loss" : "eval/loss", done.loss},
+                     {done.base ? "eval/base_accuracy" : "eval/accuracy", done.accuracy}});
+}
+
+void JobHost::checkpoint() {
+  if (checkpointing_ || !session_ || session_->step() == checkpoint_step_) return;
+  checkpointing_ = true;
+  const std::int64_t step = session_->step();
+  auto state = std::make_shared<train::TrainState>(session_->export_state());
+  auto snapshot = session_->snapshot_adapter();
+  auto outcome = std::make_shared<Result<PackedObject>>(internal_error("not run"));
+  const auto config = peft_config(session_->lora());
+  auto task = [state, outcome, config, &bulk = parts_.bulk, start = start_] {
+    *outcome = pack_checkpoint(start.model.digest, config, *state);
+    if (!outcome->ok()) return;
+    const Status put = bulk.put((*outcome)->blobs, str(start.job, "/", start.epoch));
+    if (!put.ok()) *outcome = put;
+  };
+  in_background(task, [this, step, snapshot, outcome] {
+    checkpointing_ = false;
+    if (!outcome->ok()) {
+      log_warn("checkpoint of step ", step, " was not stored: ", outcome->status().message());
+      progress("log",
+               str("checkpoint of step ", step, " was not stored: ", outcome->status().message()),
+               "{}");
+      return;
+    }
+    checkpoint_step_ = step;
+    if (auto installed = model_.serve().install_adapter((*outcome)->digest, snapshot);
+        !installed.ok())
+      log_debug("checkpoint is not servable here now: ", installed.message());
+    parts_.io.send_reliably(
+        start_.job, str("checkpoint:", step),
+        protocol::CheckpointReady{start_.job, start_.epoch, step, (*outcome)->manifest});
+    if ((pausing_ || draining_) && session_ && session_->step() != step) checkpoint();
+  });
+}
+
+void JobHost::publish() {
+  phase_ = Phase::kPublishing;
+  auto tensors = session_->host_adapter(adapter_dtype_);
+  packed_ = std::make_shared<PackedObject>();
+  auto failure = std::make_shared<Status>();
+  const auto config = peft_config(session_->lora());
+  auto task = [packed = packed_, failure, tensors, config, dtype = adapter_dtype_,
+               &bulk = parts_.bulk, start = start_] {
+    auto object = pack_adapter(start.model.digest, config, tensors, dtype);
+    if (object.ok()) {
+      *packed = std::move(*object);
+      *failure = bulk.put(packed->blobs, str(start.job, "/", start.epoch));
+    } else {
+      *failure = object.status();
+    }
+  };
+  in_background(task, [this, failure] {
+    if (!failure->ok()) return end(*failure);
+    uploaded_ = true;
+    publish_when_ready();
+  });
+  // Meanwhile, on the device: what was trained must be what is served after loading it again.
+  auto reloaded = model_.build_adapter(tensors);
+  if (!reloaded.ok()) return end(reloaded.status());
+  probe_difference_ = session_->probe(probe_prompt_, *reloaded);
+  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.options().dtype);
+  if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
+    return end(internal_error(
+        str("publish refused: the reloaded adapter's logits differ from the trained one's by ",
+            probe_difference_)));
+  probed_ = true;
+  served_ = *reloaded;
+  publish_when_ready();
+}
+
+void JobHost::publish_when_ready() {
+  if (!uploaded_ || !probed_ || phase_ != Phase::kPublishing) return;
+  if (auto installed = model_.serve().install_adapter(packed_->digest, served_); !installed.ok())
+    log_warn("the new adapter is not resident: ", installed.message());
+  const Json metadata{
+      {"probe_max_abs_difference", probe_difference_},
+      {"train_loss_first", first_loss_},
+      {"train_loss_last", last_loss_},
+      {"steps", session_->step()},
+      {"dtype", dtype_name(adapter_dtype_)},
+      {"publish_prepare_ms", static_cast<double>(steady_ns() - last_step_ns_) / 1e6}};
+  parts_.io.send_reliably(start_.job, "publish",
+                          protocol::Publish{start_.job, start_.epoch, session_->step(),
+                                            packed_->manifest, metadata.dump()});
+}
+
+void JobHost::stop(protocol::StopMode mode) {
+  if (phase_ == Phase::kEnding || phase_ == Phase::kOver || published_) return;
+  if (mode == protocol::StopMode::kCancel || !session_) return end(cancelled_error("cancelled"));
+  if (phase_ != Phase::kTraining) return;  // it is publishing: too late to pause
+  pausing_ = true;
+  if (checkpoint_acked_step_ == session_->step()) return end(cancelled_error("paused"));
+  checkpoint();
+}
+
+void JobHost::drain() {
+  draining_ = true;
+  if (phase_ == Phase::kTraining) checkpoint();
+}
+
+bool JobHost::drained() const {
+  if (phase_ == Phase::kOver || phase_ == Phase::kPreparing) return true;
+  if (phase_ == Phase::kTraining)
+    return !checkpointing_ && checkpoint_acked_step_ == session_->step();
+  return false;  // publishing or ending: wait for the acknowledgement
+}
+
+void JobHost::on_ack(const protocol::JobAck& ack) {
+  parts_.io.acknowledge(ack.job, ack.of);
+  if (ack.status.code() == StatusCode::kConflict) {
+    log_warn("job ", start_.job, " epoch ", start_.epoch, " was replaced: ", ack.status.message());
+    parts_.io.forget(start_.job);
+    session_.reset();
+    phase_ = Phase::kOver;
+    return;
+  }
+  if (ack.of.starts_with("checkpoint:")) {
+    checkpoint_acked_step_ =
+        std::max(checkpoint_acked_step_,
+                 static_cast<std::int64_t>(std::strtoll(ack.of.c_str() + 11, nullptr, 10)));
+    if (pausing_ && session_ && checkpoint_acked_step_ == session_->step())
+      end(cancelled_error("paused"));
+  } else if (ack.of == "publish" && phase_ == Phase::kPublishing) {
+    if (!ack.status.ok()) return end(ack.status);
+    published_ = true;
+    packed_.reset();
+    phase_ = Phase::kFinishing;  // a last evaluation may be left
+    log_info("job ", start_.job, " published ", ack.name, " as ", ack.digest, ", ",
+             static_cast<double>(steady_ns() - last_step_ns_) / 1e6, " ms after its last step");
+    if (finished_) end({});
+  } else if (ack.of == "ended") {
+    phase_ = Phase::kOver;
+  }
+}
+
+void JobHost::end(Status status) {
+  if (phase_ == Phase::kEnding || phase_ == Phase::kOver) return;
+  const std::int64_t last_step = step();
+  session_.reset();  // its memory is free for serving and for the next job
+  phase_ = Phase::kEnding;
+  const Json summary{{"paused", pausing_},
+                     {"train_loss_first", first_loss_},
+                     {"train_loss_last", last_loss_},
+                     {"tokens", tokens_},
+                     {"trained_tokens", trained_tokens_},
+                     {"train_seconds", train_seconds_},
+                     {"tokens_per_second",
+                      train_seconds_ > 0 ? static_cast<double>(tokens_) / train_seconds_ : 0.0},
+                     {"probe_max_abs_difference", probe_difference_},
+                     {"eval", Json::parse(eval_json_)}};
+  if (!status.ok())
+    log_warn("job ", start_.job, " ends at step ", last_step, ": ", status.to_string());
+  resumed_step_ = last_step;
+  parts_.io.send_reliably(
+      start_.job, "ended",
+      protocol::JobEnded{start_.job, start_.epoch, status, last_step, summary.dump()});
+}
+
+void JobHost::progress(const std::string& kind, const std::string& message,
+                       const std::string& metrics_json) {
+  const std::uint64_t seq = ++progress_seq_;
+  protocol::JobProgress event{start_.job, start_.epoch, seq,
+                              kind,       step(),       session_ ? session_->total_steps() : 0,
+                              message,    metrics_json};
+  parts_.io.send_reliably(start_.job, str("progress:", seq), std::move(event));
+}
+
+}  // namespace tandem::worker::runtime

@@ -1,0 +1,151 @@
+#include "worker/runtime/model_host.h"
+
+#include "protocol/base/log.h"
+#include "protocol/base/units.h"
+
+#include <algorithm>
+
+namespace tandem::worker::runtime {
+namespace {
+
+constexpr std::int64_t kAdapterTableBytesMax = kGiB;
+
+/// Training's view of the weights: lets requests run between two blocks of a pass.
+class YieldingWeights final : public model::WeightSource {
+ public:
+  YieldingWeights(model::WeightSource& weights, std::function<void()> yield)
+      : weights_(weights), yield_(std::move(yield)) {}
+  const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
+    yield_();
+    return weights_.acquire(layer, phase);
+  }
+  void release(std::int64_t layer, model::Phase phase) override { weights_.release(layer, phase); }
+  [[nodiscard]] const model::BaseWeights& base() const override { return weights_.base(); }
+
+ private:
+  model::WeightSource& weights_;
+  std::function<void()> yield_;
+};
+
+}  // namespace
+
+/// Address space only; what is used is mapped and booked as it is used. Training and serving have
+/// their own activations and scratch because serving runs in the middle of a training pass.
+struct ModelHost::Memory {
+  Memory(kernels::Backend& b, DType dtype, kernels::Numerics numerics, std::int64_t limit,
+         comm::Communicator& comm)
+      : weights(*b.allocator, *b.ledger, kernels::MemoryKind::kWeights, "weights", limit),
+        adapters(*b.allocator, *b.ledger, kernels::MemoryKind::kAdapters, "adapter table",
+                 kAdapterTableBytesMax),
+        serve_activations(*b.allocator, *b.ledger, kernels::MemoryKind::kActivations,
+                          "serving activations", limit),
+        serve_workspace(*b.allocator, *b.ledger, kernels::MemoryKind::kWorkspace,
+                        "serving workspace", limit),
+        train_activations(*b.allocator, *b.ledger, kernels::MemoryKind::kActivations,
+                          "training activations", limit),
+        train_workspace(*b.allocator, *b.ledger, kernels::MemoryKind::kWorkspace,
+                        "training workspace", limit),
+        serve_exec{serve_workspace, {}, numerics},
+        train_exec{train_workspace, {}, numerics},
+        serve{*b.ops, serve_exec, comm, serve_activations, dtype},
+        train{*b.ops, train_exec, comm, train_activations, dtype} {}
+  kernels::Arena weights, adapters, serve_activations, serve_workspace, train_activations,
+      train_workspace;
+  kernels::Exec serve_exec, train_exec;
+  model::Context serve, train;
+};
+
+ModelHost::ModelHost(kernels::Backend& backend, const ModelHostOptions& options)
+    : backend_(backend), options_(options) {}
+ModelHost::~ModelHost() = default;
+
+Result<std::unique_ptr<ModelHost>> ModelHost::load(kernels::Backend& backend, const Clock& clock,
+                                                   const protocol::ModelRef& model,
+                                                   const std::string& path,
+                                                   const ModelHostOptions& options,
+                                                   std::function<void()> yield) {
+  std::unique_ptr<ModelHost> host(new ModelHost(backend, options));
+  host->ref_ = model;
+  TANDEM_RETURN_IF_ERROR(host->build(clock, path, std::move(yield)));
+  return host;
+}
+
+Status ModelHost::build(const Clock& clock, const std::string& path, std::function<void()> yield) {
+  TANDEM_ASSIGN_OR_RETURN(loaded_, model::load_model(path));
+  auto& ops = *backend_.ops;
+  comm_ = comm::make_single_communicator([&ops](kernels::Exec& exec, kernels::Tensor from,
+                                                kernels::Tensor to) { ops.copy(exec, from, to); });
+  memory_ = std::make_unique<Memory>(backend_, options_.dtype, options_.numerics,
+                                     options_.memory_bytes_max, *comm_);
+  TANDEM_ASSIGN_OR_RETURN(
+      base_, model::BaseWeights::load(ops, memory_->serve_exec, memory_->weights, loaded_.config,
+                                      options_.dtype, *loaded_.source));
+  loaded_.source.reset();
+  const std::int64_t weights = memory_->weights.used();
+  if (weights + options_.kv_bytes_max > options_.memory_bytes_max)
+    return refused_error(str("model ", ref_.name, " needs ", format_bytes(weights),
+                             " for weights and ", format_bytes(options_.kv_bytes_max),
+                             " for the KV cache; this engine may use ",
+                             format_bytes(options_.memory_bytes_max), " (memory_bytes_max)"));
+  std::optional<text::ChatTemplate> chat_template;
+  if (!loaded_.chat_template.empty()) {
+    auto parsed = text::ChatTemplate::parse(loaded_.chat_template);
+    if (!parsed.ok())
+      return refused_error(str("model ", ref_.name, ": ", parsed.status().message()));
+    chat_template = std::move(*parsed);
+  }
+  encoder_.reset(new data::Encoder{loaded_.tokenizer, std::move(chat_template)});
+  weights_ = model::make_resident_weights(base_);
+  yielding_weights_ = std::make_unique<YieldingWeights>(*weights_, std::move(yield));
+  adapters_ = std::make_unique<model::AdapterTable>(ops, memory_->serve_exec, memory_->adapters,
+                                                    loaded_.config, options_.adapter_slots + 1);
+  serve::ServeOptions serve;
+  serve.kv_bytes_max = options_.kv_bytes_max;
+  serve.max_batch_tokens = options_.batch_tokens_max;
+  serve.max_running = options_.running_max;
+  serve.max_waiting = options_.waiting_max;
+  serve.adapter_rank_max = 512;
+  serve.base_digest = ref_.digest;
+  TANDEM_ASSIGN_OR_RETURN(
+      serve_, serve::ServeEngine::create(
+                  {*backend_.allocator, *backend_.ledger, memory_->serve, *weights_,
+                   adapters_.get(), 0, options_.adapter_slots, encoder_->tokenizer, clock},
+                  serve));
+  serve_->reserve_worst_case();
+  return {};
+}
+
+train::SessionParts ModelHost::session_parts() {
+  return {*backend_.allocator, *backend_.ledger, memory_->train,
+          *yielding_weights_,  *adapters_,       options_.adapter_slots};
+}
+
+Result<std::shared_ptr<const model::AdapterWeights>> ModelHost::build_adapter(
+    const std::vector<model::HostAdapterTensor>& tensors) {
+  return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
+                              *backend_.ledger, loaded_.config, options_.dtype, tensors);
+}
+
+Result<std::vector<std::int32_t>> ModelHost::tokenize(const protocol::PromptInput& input) const {
+  if (!input.tokens.empty()) return input.tokens;
+  text::EncodeOptions raw;
+  if (input.raw) return encoder_->tokenizer.encode(input.prompt, raw);
+  if (!encoder_->chat_template)
+    return refused_error(
+        str("model ", ref_.name, " has no chat template; send a raw prompt (--raw)"));
+  auto messages = nlohmann::ordered_json::array();
+  for (const auto& message : input.messages)
+    messages.push_back({{"role", message.role}, {"content", message.content}});
+  if (input.messages.empty()) messages.push_back({{"role", "user"}, {"content", input.prompt}});
+  text::RenderOptions render;
+  render.add_generation_prompt = true;
+  render.bos_token = encoder_->tokenizer.bos_token();
+  render.eos_token = encoder_->tokenizer.eos_token();
+  TANDEM_ASSIGN_OR_RETURN(const std::string text,
+                          encoder_->chat_template->render(messages, render));
+  text::EncodeOptions rendered;
+  rendered.add_special_tokens = false;  // the template writes them
+  return encoder_->tokenizer.encode(text, rendered);
+}
+
+}  // namespace tandem::worker::runtime

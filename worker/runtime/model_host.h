@@ -1,0 +1,83 @@
+// One base model on one device with everything that runs on it: arenas, weights, tokenizer, chat
+// template, adapter slots and the serving engine. Training borrows the same weights and slots.
+// Built and used by the device thread; destroying it returns all memory.
+#pragma once
+
+#include "kernels/ops.h"
+#include "protocol/messages.h"
+#include "worker/comm/communicator.h"
+#include "worker/data/dataset.h"
+#include "worker/model/model_loader.h"
+#include "worker/model/transformer.h"
+#include "worker/serve/serve_engine.h"
+#include "worker/train/train_session.h"
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace tandem::worker::runtime {
+
+struct ModelHostOptions {
+  DType dtype = DType::kBF16;
+  kernels::Numerics numerics = kernels::Numerics::kReplay;
+  std::int64_t memory_bytes_max = 0;  ///< of this engine, all kinds
+  std::int64_t kv_bytes_max = 0;
+  std::int64_t adapter_slots = 32;  ///< for serving; training has one more
+  std::int64_t batch_tokens_max = 512;
+  std::int64_t running_max = 64, waiting_max = 1024;
+};
+
+class ModelHost {
+ public:
+  /// Loads from `path` (verified before by the caller). Errors: those of the loader; refused_error
+  /// when the weights and the KV cache do not fit memory_bytes_max (names the three numbers).
+  /// `yield` is called between blocks of training's passes.
+  static Result<std::unique_ptr<ModelHost>> load(kernels::Backend& backend, const Clock& clock,
+                                                 const protocol::ModelRef& model,
+                                                 const std::string& path,
+                                                 const ModelHostOptions& options,
+                                                 std::function<void()> yield);
+  ~ModelHost();
+  ModelHost(const ModelHost&) = delete;
+  ModelHost& operator=(const ModelHost&) = delete;
+
+  [[nodiscard]] const protocol::ModelRef& ref() const { return ref_; }
+  [[nodiscard]] const model::ModelConfig& config() const { return loaded_.config; }
+  [[nodiscard]] const ModelHostOptions& options() const { return options_; }
+  [[nodiscard]] const data::Encoder& encoder() const { return *encoder_; }
+  [[nodiscard]] const model::GenerationDefaults& generation() const { return loaded_.generation; }
+  serve::ServeEngine& serve() { return *serve_; }
+
+  /// What a training session borrows; the slot is the one beyond serving's.
+  train::SessionParts session_parts();
+  /// Frozen device tensors from host ones. Errors: shapes that do not fit the model.
+  Result<std::shared_ptr<const model::AdapterWeights>> build_adapter(
+      const std::vector<model::HostAdapterTensor>& tensors);
+
+  /// Token ids of a request's input: tokens as they are, messages (or a plain prompt as one user
+  /// message) through the chat template, raw prompts encoded alone. Errors name what is missing.
+  Result<std::vector<std::int32_t>> tokenize(const protocol::PromptInput& input) const;
+
+ private:
+  ModelHost(kernels::Backend& backend, const ModelHostOptions& options);
+  Status build(const Clock& clock, const std::string& path, std::function<void()> yield);
+
+  kernels::Backend& backend_;
+  const ModelHostOptions options_;
+  protocol::ModelRef ref_;
+  model::LoadedModel loaded_;
+  std::unique_ptr<data::Encoder> encoder_;
+  // Arenas first: what lies in them is destroyed before them.
+  struct Memory;
+  std::unique_ptr<Memory> memory_;
+  std::unique_ptr<comm::Communicator> comm_;
+  std::shared_ptr<const model::BaseWeights> base_;
+  std::unique_ptr<model::WeightSource> weights_;           ///< serving's
+  std::unique_ptr<model::WeightSource> yielding_weights_;  ///< training's: yields between blocks
+  std::unique_ptr<model::AdapterTable> adapters_;
+  std::unique_ptr<serve::ServeEngine> serve_;
+};
+
+}  // namespace tandem::worker::runtime
