@@ -17,8 +17,8 @@ namespace tandem::worker::runtime {
 class CoordinatorLink {
  public:
   struct Callbacks {
-    std::function<protocol::WorkerHello()> hello;  ///< what to say now
-    std::function<protocol::Heartbeat(std::uint64_t seq)> heartbeat;
+    std::function<std::optional<protocol::WorkerHello>()> hello;  ///< what to say now; nothing: stay silent
+    std::function<std::optional<protocol::Heartbeat>(std::uint64_t seq)> heartbeat;
   };
 
   CoordinatorLink(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock,

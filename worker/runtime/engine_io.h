@@ -19,8 +19,8 @@ class EngineIo {
  public:
   struct Callbacks {
     /// Called on the I/O thread; they read snapshots that the device thread leaves.
-    std::function<protocol::WorkerHello()> hello;
-    std::function<protocol::Heartbeat(std::uint64_t seq)> heartbeat;
+    std::function<std::optional<protocol::WorkerHello>()> hello;
+    std::function<std::optional<protocol::Heartbeat>(std::uint64_t seq)> heartbeat;
     /// Called on the I/O thread for each message; posts it to the device thread.
     std::function<void(protocol::ControlMessage)> on_message;
   };

@@ -78,7 +78,7 @@ void JobHost::in_background(std::function<void()> task, std::function<void()> do
 
 void JobHost::prepare() {
   auto prepared = std::make_shared<Prepared>();
-  auto task = [prepared, &bulk = parts_.bulk, &model = model_, start = start_,
+  auto task = [prepared, &bulk = parts_.bulk, encoder = model_.encoder(), start = start_,
                settings = spec_.train] {
     data::DatasetOptions options;
     options.max_length = settings.max_length;
@@ -87,7 +87,7 @@ void JobHost::prepare() {
                     const char* name) -> Result<std::shared_ptr<const data::Dataset>> {
       TANDEM_ASSIGN_OR_RETURN(const std::string text, fetch_text(bulk, digest));
       TANDEM_ASSIGN_OR_RETURN(auto dataset,
-                              data::parse_dataset(text, name, model.encoder(), options));
+                              data::parse_dataset(text, name, encoder, options));
       if (settings.train_on_all_tokens)
         for (auto& example : dataset.examples)
           for (std::size_t i = 0; i + 1 < example.tokens.size(); ++i)

@@ -1,0 +1,99 @@
+#include "worker/runtime/model_files.h"
+
+#include "protocol/base/log.h"
+#include "storage/file_io.h"
+
+#include <nlohmann/json.hpp>
+
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <fstream>
+#include <thread>
+
+namespace tandem::worker::runtime {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+/// What hashing once proved: "path" -> {"inode","bytes","mtime_ns","root"}. A lost or torn file costs a rehash.
+class VerifiedFiles {
+ public:
+  explicit VerifiedFiles(std::string path) : path_(std::move(path)) {
+    std::ifstream in(path_);
+    entries_ = Json::parse(in, nullptr, false);
+    if (!entries_.is_object()) entries_ = Json::object();
+  }
+
+  Result<Digest> root(const std::string& file) {
+    struct stat info {};
+    if (::stat(file.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return not_found_error(str("no file ", file));
+    const Json now{{"inode", info.st_ino},
+                   {"bytes", info.st_size},
+                   {"mtime_ns", info.st_mtim.tv_sec * 1'000'000'000ll + info.st_mtim.tv_nsec}};
+    if (auto known = entries_.find(file); known != entries_.end() && known->is_object()) {
+      Json stamp = *known;
+      const std::string root = stamp.value("root", "");
+      stamp.erase("root");
+      if (stamp == now)
+        if (auto digest = Digest::parse(root); digest.ok()) return digest;
+    }
+    TANDEM_ASSIGN_OR_RETURN(const auto mapping, storage::MappedFile::open(file));
+    const Digest digest = content_root(mapping->bytes(), static_cast<int>(std::thread::hardware_concurrency()));
+    Json entry = now;
+    entry["root"] = digest.hex();
+    entries_[file] = std::move(entry);
+    save();
+    return digest;
+  }
+
+ private:
+  void save() const {
+    std::error_code error;
+    fs::create_directories(fs::path(path_).parent_path(), error);
+    const std::string temporary = str(path_, ".", ::getpid());
+    if (!(std::ofstream(temporary) << entries_.dump()).flush()) return;
+    fs::rename(temporary, path_, error);
+  }
+  const std::string path_;
+  Json entries_;
+};
+
+std::string join(const std::string& directory, const std::string& relative) {
+  return relative.empty() ? directory : directory + "/" + relative;
+}
+
+/// True when every file below `path` has its root; corrupt_error when one exists with another.
+Result<bool> matches(const protocol::ModelRef& model, const std::string& path, VerifiedFiles& verified) {
+  for (const auto& [relative, root] : model.files) {
+    auto actual = verified.root(join(path, relative));
+    if (actual.status().code() == StatusCode::kNotFound) return false;
+    if (!actual.ok()) return actual.status();
+    if (*actual != root)
+      return corrupt_error(str(join(path, relative), " has content ", *actual, ", but model ", model.name,
+                               " was added with ", root, "; restore the file or add the model again"));
+  }
+  return true;
+}
+
+}  // namespace
+
+Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,
+                                 BulkClient& bulk) {
+  VerifiedFiles verified(data_directory + "/cache/verified_files.json");
+  TANDEM_ASSIGN_OR_RETURN(const bool in_place, matches(model, model.path, verified));
+  if (in_place) return model.path;
+  if (model.shared)
+    return not_found_error(str("model ", model.name, " was added as shared, but ", model.path, " is not on this host"));
+  const bool one_file = model.files.size() == 1 && model.files[0].first.empty();
+  const std::string cached = str(data_directory, "/cache/models/", model.digest.hex(), one_file ? ".gguf" : "");
+  auto have = matches(model, cached, verified);
+  if (have.ok() && *have) return cached;
+  log_info("fetching model ", model.name, " (", model.files.size(), " files)");
+  for (const auto& [relative, root] : model.files)
+    TANDEM_RETURN_IF_ERROR(bulk.fetch_file(root, join(cached, relative)));
+  return cached;
+}
+
+}  // namespace tandem::worker::runtime

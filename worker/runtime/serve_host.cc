@@ -1,0 +1,194 @@
+#include "worker/runtime/serve_host.h"
+
+#include "protocol/base/log.h"
+
+namespace tandem::worker::runtime {
+namespace {
+
+/// A request's own value, else the model's generation config's, else the default.
+template <class T, class U, class V>
+T choose(const std::optional<U>& asked, const std::optional<V>& configured, T otherwise) {
+  if (asked) return static_cast<T>(*asked);
+  return configured ? static_cast<T>(*configured) : otherwise;
+}
+
+protocol::FinishReason finish_reason(serve::FinishReason reason) {
+  switch (reason) {
+    case serve::FinishReason::kNone: return protocol::FinishReason::kNone;
+    case serve::FinishReason::kStop: return protocol::FinishReason::kStop;
+    case serve::FinishReason::kLength: return protocol::FinishReason::kLength;
+    case serve::FinishReason::kCancelled: return protocol::FinishReason::kCancelled;
+    case serve::FinishReason::kError: return protocol::FinishReason::kError;
+  }
+  return protocol::FinishReason::kError;
+}
+
+protocol::TokenLogprob convert(std::int32_t token, const serve::TokenLogprobs& from) {
+  protocol::TokenLogprob to;
+  to.token = token;
+  to.logprob = from.logprob;
+  for (const auto& top : from.top) to.top.emplace_back(top.id, top.logprob);
+  return to;
+}
+
+}  // namespace
+
+void ServeHost::set_model(ModelHost* model) {
+  if (model_ == model) return;
+  auto requests = std::move(requests_);
+  requests_.clear();
+  model_ = model;
+  manifests_.clear();
+  loading_.clear();
+  for (const auto& [id, request] : requests)
+    fail(id, request.attempt, unavailable_error("the engine changed its base model"));
+}
+
+Result<serve::GenerateRequest> ServeHost::translate(const protocol::Infer& infer) const {
+  const auto& sampling = infer.request.sampling;
+  const auto& defaults = model_->generation();
+  serve::GenerateRequest request;
+  request.id = infer.request.id;
+  request.adapter = infer.adapter;
+  request.start_index = infer.request.next_index;
+  TANDEM_ASSIGN_OR_RETURN(request.prompt, model_->tokenize(infer.request.input));
+  auto& to = request.sampling;
+  to.max_tokens = sampling.max_tokens;
+  to.min_tokens = sampling.min_tokens;
+  to.temperature = choose<float>(sampling.temperature, defaults.temperature, 1.0f);
+  to.top_k = choose<std::int64_t>(sampling.top_k, defaults.top_k, 0);
+  to.top_p = choose<float>(sampling.top_p, defaults.top_p, 1.0f);
+  to.min_p = sampling.min_p.value_or(0.0f);
+  to.repetition_penalty = sampling.repetition_penalty;
+  to.presence_penalty = sampling.presence_penalty;
+  to.frequency_penalty = sampling.frequency_penalty;
+  if (sampling.seed) to.seed = static_cast<std::uint64_t>(*sampling.seed);
+  to.stop = sampling.stop;
+  to.stop_token_ids = sampling.stop_token_ids;
+  if (sampling.logprobs >= 0) to.logprobs = sampling.logprobs;
+  to.ignore_eos = sampling.ignore_eos;
+  return request;
+}
+
+void ServeHost::submit(const protocol::Infer& infer) {
+  const RequestId& id = infer.request.id;
+  if (!model_ || model_->ref().digest != infer.model.digest)
+    return fail(id, infer.attempt, unavailable_error(str("this engine does not hold model ", infer.model.name)));
+  if (auto live = requests_.find(id); live != requests_.end()) {
+    if (live->second.attempt == infer.attempt) return;  // the coordinator repeated itself
+    cancel(id);                                          // an older attempt's sequence
+    requests_.erase(live);
+    (void)model_->serve().step();  // lets the cancelled id go
+  }
+  auto request = translate(infer);
+  if (!request.ok()) return fail(id, infer.attempt, request.status());
+  if (const Status status = model_->serve().submit(std::move(*request)); !status.ok())
+    return fail(id, infer.attempt, status);
+  Request live;
+  live.attempt = infer.attempt;
+  live.adapter = infer.adapter;
+  live.arrived_ns = steady_ns();
+  live.stream = infer.request.stream;
+  requests_.emplace(id, std::move(live));
+  if (!infer.adapter.empty()) manifests_[infer.adapter] = infer.adapter_manifest;
+  request_missing();
+}
+
+void ServeHost::cancel(const RequestId& id) {
+  if (model_) model_->serve().cancel(id);
+}
+
+void ServeHost::prefetch(const protocol::Announce& announce) {
+  if (!model_ || model_->ref().digest != announce.model) return;
+  for (const Digest& resident : model_->serve().stats().resident_adapters)
+    if (resident == announce.adapter) return;
+  load_adapter(announce.adapter, announce.adapter_manifest);
+}
+
+void ServeHost::request_missing() {
+  for (const Digest& adapter : model_->serve().missing_adapters())
+    if (auto manifest = manifests_.find(adapter); manifest != manifests_.end())
+      load_adapter(adapter, manifest->second);
+}
+
+void ServeHost::load_adapter(const Digest& adapter, const std::string& manifest) {
+  if (!loading_.insert(adapter).second) return;
+  using Tensors = std::vector<model::HostAdapterTensor>;
+  auto outcome = std::make_shared<Result<Tensors>>(Tensors{});
+  const bool posted = tasks_.post([=, this, &bulk = bulk_, base = model_->ref().digest, config = model_->config(),
+                                   to_device = to_device_, alive = alive_, model = model_] {
+    *outcome = unpack_adapter(manifest, base, config, [&](auto digests) { return bulk.get(digests); });
+    to_device([=, this] {
+      if (!*alive || model_ != model) return;
+      loading_.erase(adapter);
+      Status status = outcome->status();
+      if (outcome->ok()) {
+        auto weights = model_->build_adapter(**outcome);
+        status = weights.ok() ? model_->serve().install_adapter(adapter, *weights) : weights.status();
+      }
+      if (!status.ok()) model_->serve().fail_adapter(adapter, status);
+    });
+  });
+  if (!posted) {
+    loading_.erase(adapter);
+    model_->serve().fail_adapter(adapter, busy_error("too many transfers wait; retry after 1000 ms"));
+  }
+}
+
+void ServeHost::step() {
+  const serve::StepOutput out = model_->serve().step();
+  for (const auto& output : out.outputs) deliver(output);
+  request_missing();
+}
+
+void ServeHost::deliver(const serve::SequenceOutput& output) {
+  auto found = requests_.find(output.id);
+  if (found == requests_.end()) return;
+  Request& request = found->second;
+  if (request.first_token_ns == 0 && !output.token_ids.empty()) request.first_token_ns = steady_ns();
+  const bool last = output.finish != serve::FinishReason::kNone;
+  protocol::GenerateChunk& chunk = request.collected;
+  chunk.id = output.id;
+  if (chunk.tokens.empty()) chunk.index = output.index;
+  chunk.text += output.text;
+  chunk.tokens.insert(chunk.tokens.end(), output.token_ids.begin(), output.token_ids.end());
+  for (std::size_t i = 0; i < output.logprobs.size(); ++i)
+    chunk.logprobs.push_back(convert(output.token_ids[i], output.logprobs[i]));
+  chunk.finish = finish_reason(output.finish);
+  chunk.status = output.error;
+  if (!last && !request.stream) return;
+  if (last || request.first) {
+    chunk.model = model_->ref().digest;
+    chunk.adapter = request.adapter;
+  }
+  if (last) {
+    chunk.usage = {output.usage.prompt_tokens, output.usage.completion_tokens, output.usage.cached_prompt_tokens};
+    chunk.first_token_us = request.first_token_ns ? (request.first_token_ns - request.arrived_ns) / 1000 : 0;
+  }
+  io_.send(protocol::InferChunk{request.attempt, std::move(chunk)});
+  request.first = false;
+  chunk = {};
+  if (!last) return;
+  const Digest adapter = request.adapter;
+  requests_.erase(found);
+  bool needed = adapter.empty();
+  for (const auto& [id, other] : requests_) needed = needed || other.adapter == adapter;
+  if (!needed) manifests_.erase(adapter);
+}
+
+std::vector<RequestId> ServeHost::live() const {
+  std::vector<RequestId> ids;
+  for (const auto& [id, request] : requests_) ids.push_back(id);
+  return ids;
+}
+
+void ServeHost::fail(const RequestId& id, std::uint32_t attempt, const Status& status) {
+  protocol::GenerateChunk chunk;
+  chunk.id = id;
+  chunk.finish = protocol::FinishReason::kError;
+  chunk.status = status;
+  if (status.code() == StatusCode::kBusy) chunk.retry_after_ms = 1000;
+  io_.send(protocol::InferChunk{attempt, std::move(chunk)});
+}
+
+}  // namespace tandem::worker::runtime
