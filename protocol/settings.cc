@@ -32,6 +32,13 @@ std::string variable_name(const std::string& setting) {
   return name;
 }
 
+/// "data_dir" -> "--data-dir".
+std::string flag_name(const std::string& setting) {
+  std::string name = "--" + setting;
+  std::replace(name.begin(), name.end(), '_', '-');
+  return name;
+}
+
 std::vector<std::string> known_names() {
   std::vector<std::string> names;
   for (const auto& info : Settings::known()) names.push_back(info.name);
@@ -177,6 +184,53 @@ std::string Settings::endpoint(const std::string& socket) const {
   if (!listen.empty()) return listen;
   if (socket == "clients" && !get("coordinator").empty()) return get("coordinator");
   return "ipc://" + socket_dir() + "/" + socket + ".sock";
+}
+
+bool CommandLine::has(const std::string& flag) const {
+  return std::find(rest.begin(), rest.end(), flag) != rest.end();
+}
+
+std::vector<std::string> CommandLine::to_arguments() const {
+  std::vector<std::string> arguments;
+  for (const auto& [name, value] : flags) {
+    arguments.push_back(flag_name(name));
+    arguments.push_back(value);
+  }
+  if (!config_file.empty()) arguments.insert(arguments.end(), {"--config", config_file});
+  return arguments;
+}
+
+Result<CommandLine> split_command_line(int argc, const char* const* argv) {
+  CommandLine line;
+  for (int i = 1; i < argc; ++i) {
+    std::string word = argv[i], value;
+    const auto equals = word.find('=');
+    const std::string flag = word.substr(0, equals);
+    std::string* target = flag == "--config" ? &line.config_file : nullptr;
+    for (const auto& info : Settings::known())
+      if (flag == flag_name(info.name)) target = &line.flags[info.name];
+    if (!target) {
+      line.rest.push_back(std::move(word));
+    } else if (equals != std::string::npos) {
+      *target = word.substr(equals + 1);
+    } else if (++i < argc) {
+      *target = argv[i];
+    } else {
+      return invalid_error(str(flag, " needs a value"));
+    }
+  }
+  return line;
+}
+
+std::string settings_help() {
+  std::string help;
+  for (const auto& info : Settings::known()) {
+    std::string flag = "  " + flag_name(info.name) + " X";
+    flag.resize(std::max<std::size_t>(flag.size() + 2, 30), ' ');
+    help += flag + info.help + (info.default_value.empty() ? "" : " [" + info.default_value + "]") +
+            "\n";
+  }
+  return help;
 }
 
 Result<std::int64_t> parse_bytes(const std::string& text) {

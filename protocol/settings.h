@@ -56,6 +56,22 @@ class Settings {
   std::map<std::string, SettingValue> values_;
 };
 
+/// A daemon's command line: settings as --data-dir X or --data-dir=X, --config FILE, and everything
+/// else in order. invalid_error: a setting without a value.
+struct CommandLine {
+  std::map<std::string, std::string> flags;
+  std::string config_file;
+  std::vector<std::string> rest;
+  [[nodiscard]] bool has(const std::string& flag) const;
+  /// The given settings again, as arguments for a child process.
+  [[nodiscard]] std::vector<std::string> to_arguments() const;
+};
+Result<CommandLine> split_command_line(int argc, const char* const* argv);
+
+/// "  --data-dir X    registry, logs ... [default]" for every setting: the end of each daemon's
+/// --help.
+std::string settings_help();
+
 /// "512MiB", "2 GiB", "1024" -> bytes.
 Result<std::int64_t> parse_bytes(const std::string& text);
 

@@ -35,11 +35,13 @@ void CoordinatorLink::tick() {
   }
   if (state_ == State::kGreeting && now >= next_hello_ms_) {
     // Not connected is an expected answer here: the transport reconnects and we try again.
-    if (auto hello = callbacks_.hello()) (void)endpoint_->send(protocol::encode(protocol::WorkerMessage{std::move(*hello)}));
+    if (auto hello = callbacks_.hello())
+      (void)endpoint_->send(protocol::encode(protocol::WorkerMessage{std::move(*hello)}));
     next_hello_ms_ = now + scaled_ms(kHelloRetryMs);
   }
   if (state_ == State::kReady && now >= next_heartbeat_ms_) {
-    if (auto beat = callbacks_.heartbeat(++seq_)) (void)endpoint_->send(protocol::encode(protocol::WorkerMessage{std::move(*beat)}));
+    if (auto beat = callbacks_.heartbeat(++seq_))
+      (void)endpoint_->send(protocol::encode(protocol::WorkerMessage{std::move(*beat)}));
     next_heartbeat_ms_ = now + scaled_ms(heartbeat_ms_);
   }
 }

@@ -17,7 +17,8 @@ namespace tandem::worker::runtime {
 class CoordinatorLink {
  public:
   struct Callbacks {
-    std::function<std::optional<protocol::WorkerHello>()> hello;  ///< what to say now; nothing: stay silent
+    std::function<std::optional<protocol::WorkerHello>()>
+        hello;  ///< what to say now; nothing: stay silent
     std::function<std::optional<protocol::Heartbeat>(std::uint64_t seq)> heartbeat;
   };
 

@@ -26,7 +26,9 @@ constexpr TimeMs kAgentGoneMs = 30000;  ///< an engine without an agent ends aft
 constexpr TimeMs kAgentCheckMs = 1000;
 
 std::atomic<int> g_stop_signals{0};
-void on_signal(int) { g_stop_signals = g_stop_signals + 1; }
+void on_signal(int) {
+  g_stop_signals = g_stop_signals + 1;
+}
 
 class Engine {
  public:
@@ -57,12 +59,16 @@ class Engine {
       drain_inbox(control_inbox_);
       if (job_ && job_->over()) job_.reset();
       const bool training = job_ && job_->runnable();
-      if (serve_.has_work() && arbiter_.serve_next(training)) serve_step();
-      else if (training) train_slice();
-      else wait();
+      if (serve_.has_work() && arbiter_.serve_next(training))
+        serve_step();
+      else if (training)
+        train_slice();
+      else
+        wait();
       check_agent();
     }
-    (void)io_.send(protocol::WorkerBye{options_.worker, protocol::WorkerRole::kEngine, incarnation_});
+    (void)io_.send(
+        protocol::WorkerBye{options_.worker, protocol::WorkerRole::kEngine, incarnation_});
     ::usleep(kByeUs);  // lets the I/O thread hand it over
     return exit_code_;
   }
@@ -72,7 +78,8 @@ class Engine {
   using Inbox = BoundedQueue<Task>;
 
   void post(Inbox& inbox, Task task) {
-    if (!inbox.try_push(std::move(task))) log_error("an engine queue is full (", kInboxMax, "): a message was dropped");
+    if (!inbox.try_push(std::move(task)))
+      log_error("an engine queue is full (", kInboxMax, "): a message was dropped");
     (void)wake_.try_push(true);
   }
 
@@ -117,10 +124,14 @@ class Engine {
       const auto kind = static_cast<kernels::MemoryKind>(i);
       kinds[kernels::memory_kind_name(kind)] = backend_.ledger->live(kind);
     }
-    return nlohmann::json{{"prefix_hits", stats.prefix_hits},       {"prefix_queries", stats.prefix_queries},
-                          {"preemptions", stats.preemptions},       {"steps", stats.steps},
-                          {"prefill_tokens", stats.prefill_tokens}, {"decode_tokens", stats.decode_tokens},
-                          {"memory_bytes", kinds},                  {"memory_peak_bytes", backend_.ledger->peak_total()},
+    return nlohmann::json{{"prefix_hits", stats.prefix_hits},
+                          {"prefix_queries", stats.prefix_queries},
+                          {"preemptions", stats.preemptions},
+                          {"steps", stats.steps},
+                          {"prefill_tokens", stats.prefill_tokens},
+                          {"decode_tokens", stats.decode_tokens},
+                          {"memory_bytes", kinds},
+                          {"memory_peak_bytes", backend_.ledger->peak_total()},
                           {"memory_bytes_max", options_.model.memory_bytes_max},
                           {"dtype", dtype_name(options_.model.dtype)}}
         .dump();
@@ -166,12 +177,12 @@ class Engine {
                          std::holds_alternative<protocol::InferCancel>(message) ||
                          std::holds_alternative<protocol::Announce>(message);
     auto shared = std::make_shared<protocol::ControlMessage>(std::move(message));
-    post(serving ? serve_inbox_ : control_inbox_, [this, shared] {
-      std::visit([this](auto& m) { on(m); }, *shared);
-    });
+    post(serving ? serve_inbox_ : control_inbox_,
+         [this, shared] { std::visit([this](auto& m) { on(m); }, *shared); });
   }
 
-  // -- device thread: messages -----------------------------------------------------------------------
+  // -- device thread: messages
+  // -----------------------------------------------------------------------
   void on(protocol::Infer& infer) {
     if (draining_) return;  // the coordinator moves it when we say goodbye
     serve_.submit(infer);
@@ -200,7 +211,8 @@ class Engine {
     if (model_ && model_->ref().digest == digest) return report_loaded(digest, {}, 0);
     if (loading_ == digest) return;
     if (model_ && (job_ || serve_.live_count() > 0))
-      return report_loaded(digest, busy_error(str("the engine is at work with model ", model_->ref().name)), 0);
+      return report_loaded(
+          digest, busy_error(str("the engine is at work with model ", model_->ref().name)), 0);
     loading_ = digest;
     const std::int64_t begin = steady_ns();
     auto path = std::make_shared<Result<std::string>>(internal_error("not run"));
@@ -211,12 +223,14 @@ class Engine {
     if (!tasks_.post(task)) loading_ = {};
   }
 
-  void load_model(const protocol::ModelRef& ref, const Result<std::string>& path, std::int64_t begin) {
+  void load_model(const protocol::ModelRef& ref, const Result<std::string>& path,
+                  std::int64_t begin) {
     loading_ = {};
     if (!path.ok()) return report_loaded(ref.digest, path.status(), 0);
     serve_.set_model(nullptr);
     model_.reset();
-    auto loaded = ModelHost::load(backend_, clock_, ref, *path, options_.model, [this] { yield(); });
+    auto loaded =
+        ModelHost::load(backend_, clock_, ref, *path, options_.model, [this] { yield(); });
     if (!loaded.ok()) return report_loaded(ref.digest, loaded.status(), 0);
     model_ = std::move(*loaded);
     serve_.set_model(model_.get());
@@ -236,24 +250,28 @@ class Engine {
   void on(protocol::EstimateRequest& request) {
     auto task = [this, request] {
       auto result = estimate(request);
-      io_.send(protocol::EstimateReply{request.call_id, result.status(), result.ok() ? *result : ""});
+      io_.send(
+          protocol::EstimateReply{request.call_id, result.status(), result.ok() ? *result : ""});
     };
     if (!tasks_.post(task))
-      io_.send(protocol::EstimateReply{request.call_id, busy_error("the engine's task queue is full; retry after 1000 ms"), ""});
+      io_.send(protocol::EstimateReply{
+          request.call_id, busy_error("the engine's task queue is full; retry after 1000 ms"), ""});
   }
 
   /// The same objects on the meta backend; serving's share beside it. Task thread.
   Result<std::string> estimate(const protocol::EstimateRequest& request) {
     TANDEM_ASSIGN_OR_RETURN(const auto settings, protocol::TrainSettings::parse(request.spec_json));
-    TANDEM_ASSIGN_OR_RETURN(const std::string path, locate_model(request.model, options_.data_directory, bulk_));
+    TANDEM_ASSIGN_OR_RETURN(const std::string path,
+                            locate_model(request.model, options_.data_directory, bulk_));
     TANDEM_ASSIGN_OR_RETURN(const auto config, model::read_model_config(path));
     if (settings.max_length > config.context_max)
-      return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ", request.model.name, " (",
-                               config.context_max, ")"));
-    TANDEM_ASSIGN_OR_RETURN(const auto estimate,
-                            memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
-                                                      memory::worst_case_bounds(settings), options_.model.adapter_slots + 1,
-                                                      true));
+      return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ",
+                               request.model.name, " (", config.context_max, ")"));
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto estimate,
+        memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
+                                  memory::worst_case_bounds(settings),
+                                  options_.model.adapter_slots + 1, true));
     const std::int64_t total = estimate.peak_total + options_.model.kv_bytes_max;
     auto json = nlohmann::json::parse(estimate.to_json());
     json["kv_cache"] = options_.model.kv_bytes_max;
@@ -268,7 +286,8 @@ class Engine {
   void on(protocol::StartJob& start) {
     if (job_ && job_->job() == start.job && job_->epoch() == start.epoch) return;  // repeated
     auto refuse = [&](const Status& status) {
-      io_.send_reliably(start.job, "ended", protocol::JobEnded{start.job, start.epoch, status, 0, "{}"});
+      io_.send_reliably(start.job, "ended",
+                        protocol::JobEnded{start.job, start.epoch, status, 0, "{}"});
     };
     if (draining_) return;
     if (job_ && job_->job() == start.job) {
@@ -278,10 +297,10 @@ class Engine {
     if (job_) return refuse(busy_error(str("the engine is training ", job_->job())));
     if (!model_ || model_->ref().digest != start.model.digest)
       return refuse(unavailable_error(str("this engine does not hold model ", start.model.name)));
-    job_ = std::make_unique<JobHost>(JobParts{io_, tasks_, bulk_,
-                                              [this](Task task) { post(control_inbox_, std::move(task)); },
-                                              options_.data_directory + "/runs"},
-                                     *model_, start);
+    job_ = std::make_unique<JobHost>(
+        JobParts{io_, tasks_, bulk_, [this](Task task) { post(control_inbox_, std::move(task)); },
+                 options_.data_directory + "/runs"},
+        *model_, start);
     snapshot_ms_ = 0;
   }
 
@@ -290,11 +309,14 @@ class Engine {
   }
 
   void on(protocol::JobAck& ack) {
-    if (job_ && job_->job() == ack.job && job_->epoch() == ack.epoch) job_->on_ack(ack);
-    else io_.acknowledge(ack.job, ack.of);
+    if (job_ && job_->job() == ack.job && job_->epoch() == ack.epoch)
+      job_->on_ack(ack);
+    else
+      io_.acknowledge(ack.job, ack.of);
   }
 
-  // -- device thread: work ----------------------------------------------------------------------------
+  // -- device thread: work
+  // ----------------------------------------------------------------------------
   void serve_step() {
     const std::int64_t begin = steady_ns();
     serve_.step();
@@ -390,7 +412,8 @@ int run_engine(const EngineOptions& options, const SlotPaths& paths, kernels::Ba
     return 1;
   }
   Engine engine(options, paths, backend, std::move(endpoints), clock);
-  if (const Status status = write_engine_info(paths, {::getpid(), engine.incarnation()}); !status.ok()) {
+  if (const Status status = write_engine_info(paths, {::getpid(), engine.incarnation()});
+      !status.ok()) {
     log_error(status.message());
     return 1;
   }

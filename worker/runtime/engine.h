@@ -1,6 +1,6 @@
-// The disposable heart of a worker: one base model on one device, requests and at most one training job on it.
-// One device thread (the caller of run), one I/O thread, one task thread. Any device failure ends the process;
-// the agent starts another, which is given its work again.
+// The disposable heart of a worker: one base model on one device, requests and at most one training
+// job on it. One device thread (the caller of run), one I/O thread, one task thread. Any device
+// failure ends the process; the agent starts another, which is given its work again.
 #pragma once
 
 #include "kernels/ops.h"
@@ -22,8 +22,9 @@ struct EngineOptions {
   ModelHostOptions model;
   double train_share_min = 0.25;
   std::int64_t drain_timeout_ms = 25000;
-  std::int64_t hung_after_ms = 120000;   ///< a device thread that is silent longer gets no more heartbeats
-  std::string data_directory;            ///< caches and metrics below it
+  std::int64_t hung_after_ms =
+      120000;                  ///< a device thread that is silent longer gets no more heartbeats
+  std::string data_directory;  ///< caches and metrics below it
 };
 
 struct EngineEndpoints {
@@ -31,7 +32,8 @@ struct EngineEndpoints {
 };
 
 /// Takes the slot's engine lock, serves until SIGTERM (drains), SIGINT after it (ends at once), the
-/// coordinator's refusal, or the loss of its agent. Returns the process's exit code. Throws DeviceError.
+/// coordinator's refusal, or the loss of its agent. Returns the process's exit code. Throws
+/// DeviceError.
 int run_engine(const EngineOptions& options, const SlotPaths& paths, kernels::Backend& backend,
                EngineEndpoints endpoints, const Clock& clock);
 

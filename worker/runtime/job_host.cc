@@ -86,8 +86,7 @@ void JobHost::prepare() {
     auto load = [&](const Digest& digest,
                     const char* name) -> Result<std::shared_ptr<const data::Dataset>> {
       TANDEM_ASSIGN_OR_RETURN(const std::string text, fetch_text(bulk, digest));
-      TANDEM_ASSIGN_OR_RETURN(auto dataset,
-                              data::parse_dataset(text, name, encoder, options));
+      TANDEM_ASSIGN_OR_RETURN(auto dataset, data::parse_dataset(text, name, encoder, options));
       if (settings.train_on_all_tokens)
         for (auto& example : dataset.examples)
           for (std::size_t i = 0; i + 1 < example.tokens.size(); ++i)

@@ -1,7 +1,7 @@
 #include "worker/runtime/model_files.h"
 
 #include "protocol/base/log.h"
-#include "storage/file_io.h"
+#include "storage/mapped_file.h"
 
 #include <nlohmann/json.hpp>
 
@@ -17,7 +17,8 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-/// What hashing once proved: "path" -> {"inode","bytes","mtime_ns","root"}. A lost or torn file costs a rehash.
+/// What hashing once proved: "path" -> {"inode","bytes","mtime_ns","root"}. A lost or torn file
+/// costs a rehash.
 class VerifiedFiles {
  public:
   explicit VerifiedFiles(std::string path) : path_(std::move(path)) {
@@ -28,7 +29,8 @@ class VerifiedFiles {
 
   Result<Digest> root(const std::string& file) {
     struct stat info {};
-    if (::stat(file.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return not_found_error(str("no file ", file));
+    if (::stat(file.c_str(), &info) != 0 || !S_ISREG(info.st_mode))
+      return not_found_error(str("no file ", file));
     const Json now{{"inode", info.st_ino},
                    {"bytes", info.st_size},
                    {"mtime_ns", info.st_mtim.tv_sec * 1'000'000'000ll + info.st_mtim.tv_nsec}};
@@ -40,7 +42,8 @@ class VerifiedFiles {
         if (auto digest = Digest::parse(root); digest.ok()) return digest;
     }
     TANDEM_ASSIGN_OR_RETURN(const auto mapping, storage::MappedFile::open(file));
-    const Digest digest = content_root(mapping->bytes(), static_cast<int>(std::thread::hardware_concurrency()));
+    const Digest digest =
+        content_root(mapping->bytes(), static_cast<int>(std::thread::hardware_concurrency()));
     Json entry = now;
     entry["root"] = digest.hex();
     entries_[file] = std::move(entry);
@@ -65,14 +68,16 @@ std::string join(const std::string& directory, const std::string& relative) {
 }
 
 /// True when every file below `path` has its root; corrupt_error when one exists with another.
-Result<bool> matches(const protocol::ModelRef& model, const std::string& path, VerifiedFiles& verified) {
+Result<bool> matches(const protocol::ModelRef& model, const std::string& path,
+                     VerifiedFiles& verified) {
   for (const auto& [relative, root] : model.files) {
     auto actual = verified.root(join(path, relative));
     if (actual.status().code() == StatusCode::kNotFound) return false;
     if (!actual.ok()) return actual.status();
     if (*actual != root)
-      return corrupt_error(str(join(path, relative), " has content ", *actual, ", but model ", model.name,
-                               " was added with ", root, "; restore the file or add the model again"));
+      return corrupt_error(str(join(path, relative), " has content ", *actual, ", but model ",
+                               model.name, " was added with ", root,
+                               "; restore the file or add the model again"));
   }
   return true;
 }
@@ -85,9 +90,11 @@ Result<std::string> locate_model(const protocol::ModelRef& model, const std::str
   TANDEM_ASSIGN_OR_RETURN(const bool in_place, matches(model, model.path, verified));
   if (in_place) return model.path;
   if (model.shared)
-    return not_found_error(str("model ", model.name, " was added as shared, but ", model.path, " is not on this host"));
+    return not_found_error(str("model ", model.name, " was added as shared, but ", model.path,
+                               " is not on this host"));
   const bool one_file = model.files.size() == 1 && model.files[0].first.empty();
-  const std::string cached = str(data_directory, "/cache/models/", model.digest.hex(), one_file ? ".gguf" : "");
+  const std::string cached =
+      str(data_directory, "/cache/models/", model.digest.hex(), one_file ? ".gguf" : "");
   auto have = matches(model, cached, verified);
   if (have.ok() && *have) return cached;
   log_info("fetching model ", model.name, " (", model.files.size(), " files)");

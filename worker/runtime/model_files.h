@@ -1,6 +1,6 @@
-// Finds a base model's files on this host: at the path it was added with, or in the content-addressed cache,
-// fetched by digest when it is neither. Files are hashed once per host and trusted afterwards while inode,
-// size and time stay the same. Task thread.
+// Finds a base model's files on this host: at the path it was added with, or in the
+// content-addressed cache, fetched by digest when it is neither. Files are hashed once per host and
+// trusted afterwards while inode, size and time stay the same. Task thread.
 #pragma once
 
 #include "protocol/messages.h"
@@ -10,8 +10,8 @@
 
 namespace tandem::worker::runtime {
 
-/// The path to load from. Errors: corrupt_error (a file at the path has other content, naming both digests),
-/// those of the transfer.
+/// The path to load from. Errors: corrupt_error (a file at the path has other content, naming both
+/// digests), those of the transfer.
 Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,
                                  BulkClient& bulk);
 

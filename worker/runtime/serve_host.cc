@@ -14,11 +14,16 @@ T choose(const std::optional<U>& asked, const std::optional<V>& configured, T ot
 
 protocol::FinishReason finish_reason(serve::FinishReason reason) {
   switch (reason) {
-    case serve::FinishReason::kNone: return protocol::FinishReason::kNone;
-    case serve::FinishReason::kStop: return protocol::FinishReason::kStop;
-    case serve::FinishReason::kLength: return protocol::FinishReason::kLength;
-    case serve::FinishReason::kCancelled: return protocol::FinishReason::kCancelled;
-    case serve::FinishReason::kError: return protocol::FinishReason::kError;
+    case serve::FinishReason::kNone:
+      return protocol::FinishReason::kNone;
+    case serve::FinishReason::kStop:
+      return protocol::FinishReason::kStop;
+    case serve::FinishReason::kLength:
+      return protocol::FinishReason::kLength;
+    case serve::FinishReason::kCancelled:
+      return protocol::FinishReason::kCancelled;
+    case serve::FinishReason::kError:
+      return protocol::FinishReason::kError;
   }
   return protocol::FinishReason::kError;
 }
@@ -73,10 +78,11 @@ Result<serve::GenerateRequest> ServeHost::translate(const protocol::Infer& infer
 void ServeHost::submit(const protocol::Infer& infer) {
   const RequestId& id = infer.request.id;
   if (!model_ || model_->ref().digest != infer.model.digest)
-    return fail(id, infer.attempt, unavailable_error(str("this engine does not hold model ", infer.model.name)));
+    return fail(id, infer.attempt,
+                unavailable_error(str("this engine does not hold model ", infer.model.name)));
   if (auto live = requests_.find(id); live != requests_.end()) {
     if (live->second.attempt == infer.attempt) return;  // the coordinator repeated itself
-    cancel(id);                                          // an older attempt's sequence
+    cancel(id);                                         // an older attempt's sequence
     requests_.erase(live);
     (void)model_->serve().step();  // lets the cancelled id go
   }
@@ -115,23 +121,27 @@ void ServeHost::load_adapter(const Digest& adapter, const std::string& manifest)
   if (!loading_.insert(adapter).second) return;
   using Tensors = std::vector<model::HostAdapterTensor>;
   auto outcome = std::make_shared<Result<Tensors>>(Tensors{});
-  const bool posted = tasks_.post([=, this, &bulk = bulk_, base = model_->ref().digest, config = model_->config(),
-                                   to_device = to_device_, alive = alive_, model = model_] {
-    *outcome = unpack_adapter(manifest, base, config, [&](auto digests) { return bulk.get(digests); });
-    to_device([=, this] {
-      if (!*alive || model_ != model) return;
-      loading_.erase(adapter);
-      Status status = outcome->status();
-      if (outcome->ok()) {
-        auto weights = model_->build_adapter(**outcome);
-        status = weights.ok() ? model_->serve().install_adapter(adapter, *weights) : weights.status();
-      }
-      if (!status.ok()) model_->serve().fail_adapter(adapter, status);
-    });
-  });
+  const bool posted =
+      tasks_.post([=, this, &bulk = bulk_, base = model_->ref().digest, config = model_->config(),
+                   to_device = to_device_, alive = alive_, model = model_] {
+        *outcome =
+            unpack_adapter(manifest, base, config, [&](auto digests) { return bulk.get(digests); });
+        to_device([=, this] {
+          if (!*alive || model_ != model) return;
+          loading_.erase(adapter);
+          Status status = outcome->status();
+          if (outcome->ok()) {
+            auto weights = model_->build_adapter(**outcome);
+            status = weights.ok() ? model_->serve().install_adapter(adapter, *weights)
+                                  : weights.status();
+          }
+          if (!status.ok()) model_->serve().fail_adapter(adapter, status);
+        });
+      });
   if (!posted) {
     loading_.erase(adapter);
-    model_->serve().fail_adapter(adapter, busy_error("too many transfers wait; retry after 1000 ms"));
+    model_->serve().fail_adapter(adapter,
+                                 busy_error("too many transfers wait; retry after 1000 ms"));
   }
 }
 
@@ -145,7 +155,8 @@ void ServeHost::deliver(const serve::SequenceOutput& output) {
   auto found = requests_.find(output.id);
   if (found == requests_.end()) return;
   Request& request = found->second;
-  if (request.first_token_ns == 0 && !output.token_ids.empty()) request.first_token_ns = steady_ns();
+  if (request.first_token_ns == 0 && !output.token_ids.empty())
+    request.first_token_ns = steady_ns();
   const bool last = output.finish != serve::FinishReason::kNone;
   protocol::GenerateChunk& chunk = request.collected;
   chunk.id = output.id;
@@ -162,8 +173,10 @@ void ServeHost::deliver(const serve::SequenceOutput& output) {
     chunk.adapter = request.adapter;
   }
   if (last) {
-    chunk.usage = {output.usage.prompt_tokens, output.usage.completion_tokens, output.usage.cached_prompt_tokens};
-    chunk.first_token_us = request.first_token_ns ? (request.first_token_ns - request.arrived_ns) / 1000 : 0;
+    chunk.usage = {output.usage.prompt_tokens, output.usage.completion_tokens,
+                   output.usage.cached_prompt_tokens};
+    chunk.first_token_us =
+        request.first_token_ns ? (request.first_token_ns - request.arrived_ns) / 1000 : 0;
   }
   io_.send(protocol::InferChunk{request.attempt, std::move(chunk)});
   request.first = false;

@@ -1,5 +1,5 @@
-// Requests of the coordinator on one engine: turns Infer into the serving engine's terms, fetches adapters that
-// are not resident, and turns each step's outputs into chunks. Device thread only.
+// Requests of the coordinator on one engine: turns Infer into the serving engine's terms, fetches
+// adapters that are not resident, and turns each step's outputs into chunks. Device thread only.
 #pragma once
 
 #include "worker/runtime/adapter_codec.h"
@@ -24,7 +24,8 @@ class ServeHost {
   ServeHost(const ServeHost&) = delete;
   ServeHost& operator=(const ServeHost&) = delete;
 
-  /// Null: no model, every request is answered kUnavailable. Requests of the former model end with an error.
+  /// Null: no model, every request is answered kUnavailable. Requests of the former model end with
+  /// an error.
   void set_model(ModelHost* model);
   void submit(const protocol::Infer& infer);
   void cancel(const RequestId& id);
@@ -58,7 +59,7 @@ class ServeHost {
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
   ModelHost* model_ = nullptr;
   std::unordered_map<RequestId, Request> requests_;
-  std::map<Digest, std::string> manifests_;   ///< of adapters that live requests name
+  std::map<Digest, std::string> manifests_;  ///< of adapters that live requests name
   std::set<Digest> loading_;
 };
 
