@@ -16,6 +16,8 @@ struct BatchBounds {
   std::int64_t micro_batch_tokens = 0;     ///< T, largest
   std::int64_t micro_batch_sequences = 0;  ///< S, largest
   std::int64_t sequence_tokens = 0;        ///< longest document
+  /// Widens the bounds so that `batch` fits.
+  void include(const data::MicroBatch& batch);
 };
 
 /// One thread at a time.

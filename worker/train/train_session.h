@@ -130,7 +130,8 @@ class TrainSession {
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
 
-  /// Nanoseconds spent so far, by phase: what the training bench prints.
+  /// Nanoseconds of this thread so far, by phase: what the training bench prints. (A device that
+  /// works behind the thread's back shows up where the thread waits for it: in `optimizer`.)
   struct PhaseTimes {
     std::int64_t data = 0, forward = 0, loss = 0, backward = 0, optimizer = 0;
   };

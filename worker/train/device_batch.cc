@@ -1,0 +1,63 @@
+#include "worker/train/device_batch.h"
+
+#include "protocol/base/units.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace tandem::worker::train {
+
+namespace {
+
+kernels::Tensor upload_padded(model::Context& ctx, std::vector<std::int32_t> values,
+                              std::int64_t size, std::int32_t padding) {
+  TANDEM_CHECK_LE(static_cast<std::int64_t>(values.size()), size);
+  values.resize(static_cast<std::size_t>(size), padding);
+  const kernels::Tensor tensor = ctx.activations.alloc({size}, DType::kI32);
+  ctx.ops.upload(ctx.exec, std::as_bytes(std::span(values)), tensor);
+  return tensor;
+}
+
+}  // namespace
+
+DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
+                         const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max) {
+  const auto real = static_cast<std::int64_t>(batch.tokens.size());
+  const auto end = static_cast<std::int32_t>(real);
+  const std::int64_t rows = round_up(real, kTokenBucket);
+  DeviceBatch device;
+  device.real_tokens = real;
+  device.tokens.ids = upload_padded(ctx, batch.tokens, rows, 0);
+  device.tokens.positions = upload_padded(ctx, batch.positions, rows, 0);
+  device.labels = upload_padded(ctx, batch.labels, rows, kernels::kIgnoreLabel);
+  // Sequences beyond the real ones are empty; rows beyond the last offset are inert.
+  device.tokens.seq_offsets =
+      upload_padded(ctx, batch.cu_seqlens, bounds.micro_batch_sequences + 1, end);
+  device.tokens.seq_len_max = bounds.sequence_tokens;
+  kernels::AdapterRows& adapters = device.tokens.adapters;
+  adapters.segments_max = 2;
+  adapters.rank_max = rank_max;
+  adapters.segment_offsets = upload_padded(ctx, {0, end, static_cast<std::int32_t>(rows)}, 3, 0);
+  adapters.segment_slots = upload_padded(ctx, {static_cast<std::int32_t>(slot), -1}, 2, -1);
+  return device;
+}
+
+data::MicroBatch whole_sequence(const std::vector<std::int32_t>& tokens) {
+  data::MicroBatch batch;
+  batch.tokens = tokens;
+  batch.labels.assign(tokens.size(), data::kIgnore);
+  batch.positions.resize(tokens.size());
+  std::iota(batch.positions.begin(), batch.positions.end(), 0);
+  batch.cu_seqlens = {0, static_cast<std::int32_t>(tokens.size())};
+  return batch;
+}
+
+double sum_rows(model::Context& ctx, const kernels::Tensor& x) {
+  std::vector<float> host(static_cast<std::size_t>(x.elements()));
+  ctx.ops.download(ctx.exec, x, std::as_writable_bytes(std::span(host)));
+  double sum = 0.0;
+  for (float value : host) sum += static_cast<double>(value);
+  return sum;
+}
+
+}  // namespace tandem::worker::train

@@ -1,0 +1,55 @@
+// The trainable state of one LoRA: f32 masters, gradients and Adam moments as flat tensors over one
+// AdapterLayout, and the compute-dtype copy that the forward pass reads. One device thread.
+#pragma once
+
+#include "kernels/ops.h"
+#include "worker/model/adapter.h"
+#include "worker/model/adapter_layout.h"
+#include "worker/train/train_session.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace tandem::worker::train {
+
+class LoraParams {
+ public:
+  /// Every target site of every layer at the config's rank. Allocates; contents undefined until
+  /// initialise() or a load.
+  LoraParams(const SessionParts& parts, const model::LoraConfig& lora);
+
+  /// A uniform in +-1/sqrt(I) from (seed, site), B zero, moments zero.
+  void initialise(std::uint64_t seed);
+  /// Starts from given values, moments zero. invalid_error: another rank, scale or set of sites.
+  Status initialise_from(const std::vector<model::HostAdapterTensor>& tensors);
+
+  void zero_gradients();
+  /// Norm of the whole gradient into `squared_norm()`, on the device.
+  void measure_gradients();
+  [[nodiscard]] const kernels::Tensor& squared_norm() const { return squared_norm_; }
+  /// One AdamW update of everything; `step` counts from 1.
+  void update(const protocol::TrainSettings& settings, double learning_rate, std::int64_t step);
+
+  /// Points the slot's entries at these parameters and gradients.
+  void attach();
+  [[nodiscard]] std::int64_t rank_max() const { return layout_.rank_max; }
+
+  [[nodiscard]] std::vector<StateTensor> export_tensors() const;
+  Status import_tensors(const std::vector<StateTensor>& tensors);
+  [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const;
+  [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
+
+ private:
+  [[nodiscard]] std::vector<float> download(const kernels::Tensor& flat) const;
+  void upload(const std::vector<float>& host, const kernels::Tensor& flat);
+  void refresh_compute_copy();
+
+  SessionParts parts_;
+  model::AdapterLayout layout_;
+  kernels::Arena adapter_arena_, gradient_arena_, optimizer_arena_;
+  kernels::Tensor master_, gradient_, m_, v_, squared_norm_;
+  kernels::Tensor compute_;  ///< cd; the masters themselves when cd is f32
+};
+
+}  // namespace tandem::worker::train

@@ -1,0 +1,475 @@
+#include "worker/train/train_session.h"
+
+#include "protocol/base/clock.h"
+#include "protocol/base/random.h"
+#include "protocol/base/units.h"
+#include "worker/train/device_batch.h"
+#include "worker/train/lora_params.h"
+#include "worker/train/schedule.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <set>
+
+namespace tandem::worker::train {
+
+namespace {
+
+using kernels::ArenaScope;
+using kernels::Tensor;
+using Json = nlohmann::json;
+
+constexpr int kStateVersion = 1;
+/// Random stream of dropout masks; the counter is the micro-batch's number in the job.
+constexpr std::uint64_t kDropoutStream = 0x64726f70;  // "drop"
+/// gradient_accumulation_steps never exceeds it, so (step, micro-batch) is one number.
+constexpr std::int64_t kMicroBatchesMax = 4096;
+/// Rows of logits that a probe holds at once.
+constexpr std::int64_t kProbeRows = 64;
+
+/// Settings that may differ between a checkpoint and the job that continues from it: they change
+/// what is reported or kept, not one bit of the result.
+const std::set<std::string>& free_settings() {
+  static const std::set<std::string> names{"adapter_dtype", "eval_steps",       "logging_steps",
+                                           "save_steps",    "save_total_limit", "recompute"};
+  return names;
+}
+
+Result<model::Recompute> parse_recompute(const std::string& name) {
+  if (name == "none") return model::Recompute::kNone;
+  if (name == "mlp") return model::Recompute::kMlp;
+  if (name == "block") return model::Recompute::kBlock;
+  return invalid_error(str("recompute is \"", name, "\"; it must be none, mlp or block"));
+}
+
+Result<model::LoraConfig> lora_config(const protocol::TrainSettings& settings,
+                                      const model::ModelConfig& config) {
+  if (settings.method != "lora")
+    return refused_error(str("method \"", settings.method, "\" is not supported; lora is"));
+  model::LoraConfig lora;
+  lora.r = settings.lora_r;
+  lora.lora_alpha = settings.lora_alpha;
+  lora.lora_dropout = settings.lora_dropout;
+  lora.use_rslora = settings.use_rslora;
+  TANDEM_ASSIGN_OR_RETURN(lora.target_modules,
+                          model::LoraConfig::resolve_targets(config, settings.target_modules));
+  return lora;
+}
+
+/// The single rank's door: nothing to reduce.
+class NoGradSink final : public model::GradSink {
+ public:
+  void ready(std::int64_t) override {}
+};
+
+double seconds_since(std::int64_t begin_ns) {
+  return static_cast<double>(steady_ns() - begin_ns) * 1e-9;
+}
+
+/// Adds the time from construction to destruction to a counter.
+class PhaseTimer {
+ public:
+  explicit PhaseTimer(std::int64_t& total) : total_(total), begin_(steady_ns()) {}
+  ~PhaseTimer() { total_ += steady_ns() - begin_; }
+  PhaseTimer(const PhaseTimer&) = delete;
+  PhaseTimer& operator=(const PhaseTimer&) = delete;
+
+ private:
+  std::int64_t& total_;
+  const std::int64_t begin_;
+};
+
+}  // namespace
+
+class TrainSession::Impl {
+ public:
+  Impl(const SessionParts& parts, SessionOptions options, model::LoraConfig lora,
+       model::Recompute recompute, std::unique_ptr<BatchSource> batches)
+      : parts_(parts),
+        options_(std::move(options)),
+        lora_(std::move(lora)),
+        recompute_(recompute),
+        batches_(std::move(batches)),
+        transformer_(parts.weights, &parts.adapters, {0, parts.weights.base().config().layers}),
+        params_(parts, lora_) {
+    phase_ = options_.eval_base_first && has_eval() ? Phase::kBaseEval : Phase::kTrain;
+  }
+  ~Impl() { parts_.adapters.clear(parts_.context.exec, parts_.slot); }
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+
+  Status initialise() {
+    if (options_.initial != nullptr) {
+      TANDEM_RETURN_IF_ERROR(params_.initialise_from(*options_.initial));
+    } else {
+      params_.initialise(static_cast<std::uint64_t>(options_.settings.seed));
+    }
+    options_.initial = nullptr;
+    params_.attach();
+    return {};
+  }
+
+  Result<SliceEvent> run_slice() {
+    started_ = true;
+    switch (phase_) {
+      case Phase::kBaseEval:
+      case Phase::kEval:
+        return eval_slice();
+      case Phase::kTrain:
+        return train_slice();
+      case Phase::kCheckpoint: {
+        const bool last = step_ == batches_->total_steps();
+        phase_ = last ? Phase::kFinished : Phase::kTrain;
+        return SliceEvent(CheckpointDue{step_, last});
+      }
+      case Phase::kFinished:
+        return SliceEvent(Finished{step_});
+    }
+    return internal_error("unreachable");
+  }
+
+  [[nodiscard]] TrainState export_state() const;
+  Status import_state(const TrainState& state);
+  double probe(const std::vector<std::int32_t>& prompt,
+               std::shared_ptr<const model::AdapterWeights> other);
+
+  enum class Phase { kBaseEval, kTrain, kEval, kCheckpoint, kFinished };
+
+  [[nodiscard]] bool has_eval() const { return !batches_->eval_batches().empty(); }
+
+  SessionParts parts_;
+  SessionOptions options_;
+  const model::LoraConfig lora_;
+  const model::Recompute recompute_;
+  const std::unique_ptr<BatchSource> batches_;
+  const model::Transformer transformer_;
+  LoraParams params_;
+  NoGradSink sink_;
+  PhaseTimes times_;
+
+  Phase phase_ = Phase::kTrain;
+  bool started_ = false;
+  std::int64_t step_ = 0;  ///< optimizer steps done
+
+ private:
+  Result<SliceEvent> train_slice();
+  Result<SliceEvent> finish_step();
+  Result<SliceEvent> eval_slice();
+  Status begin_step();
+  double run_micro_batch(const data::MicroBatch& batch);
+  [[nodiscard]] std::vector<float> probe_hidden(const DeviceBatch& batch);
+  void phase_after_step();
+
+  // The step in progress.
+  std::optional<data::OptimizerStep> current_;
+  std::size_t next_micro_batch_ = 0;
+  double loss_sum_ = 0.0, step_seconds_ = 0.0;
+  // The evaluation in progress.
+  std::size_t next_eval_batch_ = 0;
+  double eval_loss_ = 0.0, eval_correct_ = 0.0, eval_seconds_ = 0.0;
+  std::int64_t eval_tokens_ = 0;
+};
+
+// -- training
+// --------------------------------------------------------------------------------------
+
+Status TrainSession::Impl::begin_step() {
+  PhaseTimer timer(times_.data);
+  TANDEM_ASSIGN_OR_RETURN(current_, batches_->step(step_));
+  if (current_->trained_tokens < 1)
+    return invalid_error(str("optimizer step ", step_ + 1, " has no trained tokens"));
+  next_micro_batch_ = 0;
+  loss_sum_ = 0.0;
+  step_seconds_ = 0.0;
+  params_.zero_gradients();
+  return {};
+}
+
+Result<SliceEvent> TrainSession::Impl::train_slice() {
+  const std::int64_t begin = steady_ns();
+  if (!current_) TANDEM_RETURN_IF_ERROR(begin_step());
+  loss_sum_ += run_micro_batch(current_->micro_batches[next_micro_batch_]);
+  ++next_micro_batch_;
+  if (next_micro_batch_ < current_->micro_batches.size()) {
+    step_seconds_ += seconds_since(begin);
+    return SliceEvent(Progress{step_});
+  }
+  TANDEM_ASSIGN_OR_RETURN(SliceEvent event, finish_step());
+  std::get<StepDone>(event).seconds = step_seconds_ + seconds_since(begin);
+  return event;
+}
+
+double TrainSession::Impl::run_micro_batch(const data::MicroBatch& batch) {
+  model::Context& ctx = parts_.context;
+  ArenaScope scope(ctx.activations);
+  DeviceBatch device =
+      upload_batch(ctx, batch, batches_->bounds(), parts_.slot, params_.rank_max());
+  device.tokens.adapters.dropout = static_cast<float>(lora_.lora_dropout);
+  device.tokens.adapters.dropout_seed =
+      random_bits(static_cast<std::uint64_t>(options_.settings.seed), kDropoutStream,
+                  static_cast<std::uint64_t>(step_ * kMicroBatchesMax +
+                                             static_cast<std::int64_t>(next_micro_batch_)));
+  const kernels::Shape rows{device.tokens.tokens(), transformer_.config().width};
+  const Tensor loss = ctx.activations.alloc({rows[0]}, DType::kF32);
+  const Tensor dhidden = ctx.activations.alloc(rows, ctx.compute_dtype);
+  const Tensor hidden = ctx.activations.alloc(rows, ctx.compute_dtype);
+  model::Saved saved;
+  {
+    PhaseTimer timer(times_.forward);
+    transformer_.forward(ctx, device.tokens, {}, hidden, &saved, recompute_);
+  }
+  {
+    PhaseTimer timer(times_.loss);
+    transformer_.loss(ctx, hidden, device.labels,
+                      static_cast<float>(1.0 / static_cast<double>(current_->trained_tokens)), loss,
+                      {}, dhidden);
+  }
+  {
+    PhaseTimer timer(times_.backward);
+    transformer_.backward(ctx, device.tokens, dhidden, saved, recompute_, {}, sink_);
+  }
+  return sum_rows(ctx, loss);
+}
+
+Result<SliceEvent> TrainSession::Impl::finish_step() {
+  PhaseTimer timer(times_.optimizer);
+  params_.measure_gradients();
+  const double norm = std::sqrt(sum_rows(parts_.context, params_.squared_norm()));
+  const auto trained = static_cast<double>(current_->trained_tokens);
+  const double loss = loss_sum_ / trained;
+  if (!std::isfinite(loss) || !std::isfinite(norm))
+    return refused_error(str("training diverged at step ", step_ + 1, " of ",
+                             batches_->total_steps(), ": loss ", loss, ", gradient norm ", norm,
+                             "; lower learning_rate (", options_.settings.learning_rate,
+                             ") or look at the data"));
+  const double rate = learning_rate(options_.settings, batches_->total_steps(), step_);
+  params_.update(options_.settings, rate, step_ + 1);
+  ++step_;
+  StepDone done;
+  done.step = step_;
+  done.total_steps = batches_->total_steps();
+  done.epoch = static_cast<double>(step_) / static_cast<double>(batches_->steps_per_epoch());
+  done.loss = loss;
+  done.learning_rate = rate;
+  done.grad_norm = norm;
+  done.trained_tokens = current_->trained_tokens;
+  for (const data::MicroBatch& batch : current_->micro_batches)
+    done.tokens += static_cast<std::int64_t>(batch.tokens.size());
+  current_.reset();
+  phase_after_step();
+  return SliceEvent(done);
+}
+
+void TrainSession::Impl::phase_after_step() {
+  const protocol::TrainSettings& settings = options_.settings;
+  const bool last = step_ == batches_->total_steps();
+  const auto due = [&](std::int64_t every) { return every > 0 && step_ % every == 0; };
+  if (has_eval() && (last || due(settings.eval_steps)))
+    phase_ = Phase::kEval;
+  else if (last || due(settings.save_steps))
+    phase_ = Phase::kCheckpoint;
+  else
+    phase_ = Phase::kTrain;
+}
+
+// -- evaluation
+// ------------------------------------------------------------------------------------
+
+Result<SliceEvent> TrainSession::Impl::eval_slice() {
+  const std::int64_t begin = steady_ns();
+  const bool base = phase_ == Phase::kBaseEval;
+  model::Context& ctx = parts_.context;
+  {
+    ArenaScope scope(ctx.activations);
+    const data::MicroBatch& batch = batches_->eval_batches()[next_eval_batch_];
+    const DeviceBatch device = upload_batch(ctx, batch, batches_->bounds(), base ? -1 : parts_.slot,
+                                            base ? 0 : params_.rank_max());
+    const kernels::Shape rows{device.tokens.tokens(), transformer_.config().width};
+    const Tensor hidden = ctx.activations.alloc(rows, ctx.compute_dtype);
+    const Tensor loss = ctx.activations.alloc({rows[0]}, DType::kF32);
+    const Tensor correct = ctx.activations.alloc({rows[0]}, DType::kF32);
+    transformer_.forward(ctx, device.tokens, {}, hidden, nullptr, recompute_);
+    transformer_.loss(ctx, hidden, device.labels, 0.0f, loss, correct, {});
+    eval_loss_ += sum_rows(ctx, loss);
+    eval_correct_ += sum_rows(ctx, correct);
+    eval_tokens_ += batch.trained_tokens;
+  }
+  eval_seconds_ += seconds_since(begin);
+  if (++next_eval_batch_ < batches_->eval_batches().size()) return SliceEvent(Progress{step_});
+  const auto tokens = static_cast<double>(std::max<std::int64_t>(1, eval_tokens_));
+  const EvalDone done{step_,        base,         eval_loss_ / tokens, eval_correct_ / tokens,
+                      eval_tokens_, eval_seconds_};
+  next_eval_batch_ = 0;
+  eval_loss_ = eval_correct_ = eval_seconds_ = 0.0;
+  eval_tokens_ = 0;
+  const bool last = step_ == batches_->total_steps();
+  const bool save =
+      last || (options_.settings.save_steps > 0 && step_ % options_.settings.save_steps == 0);
+  phase_ = base ? Phase::kTrain : save ? Phase::kCheckpoint : Phase::kTrain;
+  return SliceEvent(done);
+}
+
+// -- state
+// -----------------------------------------------------------------------------------------
+
+TrainState TrainSession::Impl::export_state() const {
+  TrainState state;
+  const Json json{{"version", kStateVersion},
+                  {"step", step_},
+                  {"total_steps", batches_->total_steps()},
+                  {"seed", options_.settings.seed},
+                  {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
+                  {"settings", Json::parse(options_.settings.to_json())}};
+  state.json = json.dump();
+  state.tensors = params_.export_tensors();
+  return state;
+}
+
+Status TrainSession::Impl::import_state(const TrainState& state) {
+  TANDEM_CHECK(!started_, "a state is imported before the first slice");
+  const Json json = Json::parse(state.json, nullptr, false);
+  if (!json.is_object() || !json.contains("version") || !json["version"].is_number_integer() ||
+      !json.contains("settings") || !json["settings"].is_object() || !json.contains("step") ||
+      !json["step"].is_number_integer() || !json.contains("total_steps") ||
+      !json.contains("compute_dtype"))
+    return corrupt_error("the checkpoint's state is not the JSON object that training wrote");
+  if (json["version"] != kStateVersion)
+    return refused_error(str("the checkpoint has version ", json["version"].dump(),
+                             "; this build reads ", kStateVersion));
+  const Json now = Json::parse(options_.settings.to_json());
+  for (const auto& [name, value] : now.items())
+    if (!free_settings().contains(name) &&
+        (!json["settings"].contains(name) || json["settings"][name] != value))
+      return conflict_error(
+          str("the checkpoint was made with ", name, " = ",
+              json["settings"].contains(name) ? json["settings"][name].dump() : "nothing",
+              "; the job says ", value.dump()));
+  if (json["compute_dtype"] != dtype_name(parts_.context.compute_dtype))
+    return conflict_error(str("the checkpoint was computed in ", json["compute_dtype"].dump(),
+                              "; this engine computes in ",
+                              dtype_name(parts_.context.compute_dtype)));
+  if (json["total_steps"] != batches_->total_steps())
+    return conflict_error(str("the checkpoint belongs to a job of ", json["total_steps"].dump(),
+                              " steps; this data gives ", batches_->total_steps()));
+  const auto step = json["step"].get<std::int64_t>();
+  if (step < 0 || step > batches_->total_steps())
+    return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
+  TANDEM_RETURN_IF_ERROR(params_.import_tensors(state.tensors));
+  step_ = step;
+  if (step_ == batches_->total_steps())
+    phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
+  else if (step_ > 0)
+    phase_ = Phase::kTrain;
+  return {};
+}
+
+// -- probe
+// -----------------------------------------------------------------------------------------
+
+std::vector<float> TrainSession::Impl::probe_hidden(const DeviceBatch& batch) {
+  model::Context& ctx = parts_.context;
+  const std::int64_t tokens = batch.real_tokens, vocab = transformer_.config().vocab;
+  const Tensor hidden = ctx.activations.alloc({batch.tokens.tokens(), transformer_.config().width},
+                                              ctx.compute_dtype);
+  transformer_.forward(ctx, batch.tokens, {}, hidden, nullptr, recompute_);
+  std::vector<float> logits(static_cast<std::size_t>(tokens * vocab));
+  for (std::int64_t row = 0; row < tokens; row += kProbeRows) {
+    ArenaScope scope(ctx.activations);
+    const std::int64_t rows = std::min(kProbeRows, tokens - row);
+    const Tensor chunk = ctx.activations.alloc({rows, vocab}, DType::kF32);
+    transformer_.logits(ctx, hidden.rows(row, rows), chunk);
+    ctx.ops.download(
+        ctx.exec, chunk,
+        std::as_writable_bytes(std::span(logits).subspan(static_cast<std::size_t>(row * vocab),
+                                                         static_cast<std::size_t>(rows * vocab))));
+  }
+  return logits;
+}
+
+double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
+                                 std::shared_ptr<const model::AdapterWeights> other) {
+  const auto tokens = static_cast<std::int64_t>(prompt.size());
+  TANDEM_CHECK(tokens >= 1 && tokens <= transformer_.config().context_max, tokens, " tokens");
+  model::Context& ctx = parts_.context;
+  const data::MicroBatch batch = whole_sequence(prompt);
+  const BatchBounds bounds{tokens, 1, tokens};
+  ArenaScope scope(ctx.activations);
+  const DeviceBatch device =
+      upload_batch(ctx, batch, bounds, parts_.slot, std::max(params_.rank_max(), other->rank_max));
+  const std::vector<float> trained = probe_hidden(device);
+  parts_.adapters.set(ctx.exec, parts_.slot, std::move(other));
+  const std::vector<float> reloaded = probe_hidden(device);
+  params_.attach();
+  double worst = 0.0;
+  for (std::size_t e = 0; e < trained.size(); ++e) {
+    const double difference = std::fabs(static_cast<double>(trained[e]) - reloaded[e]);
+    // A NaN on one side only must not look like agreement.
+    worst = std::isnan(difference) ? std::numeric_limits<double>::infinity()
+                                   : std::max(worst, difference);
+  }
+  return worst;
+}
+
+// -- the public face
+// -------------------------------------------------------------------------------
+
+TrainSession::TrainSession(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+TrainSession::~TrainSession() = default;
+
+Result<std::unique_ptr<TrainSession>> TrainSession::create(const SessionParts& parts,
+                                                           const SessionOptions& options,
+                                                           std::unique_ptr<BatchSource> batches) {
+  const model::ModelConfig& config = parts.weights.base().config();
+  TANDEM_CHECK(parts.slot >= 0 && parts.slot < parts.adapters.slots(), "slot ", parts.slot);
+  TANDEM_CHECK(parts.weights.base().dtype() == parts.context.compute_dtype);
+  TANDEM_ASSIGN_OR_RETURN(model::LoraConfig lora, lora_config(options.settings, config));
+  TANDEM_ASSIGN_OR_RETURN(const model::Recompute recompute,
+                          parse_recompute(options.settings.recompute));
+  const BatchBounds& bounds = batches->bounds();
+  if (bounds.sequence_tokens > config.context_max)
+    return invalid_error(str("the longest row has ", bounds.sequence_tokens,
+                             " tokens; the model's context is ", config.context_max,
+                             "; lower max_length or choose over_length drop or truncate"));
+  auto impl =
+      std::make_unique<Impl>(parts, options, std::move(lora), recompute, std::move(batches));
+  TANDEM_RETURN_IF_ERROR(impl->initialise());
+  return std::unique_ptr<TrainSession>(new TrainSession(std::move(impl)));
+}
+
+Result<SliceEvent> TrainSession::run_slice() {
+  return impl_->run_slice();
+}
+std::int64_t TrainSession::step() const {
+  return impl_->step_;
+}
+std::int64_t TrainSession::total_steps() const {
+  return impl_->batches_->total_steps();
+}
+bool TrainSession::finished() const {
+  return impl_->phase_ == Impl::Phase::kFinished;
+}
+const model::LoraConfig& TrainSession::lora() const {
+  return impl_->lora_;
+}
+TrainState TrainSession::export_state() const {
+  return impl_->export_state();
+}
+Status TrainSession::import_state(const TrainState& state) {
+  return impl_->import_state(state);
+}
+std::shared_ptr<const model::AdapterWeights> TrainSession::snapshot_adapter() const {
+  return impl_->params_.snapshot();
+}
+std::vector<model::HostAdapterTensor> TrainSession::host_adapter(DType dtype) const {
+  return impl_->params_.host_adapter(dtype);
+}
+double TrainSession::probe(const std::vector<std::int32_t>& prompt,
+                           std::shared_ptr<const model::AdapterWeights> other) {
+  return impl_->probe(prompt, std::move(other));
+}
+const TrainSession::PhaseTimes& TrainSession::phase_times() const {
+  return impl_->times_;
+}
+
+}  // namespace tandem::worker::train
