@@ -1,6 +1,8 @@
 #include "kernels/workspace.h"
 
 #include "kernels/allocator.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/gemm.h"
 #include "protocol/base/units.h"
 
 #include <algorithm>
@@ -26,98 +28,159 @@ bool has_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {
   return rows != nullptr && rows->rank_max > 0 && !sites.empty();
 }
 
-/// A chunk of f32 logits is at most this: it stays in the caches of a server processor.
+std::int64_t site_outputs_max(const std::vector<LoraSite>& sites) {
+  std::int64_t n = 0;
+  for (const LoraSite& site : sites) n = std::max(n, site.n);
+  return n;
+}
+
+/// Logits of one chunk of rows are at most this many bytes of f32, or kLogitsChunkRowsMin rows.
 constexpr std::int64_t kLogitsChunkBytes = 32 << 20;
 constexpr std::int64_t kLogitsChunkRowsMin = 16;
+
+cpu::AttentionShape attention_shape(const AttentionSpec& spec, DType dtype) {
+  return {spec.heads, spec.kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap, dtype};
+}
 
 }  // namespace
 
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i,
                                  const DeviceProfile&) {
-  return n * i * dtype_bytes(dtype);
+  return cpu::packed_bytes(dtype, n, i);
 }
 
-PackWeightScratch pack_weight_scratch(std::int64_t n, std::int64_t i) {
-  PackWeightScratch s;
+PackWeightWorkspace pack_weight_workspace(std::int64_t n, std::int64_t i) {
+  PackWeightWorkspace w;
   const std::int64_t wanted = std::min(n, std::max<std::int64_t>(1, kPackBlockBytes / (4 * i)));
-  s.block_rows = round_up(wanted, kPackBlockRows);
-  s.bytes = round_up(s.block_rows * i * 4, kDeviceAlignment);
-  return s;
+  w.block_rows = round_up(wanted, kPackBlockRows);
+  w.bytes = round_up(w.block_rows * i * 4, kDeviceAlignment);
+  return w;
 }
 
-LinearForwardScratch linear_forward_scratch(const LinearArgs& a, const DeviceProfile&) {
-  LinearForwardScratch s;
+bool fuses_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {
+  if (!has_adapters(sites, rows)) return false;
+  std::int64_t slots = 0;
+  for (const LoraSite& site : sites)
+    slots = std::max(slots, site.entries.bytes() / static_cast<std::int64_t>(sizeof(LoraEntry)));
+  return std::min(slots, rows->segments_max) == 1;
+}
+
+LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const DeviceProfile& profile) {
+  LinearForwardWorkspace w;
   Layout layout;
+  const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
+  const DType cd = a.x.dtype;
+  std::int64_t terms = 0, rank_sum = 0;
   if (has_adapters(a.sites, a.adapters)) {
-    const std::int64_t t = a.x.dim(0), cd = dtype_bytes(a.x.dtype);
-    const std::int64_t columns = static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max;
-    if (!a.u.defined()) s.u = layout.add(t * columns * cd);
-    if (a.adapters->dropout > 0.0f) s.x = layout.add(t * a.x.dim(1) * cd);
+    const std::int64_t rank_max = a.adapters->rank_max;
+    const std::int64_t columns = static_cast<std::int64_t>(a.sites.size()) * rank_max;
+    if (!a.u.defined()) w.u = layout.add(t * columns * dtype_bytes(cd));
+    if (a.adapters->dropout > 0.0f) w.x = layout.add(t * i * dtype_bytes(cd));
+    if (fuses_adapters(a.sites, a.adapters)) {
+      terms = static_cast<std::int64_t>(a.sites.size());
+      rank_sum = columns;
+    }
+    w.gemm_bytes = std::max(
+        cpu::small_product_scratch(cd, t, i, rank_max, profile.threads),
+        cpu::small_product_scratch(cd, t, rank_max, site_outputs_max(a.sites), profile.threads));
   }
-  s.bytes = layout.bytes();
-  return s;
+  w.gemm_bytes = std::max(w.gemm_bytes, cpu::linear_forward_scratch(a.weight->dtype, t, n, i, terms,
+                                                                    rank_sum, profile.threads));
+  w.gemm = layout.add(w.gemm_bytes);
+  w.bytes = layout.bytes();
+  return w;
 }
 
-LinearBackwardScratch linear_backward_scratch(const LinearBackwardArgs& a, const DeviceProfile&) {
-  LinearBackwardScratch s;
+LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& a,
+                                                  const DeviceProfile& profile) {
+  LinearBackwardWorkspace w;
   Layout layout;
+  const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
+  const DType cd = a.x.dtype;
+  const int threads = profile.threads;
+  std::int64_t terms = 0, rank_sum = 0;
   if (has_adapters(a.sites, a.adapters)) {
-    const std::int64_t t = a.x.dim(0), cd = dtype_bytes(a.x.dtype);
-    const std::int64_t columns = static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max;
-    if (!a.u.defined()) s.u = layout.add(t * columns * cd);
-    s.du = layout.add(t * columns * cd);
-    if (a.adapters->dropout > 0.0f) s.x = layout.add(t * a.x.dim(1) * cd);
+    const std::int64_t rank_max = a.adapters->rank_max, n_max = site_outputs_max(a.sites);
+    const std::int64_t columns = static_cast<std::int64_t>(a.sites.size()) * rank_max;
+    if (!a.u.defined()) w.u = layout.add(t * columns * dtype_bytes(cd));
+    w.du = layout.add(t * columns * dtype_bytes(cd));
+    if (a.adapters->dropout > 0.0f) w.x = layout.add(t * i * dtype_bytes(cd));
+    if (fuses_adapters(a.sites, a.adapters) && a.adapters->dropout == 0.0f) {
+      terms = static_cast<std::int64_t>(a.sites.size());
+      rank_sum = columns;
+    }
+    w.gemm_bytes = std::max({cpu::small_product_scratch(cd, t, i, rank_max, threads),
+                             cpu::small_product_scratch(cd, t, n_max, rank_max, threads),
+                             cpu::small_product_scratch(cd, t, rank_max, i, threads),
+                             cpu::outer_accumulate_scratch(cd, t, rank_max, i, threads),
+                             cpu::outer_accumulate_scratch(cd, t, n_max, rank_max, threads)});
   }
-  s.bytes = layout.bytes();
-  return s;
+  if (a.dx.defined())
+    w.gemm_bytes = std::max(w.gemm_bytes, cpu::linear_input_grad_scratch(a.weight->dtype, t, n, i,
+                                                                         terms, rank_sum, threads));
+  w.gemm = layout.add(w.gemm_bytes);
+  w.bytes = layout.bytes();
+  return w;
 }
 
-LinearCrossEntropyScratch linear_cross_entropy_scratch(const LinearCrossEntropyArgs& a,
-                                                       const DeviceProfile&) {
-  LinearCrossEntropyScratch s;
-  const std::int64_t t = a.x.dim(0), v = a.weight->n;
-  s.chunk_rows = std::min(t, std::max(kLogitsChunkRowsMin, kLogitsChunkBytes / (4 * v)));
+LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntropyArgs& a,
+                                                           const DeviceProfile& profile) {
+  LinearCrossEntropyWorkspace w;
+  const std::int64_t t = a.x.dim(0), c = a.x.dim(1), v = a.weight->n;
+  w.chunk_rows = std::min(t, std::max(kLogitsChunkRowsMin, kLogitsChunkBytes / (4 * v)));
   Layout layout;
-  s.logits = layout.add(s.chunk_rows * v * 4);
-  if (a.dx.defined()) s.dlogits = layout.add(s.chunk_rows * v * dtype_bytes(a.x.dtype));
-  s.bytes = layout.bytes();
-  return s;
+  w.index = layout.add(t * 4);
+  w.x = layout.add(w.chunk_rows * c * dtype_bytes(a.x.dtype));
+  w.logits = layout.add(w.chunk_rows * v * 4);
+  w.gemm_bytes =
+      cpu::linear_forward_scratch(a.weight->dtype, w.chunk_rows, v, c, 0, 0, profile.threads);
+  if (a.dx.defined())
+    w.gemm_bytes = std::max(
+        w.gemm_bytes,
+        cpu::linear_input_grad_scratch(a.weight->dtype, w.chunk_rows, v, c, 0, 0, profile.threads));
+  w.gemm = layout.add(w.gemm_bytes);
+  w.bytes = layout.bytes();
+  return w;
 }
 
-AttentionScratch attention_forward_scratch(const AttentionArgs& a, const DeviceProfile& profile) {
-  return {round_up(profile.threads * a.seq_len_max * 4, kDeviceAlignment)};
+std::int64_t attention_forward_workspace(const AttentionArgs& a, const DeviceProfile& profile) {
+  return round_up(cpu::attention_forward_scratch(attention_shape(a.spec, a.qkv.dtype), a.qkv.dim(0),
+                                                 a.seq_len_max, profile.threads),
+                  kDeviceAlignment);
 }
 
-AttentionScratch attention_backward_scratch(const AttentionBackwardArgs& a,
-                                            const DeviceProfile& profile) {
-  return {round_up(
-      profile.threads * (2 * a.seq_len_max + (2 * a.seq_len_max + 1) * a.spec.head_dim) * 4,
-      kDeviceAlignment)};
+std::int64_t attention_backward_workspace(const AttentionBackwardArgs& a,
+                                          const DeviceProfile& profile) {
+  return round_up(cpu::attention_backward_scratch(attention_shape(a.spec, a.qkv.dtype),
+                                                  a.qkv.dim(0), a.seq_len_max, profile.threads),
+                  kDeviceAlignment);
 }
 
-AttentionScratch paged_attention_forward_scratch(const PagedAttentionArgs& a,
-                                                 const DeviceProfile& profile) {
-  return {round_up(profile.threads * a.kv_len_max * 4, kDeviceAlignment)};
+std::int64_t paged_attention_forward_workspace(const PagedAttentionArgs& a,
+                                               const DeviceProfile& profile) {
+  return round_up(cpu::paged_attention_scratch(attention_shape(a.spec, a.qkv.dtype), a.qkv.dim(0),
+                                               a.kv_lens.dim(0), a.kv_len_max, profile.threads),
+                  kDeviceAlignment);
 }
 
-SampleScratch sample_scratch(const SampleArgs& a, const DeviceProfile& profile) {
-  SampleScratch s;
+SampleWorkspace sample_workspace(const SampleArgs& a, const DeviceProfile& profile) {
+  SampleWorkspace w;
   Layout layout;
   const std::int64_t v = a.logits.dim(1);
-  s.weights = layout.add(profile.threads * v * 4);
-  s.candidates = layout.add(profile.threads * v * 8);
-  s.bytes = layout.bytes();
-  return s;
+  w.logits = layout.add(profile.threads * v * 4);
+  w.candidates = layout.add(profile.threads * v * 8);
+  w.bytes = layout.bytes();
+  return w;
 }
 
-SquaredNormScratch squared_norm_scratch(const SquaredNormArgs& a, const DeviceProfile&) {
-  SquaredNormScratch s;
+SquaredNormWorkspace squared_norm_workspace(const SquaredNormArgs& a, const DeviceProfile&) {
+  SquaredNormWorkspace w;
   for (const Tensor& t : a.tensors)
-    s.chunks += (t.elements() + kSquaredNormChunk - 1) / kSquaredNormChunk;
+    w.chunks += (t.elements() + kSquaredNormChunk - 1) / kSquaredNormChunk;
   Layout layout;
-  s.partial = layout.add(s.chunks * 8);
-  s.bytes = layout.bytes();
-  return s;
+  w.partial = layout.add(w.chunks * 8);
+  w.bytes = layout.bytes();
+  return w;
 }
 
 }  // namespace tandem::kernels

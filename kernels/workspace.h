@@ -1,6 +1,7 @@
 // Scratch bytes of every op as pure functions of shapes, dtypes and the device profile. The CPU
 // backend takes exactly these bytes from Exec::workspace and cuts them up as the layouts say; the
 // meta backend takes the same bytes and cuts nothing. That is why the two ledgers agree.
+// Offsets are from the scratch's start and multiples of kDeviceAlignment; `bytes` is the whole.
 // Any thread.
 #pragma once
 
@@ -16,61 +17,71 @@ std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i,
 /// Rows of f32 that FillRows is asked for at once: at most this many bytes, at least one block.
 inline constexpr std::int64_t kPackBlockBytes = 4 << 20;
 inline constexpr std::int64_t kPackBlockRows = 32;
-struct PackWeightScratch {
+struct PackWeightWorkspace {
   std::int64_t block_rows = 0;  ///< a multiple of kPackBlockRows
   std::int64_t bytes = 0;       ///< f32 [block_rows, i]
 };
-PackWeightScratch pack_weight_scratch(std::int64_t n, std::int64_t i);
+PackWeightWorkspace pack_weight_workspace(std::int64_t n, std::int64_t i);
 
-/// Offsets are from the scratch's start and multiples of kDeviceAlignment; `bytes` is the whole.
-struct LinearForwardScratch {
-  std::int64_t u = 0;  ///< [T, sites * rank_max] cd, where the caller keeps none
-  std::int64_t x = 0;  ///< [T, I] cd: dropout(x), one site at a time; only with dropout
+/// True when at most one adapter can appear in the batch by the host's bounds: its low-rank product
+/// then runs inside the base product over all rows. Depends on bounds alone, never on which rows
+/// carry what, so taking rows' adapters away changes no other row's bits.
+bool fuses_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows);
+
+struct LinearForwardWorkspace {
+  std::int64_t u = 0;     ///< [T, sites * rank_max] cd, where the caller keeps none
+  std::int64_t x = 0;     ///< [T, I] cd: dropout(x), one site at a time; only with dropout
+  std::int64_t gemm = 0;  ///< gemm_bytes of the product running
+  std::int64_t gemm_bytes = 0;
   std::int64_t bytes = 0;
 };
-LinearForwardScratch linear_forward_scratch(const LinearArgs& args, const DeviceProfile& profile);
+LinearForwardWorkspace linear_forward_workspace(const LinearArgs& args,
+                                                const DeviceProfile& profile);
 
-struct LinearBackwardScratch {
+struct LinearBackwardWorkspace {
   std::int64_t u = 0;   ///< [T, sites * rank_max] cd, where forward kept none
   std::int64_t du = 0;  ///< [T, sites * rank_max] cd: s dy B
-  std::int64_t x = 0;   ///< [T, I] cd: dropout(x); only with dropout
+  std::int64_t x = 0;   ///< [T, I] cd: dropout(x), then du A; only with dropout
+  std::int64_t gemm = 0;
+  std::int64_t gemm_bytes = 0;
   std::int64_t bytes = 0;
 };
-LinearBackwardScratch linear_backward_scratch(const LinearBackwardArgs& args,
-                                              const DeviceProfile& profile);
+LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& args,
+                                                  const DeviceProfile& profile);
 
-struct LinearCrossEntropyScratch {
+struct LinearCrossEntropyWorkspace {
   std::int64_t chunk_rows = 0;
-  std::int64_t logits = 0;   ///< [chunk_rows, V] f32
-  std::int64_t dlogits = 0;  ///< [chunk_rows, V] cd; only with dx
+  std::int64_t index = 0;   ///< [T] i32: the rows with labels
+  std::int64_t x = 0;       ///< [chunk_rows, C] cd: those rows of x, then of dx
+  std::int64_t logits = 0;  ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place
+  std::int64_t gemm = 0;
+  std::int64_t gemm_bytes = 0;
   std::int64_t bytes = 0;
 };
-LinearCrossEntropyScratch linear_cross_entropy_scratch(const LinearCrossEntropyArgs& args,
-                                                       const DeviceProfile& profile);
+LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntropyArgs& args,
+                                                           const DeviceProfile& profile);
 
-struct AttentionScratch {
-  std::int64_t bytes = 0;
-};
-AttentionScratch attention_forward_scratch(const AttentionArgs& args, const DeviceProfile& profile);
-AttentionScratch attention_backward_scratch(const AttentionBackwardArgs& args,
-                                            const DeviceProfile& profile);
-AttentionScratch paged_attention_forward_scratch(const PagedAttentionArgs& args,
-                                                 const DeviceProfile& profile);
+std::int64_t attention_forward_workspace(const AttentionArgs& args, const DeviceProfile& profile);
+std::int64_t attention_backward_workspace(const AttentionBackwardArgs& args,
+                                          const DeviceProfile& profile);
+std::int64_t paged_attention_forward_workspace(const PagedAttentionArgs& args,
+                                               const DeviceProfile& profile);
 
-struct SampleScratch {
-  std::int64_t weights = 0;     ///< f32 [threads, V]
-  std::int64_t candidates = 0;  ///< 8 bytes (f32, i32) [threads, V]
+struct SampleWorkspace {
+  std::int64_t logits = 0;      ///< f32 [threads, V]: a row as it was before penalties
+  std::int64_t candidates = 0;  ///< (f32, i32) [threads, V]
   std::int64_t bytes = 0;
 };
-SampleScratch sample_scratch(const SampleArgs& args, const DeviceProfile& profile);
+SampleWorkspace sample_workspace(const SampleArgs& args, const DeviceProfile& profile);
 
 /// Elements whose squares one partial sum holds.
 inline constexpr std::int64_t kSquaredNormChunk = 1 << 16;
-struct SquaredNormScratch {
+struct SquaredNormWorkspace {
   std::int64_t partial = 0;  ///< f64 [chunks over all tensors]
   std::int64_t chunks = 0;
   std::int64_t bytes = 0;
 };
-SquaredNormScratch squared_norm_scratch(const SquaredNormArgs& args, const DeviceProfile& profile);
+SquaredNormWorkspace squared_norm_workspace(const SquaredNormArgs& args,
+                                            const DeviceProfile& profile);
 
 }  // namespace tandem::kernels

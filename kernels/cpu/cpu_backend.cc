@@ -3,6 +3,7 @@
 #include "kernels/cpu/cpu_allocator.h"
 #include "kernels/cpu/cpu_ops.h"
 
+#include <omp.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -30,6 +31,10 @@ std::string processor_name() {
 }
 
 }  // namespace
+
+void cpu::CpuOps::use_threads() const {
+  omp_set_num_threads(profile_.threads);
+}
 
 DeviceProfile cpu_profile(const CpuOptions& options) {
   DeviceProfile p;

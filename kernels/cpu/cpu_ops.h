@@ -4,6 +4,7 @@
 #include "kernels/ops.h"
 #include "kernels/workspace.h"
 
+#include <cstddef>
 #include <span>
 
 namespace tandem::kernels::cpu {
@@ -43,6 +44,9 @@ class CpuOps final : public Ops {
   void do_squared_norm(Exec&, const SquaredNormArgs&) override;
   void do_adamw(Exec&, const AdamWArgs&) override;
 
+  /// The products of kernels/cpu/gemm.h run on the calling thread's OpenMP setting.
+  void use_threads() const;
+
   const DeviceProfile profile_;
 };
 
@@ -55,6 +59,13 @@ class Scratch {
   template <class T>
   [[nodiscard]] T* at(std::int64_t offset) const {
     return reinterpret_cast<T*>(base_ + offset);
+  }
+  [[nodiscard]] std::span<std::byte> span(std::int64_t offset, std::int64_t bytes) const {
+    return {at<std::byte>(offset), static_cast<std::size_t>(bytes)};
+  }
+  /// Meaningful only where the layout has a place for it.
+  [[nodiscard]] Tensor tensor(std::int64_t offset, DType dtype, const Shape& shape) const {
+    return {base_ == nullptr ? nullptr : base_ + offset, dtype, shape};
   }
 
  private:

@@ -1,237 +1,257 @@
 // Products with packed weights and their adapters; row lookup in a packed table.
 #include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/dropout.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/lora_rows.h"
-#include "kernels/cpu/naive_products.h"
 #include "kernels/cpu/parallel.h"
-#include "protocol/base/random.h"
 
 #include <algorithm>
-#include <cstring>
+#include <vector>
 
 namespace tandem::kernels::cpu {
 namespace {
 
-/// Zero or 1/(1-p) for (row, column): 16 bits of one hash per column.
-struct DropoutMask {
-  std::uint64_t seed, stream;
-  std::uint32_t threshold;  ///< of 65536: dropped below it
-  float scale;
+/// The same matrix, from another row and column on.
+ConstRows part(const Tensor& t, std::int64_t row, std::int64_t column) {
+  const std::int64_t ld = t.dim(1);
+  return {static_cast<const char*>(t.data) + (row * ld + column) * dtype_bytes(t.dtype), ld,
+          t.dtype};
+}
+Rows part_of(const Tensor& t, std::int64_t row, std::int64_t column) {
+  const std::int64_t ld = t.dim(1);
+  return {static_cast<char*>(t.data) + (row * ld + column) * dtype_bytes(t.dtype), ld, t.dtype};
+}
 
-  DropoutMask(const AdapterRows& rows, const LoraSite& site)
-      : seed(rows.dropout_seed),
-        stream(site.dropout_stream),
-        threshold(static_cast<std::uint32_t>(rows.dropout * 65536.0f + 0.5f)),
-        scale(1.0f / (1.0f - static_cast<float>(threshold) / 65536.0f)) {}
+/// What every step of one linear op with adapters needs.
+struct LoraCall {
+  const std::vector<LoraSite>& sites;
+  const AdapterRows& rows;
+  Tensor u;        ///< [T, sites * rank_max]
+  Tensor dropped;  ///< [T, I] scratch, undefined without dropout
+  std::span<std::byte> gemm;
+  int threads;
 
-  [[nodiscard]] float at(std::int64_t row, std::int64_t column, std::int64_t columns) const {
-    const auto group = static_cast<std::uint64_t>(row * ((columns + 3) / 4) + column / 4);
-    const std::uint64_t bits = random_bits(seed, stream, group);
-    return ((bits >> (16 * (column % 4))) & 0xffff) < threshold ? 0.0f : scale;
+  [[nodiscard]] std::int64_t column(std::size_t site) const {
+    return static_cast<std::int64_t>(site) * rows.rank_max;
   }
+  [[nodiscard]] bool drops() const { return rows.dropout > 0.0f; }
 };
 
-template <class T>
-void drop(const T* x, T* out, std::int64_t t, std::int64_t i, const DropoutMask& mask,
-          int threads) {
-  parallel_for(threads, t, [&](std::int64_t row) {
-    for (std::int64_t j = 0; j < i; ++j)
-      out[row * i + j] = from_f32<T>(to_f32(x[row * i + j]) * mask.at(row, j, i));
+/// x with one site's dropout applied to the rows that carry an adapter, or x itself.
+Tensor dropped_input(const LoraCall& call, const LoraSite& site, const Tensor& x) {
+  if (!call.drops()) return x;
+  const DropoutMask mask(call.rows, site, x.dim(1));
+  for_each_segment(call.rows, x.dim(0), [&](std::int64_t begin, std::int64_t end, auto slot) {
+    if (slot < 0) return;
+    parallel_for(call.threads, end - begin, [&](std::int64_t r) {
+      mask.apply(x.rows(begin + r, 1), begin + r, call.dropped.rows(begin + r, 1));
+    });
   });
+  return call.dropped;
+}
+
+void zero_columns(const Tensor& t, std::int64_t begin, std::int64_t end, std::int64_t column,
+                  std::int64_t count) {
+  const Rows at = part_of(t, begin, column);
+  const std::int64_t size = dtype_bytes(t.dtype);
+  for (std::int64_t r = 0; r < end - begin; ++r)
+    std::fill_n(static_cast<char*>(at.data) + r * at.ld * size, count * size, char{0});
 }
 
 /// u of one site: s A dropout(x) of each row's adapter, zeros where there is none.
-template <class T>
-void make_u(const T* x, T* dropped, std::int64_t t, std::int64_t i, const LoraSite& site,
-            const AdapterRows& rows, T* u, std::int64_t ldu, int threads) {
-  if (rows.dropout > 0.0f) {
-    drop(x, dropped, t, i, DropoutMask(rows, site), threads);
-    x = dropped;
-  }
-  for_each_segment(rows, t, [&](std::int64_t begin, std::int64_t end, std::int64_t slot) {
-    const LoraEntry none;
-    const LoraEntry& entry = slot < 0 ? none : lora_entry(site, slot, rows);
-    const T* a = static_cast<const T*>(entry.a);
-    parallel_for(threads, end - begin, [&](std::int64_t r) {
-      T* out = u + (begin + r) * ldu;
-      for (std::int64_t k = 0; k < entry.rank; ++k)
-        out[k] = from_f32<T>(entry.scale * dot(x + (begin + r) * i, a + k * i, i));
-      for (std::int64_t k = entry.rank; k < rows.rank_max; ++k) out[k] = from_f32<T>(0.0f);
-    });
+void make_u(const LoraCall& call, std::size_t s, const Tensor& x) {
+  const LoraSite& site = call.sites[s];
+  const std::int64_t i = x.dim(1), column = call.column(s);
+  for_each_segment(call.rows, x.dim(0), [&](std::int64_t begin, std::int64_t end, auto slot) {
+    const std::int64_t rank = slot < 0 ? 0 : lora_entry(site, slot, call.rows).rank;
+    if (rank > 0) {
+      const LoraEntry& entry = lora_entry(site, slot, call.rows);
+      small_product(end - begin, i, rank, part(x, begin, 0), {entry.a, i, x.dtype},
+                    SmallLayout::kOutByIn, entry.scale, false, part_of(call.u, begin, column),
+                    call.gemm);
+    }
+    zero_columns(call.u, begin, end, column + rank, call.rows.rank_max - rank);
   });
 }
 
-template <class T, class Y>
-void add_lora(const T* u, std::int64_t ldu, Y* y, std::int64_t n, std::int64_t t,
-              const LoraSite& site, const AdapterRows& rows, int threads) {
-  for_each_segment(rows, t, [&](std::int64_t begin, std::int64_t end, std::int64_t slot) {
-    if (slot < 0) return;
-    const LoraEntry& entry = lora_entry(site, slot, rows);
-    const T* b = static_cast<const T*>(entry.b);
-    parallel_for(threads, end - begin, [&](std::int64_t r) {
-      Y* out = y + (begin + r) * n + site.n_begin;
-      for (std::int64_t j = 0; j < site.n; ++j)
-        out[j] = from_f32<Y>(to_f32(out[j]) +
-                             dot(u + (begin + r) * ldu, b + j * entry.rank, entry.rank));
-    });
+/// The only adapter a batch can carry, or null when no row carries it.
+const LoraEntry* single_entry(const LoraCall& call, const LoraSite& site, std::int64_t t) {
+  const LoraEntry* found = nullptr;
+  for_each_segment(call.rows, t, [&](std::int64_t, std::int64_t, auto slot) {
+    if (slot >= 0) found = &lora_entry(site, slot, call.rows);
   });
+  return found != nullptr && found->rank > 0 ? found : nullptr;
 }
 
-template <class T, class Y>
-void forward_typed(Exec& exec, const LinearArgs& a, const DeviceProfile& profile) {
-  const int threads = profile.threads;
-  const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
-  const T* x = a.x.as<T>();
-  product(x, static_cast<const T*>(a.weight->storage.data),
-          a.bias.defined() ? a.bias.as<T>() : nullptr, a.y.as<Y>(), t, n, i, threads);
-  if (!has_adapters(a.sites, a.adapters)) return;
-  const LinearForwardScratch layout = linear_forward_scratch(a, profile);
-  const Scratch scratch(exec, layout.bytes);
-  const std::int64_t rank_max = a.adapters->rank_max;
-  const std::int64_t ldu = static_cast<std::int64_t>(a.sites.size()) * rank_max;
-  T* u = a.u.defined() ? a.u.as<T>() : scratch.at<T>(layout.u);
-  for (std::size_t s = 0; s < a.sites.size(); ++s) {
-    T* site_u = u + static_cast<std::int64_t>(s) * rank_max;
-    make_u(x, scratch.at<T>(layout.x), t, i, a.sites[s], *a.adapters, site_u, ldu, threads);
-    add_lora(site_u, ldu, a.y.as<Y>(), n, t, a.sites[s], *a.adapters, threads);
-  }
+PackedMatrix packed(const PackedWeight& w) {
+  return {w.storage.data, w.dtype, w.n, w.i};
 }
 
-template <class T>
-void forward(Exec& exec, const LinearArgs& a, const DeviceProfile& profile) {
-  if (a.y.dtype == DType::kF32) return forward_typed<T, float>(exec, a, profile);
-  forward_typed<T, T>(exec, a, profile);
+LinearOptions with_bias(const Tensor& bias) {
+  LinearOptions options;
+  options.bias = bias.defined() ? bias.data : nullptr;
+  options.bias_dtype = bias.dtype;
+  return options;
 }
 
-/// du = s dy B, then dA += du^T dropout(x) and dB += dy^T u, where the entries want them.
-template <class T>
-void adapter_grads(const LinearBackwardArgs& a, const LoraSite& site, const T* x, const T* u, T* du,
-                   std::int64_t ldu, int threads) {
-  const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.dy.dim(1);
-  const T* dy = a.dy.as<T>() + site.n_begin;
-  const AdapterRows& rows = *a.adapters;
-  for_each_segment(rows, t, [&](std::int64_t begin, std::int64_t end, std::int64_t slot) {
-    const LoraEntry none;
-    const LoraEntry& entry = slot < 0 ? none : lora_entry(site, slot, rows);
-    const T* b = static_cast<const T*>(entry.b);
-    parallel_for(threads, end - begin, [&](std::int64_t r) {
-      T* out = du + (begin + r) * ldu;
-      for (std::int64_t k = 0; k < rows.rank_max; ++k) {
-        float sum = 0.0f;
-        if (k < entry.rank)
-          for (std::int64_t j = 0; j < site.n; ++j)
-            sum += to_f32(dy[(begin + r) * n + j]) * to_f32(b[j * entry.rank + k]);
-        out[k] = from_f32<T>(entry.scale * sum);
-      }
-    });
-    if (entry.da != nullptr)
-      parallel_for(threads, entry.rank, [&](std::int64_t k) {
-        for (std::int64_t row = begin; row < end; ++row)
-          for (std::int64_t j = 0; j < i; ++j)
-            entry.da[k * i + j] += to_f32(du[row * ldu + k]) * to_f32(x[row * i + j]);
-      });
-    if (entry.db != nullptr)
-      parallel_for(threads, site.n, [&](std::int64_t j) {
-        for (std::int64_t row = begin; row < end; ++row)
-          for (std::int64_t k = 0; k < entry.rank; ++k)
-            entry.db[j * entry.rank + k] += to_f32(dy[row * n + j]) * to_f32(u[row * ldu + k]);
-      });
-  });
-}
-
-/// dx += dropout'(du A).
-template <class T>
-void add_lora_dx(const LinearBackwardArgs& a, const LoraSite& site, const T* du, std::int64_t ldu,
-                 int threads) {
-  const std::int64_t t = a.x.dim(0), i = a.x.dim(1);
-  const AdapterRows& rows = *a.adapters;
-  const DropoutMask mask(rows, site);
-  for_each_segment(rows, t, [&](std::int64_t begin, std::int64_t end, std::int64_t slot) {
-    if (slot < 0) return;
-    const LoraEntry& entry = lora_entry(site, slot, rows);
-    const T* w = static_cast<const T*>(entry.a);
-    parallel_for(threads, end - begin, [&](std::int64_t r) {
-      const std::int64_t row = begin + r;
-      T* dx = a.dx.as<T>() + row * i;
-      for (std::int64_t j = 0; j < i; ++j) {
-        float sum = 0.0f;
-        for (std::int64_t k = 0; k < entry.rank; ++k)
-          sum += to_f32(du[row * ldu + k]) * to_f32(w[k * i + j]);
-        if (rows.dropout > 0.0f) sum *= mask.at(row, j, i);
-        dx[j] = from_f32<T>(to_f32(dx[j]) + sum);
-      }
-    });
-  });
-}
-
-template <class T>
-void backward(Exec& exec, const LinearBackwardArgs& a, const DeviceProfile& profile) {
-  const int threads = profile.threads;
-  const std::int64_t t = a.x.dim(0), i = a.x.dim(1);
-  if (a.dx.defined())
-    product_grad(a.dy.as<T>(), static_cast<const T*>(a.weight->storage.data), a.dx.as<T>(), t,
-                 a.weight->n, i, threads);
-  if (!has_adapters(a.sites, a.adapters)) return;
-  const LinearBackwardScratch layout = linear_backward_scratch(a, profile);
-  const Scratch scratch(exec, layout.bytes);
-  const std::int64_t rank_max = a.adapters->rank_max;
-  const std::int64_t ldu = static_cast<std::int64_t>(a.sites.size()) * rank_max;
+/// y = x W^T + bias, then each segment's low-rank part; or all in one product where one adapter at
+/// most can appear.
+void forward_with_adapters(const LinearArgs& a, const LoraCall& call, std::span<std::byte> gemm) {
+  const std::int64_t t = a.x.dim(0);
+  const bool fused = fuses_adapters(a.sites, a.adapters);
+  LinearOptions options = with_bias(a.bias);
+  std::vector<LowRankTerm> terms;
   for (std::size_t s = 0; s < a.sites.size(); ++s) {
     const LoraSite& site = a.sites[s];
-    const std::int64_t column = static_cast<std::int64_t>(s) * rank_max;
-    const T* x = a.x.as<T>();
-    if (!a.u.defined()) {
-      make_u(x, scratch.at<T>(layout.x), t, i, site, *a.adapters, scratch.at<T>(layout.u) + column,
-             ldu, threads);
-    } else if (a.adapters->dropout > 0.0f) {
-      drop(x, scratch.at<T>(layout.x), t, i, DropoutMask(*a.adapters, site), threads);
-    }
-    if (a.adapters->dropout > 0.0f) x = scratch.at<T>(layout.x);
-    const T* u = (a.u.defined() ? a.u.as<T>() : scratch.at<T>(layout.u)) + column;
-    T* du = scratch.at<T>(layout.du) + column;
-    adapter_grads(a, site, x, u, du, ldu, threads);
-    if (a.dx.defined()) add_lora_dx(a, site, du, ldu, threads);
+    make_u(call, s, dropped_input(call, site, a.x));
+    if (const LoraEntry* entry = fused ? single_entry(call, site, t) : nullptr)
+      terms.push_back({site.n_begin,
+                       site.n,
+                       entry->rank,
+                       part(call.u, 0, call.column(s)),
+                       {entry->b, entry->rank, a.x.dtype}});
+  }
+  options.low_rank = terms;
+  linear_forward(packed(*a.weight), t, part(a.x, 0, 0), part_of(a.y, 0, 0), options, gemm);
+  if (fused) return;
+  for (std::size_t s = 0; s < a.sites.size(); ++s) {
+    const LoraSite& site = a.sites[s];
+    for_each_segment(call.rows, t, [&](std::int64_t begin, std::int64_t end, auto slot) {
+      if (slot < 0) return;
+      const LoraEntry& entry = lora_entry(site, slot, call.rows);
+      if (entry.rank == 0) return;
+      small_product(end - begin, entry.rank, site.n, part(call.u, begin, call.column(s)),
+                    {entry.b, entry.rank, a.x.dtype}, SmallLayout::kOutByIn, 1.0f, true,
+                    part_of(a.y, begin, site.n_begin), gemm);
+    });
   }
 }
 
-template <class T>
-void embedding(const EmbeddingArgs& a, int threads) {
-  const std::int64_t c = a.out.dim(1);
-  const auto* ids = a.ids.as<std::int32_t>();
-  const T* table = static_cast<const T*>(a.table->storage.data);
-  parallel_for(threads, a.out.dim(0), [&](std::int64_t row) {
-    TANDEM_CHECK(ids[row] >= 0 && ids[row] < a.table->n, "embedding_forward: ids[", row,
-                 "] = ", ids[row], ": expected 0 .. ", a.table->n - 1);
-    std::memcpy(a.out.as<T>() + row * c, table + ids[row] * c,
-                static_cast<std::size_t>(c) * sizeof(T));
+/// du = s dy B of each segment, then dA += du^T dropout(x) and dB += dy^T u where wanted.
+void adapter_grads(const LinearBackwardArgs& a, const LoraCall& call, std::size_t s,
+                   const Tensor& x, const Tensor& du) {
+  const LoraSite& site = a.sites[s];
+  const std::int64_t i = x.dim(1), column = call.column(s);
+  const DType cd = x.dtype;
+  for_each_segment(call.rows, x.dim(0), [&](std::int64_t begin, std::int64_t end, auto slot) {
+    const std::int64_t rank = slot < 0 ? 0 : lora_entry(site, slot, call.rows).rank;
+    zero_columns(du, begin, end, column + rank, call.rows.rank_max - rank);
+    if (rank == 0) return;
+    const LoraEntry& entry = lora_entry(site, slot, call.rows);
+    const ConstRows dy = part(a.dy, begin, site.n_begin);
+    small_product(end - begin, site.n, rank, dy, {entry.b, rank, cd}, SmallLayout::kInByOut,
+                  entry.scale, false, part_of(du, begin, column), call.gemm);
+    if (entry.da != nullptr)
+      outer_accumulate(end - begin, rank, i, part(du, begin, column), part(x, begin, 0), 1.0f,
+                       entry.da, i, call.gemm);
+    if (entry.db != nullptr)
+      outer_accumulate(end - begin, site.n, rank, dy, part(call.u, begin, column), 1.0f, entry.db,
+                       rank, call.gemm);
   });
+}
+
+/// dx += dropout'(du A) of one site, segment by segment.
+void add_adapter_dx(const LinearBackwardArgs& a, const LoraCall& call, std::size_t s,
+                    const Tensor& du) {
+  const LoraSite& site = a.sites[s];
+  const std::int64_t i = a.x.dim(1);
+  const DropoutMask mask(call.rows, site, i);
+  for_each_segment(call.rows, a.x.dim(0), [&](std::int64_t begin, std::int64_t end, auto slot) {
+    if (slot < 0) return;
+    const LoraEntry& entry = lora_entry(site, slot, call.rows);
+    if (entry.rank == 0) return;
+    const Tensor& to = call.drops() ? call.dropped : a.dx;
+    small_product(end - begin, entry.rank, i, part(du, begin, call.column(s)),
+                  {entry.a, i, a.x.dtype}, SmallLayout::kInByOut, 1.0f, !call.drops(),
+                  part_of(to, begin, 0), call.gemm);
+    if (call.drops())
+      parallel_for(call.threads, end - begin, [&](std::int64_t r) {
+        mask.add(call.dropped.rows(begin + r, 1), begin + r, a.dx.rows(begin + r, 1));
+      });
+  });
+}
+
+void backward_with_adapters(const LinearBackwardArgs& a, const LoraCall& call, const Tensor& du) {
+  const std::int64_t t = a.x.dim(0);
+  const bool fused = fuses_adapters(a.sites, a.adapters) && !call.drops();
+  std::vector<LowRankTerm> terms;
+  for (std::size_t s = 0; s < a.sites.size(); ++s) {
+    const Tensor x = dropped_input(call, a.sites[s], a.x);
+    if (!a.u.defined()) make_u(call, s, x);
+    adapter_grads(a, call, s, x, du);
+    if (const LoraEntry* entry = fused ? single_entry(call, a.sites[s], t) : nullptr)
+      terms.push_back({0,
+                       a.x.dim(1),
+                       entry->rank,
+                       part(du, 0, call.column(s)),
+                       {entry->a, a.x.dim(1), a.x.dtype}});
+  }
+  if (!a.dx.defined()) return;
+  LinearOptions options;
+  options.low_rank = terms;
+  linear_input_grad(packed(*a.weight), t, part(a.dy, 0, 0), part_of(a.dx, 0, 0), options,
+                    call.gemm);
+  if (fused) return;
+  for (std::size_t s = 0; s < a.sites.size(); ++s) add_adapter_dx(a, call, s, du);
 }
 
 }  // namespace
 
 void CpuOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
-  const PackWeightScratch layout = pack_weight_scratch(w.n, w.i);
+  const PackWeightWorkspace layout = pack_weight_workspace(w.n, w.i);
   const Scratch scratch(exec, layout.bytes);
   float* block = scratch.at<float>(0);
   for (std::int64_t row = 0; row < w.n; row += layout.block_rows) {
     const std::int64_t rows = std::min(layout.block_rows, w.n - row);
     fill(row, rows, block);
-    for (std::int64_t j = 0; j < rows * w.i; ++j) {
-      if (w.dtype == DType::kF32)
-        static_cast<float*>(w.storage.data)[row * w.i + j] = block[j];
-      else
-        static_cast<bf16*>(w.storage.data)[row * w.i + j] = to_bf16(block[j]);
-    }
+    parallel_for(profile_.threads, (rows + kPackRows - 1) / kPackRows, [&](std::int64_t b) {
+      const std::int64_t begin = b * kPackRows;
+      pack_rows(w.storage.data, w.dtype, w.n, w.i, row + begin, std::min(kPackRows, rows - begin),
+                {block + begin * w.i, w.i, DType::kF32});
+    });
   }
 }
 
 void CpuOps::do_embedding_forward(Exec&, const EmbeddingArgs& a) {
-  TANDEM_CPU_DISPATCH(a.out.dtype, embedding, a, profile_.threads);
+  const auto* ids = a.ids.as<std::int32_t>();
+  const std::int64_t t = a.out.dim(0);
+  for (std::int64_t row = 0; row < t; ++row)
+    TANDEM_CHECK(ids[row] >= 0 && ids[row] < a.table->n, "embedding_forward: ids[", row,
+                 "] = ", ids[row], ": expected 0 .. ", a.table->n - 1);
+  use_threads();
+  read_rows(packed(*a.table), {ids, static_cast<std::size_t>(t)}, part_of(a.out, 0, 0));
 }
+
 void CpuOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
-  TANDEM_CPU_DISPATCH(a.x.dtype, forward, exec, a, profile_);
+  use_threads();
+  const LinearForwardWorkspace layout = linear_forward_workspace(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
+  const auto gemm = scratch.span(layout.gemm, layout.gemm_bytes);
+  if (!has_adapters(a.sites, a.adapters))
+    return cpu::linear_forward(packed(*a.weight), a.x.dim(0), part(a.x, 0, 0), part_of(a.y, 0, 0),
+                               with_bias(a.bias), gemm);
+  const Shape wide{a.x.dim(0), static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max};
+  const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, a.x.dtype, wide);
+  const Tensor dropped = scratch.tensor(layout.x, a.x.dtype, a.x.shape);
+  forward_with_adapters(a, {a.sites, *a.adapters, u, dropped, gemm, profile_.threads}, gemm);
 }
+
 void CpuOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
-  TANDEM_CPU_DISPATCH(a.x.dtype, backward, exec, a, profile_);
+  use_threads();
+  const LinearBackwardWorkspace layout = linear_backward_workspace(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
+  const auto gemm = scratch.span(layout.gemm, layout.gemm_bytes);
+  if (!has_adapters(a.sites, a.adapters)) {
+    if (a.dx.defined())
+      linear_input_grad(packed(*a.weight), a.x.dim(0), part(a.dy, 0, 0), part_of(a.dx, 0, 0), {},
+                        gemm);
+    return;
+  }
+  const Shape wide{a.x.dim(0), static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max};
+  const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, a.x.dtype, wide);
+  const Tensor dropped = scratch.tensor(layout.x, a.x.dtype, a.x.shape);
+  backward_with_adapters(a, {a.sites, *a.adapters, u, dropped, gemm, profile_.threads},
+                         scratch.tensor(layout.du, a.x.dtype, wide));
 }
 
 }  // namespace tandem::kernels::cpu

@@ -1,10 +1,11 @@
 // Loss over the vocabulary in chunks of rows, and log-probabilities.
 #include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/log_sum_exp.h"
-#include "kernels/cpu/naive_products.h"
 #include "kernels/cpu/parallel.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace tandem::kernels::cpu {
 
@@ -21,50 +22,89 @@ RowStatistics row_statistics(const float* logits, std::int64_t n) {
 
 namespace {
 
-/// Loss and gradient of one row of logits; dlogits null: no gradient.
-template <class T>
-void row_loss(const LinearCrossEntropyArgs& a, std::int64_t row, const float* logits, T* dlogits) {
-  const std::int64_t v = a.weight->n, label = a.labels.as<std::int32_t>()[row];
-  TANDEM_CHECK(label < v, "linear_cross_entropy: labels[", row, "] = ", label, ": vocabulary ", v);
-  if (label < 0) {
+char* row_of(const Tensor& t, std::int64_t row) {
+  return static_cast<char*>(t.data) + row * t.dim(1) * dtype_bytes(t.dtype);
+}
+
+/// Writes loss and hit of every row without a label, lists the others; returns their number.
+std::int64_t list_labelled(const LinearCrossEntropyArgs& a, std::int32_t* index) {
+  const auto* labels = a.labels.as<std::int32_t>();
+  std::int64_t count = 0;
+  for (std::int64_t row = 0; row < a.x.dim(0); ++row) {
+    TANDEM_CHECK(labels[row] < a.weight->n, "linear_cross_entropy: labels[", row,
+                 "] = ", labels[row], ": vocabulary ", a.weight->n);
+    if (labels[row] >= 0) {
+      index[count++] = static_cast<std::int32_t>(row);
+      continue;
+    }
     a.loss.as<float>()[row] = 0.0f;
     if (a.correct.defined()) a.correct.as<float>()[row] = 0.0f;
-    if (dlogits != nullptr) std::fill_n(dlogits, v, from_f32<T>(0.0f));
-    return;
+    if (a.dx.defined())
+      std::memset(row_of(a.dx, row), 0,
+                  static_cast<std::size_t>(a.dx.dim(1) * dtype_bytes(a.dx.dtype)));
   }
+  return count;
+}
+
+/// gradient_scale * (softmax - one-hot) in T over the row's own logits: element j of T never lies
+/// beyond element j of f32, so going up no logit is lost before it is read.
+template <class T>
+void row_gradient(float* logits, std::int64_t v, std::int64_t label, const RowStatistics& s,
+                  float gradient_scale) {
+  T* out = reinterpret_cast<T*>(logits);
+  const float scale = gradient_scale / s.sum;
+  for (std::int64_t j = 0; j < v; ++j) {
+    float logit;
+    std::memcpy(&logit, logits + j, sizeof logit);
+    const T d = from_f32<T>(scale * std::exp(logit - s.top) - (j == label ? gradient_scale : 0.0f));
+    std::memcpy(static_cast<void*>(out + j), &d, sizeof d);
+  }
+}
+
+void row_loss(const LinearCrossEntropyArgs& a, std::int64_t row, float* logits) {
+  const std::int64_t v = a.weight->n, label = a.labels.as<std::int32_t>()[row];
   const RowStatistics s = row_statistics(logits, v);
   a.loss.as<float>()[row] = s.lse() - logits[label];
   if (a.correct.defined()) a.correct.as<float>()[row] = s.argmax == label ? 1.0f : 0.0f;
-  if (dlogits == nullptr) return;
-  const float scale = a.gradient_scale / s.sum;
-  for (std::int64_t j = 0; j < v; ++j)
-    dlogits[j] =
-        from_f32<T>(scale * std::exp(logits[j] - s.top) - (j == label ? a.gradient_scale : 0.0f));
-}
-
-template <class T>
-void cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a, const DeviceProfile& profile) {
-  const std::int64_t t = a.x.dim(0), c = a.x.dim(1), v = a.weight->n;
-  const LinearCrossEntropyScratch layout = linear_cross_entropy_scratch(a, profile);
-  const Scratch scratch(exec, layout.bytes);
-  const T* w = static_cast<const T*>(a.weight->storage.data);
-  float* logits = scratch.at<float>(layout.logits);
-  T* dlogits = a.dx.defined() ? scratch.at<T>(layout.dlogits) : nullptr;
-  for (std::int64_t begin = 0; begin < t; begin += layout.chunk_rows) {
-    const std::int64_t rows = std::min(layout.chunk_rows, t - begin);
-    product<T, float>(a.x.as<T>() + begin * c, w, nullptr, logits, rows, v, c, profile.threads);
-    parallel_for(profile.threads, rows, [&](std::int64_t r) {
-      row_loss(a, begin + r, logits + r * v, dlogits == nullptr ? nullptr : dlogits + r * v);
-    });
-    if (dlogits != nullptr)
-      product_grad(dlogits, w, a.dx.as<T>() + begin * c, rows, v, c, profile.threads);
-  }
+  if (!a.dx.defined()) return;
+  if (a.x.dtype == DType::kF32)
+    row_gradient<float>(logits, v, label, s, a.gradient_scale);
+  else
+    row_gradient<bf16>(logits, v, label, s, a.gradient_scale);
 }
 
 }  // namespace
 
 void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) {
-  TANDEM_CPU_DISPATCH(a.x.dtype, cross_entropy, exec, a, profile_);
+  use_threads();
+  const std::int64_t c = a.x.dim(1), v = a.weight->n;
+  const DType cd = a.x.dtype;
+  const auto row_bytes = static_cast<std::size_t>(c * dtype_bytes(cd));
+  const LinearCrossEntropyWorkspace layout = linear_cross_entropy_workspace(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
+  const auto gemm = scratch.span(layout.gemm, layout.gemm_bytes);
+  const PackedMatrix w{a.weight->storage.data, a.weight->dtype, v, c};
+  auto* index = scratch.at<std::int32_t>(layout.index);
+  auto* logits = scratch.at<float>(layout.logits);
+  const Tensor chunk = scratch.tensor(layout.x, cd, Shape{layout.chunk_rows, c});
+  const std::int64_t labelled = list_labelled(a, index);
+  for (std::int64_t begin = 0; begin < labelled; begin += layout.chunk_rows) {
+    const std::int64_t rows = std::min(layout.chunk_rows, labelled - begin);
+    const std::int32_t* at = index + begin;
+    parallel_for(profile_.threads, rows, [&](std::int64_t r) {
+      std::memcpy(row_of(chunk, r), row_of(a.x, at[r]), row_bytes);
+    });
+    cpu::linear_forward(w, rows, {chunk.data, c, cd}, {logits, v, DType::kF32}, {}, gemm);
+    parallel_for(profile_.threads, rows,
+                 [&](std::int64_t r) { row_loss(a, at[r], logits + r * v); });
+    if (!a.dx.defined()) continue;
+    // A row of gradients begins where its logits began: in bf16 rows are 2 V elements apart.
+    const std::int64_t ld = v * 4 / dtype_bytes(cd);
+    cpu::linear_input_grad(w, rows, {logits, ld, cd}, {chunk.data, c, cd}, {}, gemm);
+    parallel_for(profile_.threads, rows, [&](std::int64_t r) {
+      std::memcpy(row_of(a.dx, at[r]), row_of(chunk, r), row_bytes);
+    });
+  }
 }
 
 void CpuOps::do_logprob(Exec&, const LogprobArgs& a) {

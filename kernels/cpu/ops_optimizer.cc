@@ -8,7 +8,7 @@
 namespace tandem::kernels::cpu {
 
 void CpuOps::do_squared_norm(Exec& exec, const SquaredNormArgs& a) {
-  const SquaredNormScratch layout = squared_norm_scratch(a, profile_);
+  const SquaredNormWorkspace layout = squared_norm_workspace(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   double* partial = scratch.at<double>(layout.partial);
   std::int64_t done = 0;

@@ -14,7 +14,7 @@ struct Candidate {
   float weight;
   std::int32_t id;
 };
-static_assert(sizeof(Candidate) == 8, "sample_scratch counts 8 bytes per candidate");
+static_assert(sizeof(Candidate) == 8, "sample_workspace counts 8 bytes per candidate");
 
 /// Most likely first; ties by the lower id.
 bool more_likely(const Candidate& a, const Candidate& b) {
@@ -132,12 +132,12 @@ std::int32_t choose(const SampleArgs& a, std::int64_t row, const float* logits,
 }  // namespace
 
 void CpuOps::do_sample(Exec& exec, const SampleArgs& a) {
-  const SampleScratch layout = sample_scratch(a, profile_);
+  const SampleWorkspace layout = sample_workspace(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   const std::int64_t v = a.logits.dim(1);
   parallel_for_dynamic(profile_.threads, a.logits.dim(0), [&](std::int64_t row, int thread) {
     float* logits = a.logits.as<float>() + row * v;
-    float* unmodified = scratch.at<float>(layout.weights + thread * v * 4);
+    float* unmodified = scratch.at<float>(layout.logits + thread * v * 4);
     auto* candidates = scratch.at<Candidate>(layout.candidates + thread * v * 8);
     const RowStatistics statistics = row_statistics(logits, v);
     write_top_logprobs(a, row, logits, statistics, candidates);
