@@ -1,0 +1,335 @@
+// The linear layer with its adapters against the f64 reference; mixed batches and dropout.
+#include "tests/kernels/op_param.h"
+#include "tests/kernels/reference.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tandem::kernels::testing {
+namespace {
+
+struct LinearShape {
+  std::int64_t t, i, n;
+  /// Sites cut the outputs evenly; slot k of every site has ranks[k] (0: no adapter there).
+  std::int64_t sites;
+  std::vector<std::int64_t> ranks;
+  std::vector<std::int32_t> offsets, slots;  ///< segments
+  bool bias;
+};
+const LinearShape kLinear[] = {
+    {0, 4, 3, 0, {}, {}, {}, false},                          // no rows
+    {1, 1, 1, 0, {}, {}, {}, true},                           // one of each
+    {1, 7, 5, 1, {1}, {0, 1}, {0}, false},                    // decode, rank 1
+    {5, 33, 31, 0, {}, {}, {}, true},                         // odd everywhere
+    {17, 64, 96, 3, {16}, {0, 17}, {0}, false},               // training: one adapter
+    {19, 40, 50, 2, {8}, {0, 4, 15, 15}, {-1, 0, -1}, true},  // inert tail, empty segment
+    {23, 96, 70, 2, {4, 0, 9, 16}, {0, 3, 4, 9, 14, 20}, {2, 0, -1, 1, 3}, false},  // mixed ranks
+    {70, 128, 160, 3, {8, 16}, {0, 33, 64}, {1, 0}, false},  // over one tile of rows
+};
+
+/// A case in f64 and what it takes on a device.
+class LinearSetup {
+ public:
+  LinearSetup(const LinearShape& s, DType dtype) : dtype_(dtype) {
+    c_.t = s.t, c_.i = s.i, c_.n = s.n;
+    // Products of about 1, so that no part drowns.
+    c_.w = random_values(s.n * s.i, dtype, 1, 1.0 / std::sqrt(static_cast<double>(s.i)));
+    if (s.bias) c_.bias = random_values(s.n, dtype, 2);
+    for (std::int64_t j = 0; j < s.sites; ++j) {
+      Site site;
+      site.n_begin = j * (s.n / s.sites);
+      site.n = s.n / s.sites;
+      for (std::size_t k = 0; k < s.ranks.size(); ++k) {
+        const auto seed = static_cast<std::uint64_t>(100 + 10 * j) + k;
+        const double scale = 1.0 / std::sqrt(static_cast<double>(s.i));
+        site.slots.push_back({s.ranks[k], 0.25 * static_cast<double>(k + 1),
+                              random_values(s.ranks[k] * s.i, dtype, seed, scale),
+                              random_values(site.n * s.ranks[k], dtype, seed + 50)});
+        rank_max_ = std::max(rank_max_, s.ranks[k]);
+      }
+      c_.sites.push_back(site);
+    }
+    c_.segment_offsets = s.offsets;
+    c_.segment_slots = s.slots;
+    x = random_values(s.t * s.i, dtype, 3);
+    dy = random_values(s.t * s.n, dtype, 4);
+    for (const Site& site : c_.sites) {
+      old_da.emplace_back();
+      old_db.emplace_back();
+      for (const Adapter& a : site.slots) {
+        old_da.back().push_back(random_values(a.rank * s.i, DType::kF32, 5));
+        old_db.back().push_back(random_values(site.n * a.rank, DType::kF32, 6));
+      }
+    }
+  }
+
+  /// Adapter tensors on the device; gradients are named da<site>.<slot> and db<site>.<slot>.
+  void place(TestDevice& device, bool gradients, float dropout) {
+    weight = device.weight(c_.w, dtype_, c_.n, c_.i);
+    bias = c_.bias.empty() ? Tensor{} : device.input(c_.bias, dtype_, {c_.n});
+    sites.clear();
+    for (std::size_t s = 0; s < c_.sites.size(); ++s) {
+      const Site& site = c_.sites[s];
+      std::vector<LoraEntry> entries;
+      for (std::size_t k = 0; k < site.slots.size(); ++k) {
+        const Adapter& a = site.slots[k];
+        LoraEntry entry;
+        entry.rank = static_cast<std::int32_t>(a.rank);
+        entry.scale = static_cast<float>(a.scale);
+        entry.a = device.input(a.a, dtype_, {a.rank, c_.i}).data;
+        entry.b = device.input(a.b, dtype_, {site.n, a.rank}).data;
+        const std::string name = std::to_string(s) + "." + std::to_string(k);
+        if (gradients) {
+          entry.da =
+              device.in_out("da" + name, old_da[s][k], DType::kF32, {a.rank, c_.i}).as<float>();
+          entry.db =
+              device.in_out("db" + name, old_db[s][k], DType::kF32, {site.n, a.rank}).as<float>();
+        }
+        entries.push_back(entry);
+      }
+      const auto bytes = static_cast<std::int64_t>(entries.size() * sizeof(LoraEntry));
+      sites.push_back({site.n_begin, site.n, device.bytes(entries.data(), bytes), 77 + s});
+    }
+    rows = {};
+    if (c_.sites.empty()) return;
+    rows.segments_max = static_cast<std::int64_t>(c_.segment_slots.size());
+    rows.segment_offsets = device.ints(c_.segment_offsets);
+    rows.segment_slots = device.ints(c_.segment_slots);
+    rows.rank_max = rank_max_;
+    rows.dropout = dropout;
+    rows.dropout_seed = 9;
+  }
+  [[nodiscard]] const AdapterRows* adapters() const { return c_.sites.empty() ? nullptr : &rows; }
+  [[nodiscard]] Shape u_shape() const {
+    return {c_.t, static_cast<std::int64_t>(c_.sites.size()) * rows.rank_max};
+  }
+  LinearCase& reference() { return c_; }
+
+  Values x, dy;
+  std::vector<std::vector<Values>> old_da, old_db;
+  PackedWeight weight;
+  Tensor bias;
+  std::vector<LoraSite> sites;
+  AdapterRows rows;
+
+ private:
+  const DType dtype_;
+  LinearCase c_;
+  std::int64_t rank_max_ = 0;
+};
+
+/// What an f64 sum of absolute values would be relative to the result is near 1 for random signs;
+/// the low-rank part is rounded twice more in the compute dtype (u, and y before it is added).
+double linear_tolerance(DType dtype, const LinearShape& s) {
+  const std::int64_t rank = s.ranks.empty() ? 0 : *std::max_element(s.ranks.begin(), s.ranks.end());
+  return tolerance(dtype, s.i + rank, s.sites > 0 ? 3 : 1);
+}
+
+class Linear : public OpTest {
+ protected:
+  Outputs forward(LinearSetup& setup, bool save_u, float dropout = 0.0f,
+                  DType y_dtype = dtype()) const {
+    const LinearCase& c = setup.reference();
+    return run_op(backend(), [&](TestDevice& device) {
+      setup.place(device, false, dropout);
+      LinearArgs args{device.input(setup.x, dtype(), {c.t, c.i}),
+                      &setup.weight,
+                      setup.bias,
+                      setup.sites,
+                      setup.adapters(),
+                      device.output("y", y_dtype, {c.t, c.n}),
+                      {}};
+      if (save_u) args.u = device.output("u", dtype(), setup.u_shape());
+      device.ops().linear_forward(device.exec(), args);
+    });
+  }
+};
+TANDEM_OP_TEST(Linear, kLinear);
+
+TEST_P(Linear, ForwardMatchesTheReference) {
+  const LinearShape& s = row(kLinear);
+  LinearSetup setup(s, dtype());
+  const Values want = linear(setup.reference(), setup.x);
+  for (const bool save_u : {false, true})
+    expect_close("y", forward(setup, save_u).at("y").values(), want, linear_tolerance(dtype(), s));
+  expect_close("y in f32", forward(setup, false, 0.0f, DType::kF32).at("y").values(), want,
+               s.sites > 0 ? linear_tolerance(dtype(), s) : tolerance(DType::kF32, s.i));
+}
+
+TEST_P(Linear, SavedUIsZeroWhereNoAdapterIs) {
+  const LinearShape& s = row(kLinear);
+  if (s.sites == 0) return;
+  LinearSetup setup(s, dtype());
+  const Values u = forward(setup, true).at("u").values();
+  const LinearCase& c = setup.reference();
+  const std::int64_t rank_max = setup.rows.rank_max, columns = s.sites * rank_max;
+  for (std::int64_t r = 0; r < s.t; ++r)
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const std::int64_t slot = c.slot_of(r);
+      const std::int64_t rank = slot < 0 ? 0
+                                         : c.sites[static_cast<std::size_t>(j / rank_max)]
+                                               .slots[static_cast<std::size_t>(slot)]
+                                               .rank;
+      if (j % rank_max < rank) continue;
+      ASSERT_EQ(u[static_cast<std::size_t>(r * columns + j)], 0.0) << "row " << r << " " << j;
+    }
+}
+
+TEST_P(Linear, BackwardMatchesTheReference) {
+  const LinearShape& s = row(kLinear);
+  LinearSetup setup(s, dtype());
+  const LinearCase& c = setup.reference();
+  const LinearGrads want = linear_backward(c, setup.x, setup.dy);
+  for (const bool save_u : {true, false}) {
+    const Outputs got = run_op(backend(), [&](TestDevice& device) {
+      setup.place(device, true, 0.0f);
+      const Tensor x = device.input(setup.x, dtype(), {c.t, c.i});
+      Tensor u;
+      if (save_u) {
+        u = device.output("u", dtype(), setup.u_shape());
+        device.ops().linear_forward(device.exec(),
+                                    {x, &setup.weight, setup.bias, setup.sites, setup.adapters(),
+                                     device.output("y", dtype(), {c.t, c.n}), u});
+      }
+      device.ops().linear_backward(device.exec(), {device.input(setup.dy, dtype(), {c.t, c.n}), x,
+                                                   &setup.weight, setup.sites, setup.adapters(), u,
+                                                   device.output("dx", dtype(), {c.t, c.i})});
+    });
+    const double dx_tolerance = tolerance(dtype(), s.n, s.sites > 0 ? 1 + 2 * int(s.sites) : 1);
+    expect_close("dx", got.at("dx").values(), want.dx, dx_tolerance);
+    for (std::size_t j = 0; j < c.sites.size(); ++j)
+      for (std::size_t k = 0; k < c.sites[j].slots.size(); ++k) {
+        const std::string name = std::to_string(j) + "." + std::to_string(k);
+        Values da = want.da[j][k], db = want.db[j][k];
+        for (std::size_t e = 0; e < da.size(); ++e) da[e] += setup.old_da[j][k][e];
+        for (std::size_t e = 0; e < db.size(); ++e) db[e] += setup.old_db[j][k][e];
+        // One factor (du or u) was rounded to the compute dtype; sums run over rows and columns.
+        const double allowed = tolerance(dtype(), s.t + s.n + s.i);
+        expect_close("da" + name, got.at("da" + name).values(), da, allowed);
+        expect_close("db" + name, got.at("db" + name).values(), db, allowed);
+      }
+  }
+}
+
+TEST_P(Linear, TakingOtherRowsAdaptersAwayChangesNoBits) {
+  const LinearShape& s = row(kLinear);
+  if (s.sites == 0) return;
+  LinearSetup setup(s, dtype());
+  const Outputs mixed = forward(setup, false);
+  for (std::size_t keep = 0; keep < s.slots.size(); ++keep) {
+    LinearShape alone = s;
+    for (std::size_t other = 0; other < s.slots.size(); ++other)
+      if (other != keep) alone.slots[other] = -1;
+    LinearSetup alone_setup(alone, dtype());
+    const Outputs got = forward(alone_setup, false);
+    const std::int64_t begin = s.offsets[keep], count = s.offsets[keep + 1] - begin;
+    EXPECT_EQ(got.at("y").rows(begin, count), mixed.at("y").rows(begin, count))
+        << "segment " << keep;
+  }
+}
+
+TEST_P(Linear, RowsInF32DoNotDependOnTheBatch) {
+  const LinearShape& s = row(kLinear);
+  if (dtype() != DType::kF32) return;  // bf16 promises Replay only
+  LinearSetup setup(s, dtype());
+  const Outputs all = forward(setup, false);
+  const Outputs all_saving = forward(setup, true);
+  EXPECT_EQ(all.at("y").bytes, all_saving.at("y").bytes);
+  for (std::int64_t r = 0; r < s.t; r += std::max<std::int64_t>(1, s.t / 5)) {
+    const std::int64_t slot = setup.reference().slot_of(r);
+    LinearShape one = s;
+    one.t = 1;
+    one.offsets = {0, 1};
+    one.slots = {static_cast<std::int32_t>(slot)};
+    LinearSetup alone(one, dtype());
+    alone.x.assign(setup.x.begin() + r * s.i, setup.x.begin() + (r + 1) * s.i);
+    EXPECT_EQ(forward(alone, false).at("y").bytes, all.at("y").rows(r, 1)) << "row " << r;
+    if (slot >= 0) continue;
+    one.sites = 0;  // and a plain linear gives an adapter-free row the same bits
+    LinearSetup plain(one, dtype());
+    plain.x = alone.x;
+    EXPECT_EQ(forward(plain, false).at("y").bytes, all.at("y").rows(r, 1)) << "row " << r;
+  }
+}
+
+/// The masks of each site as an adapter with A = 1, s = 1 shows them: u = dropout(1).
+std::vector<Values> probe_masks(const std::string& backend, const LinearShape& s, float dropout) {
+  LinearShape probe = s;
+  probe.ranks = {s.i};
+  probe.offsets = {0, static_cast<std::int32_t>(s.t)};
+  probe.slots = {0};
+  LinearSetup setup(probe, DType::kF32);
+  LinearCase& c = setup.reference();
+  std::fill(setup.x.begin(), setup.x.end(), 1.0);
+  for (Site& site : c.sites) {
+    Adapter& a = site.slots[0];
+    a.scale = 1.0;
+    std::fill(a.a.begin(), a.a.end(), 0.0);
+    for (std::int64_t j = 0; j < s.i; ++j) a.a[static_cast<std::size_t>(j * s.i + j)] = 1.0;
+  }
+  const Outputs got = run_op(backend, [&](TestDevice& device) {
+    setup.place(device, false, dropout);
+    device.ops().linear_forward(
+        device.exec(), {device.input(setup.x, DType::kF32, {c.t, c.i}), &setup.weight, setup.bias,
+                        setup.sites, setup.adapters(), device.output("y", DType::kF32, {c.t, c.n}),
+                        device.output("u", DType::kF32, setup.u_shape())});
+  });
+  const Values u = got.at("u").values();
+  std::vector<Values> masks(c.sites.size());
+  for (std::int64_t r = 0; r < s.t; ++r)
+    for (std::size_t j = 0; j < masks.size(); ++j) {
+      const auto begin = u.begin() + (r * s.sites + static_cast<std::int64_t>(j)) * s.i;
+      masks[j].insert(masks[j].end(), begin, begin + s.i);
+    }
+  return masks;
+}
+
+TEST_P(Linear, BackwardRepeatsTheMasksOfDropout) {
+  const LinearShape& s = row(kLinear);
+  if (s.sites == 0 || s.t < 2) return;
+  const float dropout = 0.25f;
+  const std::vector<Values> masks = probe_masks(backend(), s, dropout);
+  double kept = 0.0, count = 0.0;
+  for (const Values& mask : masks)
+    for (double m : mask) {
+      ASSERT_TRUE(m == 0.0 || std::abs(m - 1.0 / 0.75) < 1e-6) << m;
+      kept += m != 0.0 ? 1.0 : 0.0;
+      count += 1.0;
+    }
+  // Six standard deviations of a binomial.
+  EXPECT_NEAR(kept / count, 0.75, 6.0 * std::sqrt(0.75 * 0.25 / count));
+  for (std::size_t j = 1; j < masks.size(); ++j)
+    EXPECT_NE(masks[0], masks[j]) << "two sites share a mask";
+
+  LinearSetup setup(s, dtype());
+  LinearCase& c = setup.reference();
+  for (std::size_t j = 0; j < masks.size(); ++j) c.sites[j].mask = masks[j];
+  const LinearGrads want = linear_backward(c, setup.x, setup.dy);
+  const Outputs got = run_op(backend(), [&](TestDevice& device) {
+    setup.place(device, true, dropout);
+    const Tensor x = device.input(setup.x, dtype(), {c.t, c.i});
+    const Tensor u = device.output("u", dtype(), setup.u_shape());
+    device.ops().linear_forward(device.exec(),
+                                {x, &setup.weight, setup.bias, setup.sites, setup.adapters(),
+                                 device.output("y", dtype(), {c.t, c.n}), u});
+    device.ops().linear_backward(
+        device.exec(), {device.input(setup.dy, dtype(), {c.t, c.n}), x, &setup.weight, setup.sites,
+                        setup.adapters(), u, device.output("dx", dtype(), {c.t, c.i})});
+  });
+  expect_close("y", got.at("y").values(), linear(c, setup.x),
+               tolerance(dtype(), s.i + 16, 4));  // dropout(x) is rounded too
+  expect_close("dx", got.at("dx").values(), want.dx,
+               tolerance(dtype(), s.n, 1 + 3 * static_cast<int>(s.sites)));
+  for (std::size_t j = 0; j < c.sites.size(); ++j)
+    for (std::size_t k = 0; k < c.sites[j].slots.size(); ++k) {
+      const std::string name = std::to_string(j) + "." + std::to_string(k);
+      Values da = want.da[j][k], db = want.db[j][k];
+      for (std::size_t e = 0; e < da.size(); ++e) da[e] += setup.old_da[j][k][e];
+      for (std::size_t e = 0; e < db.size(); ++e) db[e] += setup.old_db[j][k][e];
+      expect_close("da" + name, got.at("da" + name).values(), da, tolerance(dtype(), s.t + s.n, 2));
+      expect_close("db" + name, got.at("db" + name).values(), db, tolerance(dtype(), s.t + s.i, 2));
+    }
+}
+
+}  // namespace
+}  // namespace tandem::kernels::testing
