@@ -21,3 +21,6 @@ set_source_files_properties(gemm_bf16_avx512.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};${TANDEM_AVX512_FLAGS};-mavx512bf16")
 set_source_files_properties(gemm_bf16_amx.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};${TANDEM_AVX512_FLAGS};-mavx512bf16;-mamx-tile;-mamx-bf16")
+
+# Measured against, not used: see tools/bench_gemm.cc.
+tandem_library(onednn SOURCES onednn.cc PUBLIC tandem_base PRIVATE ${DNNL_LIBRARY})
