@@ -1,4 +1,5 @@
-// bench_gemm [FILTER] [--f32]: the linear layer's products against oneDNN's, one JSON line each.
+// bench_gemm [SHAPE] [--f32] [--t=ROWS] [--n=N --k=K]: the linear layer's products against
+// oneDNN's, one JSON line each.
 //
 // Shapes are SmolLM2-135M's fused weights and the row counts of decode, prefill and training. Each
 // figure is the least time over alternating repeats, so that other load on the machine costs both
@@ -38,7 +39,9 @@ class Bytes {
         bytes_(bytes) {
     std::memset(data_, 0, static_cast<std::size_t>(bytes));
   }
-  Bytes(Bytes&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
+  Bytes(Bytes&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+    other.data_ = nullptr;
+  }
   Bytes(const Bytes&) = delete;
   Bytes& operator=(const Bytes&) = delete;
   ~Bytes() { std::free(data_); }
@@ -102,25 +105,24 @@ void bench(const Shape& shape, DType dtype, std::int64_t t, bool gradient) {
   std::vector<std::unique_ptr<OneDnnProduct>> others;
   for (int i = 0; i < copies; ++i) {
     packed.emplace_back(weight_bytes);
-    pack_rows(packed.back().data(), dtype, shape.n, shape.k, 0, shape.n, {w.data(), shape.k, dtype});
-    others.push_back(
-        std::make_unique<OneDnnProduct>(dtype, t, in, out, w.data(), gradient));
+    pack_rows(packed.back().data(), dtype, shape.n, shape.k, 0, shape.n,
+              {w.data(), shape.k, dtype});
+    others.push_back(std::make_unique<OneDnnProduct>(dtype, t, in, out, w.data(), gradient));
   }
   const Bytes y(t * out * dtype_bytes(dtype));
-  const Bytes scratch(
-      gradient ? linear_input_grad_scratch(dtype, t, shape.n, shape.k, 0, 0, threads)
-               : linear_forward_scratch(dtype, t, shape.n, shape.k, 0, 0, threads));
+  const Bytes scratch(gradient
+                          ? linear_input_grad_scratch(dtype, t, shape.n, shape.k, 0, 0, threads)
+                          : linear_forward_scratch(dtype, t, shape.n, shape.k, 0, 0, threads));
   std::size_t turn = 0, other_turn = 0;
   const auto ours = [&] {
     const PackedMatrix m{packed[turn++ % packed.size()].data(), dtype, shape.n, shape.k};
     (gradient ? linear_input_grad : linear_forward)(m, t, {x.data(), in, dtype},
                                                     {y.data(), out, dtype}, {}, scratch.span());
   };
-  const Times best = measure(
-      ours, [&] { others[other_turn++ % others.size()]->run(x.data(), y.data()); });
+  const Times best =
+      measure(ours, [&] { others[other_turn++ % others.size()]->run(x.data(), y.data()); });
   const double flop = 2.0 * static_cast<double>(t * shape.n * shape.k);
-  const double bytes =
-      static_cast<double>(weight_bytes + t * (in + out) * dtype_bytes(dtype));
+  const double bytes = static_cast<double>(weight_bytes + t * (in + out) * dtype_bytes(dtype));
   std::cout << nlohmann::json{{"bench", "gemm"},
                               {"isa", isa_name(isa())},
                               {"threads", threads},
@@ -144,6 +146,7 @@ void bench(const Shape& shape, DType dtype, std::int64_t t, bool gradient) {
 int main(int argc, char** argv) {
   std::string filter;
   DType dtype = DType::kBF16;
+  std::int64_t n = 0, k = 0;
   std::vector<std::int64_t> rows = {1, 2, 4, 8, 16, 64, 512, 4096};
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -151,14 +154,19 @@ int main(int argc, char** argv) {
       dtype = DType::kF32;
     else if (argument.starts_with("--t="))
       rows = {std::stoll(argument.substr(4))};
+    else if (argument.starts_with("--n="))
+      n = std::stoll(argument.substr(4));
+    else if (argument.starts_with("--k="))
+      k = std::stoll(argument.substr(4));
     else
       filter = argument;
   }
-  const Shape shapes[] = {{"qkv", 960, 576},
-                          {"o", 576, 576},
-                          {"gate_up", 3072, 576},
-                          {"down", 576, 1536},
-                          {"lm_head", 49152, 576}};
+  std::vector<Shape> shapes = {{"qkv", 960, 576},
+                               {"o", 576, 576},
+                               {"gate_up", 3072, 576},
+                               {"down", 576, 1536},
+                               {"lm_head", 49152, 576}};
+  if (n > 0 && k > 0) shapes = {{"custom", n, k}};
   for (const Shape& shape : shapes)
     for (const std::int64_t t : rows)
       for (const bool gradient : {false, true}) {

@@ -23,10 +23,30 @@ struct Stretch {
   std::int64_t steps;
 };
 
-// c [16 * MT, 32] f32, row stride 32: tiles of the sums. PF: lines of `ahead` fetched per step.
+// What is done beside the tile instructions, a little per step: the panel after this one is fetched
+// into L2 and the strip before this one is rounded and written.
+struct Aside {
+  const char* ahead = nullptr;
+  const char* ahead_end = nullptr;
+  Finished finished;
+  std::int64_t rows_per_step = 0;
+  alignas(64) float sums[2][32 * kPanel];  ///< one is being summed while the other is written
+  int turn = 0;
+};
+
+TANDEM_ALWAYS_INLINE void do_aside(const Product& p, Aside& aside) {
+  if (aside.ahead < aside.ahead_end) {
+    for (int line = 0; line < 4; ++line) _mm_prefetch(aside.ahead + line * 64, _MM_HINT_T1);
+    aside.ahead += 256;
+  }
+  if (aside.finished.rows > 0) write_rows(p, aside.finished, aside.rows_per_step);
+}
+
+// c [16 * MT, 32] f32, row stride 32: tiles of the sums. Rows of x are read once per panel, so they
+// are loaded past L1 (the stream form), which leaves it to the panel.
 template <int MT, int NT>
-TANDEM_ALWAYS_INLINE void sum_tiles(const Stretch* stretches, int count, bool load, float* c,
-                                    const char*& ahead, const char* ahead_end) {
+TANDEM_ALWAYS_INLINE void sum_tiles(const Product& p, const Stretch* stretches, int count,
+                                    bool load, float* c, Aside& aside) {
   constexpr int kRow = kPanel * 4;
   if (load) {
     _tile_loadd(0, c, kRow);
@@ -45,22 +65,17 @@ TANDEM_ALWAYS_INLINE void sum_tiles(const Stretch* stretches, int count, bool lo
     const std::int64_t a_next = stretches[s].a_next, a_stride = stretches[s].a_stride;
     const std::int64_t a_step = stretches[s].a_step;
     for (std::int64_t i = stretches[s].steps; i > 0; --i) {
-      _tile_loadd(4, a, a_stride);
+      _tile_stream_loadd(4, a, a_stride);
       _tile_loadd(6, b, 64);
+      if constexpr (NT > 1) _tile_loadd(7, b + 1024, 64);
+      if constexpr (MT > 1) _tile_stream_loadd(5, a + a_next, a_stride);
       _tile_dpbf16ps(0, 4, 6);
-      if constexpr (NT > 1) {
-        _tile_loadd(7, b + 1024, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
+      if constexpr (NT > 1) _tile_dpbf16ps(1, 4, 7);
       if constexpr (MT > 1) {
-        _tile_loadd(5, a + a_next, a_stride);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (NT > 1) _tile_dpbf16ps(3, 5, 7);
       }
-      if (ahead < ahead_end) {
-        for (int line = 0; line < 4; ++line) _mm_prefetch(ahead + line * 64, _MM_HINT_T1);
-        ahead += 256;
-      }
+      do_aside(p, aside);
       a += a_step;
       b += 2048;
     }
@@ -111,11 +126,10 @@ struct Task {
 };
 
 void run_panel(const Product& p, const RowBlock& block, std::int64_t panel, std::int64_t begin,
-               std::int64_t end, float* parked, const char* ahead, const char* ahead_end) {
+               std::int64_t end, float* parked, Aside& aside) {
   const bool first = begin == 0, last = end == p.reduction;
   const std::int64_t steps = ceil_div(end - begin, kTileK);
   const bool narrow = p.columns - panel * kPanel <= 16;
-  alignas(64) float local[32 * kPanel];
   for (std::int64_t strip = 0; strip < block.rows; strip += 32) {
     const std::int64_t rows = min_of(32, block.rows - strip);
     Stretch stretches[1 + kTermsMax];
@@ -140,14 +154,15 @@ void run_panel(const Product& p, const RowBlock& block, std::int64_t panel, std:
                               term.panels + (panel - term.panel_begin) * padded * kPanel * 2,
                               padded / kTileK};
       }
-    float* c = parked != nullptr ? parked + strip * kPanel : local;
+    float* c = parked != nullptr ? parked + strip * kPanel : aside.sums[aside.turn ^= 1];
+    aside.rows_per_step = ceil_div(aside.finished.rows, steps);
     if (rows > 16)
-      narrow ? sum_tiles<2, 1>(stretches, count, !first, c, ahead, ahead_end)
-             : sum_tiles<2, 2>(stretches, count, !first, c, ahead, ahead_end);
+      narrow ? sum_tiles<2, 1>(p, stretches, count, !first, c, aside)
+             : sum_tiles<2, 2>(p, stretches, count, !first, c, aside);
     else
-      narrow ? sum_tiles<1, 1>(stretches, count, !first, c, ahead, ahead_end)
-             : sum_tiles<1, 2>(stretches, count, !first, c, ahead, ahead_end);
-    if (last) write_block(p, c, block.row + strip, rows, panel * kPanel);
+      narrow ? sum_tiles<1, 1>(p, stretches, count, !first, c, aside)
+             : sum_tiles<1, 2>(p, stretches, count, !first, c, aside);
+    if (last) aside.finished = {c, block.row + strip, rows, panel * kPanel};
   }
 }
 
@@ -169,6 +184,7 @@ void run_task(const Product& p, const Task& task, char* scratch) {
   block.packed = p.reduction % kTileK != 0 || task.rows % 16 != 0;
   const std::int64_t stretch = reduction_block(p.t, p.reduction);
   scratch = begin_rows(p, block, stretch, scratch);
+  Aside aside;
   auto* parked = p.reduction > stretch ? reinterpret_cast<float*>(scratch) : nullptr;
   for (std::int64_t begin = 0; begin < p.reduction; begin += stretch) {
     const std::int64_t end = min_of(p.reduction, begin + stretch);
@@ -177,15 +193,17 @@ void run_task(const Product& p, const Task& task, char* scratch) {
                          begin, end, block.x_tiles);
     const std::int64_t bytes = round_up(end - begin, kTileK) * kPanel * 2;
     for (std::int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
-      const char* ahead =
+      aside.ahead =
           p.panels + (panel + 1) * panel_bytes(DType::kBF16, p.reduction) + begin * kPanel * 2;
+      aside.ahead_end = panel + 1 < task.panel_end ? aside.ahead + bytes : aside.ahead;
       run_panel(p, block, panel, begin, end,
                 parked == nullptr
                     ? nullptr
                     : parked + (panel - task.panel_begin) * round_up(task.rows, 32) * kPanel,
-                ahead, panel + 1 < task.panel_end ? ahead + bytes : ahead);
+                aside);
     }
   }
+  write_rows(p, aside.finished, aside.finished.rows);
 }
 
 void run_blocks(const Product& p) {
@@ -226,8 +244,10 @@ void run_stream(const Product& p) {
     begin_rows(p, block, round_up(p.reduction, kTileK), p.scratch + id * p.scratch_per_thread);
     if (block.packed)
       pack_rows_to_tiles(static_cast<const bf16*>(p.x), p.ldx, p.t, 0, p.reduction, block.x_tiles);
+    Aside aside;
     for (std::int64_t panel = panels * id / threads; panel < panels * (id + 1) / threads; ++panel)
-      run_panel(p, block, panel, 0, p.reduction, nullptr, nullptr, nullptr);
+      run_panel(p, block, panel, 0, p.reduction, nullptr, aside);
+    write_rows(p, aside.finished, aside.finished.rows);
     _tile_release();
   }
 }

@@ -133,7 +133,8 @@ void run_task(const Product& p, const Task& task, char* scratch) {
               term.panels + (panel - term.panel_begin) * panel_bytes(DType::kBF16, term.rank), true,
               c);
         }
-        write_block(p, c, task.row + row, rows, panel * kPanel);
+        Finished finished{c, task.row + row, rows, panel * kPanel};
+        write_rows(p, finished, rows);
       }
     }
   }

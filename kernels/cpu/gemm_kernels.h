@@ -40,11 +40,11 @@ struct Product {
 /// Up to this many rows a product is bound by reading the weights: no blocking over the reduction.
 inline constexpr std::int64_t kStreamRows = 32;
 
-/// Reduction elements walked before sums are parked.
+/// Reduction elements walked before sums are parked: even pieces of at most kReductionBlock.
 TANDEM_ALWAYS_INLINE constexpr std::int64_t reduction_block(std::int64_t t,
                                                             std::int64_t reduction) {
-  const std::int64_t padded = round_up(reduction, kTileK);
-  return t <= kStreamRows ? padded : min_of(padded, kReductionBlock);
+  if (t <= kStreamRows) return round_up(reduction, kTileK);
+  return round_up(ceil_div(reduction, max_of(1, ceil_div(reduction, kReductionBlock))), kTileK);
 }
 
 /// Bytes each thread needs to run a product, whichever file runs it: rows of x and of the terms' u

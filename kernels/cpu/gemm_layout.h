@@ -28,7 +28,7 @@ inline constexpr std::int64_t kCacheLine = 64;
 
 /// Rows of x that one task keeps in L2, and reduction elements walked before the sums are parked.
 inline constexpr std::int64_t kRowBlock = 256;
-inline constexpr std::int64_t kReductionBlock = 1536;
+inline constexpr std::int64_t kReductionBlock = 640;
 /// Columns of one task where the reduction is longer than kReductionBlock: parked sums stay in L2.
 inline constexpr std::int64_t kParkedColumns = 256;
 

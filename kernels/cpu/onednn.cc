@@ -46,9 +46,9 @@ OneDnnProduct::~OneDnnProduct() = default;
 void OneDnnProduct::run(const void* x, void* y) {
   impl_->x.set_data_handle(const_cast<void*>(x));
   impl_->y.set_data_handle(y);
-  impl_->primitive.execute(impl_->stream, {{DNNL_ARG_SRC, impl_->x},
-                                           {DNNL_ARG_WEIGHTS, impl_->w},
-                                           {DNNL_ARG_DST, impl_->y}});
+  impl_->primitive.execute(
+      impl_->stream,
+      {{DNNL_ARG_SRC, impl_->x}, {DNNL_ARG_WEIGHTS, impl_->w}, {DNNL_ARG_DST, impl_->y}});
   impl_->stream.wait();
 }
 

@@ -8,8 +8,8 @@
 
 namespace tandem::kernels::cpu {
 
-/// y[t, out] = x[t, in] W for one fixed shape, with W re-ordered once into the layout oneDNN prefers
-/// for it. x and W in `dtype`, y too. Runs on the caller's OpenMP threads.
+/// y[t, out] = x[t, in] W for one fixed shape, with W re-ordered once into the layout oneDNN
+/// prefers for it. x and W in `dtype`, y too. Runs on the caller's OpenMP threads.
 class OneDnnProduct {
  public:
   /// `w` is row-major [out, in] (a forward product) or, with w_in_by_out, [in, out].
