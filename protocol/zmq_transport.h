@@ -20,6 +20,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace tandem::protocol {
 
@@ -42,17 +43,18 @@ struct SocketLimits {
 
 struct ZmqServerOptions {
   std::string endpoint;  ///< "ipc:///DIR/NAME" or "tcp://HOST:PORT" (PORT 0: any)
-  SocketLimits limits;
-  std::optional<CurveKeyPair> keys;  ///< needed for tcp
-  std::string allowed_keys_dir;      ///< with keys: who may connect; reloaded live
+  SocketLimits limits{};
+  std::optional<CurveKeyPair> keys{};    ///< needed for tcp
+  std::string allowed_keys_dir{};        ///< with keys: who may connect; read again when it changes
+  std::vector<KeyRole> allowed_roles{};  ///< with keys; empty: all
 };
 
 struct ZmqClientOptions {
   std::string endpoint;
-  std::string routing_id;  ///< from make_routing_id()
-  SocketLimits limits;
-  std::optional<CurveKeyPair> keys;  ///< needed for tcp
-  std::string server_public_key;     ///< with keys
+  std::string routing_id{};  ///< from make_routing_id()
+  SocketLimits limits{};
+  std::optional<CurveKeyPair> keys{};  ///< needed for tcp
+  std::string server_public_key{};     ///< with keys
 };
 
 /// "NAME/PURPOSE-16 hex digits"; NAME is the key's name (or anything over ipc). At most 255 bytes.
