@@ -4,6 +4,11 @@
 #include "protocol/inproc_transport.h"
 #include "protocol/zmq_transport.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
@@ -31,6 +36,19 @@ std::optional<Envelope> receive_within(Endpoint& endpoint) {
   while (steady_ns() < end)
     if (auto envelope = endpoint.receive(100)) return envelope;
   return std::nullopt;
+}
+
+/// A port that nobody has now.
+int free_port() {
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  auto* generic = reinterpret_cast<sockaddr*>(&address);
+  TANDEM_CHECK(::bind(fd, generic, size) == 0 && ::getsockname(fd, generic, &size) == 0);
+  ::close(fd);
+  return ntohs(address.sin_port);
 }
 
 class InprocTestNetwork final : public TestNetwork {
@@ -85,11 +103,10 @@ class ZmqTestNetwork final : public TestNetwork {
   std::unique_ptr<Poller> poller() override { return context_->make_poller().value(); }
 
  private:
-  /// A tcp name gets a free port at first: bound and let go.
   std::string address(const std::string& name) {
     if (!addresses_.contains(name)) {
       if (tcp_) {
-        listen(name, 1);  // the endpoint dies at once, its port stays known
+        addresses_[name] = str("tcp://127.0.0.1:", free_port());
       } else {
         addresses_[name] = "ipc://" + dir_.path() + "/" + name;
       }
