@@ -18,7 +18,9 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <map>
+#include <sstream>
 
 namespace tandem::storage {
 namespace {
@@ -333,6 +335,56 @@ Status check_length(MDB_env* env, const std::string& directory) {
   return {};
 }
 
+/// The list of free pages: LMDB aborts the process, or reuses a page that is in use, when it is
+/// damaged. Each record is a transaction id and a list: its length, then page numbers in falling
+/// order.
+bool free_list_is_sound(MDB_env* env, MDB_txn* txn) {
+  constexpr MDB_dbi kFreeTable = 0;  // LMDB's own, below the named ones
+  MDB_envinfo info{};
+  mdb_env_info(env, &info);
+  MDB_cursor* cursor = nullptr;
+  if (mdb_cursor_open(txn, kFreeTable, &cursor) != 0) return false;
+  MDB_val k{}, v{};
+  int code = 0;
+  while ((code = mdb_cursor_get(cursor, &k, &v, MDB_NEXT)) == 0) {
+    if (k.mv_size != sizeof(std::size_t) || v.mv_size < sizeof(std::size_t)) return false;
+    std::vector<std::size_t> list(v.mv_size / sizeof(std::size_t));
+    std::memcpy(list.data(), v.mv_data, list.size() * sizeof(std::size_t));
+    if (list[0] >= list.size()) return false;
+    for (std::size_t i = 1; i <= list[0]; ++i)
+      if (list[i] < 2 || list[i] > info.me_last_pgno || (i > 1 && list[i] >= list[i - 1]))
+        return false;
+  }
+  return code == MDB_NOTFOUND;
+}
+
+/// Where this process sees a file: a damaged length or page number makes LMDB hand out pointers
+/// beyond it.
+struct MappedRange {
+  std::uintptr_t begin = 0, end = 0;
+  [[nodiscard]] bool holds(const MDB_val& v) const {
+    const auto at = reinterpret_cast<std::uintptr_t>(v.mv_data);
+    return at >= begin && at <= end && v.mv_size <= end - at;
+  }
+};
+
+MappedRange find_mapping(const std::string& path) {
+  MappedRange range;
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) return range;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    std::istringstream fields(line);
+    std::string addresses, mode, offset, device;
+    std::uint64_t inode = 0;
+    fields >> addresses >> mode >> offset >> device >> inode;
+    if (inode != info.st_ino || std::stoull(offset, nullptr, 16) != 0) continue;
+    range.begin = std::stoull(addresses, nullptr, 16);
+    range.end = range.begin + static_cast<std::uintptr_t>(info.st_size);
+  }
+  return range;
+}
+
 /// Walks every tree page. Runs in a child process, whose death is the finding.
 int probe(const std::string& directory, std::int64_t map_bytes, unsigned tables) {
   auto env = open_env(directory, map_bytes, tables, MDB_RDONLY | MDB_NOLOCK);
@@ -343,9 +395,12 @@ int probe(const std::string& directory, std::int64_t map_bytes, unsigned tables)
   if (mdb_txn_begin(env->get(), nullptr, MDB_RDONLY, &txn) != 0 ||
       mdb_dbi_open(txn, nullptr, 0, &main) != 0 || mdb_cursor_open(txn, main, &names) != 0)
     return 2;
+  if (!free_list_is_sound(env->get(), txn)) return 2;
+  const MappedRange file = find_mapping(directory + "/data.mdb");
   MDB_val name{}, value{};
   int code = 0;
   while ((code = mdb_cursor_get(names, &name, &value, MDB_NEXT)) == 0) {
+    if (!file.holds(name) || !file.holds(value)) return 2;
     MDB_dbi dbi = 0;
     MDB_cursor* cursor = nullptr;
     if (mdb_dbi_open(txn, std::string(to_view(name)).c_str(), 0, &dbi) != 0 ||
@@ -357,6 +412,7 @@ int probe(const std::string& directory, std::int64_t map_bytes, unsigned tables)
     std::string previous;
     MDB_val k{}, v{};
     while ((code = mdb_cursor_get(cursor, &k, &v, MDB_NEXT)) == 0) {
+      if (!file.holds(k) || !file.holds(v)) return 2;
       if (++entries > stat.ms_entries || (entries > 1 && to_view(k) <= previous)) return 2;
       previous = to_view(k);
     }
