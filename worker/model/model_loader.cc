@@ -1,0 +1,217 @@
+#include "worker/model/model_loader.h"
+
+#include "storage/file_io.h"
+#include "storage/json_strict.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <set>
+
+namespace tandem::worker::model {
+
+namespace {
+
+namespace fs = std::filesystem;
+using storage::Json;
+
+/// What lies at the path, opened once.
+struct Opened {
+  ModelConfig config;
+  std::optional<storage::Gguf> gguf;  ///< else a folder
+};
+
+bool is_gguf(const std::string& path) {
+  std::error_code error;
+  return fs::is_regular_file(path, error);
+}
+
+/// The text of a file of the folder; "" when there is none and it is optional.
+Result<std::string> read_text(const std::string& folder, const char* name, std::int64_t bytes_max,
+                              bool required) {
+  const std::string path = str(folder, "/", name);
+  std::error_code error;
+  if (!required && !fs::exists(path, error)) return std::string();
+  auto text = storage::read_file(path, bytes_max);
+  if (text.status().code() == StatusCode::kNotFound)
+    return not_found_error(str("model folder ", folder, " has no ", name));
+  return text;
+}
+
+Result<Json> read_json(const std::string& folder, const char* name) {
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, read_text(folder, name, kConfigBytesMax, false));
+  if (text.empty()) return Json::object();
+  TANDEM_ASSIGN_OR_RETURN(Json json, storage::parse_json_strict(text, str(folder, "/", name)));
+  if (!json.is_object()) return corrupt_error(str(folder, "/", name, " is not a JSON object"));
+  return json;
+}
+
+/// generation_config.json may name more ends of generation than config.json does.
+void add_eos(const Json& value, ModelConfig& config) {
+  for (const Json& id : value.is_array() ? value : Json::array({value}))
+    if (id.is_number_integer() && std::find(config.eos_ids.begin(), config.eos_ids.end(),
+                                            id.get<std::int32_t>()) == config.eos_ids.end())
+      config.eos_ids.push_back(id.get<std::int32_t>());
+}
+
+Result<Opened> open_model(const std::string& path) {
+  std::error_code error;
+  if (!fs::exists(path, error))
+    return not_found_error(str("no model at ", path, ": no such file or folder"));
+  Opened opened;
+  if (is_gguf(path)) {
+    TANDEM_ASSIGN_OR_RETURN(opened.gguf, storage::Gguf::open(path));
+    TANDEM_ASSIGN_OR_RETURN(opened.config, ModelConfig::from_gguf(*opened.gguf));
+    return opened;
+  }
+  TANDEM_ASSIGN_OR_RETURN(const std::string text,
+                          read_text(path, "config.json", kConfigBytesMax, true));
+  TANDEM_ASSIGN_OR_RETURN(opened.config, ModelConfig::from_hf_json(text));
+  TANDEM_ASSIGN_OR_RETURN(const Json generation, read_json(path, "generation_config.json"));
+  if (generation.contains("eos_token_id")) add_eos(generation["eos_token_id"], opened.config);
+  return opened;
+}
+
+Result<GenerationDefaults> read_generation(const std::string& folder) {
+  TANDEM_ASSIGN_OR_RETURN(const Json json, read_json(folder, "generation_config.json"));
+  GenerationDefaults defaults;
+  const auto number = [&](const char* key, std::optional<double>& out) {
+    if (json.contains(key) && json[key].is_number()) out = json[key].get<double>();
+  };
+  const auto integer = [&](const char* key, std::optional<std::int64_t>& out) {
+    if (json.contains(key) && json[key].is_number_integer()) out = json[key].get<std::int64_t>();
+  };
+  number("temperature", defaults.temperature);
+  number("top_p", defaults.top_p);
+  number("min_p", defaults.min_p);
+  number("repetition_penalty", defaults.repetition_penalty);
+  integer("top_k", defaults.top_k);
+  integer("max_new_tokens", defaults.max_new_tokens);
+  if (json.contains("do_sample") && json["do_sample"].is_boolean())
+    defaults.do_sample = json["do_sample"].get<bool>();
+  return defaults;
+}
+
+/// chat_template.jinja, else tokenizer_config.json's chat_template: a text, or a list of named ones
+/// of which "default" counts.
+Result<std::string> read_chat_template(const std::string& folder) {
+  TANDEM_ASSIGN_OR_RETURN(const std::string file,
+                          read_text(folder, "chat_template.jinja", kConfigBytesMax, false));
+  if (!file.empty()) return file;
+  TANDEM_ASSIGN_OR_RETURN(const Json json, read_json(folder, "tokenizer_config.json"));
+  const auto it = json.find("chat_template");
+  if (it == json.end() || it->is_null()) return std::string();
+  if (it->is_string()) return it->get<std::string>();
+  if (it->is_array())
+    for (const Json& entry : *it)
+      if (entry.is_object() && entry.value("name", "") == "default" && entry.contains("template") &&
+          entry["template"].is_string())
+        return entry["template"].get<std::string>();
+  return refused_error(str(folder,
+                           "/tokenizer_config.json: chat_template is neither a text nor a "
+                           "list with a template named default"));
+}
+
+Result<std::vector<ModelFile>> list_files(const std::string& path,
+                                          const std::vector<std::string>& weight_paths) {
+  std::vector<ModelFile> files;
+  std::error_code error;
+  const auto add = [&](const std::string& full, std::string relative) -> Status {
+    const auto bytes = fs::file_size(full, error);
+    if (error) return internal_error(str("cannot read the size of ", full, ": ", error.message()));
+    files.push_back({std::move(relative), static_cast<std::int64_t>(bytes)});
+    return {};
+  };
+  if (is_gguf(path)) {
+    TANDEM_RETURN_IF_ERROR(add(path, ""));
+    return files;
+  }
+  for (const std::string& weights : weight_paths)
+    TANDEM_RETURN_IF_ERROR(add(weights, fs::path(weights).filename().string()));
+  for (const char* name :
+       {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "model.safetensors.index.json"})
+    if (const std::string full = str(path, "/", name); fs::exists(full, error))
+      TANDEM_RETURN_IF_ERROR(add(full, name));
+  std::sort(files.begin(), files.end(),
+            [](const ModelFile& a, const ModelFile& b) { return a.path < b.path; });
+  return files;
+}
+
+Status check_tensors(const ModelConfig& config, const TensorSource& source) {
+  for (const TensorSpec& spec : expected_tensors(config))
+    TANDEM_RETURN_IF_ERROR(source.has(spec.name, spec.n, spec.i));
+  return {};
+}
+
+Result<std::string> settings_json(const LoadedModel& model) {
+  Json settings;
+  settings["config"] = Json::parse(model.config.canonical_json());
+  settings["chat_template"] = sha256(model.chat_template).hex();
+  if (const auto& gguf = model.tokenizer.gguf) {
+    const Json tokenizer{{"model", gguf->model},
+                         {"pre", gguf->pre},
+                         {"tokens", gguf->tokens},
+                         {"types", gguf->token_types},
+                         {"merges", gguf->merges}};
+    settings["tokenizer"] =
+        sha256(tokenizer.dump(-1, ' ', false, Json::error_handler_t::replace)).hex();
+  } else {
+    settings["tokenizer"] =
+        sha256(model.tokenizer.tokenizer_json + '\0' + model.tokenizer.tokenizer_config_json).hex();
+  }
+  return storage::canonical_json(settings);
+}
+
+}  // namespace
+
+Result<LoadedModel> load_model(const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(Opened opened, open_model(path));
+  LoadedModel model;
+  model.config = std::move(opened.config);
+  std::vector<std::string> weight_paths;
+  if (opened.gguf) {
+    TANDEM_ASSIGN_OR_RETURN(model.tokenizer.gguf, opened.gguf->tokenizer());
+    model.chat_template = model.tokenizer.gguf->chat_template;
+    TANDEM_ASSIGN_OR_RETURN(model.source, make_gguf_source(*opened.gguf, model.config));
+  } else {
+    TANDEM_ASSIGN_OR_RETURN(storage::Safetensors weights, storage::Safetensors::open_folder(path));
+    weight_paths = weights.paths();
+    model.source = make_safetensors_source(std::move(weights));
+    TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_json,
+                            read_text(path, "tokenizer.json", kTokenizerBytesMax, true));
+    TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_config_json,
+                            read_text(path, "tokenizer_config.json", kConfigBytesMax, false));
+    TANDEM_ASSIGN_OR_RETURN(model.chat_template, read_chat_template(path));
+    TANDEM_ASSIGN_OR_RETURN(model.generation, read_generation(path));
+  }
+  TANDEM_RETURN_IF_ERROR(check_tensors(model.config, *model.source));
+  TANDEM_ASSIGN_OR_RETURN(model.files, list_files(path, weight_paths));
+  return model;
+}
+
+Result<ModelConfig> read_model_config(const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(Opened opened, open_model(path));
+  return std::move(opened.config);
+}
+
+Result<storage::Manifest> describe_model(const std::string& path, int threads) {
+  TANDEM_ASSIGN_OR_RETURN(const LoadedModel model, load_model(path));
+  storage::Manifest manifest;
+  manifest.kind = storage::ManifestKind::kModel;
+  TANDEM_ASSIGN_OR_RETURN(manifest.settings_json, settings_json(model));
+  if (is_gguf(path)) {
+    TANDEM_ASSIGN_OR_RETURN(const storage::Gguf file, storage::Gguf::open(path));
+    for (const storage::GgufTensor& tensor : file.tensors())
+      manifest.tensors.push_back(storage::describe_tensor(
+          tensor.name, storage::gguf_type_name(tensor.type), tensor.shape, tensor.bytes, threads));
+    return manifest;
+  }
+  TANDEM_ASSIGN_OR_RETURN(const storage::Safetensors weights,
+                          storage::Safetensors::open_folder(path));
+  for (const storage::TensorInfo& tensor : weights.tensors())
+    manifest.tensors.push_back(storage::describe_tensor(tensor.name, dtype_name(tensor.dtype),
+                                                        tensor.shape, tensor.bytes, threads));
+  return manifest;
+}
+
+}  // namespace tandem::worker::model
