@@ -91,11 +91,13 @@ std::string take_line(const std::string& line, KeyFile& key) {
     const auto role = parse_key_role(value);
     if (!role.ok()) return role.status().message();
     key.role = *role;
-  } else if (field == "public" || field == "secret") {
+  } else if (field == "public" || field == "secret" || field == "server") {
     if (!good_z85(value)) return "a key has 40 characters of Z85";
-    (field == "public" ? key.public_key : key.secret_key) = value;
+    (field == "public"   ? key.public_key
+     : field == "secret" ? key.secret_key
+                         : key.server_key) = value;
   } else {
-    return "unknown field (name, role, public and secret are known)";
+    return "unknown field (name, role, public, secret and server are known)";
   }
   return "";
 }
@@ -136,11 +138,13 @@ Status write_key_file(const std::string& path, const KeyFile& key, bool replace)
   if (!good_name(key.name))
     return invalid_error(
         str("key name \"", key.name, "\": a name has 1..64 of letters, digits and . _ -"));
-  if (!good_z85(key.public_key) || (!key.secret_key.empty() && !good_z85(key.secret_key)))
+  const auto good_if_there = [](const std::string& z85) { return z85.empty() || good_z85(z85); };
+  if (!good_z85(key.public_key) || !good_if_there(key.secret_key) || !good_if_there(key.server_key))
     return invalid_error(str("key ", key.name, ": a key has 40 characters of Z85"));
   std::string content = str(kFirstLine, "\nname ", key.name, "\nrole ", key_role_name(key.role),
                             "\npublic ", key.public_key, "\n");
   if (!key.secret_key.empty()) content += "secret " + key.secret_key + "\n";
+  if (!key.server_key.empty()) content += "server " + key.server_key + "\n";
   const std::string temporary = path + random_id(".new-", 12);
   const auto fail = [&](const char* what) {
     const int error = errno;

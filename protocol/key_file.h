@@ -4,6 +4,7 @@
 //   role client            (client, worker or admin: what the coordinator lets it do)
 //   public <40 characters of Z85>
 //   secret <40 characters of Z85>      (only in its owner's file, never in the coordinator's)
+//   server <40 characters of Z85>      (its owner's file: the coordinator's public key)
 // The coordinator keeps a directory of them, NAME.key, without secrets. Adding or removing a file
 // takes effect at once, for connections that stand as well: the transport asks for every message.
 #pragma once
@@ -37,6 +38,7 @@ struct KeyFile {
   KeyRole role = KeyRole::kClient;
   std::string public_key;
   std::string secret_key;  ///< "" in the coordinator's directory
+  std::string server_key;  ///< the coordinator's public key, in the owner's file
 };
 
 /// kRefused: readable or writable by others, or not a plain file; kInvalid: a bad line (its

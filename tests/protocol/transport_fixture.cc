@@ -72,7 +72,7 @@ class ZmqTestNetwork final : public TestNetwork {
  public:
   explicit ZmqTestNetwork(bool tcp) : tcp_(tcp) {
     TANDEM_CHECK(write_key_file(dir_.path() + "/me.key",
-                                {"me", KeyRole::kClient, client_keys_.public_key, ""})
+                                {"me", KeyRole::kClient, client_keys_.public_key, "", ""})
                      .ok());
   }
   std::unique_ptr<ServerEndpoint> listen(const std::string& name, int queue) override {
