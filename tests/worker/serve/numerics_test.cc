@@ -1,0 +1,246 @@
+// The Invariant bar: a row's tokens and log-probabilities are bitwise the same alone and in any
+// company, however it was cut, cached, preempted or padded.
+#include "serve_fixture.h"
+
+#include <algorithm>
+
+namespace tandem::worker::serve {
+namespace {
+
+void expect_same(const Outcome& expected, const Outcome& got, const std::string& where) {
+  EXPECT_EQ(expected.ids, got.ids) << where;
+  ASSERT_EQ(expected.logprobs.size(), got.logprobs.size()) << where;
+  for (std::size_t i = 0; i < expected.logprobs.size(); ++i)
+    EXPECT_EQ(expected.logprobs[i], got.logprobs[i]) << where << " token " << i;
+  ASSERT_EQ(expected.top.size(), got.top.size()) << where;
+  for (std::size_t i = 0; i < expected.top.size(); ++i) {
+    EXPECT_EQ(expected.top[i].id, got.top[i].id) << where;
+    EXPECT_EQ(expected.top[i].logprob, got.top[i].logprob) << where;
+  }
+  EXPECT_EQ(expected.prompt_logprobs, got.prompt_logprobs) << where;
+  EXPECT_EQ(expected.text, got.text) << where;
+  EXPECT_EQ(expected.finish, got.finish) << where;
+}
+
+TEST(ServeNumerics, GreedyIsTheArgmaxOfThePackedForwardBitForBit) {
+  ServeBench bench(ServeBench::cpu());
+  const auto weights = bench.adapter(1);
+  for (const bool adapted : {false, true}) {
+    auto engine = bench.engine();
+    ASSERT_TRUE(engine->install_adapter(ServeBench::name(1), weights).ok());
+    Random random(adapted ? 3 : 4);
+    GenerateRequest r = request("r", random_prompt(random, 21), 20);
+    if (adapted) r.adapter = ServeBench::name(1);
+    const Outcome got = run_alone(*engine, r);
+    ASSERT_EQ(got.ids.size(), 20u);
+    std::vector<std::int32_t> tokens = r.prompt;
+    for (std::size_t i = 0; i < got.ids.size(); ++i) {
+      const auto logits = packed_logits(bench, tokens, adapted ? 0 : -1, weights->rank_max);
+      const auto row = std::span(logits).last(static_cast<std::size_t>(bench.config.vocab));
+      const auto argmax = std::max_element(row.begin(), row.end()) - row.begin();
+      ASSERT_EQ(got.ids[i], argmax) << "token " << i;
+      double sum = 0;
+      for (float l : row) sum += std::exp(static_cast<double>(l) - row[argmax]);
+      EXPECT_NEAR(got.logprobs[i], -std::log(sum), 1e-5) << "token " << i;
+      tokens.push_back(got.ids[i]);
+    }
+  }
+}
+
+// What the trainer calls loss, the server calls minus log-probability: the same bits.
+TEST(ServeNumerics, PromptLogprobsAreTheTrainersLossesBitForBit) {
+  ServeBench bench(ServeBench::cpu());
+  const auto weights = bench.adapter(5);
+  Random random(9);
+  const std::vector<std::int32_t> tokens = random_prompt(random, 90);
+  for (const std::int64_t chunk : {1, 7, 16, 0}) {
+    ServeOptions o = bench.options();
+    o.prefill_chunk_max = chunk;
+    auto engine = bench.engine(o);
+    ASSERT_TRUE(engine->install_adapter(ServeBench::name(5), weights).ok());
+    GenerateRequest r = request("score", tokens, 0);
+    r.adapter = ServeBench::name(5);
+    r.sampling.prompt_logprobs_from = 1;
+    const Outcome got = run_alone(*engine, r);
+    EXPECT_EQ(got.finish, FinishReason::kLength);
+    ASSERT_EQ(got.prompt_logprobs.size(), tokens.size() - 1);
+
+    const auto t = static_cast<std::int64_t>(tokens.size());
+    const kernels::ArenaScope scope(bench.activations);
+    const auto upload = [&](const std::vector<std::int32_t>& host) {
+      const kernels::Tensor x =
+          bench.activations.alloc({static_cast<std::int64_t>(host.size())}, DType::kI32);
+      bench.backend.ops->upload(bench.exec, std::as_bytes(std::span(host)), x);
+      return x;
+    };
+    std::vector<std::int32_t> positions, labels;
+    for (std::int32_t i = 0; i < t; ++i) positions.push_back(i);
+    labels.assign(tokens.begin() + 1, tokens.end());
+    labels.push_back(static_cast<std::int32_t>(kernels::kIgnoreLabel));
+    model::TokenBatch batch;
+    batch.ids = upload(tokens);
+    batch.positions = upload(positions);
+    batch.seq_offsets = upload({0, static_cast<std::int32_t>(t)});
+    batch.seq_len_max = t;
+    batch.adapters = {upload({0, static_cast<std::int32_t>(t)}), upload({0}), 1, weights->rank_max,
+                      0.0f, 0};
+    const model::Transformer transformer(*bench.weights, &bench.table, {0, bench.config.layers});
+    const kernels::Tensor hidden = bench.activations.alloc({t, bench.config.width}, bench.dtype);
+    const kernels::Tensor loss = bench.activations.alloc({t}, DType::kF32);
+    transformer.forward(bench.context, batch, {}, hidden, nullptr, model::Recompute::kNone);
+    transformer.loss(bench.context, hidden, upload(labels), 0.0f, loss, {}, {});
+    std::vector<float> losses(tokens.size());
+    bench.backend.ops->download(bench.exec, loss, std::as_writable_bytes(std::span(losses)));
+    for (std::size_t i = 0; i + 1 < tokens.size(); ++i)
+      EXPECT_EQ(got.prompt_logprobs[i], -losses[i]) << "token " << i + 1 << " chunk " << chunk;
+  }
+}
+
+TEST(ServeNumerics, ScoringAGenerationGivesItsLogprobsBack) {
+  ServeBench bench(ServeBench::cpu());
+  auto engine = bench.engine();
+  Random random(2);
+  const GenerateRequest r = request("r", random_prompt(random, 30), 25);
+  const Outcome got = run_alone(*engine, r);
+  GenerateRequest score = request("score", r.prompt, 0);
+  score.prompt.insert(score.prompt.end(), got.ids.begin(), got.ids.end());
+  score.sampling.prompt_logprobs_from = static_cast<std::int64_t>(r.prompt.size());
+  const Outcome scored = run_alone(*engine, score);
+  EXPECT_GT(scored.usage.cached_prompt_tokens, 0);  // only what nobody asked about
+  EXPECT_EQ(scored.prompt_logprobs, got.logprobs);
+}
+
+/// Requests with every kind of sampling, some with common beginnings, some with adapters.
+std::vector<GenerateRequest> mixed_requests(std::uint64_t seed, std::size_t count) {
+  Random random(seed, 5);
+  std::vector<std::vector<std::int32_t>> beginnings;
+  for (int i = 0; i < 3; ++i) beginnings.push_back(random_prompt(random, 33));
+  std::vector<GenerateRequest> all;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::vector<std::int32_t> prompt;
+    if (random.below(2)) prompt = beginnings[random.below(3)];
+    const auto tail = random_prompt(random, 1 + static_cast<std::int64_t>(random.below(40)));
+    prompt.insert(prompt.end(), tail.begin(), tail.end());
+    GenerateRequest r = request(str("request ", i), prompt,
+                                1 + static_cast<std::int64_t>(random.below(30)));
+    SamplingParams& p = r.sampling;
+    p.logprobs = static_cast<std::int64_t>(random.below(4));
+    if (random.below(3)) p.temperature = 0.5f + random.uniform();
+    if (random.below(3) == 0) p.top_k = 1 + static_cast<std::int64_t>(random.below(40));
+    if (random.below(3) == 0) p.top_p = 0.5f + 0.5f * random.uniform();
+    if (random.below(3) == 0) p.min_p = 0.1f * random.uniform();
+    if (random.below(3) == 0) p.repetition_penalty = 1.0f + random.uniform();
+    if (random.below(4) == 0) p.presence_penalty = random.uniform();
+    if (random.below(4) == 0) p.frequency_penalty = random.uniform();
+    if (random.below(4) == 0) p.prompt_logprobs_from = 1 + static_cast<std::int64_t>(random.below(prompt.size()));
+    if (random.below(2)) p.seed = random.next();
+    if (random.below(3)) r.adapter = ServeBench::name(random.below(4));
+    all.push_back(std::move(r));
+  }
+  return all;
+}
+
+class ServeInvariance : public testing::TestWithParam<std::uint64_t> {};
+
+TEST_P(ServeInvariance, NothingAroundARowChangesItsBits) {
+  const std::uint64_t seed = GetParam();
+  ServeBench bench(ServeBench::cpu());
+  std::vector<std::shared_ptr<const model::AdapterWeights>> adapters;
+  for (std::uint64_t a = 0; a < 4; ++a) adapters.push_back(bench.adapter(a));
+  const auto requests = mixed_requests(seed, 12);
+  const auto install_all = [&](ServeEngine& engine) {
+    for (std::uint64_t a = 0; a < 4; ++a)
+      ASSERT_TRUE(engine.install_adapter(ServeBench::name(a), adapters[a]).ok());
+  };
+  // Alone: one request at a time, nothing cached, prefill in one piece.
+  Outcomes alone;
+  {
+    ServeOptions o = bench.options();
+    o.prefix_cache = false;
+    o.max_batch_tokens = 160;
+    auto engine = bench.engine(o);
+    install_all(*engine);
+    for (const GenerateRequest& r : requests) alone[r.id.value] = run_alone(*engine, r);
+  }
+  std::int64_t preemptions = 0, hits = 0;
+  for (std::uint64_t variant = 0; variant < 6; ++variant) {
+    Random random(seed, 100 + variant);
+    ServeOptions o = bench.options();
+    const std::array<std::int64_t, 4> chunks{1, 7, 16, 0};
+    o.prefill_chunk_max = chunks[variant % 4];
+    o.prefix_cache = variant != 1;
+    o.block_size = variant % 2 ? 32 : 16;
+    o.max_running = 2 + static_cast<std::int64_t>(random.below(7));
+    o.max_batch_tokens = o.max_running + 1 + static_cast<std::int64_t>(random.below(60));
+    if (variant == 2) o.token_buckets = {1, 2, 4, 8, 16, 32, 64, 128};
+    if (variant >= 3)  // room for little more than one sequence: preemption
+      o.kv_bytes_max = (256 / o.block_size) * kv_layout(bench.config, bench.dtype, o).block_bytes;
+    auto engine = bench.engine(o, variant == 4 ? 2 : 4);  // fewer slots than adapters
+    install_all(*engine);
+    Outcomes got;
+    std::vector<std::size_t> order(requests.size());
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+    random.shuffle(order);
+    for (const std::size_t i : order) {
+      ASSERT_TRUE(engine->submit(requests[i]).ok());
+      for (std::uint64_t steps = random.below(4); steps > 0 && engine->has_work(); --steps)
+        take(engine->step(), got);
+      if (variant == 5 && random.below(3) == 0) {  // a training job takes memory and returns it
+        engine->set_kv_limit(256 / o.block_size - 6);
+        if (engine->has_work()) take(engine->step(), got);
+        engine->set_kv_limit(256 / o.block_size);
+      }
+    }
+    for (auto& [id, outcome] : drain(*engine)) {
+      if (!got.contains(id)) {
+        got[id] = outcome;
+        continue;
+      }
+      Outcome& sofar = got[id];
+      sofar.ids.insert(sofar.ids.end(), outcome.ids.begin(), outcome.ids.end());
+      sofar.logprobs.insert(sofar.logprobs.end(), outcome.logprobs.begin(), outcome.logprobs.end());
+      sofar.top.insert(sofar.top.end(), outcome.top.begin(), outcome.top.end());
+      if (!outcome.prompt_logprobs.empty()) sofar.prompt_logprobs = outcome.prompt_logprobs;
+      sofar.text += outcome.text;
+      sofar.finish = outcome.finish;
+    }
+    for (const GenerateRequest& r : requests)
+      expect_same(alone[r.id.value], got[r.id.value],
+                  str("seed ", seed, " variant ", variant, " ", r.id));
+    const ServeStats stats = engine->stats();
+    EXPECT_EQ(stats.kv_blocks_free, stats.kv_blocks_total);
+    preemptions += stats.preemptions;
+    hits += stats.prefix_hits;
+  }
+  EXPECT_GT(preemptions, 0) << "the variants must force preemption";
+  EXPECT_GT(hits, 0) << "the variants must hit the prefix cache";
+}
+INSTANTIATE_TEST_SUITE_P(Seeds, ServeInvariance, testing::Range<std::uint64_t>(0, 6));
+
+TEST(ServeNumerics, AnAdapterWithNanEndsItsOwnRequestsOnly) {
+  ServeBench bench(ServeBench::cpu());
+  auto engine = bench.engine();
+  Random random(1);
+  const GenerateRequest healthy = request("healthy", random_prompt(random, 20), 10);
+  const Outcome alone = run_alone(*engine, healthy);
+  const auto shape = model::site_shape(bench.config, model::Site::kDown);
+  model::HostAdapterTensor broken{1, model::Site::kDown, 1, 1.0f, {}, {}};
+  broken.a.assign(static_cast<std::size_t>(shape.i), std::nanf(""));
+  broken.b.assign(static_cast<std::size_t>(shape.n), 1.0f);
+  const auto weights =
+      model::build_adapter(*bench.backend.ops, bench.exec, *bench.backend.allocator,
+                           *bench.backend.ledger, bench.config, bench.dtype, {broken});
+  ASSERT_TRUE(weights.ok());
+  ASSERT_TRUE(engine->install_adapter(ServeBench::name(9), *weights).ok());
+  GenerateRequest sick = request("sick", random_prompt(random, 20), 10);
+  sick.adapter = ServeBench::name(9);
+  ASSERT_TRUE(engine->submit(sick).ok());
+  ASSERT_TRUE(engine->submit(healthy).ok());
+  const Outcomes got = drain(*engine);
+  EXPECT_EQ(got.at("sick").finish, FinishReason::kError);
+  EXPECT_NE(got.at("sick").error.message().find("not finite"), std::string::npos);
+  expect_same(alone, got.at("healthy"), "beside NaN");
+}
+
+}  // namespace
+}  // namespace tandem::worker::serve
