@@ -113,6 +113,8 @@ bool BatchScheduler::admit(Sequence* sequence, bool alone) {
   }
   while (static_cast<std::int64_t>(blocks.size()) < blocks_for(sequence->size()))
     blocks.push_back(*kv_.allocate());
+  prefix_queries_ += reusable;
+  prefix_hits_ += cached;
   sequence->blocks = std::move(blocks);
   sequence->computed = cached * limits_.block_size;
   sequence->published = cached;

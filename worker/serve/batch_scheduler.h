@@ -65,6 +65,9 @@ class BatchScheduler {
   [[nodiscard]] bool has_runnable() const;
   [[nodiscard]] const std::vector<Sequence*>& waiting_list() const { return waiting_; }
   [[nodiscard]] std::int64_t preemptions() const { return preemptions_; }
+  /// Whole blocks of admitted sequences that could have come from the prefix cache, and that did.
+  [[nodiscard]] std::int64_t prefix_queries() const { return prefix_queries_; }
+  [[nodiscard]] std::int64_t prefix_hits() const { return prefix_hits_; }
 
  private:
   void grow_running(Batch& batch);
@@ -85,7 +88,7 @@ class BatchScheduler {
   BatchLimits limits_;
   const Digest base_;
   std::vector<Sequence*> waiting_, running_;  ///< ascending age
-  std::int64_t step_ = 0, preemptions_ = 0;
+  std::int64_t step_ = 0, preemptions_ = 0, prefix_queries_ = 0, prefix_hits_ = 0;
   struct Service {
     Digest adapter;
     std::int64_t last_step, age;

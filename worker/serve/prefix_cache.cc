@@ -30,7 +30,6 @@ std::optional<std::int32_t> KvBlocks::allocate() {
 std::vector<std::int32_t> KvBlocks::match(std::span<const Digest> keys) {
   std::vector<std::int32_t> blocks;
   if (!reuse_) return blocks;
-  queries_ += static_cast<std::int64_t>(keys.size());
   for (const Digest& key : keys) {
     const auto found = known_.find(key);
     if (found == known_.end()) break;
@@ -38,7 +37,6 @@ std::vector<std::int32_t> KvBlocks::match(std::span<const Digest> keys) {
     allocator_.retain(found->second);
     blocks.push_back(found->second);
   }
-  hits_ += static_cast<std::int64_t>(blocks.size());
   return blocks;
 }
 

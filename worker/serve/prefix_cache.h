@@ -46,8 +46,6 @@ class KvBlocks {
   [[nodiscard]] std::int64_t idle() const { return idle_; }
   [[nodiscard]] std::int64_t limit() const { return allocator_.limit(); }
   [[nodiscard]] const BlockAllocator& allocator() const { return allocator_; }
-  [[nodiscard]] std::int64_t queries() const { return queries_; }
-  [[nodiscard]] std::int64_t hits() const { return hits_; }
 
  private:
   struct Entry {
@@ -67,7 +65,7 @@ class KvBlocks {
   std::unordered_map<Digest, std::int32_t> known_;
   std::vector<Entry> entries_;  ///< [blocks]
   std::int32_t newest_ = kNone, oldest_ = kNone;
-  std::int64_t idle_ = 0, queries_ = 0, hits_ = 0;
+  std::int64_t idle_ = 0;
 };
 
 }  // namespace tandem::worker::serve

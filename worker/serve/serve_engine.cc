@@ -44,8 +44,7 @@ Status check_options(const model::ModelConfig& config, DType dtype, const ServeP
   TANDEM_RETURN_IF_ERROR(check_option("max_running", o.max_running, 1, kCountMax));
   TANDEM_RETURN_IF_ERROR(
       check_option("max_batch_tokens", o.max_batch_tokens, o.max_running + 1, kCountMax));
-  TANDEM_RETURN_IF_ERROR(
-      check_option("prefill_chunk_max", o.prefill_chunk_max, 0, o.max_batch_tokens));
+  TANDEM_RETURN_IF_ERROR(check_option("prefill_chunk_max", o.prefill_chunk_max, 0, kCountMax));
   TANDEM_RETURN_IF_ERROR(check_option("max_waiting", o.max_waiting, 1, kCountMax));
   TANDEM_RETURN_IF_ERROR(check_option("context_max", o.context_max, 0, config.context_max));
   TANDEM_RETURN_IF_ERROR(check_option("adapter_rank_max", o.adapter_rank_max, 1, kCountMax));
@@ -429,8 +428,8 @@ ServeStats ServeEngine::stats() const {
   s.kv_blocks_free = impl.blocks.available();
   s.kv_blocks_total = impl.blocks.limit();
   s.kv_block_bytes = impl.layout.block_bytes;
-  s.prefix_queries = impl.blocks.queries();
-  s.prefix_hits = impl.blocks.hits();
+  s.prefix_queries = impl.scheduler.prefix_queries();
+  s.prefix_hits = impl.scheduler.prefix_hits();
   s.preemptions = impl.scheduler.preemptions();
   s.steps = impl.steps;
   s.prefill_tokens = impl.prefill_tokens;

@@ -62,8 +62,8 @@ struct ServeBench {
       : backend(std::move(device)),
         config(std::move(config_in)),
         dtype(dtype_in),
-        workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
-                  "workspace", std::int64_t{1} << 30),
+        workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace, "workspace",
+                  std::int64_t{1} << 30),
         activations(*backend.allocator, *backend.ledger, kernels::MemoryKind::kActivations,
                     "activations", std::int64_t{1} << 30),
         weights_arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWeights, "weights",
@@ -82,7 +82,7 @@ struct ServeBench {
         weights(model::make_resident_weights(base)),
         table(*backend.ops, exec, adapters_arena, config, slots) {}
 
-  static kernels::Backend cpu(int threads = 2) {
+  static kernels::Backend cpu(int threads = 1) {
     kernels::CpuOptions options;
     options.threads = threads;
     return kernels::make_cpu_backend(options);
@@ -164,8 +164,9 @@ struct Outcome {
   void add(const SequenceOutput& out) {
     EXPECT_EQ(finish, FinishReason::kNone) << "output after the end of " << out.id;
     if (first_index < 0) first_index = out.index;
-    if (!out.token_ids.empty())
+    if (!out.token_ids.empty()) {
       EXPECT_EQ(out.index, first_index + static_cast<std::int64_t>(ids.size()));
+    }
     ids.insert(ids.end(), out.token_ids.begin(), out.token_ids.end());
     for (const TokenLogprobs& l : out.logprobs) {
       logprobs.push_back(l.logprob);
@@ -185,10 +186,14 @@ using Outcomes = std::map<std::string, Outcome>;
 inline void take(const StepOutput& out, Outcomes& outcomes) {
   for (const SequenceOutput& o : out.outputs) outcomes[o.id.value].add(o);
 }
-inline Outcomes drain(ServeEngine& engine, int steps_max = 5000) {
-  Outcomes outcomes;
+/// Steps until nothing is left to do.
+inline void drain(ServeEngine& engine, Outcomes& outcomes, int steps_max = 5000) {
   for (int i = 0; i < steps_max && engine.has_work(); ++i) take(engine.step(), outcomes);
   EXPECT_FALSE(engine.has_work());
+}
+inline Outcomes drain(ServeEngine& engine) {
+  Outcomes outcomes;
+  drain(engine, outcomes);
   return outcomes;
 }
 inline Outcome run_alone(ServeEngine& engine, const GenerateRequest& request) {
@@ -221,8 +226,8 @@ inline std::vector<float> packed_logits(ServeBench& bench, const std::vector<std
   const auto t = static_cast<std::int64_t>(tokens.size());
   const kernels::ArenaScope scope(bench.activations);
   const auto upload = [&](const std::vector<std::int32_t>& host) {
-    const kernels::Tensor x = bench.activations.alloc({static_cast<std::int64_t>(host.size())},
-                                                      DType::kI32);
+    const kernels::Tensor x =
+        bench.activations.alloc({static_cast<std::int64_t>(host.size())}, DType::kI32);
     bench.backend.ops->upload(bench.exec, std::as_bytes(std::span(host)), x);
     return x;
   };
@@ -233,8 +238,12 @@ inline std::vector<float> packed_logits(ServeBench& bench, const std::vector<std
   batch.positions = upload(positions);
   batch.seq_offsets = upload({0, static_cast<std::int32_t>(t)});
   batch.seq_len_max = t;
-  batch.adapters = {upload({0, static_cast<std::int32_t>(t)}), upload({slot}), 1,
-                    slot < 0 ? 0 : rank_max, 0.0f, 0};
+  batch.adapters = {upload({0, static_cast<std::int32_t>(t)}),
+                    upload({slot}),
+                    1,
+                    slot < 0 ? 0 : rank_max,
+                    0.0f,
+                    0};
   const model::Transformer transformer(*bench.weights, &bench.table, {0, bench.config.layers});
   const kernels::Tensor hidden = bench.activations.alloc({t, bench.config.width}, bench.dtype);
   const kernels::Tensor logits = bench.activations.alloc({t, bench.config.vocab}, DType::kF32);
