@@ -135,7 +135,7 @@ TEST(ServeText, DeltasAreWholeCharactersAndAddUpToTheDecodedTokens) {
     GenerateRequest r = request(str(i), f.prompt(10), 60);
     r.sampling.temperature = 1.5f;  // bytes at random: halves of characters abound
     const Outcome got = run_alone(*engine, r);
-    EXPECT_EQ(got.text, f.tokenizer->decode(got.ids));
+    EXPECT_EQ(got.text, f.tokenizer->decode(got.ids, true));
     for (const std::string& delta : got.deltas)
       EXPECT_TRUE(f.tokenizer->encode(delta).ok()) << "not UTF-8";
   }
