@@ -5,22 +5,59 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <iterator>
 
 namespace tandem::text {
 namespace {
 
-Status check_combining_runs(std::string_view text) {
-  int run = 0;
-  for (std::size_t i = 0; i < text.size();) {
-    const char32_t c = next_code_point(text, i);
-    const bool combines =
-        c >= 0x300 && utf8proc_get_property(static_cast<utf8proc_int32_t>(c))->combining_class != 0;
-    run = combines ? run + 1 : 0;
-    if (run > kCombiningRunMax)
-      return refused_error(str("text has a run of more than ", kCombiningRunMax,
-                               " combining characters before byte ", i, "; shorten it"));
-  }
+struct Range {
+  char32_t first, last;
+};
+/// Characters whose normalization younger versions of Unicode changed or added. The reference's
+/// tables are those of Unicode 9, so for it they are ordinary letters; and so tokens do not depend
+/// on the version of the library that is installed. Found by comparing every code point.
+constexpr std::array<Range, 58> kYoungerThanReference{{
+    {0x7FD, 0x7FD},     {0x897, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},
+    {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},
+    {0x1ABF, 0x1ADD},   {0x1AE0, 0x1AEB},   {0x1DF6, 0x1DFA},   {0x32FF, 0x32FF},
+    {0xA7F1, 0xA7F4},   {0xA82C, 0xA82C},   {0xAB69, 0xAB69},   {0x105C9, 0x105C9},
+    {0x105D2, 0x105D2}, {0x105DA, 0x105DA}, {0x105E4, 0x105E4}, {0x10781, 0x107BA},
+    {0x10D24, 0x10D27}, {0x10D69, 0x10D6D}, {0x10EAB, 0x10EAC}, {0x10EFA, 0x10EFF},
+    {0x10F46, 0x10F50}, {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B},
+    {0x11382, 0x113E2}, {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x11930, 0x11930},
+    {0x11935, 0x11935}, {0x11938, 0x11938}, {0x1193D, 0x1193E}, {0x11943, 0x11943},
+    {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47}, {0x11A99, 0x11A99},
+    {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97}, {0x11F41, 0x11F42},
+    {0x1611E, 0x1612F}, {0x16D63, 0x16D6A}, {0x16FF0, 0x16FF1}, {0x1CCD6, 0x1CCF9},
+    {0x1E030, 0x1E06D}, {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE},
+    {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}, {0x1E6E3, 0x1E6F5},
+    {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9},
+}};
+
+bool is_younger_than_reference(char32_t c) {
+  if (c < kYoungerThanReference.front().first) return false;
+  const auto* after =
+      std::upper_bound(kYoungerThanReference.begin(), kYoungerThanReference.end(), c,
+                       [](char32_t value, const Range& range) { return value < range.first; });
+  return c <= std::prev(after)->last;
+}
+
+bool is_combining(char32_t c) {
+  return c >= 0x300 &&
+         utf8proc_get_property(static_cast<utf8proc_int32_t>(c))->combining_class != 0;
+}
+
+Status append_normalized(std::string_view text, int options, std::string& out) {
+  if (text.empty()) return Status::ok_status();
+  utf8proc_uint8_t* result = nullptr;
+  const utf8proc_ssize_t size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                             static_cast<utf8proc_ssize_t>(text.size()), &result,
+                                             static_cast<utf8proc_option_t>(options));
+  if (size >= 0) out.append(reinterpret_cast<const char*>(result), static_cast<std::size_t>(size));
+  std::free(result);
+  if (size < 0) return invalid_error(str("text cannot be normalized: ", utf8proc_errmsg(size)));
   return Status::ok_status();
 }
 
@@ -33,21 +70,26 @@ utf8proc_category_t category(char32_t c) {
 Result<std::string> normalize(std::string_view text, NormalForm form) {
   const auto ascii = [](char c) { return static_cast<unsigned char>(c) < 0x80; };
   if (std::all_of(text.begin(), text.end(), ascii)) return std::string(text);
-  TANDEM_RETURN_IF_ERROR(check_combining_runs(text));
   int options = UTF8PROC_STABLE;
   const bool composed = form == NormalForm::kNfc || form == NormalForm::kNfkc;
   options |= composed ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
   if (form == NormalForm::kNfkc || form == NormalForm::kNfkd) options |= UTF8PROC_COMPAT;
-  utf8proc_uint8_t* result = nullptr;
-  const utf8proc_ssize_t size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                                             static_cast<utf8proc_ssize_t>(text.size()), &result,
-                                             static_cast<utf8proc_option_t>(options));
-  if (size < 0) {
-    std::free(result);
-    return invalid_error(str("text cannot be normalized: ", utf8proc_errmsg(size)));
+  std::string out;
+  std::size_t from = 0;
+  int run = 0;
+  for (std::size_t i = 0; i < text.size();) {
+    const std::size_t begin = i;
+    const char32_t c = next_code_point(text, i);
+    run = is_combining(c) ? run + 1 : 0;
+    if (run > kCombiningRunMax)
+      return refused_error(str("text has a run of more than ", kCombiningRunMax,
+                               " combining characters before byte ", i, "; shorten it"));
+    if (!is_younger_than_reference(c)) continue;
+    TANDEM_RETURN_IF_ERROR(append_normalized(text.substr(from, begin - from), options, out));
+    out += text.substr(begin, i - begin);
+    from = i;
   }
-  std::string out(reinterpret_cast<const char*>(result), static_cast<std::size_t>(size));
-  std::free(result);
+  TANDEM_RETURN_IF_ERROR(append_normalized(text.substr(from), options, out));
   return out;
 }
 

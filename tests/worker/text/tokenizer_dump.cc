@@ -53,4 +53,6 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace tandem::text
 
-int main(int argc, char** argv) { return tandem::text::run(argc, argv); }
+int main(int argc, char** argv) {
+  return tandem::text::run(argc, argv);
+}
