@@ -138,7 +138,7 @@ struct AttentionArgs {
   Tensor seq_offsets;  ///< [S + 1] i32; rows beyond the last offset are inert: out rows zeroed
   std::int64_t seq_len_max;  ///< host bound
   Tensor out;                ///< [T, H * D] cd, overwritten
-  Tensor lse;                ///< [T, H] f32, overwritten; undefined when no backward follows
+  Tensor lse;  ///< [T, H] f32, overwritten (inert rows zeroed); undefined when no backward follows
 };
 struct AttentionBackwardArgs {
   AttentionSpec spec;

@@ -38,6 +38,15 @@ std::int64_t site_outputs_max(const std::vector<LoraSite>& sites) {
 constexpr std::int64_t kLogitsChunkBytes = 32 << 20;
 constexpr std::int64_t kLogitsChunkRowsMin = 16;
 
+/// The largest bytes(rows) over all 1 <= rows <= t: products choose their blocking by the number of
+/// rows, in steps of powers of two, and fewer rows may take more scratch.
+template <class F>
+std::int64_t most_over_rows(std::int64_t t, const F& bytes) {
+  std::int64_t most = bytes(t);
+  for (std::int64_t rows = 1; rows < t; rows *= 2) most = std::max(most, bytes(rows));
+  return most;
+}
+
 cpu::AttentionShape attention_shape(const AttentionSpec& spec, DType dtype) {
   return {spec.heads, spec.kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap, dtype};
 }
@@ -109,11 +118,13 @@ LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& a,
       terms = static_cast<std::int64_t>(a.sites.size());
       rank_sum = columns;
     }
-    w.gemm_bytes = std::max({cpu::small_product_scratch(cd, t, i, rank_max, threads),
-                             cpu::small_product_scratch(cd, t, n_max, rank_max, threads),
-                             cpu::small_product_scratch(cd, t, rank_max, i, threads),
-                             cpu::outer_accumulate_scratch(cd, t, rank_max, i, threads),
-                             cpu::outer_accumulate_scratch(cd, t, n_max, rank_max, threads)});
+    w.gemm_bytes = most_over_rows(t, [&](std::int64_t rows) {
+      return std::max({cpu::small_product_scratch(cd, rows, i, rank_max, threads),
+                       cpu::small_product_scratch(cd, rows, n_max, rank_max, threads),
+                       cpu::small_product_scratch(cd, rows, rank_max, i, threads),
+                       cpu::outer_accumulate_scratch(cd, rows, rank_max, i, threads),
+                       cpu::outer_accumulate_scratch(cd, rows, n_max, rank_max, threads)});
+    });
   }
   if (a.dx.defined())
     w.gemm_bytes = std::max(w.gemm_bytes, cpu::linear_input_grad_scratch(a.weight->dtype, t, n, i,
@@ -132,12 +143,15 @@ LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntr
   w.index = layout.add(t * 4);
   w.x = layout.add(w.chunk_rows * c * dtype_bytes(a.x.dtype));
   w.logits = layout.add(w.chunk_rows * v * 4);
-  w.gemm_bytes =
-      cpu::linear_forward_scratch(a.weight->dtype, w.chunk_rows, v, c, 0, 0, profile.threads);
-  if (a.dx.defined())
-    w.gemm_bytes = std::max(
-        w.gemm_bytes,
-        cpu::linear_input_grad_scratch(a.weight->dtype, w.chunk_rows, v, c, 0, 0, profile.threads));
+  if (a.dx.defined() && a.x.dtype == DType::kF32) w.partial = layout.add(w.chunk_rows * c * 4);
+  w.gemm_bytes = most_over_rows(w.chunk_rows, [&](std::int64_t rows) {
+    const DType format = a.weight->dtype;
+    const std::int64_t forward =
+        cpu::linear_forward_scratch(format, rows, v, c, 0, 0, profile.threads);
+    if (!a.dx.defined()) return forward;
+    return std::max(forward,
+                    cpu::linear_input_grad_scratch(format, rows, v, c, 0, 0, profile.threads));
+  });
   w.gemm = layout.add(w.gemm_bytes);
   w.bytes = layout.bytes();
   return w;

@@ -2,6 +2,8 @@
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/cpu_ops.h"
 
+#include <algorithm>
+
 namespace tandem::kernels::cpu {
 namespace {
 
@@ -57,6 +59,9 @@ void CpuOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
   cpu::attention_forward(shape_of(a.spec, a.qkv.dtype), t, rows(a.qkv), numbers(a.seq_offsets),
                          a.seq_len_max, output(a.out),
                          a.lse.defined() ? a.lse.as<float>() : nullptr, scratch.span(0, bytes));
+  if (!a.lse.defined()) return;
+  const std::int64_t live = numbers(a.seq_offsets).back();
+  std::fill_n(a.lse.as<float>() + live * a.spec.heads, (t - live) * a.spec.heads, 0.0f);
 }
 
 void CpuOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {

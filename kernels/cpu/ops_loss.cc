@@ -73,6 +73,24 @@ void row_loss(const LinearCrossEntropyArgs& a, std::int64_t row, float* logits) 
     row_gradient<bf16>(logits, v, label, s, a.gradient_scale);
 }
 
+/// dx = dlogits W in f32, a kVocabularyBlock at a time: blocks are fixed, so a row's bits are too.
+void input_grad_f32(const PackedMatrix& w, std::int64_t rows, const float* dlogits, float* dx,
+                    float* partial, std::span<std::byte> gemm, int threads) {
+  const std::int64_t c = w.k;
+  for (std::int64_t begin = 0; begin < w.n; begin += kVocabularyBlock) {
+    const std::int64_t n = std::min(kVocabularyBlock, w.n - begin);
+    const auto* panels = static_cast<const char*>(w.data) + packed_bytes(DType::kF32, begin, c);
+    float* to = begin == 0 ? dx : partial;
+    linear_input_grad({panels, DType::kF32, n, c}, rows, {dlogits + begin, w.n, DType::kF32},
+                      {to, c, DType::kF32}, {}, gemm);
+    if (begin == 0) continue;
+    parallel_for(threads, rows, [&](std::int64_t r) {
+      for (std::int64_t j = r * c; j < (r + 1) * c; ++j) dx[j] += partial[j];
+    });
+  }
+}
+static_assert(kVocabularyBlock % kPackRows == 0, "a block begins at a panel");
+
 }  // namespace
 
 void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) {
@@ -98,9 +116,11 @@ void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a
     parallel_for(profile_.threads, rows,
                  [&](std::int64_t r) { row_loss(a, at[r], logits + r * v); });
     if (!a.dx.defined()) continue;
-    // A row of gradients begins where its logits began: in bf16 rows are 2 V elements apart.
-    const std::int64_t ld = v * 4 / dtype_bytes(cd);
-    cpu::linear_input_grad(w, rows, {logits, ld, cd}, {chunk.data, c, cd}, {}, gemm);
+    if (cd == DType::kF32)
+      input_grad_f32(w, rows, logits, chunk.as<float>(), scratch.at<float>(layout.partial), gemm,
+                     profile_.threads);
+    else  // a row of bf16 gradients begins where its logits began: rows are 2 V elements apart
+      cpu::linear_input_grad(w, rows, {logits, 2 * v, cd}, {chunk.data, c, cd}, {}, gemm);
     parallel_for(profile_.threads, rows, [&](std::int64_t r) {
       std::memcpy(row_of(a.dx, at[r]), row_of(chunk, r), row_bytes);
     });

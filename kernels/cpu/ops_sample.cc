@@ -123,7 +123,8 @@ std::int32_t choose(const SampleArgs& a, std::int64_t row, const float* logits,
   std::int64_t n = keep_top_k(candidates, v, a.top_k.as<std::int32_t>()[row]);
   n = keep_top_p(candidates, n, a.top_p.as<float>()[row]);
   n = keep_min_p(candidates, n, a.min_p.as<float>()[row]);
-  if (n < v) std::sort(candidates, candidates + n, lower_id);
+  // Filters reorder even where they remove nothing.
+  if (n < v || a.top_p.as<float>()[row] < 1.0f) std::sort(candidates, candidates + n, lower_id);
   const float u = random_uniform(static_cast<std::uint64_t>(a.seed.as<std::int64_t>()[row]), 0,
                                  static_cast<std::uint64_t>(a.position.as<std::int64_t>()[row]));
   return draw(candidates, n, u);

@@ -1,0 +1,85 @@
+// AdamW against torch.optim.AdamW's recurrence in f64, and the global norm.
+#include "tests/kernels/op_param.h"
+#include "tests/kernels/reference.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tandem::kernels::testing {
+namespace {
+
+constexpr std::int64_t kSizes[] = {0, 1, 15, 16, 33, 1000, 70'001};
+
+class AdamW : public OpTest {};
+TANDEM_OP_TEST(AdamW, kSizes);
+
+TEST_P(AdamW, FollowsTheRecurrenceForThreeSteps) {
+  const std::int64_t n = row(kSizes);
+  const float lr = 1e-2f, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, decay = 0.1f;
+  for (const float max_norm : {0.0f, 0.5f}) {
+    Values p = random_values(n, DType::kF32, 1), m(p.size(), 0.0), v(p.size(), 0.0);
+    Values got_p = p, got_m = m, got_v = v;
+    for (int step = 1; step <= 3; ++step) {
+      const Values g = random_values(n, DType::kF32, 10 + static_cast<std::uint64_t>(step));
+      const double norm = dot(g, g);
+      const Outputs got = run_op(backend(), [&](TestDevice& device) {
+        const Tensor squared = device.output("squared", DType::kF32, {1});
+        const Tensor grad = device.input(g, DType::kF32, {n});
+        device.ops().squared_norm(device.exec(), {{grad}, squared});
+        device.ops().adamw(
+            device.exec(),
+            {device.in_out("p", got_p, DType::kF32, {n}), grad,
+             device.in_out("m", got_m, DType::kF32, {n}),
+             device.in_out("v", got_v, DType::kF32, {n}), device.output("cd", dtype(), {n}),
+             max_norm > 0.0f ? squared : Tensor{}, max_norm, lr, beta1, beta2, eps, decay, step});
+      });
+      const double clip =
+          max_norm > 0.0f ? std::min(1.0, max_norm / (std::sqrt(norm) + 1e-6)) : 1.0;
+      for (std::size_t j = 0; j < p.size(); ++j) {
+        const double d = g[j] * clip;
+        p[j] *= 1.0 - static_cast<double>(lr) * decay;
+        m[j] = beta1 * m[j] + (1.0 - static_cast<double>(beta1)) * d;
+        v[j] = beta2 * v[j] + (1.0 - static_cast<double>(beta2)) * d * d;
+        const double mh = m[j] / (1.0 - std::pow(static_cast<double>(beta1), step));
+        const double vh = v[j] / (1.0 - std::pow(static_cast<double>(beta2), step));
+        p[j] -= lr * mh / (std::sqrt(vh) + eps);
+      }
+      got_p = got.at("p").values(), got_m = got.at("m").values(), got_v = got.at("v").values();
+      // 1 - beta2 of an f32 beta2 is off by 2^-25 / 1e-3 relative; a dozen roundings per step.
+      const double allowed = tolerance(DType::kF32, 1, 32 * step);
+      expect_close("p", got_p, p, allowed);
+      expect_close("m", got_m, m, allowed);
+      expect_close("v", got_v, v, allowed);
+      EXPECT_EQ(got.at("cd").values(), rounded(got_p, dtype()));
+    }
+  }
+}
+
+class SquaredNorm : public OpTest {};
+TANDEM_OP_TEST(SquaredNorm, kSizes);
+
+TEST_P(SquaredNorm, SumsAllTensorsInF64) {
+  const std::int64_t n = row(kSizes);
+  const Values a = random_values(n, DType::kF32, 1, 1e3), b = random_values(7, DType::kF32, 2);
+  const Outputs got = run_op(backend(), [&](TestDevice& device) {
+    device.ops().squared_norm(
+        device.exec(), {{device.input(a, DType::kF32, {n}), device.input(b, DType::kF32, {7}),
+                         device.input({}, DType::kF32, {0})},
+                        device.output("out", DType::kF32, {1})});
+  });
+  // The sum is f64; only its end is rounded.
+  expect_close("out", got.at("out").values(), {dot(a, a) + dot(b, b)},
+               1.01 * unit_roundoff(DType::kF32));
+}
+
+TEST(SquaredNorm, OfNothingIsZero) {
+  for (const std::string& backend : executing_backends()) {
+    const Outputs got = run_op(backend, [&](TestDevice& device) {
+      device.ops().squared_norm(device.exec(), {{}, device.output("out", DType::kF32, {1})});
+    });
+    EXPECT_EQ(got.at("out").values(), Values{0.0});
+  }
+}
+
+}  // namespace
+}  // namespace tandem::kernels::testing

@@ -1,0 +1,318 @@
+// The promise of the estimator at its root: every op leaves the same peak in the ledger, byte for
+// byte, on the meta backend as on the one that executes.
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/meta/meta_backend.h"
+#include "tests/support/op_harness.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace tandem::kernels::testing {
+namespace {
+
+constexpr std::int64_t kArenaBytes = std::int64_t{1} << 34;
+
+/// A backend with one arena of tensors and one of scratch.
+struct Side {
+  explicit Side(Backend b)
+      : backend(std::move(b)),
+        tensors(*backend.allocator, *backend.ledger, MemoryKind::kActivations, "tensors",
+                kArenaBytes),
+        workspace(*backend.allocator, *backend.ledger, MemoryKind::kWorkspace, "workspace",
+                  kArenaBytes),
+        exec{workspace} {}
+
+  /// Filled with zeros, which every list and every number accepts.
+  Tensor zeros(DType dtype, Shape shape) {
+    const Tensor t = tensors.alloc(shape, dtype);
+    backend.ops->fill_zero(exec, t);
+    return t;
+  }
+  Tensor ints(const std::vector<std::int32_t>& values) {
+    const Tensor t = tensors.alloc({static_cast<std::int64_t>(values.size())}, DType::kI32);
+    backend.ops->upload(exec, std::as_bytes(std::span(values)), t);
+    return t;
+  }
+  PackedWeight weight(DType dtype, std::int64_t n, std::int64_t i) {
+    return backend.ops->pack_weight(
+        exec, tensors, dtype, n, i,
+        [i](std::int64_t, std::int64_t rows, float* out) { std::fill_n(out, rows * i, 0.0f); });
+  }
+
+  Backend backend;
+  Arena tensors, workspace;
+  Exec exec;
+};
+
+struct Case {
+  std::string name;
+  std::function<void(Side&, DType)> run;
+};
+
+struct Adapters {
+  std::vector<LoraSite> sites;
+  AdapterRows rows;
+};
+
+/// `slots` adapters of rank `rank` at `sites_count` equal sites, one segment of T / segments rows
+/// each.
+Adapters adapters(Side& side, DType cd, std::int64_t t, std::int64_t i, std::int64_t n,
+                  std::int64_t sites_count, std::int64_t slots, std::int64_t rank,
+                  std::int64_t segments, float dropout) {
+  Adapters a;
+  for (std::int64_t s = 0; s < sites_count; ++s) {
+    std::vector<LoraEntry> entries;
+    for (std::int64_t k = 0; k < slots; ++k) {
+      LoraEntry e;
+      e.rank = static_cast<std::int32_t>(rank);
+      e.scale = 1.0f;
+      e.a = side.zeros(cd, {rank, i}).data;
+      e.b = side.zeros(cd, {n / sites_count, rank}).data;
+      e.da = side.zeros(DType::kF32, {rank, i}).as<float>();
+      e.db = side.zeros(DType::kF32, {n / sites_count, rank}).as<float>();
+      entries.push_back(e);
+    }
+    const Tensor at = side.tensors.alloc(
+        {static_cast<std::int64_t>(entries.size() * sizeof(LoraEntry))}, DType::kU8);
+    side.backend.ops->upload(side.exec, std::as_bytes(std::span(entries)), at);
+    a.sites.push_back({s * (n / sites_count), n / sites_count, at, static_cast<std::uint64_t>(s)});
+  }
+  std::vector<std::int32_t> offsets{0}, at;
+  for (std::int64_t s = 0; s < segments; ++s) {
+    offsets.push_back(static_cast<std::int32_t>((s + 1) * t / segments));
+    at.push_back(static_cast<std::int32_t>(s % (slots + 1)) - 1);
+  }
+  a.rows = {side.ints(offsets), side.ints(at), segments, rank, dropout, 1};
+  return a;
+}
+
+void add_linear_cases(std::vector<Case>& cases) {
+  struct Shapes {
+    std::int64_t t, i, n, sites, slots, rank, segments;
+    float dropout;
+    bool save_u;
+  };
+  for (const Shapes& s : {Shapes{1, 64, 96, 0, 0, 0, 0, 0.0f, false},
+                          {33, 70, 50, 0, 0, 0, 0, 0.0f, false},
+                          {300, 576, 960, 3, 1, 16, 1, 0.0f, true},
+                          {300, 576, 960, 3, 1, 16, 1, 0.1f, true},
+                          {16, 576, 576, 1, 4, 8, 5, 0.0f, false},
+                          {64, 128, 256, 2, 3, 32, 7, 0.1f, false}}) {
+    const std::string shape =
+        str("t", s.t, " i", s.i, " n", s.n, " sites", s.sites, " drop", s.dropout);
+    cases.push_back({"linear forward " + shape, [s](Side& side, DType cd) {
+                       const PackedWeight w = side.weight(cd, s.n, s.i);
+                       Adapters a;
+                       if (s.sites > 0)
+                         a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments,
+                                      s.dropout);
+                       Tensor u;
+                       if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
+                       side.backend.ops->linear_forward(side.exec, {side.zeros(cd, {s.t, s.i}),
+                                                                    &w,
+                                                                    {},
+                                                                    a.sites,
+                                                                    s.sites > 0 ? &a.rows : nullptr,
+                                                                    side.zeros(cd, {s.t, s.n}),
+                                                                    u});
+                     }});
+    cases.push_back(
+        {"linear backward " + shape, [s](Side& side, DType cd) {
+           const PackedWeight w = side.weight(cd, s.n, s.i);
+           Adapters a;
+           if (s.sites > 0)
+             a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments, s.dropout);
+           Tensor u;
+           if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
+           side.backend.ops->linear_backward(
+               side.exec, {side.zeros(cd, {s.t, s.n}), side.zeros(cd, {s.t, s.i}), &w, a.sites,
+                           s.sites > 0 ? &a.rows : nullptr, u, side.zeros(cd, {s.t, s.i})});
+         }});
+  }
+}
+
+void add_attention_cases(std::vector<Case>& cases) {
+  struct Shapes {
+    std::int64_t t, heads, kv_heads, d, sequences;
+  };
+  for (const Shapes& s : {Shapes{1, 1, 1, 8, 1}, {130, 9, 3, 64, 2}, {64, 4, 4, 128, 4}}) {
+    const std::string shape = str("t", s.t, " heads", s.heads, " d", s.d);
+    const AttentionSpec spec{s.heads, s.kv_heads, s.d, 0.1f};
+    const std::int64_t width = (s.heads + 2 * s.kv_heads) * s.d, narrow = s.heads * s.d;
+    const auto offsets = [s](Side& side) {
+      std::vector<std::int32_t> at;
+      for (std::int64_t j = 0; j <= s.sequences; ++j)
+        at.push_back(static_cast<std::int32_t>(j * s.t / s.sequences));
+      return side.ints(at);
+    };
+    cases.push_back({"attention forward " + shape, [=](Side& side, DType cd) {
+                       side.backend.ops->attention_forward(
+                           side.exec, {spec, side.zeros(cd, {s.t, width}), offsets(side), s.t,
+                                       side.zeros(cd, {s.t, narrow}),
+                                       side.zeros(DType::kF32, {s.t, s.heads})});
+                     }});
+    cases.push_back({"attention backward " + shape, [=](Side& side, DType cd) {
+                       side.backend.ops->attention_backward(
+                           side.exec,
+                           {spec, side.zeros(cd, {s.t, narrow}), side.zeros(cd, {s.t, width}),
+                            side.zeros(cd, {s.t, narrow}), side.zeros(DType::kF32, {s.t, s.heads}),
+                            offsets(side), s.t, side.zeros(cd, {s.t, width})});
+                     }});
+    cases.push_back(
+        {"paged attention " + shape, [=](Side& side, DType cd) {
+           const std::int64_t blocks = (s.t + 15) / 16;
+           const Shape cache_shape{blocks, s.kv_heads, 16, s.d};
+           const KvCache cache{side.zeros(cd, cache_shape), side.zeros(cd, cache_shape), 16};
+           const auto lens = std::vector<std::int32_t>(
+               static_cast<std::size_t>(s.sequences),
+               static_cast<std::int32_t>((s.t + s.sequences - 1) / s.sequences));
+           side.backend.ops->paged_attention_forward(
+               side.exec, {spec, side.zeros(cd, {s.t, width}), offsets(side), side.ints(lens),
+                           side.zeros(DType::kI32, {s.sequences, blocks}), &cache, s.t,
+                           side.zeros(cd, {s.t, narrow})});
+         }});
+  }
+}
+
+void add_loss_cases(std::vector<Case>& cases) {
+  for (const std::int64_t t : {1, 40, 700})
+    for (const bool backward : {false, true})
+      cases.push_back(
+          {str("cross entropy t", t, backward ? " backward" : ""), [=](Side& side, DType cd) {
+             const PackedWeight w = side.weight(cd, 49'152, 8);
+             side.backend.ops->linear_cross_entropy(side.exec,
+                                                    {side.zeros(cd, {t, 8}),
+                                                     &w,
+                                                     side.zeros(DType::kI32, {t}),
+                                                     1.0f,
+                                                     side.zeros(DType::kF32, {t}),
+                                                     {},
+                                                     backward ? side.zeros(cd, {t, 8}) : Tensor{}});
+           }});
+  cases.push_back({"logprob", [](Side& side, DType) {
+                     side.backend.ops->logprob(
+                         side.exec, {side.zeros(DType::kF32, {3, 100}),
+                                     side.zeros(DType::kI32, {3}), side.zeros(DType::kF32, {3})});
+                   }});
+  cases.push_back({"sample", [](Side& side, DType) {
+                     SampleArgs a;
+                     a.logits = side.zeros(DType::kF32, {3, 1000});
+                     a.temperature = a.top_p = a.min_p = a.logprob = side.zeros(DType::kF32, {3});
+                     a.top_k = a.ids = side.zeros(DType::kI32, {3});
+                     a.seed = a.position = side.zeros(DType::kI64, {3});
+                     a.logprob = side.zeros(DType::kF32, {3});
+                     a.ids = side.zeros(DType::kI32, {3});
+                     side.backend.ops->sample(side.exec, a);
+                   }});
+}
+
+void add_row_cases(std::vector<Case>& cases) {
+  cases.push_back(
+      {"embedding and gather", [](Side& side, DType cd) {
+         const PackedWeight table = side.weight(cd, 5000, 300);
+         side.backend.ops->embedding_forward(
+             side.exec, {side.zeros(DType::kI32, {7}), &table, side.zeros(cd, {7, 300})});
+         side.backend.ops->gather_rows(
+             side.exec,
+             {side.zeros(cd, {7, 300}), side.zeros(DType::kI32, {2}), side.zeros(cd, {2, 300})});
+       }});
+  cases.push_back({"norms", [](Side& side, DType cd) {
+                     const Tensor w = side.zeros(cd, {64}), rstd = side.zeros(DType::kF32, {9});
+                     side.backend.ops->add_rms_norm_forward(
+                         side.exec, {side.zeros(cd, {9, 64}), side.zeros(cd, {9, 64}), w, 1e-5f,
+                                     side.zeros(cd, {9, 64}), rstd});
+                     side.backend.ops->rms_norm_backward(
+                         side.exec, {side.zeros(cd, {9, 64}), side.zeros(cd, {9, 64}), w, rstd,
+                                     side.zeros(cd, {9, 64})});
+                   }});
+  cases.push_back(
+      {"rope", [](Side& side, DType cd) {
+         const Tensor positions = side.zeros(DType::kI32, {9});
+         const Tensor freq = side.zeros(DType::kF32, {8});
+         const Tensor qkv = side.zeros(cd, {9, 64});
+         side.backend.ops->rope_forward(side.exec,
+                                        {qkv, positions, freq, 1.0f, 2, 1, 16, nullptr, {}});
+         side.backend.ops->rope_backward(side.exec, {qkv, positions, freq, 1.0f, 2, 1, 16});
+       }});
+  cases.push_back({"silu", [](Side& side, DType cd) {
+                     const Tensor wide = side.zeros(cd, {9, 64}), narrow = side.zeros(cd, {9, 32});
+                     side.backend.ops->silu_mul_forward(side.exec, {wide, narrow});
+                     side.backend.ops->silu_mul_backward(side.exec, {narrow, wide, wide});
+                   }});
+  cases.push_back(
+      {"optimizer", [](Side& side, DType cd) {
+         const Shape shape{200'000};
+         const Tensor p = side.zeros(DType::kF32, shape), g = side.zeros(DType::kF32, shape);
+         const Tensor m = side.zeros(DType::kF32, shape), v = side.zeros(DType::kF32, shape);
+         const Tensor norm = side.zeros(DType::kF32, {1});
+         side.backend.ops->squared_norm(side.exec, {{g, p, norm}, side.zeros(DType::kF32, {1})});
+         side.backend.ops->adamw(side.exec, {p, g, m, v, side.zeros(cd, shape), norm, 1.0f, 1e-3f,
+                                             0.9f, 0.99f, 1e-8f, 0.0f, 1});
+       }});
+}
+
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  add_row_cases(cases);
+  add_linear_cases(cases);
+  add_attention_cases(cases);
+  add_loss_cases(cases);
+  return cases;
+}
+
+TEST(Workspace, MetaBooksWhatTheCpuTakesByteForByte) {
+  std::int64_t scratch_seen = 0;
+  for (const int threads : {1, 2, 5})
+    for (const DType cd : {DType::kF32, DType::kBF16})
+      for (const Case& c : all_cases()) {
+        Side cpu(make_cpu_backend({.threads = threads}));
+        Side meta(make_meta_backend(cpu.backend.ops->profile()));
+        c.run(cpu, cd);
+        c.run(meta, cd);
+        const std::string what = str(c.name, " ", dtype_name(cd), " threads ", threads);
+        EXPECT_EQ(cpu.tensors.peak_used(), meta.tensors.peak_used()) << what;
+        EXPECT_EQ(cpu.workspace.peak_used(), meta.workspace.peak_used()) << what;
+        EXPECT_EQ(cpu.workspace.used(), 0) << what;
+        for (int kind = 0; kind < kMemoryKindCount; ++kind)
+          EXPECT_EQ(cpu.backend.ledger->peak(static_cast<MemoryKind>(kind)),
+                    meta.backend.ledger->peak(static_cast<MemoryKind>(kind)))
+              << what << " " << memory_kind_name(static_cast<MemoryKind>(kind));
+        EXPECT_EQ(cpu.backend.ledger->peak_total(), meta.backend.ledger->peak_total()) << what;
+        scratch_seen += cpu.workspace.peak_used();
+      }
+  EXPECT_GT(scratch_seen, 0);
+}
+
+TEST(Workspace, LossNeverHoldsAllLogits) {
+  // 4,096 rows over SmolLM2's vocabulary would be 805 MB of f32 logits.
+  Side meta(make_meta_backend(cpu_profile({.threads = 2})));
+  const PackedWeight w = meta.weight(DType::kBF16, 49'152, 576);
+  const std::int64_t t = 4096;
+  meta.backend.ops->linear_cross_entropy(meta.exec, {meta.zeros(DType::kBF16, {t, 576}),
+                                                     &w,
+                                                     meta.zeros(DType::kI32, {t}),
+                                                     1.0f,
+                                                     meta.zeros(DType::kF32, {t}),
+                                                     {},
+                                                     meta.zeros(DType::kBF16, {t, 576})});
+  EXPECT_LT(meta.workspace.peak_used(), 4 * t * 49'152 / 4);
+}
+
+TEST(MetaBackend, DownloadsZerosAndNeverCallsFill) {
+  Side meta(make_meta_backend(cpu_profile({.threads = 1})));
+  const Tensor x = meta.tensors.alloc({3}, DType::kF32);
+  float host[3] = {1.0f, 2.0f, 3.0f};
+  meta.backend.ops->download(meta.exec, x, std::as_writable_bytes(std::span(host)));
+  EXPECT_EQ(host[0] + host[1] + host[2], 0.0f);
+  const PackedWeight w = meta.backend.ops->pack_weight(
+      meta.exec, meta.tensors, DType::kF32, 100, 100,
+      [](std::int64_t, std::int64_t, float*) { FAIL() << "the meta backend read a weight"; });
+  EXPECT_EQ(w.storage.bytes(), meta.backend.ops->packed_weight_bytes(DType::kF32, 100, 100));
+}
+
+}  // namespace
+}  // namespace tandem::kernels::testing
