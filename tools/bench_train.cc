@@ -1,0 +1,201 @@
+// bench_train: LoRA training throughput of a model on this machine, as one JSON object: tokens per
+// second of whole optimizer steps, the time of each phase, and the floor that the arithmetic alone
+// would take at a product rate measured in the same run.
+#include "kernels/cpu/cpu_backend.h"
+#include "protocol/base/clock.h"
+#include "protocol/base/random.h"
+#include "worker/comm/communicator.h"
+#include "worker/model/model_loader.h"
+#include "worker/train/train_session.h"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <iostream>
+
+namespace {
+
+using namespace tandem;
+
+struct Options {
+  std::string model;
+  std::string dtype = "bf16";
+  std::string recompute = "none";
+  int threads = 2;
+  std::int64_t rank = 16, rows = 8, length = 512, steps = 4, warmup = 1;
+};
+
+/// `rows` documents of `length` random tokens, all trained, one micro-batch per step.
+std::vector<data::OptimizerStep> random_steps(const Options& options, std::int64_t vocab) {
+  std::vector<data::OptimizerStep> steps;
+  Random random(1234);
+  for (std::int64_t s = 0; s < options.steps + options.warmup; ++s) {
+    data::MicroBatch batch;
+    batch.cu_seqlens.push_back(0);
+    for (std::int64_t row = 0; row < options.rows; ++row) {
+      for (std::int64_t t = 0; t < options.length; ++t) {
+        batch.tokens.push_back(
+            static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(vocab))));
+        batch.positions.push_back(static_cast<std::int32_t>(t));
+      }
+      batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
+    }
+    batch.labels.assign(batch.tokens.begin() + 1, batch.tokens.end());
+    batch.labels.push_back(data::kIgnore);
+    batch.trained_tokens = static_cast<std::int64_t>(batch.tokens.size()) - 1;
+    steps.push_back({{batch}, batch.trained_tokens});
+  }
+  return steps;
+}
+
+/// Floating-point operations of one step: forward and input gradient of every frozen matrix (4 per
+/// weight and token, the head included), attention (causal: half of T * L), adapters (three
+/// products forward and backward).
+double step_flops(const worker::model::ModelConfig& c, const Options& options) {
+  const double tokens = static_cast<double>(options.rows * options.length);
+  double weights = static_cast<double>(c.vocab) * static_cast<double>(c.width), lora = 0.0;
+  for (int s = 0; s < worker::model::kSiteCount; ++s) {
+    const auto shape = worker::model::site_shape(c, worker::model::Site{s});
+    weights += static_cast<double>(c.layers * shape.n * shape.i);
+    lora += static_cast<double>(c.layers * options.rank * (shape.n + shape.i));
+  }
+  const double attention = static_cast<double>(c.layers * c.heads * c.head_dim) * tokens *
+                           static_cast<double>(options.length) / 2.0;
+  // Scores and values forward (2 products), five backward.
+  return tokens * (4.0 * weights + 6.0 * lora) + 2.0 * 7.0 * attention;
+}
+
+/// Operations per second of one large product through the engine's own linear op.
+double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
+  constexpr std::int64_t kT = 4096, kI = 1536, kN = 1536;
+  kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWeights, "rate",
+                       std::int64_t{1} << 28);
+  const auto weight = ctx.ops.pack_weight(
+      ctx.exec, arena, ctx.compute_dtype, kN, kI,
+      [](std::int64_t, std::int64_t rows, float* out) { std::fill_n(out, rows * kI, 0.01f); });
+  kernels::ArenaScope scope(ctx.activations);
+  const auto x = ctx.activations.alloc({kT, kI}, ctx.compute_dtype);
+  const auto y = ctx.activations.alloc({kT, kN}, ctx.compute_dtype);
+  ctx.ops.fill_zero(ctx.exec, x);
+  double best = 0.0;
+  for (int trial = 0; trial < 5; ++trial) {
+    const std::int64_t begin = steady_ns();
+    ctx.ops.linear_forward(ctx.exec, {x, &weight, {}, {}, nullptr, y, {}});
+    best = std::max(best, 2.0 * kT * kI * kN / static_cast<double>(steady_ns() - begin) * 1e9);
+  }
+  return best;
+}
+
+double seconds(std::int64_t ns) {
+  return static_cast<double>(ns) * 1e-9;
+}
+
+Status run(const Options& options) {
+  TANDEM_ASSIGN_OR_RETURN(auto loaded, worker::model::load_model(options.model));
+  const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
+  kernels::CpuOptions cpu;
+  cpu.threads = options.threads;
+  kernels::Backend backend = kernels::make_cpu_backend(cpu);
+  constexpr std::int64_t kReserve = std::int64_t{1} << 36;  // address space
+  const auto arena = [&](kernels::MemoryKind kind, const char* name) {
+    return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
+                                            kReserve);
+  };
+  const auto weight_arena = arena(kernels::MemoryKind::kWeights, "weights");
+  const auto table_arena = arena(kernels::MemoryKind::kAdapters, "slots");
+  const auto activations = arena(kernels::MemoryKind::kActivations, "activations");
+  const auto workspace = arena(kernels::MemoryKind::kWorkspace, "workspace");
+  kernels::Exec exec{*workspace};
+  const auto comm = worker::comm::make_single_communicator(
+      [&](kernels::Exec& e, kernels::Tensor from, kernels::Tensor to) {
+        backend.ops->copy(e, from, to);
+      });
+  TANDEM_ASSIGN_OR_RETURN(
+      auto base, worker::model::BaseWeights::load(*backend.ops, exec, *weight_arena, loaded.config,
+                                                  dtype, *loaded.source));
+  const auto weights = worker::model::make_resident_weights(base);
+  worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, loaded.config, 1);
+  worker::model::Context context{*backend.ops, exec, *comm, *activations, dtype};
+
+  worker::train::SessionOptions session_options;
+  protocol::TrainSettings& settings = session_options.settings;
+  settings.lora_r = options.rank;
+  settings.lora_alpha = 2.0 * static_cast<double>(options.rank);
+  settings.save_steps = 0;
+  settings.recompute = options.recompute;
+  TANDEM_ASSIGN_OR_RETURN(
+      auto session,
+      worker::train::TrainSession::create(
+          {*backend.allocator, *backend.ledger, context, *weights, adapters, 0}, session_options,
+          worker::train::make_fixed_batches(random_steps(options, loaded.config.vocab), {})));
+
+  worker::train::TrainSession::PhaseTimes before;
+  std::vector<double> step_seconds;
+  double loss = 0.0;
+  while (!session->finished()) {
+    TANDEM_ASSIGN_OR_RETURN(const auto event, session->run_slice());
+    if (const auto* done = std::get_if<worker::train::StepDone>(&event)) {
+      if (done->step <= options.warmup)
+        before = session->phase_times();
+      else
+        step_seconds.push_back(done->seconds);
+      loss = done->loss;
+    }
+  }
+  const auto after = session->phase_times();
+  const auto phase = [&](std::int64_t from, std::int64_t to) {
+    return seconds(to - from) / static_cast<double>(step_seconds.size());
+  };
+  std::sort(step_seconds.begin(), step_seconds.end());
+  const double median = step_seconds[step_seconds.size() / 2];
+  const double tokens = static_cast<double>(options.rows * options.length);
+  const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
+  const nlohmann::ordered_json report{{"bench", "train"},
+                                      {"model", options.model},
+                                      {"device", backend.ops->profile().name},
+                                      {"threads", options.threads},
+                                      {"dtype", options.dtype},
+                                      {"lora_r", options.rank},
+                                      {"rows", options.rows},
+                                      {"length", options.length},
+                                      {"steps", step_seconds.size()},
+                                      {"tokens_per_second", tokens / median},
+                                      {"step_seconds_median", median},
+                                      {"step_seconds_best", step_seconds.front()},
+                                      {"phase_seconds",
+                                       {{"data", phase(before.data, after.data)},
+                                        {"forward", phase(before.forward, after.forward)},
+                                        {"loss", phase(before.loss, after.loss)},
+                                        {"backward", phase(before.backward, after.backward)},
+                                        {"optimizer", phase(before.optimizer, after.optimizer)}}},
+                                      {"step_tflop", flops * 1e-12},
+                                      {"product_tflops", rate * 1e-12},
+                                      {"floor_seconds", flops / rate},
+                                      {"floor_tokens_per_second", tokens / (flops / rate)},
+                                      {"peak_bytes", backend.ledger->peak_total()},
+                                      {"last_loss", loss}};
+  std::cout << report.dump(2) << std::endl;
+  return {};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  CLI::App app("LoRA training throughput, as JSON");
+  app.add_option("--model", options.model, "Hugging Face folder or GGUF file")->required();
+  app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16"}));
+  app.add_option("--recompute", options.recompute)->check(CLI::IsMember({"none", "mlp", "block"}));
+  app.add_option("--threads", options.threads)->check(CLI::Range(1, 1024));
+  app.add_option("--rank", options.rank)->check(CLI::Range(1, 512));
+  app.add_option("--rows", options.rows, "documents of a packed step")->check(CLI::Range(1, 4096));
+  app.add_option("--length", options.length, "tokens of a document")->check(CLI::Range(2, 65536));
+  app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
+  app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
+  CLI11_PARSE(app, argc, argv);
+  const Status status = run(options);
+  if (status.ok()) return 0;
+  std::cerr << "bench_train: " << status.to_string() << std::endl;
+  return exit_code(status.code());
+}
