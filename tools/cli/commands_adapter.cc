@@ -1,0 +1,114 @@
+#include "storage/peft.h"
+#include "tools/cli/commands.h"
+#include "tools/cli/output.h"
+#include "worker/runtime/adapter_codec.h"
+
+#include <filesystem>
+#include <iostream>
+
+namespace tandem::tools {
+namespace {
+
+/// A manifest's tensors as PEFT's sites; bytes stay with `blobs`.
+Result<std::vector<storage::AdapterTensors>> to_peft_sites(
+    const storage::Manifest& manifest, const std::vector<std::vector<std::byte>>& blobs,
+    std::vector<std::vector<std::byte>>& joined) {
+  std::map<std::string, storage::AdapterTensors> sites;
+  constexpr std::string_view kPrefix = "base_model.model.", kEnding = ".lora_A.weight";
+  std::size_t next = 0;
+  for (const auto& tensor : manifest.tensors) {
+    std::vector<std::byte> bytes;
+    for (std::size_t i = 0; i < tensor.chunks.size(); ++i, ++next)
+      bytes.insert(bytes.end(), blobs[next].begin(), blobs[next].end());
+    joined.push_back(std::move(bytes));
+    if (!tensor.name.starts_with(kPrefix) || tensor.name.size() < kPrefix.size() + kEnding.size())
+      return corrupt_error(str("adapter tensor ", tensor.name, " has no PEFT name"));
+    const std::string site =
+        tensor.name.substr(kPrefix.size(), tensor.name.size() - kPrefix.size() - kEnding.size());
+    const bool a = tensor.name.ends_with(".lora_A.weight");
+    storage::TensorInfo info;
+    info.name = tensor.name;
+    info.dtype = parse_dtype(tensor.dtype).value_or(DType::kF32);
+    info.shape = tensor.shape;
+    info.bytes = joined.back();
+    sites[site].site = site;
+    (a ? sites[site].a : sites[site].b) = info;
+  }
+  std::vector<storage::AdapterTensors> list;
+  for (auto& [name, site] : sites) list.push_back(std::move(site));
+  return list;
+}
+
+}  // namespace
+
+Status run_adapter_export(Session& session, const std::string& name, const std::string& directory) {
+  TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.manifest", {{"adapter", name}}));
+  TANDEM_ASSIGN_OR_RETURN(const auto manifest,
+                          storage::parse_manifest(shown.value("manifest", "")));
+  TANDEM_ASSIGN_OR_RETURN(const auto config, worker::runtime::manifest_lora(manifest));
+  TANDEM_ASSIGN_OR_RETURN(protocol::Client* const client, session.client());
+  std::vector<Digest> digests;
+  for (const auto& tensor : manifest.tensors)
+    digests.insert(digests.end(), tensor.chunks.begin(), tensor.chunks.end());
+  TANDEM_ASSIGN_OR_RETURN(const auto blobs, client->get_blobs(digests));
+  std::vector<std::vector<std::byte>> joined;
+  joined.reserve(manifest.tensors.size());
+  TANDEM_ASSIGN_OR_RETURN(const auto sites, to_peft_sites(manifest, blobs, joined));
+  TANDEM_RETURN_IF_ERROR(storage::write_peft(directory, config, sites));
+  const Json result{{"adapter", name},
+                    {"digest", field(shown, "digest")},
+                    {"directory", directory},
+                    {"sites", sites.size()}};
+  if (session.json())
+    std::cout << result.dump() << "\n";
+  else
+    std::cout << "exported " << name << " (" << sites.size() << " sites) to " << directory << "\n";
+  return {};
+}
+
+Status run_adapter_import(Session& session, const std::string& name, const std::string& directory,
+                          const std::string& model) {
+  TANDEM_ASSIGN_OR_RETURN(const storage::PeftAdapter adapter, storage::read_peft(directory));
+  TANDEM_ASSIGN_OR_RETURN(const Json base, session.call("model.show", {{"model", model}}));
+  TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base, "digest")));
+  TANDEM_ASSIGN_OR_RETURN(const auto packed, worker::runtime::pack_peft(base_digest, adapter));
+  TANDEM_ASSIGN_OR_RETURN(protocol::Client* const client, session.client());
+  const std::string upload = random_id("import-", 16);
+  std::vector<std::pair<Digest, std::span<const std::byte>>> blobs;
+  for (const auto& blob : packed.blobs) blobs.emplace_back(blob.digest, blob.bytes);
+  TANDEM_RETURN_IF_ERROR(client->put_blobs(blobs, upload));
+  TANDEM_ASSIGN_OR_RETURN(
+      const Json result,
+      session.call(
+          "adapter.import",
+          {{"name", name}, {"model", model}, {"manifest", packed.manifest}, {"upload", upload}}));
+  if (session.json())
+    std::cout << result.dump() << "\n";
+  else
+    std::cout << "imported " << name << " version " << field(result, "version") << " "
+              << digest_field(result, "digest") << "\n";
+  return {};
+}
+
+Status run_adapter_alias(Session& session, const std::string& alias, const std::string& target) {
+  TANDEM_ASSIGN_OR_RETURN(const Json result,
+                          session.call("adapter.alias", {{"alias", alias}, {"target", target}}));
+  if (session.json())
+    std::cout << result.dump() << "\n";
+  else
+    std::cout << alias << " -> version " << field(result, "version") << " "
+              << digest_field(result, "digest") << "\n";
+  return {};
+}
+
+Status run_adapter_rollback(Session& session, const std::string& alias) {
+  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("adapter.rollback", {{"alias", alias}}));
+  if (session.json())
+    std::cout << result.dump() << "\n";
+  else
+    std::cout << alias << " -> version " << field(result, "version") << " "
+              << digest_field(result, "digest") << "\n";
+  return {};
+}
+
+}  // namespace tandem::tools

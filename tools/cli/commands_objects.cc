@@ -1,0 +1,199 @@
+#include "protocol/base/units.h"
+#include "tools/cli/commands.h"
+#include "tools/cli/output.h"
+#include "worker/data/doctor.h"
+#include "worker/model/model_loader.h"
+
+#include <unistd.h>
+
+#include <filesystem>
+#include <iostream>
+
+namespace tandem::tools {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// What each list shows: the JSON's list, and columns as (header, how to read a cell).
+struct Listing {
+  std::string method, items;
+  std::vector<std::pair<std::string, std::function<std::string(const Json&)>>> columns;
+};
+
+std::function<std::string(const Json&)> text(const std::string& name) {
+  return [name](const Json& row) { return field(row, name); };
+}
+std::function<std::string(const Json&)> digest(const std::string& name) {
+  return [name](const Json& row) { return digest_field(row, name); };
+}
+std::function<std::string(const Json&)> bytes(const std::string& name) {
+  return [name](const Json& row) { return bytes_field(row, name); };
+}
+std::function<std::string(const Json&)> age(const std::string& name) {
+  return [name](const Json& row) { return age_field(row, name); };
+}
+std::string progress(const Json& row) {
+  return field(row, "step") + "/" + field(row, "total_steps");
+}
+
+const std::map<std::string, Listing>& listings() {
+  static const std::map<std::string, Listing> table{
+      {"model",
+       {"model.list",
+        "models",
+        {{"NAME", text("name")},
+         {"DIGEST", digest("digest")},
+         {"FAMILY", text("family")},
+         {"SIZE", bytes("bytes")},
+         {"CONTEXT", text("context")},
+         {"WORKERS", text("workers")},
+         {"PATH", text("path")}}}},
+      {"data",
+       {"data.list",
+        "data",
+        {{"NAME", text("name")},
+         {"DIGEST", digest("digest")},
+         {"SIZE", bytes("bytes")},
+         {"ADDED", age("created")}}}},
+      {"job",
+       {"job.list",
+        "jobs",
+        {{"JOB", text("job")},
+         {"STATE", text("state")},
+         {"MODEL", text("model")},
+         {"ADAPTER", text("adapter")},
+         {"STEP", progress},
+         {"LOSS", text("loss")},
+         {"WORKER", text("worker")},
+         {"WAITING FOR", text("reason")}}}},
+      {"adapter",
+       {"adapter.list",
+        "adapters",
+        {{"NAME", text("name")},
+         {"VERSION", text("version")},
+         {"DIGEST", digest("digest")},
+         {"MODEL", text("model")},
+         {"SIZE", bytes("bytes")},
+         {"JOB", text("job")},
+         {"CREATED", age("created")}}}},
+      {"worker",
+       {"worker.list",
+        "workers",
+        {{"WORKER", text("worker")},
+         {"STATE", text("state")},
+         {"DEVICE", text("device")},
+         {"MODEL", text("model")},
+         {"REQUESTS", text("requests")},
+         {"JOBS", text("jobs")},
+         {"TOKENS/S", text("tokens_per_second")}}}},
+      {"key",
+       {"key.list",
+        "keys",
+        {{"NAME", text("name")}, {"ROLE", text("role")}, {"PUBLIC", text("public")}}}},
+  };
+  return table;
+}
+
+void print_object(Session& session, const Json& object) {
+  if (session.json())
+    std::cout << object.dump() << "\n";
+  else
+    std::cout << describe(object);
+}
+
+}  // namespace
+
+Status run_list(Session& session, const std::string& what) {
+  const Listing& listing = listings().at(what);
+  Json all = Json::array();
+  for (std::string after;;) {
+    Json params = Json::object();
+    if (!after.empty()) params["after"] = after;
+    TANDEM_ASSIGN_OR_RETURN(const Json page, session.call(listing.method, params));
+    for (const auto& row : page.value(listing.items, Json::array())) all.push_back(row);
+    after = page.value("next", "");
+    if (after.empty()) break;
+  }
+  if (session.json()) {
+    std::cout << Json{{listing.items, all}}.dump() << "\n";
+    return {};
+  }
+  std::vector<std::string> header;
+  for (const auto& [name, cell] : listing.columns) header.push_back(name);
+  Table rows(header);
+  for (const auto& row : all) {
+    std::vector<std::string> cells;
+    for (const auto& [name, cell] : listing.columns) cells.push_back(cell(row));
+    rows.add(std::move(cells));
+  }
+  std::cout << rows.to_string();
+  return {};
+}
+
+Status run_show(Session& session, const std::string& what, const std::string& name) {
+  TANDEM_ASSIGN_OR_RETURN(const Json object, session.call(what + ".show", {{what, name}}));
+  print_object(session, object);
+  return {};
+}
+
+Status run_remove(Session& session, const std::string& what, const std::string& name) {
+  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call(what + ".rm", {{what, name}}));
+  if (session.json())
+    std::cout << result.dump() << "\n";
+  else
+    std::cout << "removed " << what << " " << name << "\n";
+  return {};
+}
+
+Status run_model_add(Session& session, const std::string& name, const std::string& path,
+                     bool shared) {
+  std::error_code error;
+  const std::string absolute = fs::absolute(path, error).lexically_normal().string();
+  TANDEM_ASSIGN_OR_RETURN(
+      const Json model,
+      session.call("model.add", {{"name", name}, {"path", absolute}, {"shared", shared}}));
+  if (session.json())
+    std::cout << model.dump() << "\n";
+  else
+    std::cout << "added model " << name << " " << digest_field(model, "digest") << " ("
+              << bytes_field(model, "bytes") << ")\n";
+  return {};
+}
+
+Status run_data_add(Session& session, const std::string& path, const std::string& name) {
+  TANDEM_ASSIGN_OR_RETURN(Json upload, session.upload_file(path));
+  upload["name"] = name.empty() ? fs::path(path).filename().string() : name;
+  TANDEM_ASSIGN_OR_RETURN(const Json data, session.call("data.add", upload));
+  if (session.json())
+    std::cout << data.dump() << "\n";
+  else
+    std::cout << "added data set " << field(data, "name") << " " << digest_field(data, "digest")
+              << " (" << bytes_field(data, "bytes") << ")\n";
+  return {};
+}
+
+Status run_data_check(Session& session, const std::string& path, const std::string& model,
+                      std::int64_t max_length, int samples) {
+  std::string model_path = model;
+  if (!fs::exists(model)) {  // a registered name; its files must be readable here
+    TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("model.show", {{"model", model}}));
+    model_path = shown.value("path", "");
+  }
+  TANDEM_ASSIGN_OR_RETURN(const auto loaded, model::load_text(model_path));
+  std::optional<text::ChatTemplate> chat_template;
+  if (!loaded.chat_template.empty()) {
+    TANDEM_ASSIGN_OR_RETURN(chat_template, text::ChatTemplate::parse(loaded.chat_template));
+  }
+  const data::Encoder encoder{loaded.tokenizer, std::move(chat_template)};
+  data::DoctorOptions options;
+  options.dataset.max_length = max_length;
+  options.samples = static_cast<std::size_t>(samples);
+  TANDEM_ASSIGN_OR_RETURN(const auto report, data::examine_file(path, encoder, options));
+  if (session.json())
+    std::cout << data::to_json(report).dump() << "\n";
+  else
+    std::cout << data::to_text(report, ::isatty(STDOUT_FILENO) != 0);
+  return report.ok() ? Status() : invalid_error(str(path, ": ", report.problems.front()));
+}
+
+}  // namespace tandem::tools

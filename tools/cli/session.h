@@ -1,0 +1,43 @@
+// One CLI invocation's connection to the platform, and how it talks to the person or script that
+// called it. Every verb gets a Session; nothing here exits the process.
+#pragma once
+
+#include "protocol/base/result.h"
+#include "protocol/client/client.h"
+#include "protocol/settings.h"
+
+#include <nlohmann/json.hpp>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+namespace tandem::tools {
+
+using Json = nlohmann::ordered_json;
+
+class Session {
+ public:
+  Session(protocol::Settings settings, bool json) : settings_(std::move(settings)), json_(json) {}
+
+  [[nodiscard]] const protocol::Settings& settings() const { return settings_; }
+  [[nodiscard]] bool json() const { return json_; }
+
+  /// The connected client; kUnavailable names the endpoint and says how to start a platform.
+  Result<protocol::Client*> client();
+  /// A method of the table in protocol/schema/client.capnp. Mutating ones get an idempotency key.
+  Result<Json> call(const std::string& method, const Json& params);
+  /// A streaming method; `on_event` returns false to stop listening.
+  Status stream(const std::string& method, const Json& params,
+                const std::function<bool(const Json&)>& on_event);
+  /// Makes a file's bytes durable at the coordinator; returns {"digest", "bytes", "chunks",
+  /// "upload"}.
+  Result<Json> upload_file(const std::string& path);
+
+ private:
+  protocol::Settings settings_;
+  const bool json_;
+  std::unique_ptr<protocol::Client> client_;
+};
+
+}  // namespace tandem::tools
