@@ -46,11 +46,13 @@ Status run_adapter_export(Session& session, const std::string& name, const std::
   TANDEM_ASSIGN_OR_RETURN(const auto manifest,
                           storage::parse_manifest(shown.value("manifest", "")));
   TANDEM_ASSIGN_OR_RETURN(const auto config, worker::runtime::manifest_lora(manifest));
-  TANDEM_ASSIGN_OR_RETURN(protocol::Client* const client, session.client());
-  std::vector<Digest> digests;
+  TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
+  std::vector<std::vector<std::byte>> blobs;
   for (const auto& tensor : manifest.tensors)
-    digests.insert(digests.end(), tensor.chunks.begin(), tensor.chunks.end());
-  TANDEM_ASSIGN_OR_RETURN(const auto blobs, client->get_blobs(digests));
+    for (const Digest& chunk : tensor.chunks) {
+      TANDEM_ASSIGN_OR_RETURN(auto bytes, bulk->get(chunk));
+      blobs.push_back(std::move(bytes));
+    }
   std::vector<std::vector<std::byte>> joined;
   joined.reserve(manifest.tensors.size());
   TANDEM_ASSIGN_OR_RETURN(const auto sites, to_peft_sites(manifest, blobs, joined));
@@ -72,11 +74,9 @@ Status run_adapter_import(Session& session, const std::string& name, const std::
   TANDEM_ASSIGN_OR_RETURN(const Json base, session.call("model.show", {{"model", model}}));
   TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base, "digest")));
   TANDEM_ASSIGN_OR_RETURN(const auto packed, worker::runtime::pack_peft(base_digest, adapter));
-  TANDEM_ASSIGN_OR_RETURN(protocol::Client* const client, session.client());
+  TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
   const std::string upload = random_id("import-", 16);
-  std::vector<std::pair<Digest, std::span<const std::byte>>> blobs;
-  for (const auto& blob : packed.blobs) blobs.emplace_back(blob.digest, blob.bytes);
-  TANDEM_RETURN_IF_ERROR(client->put_blobs(blobs, upload));
+  for (const auto& blob : packed.blobs) TANDEM_RETURN_IF_ERROR(bulk->put(blob.bytes, upload));
   TANDEM_ASSIGN_OR_RETURN(
       const Json result,
       session.call(

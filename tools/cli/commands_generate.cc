@@ -98,12 +98,12 @@ struct Answer {
 
 /// Runs one request; `print` streams text to stdout as it comes.
 Result<Answer> generate(Session& session, protocol::Generate request, bool print) {
-  TANDEM_ASSIGN_OR_RETURN(protocol::Client* const client, session.client());
+  TANDEM_ASSIGN_OR_RETURN(protocol::client::Client* const client, session.client());
   Answer answer;
   const std::int64_t begin = steady_ns();
   g_interrupted = false;
   std::signal(SIGINT, on_interrupt);
-  const Status status =
+  const auto generation =
       client->generate(std::move(request), [&](const protocol::GenerateChunk& chunk) {
         if (answer.first_token_us < 0 && !chunk.tokens.empty())
           answer.first_token_us = (steady_ns() - begin) / 1000;
@@ -116,7 +116,7 @@ Result<Answer> generate(Session& session, protocol::Generate request, bool print
       });
   std::signal(SIGINT, SIG_DFL);
   answer.total_us = (steady_ns() - begin) / 1000;
-  if (!status.ok()) return status;
+  if (!generation.ok()) return generation.status();
   return answer;
 }
 

@@ -3,6 +3,7 @@
 #include "tools/cli/output.h"
 #include "worker/data/doctor.h"
 #include "worker/model/model_loader.h"
+#include "worker/runtime/encoder.h"
 
 #include <unistd.h>
 
@@ -179,12 +180,8 @@ Status run_data_check(Session& session, const std::string& path, const std::stri
     TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("model.show", {{"model", model}}));
     model_path = shown.value("path", "");
   }
-  TANDEM_ASSIGN_OR_RETURN(const auto loaded, model::load_text(model_path));
-  std::optional<text::ChatTemplate> chat_template;
-  if (!loaded.chat_template.empty()) {
-    TANDEM_ASSIGN_OR_RETURN(chat_template, text::ChatTemplate::parse(loaded.chat_template));
-  }
-  const data::Encoder encoder{loaded.tokenizer, std::move(chat_template)};
+  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
+  TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
   data::DoctorOptions options;
   options.dataset.max_length = max_length;
   options.samples = static_cast<std::size_t>(samples);

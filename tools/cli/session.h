@@ -24,12 +24,13 @@ class Session {
   [[nodiscard]] bool json() const { return json_; }
 
   /// The connected client; kUnavailable names the endpoint and says how to start a platform.
-  Result<protocol::Client*> client();
+  Result<protocol::client::Client*> client();
   /// A method of the table in protocol/schema/client.capnp. Mutating ones get an idempotency key.
   Result<Json> call(const std::string& method, const Json& params);
   /// A streaming method; `on_event` returns false to stop listening.
   Status stream(const std::string& method, const Json& params,
                 const std::function<bool(const Json&)>& on_event);
+  Result<protocol::client::BulkTransfer*> bulk();
   /// Makes a file's bytes durable at the coordinator; returns {"digest", "bytes", "chunks",
   /// "upload"}.
   Result<Json> upload_file(const std::string& path);
@@ -37,7 +38,7 @@ class Session {
  private:
   protocol::Settings settings_;
   const bool json_;
-  std::unique_ptr<protocol::Client> client_;
+  std::unique_ptr<protocol::client::Client> client_;
 };
 
 }  // namespace tandem::tools

@@ -42,10 +42,10 @@ Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std
   return values;
 }
 
-/// Adds a tensor to a manifest and its chunks to the object.
+/// Adds a tensor to a manifest and its chunks to the object, which keeps the bytes.
 void add_tensor(PackedObject& object, storage::Manifest& manifest, const std::string& name,
-                DType dtype, std::vector<std::int64_t> shape, std::span<const float> values) {
-  object.buffers.push_back(to_bytes(values, dtype));
+                DType dtype, std::vector<std::int64_t> shape, std::vector<std::byte> data) {
+  object.buffers.push_back(std::move(data));
   const std::span<const std::byte> bytes = object.buffers.back();
   manifest.tensors.push_back(
       storage::describe_tensor(name, dtype_name(dtype), std::move(shape), bytes));
@@ -170,8 +170,10 @@ Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftC
     const std::string site = kPeftPrefix + model::site_path(t.layer, t.site);
     const auto inputs = static_cast<std::int64_t>(t.a.size()) / t.rank,
                outputs = static_cast<std::int64_t>(t.b.size()) / t.rank;
-    add_tensor(object, manifest, site + ".lora_A.weight", dtype, {t.rank, inputs}, t.a);
-    add_tensor(object, manifest, site + ".lora_B.weight", dtype, {outputs, t.rank}, t.b);
+    add_tensor(object, manifest, site + ".lora_A.weight", dtype, {t.rank, inputs},
+               to_bytes(t.a, dtype));
+    add_tensor(object, manifest, site + ".lora_B.weight", dtype, {outputs, t.rank},
+               to_bytes(t.b, dtype));
   }
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
@@ -182,10 +184,28 @@ Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::Pe
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kCheckpoint;
   for (const auto& t : state.tensors)
-    add_tensor(object, manifest, t.name, DType::kF32, t.shape, t.values);
+    add_tensor(object, manifest, t.name, DType::kF32, t.shape, to_bytes(t.values, DType::kF32));
   Json settings = lora_settings(base_model, config);
   settings["state"] = state.json;
   return finish(std::move(object), manifest, settings);
+}
+
+Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdapter& adapter) {
+  PackedObject object;
+  storage::Manifest manifest;
+  manifest.kind = storage::ManifestKind::kAdapter;
+  storage::PeftConfig config = adapter.config;
+  std::set<std::string> modules;  // a pattern or "all-linear" becomes the names it matched
+  for (const auto& site : adapter.sites) {
+    const std::string path = kPeftPrefix + site.site;
+    modules.insert(site.site.substr(site.site.rfind('.') + 1));
+    for (const auto& [half, tensor] :
+         {std::pair{".lora_A.weight", &site.a}, {".lora_B.weight", &site.b}})
+      add_tensor(object, manifest, path + half, tensor->dtype, tensor->shape,
+                 std::vector<std::byte>(tensor->bytes.begin(), tensor->bytes.end()));
+  }
+  config.target_modules.assign(modules.begin(), modules.end());
+  return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
 
 Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest) {

@@ -38,6 +38,9 @@ Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftC
 Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
                                      const train::TrainState& state);
 
+/// A PEFT folder's adapter, bit for bit in the dtypes it has.
+Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdapter& adapter);
+
 /// Adapter tensors of an adapter's or a checkpoint's manifest, checked against the model:
 /// corrupt_error or conflict_error names the tensor, the expected and the actual shape, or the
 /// other base's digest.

@@ -2,6 +2,7 @@
 
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
+#include "worker/runtime/encoder.h"
 
 #include <algorithm>
 
@@ -87,14 +88,8 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
                              " for weights and ", format_bytes(options_.kv_bytes_max),
                              " for the KV cache; this engine may use ",
                              format_bytes(options_.memory_bytes_max), " (memory_bytes_max)"));
-  std::optional<text::ChatTemplate> chat_template;
-  if (!loaded_.chat_template.empty()) {
-    auto parsed = text::ChatTemplate::parse(loaded_.chat_template);
-    if (!parsed.ok())
-      return refused_error(str("model ", ref_.name, ": ", parsed.status().message()));
-    chat_template = std::move(*parsed);
-  }
-  encoder_.reset(new data::Encoder{loaded_.tokenizer, std::move(chat_template)});
+  TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded_, path));
+  encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
   weights_ = model::make_resident_weights(base_);
   yielding_weights_ = std::make_unique<YieldingWeights>(*weights_, std::move(yield));
   adapters_ = std::make_unique<model::AdapterTable>(ops, memory_->serve_exec, memory_->adapters,
@@ -106,6 +101,7 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
   serve.max_waiting = options_.waiting_max;
   serve.adapter_rank_max = 512;
   serve.base_digest = ref_.digest;
+  serve.eos_ids = loaded_.config.eos_ids;
   TANDEM_ASSIGN_OR_RETURN(
       serve_, serve::ServeEngine::create(
                   {*backend_.allocator, *backend_.ledger, memory_->serve, *weights_,

@@ -1,0 +1,335 @@
+// tandem: the command line. Declares verbs and options (CLI11 is known here only) and hands them to
+// commands.h. One JSON value on standard output with --json, and exit codes by Status.
+#include "protocol/job_spec.h"
+#include "tools/cli/commands.h"
+
+#include <CLI/CLI.hpp>
+
+#include <functional>
+#include <iostream>
+
+namespace tandem::tools {
+namespace {
+
+/// Everything the options write to, and what the chosen verb will run.
+struct Invocation {
+  std::map<std::string, std::string> flags;  ///< platform settings given on the command line
+  std::string config_file;
+  bool json = false;
+  std::function<Status(Session&)> run;
+
+  std::string name, target, path, model, role = "client";
+  bool shared = false, offline = false, follow = false, origin = false;
+  std::int64_t max_length = 2048;
+  int samples = 3, lines = 20;
+  std::vector<std::string> arguments;
+  UpOptions up;
+  TrainOptions train;
+  GenerateOptions generate;
+};
+
+std::string kebab(std::string name) {
+  for (char& c : name)
+    if (c == '_') c = '-';
+  return name;
+}
+
+void add_setting(CLI::App& app, Invocation& in, const std::string& name, const std::string& help) {
+  app.add_option_function<std::string>(
+         "--" + kebab(name), [&in, name](const std::string& v) { in.flags[name] = v; }, help)
+      ->type_name("X");
+}
+
+CLI::App* verb(CLI::App& parent, Invocation& in, const std::string& name, const std::string& help,
+               std::function<Status(Session&)> run, const std::string& example = "") {
+  CLI::App* sub = parent.add_subcommand(name, help);
+  sub->fallthrough();
+  if (!example.empty()) sub->footer("Example:\n  " + example);
+  sub->callback([&in, run = std::move(run)] { in.run = run; });
+  return sub;
+}
+
+CLI::App* group(CLI::App& app, const std::string& name, const std::string& help) {
+  CLI::App* sub = app.add_subcommand(name, help);
+  sub->fallthrough();
+  sub->require_subcommand(1);
+  return sub;
+}
+
+void add_platform(CLI::App& app, Invocation& in) {
+  CLI::App* up = verb(
+      app, in, "up", "start a local platform (again is fine: fills what is missing)",
+      [&in](Session& s) { return run_up(s, in.up); }, "tandem up --workers 2");
+  for (const char* name :
+       {"workers", "device", "threads", "dtype", "memory_bytes_max", "kv_bytes_max"})
+    for (const auto& info : protocol::Settings::known())
+      if (info.name == name) add_setting(*up, in, name, info.help);
+  up->add_flag("--foreground", in.up.foreground, "stay until Ctrl-C, then stop the platform");
+  verb(app, in, "down", "stop the local platform; jobs write a checkpoint first", run_down);
+  verb(app, in, "status", "endpoint, folders, workers, jobs", run_status);
+  verb(app, in, "doctor", "look at this machine: programs, disk, limits, processor", run_doctor);
+  CLI::App* logs = verb(app, in, "logs", "the daemons' logs",
+                        [&in](Session& s) { return run_logs(s, in.lines, in.follow); });
+  logs->add_option("-n,--lines", in.lines, "lines of each file [20]")->check(CLI::Range(1, 100000));
+  logs->add_flag("-f,--follow", in.follow, "go on as they grow");
+  CLI::App* config = group(app, "config", "settings");
+  verb(*config, in, "show", "every setting's value", [&in](Session& s) {
+    return run_config_show(s, in.origin);
+  })->add_flag("--origin", in.origin, "and where it came from");
+}
+
+CLI::App* named(CLI::App& parent, Invocation& in, const std::string& name, const std::string& help,
+                std::function<Status(Session&)> run) {
+  CLI::App* sub = verb(parent, in, name, help, std::move(run));
+  sub->add_option("name", in.name, "name or digest (12 digits or more)")->required();
+  return sub;
+}
+
+void add_objects(CLI::App& app, Invocation& in) {
+  CLI::App* model = group(app, "model", "base models");
+  CLI::App* add = verb(
+      *model, in, "add", "register a Hugging Face folder or a GGUF file",
+      [&in](Session& s) { return run_model_add(s, in.name, in.path, in.shared); },
+      "tandem model add smol ./SmolLM2-135M-Instruct.Q4_1.gguf");
+  add->add_option("name", in.name, "what to call it")->required();
+  add->add_option("path", in.path, "on the coordinator's host")->required();
+  add->add_flag("--shared", in.shared, "every worker sees the same path");
+  CLI::App* data = group(app, "data", "data sets");
+  CLI::App* data_add = verb(
+      *data, in, "add", "upload a JSON lines file",
+      [&in](Session& s) { return run_data_add(s, in.path, in.name); },
+      "tandem data add train.jsonl");
+  data_add->add_option("path", in.path, "file")->required();
+  data_add->add_option("--name", in.name, "what to call it [the file's name]");
+  CLI::App* check = verb(
+      *data, in, "check",
+      "what training would see: counts, problems, samples with trained tokens marked",
+      [&in](Session& s) { return run_data_check(s, in.path, in.model, in.max_length, in.samples); },
+      "tandem data check train.jsonl --model smol");
+  check->add_option("path", in.path, "file")->required();
+  check->add_option("--model", in.model, "registered name, or a path")->required();
+  check->add_option("--max-length", in.max_length, "tokens of a row [2048]")
+      ->check(CLI::PositiveNumber);
+  check->add_option("--samples", in.samples, "rows to show [3]")->check(CLI::Range(0, 16));
+  CLI::App* adapter = group(app, "adapter", "adapters and their versions");
+  for (const auto& [parent, what] :
+       {std::pair{model, "model"}, {data, "data"}, {adapter, "adapter"}}) {
+    const std::string noun = what;
+    verb(*parent, in, "list", "all of them", [noun](Session& s) { return run_list(s, noun); });
+    named(*parent, in, "show", "one of them",
+          [&in, noun](Session& s) { return run_show(s, noun, in.name); });
+    named(*parent, in, "rm", "forget one",
+          [&in, noun](Session& s) { return run_remove(s, noun, in.name); });
+  }
+  named(*adapter, in, "export", "write a PEFT folder",
+        [&in](Session& s) { return run_adapter_export(s, in.name, in.path); })
+      ->add_option("directory", in.path, "folder to write")
+      ->required();
+  CLI::App* import = named(*adapter, in, "import", "publish a PEFT folder", [&in](Session& s) {
+    return run_adapter_import(s, in.name, in.path, in.model);
+  });
+  import->add_option("directory", in.path, "folder with adapter_config.json")->required();
+  import->add_option("--model", in.model, "its base model")->required();
+  named(*adapter, in, "alias", "point a name at an adapter's version",
+        [&in](Session& s) { return run_adapter_alias(s, in.name, in.target); })
+      ->add_option("target", in.target, "adapter, adapter@version or digest")
+      ->required();
+  named(*adapter, in, "rollback", "back to the version before",
+        [&in](Session& s) { return run_adapter_rollback(s, in.name); });
+}
+
+void add_training_options(CLI::App& sub, Invocation& in) {
+  sub.add_option("--model", in.train.model, "base model");
+  sub.add_option("-f,--file", in.train.file, "job file (YAML): the same names, side by side");
+  for (const auto& field : protocol::TrainSettings::field_names())
+    sub.add_option_function<std::string>(
+           "--" + kebab(field) + (field == "max_length" ? ",--seq-len" : ""),
+           [&in, field](const std::string& v) { in.train.settings[field] = v; })
+        ->type_name("X")
+        ->group("Training settings (Hugging Face and PEFT names)");
+}
+
+void add_training(CLI::App& app, Invocation& in) {
+  CLI::App* train = verb(
+      app, in, "train", "submit a fine-tuning job",
+      [&in](Session& s) { return run_train(s, in.train); },
+      "tandem train --model smol --data train.jsonl --adapter guide --follow");
+  add_training_options(*train, in);
+  train->add_option("--data", in.train.data, "JSON lines file, or a data set's name or digest");
+  train->add_option("--eval-data", in.train.eval_data, "the same, for evaluation");
+  train->add_option("--adapter", in.train.adapter, "name to publish under");
+  train->add_option("--priority", in.train.priority, "-100..100, higher first [0]")
+      ->check(CLI::Range(-100, 100));
+  train->add_flag("--follow", in.train.follow, "show progress until it ends; Ctrl-C detaches");
+  add_training_options(
+      *verb(
+          app, in, "estimate", "device memory a job would take, before anything runs",
+          [&in](Session& s) { return run_estimate(s, in.train); },
+          "tandem estimate --model smol --method lora --seq-len 2048"),
+      in);
+  CLI::App* job = group(app, "job", "fine-tuning jobs");
+  verb(*job, in, "list", "newest first", [](Session& s) { return run_list(s, "job"); });
+  named(*job, in, "show", "one job", [&in](Session& s) { return run_show(s, "job", in.name); });
+  named(*job, in, "watch", "progress until it ends",
+        [&in](Session& s) { return run_job_watch(s, in.name); });
+  named(*job, in, "logs", "its log", [&in](Session& s) { return run_job_logs(s, in.name); });
+  for (const auto& [action, help] : {std::pair{"cancel", "stop it for good"},
+                                     {"pause", "write a checkpoint and stop"},
+                                     {"resume", "go on from the last checkpoint"}}) {
+    const std::string method = action;
+    named(*job, in, action, help,
+          [&in, method](Session& s) { return run_job_action(s, method, in.name); });
+  }
+}
+
+void add_sampling(CLI::App& sub, Invocation& in) {
+  auto& g = in.generate;
+  sub.add_option("--model", g.model, "base, alias, alias@version, JOB@latest or digest")
+      ->required();
+  sub.add_option("--system", g.system, "system message");
+  sub.add_option("--max-tokens", g.max_tokens, "new tokens at most");
+  sub.add_option("--temperature", g.temperature, "0: greedy [the model's, else 1]");
+  sub.add_option("--top-k", g.top_k, "0: off");
+  sub.add_option("--top-p", g.top_p, "1: off");
+  sub.add_option("--min-p", g.min_p, "0: off");
+  sub.add_option("--seed", g.seed, "makes sampling repeatable");
+  sub.add_option("--stop", g.stop, "stop string (may be given several times)")
+      ->allow_extra_args(false);
+  sub.add_option("--logprobs", g.logprobs, "of each token and its N likeliest (with --json)");
+  sub.add_flag("--ignore-eos", g.ignore_eos, "go on after the end token");
+  sub.add_flag("--no-cache", g.no_cache, "neither read nor fill the result cache");
+}
+
+void add_inference(CLI::App& app, Invocation& in) {
+  CLI::App* generate = verb(
+      app, in, "generate", "one answer", [&in](Session& s) { return run_generate(s, in.generate); },
+      "tandem generate --model guide --prompt \"Who is the mayor?\" --max-tokens 64");
+  add_sampling(*generate, in);
+  generate->add_option("--prompt", in.generate.prompt, "text [standard input]");
+  generate->add_flag("--raw", in.generate.raw, "no chat template");
+  generate->add_flag("!--no-stream", in.generate.stream, "one chunk with everything");
+  add_sampling(*verb(app, in, "chat", "a conversation",
+                     [&in](Session& s) { return run_chat(s, in.generate); }),
+               in);
+}
+
+void add_operations(CLI::App& app, Invocation& in) {
+  CLI::App* worker = group(app, "worker", "workers");
+  verb(*worker, in, "list", "all of them", [](Session& s) { return run_list(s, "worker"); });
+  for (const auto& [action, help] : {std::pair{"drain", "nothing new; jobs move"},
+                                     {"resume", "take work again"},
+                                     {"restart", "a new engine"}}) {
+    const std::string method = action;
+    named(*worker, in, action, help,
+          [&in, method](Session& s) { return run_worker_action(s, method, in.name); });
+  }
+  CLI::App* cache = group(app, "cache", "the result cache");
+  for (const std::string action : {"stats", "clear"})
+    verb(*cache, in, action, action == "stats" ? "hits, misses, bytes" : "forget everything",
+         [action](Session& s) { return run_cache(s, action); });
+  CLI::App* registry = group(app, "registry", "what is on disk");
+  verb(*registry, in, "check", "verify every digest and reference", [&in](Session& s) {
+    return run_registry_check(s, in.offline);
+  })->add_flag("--offline", in.offline, "without a coordinator; takes the lock");
+  verb(*registry, in, "gc", "free what nothing refers to",
+       [](Session& s) { return run_registry(s, "gc", ""); });
+  for (const std::string action : {"backup", "restore"})
+    verb(*registry, in, action,
+         action == "backup" ? "a consistent copy while running"
+                            : "a backup into an empty data folder",
+         [&in, action](Session& s) { return run_registry(s, action, in.path); })
+        ->add_option("path", in.path, "folder")
+        ->required();
+  CLI::App* key = group(app, "key", "client and worker keys");
+  verb(*key, in, "list", "all of them", [](Session& s) { return run_list(s, "key"); });
+  named(*key, in, "create", "a key pair; the secret is shown once", [&in](Session& s) {
+    return run_key(s, "create", in.name, in.role);
+  })->add_option("--role", in.role, "client, worker or admin [client]");
+  named(*key, in, "revoke", "refuse a key from now on",
+        [&in](Session& s) { return run_key(s, "revoke", in.name, ""); });
+  CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry",
+                         [&in](Session& s) { return run_bench(s, in.name, in.arguments); });
+  bench->add_option("name", in.name, "which")->required();
+  bench->prefix_command();
+  bench->callback([&in, bench] {
+    in.arguments = bench->remaining();
+    in.run = [&in](Session& s) { return run_bench(s, in.name, in.arguments); };
+  });
+}
+
+void print_completion(const CLI::App& app) {
+  std::cout << "_tandem() {\n  local cur=${COMP_WORDS[COMP_CWORD]} words=''\n  case "
+               "${COMP_WORDS[1]}:$COMP_CWORD in\n";
+  std::string top;
+  for (const auto* sub : app.get_subcommands(nullptr)) {
+    top += sub->get_name() + " ";
+    std::string inner, options;
+    for (const auto* child : sub->get_subcommands(nullptr)) inner += child->get_name() + " ";
+    for (const auto* option : sub->get_options()) options += option->get_name() + " ";
+    std::cout << "    " << sub->get_name() << ":2) words='" << inner << options << "' ;;\n    "
+              << sub->get_name() << ":*) words='" << options << "' ;;\n";
+  }
+  std::cout << "    *) words='" << top
+            << "' ;;\n  esac\n  COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n"
+            << "  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- \"$cur\"))\n}\ncomplete "
+               "-F _tandem tandem\n";
+}
+
+int report(const Invocation& in, const Status& status) {
+  if (status.ok()) return 0;
+  if (in.json)
+    std::cout << Json{{"error",
+                       {{"code", status_code_name(status.code())}, {"message", status.message()}}}}
+                     .dump()
+              << "\n";
+  std::cerr << "tandem: " << status.message() << "\n";
+  return exit_code(status.code());
+}
+
+int run(int argc, char** argv) {
+  Invocation in;
+  CLI::App app{"Fine-tunes and serves language models on one pool of workers.", "tandem"};
+  app.set_version_flag("--version", "tandem " TANDEM_VERSION);
+  app.require_subcommand(1);
+  app.fallthrough();
+  app.add_flag("--json", in.json,
+               "one JSON value on standard output (JSON lines where it streams)");
+  app.add_option("--config", in.config_file, "settings file");
+  add_setting(app, in, "data_dir", "where the platform lives [~/.local/share/tandem]");
+  add_setting(app, in, "coordinator", "endpoint of another platform's coordinator");
+  add_setting(app, in, "key_file", "key for tcp:// endpoints");
+  app.footer(
+      "tandem VERB --help shows options and examples. Exit codes: 0 done, 1 failed, 2 wrong "
+      "usage,\n"
+      "3 not found, 4 refused, 5 unreachable. Completion: eval \"$(tandem completion)\"");
+  add_platform(app, in);
+  add_objects(app, in);
+  add_training(app, in);
+  add_inference(app, in);
+  add_operations(app, in);
+  bool completion = false;
+  app.add_subcommand("completion", "shell completion for bash")->callback([&] {
+    completion = true;
+  });
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int code = app.exit(error);
+    return code == 0 ? 0 : 2;
+  }
+  if (completion) {
+    print_completion(app);
+    return 0;
+  }
+  auto settings = protocol::Settings::load(in.flags, in.config_file);
+  if (!settings.ok()) return report(in, settings.status());
+  Session session(std::move(*settings), in.json);
+  return report(in, in.run(session));
+}
+
+}  // namespace
+}  // namespace tandem::tools
+
+int main(int argc, char** argv) {
+  return tandem::tools::run(argc, argv);
+}
