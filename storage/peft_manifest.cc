@@ -1,0 +1,130 @@
+#include "storage/peft_manifest.h"
+
+#include "storage/json_strict.h"
+
+#include <algorithm>
+#include <set>
+
+namespace tandem::storage {
+namespace {
+
+constexpr std::string_view kPrefix = "base_model.model.";
+constexpr std::string_view kEndingA = ".lora_A.weight";
+constexpr std::string_view kEndingB = ".lora_B.weight";
+
+Json settings_of(const PeftConfig& config, std::span<const AdapterTensors> sites,
+                 const Digest& base_model) {
+  std::set<std::string> modules(config.target_modules.begin(), config.target_modules.end());
+  if (modules.empty())
+    for (const AdapterTensors& site : sites)
+      modules.insert(site.site.substr(site.site.rfind('.') + 1));
+  Json settings{{"base_model", base_model.hex()},
+                {"lora_alpha", config.lora_alpha},
+                {"r", config.r},
+                {"target_modules", modules},
+                {"use_rslora", config.use_rslora}};
+  if (!config.rank_pattern.empty()) settings["rank_pattern"] = config.rank_pattern;
+  if (!config.alpha_pattern.empty()) settings["alpha_pattern"] = config.alpha_pattern;
+  return settings;
+}
+
+void add_tensor(const TensorInfo& tensor, Manifest& manifest, AdapterImport& import) {
+  manifest.tensors.push_back(
+      describe_tensor(tensor.name, dtype_name(tensor.dtype), tensor.shape, tensor.bytes));
+  const std::size_t leaf = kDigestLeafBytes;
+  const auto& chunks = manifest.tensors.back().chunks;
+  for (std::size_t i = 0; i < chunks.size(); ++i)
+    import.chunks.push_back(
+        {chunks[i],
+         tensor.bytes.subspan(i * leaf, std::min(leaf, tensor.bytes.size() - i * leaf))});
+}
+
+}  // namespace
+
+Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& base_model) {
+  Manifest manifest;
+  manifest.kind = ManifestKind::kAdapter;
+  AdapterImport import;
+  for (const AdapterTensors& site : adapter.sites) {
+    add_tensor(site.a, manifest, import);
+    add_tensor(site.b, manifest, import);
+  }
+  manifest.settings_json = settings_of(adapter.config, adapter.sites, base_model).dump();
+  TANDEM_ASSIGN_OR_RETURN(import.manifest, encode_manifest(manifest));
+  import.digest = manifest_digest(import.manifest);
+  return import;
+}
+
+namespace {
+
+Result<AdapterExport> read_settings(const std::string& text) {
+  AdapterExport out;
+  TANDEM_ASSIGN_OR_RETURN(const Json settings, parse_json_strict(text, "the adapter's settings"));
+  try {
+    TANDEM_ASSIGN_OR_RETURN(out.base_model,
+                            Digest::parse(settings.at("base_model").get<std::string>()));
+    out.config.r = settings.at("r").get<std::int64_t>();
+    out.config.lora_alpha = settings.at("lora_alpha").get<double>();
+    out.config.use_rslora = settings.value("use_rslora", false);
+    out.config.target_modules = settings.value("target_modules", std::vector<std::string>{});
+    out.config.rank_pattern = settings.value("rank_pattern", std::map<std::string, std::int64_t>{});
+    out.config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
+  } catch (const std::exception& error) {
+    return invalid_error(str("the adapter's settings cannot be read: ", error.what()));
+  }
+  return out;
+}
+
+Result<std::vector<std::byte>> fetch_tensor(
+    const ManifestTensor& tensor,
+    const std::function<Result<std::vector<std::byte>>(const Digest&)>& fetch) {
+  std::vector<std::byte> bytes;
+  for (const Digest& chunk : tensor.chunks) {
+    TANDEM_ASSIGN_OR_RETURN(const auto part, fetch(chunk));
+    if (sha256(part) != chunk)
+      return corrupt_error(
+          str("tensor ", tensor.name, ": a chunk does not match its digest ", chunk));
+    bytes.insert(bytes.end(), part.begin(), part.end());
+  }
+  if (static_cast<std::int64_t>(bytes.size()) != tensor.bytes)
+    return corrupt_error(str("tensor ", tensor.name, ": ", bytes.size(),
+                             " bytes, its manifest says ", tensor.bytes));
+  return bytes;
+}
+
+}  // namespace
+
+Result<AdapterExport> export_adapter(
+    std::string_view text,
+    const std::function<Result<std::vector<std::byte>>(const Digest&)>& fetch) {
+  TANDEM_ASSIGN_OR_RETURN(const Manifest manifest, parse_manifest(text));
+  if (manifest.kind != ManifestKind::kAdapter)
+    return invalid_error(
+        str("a manifest of kind ", manifest_kind_name(manifest.kind), " is not an adapter's"));
+  TANDEM_ASSIGN_OR_RETURN(AdapterExport out, read_settings(manifest.settings_json));
+  std::map<std::string, AdapterTensors> sites;
+  for (const ManifestTensor& tensor : manifest.tensors) {
+    const bool is_a = tensor.name.ends_with(kEndingA);
+    const auto dtype = parse_dtype(tensor.dtype);
+    if (!tensor.name.starts_with(kPrefix) || (!is_a && !tensor.name.ends_with(kEndingB)) ||
+        tensor.name.size() <= kPrefix.size() + kEndingA.size() || !dtype)
+      return invalid_error(
+          str("the tensor ", tensor.name, " (", tensor.dtype, ") is not a LoRA tensor"));
+    TANDEM_ASSIGN_OR_RETURN(auto bytes, fetch_tensor(tensor, fetch));
+    out.buffers.push_back(std::make_shared<const std::vector<std::byte>>(std::move(bytes)));
+    const std::string name =
+        tensor.name.substr(kPrefix.size(), tensor.name.size() - kPrefix.size() - kEndingA.size());
+    AdapterTensors& site = sites[name];
+    site.site = name;
+    (is_a ? site.a : site.b) = {tensor.name, *dtype, tensor.shape, *out.buffers.back()};
+  }
+  for (auto& [name, site] : sites) {
+    if (site.a.shape.size() != 2 || site.b.shape.size() != 2 || site.a.shape[0] < 1)
+      return invalid_error(str("the site ", name, " lacks lora_A or lora_B"));
+    site.scale = out.config.scale(name, site.a.shape[0]);
+    out.sites.push_back(std::move(site));
+  }
+  return out;
+}
+
+}  // namespace tandem::storage
