@@ -69,6 +69,11 @@ class ClientEndpoint {
   /// date by send() and receive().
   [[nodiscard]] virtual std::uint64_t connections() const = 0;
   [[nodiscard]] virtual bool connected() const = 0;
+  /// Why there is no connection, as far as it is known: kRefused when the server turned this key
+  /// away, kUnavailable otherwise; ok while connected.
+  [[nodiscard]] virtual Status trouble() const {
+    return connected() ? Status() : unavailable_error("not connected");
+  }
   [[nodiscard]] virtual EndpointCounters counters() const = 0;
 };
 

@@ -296,7 +296,7 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
       error = send_part(socket_, payload.data(), payload.size(), false);
     if (error != 0) {
       ++counters_.unavailable;
-      return unavailable_error(str("not connected to ", address_, reason_));
+      return unavailable_error(str("not connected to ", address_, why()));
     }
     ++counters_.sent;
     return {};
@@ -320,6 +320,11 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
   void wake() override { wakeup_.signal(); }
   [[nodiscard]] std::uint64_t connections() const override { return connections_; }
   [[nodiscard]] bool connected() const override { return connected_; }
+  [[nodiscard]] Status trouble() const override {
+    if (connected_) return {};
+    if (key_refused_) return refused_error(str(address_, ": the server refused this key"));
+    return unavailable_error(str("not connected to ", address_, why()));
+  }
   [[nodiscard]] EndpointCounters counters() const override { return counters_; }
 
   void add_items(std::vector<zmq_pollitem_t>& items) override {
@@ -330,6 +335,12 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
   void drain_wakeup() override { wakeup_.drain(); }
 
  private:
+  [[nodiscard]] const char* why() const {
+    if (key_refused_) return " (the server refused this key)";
+    return handshake_failed_
+               ? " (the handshake failed: is it a Tandem endpoint, and are the keys right?)"
+               : "";
+  }
   /// Takes what happened to the connection; true when it came or went.
   bool read_monitor() {
     const auto before = std::pair(connections_, connected_);
@@ -342,14 +353,11 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
       if (bytes.size() < sizeof number) continue;
       std::memcpy(&number, bytes.data(), sizeof number);
       connected_ = number == ZMQ_EVENT_HANDSHAKE_SUCCEEDED;
-      if (connected_) {
-        ++connections_;
-        reason_.clear();
-      } else if (number == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH) {
-        reason_ = " (the server refused this key)";
-      } else if (number != ZMQ_EVENT_DISCONNECTED) {
-        reason_ = " (the handshake failed: is it a Tandem endpoint, and are the keys right?)";
-      }
+      if (connected_) ++connections_;
+      // A refusal ends in a disconnect too, which says nothing more.
+      if (number == ZMQ_EVENT_DISCONNECTED) continue;
+      key_refused_ = number == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH;
+      handshake_failed_ = !connected_;
     }
     return before != std::pair(connections_, connected_);
   }
@@ -360,8 +368,7 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
   Wakeup wakeup_;
   EndpointCounters counters_;
   std::uint64_t connections_ = 0;
-  bool connected_ = false;
-  std::string reason_;
+  bool connected_ = false, key_refused_ = false, handshake_failed_ = false;
 };
 
 class ZmqPoller final : public Poller {

@@ -54,7 +54,8 @@ struct Cancel {
 struct Call {
   # Any verb of the table below. Answered with one CallReply, or, where the table says stream, with
   # replies whose `more` is true until one has it false.
-  # Loss: the client sends it again with the same callId and idempotencyKey. A call that changes
+  # Loss: the client sends it again with the same callId and idempotencyKey, at reconnect and after 5, 10,
+  # 20, … s of silence; a repeat of what is still being worked on is ignored. A call that changes
   # something stores the key in the transaction of its effect and answers a repeat (for 24 hours, over
   # restarts) as it answered first; the same key with other parameters is answered `conflict`. A
   # repeat of a streaming call starts the stream again from `after`.

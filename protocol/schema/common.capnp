@@ -135,7 +135,9 @@ struct Generate {
 struct GenerateChunk {
   # engine -> coordinator (within InferChunk) and coordinator -> client: part of an answer. Chunks of
   # one request come in order of index without gaps; the receiver drops tokens whose index it has.
-  # The last chunk has a finish and is kept by the coordinator for a minute for repeats.
+  # Every chunk but the last has at least one token, and its text is what the detokenizer gives after
+  # them, so that the same tokens give the same text however often they are computed. The coordinator
+  # keeps an answer's chunks for a minute after its end for repeats, and sends those from nextIndex on.
   id @0 :Text;
   index @1 :Int64;         # of tokens[0] in the completion
   text @2 :Text;           # never half a character
