@@ -9,6 +9,7 @@
 #include "protocol/base/result.h"
 #include "protocol/job_spec.h"
 #include "worker/model/model_config.h"
+#include "worker/serve/serve_engine.h"
 #include "worker/train/batch_source.h"
 
 #include <array>
@@ -33,13 +34,38 @@ Estimate read_ledger(const kernels::MemoryLedger& ledger);
 /// (BatchSource::bounds()) gives the exact ones.
 train::BatchBounds worst_case_bounds(const protocol::TrainSettings& settings);
 
-/// One LoRA job on an engine of its own: base weights, `adapter_slots` slots, the session, one step
-/// and (when `with_eval`) one evaluation micro-batch of the same size. Errors as
-/// TrainSession::create.
+/// What else a job does on the device beside its steps.
+struct TrainingPlan {
+  std::int64_t adapter_slots = 1;  ///< of the engine's table
+  bool eval = false;               ///< evaluation micro-batches as large as the training ones
+  /// A snapshot is held for serving while the finished adapter is loaded again and probed.
+  bool publish = false;
+};
+
+/// Prompt tokens of the probe at most.
+inline constexpr std::int64_t kProbeTokens = 64;
+
+/// One LoRA job on an engine of its own: base weights, slots, the session, one step of the largest
+/// micro-batch, and what the plan says. Errors as TrainSession::create.
 Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
                                    const model::ModelConfig& config, DType dtype,
                                    const protocol::TrainSettings& settings,
-                                   const train::BatchBounds& bounds, std::int64_t adapter_slots = 1,
-                                   bool with_eval = false);
+                                   const train::BatchBounds& bounds, const TrainingPlan& plan);
+inline Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
+                                          const model::ModelConfig& config, DType dtype,
+                                          const protocol::TrainSettings& settings,
+                                          const train::BatchBounds& bounds,
+                                          std::int64_t adapter_slots = 1, bool with_eval = false) {
+  return estimate_training(profile, config, dtype, settings, bounds,
+                           TrainingPlan{adapter_slots, with_eval, false});
+}
+
+/// A serving engine with its worst step (ServeEngine::reserve_worst_case): base weights, slots, KV,
+/// batches. Adapters that are loaded later come on top: AdapterWeights::bytes each, rounded up to
+/// kernels::kMapGranularity. Errors as ServeEngine::create.
+Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
+                                  const model::ModelConfig& config, DType dtype,
+                                  const serve::ServeOptions& options,
+                                  std::int64_t adapter_slots = 1);
 
 }  // namespace tandem::worker::memory

@@ -33,7 +33,7 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
   // Sequences beyond the real ones are empty; rows beyond the last offset are inert.
   device.tokens.seq_offsets =
       upload_padded(ctx, batch.cu_seqlens, bounds.micro_batch_sequences + 1, end);
-  device.tokens.seq_len_max = bounds.sequence_tokens;
+  device.tokens.seq_len_max = std::min(bounds.sequence_tokens, rows);
   kernels::AdapterRows& adapters = device.tokens.adapters;
   adapters.segments_max = 2;
   adapters.rank_max = rank_max;

@@ -1,0 +1,40 @@
+// An engine that runs nothing: what the runtime builds around a base model, on the meta backend.
+#pragma once
+
+#include "kernels/meta/meta_backend.h"
+#include "worker/model/adapter.h"
+#include "worker/model/context.h"
+
+#include <memory>
+
+namespace tandem::worker::memory {
+
+class DryEngine {
+ public:
+  static Result<std::unique_ptr<DryEngine>> create(const kernels::DeviceProfile& profile,
+                                                   const model::ModelConfig& config, DType dtype,
+                                                   std::int64_t adapter_slots);
+  DryEngine(const DryEngine&) = delete;
+  DryEngine& operator=(const DryEngine&) = delete;
+
+ private:
+  DryEngine(const kernels::DeviceProfile& profile, DType dtype);
+
+  // Arenas after the backend, what lies in them after the arenas.
+  kernels::Backend backend_;
+  kernels::Arena weight_arena_, table_arena_, activation_arena_, workspace_;
+  kernels::Exec exec_;
+  std::unique_ptr<comm::Communicator> comm_;
+
+ public:
+  model::Context context;
+  std::shared_ptr<const model::BaseWeights> base;
+  std::unique_ptr<model::WeightSource> weights;
+  std::unique_ptr<model::AdapterTable> adapters;
+
+  [[nodiscard]] kernels::Allocator& allocator() { return *backend_.allocator; }
+  [[nodiscard]] kernels::MemoryLedger& ledger() { return *backend_.ledger; }
+  [[nodiscard]] kernels::Exec& exec() { return exec_; }
+};
+
+}  // namespace tandem::worker::memory

@@ -1,0 +1,124 @@
+#include "worker/memory/estimator.h"
+
+#include "protocol/base/clock.h"
+#include "worker/memory/dry_engine.h"
+#include "worker/train/train_session.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <numeric>
+
+namespace tandem::worker::memory {
+
+namespace {
+
+/// A micro-batch at the bounds: its first document is the longest, the others share the rest, and
+/// every token is trained.
+data::MicroBatch batch_at(const train::BatchBounds& bounds) {
+  data::MicroBatch batch;
+  const auto tokens = static_cast<std::size_t>(bounds.micro_batch_tokens);
+  batch.tokens.assign(tokens, 0);
+  batch.labels.assign(tokens, 0);
+  batch.positions.assign(tokens, 0);
+  batch.trained_tokens = bounds.micro_batch_tokens;
+  batch.cu_seqlens = {0, static_cast<std::int32_t>(bounds.sequence_tokens)};
+  // What lies where among the others changes no shape.
+  batch.cu_seqlens.resize(static_cast<std::size_t>(bounds.micro_batch_sequences) + 1,
+                          static_cast<std::int32_t>(bounds.micro_batch_tokens));
+  return batch;
+}
+
+Status check_bounds(const train::BatchBounds& bounds) {
+  if (bounds.micro_batch_tokens < 1 || bounds.micro_batch_sequences < 1 ||
+      bounds.sequence_tokens < 1 || bounds.sequence_tokens > bounds.micro_batch_tokens)
+    return invalid_error(str("micro-batch of ", bounds.micro_batch_tokens, " tokens in ",
+                             bounds.micro_batch_sequences, " documents of up to ",
+                             bounds.sequence_tokens, " tokens: impossible bounds"));
+  return {};
+}
+
+/// What the runtime does when a job ends: a snapshot serves while the adapter as published is
+/// loaded and probed.
+Status publish(DryEngine& engine, train::TrainSession& session, DType dtype) {
+  const auto snapshot = session.snapshot_adapter();
+  TANDEM_ASSIGN_OR_RETURN(
+      auto reloaded,
+      model::build_adapter(engine.context.ops, engine.exec(), engine.allocator(), engine.ledger(),
+                           engine.base->config(), dtype, session.host_adapter(DType::kF32)));
+  const std::int64_t tokens = std::min(kProbeTokens, engine.base->config().context_max);
+  session.probe(std::vector<std::int32_t>(static_cast<std::size_t>(tokens), 0),
+                std::move(reloaded));
+  return {};
+}
+
+}  // namespace
+
+std::string Estimate::to_json() const {
+  nlohmann::ordered_json json;
+  for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
+    json[kernels::memory_kind_name(kernels::MemoryKind{kind})] =
+        peak_bytes[static_cast<std::size_t>(kind)];
+  json["peak_total"] = peak_total;
+  return json.dump();
+}
+
+Estimate read_ledger(const kernels::MemoryLedger& ledger) {
+  Estimate estimate;
+  for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
+    estimate.peak_bytes[static_cast<std::size_t>(kind)] = ledger.peak(kernels::MemoryKind{kind});
+  estimate.peak_total = ledger.peak_total();
+  return estimate;
+}
+
+train::BatchBounds worst_case_bounds(const protocol::TrainSettings& settings) {
+  const std::int64_t tokens = settings.per_device_train_batch_size * settings.max_length;
+  // A document has two tokens at least: one to see, one to learn.
+  const std::int64_t documents = settings.packing ? std::max<std::int64_t>(1, tokens / 2)
+                                                  : settings.per_device_train_batch_size;
+  return {tokens, documents, settings.max_length};
+}
+
+Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
+                                   const model::ModelConfig& config, DType dtype,
+                                   const protocol::TrainSettings& settings,
+                                   const train::BatchBounds& bounds, const TrainingPlan& plan) {
+  TANDEM_RETURN_IF_ERROR(check_bounds(bounds));
+  TANDEM_ASSIGN_OR_RETURN(const auto engine,
+                          DryEngine::create(profile, config, dtype, plan.adapter_slots));
+  const data::MicroBatch batch = batch_at(bounds);
+  std::vector<data::MicroBatch> eval;
+  if (plan.eval) eval.push_back(batch);
+  train::SessionOptions options;
+  options.settings = settings;
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto session,
+      train::TrainSession::create(
+          {engine->allocator(), engine->ledger(), engine->context, *engine->weights,
+           *engine->adapters, 0},
+          options, train::make_fixed_batches({{{batch}, batch.trained_tokens}}, std::move(eval))));
+  while (!session->finished()) {
+    TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
+    static_cast<void>(event);
+  }
+  if (plan.publish) TANDEM_RETURN_IF_ERROR(publish(*engine, *session, dtype));
+  return read_ledger(engine->ledger());
+}
+
+Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
+                                  const model::ModelConfig& config, DType dtype,
+                                  const serve::ServeOptions& options, std::int64_t adapter_slots) {
+  TANDEM_ASSIGN_OR_RETURN(const auto engine,
+                          DryEngine::create(profile, config, dtype, adapter_slots));
+  const ManualClock clock;
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto serving,
+      serve::ServeEngine::create(
+          {engine->allocator(), engine->ledger(), engine->context, *engine->weights,
+           engine->adapters.get(), 0, adapter_slots, std::nullopt, clock},
+          options));
+  serving->reserve_worst_case();
+  return read_ledger(engine->ledger());
+}
+
+}  // namespace tandem::worker::memory
