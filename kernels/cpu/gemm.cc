@@ -126,6 +126,10 @@ void check_rows(DType format, const ConstRows& x, const Rows& y) {
                "y is ", dtype_name(y.dtype), ", weights ", dtype_name(format));
 }
 
+// An output this large has left the caches before anyone reads it; written past them, it costs no
+// reads for ownership and evicts nothing. Measured at T=4096, N=3072: 10 ms against 30.
+constexpr std::int64_t kStreamBytes = 12 << 20;
+
 Product start_product(std::int64_t t, std::int64_t reduction, std::int64_t columns,
                       const ConstRows& x, const Rows& y) {
   Product p;
@@ -137,6 +141,8 @@ Product start_product(std::int64_t t, std::int64_t reduction, std::int64_t colum
   p.y = y.data;
   p.ldy = y.ld;
   p.y_bf16 = y.dtype == DType::kBF16;
+  p.stream_y = p.y_bf16 && t * columns * 2 >= kStreamBytes && y.ld * 2 % kCacheLine == 0 &&
+               reinterpret_cast<std::uintptr_t>(y.data) % kCacheLine == 0;
   return p;
 }
 

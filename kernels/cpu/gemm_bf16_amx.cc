@@ -226,6 +226,7 @@ void run_blocks(const Product& p) {
       run_task(p, {row, min_of(kRowBlock, p.t - row), panel, min_of(panels, panel + width)},
                scratch);
     }
+    if (p.stream_y) _mm_sfence();  // streamed rows must be visible at the barrier
     _tile_release();
   }
 }

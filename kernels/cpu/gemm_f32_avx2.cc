@@ -5,3 +5,4 @@ constexpr int kRowsMax = 3;    // rows of 32 sums in the registers
 constexpr int kPanelsFew = 2;  // panels at once for one or two rows
 }  // namespace
 #include "kernels/cpu/gemm_f32_body.h"
+#include "kernels/cpu/gemm_outer_body.h"

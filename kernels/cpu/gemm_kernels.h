@@ -27,6 +27,7 @@ struct Product {
   void* y = nullptr;
   std::int64_t ldy = 0;
   bool y_bf16 = false;
+  bool stream_y = false;  ///< bf16 rows of whole, aligned cache lines go past the caches
   bool accumulate = false;
   float scale = 1.0f;
   const void* bias = nullptr;
@@ -81,5 +82,42 @@ void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::
                          std::int64_t out_shift, char* to);  ///< w [out, in]
 void pack_bf16_in_by_out(const void* w, std::int64_t ld, std::int64_t in, std::int64_t out,
                          std::int64_t out_shift, char* to);  ///< w [in, out]
+
+// -- weight gradients -----------------------------------------------------------------------------
+
+/// c += alpha * x^T y over t rows, x [t, few], y [t, many]; c [few, many], or [many, few] when
+/// transposed. A task owns columns of y and walks all rows in ascending order: no partial sums, so
+/// the bits do not depend on who does what.
+struct Outer {
+  std::int64_t t = 0, few = 0, many = 0;
+  const void* x = nullptr;
+  std::int64_t ldx = 0;
+  const void* y = nullptr;
+  std::int64_t ldy = 0;
+  bool bf16_rows = false;
+  float alpha = 1.0f;
+  float* c = nullptr;
+  std::int64_t ldc = 0;
+  bool transposed = false;
+  char* few_packed = nullptr;  ///< outer_few_bytes
+  float* sums = nullptr;       ///< outer_sums_bytes: [few padded to 32, many padded to 32]
+  char* per_thread = nullptr;  ///< kOuterBytesPerThread each
+};
+
+inline constexpr std::int64_t kOuterRows = 256;    ///< rows of y turned into tiles at a time
+inline constexpr std::int64_t kOuterColumns = 32;  ///< columns of y per task step
+inline constexpr std::int64_t kOuterBytesPerThread = kOuterRows * kOuterColumns * 4;
+
+TANDEM_ALWAYS_INLINE constexpr std::int64_t outer_few_bytes(std::int64_t t, std::int64_t few) {
+  return round_up(t, 32) * round_up(few, 32) * 4;
+}
+TANDEM_ALWAYS_INLINE constexpr std::int64_t outer_sums_bytes(std::int64_t few, std::int64_t many) {
+  return round_up(few, 32) * round_up(many, 32) * 4;
+}
+
+void outer_bf16_amx(const Outer& o);
+void outer_avx512(const Outer& o);
+void outer_avx2(const Outer& o);
+void outer_generic(const Outer& o);
 
 }  // namespace tandem::kernels::cpu

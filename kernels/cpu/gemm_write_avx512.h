@@ -33,8 +33,9 @@ inline void write_rows(const Product& p, Finished& f, std::int64_t count) {
       s1 = _mm512_add_ps(s1, load_lanes(p.y, p.y_bf16, at + 16, m1));
     }
     if (p.y_bf16 && columns == kPanel) {
-      _mm512_storeu_si512(static_cast<std::uint16_t*>(p.y) + at,
-                          reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(s1, s0)));
+      const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(s1, s0));
+      auto* to = reinterpret_cast<__m512i*>(static_cast<std::uint16_t*>(p.y) + at);
+      p.stream_y ? _mm512_stream_si512(to, both) : _mm512_storeu_si512(to, both);
     } else {
       store_lanes(p.y, p.y_bf16, at, m0, s0);
       store_lanes(p.y, p.y_bf16, at + 16, m1, s1);
