@@ -1,157 +1,141 @@
 #include "kernels/cpu/attention.h"
 
+#include "kernels/cpu/attention_kernels.h"
+#include "kernels/cpu/cpu_features.h"
 #include "protocol/base/check.h"
 
+#include <omp.h>
+
 #include <algorithm>
-#include <cmath>
-#include <functional>
 
 namespace tandem::kernels::cpu {
 namespace {
 
-float get(const ConstRows& m, std::int64_t i, std::int64_t j) {
-  const std::int64_t at = i * m.ld + j;
-  return m.dtype == DType::kF32 ? static_cast<const float*>(m.data)[at]
-                                : to_f32(static_cast<const bf16*>(m.data)[at]);
-}
-void set(const Rows& m, std::int64_t i, std::int64_t j, float x) {
-  const std::int64_t at = i * m.ld + j;
-  if (m.dtype == DType::kF32)
-    static_cast<float*>(m.data)[at] = x;
-  else
-    static_cast<bf16*>(m.data)[at] = to_bf16(x);
-}
-void add(const Rows& m, std::int64_t i, std::int64_t j, float x) {
-  set(m, i, j, get({m.data, m.ld, m.dtype}, i, j) + x);
-}
-
-// Element d of key or value j.
-using KeyElement = std::function<float(std::int64_t j, std::int64_t d)>;
-
-float score(const AttentionShape& shape, const ConstRows& q, std::int64_t row, std::int64_t h,
-            std::int64_t j, const KeyElement& k) {
-  float sum = 0.0f;
-  for (std::int64_t d = 0; d < shape.head_dim; ++d)
-    sum = std::fma(get(q, row, h * shape.head_dim + d), k(j, d), sum);
-  sum *= shape.scale;
-  return shape.soft_cap > 0 ? shape.soft_cap * std::tanh(sum / shape.soft_cap) : sum;
-}
-
-// One query row at `position`; returns the log of the sum of exp(score).
-float row_forward(const AttentionShape& shape, const ConstRows& q, std::int64_t row, std::int64_t h,
-                  std::int64_t position, const KeyElement& k, const KeyElement& v, Rows out) {
-  const std::int64_t first =
-      shape.window > 0 ? std::max<std::int64_t>(0, position - shape.window + 1) : 0;
-  float m = -INFINITY, sum = 0.0f;
-  float o[kHeadDimMax] = {};
-  for (std::int64_t j = first; j <= position; ++j) {
-    const float s = score(shape, q, row, h, j, k);
-    const float m_new = std::max(m, s);
-    const float keep = std::exp(m - m_new), p = std::exp(s - m_new);
-    sum = sum * keep + p;
-    for (std::int64_t d = 0; d < shape.head_dim; ++d) o[d] = o[d] * keep + p * v(j, d);
-    m = m_new;
-  }
-  for (std::int64_t d = 0; d < shape.head_dim; ++d)
-    set(out, row, h * shape.head_dim + d, o[d] / sum);
-  return m + std::log(sum);
+Attention start(const AttentionShape& shape, std::int64_t t, const ConstRows& q,
+                std::span<const std::int32_t> offsets) {
+  TANDEM_CHECK(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16, "attention in ",
+               dtype_name(shape.dtype));
+  TANDEM_CHECK(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "heads ", shape.heads,
+               " over ", shape.kv_heads);
+  TANDEM_CHECK_LE(shape.heads / shape.kv_heads, kQueriesMax, "query heads per key head");
+  TANDEM_CHECK(shape.head_dim > 0 && shape.head_dim <= kHeadDimMax, "head_dim ", shape.head_dim);
+  TANDEM_CHECK(!offsets.empty() && offsets.back() <= t, "offsets end at ", offsets.back(), " of ",
+               t, " rows");
+  TANDEM_CHECK(q.dtype == shape.dtype, "q is ", dtype_name(q.dtype));
+  Attention a;
+  a.heads = shape.heads;
+  a.kv_heads = shape.kv_heads;
+  a.dim = shape.head_dim;
+  a.scale = shape.scale;
+  a.window = shape.window;
+  a.soft_cap = shape.soft_cap;
+  a.bf16_rows = shape.dtype == DType::kBF16;
+  a.t = t;
+  a.sequences = static_cast<std::int64_t>(offsets.size()) - 1;
+  a.offsets = offsets.data();
+  a.q = q.data;
+  a.ldq = q.ld;
+  return a;
 }
 
-void zero_rows(const Rows& out, std::int64_t begin, std::int64_t end, std::int64_t columns) {
-  for (std::int64_t i = begin; i < end; ++i)
-    for (std::int64_t j = 0; j < columns; ++j) set(out, i, j, 0.0f);
+void give_scratch(Attention& a, std::span<std::byte> scratch, std::int64_t needed) {
+  TANDEM_CHECK_GE(static_cast<std::int64_t>(scratch.size()), needed, "scratch of attention");
+  a.scratch = reinterpret_cast<char*>(scratch.data());
+  a.scratch_per_thread = needed / omp_get_max_threads();
+}
+
+void run_forward(const Attention& a) {
+  const Isa level = isa();
+  level >= Isa::kAvx512 ? attention_forward_avx512(a)
+  : level == Isa::kAvx2 ? attention_forward_avx2(a)
+                        : attention_forward_generic(a);
+}
+
+void run_backward(const Attention& a) {
+  const Isa level = isa();
+  level >= Isa::kAvx512 ? attention_backward_avx512(a)
+  : level == Isa::kAvx2 ? attention_backward_avx2(a)
+                        : attention_backward_generic(a);
+}
+
+void check_lengths(std::span<const std::int32_t> offsets, std::int64_t length_max) {
+  for (std::size_t s = 0; s + 1 < offsets.size(); ++s)
+    TANDEM_CHECK(offsets[s] <= offsets[s + 1] && offsets[s + 1] - offsets[s] <= length_max,
+                 "sequence ", s, " is rows ", offsets[s], " to ", offsets[s + 1], ", at most ",
+                 length_max);
 }
 
 }  // namespace
 
-std::int64_t attention_forward_scratch(const AttentionShape&, std::int64_t, std::int64_t, int) {
-  return 0;
-}
-void attention_forward(const AttentionShape& shape, std::int64_t t, ConstRows qkv,
-                       std::span<const std::int32_t> seq_offsets, std::int64_t, Rows out,
-                       float* lse, std::span<std::byte>) {
-  const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-#pragma omp parallel for schedule(dynamic)
-  for (std::int64_t h = 0; h < shape.heads; ++h)
-    for (std::size_t s = 0; s + 1 < seq_offsets.size(); ++s) {
-      const std::int64_t begin = seq_offsets[s];
-      const std::int64_t kc = (shape.heads + h / group) * dim, vc = kc + shape.kv_heads * dim;
-      for (std::int64_t i = begin; i < seq_offsets[s + 1]; ++i) {
-        const float l = row_forward(
-            shape, qkv, i, h, i - begin,
-            [&](std::int64_t j, std::int64_t d) { return get(qkv, begin + j, kc + d); },
-            [&](std::int64_t j, std::int64_t d) { return get(qkv, begin + j, vc + d); }, out);
-        if (lse != nullptr) lse[i * shape.heads + h] = l;
-      }
-    }
-  zero_rows(out, seq_offsets.back(), t, shape.heads * dim);
+std::int64_t attention_forward_scratch(const AttentionShape& shape, std::int64_t, std::int64_t,
+                                       int threads) {
+  return threads * round_up(attention_thread_bytes(shape.head_dim), kCacheLine);
 }
 
-std::int64_t attention_backward_scratch(const AttentionShape&, std::int64_t, std::int64_t, int) {
-  return 0;
+void attention_forward(const AttentionShape& shape, std::int64_t t, ConstRows qkv,
+                       std::span<const std::int32_t> seq_offsets, std::int64_t seq_len_max,
+                       Rows out, float* lse, std::span<std::byte> scratch) {
+  check_lengths(seq_offsets, seq_len_max);
+  Attention a = start(shape, t, qkv, seq_offsets);
+  a.out = out.data;
+  a.ldo = out.ld;
+  a.lse = lse;
+  give_scratch(a, scratch, attention_forward_scratch(shape, t, seq_len_max, omp_get_max_threads()));
+  run_forward(a);
 }
+
+std::int64_t attention_backward_scratch(const AttentionShape& shape, std::int64_t,
+                                        std::int64_t seq_len_max, int threads) {
+  return threads *
+         round_up(attention_backward_thread_bytes(shape.head_dim, seq_len_max), kCacheLine);
+}
+
 void attention_backward(const AttentionShape& shape, std::int64_t t, ConstRows dout, ConstRows qkv,
                         ConstRows out, const float* lse, std::span<const std::int32_t> seq_offsets,
-                        std::int64_t, Rows dqkv, std::span<std::byte>) {
-  const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-  zero_rows(dqkv, 0, t, (shape.heads + 2 * shape.kv_heads) * dim);
-  for (std::int64_t h = 0; h < shape.heads; ++h)
-    for (std::size_t s = 0; s + 1 < seq_offsets.size(); ++s) {
-      const std::int64_t begin = seq_offsets[s];
-      const std::int64_t qc = h * dim, kc = (shape.heads + h / group) * dim;
-      const std::int64_t vc = kc + shape.kv_heads * dim;
-      const KeyElement k = [&](std::int64_t j, std::int64_t d) {
-        return get(qkv, begin + j, kc + d);
-      };
-      for (std::int64_t i = begin; i < seq_offsets[s + 1]; ++i) {
-        float delta = 0.0f;
-        for (std::int64_t d = 0; d < dim; ++d) delta += get(dout, i, qc + d) * get(out, i, qc + d);
-        const std::int64_t position = i - begin;
-        for (std::int64_t j = 0; j <= position; ++j) {
-          if (shape.window > 0 && position - j >= shape.window) continue;
-          const float sc = score(shape, qkv, i, h, j, k);
-          const float p = std::exp(sc - lse[i * shape.heads + h]);
-          float dp = 0.0f;
-          for (std::int64_t d = 0; d < dim; ++d)
-            dp += get(dout, i, qc + d) * get(qkv, begin + j, vc + d);
-          float ds = p * (dp - delta) * shape.scale;
-          if (shape.soft_cap > 0) ds *= 1.0f - (sc / shape.soft_cap) * (sc / shape.soft_cap);
-          for (std::int64_t d = 0; d < dim; ++d) {
-            add(dqkv, i, qc + d, ds * get(qkv, begin + j, kc + d));
-            add(dqkv, begin + j, kc + d, ds * get(qkv, i, qc + d));
-            add(dqkv, begin + j, vc + d, p * get(dout, i, qc + d));
-          }
-        }
-      }
-    }
+                        std::int64_t seq_len_max, Rows dqkv, std::span<std::byte> scratch) {
+  check_lengths(seq_offsets, seq_len_max);
+  Attention a = start(shape, t, qkv, seq_offsets);
+  a.dout = dout.data;
+  a.lddo = dout.ld;
+  a.out_saved = out.data;
+  a.ldo = out.ld;
+  a.lse_saved = lse;
+  a.dqkv = dqkv.data;
+  a.lddqkv = dqkv.ld;
+  a.length_max = seq_len_max;
+  give_scratch(a, scratch,
+               attention_backward_scratch(shape, t, seq_len_max, omp_get_max_threads()));
+  run_backward(a);
 }
 
-std::int64_t paged_attention_scratch(const AttentionShape&, std::int64_t, std::int64_t,
-                                     std::int64_t, int) {
-  return 0;
+std::int64_t paged_attention_scratch(const AttentionShape& shape, std::int64_t, std::int64_t,
+                                     std::int64_t, int threads) {
+  return threads * round_up(attention_thread_bytes(shape.head_dim), kCacheLine);
 }
+
 void paged_attention(const AttentionShape& shape, std::int64_t t, ConstRows q,
-                     std::span<const std::int32_t> q_offsets, const PagedKeys& keys, std::int64_t,
-                     Rows out, std::span<std::byte>) {
-  const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-#pragma omp parallel for schedule(dynamic)
-  for (std::int64_t h = 0; h < shape.heads; ++h)
-    for (std::size_t s = 0; s + 1 < q_offsets.size(); ++s) {
-      const std::int32_t* table =
-          keys.block_tables + static_cast<std::int64_t>(s) * keys.blocks_max;
-      const auto element = [&](const void* cache) {
-        return [&, cache](std::int64_t j, std::int64_t d) {
-          const std::int64_t block = table[j / keys.block_size];
-          const std::int64_t at =
-              ((block * shape.kv_heads + h / group) * keys.block_size + j % keys.block_size) * dim;
-          return get({cache, 0, shape.dtype}, 0, at + d);
-        };
-      };
-      for (std::int64_t i = q_offsets[s]; i < q_offsets[s + 1]; ++i)
-        row_forward(shape, q, i, h, keys.kv_lens[s] - (q_offsets[s + 1] - i), element(keys.k),
-                    element(keys.v), out);
-    }
-  zero_rows(out, q_offsets.back(), t, shape.heads * dim);
+                     std::span<const std::int32_t> q_offsets, const PagedKeys& keys,
+                     std::int64_t kv_len_max, Rows out, std::span<std::byte> scratch) {
+  Attention a = start(shape, t, q, q_offsets);
+  TANDEM_CHECK_EQ(static_cast<std::int64_t>(keys.kv_lens.size()), a.sequences, "kv_lens");
+  TANDEM_CHECK(keys.block_size > 0 && keys.block_size % kKeyBlock == 0, "block_size ",
+               keys.block_size, " is not a multiple of ", kKeyBlock);
+  for (std::size_t s = 0; s < keys.kv_lens.size(); ++s)
+    TANDEM_CHECK(keys.kv_lens[s] <= std::min(kv_len_max, keys.blocks_max * keys.block_size) &&
+                     keys.kv_lens[s] >= q_offsets[s + 1] - q_offsets[s],
+                 "sequence ", s, " has ", keys.kv_lens[s], " keys");
+  a.out = out.data;
+  a.ldo = out.ld;
+  a.paged = true;
+  a.k_cache = keys.k;
+  a.v_cache = keys.v;
+  a.block_size = keys.block_size;
+  a.blocks_max = keys.blocks_max;
+  a.block_tables = keys.block_tables;
+  a.kv_lens = keys.kv_lens.data();
+  give_scratch(a, scratch,
+               paged_attention_scratch(shape, t, a.sequences, kv_len_max, omp_get_max_threads()));
+  run_forward(a);
 }
 
 }  // namespace tandem::kernels::cpu

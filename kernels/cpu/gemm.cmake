@@ -3,7 +3,7 @@
 tandem_library(cpu_gemm
   SOURCES attention.cc cpu_features.cc gemm.cc gemm_outer.cc gemm_pack.cc gemm_plain.cc
     gemm_f32_generic.cc gemm_f32_avx2.cc gemm_f32_avx512.cc gemm_bf16_avx512.cc gemm_bf16_amx.cc
-    gemm_outer_amx.cc
+    gemm_outer_amx.cc attention_f32_generic.cc attention_f32_avx2.cc attention_f32_avx512.cc
   PUBLIC tandem_base
   PRIVATE OpenMP::OpenMP_CXX)
 
@@ -12,11 +12,11 @@ set(TANDEM_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -Wno-ignored-attri
 set(TANDEM_AVX512_FLAGS -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl
     -mprefer-vector-width=512
     -Wno-uninitialized -Wno-maybe-uninitialized)  # GCC 12's own headers trip them
-set_source_files_properties(gemm_f32_generic.cc PROPERTIES COMPILE_OPTIONS
+set_source_files_properties(gemm_f32_generic.cc attention_f32_generic.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS}")
-set_source_files_properties(gemm_f32_avx2.cc PROPERTIES COMPILE_OPTIONS
+set_source_files_properties(gemm_f32_avx2.cc attention_f32_avx2.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};-mavx2;-mfma")
-set_source_files_properties(gemm_f32_avx512.cc PROPERTIES COMPILE_OPTIONS
+set_source_files_properties(gemm_f32_avx512.cc attention_f32_avx512.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};${TANDEM_AVX512_FLAGS}")
 set_source_files_properties(gemm_bf16_avx512.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};${TANDEM_AVX512_FLAGS};-mavx512bf16")

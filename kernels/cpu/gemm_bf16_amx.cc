@@ -235,7 +235,7 @@ void run_blocks(const Product& p) {
 // all rows at once; tiles have just the rows that exist.
 void run_stream(const Product& p) {
   const std::int64_t panels = ceil_div(p.columns, kPanel);
-#pragma omp parallel
+#pragma omp parallel if (p.reduction * p.columns > kParallelMin)
   {
     const std::int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     RowBlock block;

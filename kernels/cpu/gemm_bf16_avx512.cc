@@ -160,7 +160,7 @@ void retile_block(const char* from, char* to) {
 void product_bf16_avx512(const Product& p) {
   const std::int64_t panels = ceil_div(p.columns, kPanel);
   const std::int64_t row_blocks = ceil_div(p.t, kRowBlock);
-#pragma omp parallel
+#pragma omp parallel if (p.t * p.reduction * p.columns > kParallelMin)
   {
     const std::int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     char* scratch = p.scratch + id * p.scratch_per_thread;

@@ -243,7 +243,7 @@ template <class Run>
 void run_all(const Product& p, std::int64_t row_block, std::int64_t width, Run run) {
   const std::int64_t panels = ceil_div(p.columns, kPanel);
   const std::int64_t row_blocks = ceil_div(p.t, row_block), splits = ceil_div(panels, width);
-#pragma omp parallel
+#pragma omp parallel if (p.t * p.reduction * p.columns > kParallelMin)
   {
     const std::int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     auto* scratch = reinterpret_cast<float*>(p.scratch + id * p.scratch_per_thread);

@@ -32,6 +32,10 @@ inline constexpr std::int64_t kReductionBlock = 640;
 /// Columns of one task where the reduction is longer than kReductionBlock: parked sums stay in L2.
 inline constexpr std::int64_t kParkedColumns = 256;
 
+/// Work (bytes of weights walked, or about as many multiply-adds) below which waking the other
+/// threads costs more than it brings.
+inline constexpr std::int64_t kParallelMin = 1 << 16;
+
 TANDEM_ALWAYS_INLINE constexpr std::int64_t min_of(std::int64_t a, std::int64_t b) {
   return a < b ? a : b;
 }
