@@ -28,7 +28,7 @@ struct Loop {
   pid_t agent = 0;
   std::int64_t started_ms = 0, start_at_ms = 0;
   bool ending = false;
-  RestartBackoff backoff;
+  RestartBackoff backoff{};
 
   static std::int64_t now_ms() { return steady_ns() / 1'000'000; }
 
