@@ -53,6 +53,8 @@ struct SamplingParams {
   std::int64_t logprobs = -1;  ///< -1: none; n: of each token and its n likeliest
   std::int64_t min_tokens = 0;
   bool ignore_eos = false;
+  std::int64_t prompt_logprobs_from =
+      -1;  ///< k >= 1: score prompt tokens k..; max_tokens 0 then generates nothing
   bool operator==(const SamplingParams&) const = default;
 };
 
@@ -156,8 +158,9 @@ struct GenerateChunk {
   Digest model, adapter;  ///< what answered, on the first and the last chunk; adapter empty: base
   bool cached = false;    ///< answered from the result cache
   std::int64_t queue_us = 0,
-               first_token_us = 0;  ///< coordinator's share and engine's, on the last chunk
-  std::int64_t retry_after_ms = 0;  ///< with kBusy
+               first_token_us = 0;     ///< coordinator's share and engine's, on the last chunk
+  std::int64_t retry_after_ms = 0;     ///< with kBusy
+  std::vector<float> prompt_logprobs;  ///< complete, once, where prompt_logprobs_from asks
   bool operator==(const GenerateChunk&) const = default;
 };
 struct CallReply {

@@ -46,6 +46,7 @@ static void put(wire::Sampling::Builder b, const SamplingParams& m) {
   b.setLogprobs(m.logprobs);
   b.setMinTokens(m.min_tokens);
   b.setIgnoreEos(m.ignore_eos);
+  b.setPromptLogprobsFrom(m.prompt_logprobs_from);
 }
 
 /// A member of a union { unset, value }; a member that a newer peer added is refused.
@@ -73,6 +74,7 @@ static SamplingParams get(wire::Sampling::Reader r) {
   m.logprobs = r.getLogprobs();
   m.min_tokens = r.getMinTokens();
   m.ignore_eos = r.getIgnoreEos();
+  m.prompt_logprobs_from = r.getPromptLogprobsFrom();
   return m;
 }
 
@@ -163,6 +165,8 @@ void put(wire::GenerateChunk::Builder b, const GenerateChunk& m) {
   b.setQueueUs(m.queue_us);
   b.setFirstTokenUs(m.first_token_us);
   b.setRetryAfterMs(m.retry_after_ms);
+  if (!m.prompt_logprobs.empty())
+    put_scalars(b.initPromptLogprobs(count(m.prompt_logprobs)), m.prompt_logprobs);
 }
 GenerateChunk get(wire::GenerateChunk::Reader r) {
   GenerateChunk m;
@@ -184,6 +188,7 @@ GenerateChunk get(wire::GenerateChunk::Reader r) {
   m.queue_us = r.getQueueUs();
   m.first_token_us = r.getFirstTokenUs();
   m.retry_after_ms = get_count(r.getRetryAfterMs(), "chunk.retry_after_ms");
+  m.prompt_logprobs = get_scalars<float>(r.getPromptLogprobs(), "chunk.prompt_logprobs");
   return m;
 }
 

@@ -73,6 +73,8 @@ struct Sampling {
   logprobs @17 :Int64 = -1;      # -1 none; n: of every token and its n likeliest
   minTokens @18 :Int64;
   ignoreEos @19 :Bool;
+  promptLogprobsFrom @20 :Int64 = -1;  # k >= 1: also the log-probabilities of prompt tokens k, k + 1, ...,
+                                      # each given those before it; with maxTokens 0 nothing is generated
 }
 
 struct ChatMessage {
@@ -152,4 +154,5 @@ struct GenerateChunk {
   queueUs @11 :Int64;      # on the last chunk: the coordinator's share of the first token's time
   firstTokenUs @12 :Int64; # and the engine's
   retryAfterMs @13 :Int64; # with `busy`
+  promptLogprobs @14 :List(Float32);  # complete, once, where promptLogprobsFrom asks
 }

@@ -72,6 +72,7 @@ Result<serve::GenerateRequest> ServeHost::translate(const protocol::Infer& infer
   to.stop_token_ids = sampling.stop_token_ids;
   if (sampling.logprobs >= 0) to.logprobs = sampling.logprobs;
   to.ignore_eos = sampling.ignore_eos;
+  if (sampling.prompt_logprobs_from >= 0) to.prompt_logprobs_from = sampling.prompt_logprobs_from;
   return request;
 }
 
@@ -165,9 +166,10 @@ void ServeHost::deliver(const serve::SequenceOutput& output) {
   chunk.tokens.insert(chunk.tokens.end(), output.token_ids.begin(), output.token_ids.end());
   for (std::size_t i = 0; i < output.logprobs.size(); ++i)
     chunk.logprobs.push_back(convert(output.token_ids[i], output.logprobs[i]));
+  if (!output.prompt_logprobs.empty()) chunk.prompt_logprobs = output.prompt_logprobs;
   chunk.finish = finish_reason(output.finish);
   chunk.status = output.error;
-  if (!last && !request.stream) return;
+  if (!last && (!request.stream || chunk.tokens.empty())) return;
   if (last || request.first) {
     chunk.model = model_->ref().digest;
     chunk.adapter = request.adapter;
