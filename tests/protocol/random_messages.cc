@@ -77,6 +77,7 @@ class Draw {
     m.logprobs = count();
     m.min_tokens = count();
     m.ignore_eos = true;
+    m.prompt_logprobs_from = 1 + count();
     return m;
   }
   Generate generate() {
@@ -100,6 +101,7 @@ class Draw {
     m.queue_us = count();
     m.first_token_us = count();
     m.retry_after_ms = count();
+    m.prompt_logprobs = {-0.5f, -1.25f};
     return m;
   }
   ModelRef model() {
