@@ -24,6 +24,10 @@ constexpr int kRoutingIdBytesMax = 255;
 constexpr std::int64_t kCurveOverheadBytes = 256;
 // Refused messages read in one receive() before it returns to its caller.
 constexpr int kRefusedPerReceiveMax = 64;
+// The longest sleep of one receive() before it looks at its connection again.
+constexpr TimeMs kLookMs = 500;
+// libzmq never dials again after a refused key or a protocol error, so the client does it itself.
+constexpr TimeMs kRedialMs = kHandshakeMs + 500;
 constexpr int kMonitorEvents =
     ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED | ZMQ_EVENT_HANDSHAKE_FAILED_AUTH |
     ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL | ZMQ_EVENT_HANDSHAKE_FAILED_NO_DETAIL;
@@ -189,7 +193,7 @@ std::optional<Envelope> receive_until(Pollable& endpoint, TimeMs timeout_ms, Rea
     if (left <= 0) return std::nullopt;
     std::vector<zmq_pollitem_t> items;
     endpoint.add_items(items);
-    poll(items, left);
+    poll(items, std::min(left, kLookMs));
   }
 }
 
@@ -344,6 +348,7 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
   /// Takes what happened to the connection; true when it came or went.
   bool read_monitor() {
     const auto before = std::pair(connections_, connected_);
+    const std::int64_t now_ns = steady_ns();
     while (true) {
       Part event, peer;  // the event's number and value, then the address
       if (!event.receive(monitor_)) break;
@@ -353,11 +358,18 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
       if (bytes.size() < sizeof number) continue;
       std::memcpy(&number, bytes.data(), sizeof number);
       connected_ = number == ZMQ_EVENT_HANDSHAKE_SUCCEEDED;
+      changed_ns_ = now_ns;
       if (connected_) ++connections_;
       // A refusal ends in a disconnect too, which says nothing more.
       if (number == ZMQ_EVENT_DISCONNECTED) continue;
       key_refused_ = number == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH;
       handshake_failed_ = !connected_;
+    }
+    const bool gave_up = handshake_failed_ || before.first > 0;
+    if (!connected_ && gave_up && now_ns - changed_ns_ > scaled_ms(kRedialMs) * 1'000'000) {
+      changed_ns_ = now_ns;
+      zmq_disconnect(socket_.get(), address_.c_str());  // fails when libzmq has forgotten it
+      zmq_connect(socket_.get(), address_.c_str());
     }
     return before != std::pair(connections_, connected_);
   }
@@ -368,6 +380,7 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
   Wakeup wakeup_;
   EndpointCounters counters_;
   std::uint64_t connections_ = 0;
+  std::int64_t changed_ns_ = 0;  // the last event of the connection, or dialling again
   bool connected_ = false, key_refused_ = false, handshake_failed_ = false;
 };
 
