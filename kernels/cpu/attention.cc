@@ -38,6 +38,15 @@ Attention start(const AttentionShape& shape, std::int64_t t, const ConstRows& q,
   return a;
 }
 
+// Enough for any instruction set: a plan made on one machine holds on another.
+std::int64_t forward_bytes(const AttentionShape& shape) {
+  const std::int64_t plain = attention_thread_bytes(shape.head_dim);
+  return round_up(shape.dtype == DType::kBF16
+                      ? std::max(plain, attention_amx_thread_bytes(shape.head_dim))
+                      : plain,
+                  kCacheLine);
+}
+
 void give_scratch(Attention& a, std::span<std::byte> scratch, std::int64_t needed) {
   TANDEM_CHECK_GE(static_cast<std::int64_t>(scratch.size()), needed, "scratch of attention");
   a.scratch = reinterpret_cast<char*>(scratch.data());
@@ -46,6 +55,7 @@ void give_scratch(Attention& a, std::span<std::byte> scratch, std::int64_t neede
 
 void run_forward(const Attention& a) {
   const Isa level = isa();
+  if (level == Isa::kAmx && amx_attention_fits(a)) return attention_forward_amx(a);
   level >= Isa::kAvx512 ? attention_forward_avx512(a)
   : level == Isa::kAvx2 ? attention_forward_avx2(a)
                         : attention_forward_generic(a);
@@ -69,7 +79,7 @@ void check_lengths(std::span<const std::int32_t> offsets, std::int64_t length_ma
 
 std::int64_t attention_forward_scratch(const AttentionShape& shape, std::int64_t, std::int64_t,
                                        int threads) {
-  return threads * round_up(attention_thread_bytes(shape.head_dim), kCacheLine);
+  return threads * forward_bytes(shape);
 }
 
 void attention_forward(const AttentionShape& shape, std::int64_t t, ConstRows qkv,
@@ -110,7 +120,7 @@ void attention_backward(const AttentionShape& shape, std::int64_t t, ConstRows d
 
 std::int64_t paged_attention_scratch(const AttentionShape& shape, std::int64_t, std::int64_t,
                                      std::int64_t, int threads) {
-  return threads * round_up(attention_thread_bytes(shape.head_dim), kCacheLine);
+  return threads * forward_bytes(shape);
 }
 
 void paged_attention(const AttentionShape& shape, std::int64_t t, ConstRows q,

@@ -63,6 +63,20 @@ TANDEM_ALWAYS_INLINE constexpr std::int64_t attention_backward_thread_bytes(
          4;
 }
 
+inline constexpr std::int64_t kKeysAmx = 256;     ///< keys of one block (AMX)
+inline constexpr std::int64_t kQueriesAmx = 768;  ///< (row, head) pairs one task carries (AMX)
+
+/// Forward, AMX: q, o, m and l of the queries; a block's tiles; scores, weights and product of 32.
+TANDEM_ALWAYS_INLINE constexpr std::int64_t attention_amx_thread_bytes(std::int64_t dim) {
+  return kQueriesAmx * (6 * dim + 8) + 4 * kKeysAmx * dim + 32 * (kKeysAmx + 16) * 4 +
+         32 * (kKeysAmx + 32) * 2 + 32 * dim * 4;
+}
+/// What the AMX kernels take; others go to the f32 kernels.
+TANDEM_ALWAYS_INLINE bool amx_attention_fits(const Attention& a) {
+  return a.bf16_rows && a.dim % 32 == 0 && a.scale > 0.0f;
+}
+
+void attention_forward_amx(const Attention& a);
 void attention_forward_avx512(const Attention& a);
 void attention_forward_avx2(const Attention& a);
 void attention_forward_generic(const Attention& a);
