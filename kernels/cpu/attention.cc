@@ -63,6 +63,7 @@ void run_forward(const Attention& a) {
 
 void run_backward(const Attention& a) {
   const Isa level = isa();
+  if (level == Isa::kAmx && amx_attention_fits(a)) return attention_backward_amx(a);
   level >= Isa::kAvx512 ? attention_backward_avx512(a)
   : level == Isa::kAvx2 ? attention_backward_avx2(a)
                         : attention_backward_generic(a);
@@ -96,8 +97,9 @@ void attention_forward(const AttentionShape& shape, std::int64_t t, ConstRows qk
 
 std::int64_t attention_backward_scratch(const AttentionShape& shape, std::int64_t,
                                         std::int64_t seq_len_max, int threads) {
-  return threads *
-         round_up(attention_backward_thread_bytes(shape.head_dim, seq_len_max), kCacheLine);
+  const std::int64_t plain = attention_backward_thread_bytes(shape.head_dim, seq_len_max);
+  const std::int64_t amx = attention_backward_amx_thread_bytes(shape.head_dim, seq_len_max);
+  return threads * round_up(shape.dtype == DType::kBF16 ? std::max(plain, amx) : plain, kCacheLine);
 }
 
 void attention_backward(const AttentionShape& shape, std::int64_t t, ConstRows dout, ConstRows qkv,

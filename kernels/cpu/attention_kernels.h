@@ -71,6 +71,16 @@ TANDEM_ALWAYS_INLINE constexpr std::int64_t attention_amx_thread_bytes(std::int6
   return kQueriesAmx * (6 * dim + 8) + 4 * kKeysAmx * dim + 32 * (kKeysAmx + 16) * 4 +
          32 * (kKeysAmx + 32) * 2 + 32 * dim * 4;
 }
+inline constexpr std::int64_t kBackwardBlock = 128;  ///< keys and queries of a block (AMX)
+
+/// Backward, AMX: of a sequence k, v, k^T, q and dout twice (bf16), dk, dv, dq (f32), lse and
+/// delta; of a block p, ds twice, and two 32 x 32 products; room for the pieces' alignment.
+TANDEM_ALWAYS_INLINE constexpr std::int64_t attention_backward_amx_thread_bytes(
+    std::int64_t dim, std::int64_t length_max) {
+  const std::int64_t length = round_up(length_max, 32), block = kBackwardBlock;
+  return length * (dim * (7 * 2 + 3 * 4) + 8) + block * (block + 32) * 4 + block * block * 2 +
+         2 * 32 * 32 * 4 + 20 * kCacheLine;
+}
 /// What the AMX kernels take; others go to the f32 kernels.
 TANDEM_ALWAYS_INLINE bool amx_attention_fits(const Attention& a) {
   return a.bf16_rows && a.dim % 32 == 0 && a.scale > 0.0f;
@@ -80,6 +90,7 @@ void attention_forward_amx(const Attention& a);
 void attention_forward_avx512(const Attention& a);
 void attention_forward_avx2(const Attention& a);
 void attention_forward_generic(const Attention& a);
+void attention_backward_amx(const Attention& a);
 void attention_backward_avx512(const Attention& a);
 void attention_backward_avx2(const Attention& a);
 void attention_backward_generic(const Attention& a);

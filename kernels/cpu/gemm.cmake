@@ -4,7 +4,7 @@ tandem_library(cpu_gemm
   SOURCES attention.cc cpu_features.cc gemm.cc gemm_outer.cc gemm_pack.cc gemm_plain.cc
     gemm_f32_generic.cc gemm_f32_avx2.cc gemm_f32_avx512.cc gemm_bf16_avx512.cc gemm_bf16_amx.cc
     gemm_outer_amx.cc attention_f32_generic.cc attention_f32_avx2.cc attention_f32_avx512.cc
-    attention_forward_amx.cc
+    attention_forward_amx.cc attention_backward_amx.cc
   PUBLIC tandem_base
   PRIVATE OpenMP::OpenMP_CXX)
 
@@ -22,7 +22,7 @@ set_source_files_properties(gemm_f32_avx512.cc attention_f32_avx512.cc PROPERTIE
 set_source_files_properties(gemm_bf16_avx512.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};${TANDEM_AVX512_FLAGS};-mavx512bf16")
 set_source_files_properties(gemm_bf16_amx.cc gemm_outer_amx.cc
-  attention_forward_amx.cc PROPERTIES COMPILE_OPTIONS
+  attention_forward_amx.cc attention_backward_amx.cc PROPERTIES COMPILE_OPTIONS
   "${TANDEM_KERNEL_FLAGS};${TANDEM_AVX512_FLAGS};-mavx512bf16;-mamx-tile;-mamx-bf16")
 
 # Measured against, not used: see tools/bench_gemm.cc.
