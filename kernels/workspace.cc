@@ -182,6 +182,7 @@ SampleWorkspace sample_workspace(const SampleArgs& a, const DeviceProfile& profi
   Layout layout;
   const std::int64_t v = a.logits.dim(1);
   w.logits = layout.add(profile.threads * v * 4);
+  w.weights = layout.add(profile.threads * v * 4);
   w.candidates = layout.add(profile.threads * v * 8);
   w.bytes = layout.bytes();
   return w;

@@ -73,6 +73,7 @@ std::int64_t paged_attention_forward_workspace(const PagedAttentionArgs& args,
 
 struct SampleWorkspace {
   std::int64_t logits = 0;      ///< f32 [threads, V]: a row as it was before penalties
+  std::int64_t weights = 0;     ///< f32 [threads, V]: exp of a row's logits
   std::int64_t candidates = 0;  ///< (f32, i32) [threads, V]
   std::int64_t bytes = 0;
 };

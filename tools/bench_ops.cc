@@ -141,10 +141,11 @@ json Bench::time(const std::string& name, const Work& work, const std::function<
     call();
     ms.push_back(static_cast<double>(steady_ns() - at) * 1e-6);
   }
-  std::nth_element(ms.begin(), ms.begin() + static_cast<std::ptrdiff_t>(ms.size() / 2), ms.end());
+  std::sort(ms.begin(), ms.end());
   const double median = ms[ms.size() / 2];
   return {{"op", name},
           {"ms", median},
+          {"ms_min", ms.front()},
           {"gflops_per_s", work.flops / median * 1e-6},
           {"gbytes_per_s", work.bytes / median * 1e-6},
           {"calls_per_step", work.per_step},

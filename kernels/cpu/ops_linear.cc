@@ -43,7 +43,7 @@ Tensor dropped_input(const LoraCall& call, const LoraSite& site, const Tensor& x
   const DropoutMask mask(call.rows, site, x.dim(1));
   for_each_segment(call.rows, x.dim(0), [&](std::int64_t begin, std::int64_t end, auto slot) {
     if (slot < 0) return;
-    parallel_for(call.threads, end - begin, [&](std::int64_t r) {
+    parallel_for(call.threads, end - begin, x.dim(1), [&](std::int64_t r) {
       mask.apply(x.rows(begin + r, 1), begin + r, call.dropped.rows(begin + r, 1));
     });
   });
@@ -165,7 +165,7 @@ void add_adapter_dx(const LinearBackwardArgs& a, const LoraCall& call, std::size
                   {entry.a, i, a.x.dtype}, SmallLayout::kInByOut, 1.0f, !call.drops(),
                   part_of(to, begin, 0), call.gemm);
     if (call.drops())
-      parallel_for(call.threads, end - begin, [&](std::int64_t r) {
+      parallel_for(call.threads, end - begin, i, [&](std::int64_t r) {
         mask.add(call.dropped.rows(begin + r, 1), begin + r, a.dx.rows(begin + r, 1));
       });
   });
@@ -204,11 +204,12 @@ void CpuOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
   for (std::int64_t row = 0; row < w.n; row += layout.block_rows) {
     const std::int64_t rows = std::min(layout.block_rows, w.n - row);
     fill(row, rows, block);
-    parallel_for(profile_.threads, (rows + kPackRows - 1) / kPackRows, [&](std::int64_t b) {
-      const std::int64_t begin = b * kPackRows;
-      pack_rows(w.storage.data, w.dtype, w.n, w.i, row + begin, std::min(kPackRows, rows - begin),
-                {block + begin * w.i, w.i, DType::kF32});
-    });
+    parallel_for(
+        profile_.threads, (rows + kPackRows - 1) / kPackRows, kPackRows * w.i, [&](std::int64_t b) {
+          const std::int64_t begin = b * kPackRows;
+          pack_rows(w.storage.data, w.dtype, w.n, w.i, row + begin,
+                    std::min(kPackRows, rows - begin), {block + begin * w.i, w.i, DType::kF32});
+        });
   }
 }
 

@@ -3,22 +3,13 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/log_sum_exp.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/row_kernels.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace tandem::kernels::cpu {
-
-RowStatistics row_statistics(const float* logits, std::int64_t n) {
-  RowStatistics s;
-  for (std::int64_t j = 0; j < n; ++j)
-    if (logits[j] > s.top) s.top = logits[j], s.argmax = j;
-  constexpr std::int64_t kLanes = 16;
-  float lanes[kLanes] = {};
-  for (std::int64_t j = 0; j < n; ++j) lanes[j % kLanes] += std::exp(logits[j] - s.top);
-  for (float lane : lanes) s.sum += lane;
-  return s;
-}
 
 namespace {
 
@@ -46,31 +37,21 @@ std::int64_t list_labelled(const LinearCrossEntropyArgs& a, std::int32_t* index)
   return count;
 }
 
-/// gradient_scale * (softmax - one-hot) in T over the row's own logits: element j of T never lies
-/// beyond element j of f32, so going up no logit is lost before it is read.
+/// Loss of one row; the row's logits become gradient_scale * (softmax - one-hot) in T.
 template <class T>
-void row_gradient(float* logits, std::int64_t v, std::int64_t label, const RowStatistics& s,
-                  float gradient_scale) {
-  T* out = reinterpret_cast<T*>(logits);
-  const float scale = gradient_scale / s.sum;
-  for (std::int64_t j = 0; j < v; ++j) {
-    float logit;
-    std::memcpy(&logit, logits + j, sizeof logit);
-    const T d = from_f32<T>(scale * std::exp(logit - s.top) - (j == label ? gradient_scale : 0.0f));
-    std::memcpy(static_cast<void*>(out + j), &d, sizeof d);
-  }
-}
-
 void row_loss(const LinearCrossEntropyArgs& a, std::int64_t row, float* logits) {
   const std::int64_t v = a.weight->n, label = a.labels.as<std::int32_t>()[row];
   const RowStatistics s = row_statistics(logits, v);
-  a.loss.as<float>()[row] = s.lse() - logits[label];
+  const float loss = s.lse() - logits[label];
+  a.loss.as<float>()[row] = loss;
   if (a.correct.defined()) a.correct.as<float>()[row] = s.argmax == label ? 1.0f : 0.0f;
   if (!a.dx.defined()) return;
-  if (a.x.dtype == DType::kF32)
-    row_gradient<float>(logits, v, label, s, a.gradient_scale);
-  else
-    row_gradient<bf16>(logits, v, label, s, a.gradient_scale);
+  row_kernels_of<T>().softmax_gradient(logits, v, s.top, a.gradient_scale / s.sum);
+  // exp(-loss) - 1 without cancellation: the label's own gradient is the small one in a trained
+  // model.
+  const T own = from_f32<T>(a.gradient_scale * std::expm1(-loss));
+  std::memcpy(reinterpret_cast<char*>(logits) + label * static_cast<std::int64_t>(sizeof(T)), &own,
+              sizeof own);
 }
 
 /// dx = dlogits W in f32, a kVocabularyBlock at a time: blocks are fixed, so a row's bits are too.
@@ -84,7 +65,7 @@ void input_grad_f32(const PackedMatrix& w, std::int64_t rows, const float* dlogi
     linear_input_grad({panels, DType::kF32, n, c}, rows, {dlogits + begin, w.n, DType::kF32},
                       {to, c, DType::kF32}, {}, gemm);
     if (begin == 0) continue;
-    parallel_for(threads, rows, [&](std::int64_t r) {
+    parallel_for(threads, rows, c, [&](std::int64_t r) {
       for (std::int64_t j = r * c; j < (r + 1) * c; ++j) dx[j] += partial[j];
     });
   }
@@ -109,19 +90,20 @@ void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a
   for (std::int64_t begin = 0; begin < labelled; begin += layout.chunk_rows) {
     const std::int64_t rows = std::min(layout.chunk_rows, labelled - begin);
     const std::int32_t* at = index + begin;
-    parallel_for(profile_.threads, rows, [&](std::int64_t r) {
+    parallel_for(profile_.threads, rows, c, [&](std::int64_t r) {
       std::memcpy(row_of(chunk, r), row_of(a.x, at[r]), row_bytes);
     });
     cpu::linear_forward(w, rows, {chunk.data, c, cd}, {logits, v, DType::kF32}, {}, gemm);
-    parallel_for(profile_.threads, rows,
-                 [&](std::int64_t r) { row_loss(a, at[r], logits + r * v); });
+    parallel_for(profile_.threads, rows, v, [&](std::int64_t r) {
+      TANDEM_CPU_DISPATCH(cd, row_loss, a, at[r], logits + r * v);
+    });
     if (!a.dx.defined()) continue;
     if (cd == DType::kF32)
       input_grad_f32(w, rows, logits, chunk.as<float>(), scratch.at<float>(layout.partial), gemm,
                      profile_.threads);
     else  // a row of bf16 gradients begins where its logits began: rows are 2 V elements apart
       cpu::linear_input_grad(w, rows, {logits, 2 * v, cd}, {chunk.data, c, cd}, {}, gemm);
-    parallel_for(profile_.threads, rows, [&](std::int64_t r) {
+    parallel_for(profile_.threads, rows, c, [&](std::int64_t r) {
       std::memcpy(row_of(a.dx, at[r]), row_of(chunk, r), row_bytes);
     });
   }
@@ -129,7 +111,7 @@ void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a
 
 void CpuOps::do_logprob(Exec&, const LogprobArgs& a) {
   const std::int64_t v = a.logits.dim(1);
-  parallel_for(profile_.threads, a.logits.dim(0), [&](std::int64_t row) {
+  parallel_for(profile_.threads, a.logits.dim(0), v, [&](std::int64_t row) {
     const std::int32_t id = a.ids.as<std::int32_t>()[row];
     TANDEM_CHECK(id >= 0 && id < v, "logprob: ids[", row, "] = ", id, ": vocabulary ", v);
     const float* logits = a.logits.as<float>() + row * v;

@@ -1,10 +1,11 @@
 // Row-wise ops: copies, embedding, norms, rope, the gated activation.
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/row_kernels.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace tandem::kernels::cpu {
 namespace {
@@ -17,8 +18,11 @@ void convert(const Tensor& from, const Tensor& to, int threads) {
   const From* a = from.as<From>();
   To* b = to.as<To>();
   const std::int64_t n = from.elements();
-  parallel_for(threads, (n + kCopyBlock - 1) / kCopyBlock, [&](std::int64_t block) {
+  parallel_for(threads, (n + kCopyBlock - 1) / kCopyBlock, kCopyBlock, [&](std::int64_t block) {
     const std::int64_t end = std::min(n, (block + 1) * kCopyBlock);
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, bf16>)
+      return row_kernels().round_bf16(a + block * kCopyBlock, b + block * kCopyBlock,
+                                      end - block * kCopyBlock);
     for (std::int64_t i = block * kCopyBlock; i < end; ++i) b[i] = from_f32<To>(to_f32(a[i]));
   });
 }
@@ -32,7 +36,7 @@ void convert_from(const Tensor& from, const Tensor& to, int threads) {
 
 void copy_bytes(const void* from, void* to, std::int64_t bytes, int threads) {
   constexpr std::int64_t kBytes = kCopyBlock * 4;
-  parallel_for(threads, (bytes + kBytes - 1) / kBytes, [&](std::int64_t block) {
+  parallel_for(threads, (bytes + kBytes - 1) / kBytes, kCopyBlock, [&](std::int64_t block) {
     const std::int64_t begin = block * kBytes;
     std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin,
                 static_cast<std::size_t>(std::min(kBytes, bytes - begin)));
@@ -42,68 +46,26 @@ void copy_bytes(const void* from, void* to, std::int64_t bytes, int threads) {
 template <class T>
 void add_rms_norm(const AddRmsNormArgs& a, int threads) {
   const std::int64_t c = a.residual.dim(1);
-  const T* weight = a.weight.as<T>();
-  parallel_for(threads, a.residual.dim(0), [&](std::int64_t row) {
-    T* residual = a.residual.as<T>() + row * c;
-    if (a.delta.defined()) {
-      const T* delta = a.delta.as<T>() + row * c;
-      for (std::int64_t j = 0; j < c; ++j)
-        residual[j] = from_f32<T>(to_f32(residual[j]) + to_f32(delta[j]));
-    }
-    float sum = 0.0f;
-    for (std::int64_t j = 0; j < c; ++j) sum += to_f32(residual[j]) * to_f32(residual[j]);
-    const float rstd = 1.0f / std::sqrt(sum / static_cast<float>(c) + a.eps);
+  const auto run = row_kernels_of<T>().add_rms_norm;
+  parallel_for(threads, a.residual.dim(0), c, [&](std::int64_t row) {
+    const T* delta = a.delta.defined() ? a.delta.as<T>() + row * c : nullptr;
+    const float rstd =
+        run(a.residual.as<T>() + row * c, delta, a.weight.as<T>(), a.eps, a.y.as<T>() + row * c, c);
     if (a.rstd.defined()) a.rstd.as<float>()[row] = rstd;
-    T* y = a.y.as<T>() + row * c;
-    for (std::int64_t j = 0; j < c; ++j)
-      y[j] = from_f32<T>(to_f32(residual[j]) * rstd * to_f32(weight[j]));
   });
 }
 
-// With n = r x, x the residual, r = rstd: dx = r (w dy - x r^2 mean(w dy x)).
 template <class T>
 void rms_norm_grad(const RmsNormBackwardArgs& a, int threads) {
   const std::int64_t c = a.dy.dim(1);
-  const T* weight = a.weight.as<T>();
-  parallel_for(threads, a.dy.dim(0), [&](std::int64_t row) {
-    const T* dy = a.dy.as<T>() + row * c;
-    const T* x = a.residual.as<T>() + row * c;
-    T* dx = a.dresidual.as<T>() + row * c;
-    const float rstd = a.rstd.as<float>()[row];
-    float dot = 0.0f;
-    for (std::int64_t j = 0; j < c; ++j) dot += to_f32(dy[j]) * to_f32(weight[j]) * to_f32(x[j]);
-    const float scale = dot * rstd * rstd / static_cast<float>(c);
-    for (std::int64_t j = 0; j < c; ++j)
-      dx[j] = from_f32<T>(to_f32(dx[j]) +
-                          rstd * (to_f32(dy[j]) * to_f32(weight[j]) - to_f32(x[j]) * scale));
+  const auto run = row_kernels_of<T>().rms_norm_grad;
+  parallel_for(threads, a.dy.dim(0), c, [&](std::int64_t row) {
+    run(a.dy.as<T>() + row * c, a.residual.as<T>() + row * c, a.weight.as<T>(),
+        a.rstd.as<float>()[row], a.dresidual.as<T>() + row * c, c);
   });
 }
 
-/// Rotates `heads` heads of one row; `sign` -1 turns back.
-template <class T>
-void rotate(T* heads_at, std::int64_t heads, std::int64_t d, const float* cosines,
-            const float* sines) {
-  const std::int64_t half = d / 2;
-  for (std::int64_t h = 0; h < heads; ++h) {
-    T* x = heads_at + h * d;
-    for (std::int64_t j = 0; j < half; ++j) {
-      const float lo = to_f32(x[j]), hi = to_f32(x[j + half]);
-      x[j] = from_f32<T>(lo * cosines[j] - hi * sines[j]);
-      x[j + half] = from_f32<T>(hi * cosines[j] + lo * sines[j]);
-    }
-  }
-}
-
 constexpr std::int64_t kHalfHeadMax = 512;
-
-void angles(std::int32_t position, const float* inv_freq, std::int64_t half, float factor,
-            float sign, float* cosines, float* sines) {
-  for (std::int64_t j = 0; j < half; ++j) {
-    const float angle = static_cast<float>(position) * inv_freq[j];
-    cosines[j] = std::cos(angle) * factor;
-    sines[j] = std::sin(angle) * factor * sign;
-  }
-}
 
 template <class T>
 void write_cache(const RopeArgs& a, std::int64_t row, const T* k, const T* v) {
@@ -124,13 +86,15 @@ void write_cache(const RopeArgs& a, std::int64_t row, const T* k, const T* v) {
 template <class T>
 void rope(const RopeArgs& a, int threads) {
   const std::int64_t width = a.qkv.dim(1), half = a.head_dim / 2;
-  TANDEM_CHECK_LE(half, kHalfHeadMax, "rope: head_dim ", a.head_dim);
-  parallel_for(threads, a.qkv.dim(0), [&](std::int64_t row) {
+  TANDEM_CHECK_LE(half, kHalfHeadMax, "rope_forward: head_dim ", a.head_dim);
+  const auto turn = row_kernels_of<T>().rotate;
+  const auto angles = row_kernels().angles;
+  parallel_for(threads, a.qkv.dim(0), width, [&](std::int64_t row) {
     float cosines[kHalfHeadMax], sines[kHalfHeadMax];
-    angles(a.positions.as<std::int32_t>()[row], a.inv_freq.as<float>(), half, a.attention_factor,
-           1.0f, cosines, sines);
+    angles(static_cast<float>(a.positions.as<std::int32_t>()[row]), a.inv_freq.as<float>(), half,
+           a.attention_factor, 1.0f, cosines, sines);
     T* q = a.qkv.as<T>() + row * width;
-    rotate(q, a.heads + a.kv_heads, a.head_dim, cosines, sines);
+    turn(q, a.heads + a.kv_heads, half, cosines, sines);
     T* k = q + a.heads * a.head_dim;
     if (a.cache != nullptr) write_cache(a, row, k, k + a.kv_heads * a.head_dim);
   });
@@ -139,45 +103,35 @@ void rope(const RopeArgs& a, int threads) {
 template <class T>
 void rope_grad(const RopeBackwardArgs& a, int threads) {
   const std::int64_t width = a.dqkv.dim(1), half = a.head_dim / 2;
-  TANDEM_CHECK_LE(half, kHalfHeadMax, "rope: head_dim ", a.head_dim);
-  parallel_for(threads, a.dqkv.dim(0), [&](std::int64_t row) {
+  TANDEM_CHECK_LE(half, kHalfHeadMax, "rope_backward: head_dim ", a.head_dim);
+  const auto turn = row_kernels_of<T>().rotate;
+  const auto angles = row_kernels().angles;
+  parallel_for(threads, a.dqkv.dim(0), width, [&](std::int64_t row) {
     float cosines[kHalfHeadMax], sines[kHalfHeadMax];
-    angles(a.positions.as<std::int32_t>()[row], a.inv_freq.as<float>(), half, a.attention_factor,
-           -1.0f, cosines, sines);
-    rotate(a.dqkv.as<T>() + row * width, a.heads + a.kv_heads, a.head_dim, cosines, sines);
+    angles(static_cast<float>(a.positions.as<std::int32_t>()[row]), a.inv_freq.as<float>(), half,
+           a.attention_factor, -1.0f, cosines, sines);
+    turn(a.dqkv.as<T>() + row * width, a.heads + a.kv_heads, half, cosines, sines);
   });
-}
-
-float sigmoid(float x) {
-  return 1.0f / (1.0f + std::exp(-x));
 }
 
 template <class T>
 void silu_mul(const SiluMulArgs& a, int threads) {
   const std::int64_t f = a.out.dim(1);
-  parallel_for(threads, a.out.dim(0), [&](std::int64_t row) {
+  const auto run = row_kernels_of<T>().silu_mul;
+  parallel_for(threads, a.out.dim(0), f, [&](std::int64_t row) {
     const T* gate = a.gate_up.as<T>() + row * 2 * f;
-    T* out = a.out.as<T>() + row * f;
-    for (std::int64_t j = 0; j < f; ++j) {
-      const float g = to_f32(gate[j]);
-      out[j] = from_f32<T>(g * sigmoid(g) * to_f32(gate[f + j]));
-    }
+    run(gate, gate + f, a.out.as<T>() + row * f, f);
   });
 }
 
 template <class T>
 void silu_mul_grad(const SiluMulBackwardArgs& a, int threads) {
   const std::int64_t f = a.dout.dim(1);
-  parallel_for(threads, a.dout.dim(0), [&](std::int64_t row) {
+  const auto run = row_kernels_of<T>().silu_mul_grad;
+  parallel_for(threads, a.dout.dim(0), f, [&](std::int64_t row) {
     const T* gate = a.gate_up.as<T>() + row * 2 * f;
-    const T* dout = a.dout.as<T>() + row * f;
     T* dgate = a.dgate_up.as<T>() + row * 2 * f;
-    for (std::int64_t j = 0; j < f; ++j) {
-      const float g = to_f32(gate[j]), u = to_f32(gate[f + j]), d = to_f32(dout[j]);
-      const float s = sigmoid(g);
-      dgate[j] = from_f32<T>(d * u * s * (1.0f + g * (1.0f - s)));
-      dgate[f + j] = from_f32<T>(d * g * s);
-    }
+    run(a.dout.as<T>() + row * f, gate, gate + f, dgate, dgate + f, f);
   });
 }
 
@@ -205,7 +159,7 @@ void CpuOps::do_fill_zero(Exec&, Tensor x) {
 void CpuOps::do_gather_rows(Exec&, const GatherRowsArgs& a) {
   const std::int64_t bytes = a.x.dim(1) * dtype_bytes(a.x.dtype);
   const auto* index = a.index.as<std::int32_t>();
-  parallel_for(profile_.threads, a.index.dim(0), [&](std::int64_t j) {
+  parallel_for(profile_.threads, a.index.dim(0), a.x.dim(1), [&](std::int64_t j) {
     TANDEM_CHECK(index[j] >= 0 && index[j] < a.x.dim(0), "gather_rows: index[", j, "] = ", index[j],
                  ": expected 0 .. ", a.x.dim(0) - 1);
     std::memcpy(static_cast<char*>(a.out.data) + j * bytes,

@@ -8,13 +8,14 @@
 
 namespace tandem::kernels::cpu {
 
-/// Indices below this run on the caller: waking threads costs more.
-inline constexpr std::int64_t kSerialMax = 1;
+/// Work of fewer elements than this stays on the caller: waking threads costs some microseconds.
+inline constexpr std::int64_t kParallelElements = 1 << 15;
 
-/// f(index) for every index in [0, n), in contiguous shares.
+/// f(index) for every index in [0, n), in contiguous shares; `elements`: how many one index
+/// touches.
 template <class F>
-void parallel_for(int threads, std::int64_t n, const F& f) {
-  if (threads <= 1 || n <= kSerialMax) {
+void parallel_for(int threads, std::int64_t n, std::int64_t elements, const F& f) {
+  if (threads <= 1 || n <= 1 || n * elements < kParallelElements) {
     for (std::int64_t i = 0; i < n; ++i) f(i);
     return;
   }
@@ -22,10 +23,10 @@ void parallel_for(int threads, std::int64_t n, const F& f) {
   for (std::int64_t i = 0; i < n; ++i) f(i);
 }
 
-/// As above for uneven work: f(index, thread), shares handed out as threads become free.
+/// As above for uneven work: f(index, thread), indices handed out as threads become free.
 template <class F>
-void parallel_for_dynamic(int threads, std::int64_t n, const F& f) {
-  if (threads <= 1 || n <= kSerialMax) {
+void parallel_for_dynamic(int threads, std::int64_t n, std::int64_t elements, const F& f) {
+  if (threads <= 1 || n <= 1 || n * elements < kParallelElements) {
     for (std::int64_t i = 0; i < n; ++i) f(i, 0);
     return;
   }
