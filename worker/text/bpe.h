@@ -49,9 +49,9 @@ class MergeTable {
 };
 
 struct BpeOptions {
-  bool ignore_merges = false;          ///< a piece that is a token is that token
-  std::optional<std::int32_t> unk_id;  ///< stands for bytes without a token; absent: dropped
-  bool fuse_unk = false;               ///< neighbouring unknown bytes become one
+  bool ignore_merges = false;            ///< a piece that is a token is that token
+  std::optional<std::int32_t> unk_id{};  ///< stands for bytes without a token; absent: dropped
+  bool fuse_unk = false;                 ///< neighbouring unknown bytes become one
 };
 
 /// Immutable but for its cache; any thread.

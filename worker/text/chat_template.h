@@ -25,12 +25,12 @@ inline constexpr std::size_t kTemplateOutputBytesMax = std::size_t{16} << 20;
 
 struct RenderOptions {
   bool add_generation_prompt = false;  ///< ends with the header of the assistant's next turn
-  std::string bos_token;               ///< Tokenizer::bos_token()
-  std::string eos_token;
-  nlohmann::ordered_json tools;  ///< an array of tool schemas; null: none
-  nlohmann::ordered_json
-      extra;  ///< an object of further variables (enable_thinking, ...); null: none
-  std::optional<std::int64_t> now_unix_s;  ///< what strftime_now formats (UTC); absent: undefined
+  std::string bos_token{};             ///< Tokenizer::bos_token()
+  std::string eos_token{};
+  nlohmann::ordered_json tools{};  ///< an array of tool schemas; null: none
+  /// An object of further variables (enable_thinking, ...); null: none.
+  nlohmann::ordered_json extra{};
+  std::optional<std::int64_t> now_unix_s{};  ///< what strftime_now formats (UTC); absent: undefined
 };
 
 /// A range of bytes of a rendered conversation that a model has to learn to write.

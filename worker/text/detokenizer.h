@@ -15,9 +15,9 @@ inline constexpr std::size_t kStopStringsMax = 16;
 inline constexpr std::size_t kStopStringBytesMax = 1024;
 
 struct DetokenizerOptions {
-  std::vector<std::string> stop_strings;  ///< not empty ones; UTF-8
-  bool include_stop_string = false;       ///< keeps the matched stop string in the text
-  bool skip_special = true;               ///< special tokens add no text
+  std::vector<std::string> stop_strings{};  ///< not empty ones; UTF-8
+  bool include_stop_string = false;         ///< keeps the matched stop string in the text
+  bool skip_special = true;                 ///< special tokens add no text
 };
 
 /// Owned by one sequence; one thread at a time.

@@ -226,13 +226,16 @@ Value string_method(Interpreter& interpreter, const std::string& s, const std::s
       return interpreter.text(s.starts_with(affix) ? s.substr(affix.size()) : s);
     return interpreter.text(s.ends_with(affix) ? s.substr(0, s.size() - affix.size()) : s);
   }
+  constexpr std::array<std::string_view, 5> kWithoutArguments{"upper", "lower", "title",
+                                                              "capitalize", "splitlines"};
+  if (!is_among(kWithoutArguments, name))
+    template_refused(str("the method ", name, " of a text is not supported"));
   arguments.check({});
   if (name == "upper") return interpreter.text(python_upper(s));
   if (name == "lower") return interpreter.text(python_lower(s));
   if (name == "title") return interpreter.text(python_title(s));
   if (name == "capitalize") return interpreter.text(python_capitalize(s));
-  if (name == "splitlines") return text_list(interpreter, split_lines(s));
-  template_refused(str("the method ", name, " of a text is not supported"));
+  return text_list(interpreter, split_lines(s));
 }
 
 Value dict_method(Interpreter& interpreter, const DictValue& dict, const std::string& name,

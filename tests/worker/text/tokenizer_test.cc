@@ -1,0 +1,392 @@
+#include "worker/text/tokenizer.h"
+
+#include "protocol/base/random.h"
+#include "storage/gguf.h"
+#include "tests/worker/text/text_fixtures.h"
+#include "worker/text/bpe.h"
+#include "worker/text/byte_level.h"
+#include "worker/text/regex.h"
+#include "worker/text/unicode.h"
+#include "worker/text/utf8.h"
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <set>
+#include <thread>
+
+namespace tandem::text {
+namespace {
+
+using Json = nlohmann::json;
+
+Json golden_json() {
+  return Json::parse(read_golden("tokenizer_gpt2.json"));
+}
+
+void expect_refused(const Json& json, StatusCode code, const std::string& named) {
+  const auto tokenizer = Tokenizer::from_json(json.dump());
+  ASSERT_FALSE(tokenizer.ok()) << named;
+  EXPECT_EQ(tokenizer.status().code(), code) << tokenizer.status().to_string();
+  EXPECT_NE(tokenizer.status().message().find(named), std::string::npos)
+      << tokenizer.status().message();
+}
+
+TEST(Tokenizer, NamesTheComponentThatItDoesNotSupport) {
+  for (const char* type : {"Unigram", "WordPiece", "WordLevel"}) {
+    Json json = golden_json();
+    json["model"]["type"] = type;
+    expect_refused(json, StatusCode::kRefused, type);
+  }
+  const auto with = [](const char* key, Json value) {
+    Json json = golden_json();
+    json[key] = std::move(value);
+    return json;
+  };
+  expect_refused(with("normalizer", {{"type", "BertNormalizer"}}), StatusCode::kRefused,
+                 "BertNormalizer");
+  expect_refused(with("pre_tokenizer", {{"type", "Metaspace"}}), StatusCode::kRefused, "Metaspace");
+  expect_refused(with("pre_tokenizer", nullptr), StatusCode::kRefused, "(none)");
+  expect_refused(with("decoder", {{"type", "WordPiece"}}), StatusCode::kRefused, "WordPiece");
+  expect_refused(with("post_processor", {{"type", "BertProcessing"}}), StatusCode::kRefused,
+                 "BertProcessing");
+  Json json = golden_json();
+  json["model"]["byte_fallback"] = true;
+  expect_refused(json, StatusCode::kRefused, "byte_fallback");
+  json = golden_json();
+  json["model"]["dropout"] = 0.1;
+  expect_refused(json, StatusCode::kRefused, "dropout");
+  json = golden_json();
+  json["model"]["surprise"] = 1;
+  expect_refused(json, StatusCode::kRefused, "surprise");
+}
+
+TEST(Tokenizer, RefusesContradictoryFiles) {
+  EXPECT_EQ(Tokenizer::from_json("{").status().code(), StatusCode::kInvalid);
+  EXPECT_EQ(Tokenizer::from_json("[]").status().code(), StatusCode::kInvalid);
+  Json json = golden_json();
+  json["model"]["merges"].push_back("zz qq");
+  expect_refused(json, StatusCode::kInvalid, "zz qq");
+  json = golden_json();
+  json["model"]["vocab"]["!"] = 5;  // the id of another token
+  expect_refused(json, StatusCode::kInvalid, "twice");
+  json = golden_json();
+  json["model"]["vocab"]["!"] = -3;
+  expect_refused(json, StatusCode::kInvalid, "-3");
+  const auto config = Tokenizer::from_json(golden_json().dump(), R"({"eos_token":"<nope>"})");
+  ASSERT_FALSE(config.ok());
+  EXPECT_NE(config.status().message().find("<nope>"), std::string::npos);
+}
+
+TEST(Tokenizer, ReadsMergesAsTextsAndAsPairs) {
+  Json json = golden_json();
+  Json merges = Json::array();
+  for (const Json& merge : json["model"]["merges"]) {
+    const auto pair = merge.is_string()
+                          ? std::vector<std::string>{merge.get<std::string>().substr(
+                                                         0, merge.get<std::string>().find(' ')),
+                                                     merge.get<std::string>().substr(
+                                                         merge.get<std::string>().find(' ') + 1)}
+                          : merge.get<std::vector<std::string>>();
+    merges.push_back(merge.is_string() ? Json(pair) : Json(pair[0] + " " + pair[1]));
+  }
+  json["model"]["merges"] = merges;
+  const auto other = Tokenizer::from_json(json.dump());
+  ASSERT_TRUE(other.ok()) << other.status().to_string();
+  const std::string text = "All human beings are born free, 123 größer\n\n  x";
+  EXPECT_EQ(encode_ok(*other, text), encode_ok(golden_tokenizer(), text));
+}
+
+TEST(Tokenizer, RefusesTextThatIsNotUtf8AndNamesTheByte) {
+  const Tokenizer tokenizer = golden_tokenizer();
+  for (const std::string bad : {"ab\xff", "\xc3", "\xed\xa0\x80", "\xc0\x80", "\xf5\x80\x80\x80"}) {
+    const auto ids = tokenizer.encode(bad);
+    ASSERT_FALSE(ids.ok());
+    EXPECT_EQ(ids.status().code(), StatusCode::kInvalid);
+  }
+  EXPECT_NE(tokenizer.encode("ab\xff").status().message().find("byte 2"), std::string::npos);
+}
+
+TEST(Tokenizer, RefusesTextOverItsLimit) {
+  const auto ids = golden_tokenizer().encode(std::string(kEncodeBytesMax + 1, 'a'));
+  ASSERT_FALSE(ids.ok());
+  EXPECT_NE(ids.status().message().find(std::to_string(kEncodeBytesMax)), std::string::npos);
+}
+
+TEST(Tokenizer, LeavesSpecialTokensAsTextWhenAskedTo) {
+  const Tokenizer tokenizer = golden_tokenizer();
+  const std::int32_t end = *tokenizer.added_token_id("<|im_end|>");
+  const std::string text = "a<|im_end|>b";
+  const auto parsed = encode_ok(tokenizer, text);
+  const auto plain =
+      encode_ok(tokenizer, text, {.add_special_tokens = false, .parse_special = false});
+  EXPECT_EQ(std::count(parsed.begin(), parsed.end(), end), 1);
+  EXPECT_EQ(std::count(plain.begin(), plain.end(), end), 0);
+  EXPECT_EQ(tokenizer.decode(plain), text);
+  EXPECT_EQ(tokenizer.decode(parsed, true), "ab");
+  EXPECT_TRUE(tokenizer.is_special(end));
+  // "<tool>" is added but not special: it is found either way.
+  const std::int32_t tool = *tokenizer.added_token_id("<tool>");
+  EXPECT_EQ(encode_ok(tokenizer, "<tool>", {.add_special_tokens = false, .parse_special = false}),
+            std::vector<std::int32_t>{tool});
+  EXPECT_FALSE(tokenizer.is_special(tool));
+}
+
+TEST(Tokenizer, KnowsTheTokensThatItsConfigurationNames) {
+  const Tokenizer tokenizer = golden_tokenizer("llama3");
+  EXPECT_EQ(tokenizer.bos_token(), "<|begin|>");
+  EXPECT_EQ(tokenizer.eos_token(), "<|end|>");
+  EXPECT_TRUE(tokenizer.adds_bos());
+  EXPECT_EQ(encode_ok(tokenizer, "", {}), std::vector<std::int32_t>{*tokenizer.bos_id()});
+  EXPECT_FALSE(tokenizer.pad_id().has_value());
+  EXPECT_FALSE(tokenizer.added_token_id("a").has_value());
+  EXPECT_TRUE(tokenizer.token_bytes(-1).empty());
+  EXPECT_TRUE(tokenizer.token_bytes(tokenizer.vocab_size()).empty());
+  EXPECT_EQ(tokenizer.decode(std::vector<std::int32_t>{-5, 1 << 30}), "");
+}
+
+TEST(Tokenizer, RoundTripsRandomUnicode) {
+  Random random(11);
+  for (const char* kind : {"gpt2", "smollm", "llama3"}) {
+    const Tokenizer tokenizer = golden_tokenizer(kind);
+    for (int i = 0; i < 300; ++i) {
+      std::string text;
+      for (std::uint64_t n = random.below(40); n > 0; --n) {
+        const auto c = static_cast<char32_t>(random.below(4) == 0 ? random.below(0x110000)
+                                                                  : random.below(0x3000));
+        if (c < 0xD800 || c > 0xDFFF) append_code_point(text, c);
+      }
+      const auto ids =
+          encode_ok(tokenizer, text, {.add_special_tokens = false, .parse_special = false});
+      EXPECT_EQ(tokenizer.decode(ids), text);
+    }
+  }
+}
+
+TEST(Tokenizer, EncodesOneLongPieceInBoundedTime) {
+  const Tokenizer tokenizer = golden_tokenizer();
+  Random random(3);
+  std::string letters, spaces(1 << 20, ' '), digits(1 << 20, '7'), same(1 << 20, 'e');
+  for (int i = 0; i < 1 << 20; ++i) letters += static_cast<char>('a' + random.below(26));
+  for (const std::string& text : {letters, spaces, digits, same, spaces + "x", spaces + "\n"})
+    EXPECT_EQ(tokenizer.decode(encode_ok(tokenizer, text)), text);
+  const Tokenizer llama3 = golden_tokenizer("llama3");
+  for (const std::string& text : {letters, spaces, spaces + "x"})
+    EXPECT_EQ(llama3.decode(encode_ok(llama3, text)), text);
+}
+
+TEST(Tokenizer, GivesTheSameIdsFromManyThreads) {
+  const Tokenizer tokenizer = golden_tokenizer();
+  const auto texts =
+      Json::parse(read_golden("tokenizers.json"))["texts"].get<std::vector<std::string>>();
+  std::vector<std::vector<std::int32_t>> expected;
+  for (const std::string& text : texts) expected.push_back(encode_ok(golden_tokenizer(), text));
+  std::vector<std::thread> threads;
+  std::vector<int> wrong(4, 0);
+  for (std::size_t t = 0; t < wrong.size(); ++t)
+    threads.emplace_back([&, t] {
+      for (std::size_t i = 0; i < texts.size(); ++i) {
+        const std::size_t at = (i * 7 + t * 13) % texts.size();
+        wrong[t] += *tokenizer.encode(texts[at], {.add_special_tokens = false}) != expected[at];
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, std::vector<int>(4, 0));
+}
+
+/// The vocabulary of a golden tokenizer as a GGUF file would hold it.
+storage::GgufTokenizer gguf_of(const char* kind, const char* pre) {
+  const Json json = Json::parse(read_golden(std::string("tokenizer_") + kind + ".json"));
+  storage::GgufTokenizer data;
+  data.model = "gpt2";
+  data.pre = pre;
+  std::map<std::int32_t, std::string> by_id;
+  for (const auto& [token, id] : json["model"]["vocab"].items()) by_id[id] = token;
+  std::set<std::int32_t> special;
+  for (const Json& added : json["added_tokens"]) {
+    by_id[added["id"]] = added["content"];
+    if (added["special"]) special.insert(added["id"].get<std::int32_t>());
+  }
+  for (const auto& [id, token] : by_id) {
+    data.tokens.push_back(token);
+    data.token_types.push_back(special.contains(id) ? 3 : 1);
+  }
+  for (const Json& merge : json["model"]["merges"])
+    data.merges.push_back(merge.is_string()
+                              ? merge.get<std::string>()
+                              : merge[0].get<std::string>() + " " + merge[1].get<std::string>());
+  data.bos_id = 0;
+  data.eos_id = 1;
+  return data;
+}
+
+TEST(GgufTokenizer, GivesTheIdsOfTheSameVocabularyInTokenizerJson) {
+  const auto texts =
+      Json::parse(read_golden("tokenizers.json"))["texts"].get<std::vector<std::string>>();
+  const std::vector<std::pair<const char*, const char*>> kinds{
+      {"gpt2", "gpt-2"}, {"smollm", "smollm"}, {"llama3", "llama-bpe"}, {"qwen2", "qwen2"}};
+  for (const auto& [kind, pre] : kinds) {
+    const auto gguf = Tokenizer::from_gguf(gguf_of(kind, pre));
+    ASSERT_TRUE(gguf.ok()) << gguf.status().to_string();
+    const Tokenizer json = golden_tokenizer(kind);
+    for (const std::string& text : texts) {
+      // The goldens' non-special added tokens are plain tokens in this GGUF.
+      if (text.find("word") != std::string::npos || text.find('<') != std::string::npos ||
+          text.find("    ") != std::string::npos)
+        continue;
+      EXPECT_EQ(encode_ok(*gguf, text), encode_ok(json, text)) << kind << ": " << text;
+    }
+    EXPECT_EQ(gguf->eos_token(), "<|end|>");
+    EXPECT_EQ(gguf->adds_bos(), std::string_view(pre) == "llama-bpe");
+  }
+}
+
+TEST(GgufTokenizer, RefusesAnUnknownPreAndAnUnknownModelByName) {
+  const auto pre = Tokenizer::from_gguf(gguf_of("gpt2", "hal-9000"));
+  ASSERT_FALSE(pre.ok());
+  EXPECT_EQ(pre.status().code(), StatusCode::kRefused);
+  EXPECT_NE(pre.status().message().find("hal-9000"), std::string::npos);
+  EXPECT_NE(pre.status().message().find("smollm"), std::string::npos);
+  auto data = gguf_of("gpt2", "gpt-2");
+  data.model = "llama";
+  EXPECT_EQ(Tokenizer::from_gguf(data).status().code(), StatusCode::kRefused);
+  data = gguf_of("gpt2", "gpt-2");
+  data.eos_id = 1 << 30;
+  EXPECT_EQ(Tokenizer::from_gguf(data).status().code(), StatusCode::kInvalid);
+  data = gguf_of("gpt2", "gpt-2");
+  data.token_types.pop_back();
+  EXPECT_EQ(Tokenizer::from_gguf(data).status().code(), StatusCode::kInvalid);
+}
+
+TEST(GgufTokenizer, AddsBosOnlyWhenTheFileOrItsFamilySaysSo) {
+  auto data = gguf_of("llama3", "llama-bpe");
+  data.add_bos = false;
+  EXPECT_FALSE(Tokenizer::from_gguf(data)->adds_bos());
+  data = gguf_of("smollm", "smollm");
+  EXPECT_FALSE(Tokenizer::from_gguf(data)->adds_bos());
+  data.add_bos = true;
+  data.add_eos = true;
+  const auto both = Tokenizer::from_gguf(data);
+  EXPECT_EQ(encode_ok(*both, "", {}), (std::vector<std::int32_t>{0, 1}));
+}
+
+/// The definition of byte-pair encoding, without any cleverness.
+std::vector<std::int32_t> naive_bpe(
+    const std::string& piece, const StringMap<std::int32_t>& vocabulary,
+    const std::vector<std::pair<std::string, std::string>>& merges) {
+  std::vector<std::string> parts;
+  for (const char c : piece) parts.emplace_back(1, c);
+  while (true) {
+    std::size_t best = merges.size(), at = 0;
+    for (std::size_t i = 0; i + 1 < parts.size(); ++i)
+      for (std::size_t rank = 0; rank < best; ++rank)
+        if (merges[rank].first == parts[i] && merges[rank].second == parts[i + 1]) {
+          best = rank;
+          at = i;
+          break;
+        }
+    if (best == merges.size()) break;
+    parts[at] += parts[at + 1];
+    parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(at) + 1);
+  }
+  std::vector<std::int32_t> ids;
+  for (const std::string& part : parts) ids.push_back(vocabulary.find(part)->second);
+  return ids;
+}
+
+TEST(Bpe, MergesLongAndShortPiecesAsTheDefinitionSays) {
+  Random random(5);
+  for (int round = 0; round < 40; ++round) {
+    StringMap<std::int32_t> vocabulary{{"a", 0}, {"b", 1}, {"c", 2}};
+    std::vector<std::string> tokens{"a", "b", "c"};
+    std::vector<std::pair<std::string, std::string>> merges;
+    while (merges.size() < 25) {
+      const std::string left = tokens[random.below(tokens.size())];
+      const std::string right = tokens[random.below(tokens.size())];
+      if (left.size() + right.size() > 8 || vocabulary.contains(left + right)) {
+        if (random.below(50) == 0) break;
+        continue;
+      }
+      vocabulary[left + right] = static_cast<std::int32_t>(tokens.size());
+      tokens.push_back(left + right);
+      merges.emplace_back(left, right);
+    }
+    const auto bpe = Bpe::create(vocabulary, merges, {});
+    ASSERT_TRUE(bpe.ok());
+    for (int i = 0; i < 30; ++i) {
+      std::string piece;
+      for (std::uint64_t n = 1 + random.below(120); n > 0; --n)
+        piece += static_cast<char>('a' + random.below(3));
+      for (int again = 0; again < 2; ++again) {  // from the cache the second time
+        std::vector<std::int32_t> ids;
+        (*bpe)->encode(piece, ids);
+        EXPECT_EQ(ids, naive_bpe(piece, vocabulary, merges)) << piece;
+      }
+    }
+  }
+}
+
+TEST(Bpe, DropsOrMarksBytesWithoutAToken) {
+  const StringMap<std::int32_t> vocabulary{{"a", 0}, {"?", 1}};
+  std::vector<std::int32_t> dropped, marked, fused;
+  (*Bpe::create(vocabulary, {}, {}))->encode("axya", dropped);
+  (*Bpe::create(vocabulary, {}, {.unk_id = 1}))->encode("axya", marked);
+  (*Bpe::create(vocabulary, {}, {.unk_id = 1, .fuse_unk = true}))->encode("axya", fused);
+  EXPECT_EQ(dropped, (std::vector<std::int32_t>{0, 0}));
+  EXPECT_EQ(marked, (std::vector<std::int32_t>{0, 1, 1, 0}));
+  EXPECT_EQ(fused, (std::vector<std::int32_t>{0, 1, 0}));
+}
+
+TEST(ByteLevel, SpellsEveryByteAndReadsItBack) {
+  std::string bytes;
+  for (int b = 0; b < 256; ++b) bytes += static_cast<char>(b);
+  EXPECT_EQ(*bytes_of_spelling(spelling_of_bytes(bytes)), bytes);
+  EXPECT_EQ(spelling_of_bytes(" \n"), "ĠĊ");
+  EXPECT_FALSE(bytes_of_spelling("a b").has_value());
+}
+
+TEST(Regex, RefusesWhatTheDialectsReadDifferently) {
+  for (const char* pattern : {"[a[bc]]", "[a&&b]", "\\h", "[\\W]", "[]a]"})
+    EXPECT_EQ(Regex::compile(pattern).status().code(), StatusCode::kRefused) << pattern;
+  EXPECT_EQ(Regex::compile("(a").status().code(), StatusCode::kInvalid);
+  EXPECT_EQ(Regex::compile(std::string(kRegexBytesMax + 1, 'a')).status().code(),
+            StatusCode::kRefused);
+}
+
+TEST(Regex, GivesUpOnRunawayBacktracking) {
+  const auto regex = Regex::compile("(?:a|a)+[bc]");
+  ASSERT_TRUE(regex.ok());
+  std::vector<Span> matches;
+  const Status status = regex->find_all(std::string(64, 'a') + "d", matches);
+  EXPECT_EQ(status.code(), StatusCode::kRefused) << status.to_string();
+}
+
+TEST(Normalize, ComposesAndBoundsRunsOfCombiningMarks) {
+  EXPECT_EQ(*normalize("e\u0301", NormalForm::kNfc), "é");
+  EXPECT_EQ(*normalize("é", NormalForm::kNfd), "e\u0301");
+  EXPECT_EQ(*normalize("\uFB01", NormalForm::kNfkc), "fi");
+  std::string marks = "a";
+  for (int i = 0; i <= kCombiningRunMax; ++i) marks += "\u0301";
+  EXPECT_EQ(normalize(marks, NormalForm::kNfc).status().code(), StatusCode::kRefused);
+  // Younger than the reference's Unicode: stays where it is.
+  EXPECT_EQ(*normalize("\u0EBA\u0EB8", NormalForm::kNfc), "\u0EBA\u0EB8");
+}
+
+TEST(Utf8, ReplacesEachMaximalInvalidPart) {
+  const auto repaired = [](std::string bytes) {
+    std::string out;
+    take_characters(bytes, out, true);
+    return out;
+  };
+  const std::string r = "\uFFFD";
+  EXPECT_EQ(repaired("a\xF0\x9F\x98"), "a" + r);
+  EXPECT_EQ(repaired("\xF0\x9F\x98z"), r + "z");
+  EXPECT_EQ(repaired("\xE0\x80\x80"), r + r + r);
+  EXPECT_EQ(repaired("\xED\xA0\x80"), r + r + r);
+  EXPECT_EQ(repaired("\xC3\xC3\xA9"), r + "é");
+  EXPECT_EQ(repaired("\xFF\xFE"), r + r);
+}
+
+}  // namespace
+}  // namespace tandem::text
