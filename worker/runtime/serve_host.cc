@@ -83,9 +83,8 @@ void ServeHost::submit(const protocol::Infer& infer) {
                 unavailable_error(str("this engine does not hold model ", infer.model.name)));
   if (auto live = requests_.find(id); live != requests_.end()) {
     if (live->second.attempt == infer.attempt) return;  // the coordinator repeated itself
-    cancel(id);                                         // an older attempt's sequence
+    cancel(id);  // an older attempt's sequence; its end is not reported once the id is taken again
     requests_.erase(live);
-    (void)model_->serve().step();  // lets the cancelled id go
   }
   auto request = translate(infer);
   if (!request.ok()) return fail(id, infer.attempt, request.status());

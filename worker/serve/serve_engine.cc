@@ -211,6 +211,8 @@ Status ServeEngine::Impl::submit(GenerateRequest request) {
     else
       ++unready;
   }
+  // The end of an earlier life under this id that was not reported yet must not end this one.
+  std::erase_if(pending, [&](const SequenceOutput& out) { return out.id == added.request().id; });
   by_age.emplace(age, &added);
   scheduler.add(&sequence);
   live.emplace(added.request().id, std::move(owned));

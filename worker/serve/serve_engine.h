@@ -93,7 +93,8 @@ class ServeEngine {
   /// context, sampling values out of range. refused_error: needs more KV than there is.
   /// conflict_error: the id is live. busy_error: the queue is full ("retry after N ms").
   Status submit(GenerateRequest request);
-  /// Its KV is free at once; the next step reports kCancelled. Unknown and finished ids: nothing.
+  /// Its KV and its id are free at once; the next step reports kCancelled, unless the id was
+  /// submitted again before. Unknown and finished ids: nothing.
   void cancel(const RequestId& id);
   /// Every live request ends with kError and `why` at the next step.
   void fail_all(const Status& why);

@@ -315,6 +315,20 @@ TEST(ServeCancel, ReachesWaitingRequestsAndFailAllReachesEveryone) {
   EXPECT_EQ(got["b"].error.message(), "the worker drains");
 }
 
+TEST(ServeCancel, AnIdSubmittedAgainAfterCancellingIsANewRequest) {
+  Fixture f;
+  auto engine = f.engine();
+  const GenerateRequest r = request("r", f.prompt(10), 6);
+  const Outcome alone = run_alone(*engine, r);
+  ASSERT_TRUE(engine->submit(r).ok());
+  engine->step();
+  engine->cancel(r.id);
+  ASSERT_TRUE(engine->submit(r).ok());
+  const Outcome got = drain(*engine)["r"];
+  EXPECT_EQ(got.ids, alone.ids);
+  EXPECT_EQ(got.finish, FinishReason::kLength);
+}
+
 // -- adapters -------------------------------------------------------------------------------------
 
 TEST(ServeAdapters, WaitForTheirWeightsWhileOthersAreServed) {
