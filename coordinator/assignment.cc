@@ -1,0 +1,94 @@
+// Which engine holds which base: what waits first, then what was added last.
+#include "coordinator/core.h"
+#include "coordinator/placement.h"
+#include "coordinator/resolve.h"
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+
+void Coordinator::model_loaded(Worker& worker, const protocol::ModelLoaded& message) {
+  Engine& engine = worker.engine;
+  if (engine.loading == message.model) engine.loading = {};
+  if (message.status.ok()) {
+    engine.model = message.model;
+    engine.load_failures = 0;
+    engine.load_failed = {};
+    engine.load_status = {};
+    context_.log(LogLevel::kInfo, "engine ", worker.id, " holds base ", message.model, " after ",
+                 message.seconds, " s");
+    return;
+  }
+  const Limits& limits = context_.limits();
+  const int doublings = std::min(engine.load_failures, 16);
+  ++engine.load_failures;
+  engine.load_failed = message.model;
+  engine.load_status = message.status;
+  engine.load_not_before_ms =
+      context_.now().ms + std::min(limits.load_backoff_ms << doublings, limits.load_backoff_max_ms);
+  context_.log(LogLevel::kWarn, "engine ", worker.id, " could not load base ", message.model, ": ",
+               message.status.message());
+}
+
+void Coordinator::load_model(Worker& worker, const ModelRecord& model) {
+  worker.engine.loading = model.digest;
+  worker.engine.load_sent_ms = context_.now().ms;
+  context_.send_worker(worker.engine.peer, protocol::LoadModel{model_ref(model)});
+}
+
+/// The base this engine should load now, or none. `demand` is what waits, the most urgent first.
+Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>& demand) const {
+  const Tables& tables = context_.tables();
+  for (const Digest& model : demand) {
+    if (worker.engine.model == model) return {};
+    // An engine with another base is only taken when no engine has, or gets, the wanted one.
+    const bool provided = std::any_of(
+        workers_.all().begin(), workers_.all().end(), [&](const auto& other) {
+          const Engine& engine = other.second.engine;
+          return engine.alive && (engine.model == model || engine.loading == model);
+        });
+    if (tables.model_by_digest(model) != nullptr && (!provided || worker.engine.model.empty()))
+      return model;
+  }
+  if (!worker.engine.model.empty()) return {};
+  const ModelRecord* newest = nullptr;
+  for (const auto& [name, model] : tables.models)
+    if (newest == nullptr || model.created_unix_ms > newest->created_unix_ms) newest = &model;
+  return newest == nullptr ? Digest{} : newest->digest;
+}
+
+void Coordinator::assign_models() {
+  const TimeMs now = context_.now().ms;
+  std::vector<Digest> demand;
+  bool known = false;
+  for (auto& [id, worker] : workers_.all()) {
+    Engine& engine = worker.engine;
+    if (!workers_.usable(worker)) continue;
+    if (!engine.loading.empty()) {
+      const ModelRecord* model = context_.tables().model_by_digest(engine.loading);
+      if (model == nullptr)
+        engine.loading = {};
+      else if (now - engine.load_sent_ms >= context_.limits().load_resend_ms)
+        load_model(worker, *model);
+      continue;
+    }
+    const bool busy = !engine.jobs.empty() || !engine.requests.empty() ||
+                      job_on(context_.tables(), id) != nullptr;
+    if (!engine.model.empty() && busy) continue;
+    if (engine.load_failures > 0 && now < engine.load_not_before_ms) continue;
+    if (!known) {
+      known = true;
+      demand = jobs_.demand();
+      std::vector<std::pair<std::size_t, Digest>> asked;
+      for (const auto& [model, count] : requests_.demand()) asked.emplace_back(count, model);
+      std::sort(asked.rbegin(), asked.rend());
+      for (const auto& [count, model] : asked) demand.push_back(model);
+    }
+    const Digest wanted = wanted_model(worker, demand);
+    if (wanted.empty()) continue;
+    if (const ModelRecord* model = context_.tables().model_by_digest(wanted))
+      load_model(worker, *model);
+  }
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,208 @@
+// Verbs of jobs: submission with its dry run, streams of events, changes.
+#include "coordinator/calls.h"
+#include "coordinator/resolve.h"
+#include "coordinator/views.h"
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+namespace {
+
+StatusCode code_of(const std::string& name) {
+  for (int code = 0; code <= static_cast<int>(StatusCode::kConflict); ++code)
+    if (name == status_code_name(static_cast<StatusCode>(code)))
+      return static_cast<StatusCode>(code);
+  return StatusCode::kInternal;
+}
+
+}  // namespace
+
+Result<protocol::JobSpec> Calls::check_spec(const std::string& json,
+                                            Jobs::Submission& submission) {
+  TANDEM_ASSIGN_OR_RETURN(protocol::JobSpec spec, protocol::JobSpec::parse(json));
+  TANDEM_ASSIGN_OR_RETURN(const ModelRecord* model, find_model(context_.tables(), spec.model));
+  submission.model = model->digest;
+  if (spec.dataset.empty()) return invalid_error("a job needs a dataset; upload one with data.add");
+  TANDEM_ASSIGN_OR_RETURN(const Dataset* data, find_dataset(context_.tables(), spec.dataset));
+  submission.dataset = data->root;
+  if (!spec.eval_dataset.empty()) {
+    TANDEM_ASSIGN_OR_RETURN(data, find_dataset(context_.tables(), spec.eval_dataset));
+    submission.eval_dataset = data->root;
+  }
+  TANDEM_RETURN_IF_ERROR(
+      check_name("an adapter's name", spec.adapter, context_.limits().name_bytes_max));
+  TANDEM_RETURN_IF_ERROR(check_free(context_.tables(), spec.adapter, false));
+  return spec;
+}
+
+void Calls::job_submit(const Ask& ask, Params& params) {
+  const std::string spec_json = params.object("spec", true);
+  Jobs::Submission submission;
+  submission.name = params.text("name", false);
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  if (submission.name.size() > context_.limits().name_bytes_max)
+    return reply(ask, invalid_error(str("a job's name must have at most ",
+                                        context_.limits().name_bytes_max, " characters")));
+  auto spec = check_spec(spec_json, submission);
+  if (!spec.ok()) return reply(ask, spec.status());
+  submission.tenant = ask.user;
+  submission.idempotency_key = ask.key;
+  submission.spec = std::move(*spec);
+  auto id = jobs_.submit(submission);
+  if (!id.ok()) return reply(ask, id.status());
+  // In the job's own transaction: a repeat after a crash finds the job, not a second one.
+  remember(ask, dump({{"job", id->value}}));
+  submit_asks_.emplace_back(*id, ask);
+}
+
+void Calls::answer_submit(const Ask& ask, const Job& job) {
+  const bool refused_at_once = job.state == JobState::kFailed && job.started_unix_ms == 0;
+  if (refused_at_once)
+    return send_reply(ask, Status(code_of(job.error_code), job.error), "", false);
+  send_reply(ask, {},
+             dump({{"job", job.id.value},
+                   {"state", job_state_name(job.state)},
+                   {"position", jobs_.queue_position(job.id)},
+                   {"reason", jobs_.waiting_reason(job)},
+                   {"estimate", parse_object(job.estimate_json)}}),
+             false);
+}
+
+void Calls::job_list(const Ask& ask, Params& params) {
+  const std::string state = params.text("state", false);
+  const auto max = static_cast<std::int64_t>(context_.limits().page_max);
+  const auto limit = params.integer("limit", max, 1, max);
+  const std::string after = params.text("after", false);
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  std::vector<const Job*> jobs;
+  for (const auto& [id, job] : context_.tables().jobs)
+    if (state.empty() || state == job_state_name(job.state)) jobs.push_back(&job);
+  std::sort(jobs.begin(), jobs.end(),
+            [](const Job* a, const Job* b) { return a->order > b->order; });
+  Json items = Json::array();
+  std::string next;
+  bool started = after.empty();
+  for (const Job* job : jobs) {
+    if (!started) {
+      started = job->id.value == after;
+      continue;
+    }
+    if (static_cast<std::int64_t>(items.size()) >= limit) {
+      next = items.back()["job"].get<std::string>();
+      break;
+    }
+    items.push_back(job_json(*job, jobs_, context_.tables()));
+  }
+  answer(ask, {{"jobs", std::move(items)}, {"next", next}});
+}
+
+void Calls::job_show(const Ask& ask, Params& params) {
+  const std::string id = params.text("job");
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto job = find_job(context_.tables(), id);
+  if (!job.ok()) return reply(ask, job.status());
+  answer(ask, job_details_json(**job, jobs_, context_.tables()));
+}
+
+void Calls::change_job(const Ask& ask, Params& params, Status (Jobs::*change)(const JobId&)) {
+  const std::string id = params.text("job");
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto job = find_job(context_.tables(), id);
+  if (!job.ok()) return reply(ask, job.status());
+  const JobId job_id = (*job)->id;
+  if (Status status = (jobs_.*change)(job_id); !status.ok()) return reply(ask, status);
+  answer(ask, job_json(context_.tables().jobs.at(job_id), jobs_, context_.tables()));
+}
+
+void Calls::job_cancel(const Ask& ask, Params& params) { change_job(ask, params, &Jobs::cancel); }
+void Calls::job_pause(const Ask& ask, Params& params) { change_job(ask, params, &Jobs::pause); }
+void Calls::job_resume(const Ask& ask, Params& params) { change_job(ask, params, &Jobs::resume); }
+
+void Calls::job_watch(const Ask& ask, Params& params) { open_stream(ask, params, false); }
+void Calls::job_logs(const Ask& ask, Params& params) { open_stream(ask, params, true); }
+
+void Calls::open_stream(const Ask& ask, Params& params, bool logs) {
+  const std::string id = params.text("job");
+  Stream stream;
+  stream.ask = ask;
+  stream.logs = logs;
+  stream.sent = static_cast<std::uint64_t>(params.integer("after", 0, 0, INT64_MAX));
+  stream.follow = logs ? params.boolean("follow", false) : true;
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto job = find_job(context_.tables(), id);
+  if (!job.ok()) return reply(ask, job.status());
+  stream.job = (*job)->id;
+  const StreamKey key(ask.peer, ask.call_id);
+  if (streams_.size() >= context_.limits().streams_max && !streams_.contains(key))
+    return reply(ask, busy_error(str("all ", context_.limits().streams_max,
+                                     " places for streams are taken; retry after ",
+                                     context_.limits().retry_after_ms, " ms")));
+  const auto* kept = jobs_.events(stream.job);
+  const bool complete =
+      kept != nullptr && !kept->empty() && kept->front().seq <= stream.sent + 1;
+  if (!complete && (*job)->events > stream.sent) {
+    // Older than this process: the registry has them.
+    stream.loading = true;
+    streams_[key] = stream;
+    return start(ask, ReadEvents{stream.job, context_.limits().events_kept},
+                 [this, key](const Ask&, const WorkResult& result) {
+                   const auto open = streams_.find(key);
+                   if (open == streams_.end()) return;
+                   Stream& waiting = open->second;
+                   waiting.loading = false;
+                   for (const JobEventRecord& event : std::get<EventsRead>(result).events)
+                     stream_event(waiting, event);
+                   if (!feed(waiting)) streams_.erase(open);
+                 });
+  }
+  if (feed(stream)) streams_[key] = stream;
+}
+
+/// Sends what is in memory; false when the stream is over (its last reply was sent).
+bool Calls::feed(Stream& stream) {
+  if (const auto* kept = jobs_.events(stream.job))
+    for (const JobEventRecord& event : *kept) stream_event(stream, event);
+  const Job& job = context_.tables().jobs.at(stream.job);
+  if (stream.follow && !is_terminal(job.state)) return true;
+  end_stream(stream);
+  return false;
+}
+
+void Calls::stream_event(Stream& stream, const JobEventRecord& event) {
+  if (event.seq <= stream.sent) return;
+  stream.sent = event.seq;
+  send_reply(stream.ask, {}, dump(stream.logs ? log_json(event) : event_json(event)), true);
+}
+
+void Calls::end_stream(const Stream& stream) {
+  const auto found = context_.tables().jobs.find(stream.job);
+  if (found == context_.tables().jobs.end())
+    return send_reply(stream.ask, not_found_error(str("no job ", stream.job)), "", false);
+  const Job& job = found->second;
+  send_reply(stream.ask, {},
+             dump({{"job", job.id.value},
+                   {"state", job_state_name(job.state)},
+                   {"adapter", job.published.empty()
+                                   ? ""
+                                   : str(job.adapter, "@", job.published_version)},
+                   {"digest", job.published.empty() ? "" : job.published.hex()},
+                   {"summary", parse_object(job.summary_json)},
+                   {"error", job.error}}),
+             false);
+}
+
+void Calls::estimate(const Ask& ask, Params& params) {
+  const std::string name = params.text("model");
+  const std::string train = params.object("train", false);
+  (void)params.integer("workers", 1, 1, 4096);
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto settings = protocol::TrainSettings::parse(train.empty() ? "{}" : train);
+  if (!settings.ok()) return reply(ask, settings.status());
+  auto model = find_model(context_.tables(), name);
+  if (!model.ok()) return reply(ask, model.status());
+  const std::string id = str("call:", ++estimate_ids_);
+  estimate_asks_[id] = ask;
+  estimates_.ask(id, model_ref(**model), settings->to_json(), false);
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,191 @@
+#include "coordinator/core.h"
+
+#include "coordinator/resolve.h"
+#include "protocol/version.h"
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+
+Coordinator::Coordinator(Options options, Snapshot snapshot, const Now& now)
+    : context_(std::move(options)),
+      workers_(context_),
+      estimates_(context_, workers_),
+      jobs_(context_, workers_, estimates_),
+      requests_(context_, workers_),
+      calls_({context_, workers_, estimates_, jobs_, requests_}) {
+  context_.begin(now);
+  context_.load(std::move(snapshot.tables));
+  jobs_.load(snapshot.events);
+  requests_.load(snapshot.results);
+}
+
+std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
+  context_.begin(now);
+  std::visit([this](const auto& i) { on(i); }, input);
+  if (!calls_.ending()) jobs_.schedule();
+  requests_.dispatch();
+  calls_.after_step();
+  return context_.take();
+}
+
+void Coordinator::on(const Tick&) {
+  for (const EngineLost& lost : workers_.expire()) engine_lost(lost);
+  jobs_.tick();
+  requests_.tick();
+  route_estimates(estimates_.tick());
+  calls_.tick();
+  assign_models();
+}
+
+void Coordinator::on(const ClientInput& input) {
+  if (const auto* greeting = std::get_if<protocol::ClientHello>(&input.message))
+    return hello(input.peer, input.user, *greeting);
+  const auto session = sessions_.find(input.peer);
+  if (session == sessions_.end()) {
+    ++dropped_before_hello_;
+    return;
+  }
+  session->second.last_seen_ms = context_.now().ms;
+  const std::string& user = session->second.user;
+  if (const auto* request = std::get_if<protocol::Generate>(&input.message))
+    requests_.generate(input.peer, user, *request);
+  else if (const auto* cancel = std::get_if<protocol::Cancel>(&input.message))
+    requests_.cancel(input.peer, *cancel);
+  else if (const auto* call = std::get_if<protocol::Call>(&input.message))
+    calls_.handle(input.peer, user, *call);
+  else if (const auto* stop = std::get_if<protocol::CallCancel>(&input.message))
+    calls_.cancel(input.peer, *stop);
+  else if (const auto* ping = std::get_if<protocol::Ping>(&input.message))
+    context_.send_client(input.peer, protocol::Pong{ping->nonce});
+  route_estimates(estimates_.tick());
+  assign_models();
+}
+
+void Coordinator::hello(const std::string& peer, const std::string& user,
+                        const protocol::ClientHello& message) {
+  protocol::ServerHello reply;
+  reply.server = str("tandem-coordinator/", context_.options().version);
+  reply.incarnation = context_.options().incarnation;
+  reply.heartbeat_ms = context_.limits().heartbeat_ms;
+  const auto version =
+      protocol::agree_version(message.version, str("client ", message.client));
+  if (!version.ok()) {
+    reply.status = version.status();
+    return context_.send_client(peer, std::move(reply));
+  }
+  reply.version = *version;
+  if (!sessions_.contains(peer) && sessions_.size() >= context_.limits().sessions_max) {
+    const auto oldest =
+        std::min_element(sessions_.begin(), sessions_.end(), [](const auto& a, const auto& b) {
+          return a.second.last_seen_ms < b.second.last_seen_ms;
+        });
+    requests_.client_gone(oldest->first);
+    calls_.client_gone(oldest->first);
+    sessions_.erase(oldest);
+  }
+  sessions_[peer] = {user, message.client, context_.now().ms};
+  context_.send_client(peer, std::move(reply));
+}
+
+void Coordinator::on(const ClientGone& gone) {
+  requests_.client_gone(gone.peer);
+  calls_.client_gone(gone.peer);
+  sessions_.erase(gone.peer);
+}
+
+void Coordinator::on(const WorkerInput& input) {
+  if (const auto* greeting = std::get_if<protocol::WorkerHello>(&input.message)) {
+    hello(input.peer, *greeting);
+  } else if (const auto* beat = std::get_if<protocol::Heartbeat>(&input.message)) {
+    heartbeat(input.peer, *beat);
+  } else if (const auto* bye = std::get_if<protocol::WorkerBye>(&input.message)) {
+    if (const auto lost = workers_.bye(*bye)) engine_lost(*lost);
+  } else if (Worker* worker = workers_.engine_of(input.peer)) {
+    worker->engine.last_seen_ms = context_.now().ms;
+    engine_message(*worker, input.message);
+  }
+  // Else: a process we do not know (any more). Silence makes it say hello again.
+  route_estimates(estimates_.tick());
+  assign_models();
+}
+
+void Coordinator::engine_message(Worker& worker, const protocol::WorkerMessage& message) {
+  if (const auto* chunk = std::get_if<protocol::InferChunk>(&message))
+    requests_.chunk(worker, *chunk);
+  else if (const auto* progress = std::get_if<protocol::JobProgress>(&message))
+    jobs_.progress(worker, *progress);
+  else if (const auto* checkpoint = std::get_if<protocol::CheckpointReady>(&message))
+    jobs_.checkpoint(worker, *checkpoint);
+  else if (const auto* publish = std::get_if<protocol::Publish>(&message))
+    jobs_.publish(worker, *publish);
+  else if (const auto* ended = std::get_if<protocol::JobEnded>(&message))
+    jobs_.ended(worker, *ended);
+  else if (const auto* loaded = std::get_if<protocol::ModelLoaded>(&message))
+    model_loaded(worker, *loaded);
+  else if (const auto* estimate = std::get_if<protocol::EstimateReply>(&message))
+    route_estimates(estimates_.reply(*estimate));
+}
+
+void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& message) {
+  protocol::WorkerHelloReply reply;
+  reply.coordinator = context_.options().incarnation;
+  reply.heartbeat_ms = context_.limits().heartbeat_ms;
+  reply.lease_ms = context_.limits().lease_ms;
+  std::optional<EngineLost> lost;
+  reply.status = workers_.hello(peer, message, lost);
+  if (!reply.status.ok()) {
+    context_.log(LogLevel::kWarn, "refused ", message.worker, ": ", reply.status.message());
+    return context_.send_worker(peer, std::move(reply));
+  }
+  if (lost) engine_lost(*lost);
+  if (message.role == protocol::WorkerRole::kEngine) {
+    Worker& worker = *workers_.find(message.worker);
+    reply.stop_jobs = jobs_.adopt(worker, message.jobs);
+    reply.stop_requests = requests_.adopt(worker, message.requests);
+  }
+  context_.log(LogLevel::kInfo, message.role == protocol::WorkerRole::kAgent ? "agent " : "engine ",
+               message.worker, " pid ", message.pid, " is here, ", message.jobs.size(), " jobs");
+  context_.send_worker(peer, std::move(reply));
+}
+
+void Coordinator::heartbeat(const std::string& peer, const protocol::Heartbeat& message) {
+  const Status status = workers_.heartbeat(peer, message);
+  if (status.code() == StatusCode::kConflict) {
+    protocol::WorkerHelloReply reply;
+    reply.status = status;
+    reply.coordinator = context_.options().incarnation;
+    return context_.send_worker(peer, std::move(reply));
+  }
+  if (!status.ok()) return;  // it says hello again when nobody answers
+  context_.send_worker(peer, protocol::HeartbeatReply{message.seq});
+  if (message.role == protocol::WorkerRole::kEngine) jobs_.seen(*workers_.find(message.worker));
+}
+
+void Coordinator::engine_lost(const EngineLost& lost) {
+  context_.log(LogLevel::kWarn, "engine ", lost.worker, " is lost: ", lost.reason);
+  jobs_.engine_lost(lost);
+  requests_.engine_lost(lost);
+}
+
+void Coordinator::on(const WorkDone& done) {
+  if (!jobs_.verified(done)) calls_.work_done(done);
+  route_estimates(estimates_.tick());
+  assign_models();
+}
+
+void Coordinator::on(const CommitFailed& failed) {
+  context_.undo();
+  jobs_.reset();
+  context_.log(LogLevel::kError, "the registry refused a transaction, nothing of it was done: ",
+               failed.status.message());
+}
+
+void Coordinator::route_estimates(const std::vector<EstimateOutcome>& outcomes) {
+  for (const EstimateOutcome& outcome : outcomes) {
+    jobs_.estimated(outcome);
+    calls_.estimated(outcome);
+  }
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,78 @@
+#include "coordinator/estimates.h"
+
+namespace tandem::coordinator {
+
+void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
+                    const std::string& train_json, bool patient) {
+  asked_[id] = {model, train_json, patient, context_.now().ms, 0, {}, 0};
+}
+
+std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {
+  const auto found = asked_.find(reply.call_id);
+  if (found == asked_.end()) return {};
+  if (reply.status.code() == StatusCode::kUnavailable || reply.status.code() == StatusCode::kBusy) {
+    found->second.worker = {};  // another engine, or this one later
+    found->second.sent_ms = context_.now().ms;
+    return {};
+  }
+  asked_.erase(found);
+  return {{reply.call_id, reply.status, reply.result_json}};
+}
+
+Worker* Estimates::choose(const Asked& asked) {
+  Worker* best = nullptr;
+  int best_score = -1;
+  for (auto& [id, worker] : workers_.all()) {
+    if (!worker.engine.alive) continue;
+    // An engine that trains answers between steps only, so it comes last.
+    const int score = (worker.engine.model == asked.model.digest ? 2 : 0) +
+                      (worker.engine.jobs.empty() ? 4 : 0) +
+                      (worker.engine.requests.empty() ? 1 : 0);
+    if (score > best_score) {
+      best = &worker;
+      best_score = score;
+    }
+  }
+  return best;
+}
+
+std::vector<EstimateOutcome> Estimates::tick() {
+  std::vector<EstimateOutcome> outcomes;
+  const TimeMs now = context_.now().ms;
+  for (auto entry = asked_.begin(); entry != asked_.end();) {
+    auto& [id, asked] = *entry;
+    if (!asked.patient && now - asked.asked_ms > context_.limits().estimate_timeout_ms) {
+      outcomes.push_back({id,
+                          unavailable_error(asked.sends == 0
+                                                ? "no engine is connected to do the dry run; "
+                                                  "start workers with: tandem up"
+                                                : "no engine answered the dry run in time"),
+                          ""});
+      entry = asked_.erase(entry);
+      continue;
+    }
+    const Worker* worker = workers_.find(asked.worker);
+    const bool answering = worker != nullptr && worker->engine.alive;
+    const bool wait = asked.sent_ms > 0 && now - asked.sent_ms < context_.limits().resend_ms;
+    const bool due = answering ? now - asked.sent_ms >= context_.limits().estimate_resend_ms
+                               : asked.sends == 0 || !wait;
+    if (due) {
+      if (Worker* engine = answering ? workers_.find(asked.worker) : choose(asked)) {
+        asked.worker = engine->id;
+        asked.sent_ms = now;
+        ++asked.sends;
+        context_.send_worker(engine->engine.peer,
+                             protocol::EstimateRequest{id, asked.model, asked.train_json});
+      }
+    }
+    ++entry;
+  }
+  return outcomes;
+}
+
+bool Estimates::sent(const std::string& id) const {
+  const auto found = asked_.find(id);
+  return found != asked_.end() && found->second.sends > 0;
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,51 @@
+// Dry runs: asks an engine for a job's bytes and waits for the answer, from another engine when the
+// first one dies. Owned by the core, one thread.
+#pragma once
+
+#include "coordinator/context.h"
+#include "coordinator/workers.h"
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace tandem::coordinator {
+
+struct EstimateOutcome {
+  std::string id;  ///< as given to ask()
+  Status status;
+  std::string result_json;
+};
+
+class Estimates {
+ public:
+  Estimates(Context& context, WorkerTable& workers) : context_(context), workers_(workers) {}
+
+  /// `id` must be unique among those in flight. `patient`: waits for an engine for ever; otherwise
+  /// kUnavailable after estimate_timeout_ms.
+  void ask(const std::string& id, const protocol::ModelRef& model, const std::string& train_json,
+           bool patient);
+  void forget(const std::string& id) { asked_.erase(id); }
+  /// An engine's answer; nothing when nobody waits for it any more.
+  std::vector<EstimateOutcome> reply(const protocol::EstimateReply& reply);
+  /// Sends what is due and returns what timed out.
+  std::vector<EstimateOutcome> tick();
+  [[nodiscard]] bool sent(const std::string& id) const;
+
+ private:
+  struct Asked {
+    protocol::ModelRef model;
+    std::string train_json;
+    bool patient = false;
+    TimeMs asked_ms = 0, sent_ms = 0;
+    WorkerId worker;  ///< empty: not sent
+    int sends = 0;
+  };
+  Worker* choose(const Asked& asked);
+
+  Context& context_;
+  WorkerTable& workers_;
+  std::map<std::string, Asked> asked_;
+};
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,434 @@
+// Submission, scheduling, and what users ask of jobs.
+#include "coordinator/jobs.h"
+
+#include "coordinator/placement.h"
+#include "coordinator/resolve.h"
+#include "protocol/base/units.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+namespace {
+
+const std::string kJobPrefix = "job:";  // of estimate ids
+
+TimeMs backoff(const Limits& limits, int attempts) {
+  if (attempts <= 1) return 0;
+  const int doublings = std::min(attempts - 2, 16);
+  return std::min(limits.retry_backoff_ms << doublings, limits.retry_backoff_max_ms);
+}
+
+}  // namespace
+
+void Jobs::load(const std::vector<JobEventRecord>& events) {
+  loaded_ms_ = context_.now().ms;
+  for (const JobEventRecord& event : events) events_[JobId(event.job)].push_back(event);
+  for (const auto& [id, job] : context_.tables().jobs)
+    if (job.state == JobState::kSubmitted || job.state == JobState::kEstimating) {
+      Job copy = job;
+      ask_estimate(copy);
+    }
+}
+
+void Jobs::reset() {
+  new_events_.clear();
+  pending_.clear();
+  for (auto& [id, kept] : events_) {
+    const auto job = context_.tables().jobs.find(id);
+    const std::uint64_t last = job == context_.tables().jobs.end() ? 0 : job->second.events;
+    while (!kept.empty() && kept.back().seq > last) kept.pop_back();
+  }
+}
+
+void Jobs::save(Job job) {
+  job.updated_unix_ms = context_.now().unix_ms;
+  context_.put(std::move(job));
+}
+
+void Jobs::event(Job& job, const std::string& level, const std::string& kind,
+                 const std::string& message, const std::string& metrics_json, bool lazy) {
+  JobEventRecord record{job.id.value, ++job.events, context_.now().unix_ms, level, kind, message,
+                        metrics_json};
+  auto& kept = events_[job.id];
+  kept.push_back(record);
+  if (kept.size() > context_.limits().events_kept) kept.pop_front();
+  new_events_.push_back(record);
+  const auto put = [&](Write write) {
+    lazy ? context_.put_lazy(std::move(write)) : context_.put(std::move(write));
+  };
+  if (job.events > context_.limits().events_kept)
+    put(EraseJobEvent{job.id.value, job.events - context_.limits().events_kept});
+  put(std::move(record));
+}
+
+void Jobs::set_state(Job& job, JobState state, const std::string& why) {
+  context_.log(LogLevel::kInfo, job.id, " ", job_state_name(job.state), " -> ",
+               job_state_name(state), why.empty() ? "" : ": ", why);
+  job.state = state;
+  const nlohmann::ordered_json details{
+      {"state", job_state_name(state)}, {"step", job.step}, {"epoch", job.epoch}};
+  event(job, state == JobState::kFailed ? "error" : "info", "state",
+        why.empty() ? job_state_name(state) : str(job_state_name(state), ": ", why),
+        details.dump(), false);
+}
+
+void Jobs::finish(Job& job, JobState state, const Status& status) {
+  job.ended_unix_ms = context_.now().unix_ms;
+  if (state == JobState::kFailed) {
+    job.error_code = status_code_name(status.code());
+    job.error = status.message();
+  } else if (state == JobState::kSucceeded) {
+    job.error_code.clear();
+    job.error.clear();
+  }
+  timers_.erase(job.id);
+  estimates_.forget(kJobPrefix + job.id.value);
+  set_state(job, state, state == JobState::kFailed ? status.message() : "");
+}
+
+Result<JobId> Jobs::submit(const Submission& submission) {
+  std::size_t live = 0;
+  std::uint64_t order = 0;
+  for (const auto& [id, job] : context_.tables().jobs) {
+    live += is_terminal(job.state) ? 0 : 1;
+    order = std::max(order, job.order);
+  }
+  if (live >= context_.limits().jobs_live_max)
+    return busy_error(str("there are ", live, " unfinished jobs of at most ",
+                          context_.limits().jobs_live_max, "; cancel some or wait"));
+  Job job;
+  do job.id = JobId("job-" + context_.random_hex(12));
+  while (context_.tables().jobs.contains(job.id));
+  job.order = order + 1;
+  job.tenant = submission.tenant;
+  job.name = submission.name;
+  job.idempotency_key = submission.idempotency_key;
+  job.spec_json = submission.spec.to_json();
+  job.priority = submission.spec.priority;
+  job.model = submission.model;
+  job.dataset = submission.dataset;
+  if (const auto data = context_.tables().datasets.find(submission.dataset);
+      data != context_.tables().datasets.end())
+    job.dataset_manifest = data->second.manifest;
+  job.eval_dataset = submission.eval_dataset;
+  job.adapter = submission.spec.adapter;
+  job.submitted_unix_ms = context_.now().unix_ms;
+  const JobId id = job.id;
+  set_state(job, workers_.engines_alive() > 0 ? JobState::kEstimating : JobState::kSubmitted, "");
+  ask_estimate(job);
+  save(std::move(job));
+  return id;
+}
+
+void Jobs::ask_estimate(Job& job) {
+  const ModelRecord* model = context_.tables().model_by_digest(job.model);
+  auto spec = protocol::JobSpec::parse(job.spec_json);
+  if (model == nullptr || !spec.ok()) {
+    finish(job, JobState::kFailed,
+           model == nullptr ? not_found_error("its base model is not registered any more")
+                            : spec.status());
+    save(job);
+    return;
+  }
+  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train.to_json(), true);
+}
+
+void Jobs::estimated(const EstimateOutcome& outcome) {
+  if (outcome.id.rfind(kJobPrefix, 0) != 0) return;
+  const auto found = context_.tables().jobs.find(JobId(outcome.id.substr(kJobPrefix.size())));
+  if (found == context_.tables().jobs.end()) return;
+  Job job = found->second;
+  if (job.state != JobState::kSubmitted && job.state != JobState::kEstimating) return;
+  if (!outcome.status.ok()) {
+    finish(job, JobState::kFailed, outcome.status);
+    return save(std::move(job));
+  }
+  job.estimate_json = outcome.result_json;
+  const auto json = nlohmann::json::parse(outcome.result_json, nullptr, false);
+  if (!json.is_object()) {
+    finish(job, JobState::kFailed, internal_error("the dry run's answer is not a JSON object"));
+    return save(std::move(job));
+  }
+  const bool fits = !json.contains("fits") || !json["fits"].is_boolean() || json["fits"].get<bool>();
+  if (!fits) {
+    const std::int64_t peak = json.value("peak_bytes", std::int64_t{0});
+    const std::int64_t device =
+        json.value("device_bytes", json.value("limit_bytes", std::int64_t{0}));
+    finish(job, JobState::kFailed,
+           refused_error(str("the job needs ", format_bytes(peak), " (", peak,
+                             " bytes) and the engine has ", format_bytes(device), " (", device,
+                             " bytes); lower max_length or per_device_train_batch_size, or set "
+                             "recompute")));
+    return save(std::move(job));
+  }
+  set_state(job, JobState::kQueued, "");
+  save(std::move(job));
+}
+
+Status Jobs::cancel(const JobId& id) {
+  const auto found = context_.tables().jobs.find(id);
+  if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
+  Job job = found->second;
+  if (is_terminal(job.state))
+    return conflict_error(str(id, " has ", job_state_name(job.state), " already"));
+  if (!holds_engine(job.state)) {
+    finish(job, JobState::kCancelled, {});
+    save(std::move(job));
+    return {};
+  }
+  if (job.state == JobState::kCancelling) return {};
+  job.requeue_after_stop = false;
+  set_state(job, JobState::kCancelling, "");
+  send_stop(job);
+  save(std::move(job));
+  return {};
+}
+
+Status Jobs::pause(const JobId& id) {
+  const auto found = context_.tables().jobs.find(id);
+  if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
+  Job job = found->second;
+  if (job.state == JobState::kPaused) return {};
+  if (job.state == JobState::kPausing) {
+    job.requeue_after_stop = false;
+    save(std::move(job));
+    return {};
+  }
+  if (is_terminal(job.state) || job.state == JobState::kCancelling)
+    return conflict_error(str(id, " is ", job_state_name(job.state), "; it cannot be paused"));
+  if (!holds_engine(job.state)) {
+    estimates_.forget(kJobPrefix + id.value);
+    set_state(job, JobState::kPaused, "");
+  } else {
+    job.requeue_after_stop = false;
+    set_state(job, JobState::kPausing, "a checkpoint is written first");
+    send_stop(job);
+  }
+  save(std::move(job));
+  return {};
+}
+
+Status Jobs::resume(const JobId& id) {
+  const auto found = context_.tables().jobs.find(id);
+  if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
+  Job job = found->second;
+  if (job.state == JobState::kPausing) {
+    job.requeue_after_stop = true;
+    save(std::move(job));
+    return {};
+  }
+  if (job.state != JobState::kPaused && job.state != JobState::kFailed)
+    return conflict_error(
+        str(id, " is ", job_state_name(job.state), "; only a paused or failed job is resumed"));
+  job.ended_unix_ms = 0;
+  job.error_code.clear();
+  job.error.clear();
+  job.attempts = job.own_failures = 0;
+  if (job.estimate_json.empty()) {
+    set_state(job, JobState::kSubmitted, "resumed");
+    ask_estimate(job);
+  } else {
+    set_state(job, JobState::kQueued, "resumed");
+  }
+  save(std::move(job));
+  return {};
+}
+
+void Jobs::drain(const WorkerId& worker) {
+  const Job* held = job_on(context_.tables(), worker);
+  if (held == nullptr || (held->state != JobState::kRunning && held->state != JobState::kStarting))
+    return;
+  Job job = *held;
+  job.requeue_after_stop = true;
+  set_state(job, JobState::kPausing, str("worker ", worker, " drains"));
+  send_stop(job);
+  save(std::move(job));
+}
+
+void Jobs::schedule() {
+  std::vector<JobId> order;
+  for (const Job* job : queue_order(context_.tables())) order.push_back(job->id);
+  for (const JobId& id : order) {
+    const Job& job = context_.tables().jobs.at(id);
+    if (const auto timers = timers_.find(id);
+        timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
+      continue;
+    const Placement placement = place(job, context_.tables(), workers_);
+    if (placement.worker.empty()) continue;
+    start(job, *workers_.find(placement.worker));
+  }
+}
+
+void Jobs::start(Job job, Worker& worker) {
+  const CheckpointRecord* checkpoint = context_.tables().latest_checkpoint(job.id);
+  ++job.epoch;
+  ++job.attempts;
+  job.worker = worker.id;
+  job.engine = worker.engine.incarnation;
+  job.step = checkpoint == nullptr ? 0 : checkpoint->step;
+  job.progress_seq = 0;
+  job.requeue_after_stop = false;
+  if (job.started_unix_ms == 0) job.started_unix_ms = context_.now().unix_ms;
+  timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
+  set_state(job, JobState::kStarting,
+            str("on ", worker.id, job.step > 0 ? str(" from step ", job.step) : "",
+                job.epoch > 1 ? str(", epoch ", job.epoch) : ""));
+  send_start(job, worker);
+  save(std::move(job));
+}
+
+void Jobs::send_start(const Job& job, const Worker& worker) {
+  const Tables& tables = context_.tables();
+  protocol::StartJob message;
+  message.job = job.id;
+  message.epoch = job.epoch;
+  message.spec_json = job.spec_json;
+  if (const ModelRecord* model = tables.model_by_digest(job.model)) message.model = model_ref(*model);
+  message.dataset = job.dataset;
+  message.eval_dataset = job.eval_dataset;
+  if (const auto data = tables.datasets.find(job.dataset); data != tables.datasets.end())
+    message.dataset_bytes = data->second.bytes;
+  if (const auto data = tables.datasets.find(job.eval_dataset); data != tables.datasets.end())
+    message.eval_dataset_bytes = data->second.bytes;
+  if (const CheckpointRecord* checkpoint = tables.latest_checkpoint(job.id))
+    message.checkpoint_manifest = tables.manifest(checkpoint->manifest);
+  context_.send_worker(worker.engine.peer, std::move(message));
+}
+
+void Jobs::send_stop(const Job& job) {
+  timers_[job.id].sent_ms = context_.now().ms;
+  const Worker* worker = workers_.find(job.worker);
+  if (worker == nullptr || !worker->engine.alive) return;
+  context_.send_worker(worker->engine.peer,
+                       protocol::StopJob{job.id, job.epoch,
+                                         job.state == JobState::kPausing
+                                             ? protocol::StopMode::kPause
+                                             : protocol::StopMode::kCancel});
+}
+
+/// The attempt is over without the job's end: back to the queue, or failed when there were too many.
+void Jobs::interrupted(Job job, const std::string& why, bool own_failure) {
+  timers_[job.id] = {};
+  job.error = why;
+  if (!job.published.empty()) {
+    finish(job, JobState::kSucceeded, {});
+  } else if (job.state == JobState::kCancelling) {
+    finish(job, JobState::kCancelled, {});
+  } else if (job.state == JobState::kPausing && !job.requeue_after_stop) {
+    set_state(job, JobState::kPaused, why);
+  } else {
+    job.own_failures += own_failure ? 1 : 0;
+    const bool hopeless = job.attempts >= context_.limits().attempts_max ||
+                          job.own_failures >= context_.limits().own_failures_max;
+    if (hopeless) {
+      finish(job, JobState::kFailed,
+             internal_error(str("given up after ", job.attempts,
+                                " attempts in a row without a new step; the last: ", why)));
+    } else {
+      const TimeMs wait = backoff(context_.limits(), job.attempts);
+      timers_[job.id].not_before_ms = context_.now().ms + wait;
+      job.requeue_after_stop = false;
+      set_state(job, JobState::kQueued, str(why, wait > 0 ? str("; next try in ", wait, " ms") : ""));
+    }
+  }
+  save(std::move(job));
+}
+
+void Jobs::engine_lost(const EngineLost& lost) {
+  const Job* held = job_on(context_.tables(), lost.worker);
+  if (held == nullptr) return;
+  interrupted(*held, str("engine ", lost.worker, ": ", lost.reason), false);
+}
+
+void Jobs::look_for_missing(const Job& job, const Worker& worker) {
+  Timers& timers = timers_[job.id];
+  const auto names_it = [&](const protocol::RunningJob& running) {
+    return running.job == job.id && running.epoch == job.epoch;
+  };
+  if (std::any_of(worker.engine.jobs.begin(), worker.engine.jobs.end(), names_it)) {
+    timers.missing_since_ms = -1;
+    return;
+  }
+  if (timers.missing_since_ms < 0) timers.missing_since_ms = context_.now().ms;
+  if (job.state == JobState::kStarting) return;  // StartJob is repeated
+  if (context_.now().ms - timers.missing_since_ms < context_.limits().missing_job_ms) return;
+  Job lost = job;
+  lost.engine = 0;
+  interrupted(std::move(lost), str("engine ", worker.id, " does not have the job any more"), false);
+}
+
+void Jobs::tick() {
+  const TimeMs now = context_.now().ms;
+  const Limits& limits = context_.limits();
+  std::vector<JobId> held;
+  for (const auto& [id, job] : context_.tables().jobs)
+    if (holds_engine(job.state)) held.push_back(id);
+  for (const JobId& id : held) {
+    const Job& job = context_.tables().jobs.at(id);
+    const Worker* worker = workers_.find(job.worker);
+    if (worker == nullptr || !worker->engine.alive) {
+      if (now - loaded_ms_ > limits.adoption_ms)
+        interrupted(job, str("engine ", job.worker, " did not come back"), false);
+      continue;
+    }
+    if (job.engine != worker->engine.incarnation) {
+      interrupted(job, str("engine ", job.worker, " was replaced by a new process"), false);
+      continue;
+    }
+    look_for_missing(job, *worker);
+    const Job& still = context_.tables().jobs.at(id);
+    if (!holds_engine(still.state)) continue;
+    Timers& timers = timers_[id];
+    if (still.state == JobState::kStarting && now - timers.started_ms > limits.start_timeout_ms &&
+        timers.missing_since_ms >= 0) {
+      interrupted(still, str("engine ", still.worker, " did not start the job in time"), false);
+    } else if (still.state != JobState::kRunning && now - timers.sent_ms >= limits.resend_ms) {
+      if (still.state == JobState::kStarting && timers.missing_since_ms >= 0)
+        send_start(still, *worker);
+      else if (still.state != JobState::kStarting)
+        send_stop(still);
+      timers.sent_ms = now;
+    }
+  }
+}
+
+std::string Jobs::waiting_reason(const Job& job) const {
+  switch (job.state) {
+    case JobState::kSubmitted:
+    case JobState::kEstimating:
+      return workers_.engines_alive() == 0 ? "no engine is connected to do the dry run"
+                                           : "the dry run on an engine";
+    case JobState::kQueued: {
+      if (const auto timers = timers_.find(job.id);
+          timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
+        return str("next try in ", timers->second.not_before_ms - context_.now().ms, " ms after: ",
+                   job.error);
+      return place(job, context_.tables(), workers_).waiting;
+    }
+    case JobState::kStarting: return str("engine ", job.worker, " prepares it");
+    default: return "";
+  }
+}
+
+std::size_t Jobs::queue_position(const JobId& id) const {
+  const auto order = queue_order(context_.tables());
+  for (std::size_t i = 0; i < order.size(); ++i)
+    if (order[i]->id == id) return i + 1;
+  return 0;
+}
+
+const std::deque<JobEventRecord>* Jobs::events(const JobId& id) const {
+  const auto found = events_.find(id);
+  return found == events_.end() ? nullptr : &found->second;
+}
+
+std::vector<Digest> Jobs::demand() const {
+  std::vector<Digest> models;
+  for (const Job* job : queue_order(context_.tables()))
+    if (place(*job, context_.tables(), workers_).load) models.push_back(job->model);
+  return models;
+}
+
+}  // namespace tandem::coordinator

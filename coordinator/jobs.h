@@ -1,0 +1,127 @@
+// Jobs from submission to their end: the state machine of records.h, every state on disk before
+// anybody is told. Progress, checkpoints and publishes of engines come in here; an old epoch is
+// refused with kConflict. Messages may be lost or repeated: what is to happen follows from the
+// tables and is sent again until it has happened. Owned by the core, one thread.
+#pragma once
+
+#include "coordinator/context.h"
+#include "coordinator/estimates.h"
+#include "coordinator/workers.h"
+#include "protocol/job_spec.h"
+
+#include <deque>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace tandem::coordinator {
+
+class Jobs {
+ public:
+  Jobs(Context& context, WorkerTable& workers, Estimates& estimates)
+      : context_(context), workers_(workers), estimates_(estimates) {}
+
+  /// After a start: running jobs wait adoption_ms for their engines.
+  void load(const std::vector<JobEventRecord>& events);
+
+  // -- from clients; the tables already resolved every name
+  struct Submission {
+    std::string tenant, name, idempotency_key;
+    protocol::JobSpec spec;
+    Digest model, dataset, eval_dataset;
+  };
+  Result<JobId> submit(const Submission& submission);
+  Status cancel(const JobId& id);
+  Status pause(const JobId& id);
+  Status resume(const JobId& id);
+  /// The worker is to be empty: its job is checkpointed, stopped and queued again.
+  void drain(const WorkerId& worker);
+
+  // -- from engines
+  void estimated(const EstimateOutcome& outcome);
+  void progress(Worker& worker, const protocol::JobProgress& message);
+  void checkpoint(Worker& worker, const protocol::CheckpointReady& message);
+  void publish(Worker& worker, const protocol::Publish& message);
+  void ended(Worker& worker, const protocol::JobEnded& message);
+  /// The manifest of a checkpoint or publish was looked at. False: not one of ours.
+  bool verified(const WorkDone& done);
+  /// A hello: returns the jobs the engine must end, and takes up those it owns.
+  std::vector<JobId> adopt(Worker& worker, const std::vector<protocol::RunningJob>& running);
+  /// A heartbeat names what runs.
+  void seen(Worker& worker);
+  void engine_lost(const EngineLost& lost);
+
+  /// Starts queued jobs where there is room.
+  void schedule();
+  /// Repeats and time-outs.
+  void tick();
+  /// After the tables went back by one step.
+  void reset();
+
+  // -- for views
+  [[nodiscard]] std::string waiting_reason(const Job& job) const;
+  /// 1 is next; 0: not queued.
+  [[nodiscard]] std::size_t queue_position(const JobId& id) const;
+  /// Kept in memory: of this job since the start, or since it was last running.
+  [[nodiscard]] const std::deque<JobEventRecord>* events(const JobId& id) const;
+  /// Events that came since the last call, for those who watch.
+  std::vector<JobEventRecord> take_new_events() { return std::exchange(new_events_, {}); }
+  /// Bases of jobs that wait for one to be loaded, in queue order.
+  [[nodiscard]] std::vector<Digest> demand() const;
+
+ private:
+  /// What is not on disk: when things were last sent or seen.
+  struct Timers {
+    TimeMs sent_ms = -1, started_ms = 0, missing_since_ms = -1, not_before_ms = 0;
+  };
+  struct Pending {
+    bool publish = false;
+    JobId job;
+    Epoch epoch = 0;
+    std::int64_t step = 0;
+    WorkerId worker;
+    std::string metadata_json;
+    std::string of;
+  };
+
+  Job* copy_of(const JobId& id, Job& copy) const;
+  void save(Job job);
+  void set_state(Job& job, JobState state, const std::string& why);
+  void event(Job& job, const std::string& level, const std::string& kind,
+             const std::string& message, const std::string& metrics_json, bool lazy);
+  void start(Job job, Worker& worker);
+  void send_start(const Job& job, const Worker& worker);
+  void send_stop(const Job& job);
+  void ask_estimate(Job& job);
+  /// Whether the message is of the job's current attempt on this engine; takes a queued job back
+  /// that only lost its lease. Answers a stale one with kConflict.
+  bool accept(Worker& worker, const JobId& id, Epoch epoch, const std::string& of, Job& job);
+  void ack(const Worker& worker, const JobId& job, Epoch epoch, const std::string& of,
+           const Status& status, bool lazy = false);
+  void interrupted(Job job, const std::string& why, bool own_failure);
+  void finish(Job& job, JobState state, const Status& status);
+  void settle(Job job, const protocol::JobEnded& message);
+  void record_checkpoint(Job job, const ManifestVerified& manifest, const Pending& pending);
+  void record_publish(Job job, const ManifestVerified& manifest, const Pending& pending,
+                      const Worker& worker);
+  void look_for_missing(const Job& job, const Worker& worker);
+  bool is_pending(const JobId& job, const std::string& of) const;
+
+  Context& context_;
+  WorkerTable& workers_;
+  Estimates& estimates_;
+  TimeMs loaded_ms_ = 0;
+  std::map<JobId, Timers> timers_;
+  std::map<JobId, std::deque<JobEventRecord>> events_;
+  std::vector<JobEventRecord> new_events_;
+  std::map<std::uint64_t, Pending> pending_;  // work id -> checkpoint or publish
+};
+
+/// Tells the engines that hold its base of a new version.
+void announce(Context& context, const WorkerTable& workers, const AdapterVersionRecord& adapter);
+
+/// {"step":N,"total_steps":N} and the engine's own metrics; a malformed one is left out.
+std::string event_metrics(const protocol::JobProgress& message);
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,150 @@
+// Checkpoints and publishes: the bytes are durable already, here they become visible, in one
+// transaction with everything that refers to them.
+#include "coordinator/jobs.h"
+
+#include "coordinator/adapters.h"
+#include "coordinator/resolve.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+
+bool Jobs::is_pending(const JobId& job, const std::string& of) const {
+  return std::any_of(pending_.begin(), pending_.end(), [&](const auto& p) {
+    return p.second.job == job && p.second.of == of;
+  });
+}
+
+void Jobs::checkpoint(Worker& worker, const protocol::CheckpointReady& message) {
+  const std::string of = str("checkpoint:", message.step);
+  Job job;
+  if (!accept(worker, message.job, message.epoch, of, job)) return;
+  const Digest digest = sha256(message.manifest);
+  const auto known = context_.tables().checkpoints.find(std::pair(job.id.value, message.step));
+  if (known != context_.tables().checkpoints.end() && known->second.manifest == digest) {
+    protocol::JobAck ack{job.id, job.epoch, of, {}, digest, ""};
+    return context_.send_worker(worker.engine.peer, std::move(ack));
+  }
+  if (is_pending(job.id, of)) return;  // a repeat; the first one is being looked at
+  const std::uint64_t work =
+      context_.start_work(VerifyManifest{message.manifest, ManifestKind::kCheckpoint});
+  pending_[work] = {false, job.id, job.epoch, message.step, worker.id, "", of};
+}
+
+void Jobs::publish(Worker& worker, const protocol::Publish& message) {
+  Job job;
+  if (!accept(worker, message.job, message.epoch, "publish", job)) return;
+  const Digest digest = sha256(message.manifest);
+  if (!job.published.empty()) {
+    protocol::JobAck ack{job.id, job.epoch, "publish", {}, digest,
+                         str(job.adapter, "@", job.published_version)};
+    if (job.published != digest)
+      ack.status = conflict_error(str(job.id, " has published ", job.published.short_hex(),
+                                      " already"));
+    return context_.send_worker(worker.engine.peer, std::move(ack));
+  }
+  if (job.state == JobState::kCancelling)
+    return ack(worker, job.id, job.epoch, "publish",
+               cancelled_error(str(job.id, " is being cancelled")));
+  if (is_pending(job.id, "publish")) return;
+  const std::uint64_t work =
+      context_.start_work(VerifyManifest{message.manifest, ManifestKind::kAdapter});
+  pending_[work] = {true,      job.id,    job.epoch, message.step, worker.id, message.metadata_json,
+                    "publish"};
+}
+
+bool Jobs::verified(const WorkDone& done) {
+  const auto found = pending_.find(done.id);
+  if (found == pending_.end()) return false;
+  const Pending pending = std::move(found->second);
+  pending_.erase(found);
+  Worker* worker = workers_.find(pending.worker);
+  if (worker == nullptr || !worker->engine.alive) return true;  // it will repeat, or is dead
+  // The job may have moved while the manifest was being read.
+  Job job;
+  if (!accept(*worker, pending.job, pending.epoch, pending.of, job)) return true;
+  const auto* manifest = std::get_if<ManifestVerified>(&done.result);
+  Status status = done.status;
+  if (status.ok() && manifest == nullptr) status = internal_error("no manifest came back");
+  if (status.ok() && pending.publish && manifest->base_model != job.model)
+    status = invalid_error(str("the adapter is of base ", manifest->base_model.short_hex(),
+                               ", the job of ", job.model.short_hex()));
+  if (status.ok() && pending.publish) status = check_free(context_.tables(), job.adapter, false);
+  if (status.ok() && pending.publish && job.state == JobState::kCancelling)
+    status = cancelled_error(str(job.id, " is being cancelled"));
+  if (!status.ok()) {
+    context_.log(LogLevel::kWarn, job.id, " ", pending.of, " refused: ", status.message());
+    ack(*worker, job.id, job.epoch, pending.of, status);
+    return true;
+  }
+  if (pending.publish)
+    record_publish(std::move(job), *manifest, pending, *worker);
+  else
+    record_checkpoint(std::move(job), *manifest, pending);
+  return true;
+}
+
+void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pending& pending) {
+  const Tables& tables = context_.tables();
+  context_.put(ManifestRecord{manifest.digest, ManifestKind::kCheckpoint, manifest.text, job.model,
+                              context_.now().unix_ms});
+  context_.put(CheckpointRecord{job.id.value, pending.step, pending.epoch, manifest.digest,
+                                context_.now().unix_ms});
+  auto spec = protocol::JobSpec::parse(job.spec_json);
+  const std::int64_t kept = spec.ok() ? spec->train.save_total_limit : 2;
+  std::vector<CheckpointRecord> all;
+  for (const auto& [key, record] : tables.checkpoints)
+    if (key.first == job.id.value) all.push_back(record);
+  for (std::size_t i = 0; i + static_cast<std::size_t>(kept) < all.size(); ++i) {
+    context_.put(EraseCheckpoint{all[i].job, all[i].step});
+    const bool shared = std::any_of(
+        tables.checkpoints.begin(), tables.checkpoints.end(),
+        [&](const auto& other) { return other.second.manifest == all[i].manifest; });
+    if (!shared && tables.adapter_by_digest(all[i].manifest) == nullptr)
+      context_.put(EraseManifest{all[i].manifest});
+  }
+  if (pending.step > job.best_step) job.best_step = pending.step;
+  job.attempts = std::min(job.attempts, 1);
+  job.own_failures = 0;
+  const nlohmann::ordered_json details{
+      {"step", pending.step}, {"digest", manifest.digest.hex()}, {"bytes", manifest.bytes}};
+  event(job, "info", "checkpoint", str("checkpoint at step ", pending.step), details.dump(), false);
+  const Worker* worker = workers_.find(pending.worker);
+  context_.send_worker(worker->engine.peer, protocol::JobAck{job.id, job.epoch, pending.of, {},
+                                                             manifest.digest, ""});
+  save(std::move(job));
+}
+
+void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pending& pending,
+                          const Worker& worker) {
+  const AdapterVersionRecord version = add_version(
+      context_, {job.adapter, manifest.text, manifest.digest, job.model, job.id.value,
+                 pending.metadata_json, str("publish ", job.id)});
+  job.published = manifest.digest;
+  job.published_version = version.version;
+  job.step = std::max(job.step, pending.step);
+  const std::string name = str(job.adapter, "@", version.version);
+  const nlohmann::ordered_json details{{"step", pending.step},
+                                       {"adapter", name},
+                                       {"digest", manifest.digest.hex()},
+                                       {"bytes", manifest.bytes}};
+  event(job, "info", "publish", str("published ", name), details.dump(), false);
+  context_.send_worker(worker.engine.peer, protocol::JobAck{job.id, job.epoch, "publish", {},
+                                                            manifest.digest, name});
+  save(std::move(job));
+  announce(context_, workers_, version);
+}
+
+void announce(Context& context, const WorkerTable& workers, const AdapterVersionRecord& adapter) {
+  for (const auto& [id, worker] : workers.all()) {
+    if (!worker.holds(adapter.base_model)) continue;
+    context.send_worker(worker.engine.peer,
+                        protocol::Announce{str(adapter.name, "@", adapter.version),
+                                           adapter.base_model, adapter.digest,
+                                           context.tables().manifest(adapter.digest)});
+  }
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,174 @@
+// What engines say of the jobs they run.
+#include "coordinator/jobs.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+
+std::string event_metrics(const protocol::JobProgress& message) {
+  nlohmann::ordered_json metrics{{"step", message.step}, {"total_steps", message.total_steps}};
+  const auto own = nlohmann::ordered_json::parse(
+      message.metrics_json.empty() ? "{}" : message.metrics_json, nullptr, false);
+  if (own.is_object())
+    for (const auto& [key, value] : own.items()) metrics[key] = value;
+  return metrics.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
+
+void Jobs::ack(const Worker& worker, const JobId& job, Epoch epoch, const std::string& of,
+               const Status& status, bool lazy) {
+  protocol::JobAck message{job, epoch, of, status, {}, ""};
+  if (lazy)
+    context_.send_worker_after_commit(worker.engine.peer, std::move(message));
+  else
+    context_.send_worker(worker.engine.peer, std::move(message));
+}
+
+bool Jobs::accept(Worker& worker, const JobId& id, Epoch epoch, const std::string& of, Job& job) {
+  const auto found = context_.tables().jobs.find(id);
+  if (found == context_.tables().jobs.end()) {
+    ack(worker, id, epoch, of, conflict_error(str("no job ", id, " is known here; stop it")));
+    return false;
+  }
+  job = found->second;
+  const bool same = job.epoch == epoch && job.worker == worker.id;
+  if (!same) {
+    ack(worker, id, epoch, of,
+        conflict_error(str(id, " is at epoch ", job.epoch, " on ", job.worker, "; epoch ", epoch,
+                           " on ", worker.id, " must stop")));
+    return false;
+  }
+  if (holds_engine(job.state)) return true;
+  if (job.state == JobState::kQueued && job.engine == worker.engine.incarnation) {
+    // Only its lease ran out: nobody else was started, so it goes on where it is.
+    timers_[id] = {context_.now().ms, context_.now().ms, -1, 0};
+    set_state(job, JobState::kRunning, str("engine ", worker.id, " is back"));
+    save(job);
+    return true;
+  }
+  const bool over = job.state == JobState::kSucceeded || of == "ended";
+  ack(worker, id, epoch, of,
+      over ? Status()
+           : conflict_error(str(id, " is ", job_state_name(job.state), "; stop it")));
+  return false;
+}
+
+void Jobs::progress(Worker& worker, const protocol::JobProgress& message) {
+  const std::string of = str("progress:", message.seq);
+  Job job;
+  if (!accept(worker, message.job, message.epoch, of, job)) return;
+  if (message.seq <= job.progress_seq) return ack(worker, job.id, job.epoch, of, {}, true);
+  job.progress_seq = message.seq;
+  job.step = std::max(job.step, message.step);
+  if (message.total_steps > 0) job.total_steps = message.total_steps;
+  if (message.step > job.best_step) {
+    job.best_step = message.step;
+    job.attempts = 1;
+    job.own_failures = 0;
+  }
+  const std::string metrics = event_metrics(message);
+  if (message.kind == "step" || message.kind == "eval") {
+    auto latest = nlohmann::ordered_json::parse(job.metrics_json.empty() ? "{}" : job.metrics_json,
+                                                nullptr, false);
+    if (!latest.is_object()) latest = nlohmann::ordered_json::object();
+    latest.update(nlohmann::ordered_json::parse(metrics));
+    job.metrics_json = latest.dump();
+  }
+  job.updated_unix_ms = context_.now().unix_ms;
+  if (job.state == JobState::kStarting) {
+    set_state(job, JobState::kRunning, str("on ", worker.id));
+    event(job, "info", message.kind, message.message, metrics, false);
+    save(job);
+    return ack(worker, job.id, job.epoch, of, {});
+  }
+  event(job, "info", message.kind, message.message, metrics, true);
+  context_.put_lazy(job);
+  ack(worker, job.id, job.epoch, of, {}, true);
+}
+
+void Jobs::ended(Worker& worker, const protocol::JobEnded& message) {
+  Job job;
+  if (!accept(worker, message.job, message.epoch, "ended", job)) return;
+  worker.engine.jobs.erase(
+      std::remove_if(worker.engine.jobs.begin(), worker.engine.jobs.end(),
+                     [&](const protocol::RunningJob& r) { return r.job == job.id; }),
+      worker.engine.jobs.end());
+  job.step = std::max(job.step, message.step);
+  if (!message.summary_json.empty()) job.summary_json = message.summary_json;
+  job.engine = 0;  // over for this process: it is not taken back
+  const JobId id = job.id;
+  const Epoch epoch = job.epoch;
+  settle(std::move(job), message);
+  ack(worker, id, epoch, "ended", {});
+}
+
+void Jobs::settle(Job job, const protocol::JobEnded& message) {
+  const StatusCode code = message.status.code();
+  if (!job.published.empty()) {
+    finish(job, JobState::kSucceeded, {});
+    return save(std::move(job));
+  }
+  if (job.state == JobState::kCancelling) {
+    finish(job, JobState::kCancelled, {});
+    return save(std::move(job));
+  }
+  if (code == StatusCode::kOk) {
+    finish(job, JobState::kFailed, internal_error("the job ended without publishing its adapter"));
+    return save(std::move(job));
+  }
+  if (code == StatusCode::kCancelled) {
+    // As asked (paused, drained), or the engine itself had to let go: neither is a failed attempt.
+    job.attempts = std::max(job.attempts - 1, 0);
+    return interrupted(std::move(job), "stopped by its engine at a checkpoint", false);
+  }
+  const bool retry = code == StatusCode::kUnavailable || code == StatusCode::kInternal ||
+                     code == StatusCode::kTimeout || code == StatusCode::kBusy;
+  const bool own_failure = code == StatusCode::kInternal || code == StatusCode::kTimeout;
+  if (retry) return interrupted(std::move(job), message.status.message(), own_failure);
+  finish(job, JobState::kFailed, message.status);
+  save(std::move(job));
+}
+
+std::vector<JobId> Jobs::adopt(Worker& worker, const std::vector<protocol::RunningJob>& running) {
+  std::vector<JobId> stop;
+  for (const protocol::RunningJob& claim : running) {
+    const auto found = context_.tables().jobs.find(claim.job);
+    const bool owned = found != context_.tables().jobs.end() &&
+                       found->second.epoch == claim.epoch && found->second.worker == worker.id &&
+                       found->second.engine == worker.engine.incarnation;
+    if (!owned || (!holds_engine(found->second.state) &&
+                   found->second.state != JobState::kQueued)) {
+      stop.push_back(claim.job);
+      continue;
+    }
+    Job job = found->second;
+    timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
+    if (job.state == JobState::kStarting || job.state == JobState::kQueued) {
+      set_state(job, JobState::kRunning, str("engine ", worker.id, " goes on at step ", claim.step));
+      save(std::move(job));
+    }
+  }
+  return stop;
+}
+
+void Jobs::seen(Worker& worker) {
+  for (const protocol::RunningJob& claim : worker.engine.jobs) {
+    const auto found = context_.tables().jobs.find(claim.job);
+    const bool current = found != context_.tables().jobs.end() &&
+                         found->second.epoch == claim.epoch && found->second.worker == worker.id &&
+                         holds_engine(found->second.state);
+    if (!current) {
+      context_.send_worker(worker.engine.peer, protocol::StopJob{claim.job, claim.epoch,
+                                                                 protocol::StopMode::kCancel});
+      continue;
+    }
+    if (found->second.state == JobState::kStarting) {
+      Job job = found->second;
+      set_state(job, JobState::kRunning, str("on ", worker.id));
+      save(std::move(job));
+    }
+  }
+}
+
+}  // namespace tandem::coordinator

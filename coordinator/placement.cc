@@ -1,0 +1,88 @@
+#include "coordinator/placement.h"
+
+#include "protocol/base/str.h"
+#include "protocol/base/units.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <tuple>
+
+namespace tandem::coordinator {
+namespace {
+
+std::int64_t estimated_bytes(const Job& job) {
+  const auto json = nlohmann::json::parse(job.estimate_json, nullptr, false);
+  if (!json.is_object()) return 0;
+  const auto peak = json.find("peak_bytes");
+  return peak != json.end() && peak->is_number_integer() ? peak->get<std::int64_t>() : 0;
+}
+
+/// What stands in the way on one engine; "" when nothing does.
+std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
+                     const WorkerTable& workers, std::int64_t bytes) {
+  if (workers.draining(worker.id)) return "is draining";
+  if (const Job* other = job_on(tables, worker.id)) return str("trains ", other->id);
+  for (const protocol::RunningJob& running : worker.engine.jobs)
+    if (running.job != job.id || running.epoch != job.epoch)
+      return str("still ends ", running.job);
+  if (bytes > 0 && worker.memory_bytes > 0 && bytes > worker.memory_bytes)
+    return str("has ", format_bytes(worker.memory_bytes), ", the job needs ", format_bytes(bytes));
+  return "";
+}
+
+}  // namespace
+
+std::vector<const Job*> queue_order(const Tables& tables) {
+  std::vector<const Job*> queue;
+  for (const auto& [id, job] : tables.jobs)
+    if (job.state == JobState::kQueued) queue.push_back(&job);
+  std::sort(queue.begin(), queue.end(), [](const Job* a, const Job* b) {
+    return std::tuple(-a->priority, a->order, a->id) < std::tuple(-b->priority, b->order, b->id);
+  });
+  return queue;
+}
+
+const Job* job_on(const Tables& tables, const WorkerId& worker) {
+  for (const auto& [id, job] : tables.jobs)
+    if (holds_engine(job.state) && job.worker == worker) return &job;
+  return nullptr;
+}
+
+Placement place(const Job& job, const Tables& tables, const WorkerTable& workers) {
+  const std::int64_t bytes = estimated_bytes(job);
+  const ModelRecord* model = tables.model_by_digest(job.model);
+  if (model == nullptr) return {{}, false, "its base model is not registered any more"};
+  const Worker* best = nullptr;
+  std::tuple<int, int, std::int64_t> best_score;
+  std::string obstacles;
+  std::size_t engines = 0, free = 0;
+  for (const auto& [id, worker] : workers.all()) {
+    if (!worker.engine.alive) continue;
+    ++engines;
+    const std::string what = obstacle(job, worker, tables, workers, bytes);
+    if (!what.empty()) {
+      if (obstacles.size() < 400) obstacles += str(obstacles.empty() ? "" : "; ", id, " ", what);
+      continue;
+    }
+    ++free;
+    if (worker.engine.model != job.model) continue;
+    const std::tuple score{job.worker == id && job.own_failures > 0 ? 0 : 1,
+                           job.worker == id ? 1 : 0,
+                           -static_cast<std::int64_t>(worker.engine.requests.size())};
+    if (best == nullptr || score > best_score) {
+      best = &worker;
+      best_score = score;
+    }
+  }
+  if (best != nullptr) return {best->id, false, ""};
+  if (engines == 0) return {{}, false, "no engine is connected"};
+  if (free == 0) return {{}, false, obstacles};
+  std::string waiting = str("base ", model->name, " is not loaded on a free engine yet");
+  for (const auto& [id, worker] : workers.all())
+    if (worker.engine.alive && worker.engine.load_failed == job.model)
+      waiting += str("; ", id, " could not load it: ", worker.engine.load_status.message());
+  return {{}, true, waiting};
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,165 @@
+#include "coordinator/records.h"
+
+#include <optional>
+
+namespace tandem::coordinator {
+namespace {
+
+/// Puts `value` under `key`; the undo is the old value or `erase`.
+template <class Map, class Key, class Value>
+std::vector<Write> put(Map& map, const Key& key, const Value& value, Write erase) {
+  std::vector<Write> undo;
+  const auto found = map.find(key);
+  if (found == map.end())
+    undo.push_back(std::move(erase));
+  else
+    undo.push_back(found->second);
+  map[key] = value;
+  return undo;
+}
+
+template <class Map, class Key>
+std::vector<Write> erase(Map& map, const Key& key) {
+  const auto found = map.find(key);
+  if (found == map.end()) return {};
+  std::vector<Write> undo{found->second};
+  map.erase(found);
+  return undo;
+}
+
+struct Apply {
+  Tables& t;
+  std::vector<Write> operator()(const ModelRecord& r) const {
+    return put(t.models, r.name, r, EraseModel{r.name});
+  }
+  std::vector<Write> operator()(const Dataset& r) const {
+    return put(t.datasets, r.root, r, EraseDataset{r.root, r.manifest});
+  }
+  std::vector<Write> operator()(const AdapterVersionRecord& r) const {
+    return put(t.adapters, std::pair(r.name, r.version), r, EraseAdapter{r.name, r.version});
+  }
+  std::vector<Write> operator()(const AliasRecord& r) const {
+    return put(t.aliases, r.name, r, EraseAlias{r.name});
+  }
+  std::vector<Write> operator()(const Job& r) const {
+    return put(t.jobs, r.id, r, EraseJob{r.id});
+  }
+  std::vector<Write> operator()(const CheckpointRecord& r) const {
+    return put(t.checkpoints, std::pair(r.job, r.step), r, EraseCheckpoint{r.job, r.step});
+  }
+  std::vector<Write> operator()(const ManifestRecord& r) const {
+    if (!t.manifests.emplace(r.digest, r).second) return {};
+    return {EraseManifest{r.digest}};
+  }
+  std::vector<Write> operator()(const IdempotencyRecord& r) const {
+    return put(t.idempotency, std::pair(r.tenant, r.key), r, EraseIdempotency{r.tenant, r.key});
+  }
+  std::vector<Write> operator()(const SettingRecord& r) const {
+    std::vector<Write> undo{EraseSetting{r.name}};
+    if (const auto found = t.settings.find(r.name); found != t.settings.end())
+      undo = {SettingRecord{r.name, found->second}};
+    t.settings[r.name] = r.value;
+    return undo;
+  }
+  std::vector<Write> operator()(const EraseModel& e) const { return erase(t.models, e.name); }
+  std::vector<Write> operator()(const EraseDataset& e) const { return erase(t.datasets, e.root); }
+  std::vector<Write> operator()(const EraseAdapter& e) const {
+    return erase(t.adapters, std::pair(e.name, e.version));
+  }
+  std::vector<Write> operator()(const EraseAlias& e) const { return erase(t.aliases, e.name); }
+  std::vector<Write> operator()(const EraseCheckpoint& e) const {
+    return erase(t.checkpoints, std::pair(e.job, e.step));
+  }
+  std::vector<Write> operator()(const EraseManifest& e) const {
+    return erase(t.manifests, e.digest);
+  }
+  std::vector<Write> operator()(const EraseIdempotency& e) const {
+    return erase(t.idempotency, std::pair(e.tenant, e.key));
+  }
+  std::vector<Write> operator()(const EraseSetting& e) const {
+    const auto found = t.settings.find(e.name);
+    if (found == t.settings.end()) return {};
+    std::vector<Write> undo{SettingRecord{e.name, found->second}};
+    t.settings.erase(found);
+    return undo;
+  }
+  std::vector<Write> operator()(const EraseJob& e) const { return erase(t.jobs, e.job); }
+  std::vector<Write> operator()(const JobEventRecord&) const { return {}; }
+  std::vector<Write> operator()(const EraseJobEvent&) const { return {}; }
+  std::vector<Write> operator()(const ResultRecord&) const { return {}; }
+  std::vector<Write> operator()(const EraseResult&) const { return {}; }
+};
+
+}  // namespace
+
+const char* job_state_name(JobState state) {
+  switch (state) {
+    case JobState::kSubmitted: return "estimating";  // for a user the same wait
+    case JobState::kEstimating: return "estimating";
+    case JobState::kQueued: return "queued";
+    case JobState::kStarting: return "starting";
+    case JobState::kRunning: return "running";
+    case JobState::kPausing: return "pausing";
+    case JobState::kPaused: return "paused";
+    case JobState::kCancelling: return "cancelling";
+    case JobState::kSucceeded: return "done";
+    case JobState::kFailed: return "failed";
+    case JobState::kCancelled: return "cancelled";
+  }
+  return "unknown";
+}
+
+bool is_terminal(JobState state) {
+  return state == JobState::kSucceeded || state == JobState::kFailed ||
+         state == JobState::kCancelled;
+}
+
+bool holds_engine(JobState state) {
+  return state == JobState::kStarting || state == JobState::kRunning ||
+         state == JobState::kPausing || state == JobState::kCancelling;
+}
+
+std::vector<Write> Tables::apply(const Write& write) { return std::visit(Apply{*this}, write); }
+
+const ModelRecord* Tables::model_by_digest(const Digest& digest) const {
+  for (const auto& [name, model] : models)
+    if (model.digest == digest) return &model;
+  return nullptr;
+}
+
+const Dataset* Tables::dataset_by_name(const std::string& name) const {
+  const Dataset* newest = nullptr;
+  for (const auto& [digest, dataset] : datasets)
+    if (dataset.name == name &&
+        (newest == nullptr || newest->created_unix_ms < dataset.created_unix_ms))
+      newest = &dataset;
+  return newest;
+}
+
+const CheckpointRecord* Tables::latest_checkpoint(const JobId& job) const {
+  auto next = checkpoints.lower_bound(std::pair(job.value + '\0', std::int64_t{0}));
+  if (next == checkpoints.begin()) return nullptr;
+  --next;
+  return next->first.first == job.value ? &next->second : nullptr;
+}
+
+const AdapterVersionRecord* Tables::adapter_by_digest(const Digest& digest) const {
+  for (const auto& [key, adapter] : adapters)
+    if (adapter.digest == digest) return &adapter;
+  return nullptr;
+}
+
+const AdapterVersionRecord* Tables::current_adapter(const std::string& name) const {
+  const auto alias = aliases.find(name);
+  if (alias == aliases.end()) return nullptr;
+  const auto version = adapters.find(std::pair(alias->second.adapter, alias->second.version));
+  return version == adapters.end() ? nullptr : &version->second;
+}
+
+const std::string& Tables::manifest(const Digest& digest) const {
+  static const std::string kNone;
+  const auto found = manifests.find(digest);
+  return found == manifests.end() ? kNone : found->second.text;
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,167 @@
+// What the coordinator keeps, as plain structs, and the writes that change it. The core works on
+// Tables in memory; each step's writes are one transaction of the registry (registry_store.h).
+// Records are the registry's own (protocol/records.h) but for jobs, where the core needs more.
+#pragma once
+
+#include "protocol/base/ids.h"
+#include "protocol/records.h"
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace tandem::coordinator {
+
+using protocol::AdapterVersionRecord;
+using protocol::AliasChange;
+using protocol::AliasRecord;
+using protocol::CheckpointRecord;
+using protocol::IdempotencyRecord;
+using protocol::JobEventRecord;
+using protocol::ManifestKind;
+using protocol::ManifestRecord;
+using protocol::ModelFile;
+using protocol::ModelRecord;
+using protocol::ResultRecord;
+using protocol::SettingRecord;
+
+/// A data set: a file in chunks. The registry keeps it as a DatasetRecord and a manifest.
+struct Dataset {
+  Digest root;      ///< content_root of the file: the name that people and engines use
+  Digest manifest;  ///< of its manifest, the registry's key
+  std::string name;
+  std::int64_t rows = 0, bytes = 0;
+  std::string format;
+  std::vector<Digest> chunks;
+  std::int64_t created_unix_ms = 0;
+};
+
+/// submitted -> estimating -> queued -> starting -> running -> (pausing -> paused, cancelling) ->
+/// succeeded | failed | cancelled. A job whose engine dies goes back to queued.
+enum class JobState : std::uint8_t {
+  kSubmitted = 0,   ///< no engine was there for the dry run yet
+  kEstimating = 1,  ///< an engine does the dry run
+  kQueued = 2,
+  kStarting = 3,  ///< an engine was chosen, StartJob is repeated until it shows the job
+  kRunning = 4,
+  kPausing = 5,
+  kPaused = 6,
+  kCancelling = 7,
+  kSucceeded = 8,
+  kFailed = 9,
+  kCancelled = 10
+};
+const char* job_state_name(JobState state);
+[[nodiscard]] bool is_terminal(JobState state);
+/// Starting, running, pausing or cancelling: an engine holds it.
+[[nodiscard]] bool holds_engine(JobState state);
+
+/// A job. The registry's JobRecord holds it; what that has no field for travels in details_json.
+struct Job {
+  JobId id;
+  std::uint64_t order = 0;  ///< of submission; FIFO within a priority
+  std::string tenant, name;
+  std::string spec_json;  ///< JobSpec with every default written out
+  JobState state = JobState::kSubmitted;
+  std::int32_t priority = 0;
+  Digest model;
+  Digest dataset, eval_dataset;  ///< roots; eval may be empty
+  Digest dataset_manifest;
+  std::string adapter;  ///< name to publish under
+  Epoch epoch = 0;
+  WorkerId worker;         ///< holds or last held it
+  Incarnation engine = 0;  ///< the process that was told to start it
+  int attempts = 0;        ///< since the last new step or checkpoint
+  int own_failures = 0;    ///< of these, failures that the job itself reported
+  bool requeue_after_stop = false;  ///< being stopped because its worker drains
+  std::int64_t step = 0, total_steps = 0, best_step = 0;
+  std::string error_code, error;  ///< of a failed job, or of the last attempt
+  std::string metrics_json, summary_json, estimate_json;  ///< "" or a JSON object
+  std::string idempotency_key;
+  Digest published;
+  std::uint32_t published_version = 0;
+  std::int64_t submitted_unix_ms = 0, started_unix_ms = 0, ended_unix_ms = 0, updated_unix_ms = 0;
+  std::uint64_t events = 0;        ///< number of the last event
+  std::uint64_t progress_seq = 0;  ///< last JobProgress of this epoch
+};
+
+// -- writes: Erase* of what is not there is no error
+struct EraseModel {
+  std::string name;
+};
+struct EraseDataset {
+  Digest root, manifest;
+};
+struct EraseAdapter {
+  std::string name;
+  std::uint32_t version = 0;
+};
+struct EraseAlias {
+  std::string name;
+};
+struct EraseCheckpoint {
+  std::string job;
+  std::int64_t step = 0;
+};
+struct EraseManifest {
+  Digest digest;
+};
+struct EraseResult {
+  Digest key;
+};
+struct EraseIdempotency {
+  std::string tenant, key;
+};
+struct EraseSetting {
+  std::string name;
+};
+struct EraseJobEvent {
+  std::string job;
+  std::uint64_t seq = 0;
+};
+/// A job alone, not its events or checkpoints; undoes a submission.
+struct EraseJob {
+  JobId job;
+};
+using Write = std::variant<ModelRecord, Dataset, AdapterVersionRecord, AliasRecord, Job,
+                           JobEventRecord, CheckpointRecord, ManifestRecord, ResultRecord,
+                           IdempotencyRecord, SettingRecord, EraseModel, EraseDataset, EraseAdapter,
+                           EraseAlias, EraseCheckpoint, EraseManifest, EraseResult,
+                           EraseIdempotency, EraseSetting, EraseJobEvent, EraseJob>;
+
+/// All but events and results, which are only written here.
+struct Tables {
+  std::map<std::string, ModelRecord> models;
+  std::map<Digest, Dataset> datasets;  ///< by root
+  std::map<std::pair<std::string, std::uint32_t>, AdapterVersionRecord> adapters;
+  std::map<std::string, AliasRecord> aliases;
+  std::map<JobId, Job> jobs;
+  std::map<std::pair<std::string, std::int64_t>, CheckpointRecord> checkpoints;
+  std::map<Digest, ManifestRecord> manifests;
+  std::map<std::pair<std::string, std::string>, IdempotencyRecord> idempotency;
+  std::map<std::string, std::string> settings;
+
+  /// Applies `write` and returns the writes that take it back (none for events and results).
+  std::vector<Write> apply(const Write& write);
+
+  [[nodiscard]] const ModelRecord* model_by_digest(const Digest& digest) const;
+  [[nodiscard]] const Dataset* dataset_by_name(const std::string& name) const;
+  [[nodiscard]] const CheckpointRecord* latest_checkpoint(const JobId& job) const;
+  [[nodiscard]] const AdapterVersionRecord* adapter_by_digest(const Digest& digest) const;
+  /// The version that alias `name` points at, or null.
+  [[nodiscard]] const AdapterVersionRecord* current_adapter(const std::string& name) const;
+  /// The text, or "" when it is not here.
+  [[nodiscard]] const std::string& manifest(const Digest& digest) const;
+};
+
+/// What a start reads back.
+struct Snapshot {
+  Tables tables;
+  std::vector<JobEventRecord> events;  ///< of jobs that have not ended, the newest, in order
+  std::vector<ResultRecord> results;   ///< any order
+};
+
+}  // namespace tandem::coordinator

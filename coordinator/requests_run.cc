@@ -1,0 +1,353 @@
+// Execution: engines are chosen, chunks come back and go to subscribers, engines die.
+#include "coordinator/requests.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace tandem::coordinator {
+
+using protocol::FinishReason;
+using protocol::GenerateChunk;
+
+namespace {
+
+/// Worth another engine, or the same one later: not the request's fault.
+bool is_retryable(StatusCode code) {
+  return code == StatusCode::kUnavailable || code == StatusCode::kBusy;
+}
+
+/// A model that these engines cannot load will not load later either.
+bool is_permanent(StatusCode code) {
+  return code == StatusCode::kInvalid || code == StatusCode::kNotFound ||
+         code == StatusCode::kRefused || code == StatusCode::kCorrupt;
+}
+
+constexpr TimeMs kRetryDelayMs = 50;  // after kBusy and kUnavailable of an engine
+constexpr double kServiceWeight = 0.1;
+
+}  // namespace
+
+void Requests::dispatch() {
+  if (queue_.empty()) return;
+  std::vector<RequestId> waiting;
+  waiting.reserve(queue_.size());
+  for (const auto& [order, id] : queue_) waiting.push_back(id);
+  std::map<Digest, std::int64_t> credits;
+  for (const auto& [id, worker] : workers_.all())
+    if (workers_.usable(worker) && worker.engine.free_credits() > 0)
+      credits[worker.engine.model] += worker.engine.free_credits();
+  for (const RequestId& id : waiting) {
+    Execution& execution = executions_.at(id);
+    const auto free = credits.find(execution.target.model.digest);
+    if (free == credits.end() || free->second <= 0) continue;
+    if (execution.not_before_ms > context_.now().ms) continue;
+    Worker* worker = choose_engine(execution);
+    if (worker == nullptr) continue;
+    --free->second;
+    send_to(*worker, execution);
+  }
+}
+
+Worker* Requests::choose_engine(const Execution& execution) {
+  const auto depths = prefixes_.depths(execution.prefixes);
+  Worker* best = nullptr;
+  std::tuple<int, int, std::size_t, std::int64_t> best_score;
+  for (auto& [id, worker] : workers_.all()) {
+    if (!workers_.usable(worker) || !worker.holds(execution.target.model.digest)) continue;
+    const Engine& engine = worker.engine;
+    const auto& job = execution.target.job;
+    const bool trains_it =
+        !job.empty() && std::any_of(engine.jobs.begin(), engine.jobs.end(),
+                                    [&](const protocol::RunningJob& r) { return r.job == job; });
+    if (engine.free_credits() <= 0) {
+      if (trains_it) return nullptr;  // its trainer has the tensors: worth waiting for
+      continue;
+    }
+    const bool resident =
+        execution.target.adapter.empty() || engine.adapters.contains(execution.target.adapter);
+    const auto depth = depths.find(id);
+    const std::int64_t load =
+        static_cast<std::int64_t>(engine.requests.size()) + (engine.jobs.empty() ? 0 : 4) +
+        (execution.last_engine == id && execution.tries > 0 ? 1000 : 0);
+    const std::tuple score{trains_it ? 1 : 0, resident ? 1 : 0,
+                           depth == depths.end() ? std::size_t{0} : depth->second, -load};
+    if (best == nullptr || score > best_score) {
+      best = &worker;
+      best_score = score;
+    }
+  }
+  return best;
+}
+
+void Requests::send_to(Worker& worker, Execution& execution) {
+  if (attempts_ == 0) {
+    // Later starts of the coordinator count from higher numbers, so a chunk of an attempt before
+    // the restart is never taken for one of now.
+    constexpr std::int64_t kOrigin = 1'700'000'000;
+    attempts_ = static_cast<std::uint32_t>((context_.now().unix_ms / 1000 - kOrigin) * 8);
+  }
+  queue_.erase(execution.order);
+  execution.attempt = ++attempts_;
+  execution.engine = worker.id;
+  execution.last_engine = worker.id;
+  ++execution.tries;
+  execution.dispatched_ms = execution.heard_ms = context_.now().ms;
+  execution.dispatched_us = context_.now().us;
+  worker.engine.requests.insert(execution.id);
+  prefixes_.record(execution.prefixes, worker.id);
+
+  protocol::Infer infer;
+  infer.request = execution.request;
+  infer.request.id = execution.id;
+  infer.request.stream = std::any_of(execution.subscribers.begin(), execution.subscribers.end(),
+                                     [](const Subscriber& s) { return s.stream; });
+  infer.request.next_index = execution.next_index;
+  infer.request.deadline_ms = 0;
+  const bool all_timed = std::all_of(execution.subscribers.begin(), execution.subscribers.end(),
+                                     [](const Subscriber& s) { return s.deadline_ms > 0; });
+  if (all_timed)
+    for (const Subscriber& s : execution.subscribers)
+      infer.request.deadline_ms = std::max(infer.request.deadline_ms,
+                                           std::max<TimeMs>(s.deadline_ms - context_.now().ms, 1));
+  infer.attempt = execution.attempt;
+  infer.model = execution.target.model;
+  infer.adapter = execution.target.adapter;
+  infer.adapter_manifest = execution.target.manifest;
+  infer.job = execution.target.job;
+  context_.send_worker(worker.engine.peer, std::move(infer));
+}
+
+void Requests::chunk(Worker& worker, const protocol::InferChunk& message) {
+  const auto found = executions_.find(message.chunk.id);
+  if (found == executions_.end() || found->second.engine != worker.id) {
+    context_.send_worker(worker.engine.peer, protocol::InferCancel{message.chunk.id});
+    return;
+  }
+  Execution& execution = found->second;
+  if (execution.attempt != message.attempt) return;
+  execution.heard_ms = context_.now().ms;
+  const GenerateChunk& chunk = message.chunk;
+  if (!chunk.status.ok()) {
+    if (is_retryable(chunk.status.code())) return reroute(execution, chunk.status);
+    return fail(execution, chunk.status, chunk.retry_after_ms);
+  }
+  if (chunk.finish == FinishReason::kCancelled)
+    return reroute(execution, unavailable_error("the engine gave the request up"));
+  const auto count = static_cast<std::int64_t>(chunk.tokens.size());
+  if (chunk.index != execution.next_index) {
+    if (chunk.index + count <= execution.next_index && chunk.finish == FinishReason::kNone)
+      return;  // a repeat
+    context_.send_worker(worker.engine.peer, protocol::InferCancel{execution.id});
+    return reroute(execution, unavailable_error(str("a part of the answer was lost: token ",
+                                                    execution.next_index, " expected, ",
+                                                    chunk.index, " came")));
+  }
+  execution.chunks.push_back(chunk);
+  execution.next_index += count;
+  stats_.tokens += static_cast<std::uint64_t>(count);
+  if (!execution.target.adapter.empty()) worker.engine.adapters.insert(execution.target.adapter);
+  if (chunk.finish == FinishReason::kError)
+    return fail(execution, internal_error("the engine ended the answer with an error"));
+  for (Subscriber& subscriber : execution.subscribers) deliver(execution, subscriber);
+  if (chunk.finish != FinishReason::kNone) finish(execution);
+}
+
+void Requests::deliver(Execution& execution, Subscriber& subscriber) {
+  if (subscriber.orphan_since_ms >= 0) return;
+  const bool ended =
+      !execution.chunks.empty() && execution.chunks.back().finish != FinishReason::kNone;
+  if (!subscriber.stream) {
+    if (ended) send_whole(execution, subscriber);
+    return;
+  }
+  while (subscriber.position < execution.chunks.size()) {
+    GenerateChunk chunk = execution.chunks[subscriber.position++];
+    decorate(execution, subscriber, chunk.index == subscriber.next_index, chunk);
+    context_.send_client(subscriber.peer, std::move(chunk));
+  }
+}
+
+void Requests::send_whole(const Execution& execution, const Subscriber& subscriber) {
+  GenerateChunk whole = execution.chunks.back();
+  whole.index = subscriber.next_index;
+  whole.text.clear();
+  whole.tokens.clear();
+  whole.logprobs.clear();
+  for (std::size_t i = subscriber.position; i < execution.chunks.size(); ++i) {
+    const GenerateChunk& part = execution.chunks[i];
+    whole.text += part.text;
+    whole.tokens.insert(whole.tokens.end(), part.tokens.begin(), part.tokens.end());
+    whole.logprobs.insert(whole.logprobs.end(), part.logprobs.begin(), part.logprobs.end());
+  }
+  decorate(execution, subscriber, true, whole);
+  context_.send_client(subscriber.peer, std::move(whole));
+}
+
+void Requests::decorate(const Execution& execution, const Subscriber& subscriber, bool first,
+                        GenerateChunk& chunk) {
+  chunk.id = subscriber.id;
+  if (first || chunk.finish != FinishReason::kNone) {
+    chunk.model = execution.target.model.digest;
+    chunk.adapter = execution.target.adapter;
+  }
+  if (chunk.finish != FinishReason::kNone)
+    chunk.queue_us = std::max<std::int64_t>(execution.dispatched_us - subscriber.arrival_us, 0);
+}
+
+void Requests::finish(Execution& execution) {
+  keep_result(execution);
+  const auto took = static_cast<double>(context_.now().ms - execution.dispatched_ms);
+  service_ms_ += kServiceWeight * (took - service_ms_);
+  stats_.finished += execution.subscribers.size();
+  forget(execution.id);
+}
+
+void Requests::fail(Execution& execution, const Status& status, std::int64_t retry_after_ms) {
+  for (const Subscriber& subscriber : execution.subscribers) {
+    GenerateChunk chunk;
+    chunk.id = subscriber.id;
+    chunk.index = execution.next_index;
+    chunk.finish = FinishReason::kError;
+    chunk.status = status;
+    chunk.retry_after_ms = retry_after_ms;
+    context_.send_client(subscriber.peer, std::move(chunk));
+  }
+  stats_.failed += execution.subscribers.size();
+  forget(execution.id);
+}
+
+void Requests::keep_result(const Execution& execution) {
+  if (execution.key.empty() || execution.start_index != 0) return;
+  const FinishReason reason = execution.chunks.back().finish;
+  if (reason != FinishReason::kStop && reason != FinishReason::kLength) return;
+  GenerateChunk whole = execution.chunks.back();
+  whole.index = 0;
+  whole.text.clear();
+  whole.tokens.clear();
+  whole.logprobs.clear();
+  for (const GenerateChunk& part : execution.chunks) {
+    whole.text += part.text;
+    whole.tokens.insert(whole.tokens.end(), part.tokens.begin(), part.tokens.end());
+    whole.logprobs.insert(whole.logprobs.end(), part.logprobs.begin(), part.logprobs.end());
+  }
+  whole.id = {};
+  whole.model = execution.target.model.digest;
+  whole.adapter = execution.target.adapter;
+  whole.queue_us = whole.first_token_us = 0;
+  const std::string tenant =
+      execution.subscribers.empty() ? "" : execution.subscribers.front().user;
+  std::vector<Digest> evicted;
+  auto record = cache_.insert(execution.key, tenant, whole, context_.now().unix_ms,
+                              context_.limits().result_ttl_ms, evicted);
+  for (const Digest& key : evicted) context_.put_lazy(EraseResult{key});
+  if (record) context_.put_lazy(std::move(*record));
+}
+
+void Requests::release_engine(Execution& execution, bool tell_engine) {
+  if (execution.engine.empty()) return;
+  if (Worker* worker = workers_.find(execution.engine)) {
+    worker->engine.requests.erase(execution.id);
+    if (tell_engine && worker->engine.alive)
+      context_.send_worker(worker->engine.peer, protocol::InferCancel{execution.id});
+  }
+  execution.engine = {};
+}
+
+void Requests::reroute(Execution& execution, const Status& why) {
+  release_engine(execution, false);
+  execution.last_error = why;
+  ++stats_.rerouted;
+  if (execution.tries >= context_.limits().request_attempts_max)
+    return fail(execution,
+                Status(why.code(), str("given up after ", execution.tries, " engines or tries: ",
+                                       why.message())));
+  if (is_retryable(why.code())) execution.not_before_ms = context_.now().ms + kRetryDelayMs;
+  queue_[execution.order] = execution.id;
+}
+
+std::vector<RequestId> Requests::adopt(Worker& worker, const std::vector<RequestId>& running) {
+  const std::set<RequestId> named(running.begin(), running.end());
+  std::vector<RequestId> stop;
+  for (const RequestId& id : named)
+    if (!worker.engine.requests.contains(id)) stop.push_back(id);
+  const std::set<RequestId> sent = worker.engine.requests;
+  for (const RequestId& id : sent)
+    if (const auto found = executions_.find(id); found != executions_.end() && !named.contains(id))
+      reroute(found->second, unavailable_error("the engine does not have the request any more"));
+  return stop;
+}
+
+void Requests::engine_lost(const EngineLost& lost) {
+  prefixes_.forget(lost.worker);
+  Worker* worker = workers_.find(lost.worker);
+  if (worker == nullptr) return;
+  const std::set<RequestId> sent = worker->engine.requests;
+  for (const RequestId& id : sent)
+    if (const auto found = executions_.find(id); found != executions_.end())
+      reroute(found->second, unavailable_error(str("engine ", lost.worker, ": ", lost.reason)));
+  worker->engine.requests.clear();
+}
+
+Status Requests::may_wait(const Execution& execution) const {
+  const Digest& model = execution.target.model.digest;
+  bool any = false, all_refuse = true;
+  Status refusal;
+  for (const auto& [id, worker] : workers_.all()) {
+    if (!worker.engine.alive) continue;
+    if (worker.engine.model == model || worker.engine.loading == model) return {};
+    any = true;
+    const bool refuses = worker.engine.load_failed == model &&
+                         is_permanent(worker.engine.load_status.code());
+    if (refuses) refusal = worker.engine.load_status;
+    all_refuse = all_refuse && refuses;
+  }
+  if (any && all_refuse)
+    return Status(refusal.code(), str("base ", execution.target.model.name,
+                                      " cannot be loaded by any engine: ", refusal.message()));
+  if (context_.now().ms - execution.queued_ms < context_.limits().no_engine_wait_ms) return {};
+  if (!any)
+    return unavailable_error("no engine is connected; start workers with: tandem up, or "
+                             "mpirun -np N tandem-worker");
+  return unavailable_error(str("no engine holds base ", execution.target.model.name,
+                               " and none is free to load it"));
+}
+
+void Requests::tick() {
+  const TimeMs now = context_.now().ms;
+  std::vector<std::pair<RequestId, Status>> ended;
+  std::vector<RequestId> orphans, forgotten;
+  std::vector<std::pair<RequestId, Status>> hopeless;
+  for (auto& [id, execution] : executions_) {
+    for (const Subscriber& s : execution.subscribers) {
+      if (s.deadline_ms > 0 && now >= s.deadline_ms)
+        ended.emplace_back(s.id, timeout_error("the request's deadline passed"));
+      else if (s.orphan_since_ms >= 0 && now - s.orphan_since_ms > context_.limits().orphan_ms)
+        orphans.push_back(s.id);
+    }
+    if (execution.engine.empty()) {
+      if (Status status = may_wait(execution); !status.ok()) hopeless.emplace_back(id, status);
+      continue;
+    }
+    const Worker* worker = workers_.find(execution.engine);
+    const TimeMs idle_since = worker == nullptr ? -1 : worker->engine.idle_since_ms;
+    if (idle_since < 0) continue;
+    const TimeMs since = std::max({idle_since, execution.dispatched_ms, execution.heard_ms});
+    if (now - since > context_.limits().idle_engine_ms) forgotten.push_back(id);
+  }
+  for (const auto& [id, status] : ended) {
+    drop_subscriber(id, &status);
+    ++stats_.failed;
+  }
+  for (const RequestId& id : orphans) {
+    drop_subscriber(id, nullptr);
+    ++stats_.cancelled;
+  }
+  for (const auto& [id, status] : hopeless)
+    if (const auto found = executions_.find(id); found != executions_.end())
+      fail(found->second, status);
+  for (const RequestId& id : forgotten)
+    if (const auto found = executions_.find(id); found != executions_.end())
+      reroute(found->second, unavailable_error("the engine forgot the request"));
+}
+
+}  // namespace tandem::coordinator

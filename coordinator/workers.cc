@@ -1,0 +1,192 @@
+#include "coordinator/workers.h"
+
+#include "protocol/version.h"
+
+#include <algorithm>
+
+namespace tandem::coordinator {
+namespace {
+
+using protocol::WorkerRole;
+
+constexpr std::size_t kSupersededKept = 16;
+const std::string kDrainPrefix = "drain/";
+
+const char* role_name(WorkerRole role) { return role == WorkerRole::kAgent ? "agent" : "engine"; }
+
+}  // namespace
+
+Process& WorkerTable::process(Worker& worker, WorkerRole role) {
+  if (role == WorkerRole::kAgent) return worker.agent;
+  return worker.engine;
+}
+
+Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& hello,
+                          std::optional<EngineLost>& lost) {
+  const std::string who = str(role_name(hello.role), " ", hello.worker);
+  if (auto version = protocol::agree_version(hello.version, who); !version.ok())
+    return version.status();
+  if (hello.worker.empty() || hello.worker.value.size() > context_.limits().name_bytes_max * 2)
+    return invalid_error(str(who, ": the worker's id must have 1 to ",
+                             context_.limits().name_bytes_max * 2, " bytes"));
+  if (workers_.find(hello.worker) == workers_.end()) {
+    forget_old();
+    if (workers_.size() >= context_.limits().workers_max)
+      return busy_error(str("all ", context_.limits().workers_max, " places for workers are taken"));
+  }
+  Worker& worker = workers_[hello.worker];
+  worker.id = hello.worker;
+  Process& known = process(worker, hello.role);
+  if (std::find(known.superseded.begin(), known.superseded.end(), hello.incarnation) !=
+      known.superseded.end())
+    return conflict_error(str(who, " was replaced by another process; this one must end"));
+  const bool replaced = known.incarnation != 0 && known.incarnation != hello.incarnation;
+  if (replaced) {
+    known.superseded.push_back(known.incarnation);
+    if (known.superseded.size() > kSupersededKept) known.superseded.pop_front();
+    if (hello.role == WorkerRole::kEngine && known.alive)
+      lost = EngineLost{worker.id, "the engine was replaced by a new process"};
+  }
+  if (known.peer != peer) peers_.erase(known.peer);
+  if (hello.role == WorkerRole::kEngine) {
+    Engine& engine = worker.engine;
+    if (engine.incarnation != hello.incarnation) {
+      Engine fresh;
+      fresh.superseded = std::move(engine.superseded);
+      // The requests stay until their owner has moved them.
+      fresh.requests = std::move(engine.requests);
+      fresh.load_failures = engine.load_failures;
+      fresh.load_failed = engine.load_failed;
+      fresh.load_status = engine.load_status;
+      fresh.load_not_before_ms = engine.load_not_before_ms;
+      engine = std::move(fresh);
+    }
+    engine.model = hello.model;
+    engine.loading = {};
+    engine.credits = hello.credits;
+    engine.adapters = {hello.adapters.begin(), hello.adapters.end()};
+    engine.jobs = hello.jobs;
+    engine.idle_since_ms = hello.requests.empty() ? context_.now().ms : -1;
+    worker.device = hello.device;
+    worker.device_name = hello.device_name;
+    worker.memory_bytes = hello.memory_bytes;
+  }
+  worker.host = hello.host;
+  worker.slot = hello.slot;
+  if (worker.device.empty()) worker.device = hello.device;
+  if (worker.memory_bytes == 0) worker.memory_bytes = hello.memory_bytes;
+  Process& now = process(worker, hello.role);
+  now.peer = peer;
+  now.incarnation = hello.incarnation;
+  now.pid = hello.pid;
+  now.last_seen_ms = context_.now().ms;
+  now.alive = true;
+  peers_[peer] = {hello.worker, hello.role};
+  return {};
+}
+
+Status WorkerTable::heartbeat(const std::string& peer, const protocol::Heartbeat& beat) {
+  Worker* worker = find(beat.worker);
+  if (worker == nullptr) return unavailable_error("unknown worker");
+  Process& known = process(*worker, beat.role);
+  if (std::find(known.superseded.begin(), known.superseded.end(), beat.incarnation) !=
+      known.superseded.end())
+    return conflict_error(str(role_name(beat.role), " ", beat.worker,
+                              " was replaced by another process; this one must end"));
+  if (!known.alive || known.incarnation != beat.incarnation || known.peer != peer)
+    return unavailable_error("unknown process");
+  known.last_seen_ms = context_.now().ms;
+  if (beat.role == WorkerRole::kAgent) return {};
+  Engine& engine = worker->engine;
+  if (beat.seq < engine.heartbeat.seq) return {};  // overtaken
+  engine.heartbeat = beat;
+  engine.jobs = beat.jobs;
+  engine.adapters = {beat.adapters.begin(), beat.adapters.end()};
+  if (beat.running + beat.waiting > 0)
+    engine.idle_since_ms = -1;
+  else if (engine.idle_since_ms < 0)
+    engine.idle_since_ms = context_.now().ms;
+  return {};
+}
+
+Worker* WorkerTable::engine_of(const std::string& peer) {
+  const auto known = peers_.find(peer);
+  if (known == peers_.end() || known->second.second != WorkerRole::kEngine) return nullptr;
+  Worker* worker = find(known->second.first);
+  if (worker == nullptr || !worker->engine.alive || worker->engine.peer != peer) return nullptr;
+  return worker;
+}
+
+std::optional<EngineLost> WorkerTable::bye(const protocol::WorkerBye& bye) {
+  Worker* worker = find(bye.worker);
+  if (worker == nullptr) return {};
+  Process& known = process(*worker, bye.role);
+  if (!known.alive || known.incarnation != bye.incarnation) return {};
+  known.alive = false;
+  peers_.erase(known.peer);
+  if (bye.role == WorkerRole::kAgent) return {};
+  return EngineLost{bye.worker, "the engine ended as it was asked to"};
+}
+
+std::vector<EngineLost> WorkerTable::expire() {
+  std::vector<EngineLost> lost;
+  const TimeMs now = context_.now().ms;
+  const TimeMs lease = context_.limits().lease_ms;
+  for (auto& [id, worker] : workers_) {
+    for (Process* known : {&worker.agent, static_cast<Process*>(&worker.engine)}) {
+      if (!known->alive || now - known->last_seen_ms <= lease) continue;
+      known->alive = false;
+      peers_.erase(known->peer);
+      const bool engine = known != &worker.agent;
+      context_.log(LogLevel::kWarn, engine ? "engine " : "agent ", id, " lost: silent for ",
+                   now - known->last_seen_ms, " ms");
+      if (engine)
+        lost.push_back({id, str("no sign of the engine for ", now - known->last_seen_ms, " ms")});
+    }
+  }
+  return lost;
+}
+
+Worker* WorkerTable::find(const WorkerId& id) {
+  const auto found = workers_.find(id);
+  return found == workers_.end() ? nullptr : &found->second;
+}
+const Worker* WorkerTable::find(const WorkerId& id) const {
+  const auto found = workers_.find(id);
+  return found == workers_.end() ? nullptr : &found->second;
+}
+
+bool WorkerTable::usable(const Worker& worker) const {
+  return worker.engine.alive && !draining(worker.id);
+}
+
+bool WorkerTable::draining(const WorkerId& id) const {
+  return context_.tables().settings.contains(kDrainPrefix + id.value);
+}
+
+void WorkerTable::set_draining(const WorkerId& id, bool draining) {
+  if (draining)
+    context_.put(SettingRecord{kDrainPrefix + id.value, "1"});
+  else
+    context_.put(EraseSetting{kDrainPrefix + id.value});
+}
+
+std::size_t WorkerTable::engines_alive() const {
+  return static_cast<std::size_t>(std::count_if(
+      workers_.begin(), workers_.end(), [](const auto& w) { return w.second.engine.alive; }));
+}
+
+void WorkerTable::forget_old() {
+  if (workers_.size() < context_.limits().workers_max) return;
+  auto oldest = workers_.end();
+  for (auto w = workers_.begin(); w != workers_.end(); ++w) {
+    if (w->second.engine.alive || w->second.agent.alive || !w->second.engine.requests.empty())
+      continue;
+    if (oldest == workers_.end() ||
+        w->second.engine.last_seen_ms < oldest->second.engine.last_seen_ms)
+      oldest = w;
+  }
+  if (oldest != workers_.end()) workers_.erase(oldest);
+}
+
+}  // namespace tandem::coordinator

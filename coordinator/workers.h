@@ -1,0 +1,102 @@
+// The agents and engines that said hello: leases, incarnations, what each engine holds. A table
+// and its rules; what a lost engine means for jobs and requests is decided by their owners, told by
+// the Coordinator. Owned by the core, one thread.
+#pragma once
+
+#include "coordinator/context.h"
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace tandem::coordinator {
+
+/// One process: an agent or an engine.
+struct Process {
+  std::string peer;  ///< routing id
+  Incarnation incarnation = 0;
+  TimeMs last_seen_ms = 0;
+  bool alive = false;
+  std::int64_t pid = 0;
+  std::deque<Incarnation> superseded;  ///< replaced by a later one; their hellos are refused
+};
+
+struct Engine : Process {
+  Digest model;  ///< the base it holds; empty: none
+  Digest loading;
+  TimeMs load_sent_ms = 0, load_not_before_ms = 0;
+  int load_failures = 0;  ///< in a row
+  Digest load_failed;     ///< what could not be loaded
+  Status load_status;     ///< and why
+  std::int64_t credits = 0;
+  std::set<RequestId> requests;  ///< sent to it and not finished
+  std::set<Digest> adapters;     ///< resident, as it said
+  std::vector<protocol::RunningJob> jobs;
+  TimeMs idle_since_ms = -1;  ///< since when its heartbeats name no request; -1: it has some
+  protocol::Heartbeat heartbeat;
+  [[nodiscard]] std::int64_t free_credits() const {
+    return credits - static_cast<std::int64_t>(requests.size());
+  }
+};
+
+struct Worker {
+  WorkerId id;
+  std::string host, device, device_name;
+  std::int32_t slot = 0;
+  std::int64_t memory_bytes = 0;
+  Process agent;
+  Engine engine;
+  [[nodiscard]] bool holds(const Digest& model) const {
+    return engine.alive && engine.model == model;
+  }
+};
+
+/// What a hello or the passage of time did to an engine; its jobs and requests must be looked at.
+struct EngineLost {
+  WorkerId worker;
+  std::string reason;
+};
+
+class WorkerTable {
+ public:
+  explicit WorkerTable(Context& context) : context_(context) {}
+
+  /// Registers the process. Returns its refusal, or ok. `lost` is set when the hello replaced
+  /// another incarnation of the engine.
+  Status hello(const std::string& peer, const protocol::WorkerHello& hello,
+               std::optional<EngineLost>& lost);
+  /// Renews the lease. kConflict: an incarnation that was replaced, which must end; kUnavailable:
+  /// unknown here, it must say hello.
+  Status heartbeat(const std::string& peer, const protocol::Heartbeat& beat);
+  /// The engine that this peer is, renewed; null when it is unknown or not an engine.
+  Worker* engine_of(const std::string& peer);
+  /// A process that ends on purpose.
+  std::optional<EngineLost> bye(const protocol::WorkerBye& bye);
+  /// Engines whose lease ran out since the last call; agents too, silently.
+  std::vector<EngineLost> expire();
+
+  Worker* find(const WorkerId& id);
+  [[nodiscard]] const Worker* find(const WorkerId& id) const;
+  [[nodiscard]] std::map<WorkerId, Worker>& all() { return workers_; }
+  [[nodiscard]] const std::map<WorkerId, Worker>& all() const { return workers_; }
+  /// May it get new work: alive engine, not draining.
+  [[nodiscard]] bool usable(const Worker& worker) const;
+  /// Draining is a wish of the operator and outlives restarts.
+  [[nodiscard]] bool draining(const WorkerId& id) const;
+  void set_draining(const WorkerId& id, bool draining);
+  [[nodiscard]] std::size_t engines_alive() const;
+
+ private:
+  Process& process(Worker& worker, protocol::WorkerRole role);
+  void forget_old();
+
+  Context& context_;
+  std::map<WorkerId, Worker> workers_;
+  std::map<std::string, std::pair<WorkerId, protocol::WorkerRole>> peers_;
+};
+
+}  // namespace tandem::coordinator
