@@ -23,7 +23,8 @@ Coordinator::Coordinator(Options options, Snapshot snapshot, const Now& now)
 std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
   context_.begin(now);
   std::visit([this](const auto& i) { on(i); }, input);
-  if (!calls_.ending()) jobs_.schedule();
+  const bool failing = context_.now().ms < quiet_until_ms_;  // after a failed commit
+  if (!calls_.ending() && !failing) jobs_.schedule();
   requests_.dispatch();
   calls_.after_step();
   return context_.take();
@@ -177,6 +178,7 @@ void Coordinator::on(const WorkDone& done) {
 void Coordinator::on(const CommitFailed& failed) {
   context_.undo();
   jobs_.reset();
+  quiet_until_ms_ = context_.now().ms + context_.limits().resend_ms;
   context_.log(LogLevel::kError, "the registry refused a transaction, nothing of it was done: ",
                failed.status.message());
 }

@@ -67,6 +67,7 @@ class Coordinator {
   Calls calls_;
   std::map<std::string, Session> sessions_;
   std::uint64_t dropped_before_hello_ = 0;
+  TimeMs quiet_until_ms_ = 0;  ///< nothing new is started before
 };
 
 }  // namespace tandem::coordinator

@@ -286,12 +286,15 @@ void Jobs::send_start(const Job& job, const Worker& worker) {
   message.epoch = job.epoch;
   message.spec_json = job.spec_json;
   if (const ModelRecord* model = tables.model_by_digest(job.model)) message.model = model_ref(*model);
-  message.dataset = job.dataset;
-  message.eval_dataset = job.eval_dataset;
-  if (const auto data = tables.datasets.find(job.dataset); data != tables.datasets.end())
+  // Engines fetch by manifest, which names the chunks.
+  if (const auto data = tables.datasets.find(job.dataset); data != tables.datasets.end()) {
+    message.dataset = data->second.manifest;
     message.dataset_bytes = data->second.bytes;
-  if (const auto data = tables.datasets.find(job.eval_dataset); data != tables.datasets.end())
+  }
+  if (const auto data = tables.datasets.find(job.eval_dataset); data != tables.datasets.end()) {
+    message.eval_dataset = data->second.manifest;
     message.eval_dataset_bytes = data->second.bytes;
+  }
   if (const CheckpointRecord* checkpoint = tables.latest_checkpoint(job.id))
     message.checkpoint_manifest = tables.manifest(checkpoint->manifest);
   context_.send_worker(worker.engine.peer, std::move(message));

@@ -119,6 +119,7 @@ struct JobRecord {
   std::string worker;              ///< the leader of its gang; empty while it has none
   std::uint64_t progress_seq = 0;  ///< last JobProgress.seq of this epoch that was kept
   std::uint32_t published_version = 0;
+  std::string details_json;  ///< an object: what only the coordinator reads
 };
 
 struct JobEventRecord {

@@ -190,6 +190,7 @@ void write(schema::Job::Builder to, const JobRecord& r) {
   to.setWorker(text(r.worker));
   to.setProgressSeq(r.progress_seq);
   to.setPublishedVersion(r.published_version);
+  to.setDetailsJson(text(r.details_json));
 }
 void read(schema::Job::Reader from, JobRecord& r) {
   r.id = string(from.getId());
@@ -216,6 +217,7 @@ void read(schema::Job::Reader from, JobRecord& r) {
   r.worker = string(from.getWorker());
   r.progress_seq = from.getProgressSeq();
   r.published_version = from.getPublishedVersion();
+  r.details_json = string(from.getDetailsJson());
 }
 
 void write(schema::JobEvent::Builder to, const JobEventRecord& r) {

@@ -114,6 +114,7 @@ struct Job {
   worker @21 :Text;
   progressSeq @22 :UInt64;
   publishedVersion @23 :UInt32;
+  detailsJson @24 :Text;  # an object: what only the coordinator reads (dry run, summary, retries)
 }
 
 struct JobEvent {

@@ -1,0 +1,188 @@
+#include "coordinator/bulk_server.h"
+
+#include "protocol/base/log.h"
+#include "protocol/codec.h"
+
+#include <algorithm>
+#include <span>
+#include <utility>
+
+namespace tandem::coordinator {
+namespace {
+
+constexpr TimeMs kWaitMs = 50, kWaitWithRepliesMs = 2;
+constexpr std::size_t kHasDigestsMax = 4096;
+constexpr std::size_t kPinBytesMax = 64;
+
+std::int64_t size_of(const protocol::Bytes& bytes) {
+  return static_cast<std::int64_t>(bytes.size());
+}
+
+}  // namespace
+
+BulkServer::BulkServer(std::unique_ptr<protocol::ServerEndpoint> endpoint,
+                       storage::Registry& registry, const ServedFiles& files)
+    : endpoint_(std::move(endpoint)), registry_(registry), files_(files) {
+  thread_ = std::thread([this] { loop(); });
+}
+
+BulkServer::~BulkServer() {
+  ending_ = true;
+  endpoint_->wake();
+  thread_.join();
+}
+
+void BulkServer::loop() {
+  while (!ending_) {
+    const bool any = take_batch();
+    store_puts();
+    flush();
+    if (any) continue;
+    auto envelope = endpoint_->receive(outbox_.empty() ? kWaitMs : kWaitWithRepliesMs);
+    if (envelope) handle(std::move(*envelope));
+  }
+}
+
+bool BulkServer::take_batch() {
+  bool any = !puts_.empty();
+  for (std::size_t i = 0; i < kBulkBatchRequests && put_bytes_ < kBulkBatchBytes; ++i) {
+    auto envelope = endpoint_->receive(0);
+    if (!envelope) break;
+    any = true;
+    handle(std::move(*envelope));
+  }
+  return any;
+}
+
+void BulkServer::handle(protocol::Envelope envelope) {
+  ++counters_.requests;
+  auto request = protocol::decode_bulk(envelope.frame);
+  if (!request.ok()) {
+    ++counters_.refused;
+    log_debug("bulk: refused a frame of ", envelope.frame.size(),
+              " bytes: ", request.status().message());
+    return;
+  }
+  if (auto* put = std::get_if<protocol::BlobPut>(&*request)) {
+    put_bytes_ += size_of(envelope.payload);
+    puts_.push_back({envelope.peer, std::move(*put), std::move(envelope.payload)});
+  } else if (const auto* has_request = std::get_if<protocol::BlobHas>(&*request)) {
+    store_puts();  // a put that came before the question is part of the answer
+    has(envelope.peer, *has_request);
+  } else if (const auto* get_request = std::get_if<protocol::BlobGet>(&*request)) {
+    store_puts();
+    get(envelope.peer, *get_request);
+  }
+}
+
+void BulkServer::store_puts() {
+  if (puts_.empty()) return;
+  const std::vector<Put> puts = std::exchange(puts_, {});
+  put_bytes_ = 0;
+  std::map<std::string, std::vector<std::size_t>> by_pin;
+  for (std::size_t i = 0; i < puts.size(); ++i)
+    by_pin[puts[i].request.pin.substr(0, kPinBytesMax)].push_back(i);
+  for (const auto& [pin, indices] : by_pin) {
+    std::vector<storage::BlobChunk> chunks;
+    for (const std::size_t i : indices) chunks.push_back({puts[i].request.digest, puts[i].bytes});
+    const Status together = registry_.blobs().put_chunks(chunks, pin);
+    for (const std::size_t i : indices) {
+      // One bad chunk must not fail its neighbours: each is asked for on its own then.
+      const Status status =
+          together.ok() ? together
+                        : registry_.blobs().put_chunk(puts[i].request.digest, puts[i].bytes, pin);
+      if (status.ok()) counters_.put_bytes += puts[i].bytes.size();
+      protocol::BlobReply message;
+      message.call = puts[i].request.call;
+      message.status = status;
+      reply(puts[i].peer, message);
+    }
+  }
+}
+
+void BulkServer::has(const std::string& peer, const protocol::BlobHas& request) {
+  protocol::BlobReply message;
+  message.call = request.call;
+  if (request.digests.size() > kHasDigestsMax) {
+    message.status = invalid_error(str("at most ", kHasDigestsMax, " digests at once, not ",
+                                       request.digests.size()));
+    return reply(peer, message);
+  }
+  auto missing = registry_.blobs().missing(request.digests, "has/" + peer.substr(0, 48));
+  if (!missing.ok()) {
+    message.status = missing.status();
+    return reply(peer, message);
+  }
+  std::size_t next = 0;
+  for (const Digest& digest : request.digests) {
+    const bool absent = next < missing->size() && (*missing)[next] == digest;
+    next += absent ? 1 : 0;
+    message.has.push_back(!absent);
+  }
+  reply(peer, message);
+}
+
+void BulkServer::get(const std::string& peer, const protocol::BlobGet& request) {
+  protocol::BlobReply message;
+  message.call = request.call;
+  auto blob = registry_.blob(request.digest);
+  protocol::Bytes payload;
+  if (blob.ok()) {
+    message.total_bytes = size_of(*blob);
+    const std::int64_t begin = std::clamp<std::int64_t>(request.offset, 0, message.total_bytes);
+    const std::int64_t count = request.bytes <= 0
+                                   ? message.total_bytes - begin
+                                   : std::min(request.bytes, message.total_bytes - begin);
+    payload.assign(blob->begin() + begin, blob->begin() + begin + count);
+  } else if (blob.status().code() == StatusCode::kNotFound) {
+    auto piece = files_.read(request.digest, request.offset, request.bytes);
+    message.status = piece.status();
+    if (piece.ok()) {
+      message.total_bytes = piece->total_bytes;
+      payload = std::move(piece->bytes);
+    }
+  } else {
+    message.status = blob.status();
+  }
+  counters_.get_bytes += payload.size();
+  reply(peer, message, std::move(payload));
+}
+
+void BulkServer::reply(const std::string& peer, const protocol::BlobReply& message,
+                       protocol::Bytes payload) {
+  Reply next{protocol::encode(message), std::move(payload)};
+  const std::int64_t bytes = size_of(next.frame) + size_of(next.payload);
+  if (outbox_bytes_ + bytes > kBulkOutboxBytesMax) {
+    ++counters_.dropped;  // the peer asks again
+    return;
+  }
+  outbox_bytes_ += bytes;
+  outbox_[peer].push_back(std::move(next));
+  flush();
+}
+
+void BulkServer::flush() {
+  for (auto peer = outbox_.begin(); peer != outbox_.end();) {
+    auto& queue = peer->second;
+    bool gone = false;
+    while (!queue.empty()) {
+      const Reply& next = queue.front();
+      const Status sent = endpoint_->send(peer->first, next.frame, next.payload);
+      if (sent.code() == StatusCode::kBusy) break;
+      gone = !sent.ok();
+      if (gone) break;
+      outbox_bytes_ -= size_of(next.frame) + size_of(next.payload);
+      queue.pop_front();
+    }
+    if (gone) {
+      for (const Reply& lost : queue) {
+        outbox_bytes_ -= size_of(lost.frame) + size_of(lost.payload);
+        ++counters_.dropped;
+      }
+      queue.clear();
+    }
+    peer = queue.empty() ? outbox_.erase(peer) : std::next(peer);
+  }
+}
+
+}  // namespace tandem::coordinator

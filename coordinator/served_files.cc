@@ -1,0 +1,79 @@
+#include "coordinator/served_files.h"
+
+#include "protocol/base/str.h"
+#include "storage/blob_store.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace tandem::coordinator {
+namespace {
+
+struct FileDescriptor {
+  int fd = -1;
+  ~FileDescriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+};
+
+}  // namespace
+
+void ServedFiles::add(const ModelRecord& model) {
+  remove(model.name);
+  std::lock_guard lock(mutex_);
+  for (const ModelFile& file : model.files)
+    files_.emplace(file.root,
+                   File{model.name, file.path.empty() ? model.path : model.path + "/" + file.path,
+                        file});
+}
+
+void ServedFiles::remove(const std::string& model_name) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(files_, [&](const auto& entry) { return entry.second.model == model_name; });
+}
+
+Result<ServedFiles::Piece> ServedFiles::read(const Digest& root, std::int64_t offset,
+                                             std::int64_t bytes) const {
+  File file;
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = files_.find(root);
+    if (found == files_.end())
+      return not_found_error(str("no chunk and no model file has the digest ", root));
+    file = found->second;
+  }
+  FileDescriptor opened{::open(file.path.c_str(), O_RDONLY | O_CLOEXEC)};
+  struct stat info {};
+  if (opened.fd < 0 || ::fstat(opened.fd, &info) != 0)
+    return internal_error(str("cannot read ", file.path, ": ", std::strerror(errno)));
+  const std::int64_t mtime_ns = info.st_mtim.tv_sec * 1'000'000'000ll + info.st_mtim.tv_nsec;
+  if (info.st_size != file.described.bytes || mtime_ns != file.described.mtime_ns)
+    return corrupt_error(str(file.path, " changed since model ", file.model,
+                             " was added; remove the model and add it again"));
+  if (offset < 0 || offset > info.st_size)
+    return invalid_error(
+        str("offset ", offset, " lies outside ", file.path, " of ", info.st_size, " bytes"));
+  Piece piece;
+  piece.total_bytes = info.st_size;
+  const std::int64_t want = bytes <= 0 ? storage::kBlobChunkBytesMax
+                                       : std::min(bytes, storage::kBlobChunkBytesMax);
+  piece.bytes.resize(static_cast<std::size_t>(std::min(want, info.st_size - offset)));
+  std::size_t done = 0;
+  while (done < piece.bytes.size()) {
+    const ssize_t got = ::pread(opened.fd, piece.bytes.data() + done, piece.bytes.size() - done,
+                                offset + static_cast<off_t>(done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0)
+      return internal_error(str("cannot read ", file.path, ": ",
+                                got == 0 ? "it became shorter" : std::strerror(errno)));
+    done += static_cast<std::size_t>(got);
+  }
+  return piece;
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,39 @@
+// Model files that the bulk socket may read out, by content root: those of registered models, and
+// only while they are what was hashed. Any thread.
+#pragma once
+
+#include "coordinator/records.h"
+#include "protocol/base/result.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace tandem::coordinator {
+
+class ServedFiles {
+ public:
+  void add(const ModelRecord& model);
+  void remove(const std::string& model_name);
+
+  struct Piece {
+    std::vector<std::byte> bytes;
+    std::int64_t total_bytes = 0;
+  };
+  /// At most kBlobChunkBytesMax from `offset`. Errors: not_found (no registered file has this
+  /// root), corrupt (the file changed since it was added), invalid (offset), internal (I/O).
+  Result<Piece> read(const Digest& root, std::int64_t offset, std::int64_t bytes) const;
+
+ private:
+  struct File {
+    std::string model, path;
+    ModelFile described;
+  };
+  mutable std::mutex mutex_;
+  std::multimap<Digest, File> files_;
+};
+
+}  // namespace tandem::coordinator
