@@ -26,7 +26,8 @@ AliasRecord find_or_make(const Context& context, const std::string& name) {
   // A name that was removed goes on counting: a version number never means two things.
   const auto last = context.tables().settings.find(kVersionsPrefix + name);
   if (last != context.tables().settings.end())
-    alias.last_version = static_cast<std::uint32_t>(std::strtoul(last->second.c_str(), nullptr, 10));
+    alias.last_version =
+        static_cast<std::uint32_t>(std::strtoul(last->second.c_str(), nullptr, 10));
   return alias;
 }
 

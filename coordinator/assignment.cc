@@ -42,8 +42,8 @@ Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>
   for (const Digest& model : demand) {
     if (worker.engine.model == model) return {};
     // An engine with another base is only taken when no engine has, or gets, the wanted one.
-    const bool provided = std::any_of(
-        workers_.all().begin(), workers_.all().end(), [&](const auto& other) {
+    const bool provided =
+        std::any_of(workers_.all().begin(), workers_.all().end(), [&](const auto& other) {
           const Engine& engine = other.second.engine;
           return engine.alive && (engine.model == model || engine.loading == model);
         });

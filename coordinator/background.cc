@@ -43,8 +43,7 @@ Result<WorkResult> work(const VerifyManifest& request, storage::Registry& regist
   TANDEM_ASSIGN_OR_RETURN(const auto manifest, storage::parse_manifest(request.text));
   if (manifest.kind != request.kind)
     return invalid_error(str("a manifest of kind ", storage::manifest_kind_name(request.kind),
-                             " is needed here, not ",
-                             storage::manifest_kind_name(manifest.kind)));
+                             " is needed here, not ", storage::manifest_kind_name(manifest.kind)));
   TANDEM_RETURN_IF_ERROR(check_chunks(registry, manifest));
   ManifestVerified verified;
   verified.text = request.text;
@@ -64,8 +63,8 @@ Result<WorkResult> work(const DescribeDataset& request, storage::Registry& regis
   Hasher leaves;
   for (const Digest& chunk : request.chunks) leaves.update(std::as_bytes(std::span(chunk.bytes)));
   if (const Digest root = leaves.finish(); root != request.root)
-    return invalid_error(str("the chunks have the content root ", root.hex(), ", not ",
-                             request.root.hex()));
+    return invalid_error(
+        str("the chunks have the content root ", root.hex(), ", not ", request.root.hex()));
   storage::Manifest manifest;
   manifest.kind = ManifestKind::kDataset;
   storage::ManifestTensor data;
@@ -141,8 +140,9 @@ Result<WorkResult> work(const Maintain& request, storage::Registry& registry,
 Result<WorkResult> work(const ManageKeys& request, storage::Registry&,
                         const BackgroundOptions& options) {
   if (options.keys_dir.empty())
-    return refused_error("keys need a keys_dir and a key_file of the coordinator; ipc sockets are "
-                         "guarded by their directory's mode instead");
+    return refused_error(
+        "keys need a keys_dir and a key_file of the coordinator; ipc sockets are "
+        "guarded by their directory's mode instead");
   protocol::KeyRing ring(options.keys_dir);
   const std::string path = options.keys_dir + "/" + request.name + ".key";
   if (request.verb == "list") {
@@ -181,8 +181,8 @@ Result<WorkResult> work(const ManageKeys& request, storage::Registry&,
 
 WorkDone do_work(const StartWork& start, storage::Registry& registry,
                  const BackgroundOptions& options) {
-  auto result = std::visit([&](const auto& r) { return work(r, registry, options); },
-                           start.request);
+  auto result =
+      std::visit([&](const auto& r) { return work(r, registry, options); }, start.request);
   if (!result.ok()) return {start.id, result.status(), {}};
   return {start.id, {}, std::move(*result)};
 }

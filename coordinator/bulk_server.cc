@@ -104,8 +104,8 @@ void BulkServer::has(const std::string& peer, const protocol::BlobHas& request) 
   protocol::BlobReply message;
   message.call = request.call;
   if (request.digests.size() > kHasDigestsMax) {
-    message.status = invalid_error(str("at most ", kHasDigestsMax, " digests at once, not ",
-                                       request.digests.size()));
+    message.status = invalid_error(
+        str("at most ", kHasDigestsMax, " digests at once, not ", request.digests.size()));
     return reply(peer, message);
   }
   auto missing = registry_.blobs().missing(request.digests, "has/" + peer.substr(0, 48));

@@ -61,15 +61,17 @@ Calls::Calls(const Parts& parts)
 
 void Calls::handle(const std::string& peer, const std::string& user, const protocol::Call& call) {
   if (started_ms_ < 0) started_ms_ = context_.now().ms;
-  Ask ask{peer, user, call.call_id, call.idempotency_key, call.method,
-          sha256(str(call.method, "\n", call.params_json))};
+  Ask ask{peer,         user,
+          call.call_id, call.idempotency_key,
+          call.method,  sha256(str(call.method, "\n", call.params_json))};
   const auto verb = verbs().find(call.method);
   if (verb == verbs().end()) {
     std::vector<std::string> known;
     for (const auto& [name, entry] : verbs()) known.push_back(name);
     const std::string nearest = nearest_name(call.method, known);
-    return reply(ask, invalid_error(str("no method ", call.method,
-                                        nearest.empty() ? "" : str("; did you mean ", nearest, "?"))));
+    return reply(ask,
+                 invalid_error(str("no method ", call.method,
+                                   nearest.empty() ? "" : str("; did you mean ", nearest, "?"))));
   }
   if (!verb->second.changes) ask.key.clear();
   if (!ask.key.empty() && replay(ask)) return;
@@ -131,8 +133,7 @@ void Calls::remember(const Ask& ask, const std::string& result) {
         });
     context_.put(EraseIdempotency{oldest->second.tenant, oldest->second.key});
   }
-  context_.put(
-      IdempotencyRecord{ask.user, ask.key, ask.request, result, context_.now().unix_ms});
+  context_.put(IdempotencyRecord{ask.user, ask.key, ask.request, result, context_.now().unix_ms});
 }
 
 void Calls::reply(const Ask& ask, const Status& status, const Json& result) {
@@ -141,8 +142,7 @@ void Calls::reply(const Ask& ask, const Status& status, const Json& result) {
   send_reply(ask, status, text, false);
 }
 
-void Calls::send_reply(const Ask& ask, const Status& status, const std::string& result,
-                       bool more) {
+void Calls::send_reply(const Ask& ask, const Status& status, const std::string& result, bool more) {
   const std::int64_t retry =
       status.code() == StatusCode::kBusy ? context_.limits().retry_after_ms : 0;
   protocol::CallReply message;
@@ -211,8 +211,8 @@ void Calls::after_step() {
   std::vector<std::pair<JobId, Ask>> waiting;
   for (auto& [id, ask] : std::exchange(submit_asks_, {})) {
     const auto job = context_.tables().jobs.find(id);
-    const bool settled = job != context_.tables().jobs.end() &&
-                         (job->second.state != JobState::kEstimating);
+    const bool settled =
+        job != context_.tables().jobs.end() && (job->second.state != JobState::kEstimating);
     if (settled)
       answer_submit(ask, job->second);
     else if (job != context_.tables().jobs.end())

@@ -1,5 +1,6 @@
 // The verbs of protocol/schema/client.capnp ("Methods of Call"): parameters, answers, idempotency,
-// streams. What a verb does stands in the part that owns the subject. Owned by the core, one thread.
+// streams. What a verb does stands in the part that owns the subject. Owned by the core, one
+// thread.
 #pragma once
 
 #include "coordinator/jobs.h"

@@ -37,12 +37,14 @@ Json Calls::status_json() const {
   json["adapters"] = tables.aliases.size();
   json["datasets"] = tables.datasets.size();
   json["jobs"] = std::move(jobs);
-  json["requests"] = {{"running", requests.running},     {"waiting", requests.waiting},
-                      {"accepted", requests.accepted},   {"finished", requests.finished},
-                      {"failed", requests.failed},       {"cancelled", requests.cancelled},
-                      {"busy", requests.refused_busy},   {"rerouted", requests.rerouted},
-                      {"shared", requests.shared},       {"tokens", requests.tokens}};
-  json["cache"] = {{"entries", cache.entries}, {"bytes", cache.bytes}, {"hits", cache.hits},
+  json["requests"] = {{"running", requests.running},   {"waiting", requests.waiting},
+                      {"accepted", requests.accepted}, {"finished", requests.finished},
+                      {"failed", requests.failed},     {"cancelled", requests.cancelled},
+                      {"busy", requests.refused_busy}, {"rerouted", requests.rerouted},
+                      {"shared", requests.shared},     {"tokens", requests.tokens}};
+  json["cache"] = {{"entries", cache.entries},
+                   {"bytes", cache.bytes},
+                   {"hits", cache.hits},
                    {"misses", cache.misses}};
   json["workers"] = std::move(workers);
   return json;
@@ -64,16 +66,17 @@ void Calls::command_agent(const Ask& ask, Params& params, protocol::AgentAction 
     std::vector<std::string> known;
     for (const auto& [id, entry] : workers_.all()) known.push_back(id.value);
     const std::string nearest = nearest_name(name, known);
-    return reply(ask, not_found_error(str("no worker ", name,
-                                          nearest.empty() ? "" : str("; did you mean ", nearest, "?"))));
+    return reply(ask,
+                 not_found_error(str("no worker ", name,
+                                     nearest.empty() ? "" : str("; did you mean ", nearest, "?"))));
   }
   const bool restart = action == protocol::AgentAction::kRestartEngine;
   if (restart && !worker->agent.alive)
-    return reply(ask, unavailable_error(str("worker ", name, " has no agent that could restart it")));
+    return reply(ask,
+                 unavailable_error(str("worker ", name, " has no agent that could restart it")));
   if (!restart) workers_.set_draining(worker->id, action == protocol::AgentAction::kDrain);
   if (action == protocol::AgentAction::kDrain) jobs_.drain(worker->id);
-  if (worker->agent.alive)
-    context_.send_worker(worker->agent.peer, protocol::AgentCommand{action});
+  if (worker->agent.alive) context_.send_worker(worker->agent.peer, protocol::AgentCommand{action});
   answer(ask, worker_json(*worker, workers_, context_.tables()));
 }
 
@@ -120,8 +123,9 @@ void Calls::registry_gc(const Ask& ask, Params& params) {
   const bool dry_run = params.boolean("dry_run", false);
   Status status = params.finish();
   if (status.ok() && dry_run)
-    status = refused_error("registry.gc cannot say what it would remove yet; run it without "
-                           "dry_run (it spares everything younger than an hour)");
+    status = refused_error(
+        "registry.gc cannot say what it would remove yet; run it without "
+        "dry_run (it spares everything younger than an hour)");
   if (!status.ok()) return reply(ask, status);
   maintain(ask, {Maintenance::kGc, "", false});
 }

@@ -17,8 +17,7 @@ StatusCode code_of(const std::string& name) {
 
 }  // namespace
 
-Result<protocol::JobSpec> Calls::check_spec(const std::string& json,
-                                            Jobs::Submission& submission) {
+Result<protocol::JobSpec> Calls::check_spec(const std::string& json, Jobs::Submission& submission) {
   TANDEM_ASSIGN_OR_RETURN(protocol::JobSpec spec, protocol::JobSpec::parse(json));
   TANDEM_ASSIGN_OR_RETURN(const ModelRecord* model, find_model(context_.tables(), spec.model));
   submission.model = model->digest;
@@ -114,12 +113,22 @@ void Calls::change_job(const Ask& ask, Params& params, Status (Jobs::*change)(co
   answer(ask, job_json(context_.tables().jobs.at(job_id), jobs_, context_.tables()));
 }
 
-void Calls::job_cancel(const Ask& ask, Params& params) { change_job(ask, params, &Jobs::cancel); }
-void Calls::job_pause(const Ask& ask, Params& params) { change_job(ask, params, &Jobs::pause); }
-void Calls::job_resume(const Ask& ask, Params& params) { change_job(ask, params, &Jobs::resume); }
+void Calls::job_cancel(const Ask& ask, Params& params) {
+  change_job(ask, params, &Jobs::cancel);
+}
+void Calls::job_pause(const Ask& ask, Params& params) {
+  change_job(ask, params, &Jobs::pause);
+}
+void Calls::job_resume(const Ask& ask, Params& params) {
+  change_job(ask, params, &Jobs::resume);
+}
 
-void Calls::job_watch(const Ask& ask, Params& params) { open_stream(ask, params, false); }
-void Calls::job_logs(const Ask& ask, Params& params) { open_stream(ask, params, true); }
+void Calls::job_watch(const Ask& ask, Params& params) {
+  open_stream(ask, params, false);
+}
+void Calls::job_logs(const Ask& ask, Params& params) {
+  open_stream(ask, params, true);
+}
 
 void Calls::open_stream(const Ask& ask, Params& params, bool logs) {
   const std::string id = params.text("job");
@@ -138,8 +147,7 @@ void Calls::open_stream(const Ask& ask, Params& params, bool logs) {
                                      " places for streams are taken; retry after ",
                                      context_.limits().retry_after_ms, " ms")));
   const auto* kept = jobs_.events(stream.job);
-  const bool complete =
-      kept != nullptr && !kept->empty() && kept->front().seq <= stream.sent + 1;
+  const bool complete = kept != nullptr && !kept->empty() && kept->front().seq <= stream.sent + 1;
   if (!complete && (*job)->events > stream.sent) {
     // Older than this process: the registry has them.
     stream.loading = true;
@@ -179,16 +187,15 @@ void Calls::end_stream(const Stream& stream) {
   if (found == context_.tables().jobs.end())
     return send_reply(stream.ask, not_found_error(str("no job ", stream.job)), "", false);
   const Job& job = found->second;
-  send_reply(stream.ask, {},
-             dump({{"job", job.id.value},
-                   {"state", job_state_name(job.state)},
-                   {"adapter", job.published.empty()
-                                   ? ""
-                                   : str(job.adapter, "@", job.published_version)},
-                   {"digest", job.published.empty() ? "" : job.published.hex()},
-                   {"summary", parse_object(job.summary_json)},
-                   {"error", job.error}}),
-             false);
+  send_reply(
+      stream.ask, {},
+      dump({{"job", job.id.value},
+            {"state", job_state_name(job.state)},
+            {"adapter", job.published.empty() ? "" : str(job.adapter, "@", job.published_version)},
+            {"digest", job.published.empty() ? "" : job.published.hex()},
+            {"summary", parse_object(job.summary_json)},
+            {"error", job.error}}),
+      false);
 }
 
 void Calls::estimate(const Ask& ask, Params& params) {

@@ -45,30 +45,31 @@ void Calls::model_add(const Ask& ask, Params& params) {
   if (status.ok() && path.front() != '/')
     status = invalid_error(str("the path of model ", name, " must be absolute, not ", path));
   if (!status.ok()) return reply(ask, status);
-  start(ask, HashModel{name, path, shared}, [this, name](const Ask& first, const WorkResult& result) {
-    ModelHashed hashed = std::get<ModelHashed>(result);
-    ModelRecord& model = hashed.model;
-    model.name = name;
-    const auto known = context_.tables().models.find(name);
-    if (known != context_.tables().models.end() && known->second.digest != model.digest)
-      return reply(first, conflict_error(str("model ", name, " has digest ",
-                                             known->second.digest.short_hex(), ", not ",
-                                             model.digest.short_hex(),
-                                             "; remove it first or choose another name")));
-    if (context_.tables().aliases.contains(name))
-      return reply(first, check_free(context_.tables(), name, true));
-    for (const auto& [id, job] : context_.tables().jobs)
-      if (!is_terminal(job.state) && job.adapter == name)
-        return reply(first, conflict_error(str(id, " will publish under the name ", name)));
-    model.created_unix_ms = known == context_.tables().models.end()
-                                ? context_.now().unix_ms
-                                : known->second.created_unix_ms;
-    context_.put(ManifestRecord{model.digest, ManifestKind::kModel, hashed.manifest, {},
-                                model.created_unix_ms});
-    context_.put(model);
-    context_.log(LogLevel::kInfo, "model ", name, " ", model.digest, " from ", model.path);
-    answer(first, model_json(model, workers_));
-  });
+  start(
+      ask, HashModel{name, path, shared}, [this, name](const Ask& first, const WorkResult& result) {
+        ModelHashed hashed = std::get<ModelHashed>(result);
+        ModelRecord& model = hashed.model;
+        model.name = name;
+        const auto known = context_.tables().models.find(name);
+        if (known != context_.tables().models.end() && known->second.digest != model.digest)
+          return reply(
+              first, conflict_error(str(
+                         "model ", name, " has digest ", known->second.digest.short_hex(), ", not ",
+                         model.digest.short_hex(), "; remove it first or choose another name")));
+        if (context_.tables().aliases.contains(name))
+          return reply(first, check_free(context_.tables(), name, true));
+        for (const auto& [id, job] : context_.tables().jobs)
+          if (!is_terminal(job.state) && job.adapter == name)
+            return reply(first, conflict_error(str(id, " will publish under the name ", name)));
+        model.created_unix_ms = known == context_.tables().models.end()
+                                    ? context_.now().unix_ms
+                                    : known->second.created_unix_ms;
+        context_.put(ManifestRecord{
+            model.digest, ManifestKind::kModel, hashed.manifest, {}, model.created_unix_ms});
+        context_.put(model);
+        context_.log(LogLevel::kInfo, "model ", name, " ", model.digest, " from ", model.path);
+        answer(first, model_json(model, workers_));
+      });
 }
 
 void Calls::model_list(const Ask& ask, Params& params) {
@@ -104,9 +105,9 @@ void Calls::model_rm(const Ask& ask, Params& params) {
   if (!force)
     for (const auto& [key, adapter] : context_.tables().adapters)
       if (adapter.base_model == model.digest)
-        return reply(ask, refused_error(str("adapter ", adapter.name, "@", adapter.version,
-                                            " needs model ", model.name,
-                                            "; remove it first, or force")));
+        return reply(
+            ask, refused_error(str("adapter ", adapter.name, "@", adapter.version, " needs model ",
+                                   model.name, "; remove it first, or force")));
   context_.put(EraseModel{model.name});
   answer(ask, Json::object());
 }
@@ -121,12 +122,18 @@ void Calls::data_add(const Ask& ask, Params& params) {
   const std::string format = params.text("format", false);
   Status status = params.finish();
   if (status.ok() && (bytes <= 0 || chunks.empty()))
-    status = invalid_error(str("data set ", name, " is empty: it has ", std::max<std::int64_t>(bytes, 0),
-                               " bytes"));
+    status = invalid_error(
+        str("data set ", name, " is empty: it has ", std::max<std::int64_t>(bytes, 0), " bytes"));
   if (status.ok() && !name.empty())
     status = check_name("a data set's name", name, context_.limits().name_bytes_max);
   if (!status.ok()) return reply(ask, status);
-  Dataset data{root, {}, name.empty() ? root.short_hex() : name, rows, bytes, format, chunks,
+  Dataset data{root,
+               {},
+               name.empty() ? root.short_hex() : name,
+               rows,
+               bytes,
+               format,
+               chunks,
                context_.now().unix_ms};
   if (const auto known = context_.tables().datasets.find(root);
       known != context_.tables().datasets.end()) {
@@ -142,17 +149,16 @@ void Calls::data_add(const Ask& ask, Params& params) {
           const auto& manifest = std::get<ManifestVerified>(result);
           Dataset done = data;
           done.manifest = manifest.digest;
-          context_.put(ManifestRecord{manifest.digest, ManifestKind::kDataset, manifest.text, {},
-                                      done.created_unix_ms});
+          context_.put(ManifestRecord{
+              manifest.digest, ManifestKind::kDataset, manifest.text, {}, done.created_unix_ms});
           context_.put(done);
           answer(first, data_json(done));
         });
 }
 
 void Calls::data_list(const Ask& ask, Params& params) {
-  list(ask, params, "data", context_.tables().datasets, [](const auto& entry) {
-    return std::pair(entry.first.hex(), data_json(entry.second));
-  });
+  list(ask, params, "data", context_.tables().datasets,
+       [](const auto& entry) { return std::pair(entry.first.hex(), data_json(entry.second)); });
 }
 
 void Calls::data_show(const Ask& ask, Params& params) {
@@ -231,8 +237,7 @@ void Calls::adapter_alias(const Ask& ask, Params& params) {
   auto adapter = find_adapter(context_.tables(), target);
   if (!adapter.ok()) return reply(ask, adapter.status());
   const AliasRecord alias = point_alias(context_, name, AdapterVersionRecord(**adapter), "alias");
-  answer(ask,
-         {{"alias", name}, {"version", alias.version}, {"digest", alias.digest.hex()}});
+  answer(ask, {{"alias", name}, {"version", alias.version}, {"digest", alias.digest.hex()}});
 }
 
 void Calls::adapter_rollback(const Ask& ask, Params& params) {
@@ -306,9 +311,8 @@ void Calls::adapter_import(const Ask& ask, Params& params) {
                                                   base.short_hex())));
           if (Status taken = check_free(context_.tables(), name, false); !taken.ok())
             return reply(first, taken);
-          const AdapterVersionRecord made =
-              add_version(context_, {name, verified.text, verified.digest, base, "", metadata,
-                                     "import"});
+          const AdapterVersionRecord made = add_version(
+              context_, {name, verified.text, verified.digest, base, "", metadata, "import"});
           answer(first, adapter_json(made, context_.tables(), workers_));
           announce(context_, workers_, made);
         });

@@ -53,9 +53,9 @@ void Context::undo() {
 
 std::vector<Effect> Context::take() {
   std::vector<Effect> effects;
-  const bool lazy_due = (!lazy_writes_.empty() || !lazy_sends_.empty()) &&
-                        (!writes_.empty() || shutdown_ ||
-                         now_.ms - lazy_since_ >= options_.limits.lazy_commit_ms);
+  const bool lazy_due =
+      (!lazy_writes_.empty() || !lazy_sends_.empty()) &&
+      (!writes_.empty() || shutdown_ || now_.ms - lazy_since_ >= options_.limits.lazy_commit_ms);
   if (lazy_due) {
     // Lazy writes are older than this step's, so they go first.
     lazy_writes_.insert(lazy_writes_.end(), std::make_move_iterator(writes_.begin()),

@@ -29,8 +29,8 @@ std::vector<Effect> without_commit(std::vector<Effect> effects, const Status& st
     if (auto* send = std::get_if<SendClient>(&effect))
       if (auto* reply = std::get_if<protocol::CallReply>(&send->message);
           reply != nullptr && reply->status.ok()) {
-        reply->status = Status(StatusCode::kInternal,
-                               str("nothing was changed: ", status.message()));
+        reply->status =
+            Status(StatusCode::kInternal, str("nothing was changed: ", status.message()));
         reply->result_json.clear();
         reply->more = false;
       }
@@ -220,8 +220,7 @@ void CoordinatorLoop::serve_new_files(const Persist& persist) {
   }
 }
 
-void CoordinatorLoop::send_client(const std::string& peer,
-                                  const protocol::ServerMessage& message) {
+void CoordinatorLoop::send_client(const std::string& peer, const protocol::ServerMessage& message) {
   if (!send(parts_.clients, client_outbox_, peer, protocol::encode(message)))
     inputs_.emplace_back(ClientGone{peer});
 }

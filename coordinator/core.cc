@@ -69,18 +69,16 @@ void Coordinator::hello(const std::string& peer, const std::string& user,
   reply.server = str("tandem-coordinator/", context_.options().version);
   reply.incarnation = context_.options().incarnation;
   reply.heartbeat_ms = context_.limits().heartbeat_ms;
-  const auto version =
-      protocol::agree_version(message.version, str("client ", message.client));
+  const auto version = protocol::agree_version(message.version, str("client ", message.client));
   if (!version.ok()) {
     reply.status = version.status();
     return context_.send_client(peer, std::move(reply));
   }
   reply.version = *version;
   if (!sessions_.contains(peer) && sessions_.size() >= context_.limits().sessions_max) {
-    const auto oldest =
-        std::min_element(sessions_.begin(), sessions_.end(), [](const auto& a, const auto& b) {
-          return a.second.last_seen_ms < b.second.last_seen_ms;
-        });
+    const auto oldest = std::min_element(
+        sessions_.begin(), sessions_.end(),
+        [](const auto& a, const auto& b) { return a.second.last_seen_ms < b.second.last_seen_ms; });
     requests_.client_gone(oldest->first);
     calls_.client_gone(oldest->first);
     sessions_.erase(oldest);

@@ -1,11 +1,11 @@
-// The coordinator's brain: a pure function of what happened. step() takes the time and one input and
-// returns what is to be done; it does no I/O, reads no clock, starts no thread, and walks its tables
-// in a fixed order, so a run is repeated exactly by its seed and its inputs.
+// The coordinator's brain: a pure function of what happened. step() takes the time and one input
+// and returns what is to be done; it does no I/O, reads no clock, starts no thread, and walks its
+// tables in a fixed order, so a run is repeated exactly by its seed and its inputs.
 //
 // The caller's duty: carry the effects out in order, commit before sends. When the commit fails,
 // send nothing of that step that rests on it (JobAck, WorkerHelloReply, StartJob and the like are
-// state-driven and come again; CallReply becomes an error) and pass CommitFailed in: the tables then
-// go back. One thread.
+// state-driven and come again; CallReply becomes an error) and pass CommitFailed in: the tables
+// then go back. One thread.
 #pragma once
 
 #include "coordinator/calls.h"

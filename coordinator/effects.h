@@ -60,8 +60,8 @@ struct ManageKeys {
   std::string verb;  ///< "create", "list", "revoke"
   std::string name, role;
 };
-using WorkRequest = std::variant<HashModel, VerifyManifest, DescribeDataset, ReadEvents, Maintain,
-                                 ManageKeys>;
+using WorkRequest =
+    std::variant<HashModel, VerifyManifest, DescribeDataset, ReadEvents, Maintain, ManageKeys>;
 
 struct ModelHashed {
   ModelRecord model;  ///< name and times are the core's business
@@ -78,7 +78,8 @@ struct EventsRead {
 struct JsonDone {
   std::string json;
 };
-using WorkResult = std::variant<std::monostate, ModelHashed, ManifestVerified, EventsRead, JsonDone>;
+using WorkResult =
+    std::variant<std::monostate, ModelHashed, ManifestVerified, EventsRead, JsonDone>;
 
 // -- inputs --------------------------------------------------------------------------------------
 

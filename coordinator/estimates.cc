@@ -42,12 +42,12 @@ std::vector<EstimateOutcome> Estimates::tick() {
   for (auto entry = asked_.begin(); entry != asked_.end();) {
     auto& [id, asked] = *entry;
     if (!asked.patient && now - asked.asked_ms > context_.limits().estimate_timeout_ms) {
-      outcomes.push_back({id,
-                          unavailable_error(asked.sends == 0
-                                                ? "no engine is connected to do the dry run; "
-                                                  "start workers with: tandem up"
-                                                : "no engine answered the dry run in time"),
-                          ""});
+      outcomes.push_back(
+          {id,
+           unavailable_error(asked.sends == 0 ? "no engine is connected to do the dry run; "
+                                                "start workers with: tandem up"
+                                              : "no engine answered the dry run in time"),
+           ""});
       entry = asked_.erase(entry);
       continue;
     }

@@ -49,8 +49,8 @@ void Jobs::save(Job job) {
 
 void Jobs::event(Job& job, const std::string& level, const std::string& kind,
                  const std::string& message, const std::string& metrics_json, bool lazy) {
-  JobEventRecord record{job.id.value, ++job.events, context_.now().unix_ms, level, kind, message,
-                        metrics_json};
+  JobEventRecord record{job.id.value, ++job.events, context_.now().unix_ms, level, kind,
+                        message,      metrics_json};
   auto& kept = events_[job.id];
   kept.push_back(record);
   if (kept.size() > context_.limits().events_kept) kept.pop_front();
@@ -70,8 +70,8 @@ void Jobs::set_state(Job& job, JobState state, const std::string& why) {
   const nlohmann::ordered_json details{
       {"state", job_state_name(state)}, {"step", job.step}, {"epoch", job.epoch}};
   event(job, state == JobState::kFailed ? "error" : "info", "state",
-        why.empty() ? job_state_name(state) : str(job_state_name(state), ": ", why),
-        details.dump(), false);
+        why.empty() ? job_state_name(state) : str(job_state_name(state), ": ", why), details.dump(),
+        false);
 }
 
 void Jobs::finish(Job& job, JobState state, const Status& status) {
@@ -151,7 +151,8 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     finish(job, JobState::kFailed, internal_error("the dry run's answer is not a JSON object"));
     return save(std::move(job));
   }
-  const bool fits = !json.contains("fits") || !json["fits"].is_boolean() || json["fits"].get<bool>();
+  const bool fits =
+      !json.contains("fits") || !json["fits"].is_boolean() || json["fits"].get<bool>();
   if (!fits) {
     const std::int64_t peak = json.value("peak_bytes", std::int64_t{0});
     const std::int64_t device =
@@ -285,7 +286,8 @@ void Jobs::send_start(const Job& job, const Worker& worker) {
   message.job = job.id;
   message.epoch = job.epoch;
   message.spec_json = job.spec_json;
-  if (const ModelRecord* model = tables.model_by_digest(job.model)) message.model = model_ref(*model);
+  if (const ModelRecord* model = tables.model_by_digest(job.model))
+    message.model = model_ref(*model);
   // Engines fetch by manifest, which names the chunks.
   if (const auto data = tables.datasets.find(job.dataset); data != tables.datasets.end()) {
     message.dataset = data->second.manifest;
@@ -304,14 +306,14 @@ void Jobs::send_stop(const Job& job) {
   timers_[job.id].sent_ms = context_.now().ms;
   const Worker* worker = workers_.find(job.worker);
   if (worker == nullptr || !worker->engine.alive) return;
-  context_.send_worker(worker->engine.peer,
-                       protocol::StopJob{job.id, job.epoch,
-                                         job.state == JobState::kPausing
-                                             ? protocol::StopMode::kPause
-                                             : protocol::StopMode::kCancel});
+  context_.send_worker(worker->engine.peer, protocol::StopJob{job.id, job.epoch,
+                                                              job.state == JobState::kPausing
+                                                                  ? protocol::StopMode::kPause
+                                                                  : protocol::StopMode::kCancel});
 }
 
-/// The attempt is over without the job's end: back to the queue, or failed when there were too many.
+/// The attempt is over without the job's end: back to the queue, or failed when there were too
+/// many.
 void Jobs::interrupted(Job job, const std::string& why, bool own_failure) {
   timers_[job.id] = {};
   job.error = why;
@@ -333,7 +335,8 @@ void Jobs::interrupted(Job job, const std::string& why, bool own_failure) {
       const TimeMs wait = backoff(context_.limits(), job.attempts);
       timers_[job.id].not_before_ms = context_.now().ms + wait;
       job.requeue_after_stop = false;
-      set_state(job, JobState::kQueued, str(why, wait > 0 ? str("; next try in ", wait, " ms") : ""));
+      set_state(job, JobState::kQueued,
+                str(why, wait > 0 ? str("; next try in ", wait, " ms") : ""));
     }
   }
   save(std::move(job));
@@ -406,12 +409,14 @@ std::string Jobs::waiting_reason(const Job& job) const {
     case JobState::kQueued: {
       if (const auto timers = timers_.find(job.id);
           timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
-        return str("next try in ", timers->second.not_before_ms - context_.now().ms, " ms after: ",
-                   job.error);
+        return str("next try in ", timers->second.not_before_ms - context_.now().ms,
+                   " ms after: ", job.error);
       return place(job, context_.tables(), workers_).waiting;
     }
-    case JobState::kStarting: return str("engine ", job.worker, " prepares it");
-    default: return "";
+    case JobState::kStarting:
+      return str("engine ", job.worker, " prepares it");
+    default:
+      return "";
   }
 }
 

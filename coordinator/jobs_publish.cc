@@ -12,9 +12,8 @@
 namespace tandem::coordinator {
 
 bool Jobs::is_pending(const JobId& job, const std::string& of) const {
-  return std::any_of(pending_.begin(), pending_.end(), [&](const auto& p) {
-    return p.second.job == job && p.second.of == of;
-  });
+  return std::any_of(pending_.begin(), pending_.end(),
+                     [&](const auto& p) { return p.second.job == job && p.second.of == of; });
 }
 
 void Jobs::checkpoint(Worker& worker, const protocol::CheckpointReady& message) {
@@ -38,11 +37,11 @@ void Jobs::publish(Worker& worker, const protocol::Publish& message) {
   if (!accept(worker, message.job, message.epoch, "publish", job)) return;
   const Digest digest = sha256(message.manifest);
   if (!job.published.empty()) {
-    protocol::JobAck ack{job.id, job.epoch, "publish", {}, digest,
-                         str(job.adapter, "@", job.published_version)};
+    protocol::JobAck ack{job.id, job.epoch, "publish",
+                         {},     digest,    str(job.adapter, "@", job.published_version)};
     if (job.published != digest)
-      ack.status = conflict_error(str(job.id, " has published ", job.published.short_hex(),
-                                      " already"));
+      ack.status =
+          conflict_error(str(job.id, " has published ", job.published.short_hex(), " already"));
     return context_.send_worker(worker.engine.peer, std::move(ack));
   }
   if (job.state == JobState::kCancelling)
@@ -51,7 +50,7 @@ void Jobs::publish(Worker& worker, const protocol::Publish& message) {
   if (is_pending(job.id, "publish")) return;
   const std::uint64_t work =
       context_.start_work(VerifyManifest{message.manifest, ManifestKind::kAdapter});
-  pending_[work] = {true,      job.id,    job.epoch, message.step, worker.id, message.metadata_json,
+  pending_[work] = {true,     job.id, job.epoch, message.step, worker.id, message.metadata_json,
                     "publish"};
 }
 
@@ -99,9 +98,9 @@ void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pe
     if (key.first == job.id.value) all.push_back(record);
   for (std::size_t i = 0; i + static_cast<std::size_t>(kept) < all.size(); ++i) {
     context_.put(EraseCheckpoint{all[i].job, all[i].step});
-    const bool shared = std::any_of(
-        tables.checkpoints.begin(), tables.checkpoints.end(),
-        [&](const auto& other) { return other.second.manifest == all[i].manifest; });
+    const bool shared =
+        std::any_of(tables.checkpoints.begin(), tables.checkpoints.end(),
+                    [&](const auto& other) { return other.second.manifest == all[i].manifest; });
     if (!shared && tables.adapter_by_digest(all[i].manifest) == nullptr)
       context_.put(EraseManifest{all[i].manifest});
   }
@@ -112,16 +111,16 @@ void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pe
       {"step", pending.step}, {"digest", manifest.digest.hex()}, {"bytes", manifest.bytes}};
   event(job, "info", "checkpoint", str("checkpoint at step ", pending.step), details.dump(), false);
   const Worker* worker = workers_.find(pending.worker);
-  context_.send_worker(worker->engine.peer, protocol::JobAck{job.id, job.epoch, pending.of, {},
-                                                             manifest.digest, ""});
+  context_.send_worker(worker->engine.peer,
+                       protocol::JobAck{job.id, job.epoch, pending.of, {}, manifest.digest, ""});
   save(std::move(job));
 }
 
 void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pending& pending,
                           const Worker& worker) {
-  const AdapterVersionRecord version = add_version(
-      context_, {job.adapter, manifest.text, manifest.digest, job.model, job.id.value,
-                 pending.metadata_json, str("publish ", job.id)});
+  const AdapterVersionRecord version =
+      add_version(context_, {job.adapter, manifest.text, manifest.digest, job.model, job.id.value,
+                             pending.metadata_json, str("publish ", job.id)});
   job.published = manifest.digest;
   job.published_version = version.version;
   job.step = std::max(job.step, pending.step);
@@ -131,8 +130,8 @@ void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pendi
                                        {"digest", manifest.digest.hex()},
                                        {"bytes", manifest.bytes}};
   event(job, "info", "publish", str("published ", name), details.dump(), false);
-  context_.send_worker(worker.engine.peer, protocol::JobAck{job.id, job.epoch, "publish", {},
-                                                            manifest.digest, name});
+  context_.send_worker(worker.engine.peer,
+                       protocol::JobAck{job.id, job.epoch, "publish", {}, manifest.digest, name});
   save(std::move(job));
   announce(context_, workers_, version);
 }
@@ -140,10 +139,10 @@ void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pendi
 void announce(Context& context, const WorkerTable& workers, const AdapterVersionRecord& adapter) {
   for (const auto& [id, worker] : workers.all()) {
     if (!worker.holds(adapter.base_model)) continue;
-    context.send_worker(worker.engine.peer,
-                        protocol::Announce{str(adapter.name, "@", adapter.version),
-                                           adapter.base_model, adapter.digest,
-                                           context.tables().manifest(adapter.digest)});
+    context.send_worker(
+        worker.engine.peer,
+        protocol::Announce{str(adapter.name, "@", adapter.version), adapter.base_model,
+                           adapter.digest, context.tables().manifest(adapter.digest)});
   }
 }
 

@@ -49,8 +49,7 @@ bool Jobs::accept(Worker& worker, const JobId& id, Epoch epoch, const std::strin
   }
   const bool over = job.state == JobState::kSucceeded || of == "ended";
   ack(worker, id, epoch, of,
-      over ? Status()
-           : conflict_error(str(id, " is ", job_state_name(job.state), "; stop it")));
+      over ? Status() : conflict_error(str(id, " is ", job_state_name(job.state), "; stop it")));
   return false;
 }
 
@@ -137,15 +136,16 @@ std::vector<JobId> Jobs::adopt(Worker& worker, const std::vector<protocol::Runni
     const bool owned = found != context_.tables().jobs.end() &&
                        found->second.epoch == claim.epoch && found->second.worker == worker.id &&
                        found->second.engine == worker.engine.incarnation;
-    if (!owned || (!holds_engine(found->second.state) &&
-                   found->second.state != JobState::kQueued)) {
+    if (!owned ||
+        (!holds_engine(found->second.state) && found->second.state != JobState::kQueued)) {
       stop.push_back(claim.job);
       continue;
     }
     Job job = found->second;
     timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
     if (job.state == JobState::kStarting || job.state == JobState::kQueued) {
-      set_state(job, JobState::kRunning, str("engine ", worker.id, " goes on at step ", claim.step));
+      set_state(job, JobState::kRunning,
+                str("engine ", worker.id, " goes on at step ", claim.step));
       save(std::move(job));
     }
   }
@@ -159,8 +159,8 @@ void Jobs::seen(Worker& worker) {
                          found->second.epoch == claim.epoch && found->second.worker == worker.id &&
                          holds_engine(found->second.state);
     if (!current) {
-      context_.send_worker(worker.engine.peer, protocol::StopJob{claim.job, claim.epoch,
-                                                                 protocol::StopMode::kCancel});
+      context_.send_worker(worker.engine.peer,
+                           protocol::StopJob{claim.job, claim.epoch, protocol::StopMode::kCancel});
       continue;
     }
     if (found->second.state == JobState::kStarting) {

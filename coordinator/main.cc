@@ -51,8 +51,9 @@ const char* const kUsage =
 void print_usage() {
   std::cout << kUsage;
   for (const auto& setting : Settings::known())
-    std::cout << "  --" << setting.name << "  " << setting.help << " (default: "
-              << (setting.default_value.empty() ? "none" : setting.default_value) << ")\n";
+    std::cout << "  --" << setting.name << "  " << setting.help
+              << " (default: " << (setting.default_value.empty() ? "none" : setting.default_value)
+              << ")\n";
 }
 
 struct Arguments {
@@ -130,11 +131,13 @@ Result<Limits> make_limits(const Settings& settings) {
   TANDEM_ASSIGN_OR_RETURN(const auto cache_bytes, settings.get_bytes("cache_bytes_max"));
   TANDEM_ASSIGN_OR_RETURN(const auto cache_ttl_s, settings.get_int("cache_ttl_s"));
   if (limits.heartbeat_ms < 10 || limits.lease_ms < 2 * limits.heartbeat_ms)
-    return invalid_error(str("lease_ms (", limits.lease_ms, ") must be at least twice heartbeat_ms (",
-                             limits.heartbeat_ms, "), and that at least 10"));
+    return invalid_error(str("lease_ms (", limits.lease_ms,
+                             ") must be at least twice heartbeat_ms (", limits.heartbeat_ms,
+                             "), and that at least 10"));
   if (queue < 1 || jobs < 1 || attempts < 1 || cache_bytes < 0 || cache_ttl_s < 0)
-    return invalid_error("queue_requests_max, queue_jobs_max and job_attempts_max must be at least "
-                         "1, cache_bytes_max and cache_ttl_s at least 0");
+    return invalid_error(
+        "queue_requests_max, queue_jobs_max and job_attempts_max must be at least "
+        "1, cache_bytes_max and cache_ttl_s at least 0");
   limits.queue_max = static_cast<std::size_t>(queue);
   limits.jobs_live_max = static_cast<std::size_t>(jobs);
   limits.attempts_max = static_cast<int>(attempts);
@@ -151,9 +154,8 @@ void print_limits(const Limits& l) {
            " per user), ", l.jobs_live_max, " jobs, ", l.attempts_max,
            " attempts without progress; ", l.workers_max, " workers, ", l.sessions_max,
            " client sessions, ", l.streams_max, " streams");
-  log_info("limits: result cache ",
-           format_bytes(static_cast<std::int64_t>(l.results_bytes_max)), ", ttl ",
-           l.result_ttl_ms / 1000, " s; idempotency keys ", l.idempotency_max, ", ",
+  log_info("limits: result cache ", format_bytes(static_cast<std::int64_t>(l.results_bytes_max)),
+           ", ttl ", l.result_ttl_ms / 1000, " s; idempotency keys ", l.idempotency_max, ", ",
            l.idempotency_ttl_ms / 3'600'000, " h; outbox ", kOutboxMessagesMax, " messages, ",
            format_bytes(kOutboxBytesMax), " per peer; frames ",
            format_bytes(protocol::kFrameBytesMax), ", bulk ",
@@ -271,9 +273,9 @@ Status run(const Settings& settings) {
   ServedFiles files;
   const char* failpoint = std::getenv("TANDEM_FAILPOINT");
   TANDEM_ASSIGN_OR_RETURN(
-      auto loop, CoordinatorLoop::create({*sockets.clients, *sockets.workers, *sockets.poller,
-                                          *registry, files, clock},
-                                         options, background, failpoint ? failpoint : ""));
+      auto loop, CoordinatorLoop::create(
+                     {*sockets.clients, *sockets.workers, *sockets.poller, *registry, files, clock},
+                     options, background, failpoint ? failpoint : ""));
   BulkServer bulk(std::move(sockets.bulk), *registry, files);
 
   print_limits(limits);
@@ -317,11 +319,13 @@ int run_main(int argc, char** argv) {
   for (const int signal : {SIGTERM, SIGINT}) sigaction(signal, &action, nullptr);
   (void)std::signal(SIGPIPE, SIG_IGN);
   const Status status = run(*settings);
-  if (!status.ok()) log_error(status.message());
+  if (!status.ok() && !arguments->log_file.empty()) log_error(status.message());
   return status.ok() ? 0 : fail(status);
 }
 
 }  // namespace
 }  // namespace tandem::coordinator
 
-int main(int argc, char** argv) { return tandem::coordinator::run_main(argc, argv); }
+int main(int argc, char** argv) {
+  return tandem::coordinator::run_main(argc, argv);
+}

@@ -27,9 +27,9 @@ using Json = nlohmann::ordered_json;
 constexpr std::array<const char*, 3> kFamilies{"llama", "qwen2", "qwen3"};
 constexpr std::int64_t kConfigBytesMax = 64 << 20;
 /// Files of a Hugging Face folder that a worker needs beside the tensors.
-constexpr std::array<const char*, 6> kSideFiles{
-    "config.json",           "generation_config.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja",    "special_tokens_map.json"};
+constexpr std::array<const char*, 6> kSideFiles{"config.json",         "generation_config.json",
+                                                "tokenizer.json",      "tokenizer_config.json",
+                                                "chat_template.jinja", "special_tokens_map.json"};
 
 Status check_family(const std::string& family, const std::string& path) {
   for (const char* known : kFamilies)
@@ -45,15 +45,14 @@ Result<std::string> real_path(const std::string& path, const std::vector<std::st
   if (roots.empty()) return real.string();
   for (const std::string& root : roots) {
     const fs::path real_root = fs::weakly_canonical(root, error);
-    const auto [end, rest] = std::mismatch(real_root.begin(), real_root.end(), real.begin(),
-                                           real.end());
+    const auto [end, rest] =
+        std::mismatch(real_root.begin(), real_root.end(), real.begin(), real.end());
     if (!error && end == real_root.end()) return real.string();
   }
   return refused_error(str(path, " lies outside the coordinator's model_roots"));
 }
 
-Result<ModelFile> describe_file(const std::string& path, const std::string& relative,
-                                int threads) {
+Result<ModelFile> describe_file(const std::string& path, const std::string& relative, int threads) {
   struct stat info {};
   if (::stat(path.c_str(), &info) != 0) return not_found_error(str("no file ", path));
   TANDEM_ASSIGN_OR_RETURN(const auto mapped, storage::MappedFile::open(path));
@@ -72,8 +71,8 @@ Result<std::string> read_text(const std::string& path) {
   std::ostringstream text;
   text << in.rdbuf();
   if (static_cast<std::int64_t>(text.str().size()) > kConfigBytesMax)
-    return refused_error(str(path, " has ", text.str().size(), " bytes, at most ", kConfigBytesMax,
-                             " are read"));
+    return refused_error(
+        str(path, " has ", text.str().size(), " bytes, at most ", kConfigBytesMax, " are read"));
   return text.str();
 }
 
@@ -148,8 +147,7 @@ Result<ModelHashed> hash_gguf(const std::string& path, int threads) {
 Result<ModelHashed> hash_folder(const std::string& folder, int threads) {
   TANDEM_ASSIGN_OR_RETURN(const std::string text, read_text(folder + "/config.json"));
   Json config = Json::parse(text, nullptr, false);
-  if (!config.is_object())
-    return corrupt_error(str(folder, "/config.json is not a JSON object"));
+  if (!config.is_object()) return corrupt_error(str(folder, "/config.json is not a JSON object"));
   const Json type = config.value("model_type", Json());
   const std::string family = type.is_string() ? type.get<std::string>() : "";
   TANDEM_RETURN_IF_ERROR(check_family(family, folder + "/config.json"));
@@ -173,8 +171,8 @@ Result<ModelHashed> hash_folder(const std::string& folder, int threads) {
   if (fs::exists(folder + "/model.safetensors.index.json"))
     paths.push_back(folder + "/model.safetensors.index.json");
   for (const std::string& path : paths) {
-    TANDEM_ASSIGN_OR_RETURN(
-        ModelFile file, describe_file(path, fs::path(path).filename().string(), threads));
+    TANDEM_ASSIGN_OR_RETURN(ModelFile file,
+                            describe_file(path, fs::path(path).filename().string(), threads));
     model.bytes += file.bytes;
     model.files.push_back(std::move(file));
   }

@@ -57,8 +57,7 @@ bool Params::boolean(const std::string& name, bool fallback) {
   const Json* value = find(name, false, "true or false");
   if (value == nullptr) return fallback;
   if (!value->is_boolean()) {
-    fail(invalid_error(
-        str(method_, ": \"", name, "\" must be true or false, not ", dump(*value))));
+    fail(invalid_error(str(method_, ": \"", name, "\" must be true or false, not ", dump(*value))));
     return fallback;
   }
   return value->get<bool>();

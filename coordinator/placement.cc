@@ -24,8 +24,7 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
   if (workers.draining(worker.id)) return "is draining";
   if (const Job* other = job_on(tables, worker.id)) return str("trains ", other->id);
   for (const protocol::RunningJob& running : worker.engine.jobs)
-    if (running.job != job.id || running.epoch != job.epoch)
-      return str("still ends ", running.job);
+    if (running.job != job.id || running.epoch != job.epoch) return str("still ends ", running.job);
   if (bytes > 0 && worker.memory_bytes > 0 && bytes > worker.memory_bytes)
     return str("has ", format_bytes(worker.memory_bytes), ", the job needs ", format_bytes(bytes));
   return "";

@@ -10,9 +10,9 @@
 namespace tandem::coordinator {
 
 struct Placement {
-  WorkerId worker;       ///< empty: none now
-  bool load = false;     ///< the job waits for its base to be loaded somewhere
-  std::string waiting;   ///< why, for people
+  WorkerId worker;      ///< empty: none now
+  bool load = false;    ///< the job waits for its base to be loaded somewhere
+  std::string waiting;  ///< why, for people
 };
 
 /// Queued jobs in the order they are to be started: priority, then submission.

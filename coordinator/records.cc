@@ -41,9 +41,7 @@ struct Apply {
   std::vector<Write> operator()(const AliasRecord& r) const {
     return put(t.aliases, r.name, r, EraseAlias{r.name});
   }
-  std::vector<Write> operator()(const Job& r) const {
-    return put(t.jobs, r.id, r, EraseJob{r.id});
-  }
+  std::vector<Write> operator()(const Job& r) const { return put(t.jobs, r.id, r, EraseJob{r.id}); }
   std::vector<Write> operator()(const CheckpointRecord& r) const {
     return put(t.checkpoints, std::pair(r.job, r.step), r, EraseCheckpoint{r.job, r.step});
   }
@@ -94,17 +92,28 @@ struct Apply {
 
 const char* job_state_name(JobState state) {
   switch (state) {
-    case JobState::kSubmitted: return "estimating";  // for a user the same wait
-    case JobState::kEstimating: return "estimating";
-    case JobState::kQueued: return "queued";
-    case JobState::kStarting: return "starting";
-    case JobState::kRunning: return "running";
-    case JobState::kPausing: return "pausing";
-    case JobState::kPaused: return "paused";
-    case JobState::kCancelling: return "cancelling";
-    case JobState::kSucceeded: return "done";
-    case JobState::kFailed: return "failed";
-    case JobState::kCancelled: return "cancelled";
+    case JobState::kSubmitted:
+      return "estimating";  // for a user the same wait
+    case JobState::kEstimating:
+      return "estimating";
+    case JobState::kQueued:
+      return "queued";
+    case JobState::kStarting:
+      return "starting";
+    case JobState::kRunning:
+      return "running";
+    case JobState::kPausing:
+      return "pausing";
+    case JobState::kPaused:
+      return "paused";
+    case JobState::kCancelling:
+      return "cancelling";
+    case JobState::kSucceeded:
+      return "done";
+    case JobState::kFailed:
+      return "failed";
+    case JobState::kCancelled:
+      return "cancelled";
   }
   return "unknown";
 }
@@ -119,7 +128,9 @@ bool holds_engine(JobState state) {
          state == JobState::kPausing || state == JobState::kCancelling;
 }
 
-std::vector<Write> Tables::apply(const Write& write) { return std::visit(Apply{*this}, write); }
+std::vector<Write> Tables::apply(const Write& write) {
+  return std::visit(Apply{*this}, write);
+}
 
 const ModelRecord* Tables::model_by_digest(const Digest& digest) const {
   for (const auto& [name, model] : models)

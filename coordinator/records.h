@@ -72,10 +72,10 @@ struct Job {
   Digest dataset_manifest;
   std::string adapter;  ///< name to publish under
   Epoch epoch = 0;
-  WorkerId worker;         ///< holds or last held it
-  Incarnation engine = 0;  ///< the process that was told to start it
-  int attempts = 0;        ///< since the last new step or checkpoint
-  int own_failures = 0;    ///< of these, failures that the job itself reported
+  WorkerId worker;                  ///< holds or last held it
+  Incarnation engine = 0;           ///< the process that was told to start it
+  int attempts = 0;                 ///< since the last new step or checkpoint
+  int own_failures = 0;             ///< of these, failures that the job itself reported
   bool requeue_after_stop = false;  ///< being stopped because its worker drains
   std::int64_t step = 0, total_steps = 0, best_step = 0;
   std::string error_code, error;  ///< of a failed job, or of the last attempt
@@ -126,11 +126,11 @@ struct EraseJobEvent {
 struct EraseJob {
   JobId job;
 };
-using Write = std::variant<ModelRecord, Dataset, AdapterVersionRecord, AliasRecord, Job,
-                           JobEventRecord, CheckpointRecord, ManifestRecord, ResultRecord,
-                           IdempotencyRecord, SettingRecord, EraseModel, EraseDataset, EraseAdapter,
-                           EraseAlias, EraseCheckpoint, EraseManifest, EraseResult,
-                           EraseIdempotency, EraseSetting, EraseJobEvent, EraseJob>;
+using Write =
+    std::variant<ModelRecord, Dataset, AdapterVersionRecord, AliasRecord, Job, JobEventRecord,
+                 CheckpointRecord, ManifestRecord, ResultRecord, IdempotencyRecord, SettingRecord,
+                 EraseModel, EraseDataset, EraseAdapter, EraseAlias, EraseCheckpoint, EraseManifest,
+                 EraseResult, EraseIdempotency, EraseSetting, EraseJobEvent, EraseJob>;
 
 /// All but events and results, which are only written here.
 struct Tables {

@@ -16,35 +16,55 @@ protocol::JobState stored_state(JobState state) {
   switch (state) {
     case JobState::kSubmitted:
     case JobState::kEstimating:
-    case JobState::kQueued: return protocol::JobState::kQueued;
-    case JobState::kStarting: return protocol::JobState::kStarting;
-    case JobState::kRunning: return protocol::JobState::kRunning;
-    case JobState::kPausing: return protocol::JobState::kPausing;
-    case JobState::kPaused: return protocol::JobState::kPaused;
-    case JobState::kCancelling: return protocol::JobState::kCancelling;
-    case JobState::kSucceeded: return protocol::JobState::kDone;
-    case JobState::kFailed: return protocol::JobState::kFailed;
-    case JobState::kCancelled: return protocol::JobState::kCancelled;
+    case JobState::kQueued:
+      return protocol::JobState::kQueued;
+    case JobState::kStarting:
+      return protocol::JobState::kStarting;
+    case JobState::kRunning:
+      return protocol::JobState::kRunning;
+    case JobState::kPausing:
+      return protocol::JobState::kPausing;
+    case JobState::kPaused:
+      return protocol::JobState::kPaused;
+    case JobState::kCancelling:
+      return protocol::JobState::kCancelling;
+    case JobState::kSucceeded:
+      return protocol::JobState::kDone;
+    case JobState::kFailed:
+      return protocol::JobState::kFailed;
+    case JobState::kCancelled:
+      return protocol::JobState::kCancelled;
   }
   return protocol::JobState::kFailed;
 }
 
 JobState loaded_state(protocol::JobState state, bool estimated) {
   switch (state) {
-    case protocol::JobState::kQueued: return estimated ? JobState::kQueued : JobState::kSubmitted;
-    case protocol::JobState::kStarting: return JobState::kStarting;
-    case protocol::JobState::kRunning: return JobState::kRunning;
-    case protocol::JobState::kPausing: return JobState::kPausing;
-    case protocol::JobState::kPaused: return JobState::kPaused;
-    case protocol::JobState::kCancelling: return JobState::kCancelling;
-    case protocol::JobState::kDone: return JobState::kSucceeded;
-    case protocol::JobState::kFailed: return JobState::kFailed;
-    case protocol::JobState::kCancelled: return JobState::kCancelled;
+    case protocol::JobState::kQueued:
+      return estimated ? JobState::kQueued : JobState::kSubmitted;
+    case protocol::JobState::kStarting:
+      return JobState::kStarting;
+    case protocol::JobState::kRunning:
+      return JobState::kRunning;
+    case protocol::JobState::kPausing:
+      return JobState::kPausing;
+    case protocol::JobState::kPaused:
+      return JobState::kPaused;
+    case protocol::JobState::kCancelling:
+      return JobState::kCancelling;
+    case protocol::JobState::kDone:
+      return JobState::kSucceeded;
+    case protocol::JobState::kFailed:
+      return JobState::kFailed;
+    case protocol::JobState::kCancelled:
+      return JobState::kCancelled;
   }
   return JobState::kFailed;
 }
 
-std::string hex_or_none(const Digest& digest) { return digest.empty() ? "" : digest.hex(); }
+std::string hex_or_none(const Digest& digest) {
+  return digest.empty() ? "" : digest.hex();
+}
 
 Digest digest_at(const Json& json, const char* key) {
   const auto parsed = Digest::parse(json.value(key, std::string()));
@@ -96,7 +116,8 @@ protocol::JobRecord to_record(const Job& job) {
 Result<Job> from_record(const protocol::JobRecord& r) {
   const Json details = Json::parse(r.details_json, nullptr, false);
   if (!details.is_object())
-    return corrupt_error(str("job ", r.id, ": its details are not a JSON object; restore a backup"));
+    return corrupt_error(
+        str("job ", r.id, ": its details are not a JSON object; restore a backup"));
   Job job;
   try {
     job.order = details.value("order", std::uint64_t{0});
@@ -145,14 +166,8 @@ Result<Dataset> from_record(const protocol::DatasetRecord& r, const std::string&
   if (!manifest.ok() || manifest->tensors.size() != 1)
     return corrupt_error(str("data set ", r.name, ": its manifest ", r.digest,
                              " is absent or damaged; restore a backup"));
-  return Dataset{manifest->tensors[0].root,
-                 r.digest,
-                 r.name,
-                 r.rows,
-                 r.bytes,
-                 r.format,
-                 manifest->tensors[0].chunks,
-                 r.created_unix_ms};
+  return Dataset{manifest->tensors[0].root,   r.digest,         r.name, r.rows, r.bytes, r.format,
+                 manifest->tensors[0].chunks, r.created_unix_ms};
 }
 
 /// One write in a transaction.
@@ -160,8 +175,8 @@ struct Apply {
   RegistryTxn& txn;
   Status operator()(const Job& r) const { return txn.put(to_record(r)); }
   Status operator()(const Dataset& r) const {
-    return txn.put(protocol::DatasetRecord{r.manifest, r.name, r.rows, r.bytes, r.created_unix_ms,
-                                           r.format});
+    return txn.put(
+        protocol::DatasetRecord{r.manifest, r.name, r.rows, r.bytes, r.created_unix_ms, r.format});
   }
   template <class Record>
   Status operator()(const Record& r) const {
@@ -218,14 +233,12 @@ Result<Snapshot> RegistryStore::load() {
       load_table<AliasRecord>(txn, [&](AliasRecord r) { t.aliases[r.name] = std::move(r); }));
   TANDEM_RETURN_IF_ERROR(load_table<ManifestRecord>(
       txn, [&](ManifestRecord r) { t.manifests[r.digest] = std::move(r); }));
-  TANDEM_RETURN_IF_ERROR(load_table<CheckpointRecord>(txn, [&](CheckpointRecord r) {
-    t.checkpoints[std::pair(r.job, r.step)] = std::move(r);
-  }));
+  TANDEM_RETURN_IF_ERROR(load_table<CheckpointRecord>(
+      txn, [&](CheckpointRecord r) { t.checkpoints[std::pair(r.job, r.step)] = std::move(r); }));
   TANDEM_RETURN_IF_ERROR(
       load_table<SettingRecord>(txn, [&](SettingRecord r) { t.settings[r.name] = r.value; }));
-  TANDEM_RETURN_IF_ERROR(load_table<IdempotencyRecord>(txn, [&](IdempotencyRecord r) {
-    t.idempotency[std::pair(r.tenant, r.key)] = std::move(r);
-  }));
+  TANDEM_RETURN_IF_ERROR(load_table<IdempotencyRecord>(
+      txn, [&](IdempotencyRecord r) { t.idempotency[std::pair(r.tenant, r.key)] = std::move(r); }));
   TANDEM_RETURN_IF_ERROR(load_table<ResultRecord>(
       txn, [&](ResultRecord r) { snapshot.results.push_back(std::move(r)); }));
   TANDEM_ASSIGN_OR_RETURN(const auto datasets, txn.list<protocol::DatasetRecord>());
@@ -248,15 +261,13 @@ Result<Snapshot> RegistryStore::load() {
 
 Status RegistryStore::commit(const std::vector<Write>& writes) {
   TANDEM_ASSIGN_OR_RETURN(auto txn, registry_.begin_write());
-  for (const Write& write : writes)
-    TANDEM_RETURN_IF_ERROR(std::visit(Apply{txn}, write));
+  for (const Write& write : writes) TANDEM_RETURN_IF_ERROR(std::visit(Apply{txn}, write));
   return txn.commit();
 }
 
 Result<std::vector<JobEventRecord>> RegistryStore::events(const JobId& job, std::size_t count) {
   TANDEM_ASSIGN_OR_RETURN(auto txn, registry_.begin_read());
-  TANDEM_ASSIGN_OR_RETURN(auto events,
-                          txn.list<JobEventRecord>(storage::name_prefix(job.value)));
+  TANDEM_ASSIGN_OR_RETURN(auto events, txn.list<JobEventRecord>(storage::name_prefix(job.value)));
   if (events.size() > count)
     events.erase(events.begin(), events.end() - static_cast<std::ptrdiff_t>(count));
   return events;

@@ -37,10 +37,11 @@ Status validate_request(const protocol::Generate& request) {
     return invalid_error(str("a request id must have 1 to ", kRequestIdBytesMax,
                              " characters, not ", request.id.value.size()));
   const int inputs = (request.input.messages.empty() ? 0 : 1) +
-                     (request.input.prompt.empty() ? 0 : 1) + (request.input.tokens.empty() ? 0 : 1);
+                     (request.input.prompt.empty() ? 0 : 1) +
+                     (request.input.tokens.empty() ? 0 : 1);
   if (inputs != 1)
-    return invalid_error(str("exactly one of messages, prompt and tokens must be given, not ",
-                             inputs));
+    return invalid_error(
+        str("exactly one of messages, prompt and tokens must be given, not ", inputs));
   const protocol::SamplingParams& s = request.sampling;
   const auto outside = [](const std::optional<float>& value, double low, double high) {
     return value && !(*value >= low && *value <= high);  // true for NaN
@@ -51,8 +52,10 @@ Status validate_request(const protocol::Generate& request) {
   if (outside(s.top_p, 0, 1) || (s.top_p && *s.top_p == 0.0f))
     return bad("top_p", "in (0, 1]", *s.top_p);
   if (outside(s.min_p, 0, 1)) return bad("min_p", "in [0, 1]", *s.min_p);
-  if (s.top_k && *s.top_k < 0) return bad("top_k", "0 (off) or more", static_cast<double>(*s.top_k));
-  if (!(s.repetition_penalty > 0)) return bad("repetition_penalty", "above 0", s.repetition_penalty);
+  if (s.top_k && *s.top_k < 0)
+    return bad("top_k", "0 (off) or more", static_cast<double>(*s.top_k));
+  if (!(s.repetition_penalty > 0))
+    return bad("repetition_penalty", "above 0", s.repetition_penalty);
   if (!(std::abs(s.presence_penalty) <= 100))
     return bad("presence_penalty", "in [-100, 100]", s.presence_penalty);
   if (!(std::abs(s.frequency_penalty) <= 100))
@@ -75,8 +78,7 @@ Requests::Requests(Context& context, WorkerTable& workers)
 
 void Requests::load(const std::vector<ResultRecord>& results) {
   std::vector<Digest> dropped;
-  for (const ResultRecord& record : results)
-    cache_.load(record, context_.now().unix_ms, dropped);
+  for (const ResultRecord& record : results) cache_.load(record, context_.now().unix_ms, dropped);
   for (const Digest& key : dropped) context_.put_lazy(EraseResult{key});
 }
 
@@ -92,8 +94,8 @@ void Requests::generate(const std::string& peer, const std::string& user,
   execution.id = request.id;
   execution.target = std::move(*target);
   execution.request = request;
-  execution.signature = result_key(execution.target.model.digest, execution.target.adapter, user,
-                                   request);
+  execution.signature =
+      result_key(execution.target.model.digest, execution.target.adapter, user, request);
   // What a trainer serves as "latest" changes under one name, so it is neither shared nor kept.
   if (is_deterministic(request) && !request.no_cache && execution.target.job.empty())
     execution.key = execution.signature;
@@ -138,14 +140,13 @@ bool Requests::rejoin(const std::string& peer, const protocol::Generate& request
     if (subscriber.id != request.id) continue;
     const auto signature = result_key(execution.target.model.digest, execution.target.adapter,
                                       subscriber.user, request);
-    const auto position =
-        position_of(execution.chunks, execution.start_index, request.next_index);
+    const auto position = position_of(execution.chunks, execution.start_index, request.next_index);
     if (signature != execution.signature || !position) {
       refuse(peer, request.id,
-             conflict_error(str("request ", request.id, " is running already, with ",
-                                signature != execution.signature ? "another content"
-                                                                 : "other token positions",
-                                "; use a new id")));
+             conflict_error(
+                 str("request ", request.id, " is running already, with ",
+                     signature != execution.signature ? "another content" : "other token positions",
+                     "; use a new id")));
       return true;
     }
     subscriber.peer = peer;
@@ -179,8 +180,7 @@ bool Requests::share(const Subscriber& subscriber, const Execution& asked) {
   const auto flight = flights_.find(asked.key);
   if (flight == flights_.end()) return false;
   Execution& execution = executions_.at(flight->second);
-  const auto position =
-      position_of(execution.chunks, execution.start_index, subscriber.next_index);
+  const auto position = position_of(execution.chunks, execution.start_index, subscriber.next_index);
   if (!position) return false;
   Subscriber joined = subscriber;
   joined.position = *position;
@@ -262,15 +262,14 @@ void Requests::drop_subscriber(const RequestId& id, const Status* tell) {
   const auto known = subscriptions_.find(id);
   if (known == subscriptions_.end()) return;
   Execution& execution = executions_.at(known->second);
-  const auto subscriber =
-      std::find_if(execution.subscribers.begin(), execution.subscribers.end(),
-                   [&](const Subscriber& s) { return s.id == id; });
+  const auto subscriber = std::find_if(execution.subscribers.begin(), execution.subscribers.end(),
+                                       [&](const Subscriber& s) { return s.id == id; });
   if (tell != nullptr) {
     GenerateChunk chunk;
     chunk.id = id;
     chunk.index = execution.next_index;
-    chunk.finish = tell->code() == StatusCode::kCancelled ? FinishReason::kCancelled
-                                                          : FinishReason::kError;
+    chunk.finish =
+        tell->code() == StatusCode::kCancelled ? FinishReason::kCancelled : FinishReason::kError;
     chunk.status = *tell;
     context_.send_client(subscriber->peer, std::move(chunk));
   }
@@ -285,8 +284,8 @@ std::int64_t Requests::retry_after() const {
   std::int64_t credits = 0;
   for (const auto& [id, worker] : workers_.all())
     if (workers_.usable(worker)) credits += worker.engine.credits;
-  const double wait =
-      service_ms_ * static_cast<double>(queue_.size()) / static_cast<double>(std::max<std::int64_t>(credits, 1));
+  const double wait = service_ms_ * static_cast<double>(queue_.size()) /
+                      static_cast<double>(std::max<std::int64_t>(credits, 1));
   return std::clamp(static_cast<std::int64_t>(wait), context_.limits().retry_after_ms,
                     context_.limits().no_engine_wait_ms);
 }

@@ -34,7 +34,8 @@ class Requests {
   void load(const std::vector<ResultRecord>& results);
 
   // -- from clients
-  void generate(const std::string& peer, const std::string& user, const protocol::Generate& request);
+  void generate(const std::string& peer, const std::string& user,
+                const protocol::Generate& request);
   void cancel(const std::string& peer, const protocol::Cancel& cancel);
   /// The connection broke; what is not asked for again within orphan_ms is cancelled.
   void client_gone(const std::string& peer);

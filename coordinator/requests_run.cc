@@ -66,9 +66,9 @@ Worker* Requests::choose_engine(const Execution& execution) {
     const bool resident =
         execution.target.adapter.empty() || engine.adapters.contains(execution.target.adapter);
     const auto depth = depths.find(id);
-    const std::int64_t load =
-        static_cast<std::int64_t>(engine.requests.size()) + (engine.jobs.empty() ? 0 : 4) +
-        (execution.last_engine == id && execution.tries > 0 ? 1000 : 0);
+    const std::int64_t load = static_cast<std::int64_t>(engine.requests.size()) +
+                              (engine.jobs.empty() ? 0 : 4) +
+                              (execution.last_engine == id && execution.tries > 0 ? 1000 : 0);
     const std::tuple score{trains_it ? 1 : 0, resident ? 1 : 0,
                            depth == depths.end() ? std::size_t{0} : depth->second, -load};
     if (best == nullptr || score > best_score) {
@@ -258,9 +258,8 @@ void Requests::reroute(Execution& execution, const Status& why) {
   execution.last_error = why;
   ++stats_.rerouted;
   if (execution.tries >= context_.limits().request_attempts_max)
-    return fail(execution,
-                Status(why.code(), str("given up after ", execution.tries, " engines or tries: ",
-                                       why.message())));
+    return fail(execution, Status(why.code(), str("given up after ", execution.tries,
+                                                  " engines or tries: ", why.message())));
   if (is_retryable(why.code())) execution.not_before_ms = context_.now().ms + kRetryDelayMs;
   queue_[execution.order] = execution.id;
 }
@@ -296,8 +295,8 @@ Status Requests::may_wait(const Execution& execution) const {
     if (!worker.engine.alive) continue;
     if (worker.engine.model == model || worker.engine.loading == model) return {};
     any = true;
-    const bool refuses = worker.engine.load_failed == model &&
-                         is_permanent(worker.engine.load_status.code());
+    const bool refuses =
+        worker.engine.load_failed == model && is_permanent(worker.engine.load_status.code());
     if (refuses) refusal = worker.engine.load_status;
     all_refuse = all_refuse && refuses;
   }
@@ -306,10 +305,11 @@ Status Requests::may_wait(const Execution& execution) const {
                                       " cannot be loaded by any engine: ", refusal.message()));
   if (context_.now().ms - execution.queued_ms < context_.limits().no_engine_wait_ms) return {};
   if (!any)
-    return unavailable_error("no engine is connected; start workers with: tandem up, or "
-                             "mpirun -np N tandem-worker");
-  return unavailable_error(str("no engine holds base ", execution.target.model.name,
-                               " and none is free to load it"));
+    return unavailable_error(
+        "no engine is connected; start workers with: tandem up, or "
+        "mpirun -np N tandem-worker");
+  return unavailable_error(
+      str("no engine holds base ", execution.target.model.name, " and none is free to load it"));
 }
 
 void Requests::tick() {

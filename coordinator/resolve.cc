@@ -49,10 +49,14 @@ Result<Target> target_of(const Tables& tables, const AdapterVersionRecord& adapt
     return not_found_error(str("adapter ", adapter.name, "@", adapter.version, " needs base ",
                                adapter.base_model.short_hex(),
                                ", which is not registered; add it with: tandem model add"));
-  Target target{model_ref(*model), adapter.digest, tables.manifest(adapter.digest),
-                str(adapter.name, "@", adapter.version), {}};
+  Target target{model_ref(*model),
+                adapter.digest,
+                tables.manifest(adapter.digest),
+                str(adapter.name, "@", adapter.version),
+                {}};
   if (target.manifest.empty())
-    return corrupt_error(str("the manifest of adapter ", target.name, " is not in the registry; "
+    return corrupt_error(str("the manifest of adapter ", target.name,
+                             " is not in the registry; "
                              "run: tandem registry check"));
   return target;
 }
@@ -63,8 +67,11 @@ Result<Target> target_of(const Tables& tables, const CheckpointRecord& checkpoin
       job == tables.jobs.end() ? nullptr : tables.model_by_digest(job->second.model);
   if (model == nullptr)
     return not_found_error(str("the base of ", checkpoint.job, " is not registered any more"));
-  return Target{model_ref(*model), checkpoint.manifest, tables.manifest(checkpoint.manifest),
-                str(checkpoint.job, "@step-", checkpoint.step), {}};
+  return Target{model_ref(*model),
+                checkpoint.manifest,
+                tables.manifest(checkpoint.manifest),
+                str(checkpoint.job, "@step-", checkpoint.step),
+                {}};
 }
 
 /// JOB@latest and JOB@step-N.
@@ -74,8 +81,8 @@ Result<Target> resolve_job(const Tables& tables, const std::string& id, const st
   if (what == "latest") {
     checkpoint = tables.latest_checkpoint(job->id);
     if (checkpoint == nullptr)
-      return not_found_error(str(id, " has no checkpoint yet (step ", job->step,
-                                 "); set save_steps lower or wait"));
+      return not_found_error(
+          str(id, " has no checkpoint yet (step ", job->step, "); set save_steps lower or wait"));
   } else {
     const auto step =
         what.rfind("step-", 0) == 0 ? parse_number<std::int64_t>(what.substr(5)) : std::nullopt;
@@ -85,8 +92,8 @@ Result<Target> resolve_job(const Tables& tables, const std::string& id, const st
       std::string kept;
       for (const auto& [key, record] : tables.checkpoints)
         if (key.first == id) kept += str(kept.empty() ? "" : ", ", "step-", record.step);
-      return not_found_error(str("no checkpoint ", id, "@", what, "; kept are: ",
-                                 kept.empty() ? "none" : kept));
+      return not_found_error(
+          str("no checkpoint ", id, "@", what, "; kept are: ", kept.empty() ? "none" : kept));
     }
     checkpoint = &found->second;
   }
@@ -98,7 +105,8 @@ Result<Target> resolve_job(const Tables& tables, const std::string& id, const st
 Result<Target> resolve_digest(const Tables& tables, const std::string& digits) {
   std::map<Digest, Target> found;
   for (const auto& [name, model] : tables.models)
-    if (has_prefix(model.digest, digits)) found[model.digest] = {model_ref(model), {}, "", name, {}};
+    if (has_prefix(model.digest, digits))
+      found[model.digest] = {model_ref(model), {}, "", name, {}};
   for (const auto& [key, adapter] : tables.adapters) {
     if (!has_prefix(adapter.digest, digits)) continue;
     TANDEM_ASSIGN_OR_RETURN(found[adapter.digest], target_of(tables, adapter));
@@ -109,7 +117,8 @@ Result<Target> resolve_digest(const Tables& tables, const std::string& digits) {
   }
   if (found.empty()) return not_found_error(str("no model or adapter has a digest ", digits, "…"));
   if (found.size() > 1)
-    return invalid_error(str("digest ", digits, "… fits ", found.size(), " objects; give more digits"));
+    return invalid_error(
+        str("digest ", digits, "… fits ", found.size(), " objects; give more digits"));
   return std::move(found.begin()->second);
 }
 
@@ -136,8 +145,7 @@ Result<Target> resolve(const Tables& tables, const std::string& name) {
   if (const AdapterVersionRecord* adapter = tables.current_adapter(name))
     return target_of(tables, *adapter);
   if (is_digest_prefix(name)) return resolve_digest(tables, name);
-  return not_found_error(
-      str("no model or adapter named ", name, suggestion(name, names(tables))));
+  return not_found_error(str("no model or adapter named ", name, suggestion(name, names(tables))));
 }
 
 Result<const ModelRecord*> find_model(const Tables& tables, const std::string& name) {
@@ -177,8 +185,8 @@ Result<const AdapterVersionRecord*> find_adapter(const Tables& tables, const std
           found != tables.adapters.end())
         return &found->second;
     if (alias != tables.aliases.end())
-      return not_found_error(str(base, " has no version ", *version, "; its current one is ",
-                                 alias->second.version));
+      return not_found_error(
+          str(base, " has no version ", *version, "; its current one is ", alias->second.version));
   } else {
     if (const AdapterVersionRecord* found = tables.current_adapter(base)) return found;
     if (is_digest_prefix(base))
@@ -203,18 +211,19 @@ Status check_name(const std::string& what, const std::string& name, std::size_t 
     return invalid_error(
         str(what, " must have 1 to ", bytes_max, " characters, not ", name.size()));
   const auto allowed = [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-           c == '.' || c == '_' || c == '-' || c == '/' || c == ':';
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' ||
+           c == '_' || c == '-' || c == '/' || c == ':';
   };
   for (const char c : name)
     if (!allowed(c))
-      return invalid_error(str(what, " '", name,
-                               "' may hold letters, digits and . _ - / : only ('@' is reserved)"));
+      return invalid_error(
+          str(what, " '", name, "' may hold letters, digits and . _ - / : only ('@' is reserved)"));
   const char first = name[0];
   if (first == '.' || first == '_' || first == '-' || first == '/' || first == ':' ||
       name.back() == '/' || name.find("//") != std::string::npos ||
       name.find("..") != std::string::npos)
-    return invalid_error(str(what, " '", name, "' must begin with a letter or digit and hold no "
+    return invalid_error(str(what, " '", name,
+                             "' must begin with a letter or digit and hold no "
                              "'..', '//' or trailing '/'"));
   if (is_digest_prefix(name) || name.rfind("job-", 0) == 0)
     return invalid_error(str(what, " '", name, "' looks like a digest or a job; choose another"));
@@ -223,10 +232,12 @@ Status check_name(const std::string& what, const std::string& name, std::size_t 
 
 Status check_free(const Tables& tables, const std::string& name, bool adapters_too) {
   if (tables.models.contains(name))
-    return conflict_error(str("a base model is named ", name, " already; models and adapters share "
+    return conflict_error(str("a base model is named ", name,
+                              " already; models and adapters share "
                               "one name space"));
   if (adapters_too && tables.aliases.contains(name))
-    return conflict_error(str("an adapter is named ", name, " already; models and adapters share "
+    return conflict_error(str("an adapter is named ", name,
+                              " already; models and adapters share "
                               "one name space"));
   return {};
 }

@@ -40,7 +40,8 @@ class ResultCache {
   std::optional<ResultRecord> insert(const Digest& key, const std::string& tenant,
                                      const protocol::GenerateChunk& answer, std::int64_t unix_ms,
                                      std::int64_t ttl_ms, std::vector<Digest>& evicted);
-  /// Takes in a record read at start; those that do not decode or expired are reported in `dropped`.
+  /// Takes in a record read at start; those that do not decode or expired are reported in
+  /// `dropped`.
   void load(const ResultRecord& record, std::int64_t unix_ms, std::vector<Digest>& dropped);
   /// Removes everything and returns the keys.
   std::vector<Digest> clear();

@@ -27,9 +27,9 @@ void ServedFiles::add(const ModelRecord& model) {
   remove(model.name);
   std::lock_guard lock(mutex_);
   for (const ModelFile& file : model.files)
-    files_.emplace(file.root,
-                   File{model.name, file.path.empty() ? model.path : model.path + "/" + file.path,
-                        file});
+    files_.emplace(
+        file.root,
+        File{model.name, file.path.empty() ? model.path : model.path + "/" + file.path, file});
 }
 
 void ServedFiles::remove(const std::string& model_name) {
@@ -60,8 +60,8 @@ Result<ServedFiles::Piece> ServedFiles::read(const Digest& root, std::int64_t of
         str("offset ", offset, " lies outside ", file.path, " of ", info.st_size, " bytes"));
   Piece piece;
   piece.total_bytes = info.st_size;
-  const std::int64_t want = bytes <= 0 ? storage::kBlobChunkBytesMax
-                                       : std::min(bytes, storage::kBlobChunkBytesMax);
+  const std::int64_t want =
+      bytes <= 0 ? storage::kBlobChunkBytesMax : std::min(bytes, storage::kBlobChunkBytesMax);
   piece.bytes.resize(static_cast<std::size_t>(std::min(want, info.st_size - offset)));
   std::size_t done = 0;
   while (done < piece.bytes.size()) {

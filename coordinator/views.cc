@@ -23,9 +23,8 @@ Json parse_object(const std::string& text) {
 }
 
 Json model_json(const ModelRecord& model, const WorkerTable& workers) {
-  const auto ready = std::count_if(workers.all().begin(), workers.all().end(), [&](const auto& w) {
-    return w.second.holds(model.digest);
-  });
+  const auto ready = std::count_if(workers.all().begin(), workers.all().end(),
+                                   [&](const auto& w) { return w.second.holds(model.digest); });
   const Json summary = parse_object(model.summary_json);
   return {{"name", model.name},
           {"digest", model.digest.hex()},
@@ -116,10 +115,10 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
   Json jobs = Json::array();
   for (const protocol::RunningJob& job : engine.jobs) jobs.push_back(job.job.value);
   const bool idle = engine.jobs.empty() && engine.requests.empty();
-  const char* state = !engine.alive                  ? (worker.agent.alive ? "starting" : "lost")
+  const char* state = !engine.alive                 ? (worker.agent.alive ? "starting" : "lost")
                       : workers.draining(worker.id) ? (idle ? "drained" : "draining")
-                      : engine.model.empty()         ? "starting"
-                                                     : "ready";
+                      : engine.model.empty()        ? "starting"
+                                                    : "ready";
   return {{"worker", worker.id.value},
           {"host", worker.host},
           {"device", worker.device},

@@ -12,7 +12,9 @@ using protocol::WorkerRole;
 constexpr std::size_t kSupersededKept = 16;
 const std::string kDrainPrefix = "drain/";
 
-const char* role_name(WorkerRole role) { return role == WorkerRole::kAgent ? "agent" : "engine"; }
+const char* role_name(WorkerRole role) {
+  return role == WorkerRole::kAgent ? "agent" : "engine";
+}
 
 }  // namespace
 
@@ -32,7 +34,8 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
   if (workers_.find(hello.worker) == workers_.end()) {
     forget_old();
     if (workers_.size() >= context_.limits().workers_max)
-      return busy_error(str("all ", context_.limits().workers_max, " places for workers are taken"));
+      return busy_error(
+          str("all ", context_.limits().workers_max, " places for workers are taken"));
   }
   Worker& worker = workers_[hello.worker];
   worker.id = hello.worker;
