@@ -19,7 +19,7 @@ inline constexpr std::size_t kDoctorSamplesMax = 16;
 inline constexpr std::size_t kDoctorSampleBytesMax = 4000;
 
 struct DoctorOptions {
-  DatasetOptions dataset;
+  DatasetOptions dataset{};
   std::size_t samples = 3;  ///< decoded rows to show, spread evenly over the file
 };
 
