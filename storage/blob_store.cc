@@ -230,8 +230,7 @@ Result<std::vector<std::byte>> BlobStore::get(const Digest& digest) {
   return std::vector<std::byte>(bytes.begin(), bytes.end());
 }
 
-// -- pins
-// ------------------------------------------------------------------------------------------------
+// -- pins ---------------------------------------------------------------------
 
 Status BlobStore::add_pin(const std::string& pin, std::span<const Digest> digests) {
   if (pin.empty()) return {};
@@ -263,8 +262,7 @@ bool BlobStore::is_pinned(const Digest& digest) {
   return false;
 }
 
-// -- garbage, checks, copies
-// -----------------------------------------------------------------------------------
+// -- garbage, checks, copies --------------------------------------------------
 
 Status BlobStore::remove_batch(std::span<const Digest> victims, BlobGcResult& result) {
   std::vector<Digest> files;

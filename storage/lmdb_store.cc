@@ -264,8 +264,7 @@ class LmdbStore final : public Store {
   std::shared_ptr<Environment> environment_;
 };
 
-// -- opening
-// -------------------------------------------------------------------------------------------
+// -- opening ------------------------------------------------------------------
 
 /// Takes the folder's lock for this process; the descriptor holds it.
 Result<int> take_lock(const std::string& directory) {

@@ -76,8 +76,7 @@ Result<std::vector<std::byte>> Registry::blob(const Digest& digest) {
   return std::vector<std::byte>(bytes.begin(), bytes.end());
 }
 
-// -- opening
-// -----------------------------------------------------------------------------------------------------
+// -- opening ------------------------------------------------------------------
 
 Status Registry::prepare_schema(const std::vector<Migration>& migrations,
                                 const std::function<Status()>& backup) {
@@ -149,8 +148,7 @@ std::unique_ptr<Registry> Registry::in_memory(const Clock& clock) {
       .value();
 }
 
-// -- garbage
-// -------------------------------------------------------------------------------------------------------
+// -- garbage ------------------------------------------------------------------
 
 namespace {
 
@@ -243,8 +241,7 @@ Result<GcResult> Registry::gc() {
   return result;
 }
 
-// -- copies
-// ----------------------------------------------------------------------------------------------------------
+// -- copies -------------------------------------------------------------------
 
 Status Registry::backup(const std::string& directory) {
   std::lock_guard lock(maintenance_);  // no chunk that the copied records need goes meanwhile

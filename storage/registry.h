@@ -83,15 +83,14 @@ class RegistryTxn {
   Result<std::vector<Record>> list(std::string_view prefix = "", std::size_t limit = SIZE_MAX,
                                    std::string_view after = "");
 
-  // -- writes; calling one in a read transaction is a bug
-  // ------------------------------------------
+  // -- writes; calling one in a read transaction is a bug -----------------------
   template <class Record>
   Status put(const Record& record);
   template <class Record>
   Status remove(std::string_view key);
   Status commit();
 
-  // -- models ------------------------------------------------------------------------------------
+  // -- models -------------------------------------------------------------------
   /// Validates name and manifest, refuses a name that an adapter or alias has (conflict) and writes
   /// record and manifest. The same name with the same digest is replaced, with another it is a
   /// conflict.
@@ -100,7 +99,7 @@ class RegistryTxn {
   Status remove_model(std::string_view name);
   Result<ModelRecord> model_by_digest(const Digest& digest);
 
-  // -- adapters and aliases ----------------------------------------------------------------------
+  // -- adapters and aliases -----------------------------------------------------
   /// Manifest, version and alias together. Repeating the newest version's publish (same job and
   /// digest) answers what the first one did. Errors: conflict (old epoch, name of a model), invalid
   /// (manifest).
@@ -124,14 +123,12 @@ class RegistryTxn {
   /// The nearest known model or alias name, or "".
   std::string nearest(std::string_view name);
 
-  // -- data sets
-  // -----------------------------------------------------------------------------------
+  // -- data sets ----------------------------------------------------------------
   Status add_dataset(const DatasetRecord& record, const std::string& manifest);
   /// By name, digest or digest prefix.
   Result<DatasetRecord> resolve_dataset(std::string_view reference);
 
-  // -- jobs
-  // ----------------------------------------------------------------------------------------
+  // -- jobs ---------------------------------------------------------------------
   /// Writes a new job. With a key that was used before by the same tenant: the job made then (same
   /// request digest), or a conflict. The bool says whether it is new.
   Result<std::pair<JobRecord, bool>> submit_job(const JobRecord& job, const Digest& request);
@@ -145,8 +142,7 @@ class RegistryTxn {
   /// Job, events, checkpoints. Refused while it has not ended.
   Status remove_job(std::string_view job);
 
-  // -- manifests, settings, idempotency
-  // --------------------------------------------------------------
+  // -- manifests, settings, idempotency -----------------------------------------
   Result<ManifestRecord> manifest(const Digest& digest);
   Result<std::optional<std::string>> setting(std::string_view name);
   Status set_setting(const std::string& name, const std::string& value);
@@ -236,6 +232,63 @@ class Registry {
   std::mutex maintenance_;  // gc and backup exclude each other
 };
 
-}  // namespace tandem::storage
+// -- bodies of the templates ---
 
-#include "storage/registry_records.h"  // the templates' bodies
+/// Decodes a record and holds it against the key it was found under.
+template <class Record>
+Result<Record> decode_at(std::string_view key, std::string_view value) {
+  auto record = protocol::decode_record<Record>(as_bytes(value));
+  if (!record.ok()) return record;
+  if (RecordTraits<Record>::key(*record) != key)
+    return corrupt_error(
+        str("table ", RecordTraits<Record>::kTable, ": a record lies under another's key"));
+  return record;
+}
+
+template <class Record>
+Result<std::optional<Record>> RegistryTxn::find(std::string_view key) {
+  if (key.empty() || key.size() > kStoreKeyBytesMax) return std::optional<Record>();
+  TANDEM_ASSIGN_OR_RETURN(const auto value, read_->get(RecordTraits<Record>::kTable, key));
+  if (!value) return std::optional<Record>();
+  TANDEM_ASSIGN_OR_RETURN(Record record, decode_at<Record>(key, *value));
+  return std::optional<Record>(std::move(record));
+}
+
+template <class Record>
+Result<Record> RegistryTxn::get(std::string_view key) {
+  TANDEM_ASSIGN_OR_RETURN(auto record, find<Record>(key));
+  if (!record) return not_found(RecordTraits<Record>::kNoun, key);
+  return std::move(*record);
+}
+
+template <class Record>
+Result<std::vector<Record>> RegistryTxn::list(std::string_view prefix, std::size_t limit,
+                                              std::string_view after) {
+  std::vector<Record> records;
+  const auto cursor = read_->cursor(RecordTraits<Record>::kTable);
+  for (cursor->seek(after > prefix ? after : prefix); cursor->valid() && records.size() < limit;
+       cursor->next()) {
+    if (!cursor->key().starts_with(prefix)) break;
+    if (!after.empty() && cursor->key() == after) continue;
+    TANDEM_ASSIGN_OR_RETURN(const std::string_view value, cursor->value());
+    TANDEM_ASSIGN_OR_RETURN(Record record, decode_at<Record>(cursor->key(), value));
+    records.push_back(std::move(record));
+  }
+  TANDEM_RETURN_IF_ERROR(cursor->status());
+  return records;
+}
+
+template <class Record>
+Status RegistryTxn::put(const Record& record) {
+  TANDEM_CHECK(write_ != nullptr, "put in a read transaction");
+  return write_->put(RecordTraits<Record>::kTable, RecordTraits<Record>::key(record),
+                     protocol::encode_record(record));
+}
+
+template <class Record>
+Status RegistryTxn::remove(std::string_view key) {
+  TANDEM_CHECK(write_ != nullptr, "remove in a read transaction");
+  return write_->del(RecordTraits<Record>::kTable, key);
+}
+
+}  // namespace tandem::storage

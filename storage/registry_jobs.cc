@@ -5,8 +5,7 @@
 
 namespace tandem::storage {
 
-// -- data sets
-// -------------------------------------------------------------------------------------------------
+// -- data sets ----------------------------------------------------------------
 
 Status RegistryTxn::add_dataset(const DatasetRecord& record, const std::string& manifest) {
   TANDEM_RETURN_IF_ERROR(validate_name(record.name, "data set"));
@@ -31,8 +30,7 @@ Result<DatasetRecord> RegistryTxn::resolve_dataset(std::string_view reference) {
   return std::move(*found);
 }
 
-// -- jobs
-// --------------------------------------------------------------------------------------------------------
+// -- jobs ---------------------------------------------------------------------
 
 Result<std::pair<JobRecord, bool>> RegistryTxn::submit_job(const JobRecord& job,
                                                            const Digest& request) {
@@ -103,8 +101,7 @@ Status RegistryTxn::remove_job(std::string_view id) {
   return remove<JobRecord>(id);
 }
 
-// -- settings and remembered answers
-// ---------------------------------------------------------------------------
+// -- settings and remembered answers ------------------------------------------
 
 Result<std::optional<std::string>> RegistryTxn::setting(std::string_view name) {
   TANDEM_ASSIGN_OR_RETURN(auto record, find<SettingRecord>(name));

@@ -83,8 +83,7 @@ std::string RegistryTxn::nearest(std::string_view name) {
   return nearest_name(name, names);
 }
 
-// -- manifests
-// ---------------------------------------------------------------------------------------------
+// -- manifests ----------------------------------------------------------------
 
 Result<ManifestRecord> RegistryTxn::manifest(const Digest& digest) {
   TANDEM_ASSIGN_OR_RETURN(auto record, find<ManifestRecord>(digest_key(digest)));
@@ -118,8 +117,7 @@ Status RegistryTxn::put_manifest(const std::string& text, ManifestKind kind,
   return put(record);
 }
 
-// -- models
-// ----------------------------------------------------------------------------------------------------
+// -- models -------------------------------------------------------------------
 
 Status RegistryTxn::refuse_taken_name(const std::string& name, bool for_model) {
   if (for_model) {
@@ -176,8 +174,7 @@ Result<ModelRecord> RegistryTxn::model_by_digest(const Digest& digest) {
   return not_found_error("no model with the digest " + digest.hex());
 }
 
-// -- adapters
-// ----------------------------------------------------------------------------------------------------
+// -- adapters -----------------------------------------------------------------
 
 Status RegistryTxn::check_epoch(const std::string& job, std::uint64_t epoch) {
   if (job.empty()) return {};
@@ -319,8 +316,7 @@ Status RegistryTxn::remove_adapter_version(std::string_view name, std::uint32_t 
   return remove<AdapterVersionRecord>(adapter_key(name, version));
 }
 
-// -- resolving
-// ---------------------------------------------------------------------------------------------------
+// -- resolving ----------------------------------------------------------------
 
 Result<Resolved> RegistryTxn::resolve_digest(std::string_view prefix) {
   std::string key_prefix;

@@ -12,8 +12,7 @@ namespace {
 constexpr int kNesting = 32;
 constexpr std::size_t kRecordBytesMax = (64 << 20) + 4096;
 
-// -- pieces
-// ----------------------------------------------------------------------------------------
+// -- pieces -------------------------------------------------------------------
 
 capnp::Data::Reader data(const Digest& digest) {
   return digest.empty() ? capnp::Data::Reader()
@@ -52,8 +51,7 @@ Enum checked_enum(std::uint8_t value, Enum last) {
   return static_cast<Enum>(value);
 }
 
-// -- one pair of functions per record; the schema says what each field means
-// ---------------------------
+// -- one pair of functions per record; the schema says what each field means --
 
 void write(schema::Model::Builder to, const ModelRecord& r) {
   to.setName(text(r.name));
@@ -320,8 +318,7 @@ void read(schema::Idempotency::Reader from, IdempotencyRecord& r) {
   r.created_unix_ms = from.getCreatedUnixMs();
 }
 
-// -- the frame
-// ---------------------------------------------------------------------------------------
+// -- the frame ----------------------------------------------------------------
 
 template <class Schema, class Record>
 std::string encode(const Record& record) {

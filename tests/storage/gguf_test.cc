@@ -12,8 +12,7 @@
 namespace tandem::storage {
 namespace {
 
-// -- a small writer, so that every field can be made wrong
-// ------------------------------------------------
+// -- a small writer, so that every field can be made wrong --------------------
 
 template <class T>
 std::string number(T value) {
@@ -218,8 +217,7 @@ TEST(Gguf, MutationsNeverCrashAndNeverReadOutside) {
   EXPECT_GT(accepted, 100);  // otherwise nothing behind the checks was reached
 }
 
-// -- dequantization
-// -----------------------------------------------------------------------------------------
+// -- dequantization -----------------------------------------------------------
 
 TEST(Gguf, DequantizesEveryTypeAsTheReferenceDoesBitForBit) {
   std::istringstream golden(

@@ -26,7 +26,8 @@ TEST(Manifest, HasOneCanonicalText) {
   const std::string root = content_root(std::vector<std::byte>(24, std::byte{7})).hex();
   const std::string tail = R"(],"dtype":"bf16","name":"a","root":")" + root + R"(","shape":[12]},)";
   EXPECT_TRUE(text.starts_with(
-      R"({"format":1,"kind":"adapter","settings":{"alpha":0.1,"base_model":"x","r":16},"tensors":[{"bytes":24,"chunks":[")" +
+      R"({"format":1,"kind":"adapter","settings":{"alpha":0.1,"base_model":"x","r":16},)"
+      R"("tensors":[{"bytes":24,"chunks":[")" +
       digest + "\"" + tail))
       << text;
 }

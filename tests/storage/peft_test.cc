@@ -122,8 +122,9 @@ TEST(Peft, RefusesValuesOutOfRange) {
 
 TEST(Peft, AcceptsWhatOnlySteersTraining) {
   const auto config = parse_peft_config(
-      R"({"peft_type":"LORA","r":16,"lora_alpha":32,"lora_dropout":0.1,"use_dora":false,"modules_to_save":null,"loftq_config":{},
-          "layers_to_transform":[0,1],"init_lora_weights":"gaussian","some_new_field":null,"target_modules":"all-linear"})",
+      R"({"peft_type":"LORA","r":16,"lora_alpha":32,"lora_dropout":0.1,"use_dora":false,)"
+      R"("modules_to_save":null,"loftq_config":{},"layers_to_transform":[0,1],)"
+      R"("init_lora_weights":"gaussian","some_new_field":null,"target_modules":"all-linear"})",
       "c");
   ASSERT_TRUE(config.ok()) << config.status().to_string();
   EXPECT_TRUE(config->all_linear);

@@ -350,8 +350,7 @@ TEST_F(RegistryTest, DataSetsAreFoundByNameAndDigest) {
             StatusCode::kNotFound);  // nothing to generate with
 }
 
-// -- check, schema
-// -------------------------------------------------------------------------------------------
+// -- check, schema ------------------------------------------------------------
 
 TEST(RegistryCheck, NamesEveryDamagedValueAndBrokenReference) {
   ManualClock clock;
@@ -449,8 +448,7 @@ TEST(RegistrySchema, MigratesAfterABackupAndRefusesANewerOne) {
       << older.message();
 }
 
-// -- on disk
-// ---------------------------------------------------------------------------------------------------
+// -- on disk ------------------------------------------------------------------
 
 class RegistryOnDisk : public testing::Test {
  protected:
