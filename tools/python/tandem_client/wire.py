@@ -1,0 +1,177 @@
+"""Messages to bytes and back, with the coordinator's own schemas (protocol/schema)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import capnp  # type: ignore[import-untyped]
+
+from tandem_client.errors import TandemError
+from tandem_client.types import Chunk, Logprob, Message, Sampling, Usage
+
+VERSION_MAJOR, VERSION_MINOR = 1, 1
+FRAME_BYTES_MAX = 4 << 20
+_NESTING_MAX = 32
+
+capnp.remove_import_hook()
+_SCHEMA = capnp.load(
+    str(Path(__file__).resolve().parent / "schema" / "client.capnp"),
+    imports=[str(Path(capnp.__file__).resolve().parent.parent)],
+)
+
+
+def _encode(message: Any) -> bytes:
+    frame: bytes = message.to_bytes()
+    if len(frame) > FRAME_BYTES_MAX:
+        raise TandemError(
+            "invalid", f"a message of {len(frame)} bytes exceeds the limit of {FRAME_BYTES_MAX}"
+        )
+    return frame
+
+
+def hello(program: str, minor: int) -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    body = message.init("hello")
+    body.version.major, body.version.minor = VERSION_MAJOR, minor
+    body.client = program
+    return _encode(message)
+
+
+def generate(
+    request_id: str,
+    model: str,
+    *,
+    messages: Sequence[Message] = (),
+    prompt: str = "",
+    tokens: Sequence[int] = (),
+    raw: bool = False,
+    sampling: Sampling,
+    stream: bool,
+    no_cache: bool,
+    next_index: int,
+    deadline_ms: int,
+) -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    body = message.init("generate")
+    body.id, body.model = request_id, model
+    turns = body.input.init("messages", len(messages))
+    for turn, given in zip(turns, messages):
+        turn.role, turn.content = given["role"], given["content"]
+    body.input.prompt, body.input.raw = prompt, raw
+    body.input.tokens = list(tokens)
+    _put_sampling(body.sampling, sampling)
+    body.stream, body.noCache = stream, no_cache
+    body.nextIndex, body.deadlineMs = next_index, deadline_ms
+    return _encode(message)
+
+
+def _put_sampling(body: Any, sampling: Sampling) -> None:
+    optional = {
+        "maxTokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "topK": sampling.top_k,
+        "topP": sampling.top_p,
+        "minP": sampling.min_p,
+        "seed": sampling.seed,
+    }
+    for name, value in optional.items():
+        if value is not None:
+            getattr(body, name).value = value
+    body.repetitionPenalty = sampling.repetition_penalty
+    body.presencePenalty = sampling.presence_penalty
+    body.frequencyPenalty = sampling.frequency_penalty
+    body.stop = list(sampling.stop)
+    body.stopTokenIds = list(sampling.stop_token_ids)
+    body.logprobs, body.minTokens = sampling.logprobs, sampling.min_tokens
+    body.ignoreEos = sampling.ignore_eos
+
+
+def cancel(request_id: str) -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    message.init("cancel").id = request_id
+    return _encode(message)
+
+
+def call(call_id: str, key: str, method: str, params_json: str) -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    body = message.init("call")
+    body.callId, body.idempotencyKey = call_id, key
+    body.method, body.paramsJson = method, params_json
+    return _encode(message)
+
+
+def call_cancel(call_id: str) -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    message.init("callCancel").callId = call_id
+    return _encode(message)
+
+
+class Reply:
+    """One message of the coordinator, copied out of its frame."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind  # hello, chunk, callReply or pong
+        self.code, self.message = "ok", ""
+        self.id = ""
+        self.retry_after_ms = 0
+        self.version = (0, 0)
+        self.server = ""
+        self.chunk: Optional[Chunk] = None
+        self.result_json = ""
+        self.more = False
+
+
+def decode(frame: bytes) -> Reply:
+    """Raises TandemError("corrupt") for anything that is not a message."""
+    if len(frame) > FRAME_BYTES_MAX or len(frame) % 8 != 0:
+        raise TandemError("corrupt", f"a frame of {len(frame)} bytes is not a message")
+    try:
+        with _SCHEMA.ServerMessage.from_bytes(
+            frame, traversal_limit_in_words=len(frame) // 4 + 64, nesting_limit=_NESTING_MAX
+        ) as message:
+            return _reply(message)
+    except (capnp.KjException, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise TandemError("corrupt", f"not a message of the coordinator: {error}") from None
+
+
+def _reply(message: Any) -> Reply:
+    reply = Reply(str(message.which()))
+    if reply.kind == "hello":
+        body = message.hello
+        reply.code, reply.message = str(body.status.code), body.status.message
+        reply.version = (body.version.major, body.version.minor)
+        reply.server = body.server
+    elif reply.kind == "chunk":
+        body = message.chunk
+        reply.code, reply.message = str(body.status.code), body.status.message
+        reply.id, reply.retry_after_ms = body.id, body.retryAfterMs
+        reply.chunk = _chunk(body)
+    elif reply.kind == "callReply":
+        body = message.callReply
+        reply.code, reply.message = str(body.status.code), body.status.message
+        reply.id, reply.retry_after_ms = body.callId, body.retryAfterMs
+        reply.result_json, reply.more = body.resultJson, body.more
+    return reply
+
+
+def _chunk(body: Any) -> Chunk:
+    return Chunk(
+        id=body.id,
+        index=body.index,
+        text=body.text,
+        tokens=tuple(body.tokens),
+        logprobs=tuple(
+            Logprob(item.token, item.logprob, tuple((t.token, t.logprob) for t in item.top))
+            for item in body.logprobs
+        ),
+        finish=str(body.finish),
+        usage=Usage(
+            body.usage.promptTokens, body.usage.completionTokens, body.usage.cachedPromptTokens
+        ),
+        model=bytes(body.model).hex(),
+        adapter=bytes(body.adapter).hex(),
+        cached=body.cached,
+        queue_us=body.queueUs,
+        first_token_us=body.firstTokenUs,
+    )
