@@ -99,8 +99,9 @@ struct Pong {
 # status            {} -> {"server", "version", "incarnation", "uptime_s", "endpoints": {"client",
 #                   "worker", "bulk"}, "data_dir", "log_path", "tensorboard_dir", "models": n,
 #                   "adapters": n, "jobs": {"queued", "running", "paused", "done", "failed",
-#                   "cancelled"}, "requests": {"running", "waiting"}, "workers": [WORKER],
-#                   "refused_frames": n}
+#                   "cancelled"}, "requests": {"running", "waiting", "accepted", "finished", "failed",
+#                   "cancelled", "busy", "rerouted", "shared", "tokens"}, "cache": as cache.stats,
+#                   "datasets": n, "workers": [WORKER]}
 #
 # model.add !       {"name", "path", "shared"? = false} -> MODEL. The path is on the coordinator's host,
 #                   under one of its model_roots, else `refused`; a family or GGUF type that is not
@@ -110,7 +111,7 @@ struct Pong {
 # model.rm !        {"model", "force"? = false} -> {}. `refused` while adapters or jobs need it, unless
 #                   forced.
 #
-# data.add !        {"digest", "name"?, "bytes", "chunks": [digest], "upload"} -> DATA. The chunks of at
+# data.add !        {"digest", "name"?, "bytes", "chunks": [digest], "upload"?, "rows"?, "format"?} -> DATA. The chunks of at
 #                   most 16 MiB lie on the bulk socket already (BlobPut with pin = upload); `digest` is
 #                   the content root: SHA-256 over their digests (base/digest.h). `notFound` names the
 #                   first chunk that is missing.
@@ -118,15 +119,17 @@ struct Pong {
 # data.show         {"data"} -> DATA with "chunks"
 # data.rm !         {"data"} -> {}. `refused` while a job that has not ended needs it.
 #
-# job.submit !      {"spec": JobSpec, "name"?} -> {"job", "state", "position", "estimate": {...}}. The
+# job.submit !      {"spec": JobSpec, "name"?} -> {"job", "state", "position", "reason", "estimate"}. The
 #                   whole job is checked first: an unknown setting is `invalid` with the nearest name;
 #                   what does not fit in memory is `refused` with the bytes and by how much.
 # job.list          {"state"?} + page -> {"jobs": [JOB], "next"}; newest first
-# job.show          {"job"} -> JOB with "spec", "epoch", "checkpoints": [{"step", "digest", "bytes"}],
-#                   "metrics" (the last of each kind), "error"
+# job.show          {"job"} -> JOB with "spec", "epoch", "checkpoints": [{"step", "digest",
+#                   "created"}], "metrics" (the last of each kind), "error_code", "estimate", "summary",
+#                   "published" (digest), "published_version"
 # job.watch stream  {"job", "after"? = 0} -> {"seq", "time", "kind", "step", "total_steps", "message",
 #                   "metrics"} for each event with seq > after, old ones first, then as they come. The
-#                   last reply (more false) is {"job", "state", "adapter", "error"} when the job ended.
+#                   last reply (more false) is {"job", "state", "adapter": "name@version", "digest",
+#                   "summary", "error"} when the job ended.
 # job.logs stream   {"job", "after"? = 0, "follow"? = false} -> {"seq", "time", "line"}; as watch
 # job.cancel !      {"job"} -> JOB. A job that has ended: `conflict`.
 # job.pause !       {"job"} -> JOB. Writes a checkpoint first; state is "pausing" until then.
@@ -139,8 +142,9 @@ struct Pong {
 #                   (a name, name@version or digest) resolves to now.
 # adapter.rollback ! {"alias", "version"? = the one before} -> {"alias", "version", "digest"}. A new
 #                   version with the old digest: history is never rewritten.
-# adapter.rm !      {"adapter"} -> {}. Removes the alias; the bytes go with the next registry.gc.
-# adapter.import !  {"name", "model", "manifest", "upload"} -> ADAPTER. The tensors' chunks lie on the
+# adapter.rm !      {"adapter"} -> {}. Removes the name with its versions, or name@version alone; `refused`
+#                   while an alias points there. The bytes go with the next registry.gc.
+# adapter.import !  {"name", "model", "manifest", "metadata"?, "upload"?} -> ADAPTER. The tensors' chunks lie on the
 #                   bulk socket already; a tensor that fits no site, a rank or base that does not fit:
 #                   `refused` with the tensor's name.
 # adapter.manifest  {"adapter"} -> {"digest", "manifest"}: the canonical text, for export; the chunks
@@ -154,7 +158,7 @@ struct Pong {
 # worker.resume !   {"worker"} -> WORKER
 # worker.restart !  {"worker"} -> WORKER. Its engine is ended and started again.
 #
-# cache.stats       {} -> {"entries", "bytes", "bytes_max", "hits", "misses", "evictions"}
+# cache.stats       {} -> {"entries", "bytes", "bytes_max", "hits", "misses", "evictions", "expired"}
 # cache.clear !     {} -> {"entries": removed}
 #
 # registry.check    {"verify_blobs"? = true} -> {"ok", "records", "blobs", "bytes", "problems": [text]}
@@ -176,10 +180,11 @@ struct Pong {
 #            "created", "workers": n ready}
 #   DATA     {"name", "digest", "bytes", "created"}
 #   JOB      {"job", "name", "state", "model", "adapter", "step", "total_steps", "loss", "priority",
-#            "position", "reason", "worker", "created", "started", "ended"}; state: queued, estimating,
+#            "position", "reason", "worker", "attempts", "error", "created", "started", "ended"}; state: queued, estimating,
 #            starting, running, pausing, paused, publishing, done, failed, cancelled; reason: why a queued
 #            job waits
 #   ADAPTER  {"name", "version", "digest", "model", "rank", "bytes", "job", "created", "resident": n}
-#   WORKER   {"worker", "host", "device", "state", "model", "jobs": [JOB id], "requests", "kv_free",
-#            "tokens_per_second", "memory_bytes", "adapters": n}; state: starting, ready, draining,
+#   WORKER   {"worker", "host", "device", "device_name", "state", "model", "loading", "error", "jobs": [JOB
+#            id], "requests", "credits", "kv_free", "kv_total", "tokens_per_second", "memory_bytes",
+#            "adapters": n, "agent": alive, "pid", "agent_pid", "stats"}; state: starting, ready, draining,
 #            drained, lost
