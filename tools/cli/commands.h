@@ -63,6 +63,11 @@ struct GenerateOptions {
 Status run_generate(Session& session, const GenerateOptions& options);
 Status run_chat(Session& session, const GenerateOptions& options);
 
+/// Mean loss of a data set's trained tokens (commands_eval.cc), through the same path that answers
+/// requests.
+Status run_eval(Session& session, const std::string& model, const std::string& path,
+                std::int64_t max_length);
+
 // -- operations (commands_operations.cc)
 Status run_worker_action(Session& session, const std::string& action, const std::string& worker);
 Status run_cache(Session& session, const std::string& action);

@@ -208,6 +208,14 @@ void add_inference(CLI::App& app, Invocation& in) {
   generate->add_option("--prompt", in.generate.prompt, "text [standard input]");
   generate->add_flag("--raw", in.generate.raw, "no chat template");
   generate->add_flag("!--no-stream", in.generate.stream, "one chunk with everything");
+  CLI::App* eval = verb(
+      app, in, "eval", "mean loss of a data set's trained tokens, as served",
+      [&in](Session& s) { return run_eval(s, in.model, in.path, in.max_length); },
+      "tandem eval --model guide --data heldout.jsonl");
+  eval->add_option("--model", in.model, "base, alias, alias@version or digest")->required();
+  eval->add_option("--data", in.path, "JSON lines file")->required();
+  eval->add_option("--max-length", in.max_length, "tokens of a row [2048]")
+      ->check(CLI::PositiveNumber);
   add_sampling(*verb(app, in, "chat", "a conversation",
                      [&in](Session& s) { return run_chat(s, in.generate); }),
                in);
