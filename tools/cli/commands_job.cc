@@ -188,7 +188,7 @@ Status follow(Session& session, const std::string& job) {
   }
   TANDEM_RETURN_IF_ERROR(status);
   const std::string state = follower.end().value("state", "");
-  if (state == "done") {
+  if (state == "done" || state == "succeeded") {
     if (!session.json())
       std::fprintf(stderr, "published as %s: tandem generate --model %s --prompt ...\n",
                    field(follower.end(), "adapter").c_str(),
