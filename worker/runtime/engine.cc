@@ -45,7 +45,9 @@ class Engine {
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
              [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
         tasks_(kTasksMax),
-        serve_(io_, tasks_, bulk_, [this](Task task) { post(serve_inbox_, std::move(task)); }) {}
+        serve_(io_, tasks_, bulk_, [this](Task task) { post(serve_inbox_, std::move(task)); }) {
+    beat();  // the I/O thread has something to say from the start
+  }
 
   ~Engine() { bulk_.cancel(); }
 

@@ -326,7 +326,9 @@ void JobHost::on_ack(const protocol::JobAck& ack) {
     phase_ = Phase::kOver;
     return;
   }
-  if (ack.of.starts_with("checkpoint:")) {
+  if (ack.of.starts_with("checkpoint:") && !ack.status.ok()) {
+    log_warn("job ", start_.job, ": ", ack.of, " was refused: ", ack.status.message());
+  } else if (ack.of.starts_with("checkpoint:")) {
     checkpoint_acked_step_ =
         std::max(checkpoint_acked_step_,
                  static_cast<std::int64_t>(std::strtoll(ack.of.c_str() + 11, nullptr, 10)));
