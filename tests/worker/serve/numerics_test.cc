@@ -1,6 +1,6 @@
 // The Invariant bar: a row's tokens and log-probabilities are bitwise the same alone and in any
 // company, however it was cut, cached, preempted or padded.
-#include "serve_fixture.h"
+#include "tests/worker/serve/serve_fixture.h"
 
 #include <algorithm>
 #include <array>

@@ -1,4 +1,4 @@
-#include "serve_fixture.h"
+#include "tests/worker/serve/serve_fixture.h"
 
 #include <functional>
 #include <set>
