@@ -89,9 +89,11 @@ LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const Devic
       terms = static_cast<std::int64_t>(a.sites.size());
       rank_sum = columns;
     }
-    w.gemm_bytes = std::max(
-        cpu::small_product_scratch(cd, t, i, rank_max, profile.threads),
-        cpu::small_product_scratch(cd, t, rank_max, site_outputs_max(a.sites), profile.threads));
+    const std::int64_t n_max = site_outputs_max(a.sites);
+    w.gemm_bytes = most_over_rows(t, [&](std::int64_t rows) {  // of a segment
+      return std::max(cpu::small_product_scratch(cd, rows, i, rank_max, profile.threads),
+                      cpu::small_product_scratch(cd, rows, rank_max, n_max, profile.threads));
+    });
   }
   w.gemm_bytes = std::max(w.gemm_bytes, cpu::linear_forward_scratch(a.weight->dtype, t, n, i, terms,
                                                                     rank_sum, profile.threads));
