@@ -35,7 +35,7 @@ std::int64_t site_outputs_max(const std::vector<LoraSite>& sites) {
 }
 
 /// Logits of one chunk of rows are at most this many bytes of f32, or kLogitsChunkRowsMin rows.
-constexpr std::int64_t kLogitsChunkBytes = 32 << 20;
+constexpr std::int64_t kLogitsChunkBytes = 48 << 20;
 constexpr std::int64_t kLogitsChunkRowsMin = 16;
 
 /// The largest bytes(rows) over all 1 <= rows <= t: products choose their blocking by the number of
@@ -145,14 +145,18 @@ LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntr
   w.index = layout.add(t * 4);
   w.x = layout.add(w.chunk_rows * c * dtype_bytes(a.x.dtype));
   w.logits = layout.add(w.chunk_rows * v * 4);
-  if (a.dx.defined() && a.x.dtype == DType::kF32) w.partial = layout.add(w.chunk_rows * c * 4);
+  if (a.dx.defined()) w.dx = layout.add(w.chunk_rows * c * 4);
   w.gemm_bytes = most_over_rows(w.chunk_rows, [&](std::int64_t rows) {
     const DType format = a.weight->dtype;
     const std::int64_t forward =
         cpu::linear_forward_scratch(format, rows, v, c, 0, 0, profile.threads);
     if (!a.dx.defined()) return forward;
-    return std::max(forward,
-                    cpu::linear_input_grad_scratch(format, rows, v, c, 0, 0, profile.threads));
+    std::int64_t backward = 0;
+    for (const std::int64_t n : {std::min(v, kVocabularyBlock), v % kVocabularyBlock})
+      if (n > 0)
+        backward = std::max(
+            backward, cpu::linear_input_grad_scratch(format, rows, n, c, 0, 0, profile.threads));
+    return std::max(forward, backward);
   });
   w.gemm = layout.add(w.gemm_bytes);
   w.bytes = layout.bytes();

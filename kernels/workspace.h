@@ -49,15 +49,16 @@ struct LinearBackwardWorkspace {
 LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& args,
                                                   const DeviceProfile& profile);
 
-/// Entries of the vocabulary whose gradients one f32 chain sums; chains are then added. One chain
-/// over a vocabulary of 300,000 loses the terms below half an ulp of its sum (1e-4 relative).
-inline constexpr std::int64_t kVocabularyBlock = 8192;
+/// Entries of the vocabulary whose part of dx is computed at a time. It keeps the re-tiled weights
+/// in a core's cache (1.7x faster than all of SmolLM2's 49,152 at once), and in f32 it bounds the
+/// chain of a sum: one chain over 300,000 entries loses what is below half an ulp (1e-4 relative).
+inline constexpr std::int64_t kVocabularyBlock = 2048;
 struct LinearCrossEntropyWorkspace {
   std::int64_t chunk_rows = 0;
-  std::int64_t index = 0;    ///< [T] i32: the rows with labels
-  std::int64_t x = 0;        ///< [chunk_rows, C] cd: those rows of x, then of dx
-  std::int64_t logits = 0;   ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place
-  std::int64_t partial = 0;  ///< [chunk_rows, C] f32: dx of one kVocabularyBlock; f32 only
+  std::int64_t index = 0;   ///< [T] i32: the rows with labels
+  std::int64_t x = 0;       ///< [chunk_rows, C] cd: those rows of x, then of dx
+  std::int64_t logits = 0;  ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place
+  std::int64_t dx = 0;      ///< [chunk_rows, C] f32: the sum over the blocks; only with dx
   std::int64_t gemm = 0;
   std::int64_t gemm_bytes = 0;
   std::int64_t bytes = 0;

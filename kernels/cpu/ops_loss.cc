@@ -54,19 +54,23 @@ void row_loss(const LinearCrossEntropyArgs& a, std::int64_t row, float* logits) 
               sizeof own);
 }
 
-/// dx = dlogits W in f32, a kVocabularyBlock at a time: blocks are fixed, so a row's bits are too.
-void input_grad_f32(const PackedMatrix& w, std::int64_t rows, const float* dlogits, float* dx,
-                    float* partial, std::span<std::byte> gemm, int threads) {
+/// dx = dlogits W in f32, a block of the vocabulary at a time: blocks are fixed, so a row's bits
+/// are too. In f32 each block is a chain of its own, through `block`; bf16 adds up in f32 anyway.
+void input_grad(const PackedMatrix& w, std::int64_t rows, ConstRows dlogits, float* dx,
+                float* block, std::span<std::byte> gemm, int threads) {
   const std::int64_t c = w.k;
+  const bool chains = w.format == DType::kF32;
   for (std::int64_t begin = 0; begin < w.n; begin += kVocabularyBlock) {
     const std::int64_t n = std::min(kVocabularyBlock, w.n - begin);
-    const auto* panels = static_cast<const char*>(w.data) + packed_bytes(DType::kF32, begin, c);
-    float* to = begin == 0 ? dx : partial;
-    linear_input_grad({panels, DType::kF32, n, c}, rows, {dlogits + begin, w.n, DType::kF32},
-                      {to, c, DType::kF32}, {}, gemm);
-    if (begin == 0) continue;
+    const auto* panels = static_cast<const char*>(w.data) + packed_bytes(w.format, begin, c);
+    const auto* part = static_cast<const char*>(dlogits.data) + begin * dtype_bytes(dlogits.dtype);
+    LinearOptions options;
+    options.accumulate = begin > 0 && !chains;
+    linear_input_grad({panels, w.format, n, c}, rows, {part, dlogits.ld, dlogits.dtype},
+                      {begin > 0 && chains ? block : dx, c, DType::kF32}, options, gemm);
+    if (begin == 0 || !chains) continue;
     parallel_for(threads, rows, c, [&](std::int64_t r) {
-      for (std::int64_t j = r * c; j < (r + 1) * c; ++j) dx[j] += partial[j];
+      for (std::int64_t j = r * c; j < (r + 1) * c; ++j) dx[j] += block[j];
     });
   }
 }
@@ -98,13 +102,15 @@ void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a
       TANDEM_CPU_DISPATCH(cd, row_loss, a, at[r], logits + r * v);
     });
     if (!a.dx.defined()) continue;
-    if (cd == DType::kF32)
-      input_grad_f32(w, rows, logits, chunk.as<float>(), scratch.at<float>(layout.partial), gemm,
-                     profile_.threads);
-    else  // a row of bf16 gradients begins where its logits began: rows are 2 V elements apart
-      cpu::linear_input_grad(w, rows, {logits, 2 * v, cd}, {chunk.data, c, cd}, {}, gemm);
+    // A row of gradients begins where its logits began: in bf16 rows are 2 V elements apart.
+    auto* dx = scratch.at<float>(layout.dx);
+    input_grad(w, rows, {logits, v * 4 / dtype_bytes(cd), cd}, dx, scratch.at<float>(layout.x),
+               gemm, profile_.threads);
     parallel_for(profile_.threads, rows, c, [&](std::int64_t r) {
-      std::memcpy(row_of(a.dx, at[r]), row_of(chunk, r), row_bytes);
+      if (cd == DType::kF32)
+        std::memcpy(row_of(a.dx, at[r]), dx + r * c, row_bytes);
+      else
+        row_kernels().round_bf16(dx + r * c, reinterpret_cast<bf16*>(row_of(a.dx, at[r])), c);
     });
   }
 }

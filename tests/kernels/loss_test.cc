@@ -12,10 +12,9 @@ struct LossShape {
   std::int64_t t, c, v;
   int ignore_every;  ///< every n-th row is ignored; 0: none; 1: all
 };
-// The last two cross a chunk of rows: (32 << 20) / (4 v) rows at most.
-constexpr LossShape kLoss[] = {{0, 4, 5, 0},       {1, 1, 1, 0},      {3, 7, 33, 2},
-                               {5, 64, 100, 1},    {50, 24, 1001, 3}, {30, 4, 300'001, 4},
-                               {72, 4, 120'000, 0}};
+// The last crosses a chunk of rows, (48 << 20) / (4 v) at most, and many blocks of the vocabulary.
+constexpr LossShape kLoss[] = {{0, 4, 5, 0},    {1, 1, 1, 0},      {3, 7, 33, 2},
+                               {5, 64, 100, 1}, {50, 24, 1001, 3}, {45, 2, 300'001, 4}};
 
 class LinearCrossEntropy : public OpTest {
  protected:
@@ -48,7 +47,8 @@ TEST_P(LinearCrossEntropy, MatchesTheReference) {
   const Values x = random_values(s.t * s.c, dtype(), 1);
   const Values w = random_values(s.v * s.c, dtype(), 2, 2.0 / std::sqrt(static_cast<double>(s.c)));
   const CrossEntropyResult want = cross_entropy(x, w, at, s.c, s.v, 0.125);
-  const Outputs got = run(s, x, w, at, true), evaluated = run(s, x, w, at, false);
+  const Outputs got = run(s, x, w, at, true),
+                evaluated = s.v > 100'000 ? got : run(s, x, w, at, false);
   // The loss is a difference of f32 numbers of the size of the logits; inputs are exact.
   expect_close("loss", got.at("loss").values(), want.loss, tolerance(DType::kF32, s.v + s.c, 16));
   EXPECT_EQ(got.at("correct").values(), want.correct);
