@@ -152,7 +152,7 @@ class Fields {
   std::set<std::string> seen_;
 };
 
-Status read_rope_kind(Fields& fields, RopeScaling& rope) {
+Status read_rope_kind(Fields& fields, const char* key, RopeScaling& rope) {
   const Json* type = fields.find("rope_type");
   if (const Json* old = fields.find("type"); type == nullptr) type = old;
   if (type == nullptr || *type == "default") return {};
@@ -163,7 +163,7 @@ Status read_rope_kind(Fields& fields, RopeScaling& rope) {
   else if (*type == "yarn")
     rope.kind = RopeScaling::Kind::kYarn;
   else
-    return refused_error(str("config.json: rope_type ", type->dump(),
+    return refused_error(str("config.json: ", key, ": rope_type ", type->dump(),
                              " is not supported (default, linear, llama3, yarn are)"));
   return fields.number("factor", rope.factor, true);
 }
@@ -174,7 +174,7 @@ Status read_rope(const Json& object, const char* key, ModelConfig& config) {
     return invalid_error(str("config.json: ", key, " is ", object.dump(), ", not an object"));
   Fields fields(object, str("config.json: ", key));
   RopeScaling& rope = config.rope_scaling;
-  TANDEM_RETURN_IF_ERROR(read_rope_kind(fields, rope));
+  TANDEM_RETURN_IF_ERROR(read_rope_kind(fields, key, rope));
   TANDEM_RETURN_IF_ERROR(fields.number("rope_theta", config.rope_theta));
   TANDEM_RETURN_IF_ERROR(fields.must_be("partial_rotary_factor", 1.0));
   const bool llama3 = rope.kind == RopeScaling::Kind::kLlama3;

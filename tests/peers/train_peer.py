@@ -1,0 +1,98 @@
+"""PyTorch + PEFT on the work of bench_train, in the same run on the same machine, as JSON.
+
+    python tests/peers/train_peer.py MODEL.gguf [--ours build/release/bin/bench_train]
+                                     [--threads 2] [--rows 8] [--length 512] [--steps 3]
+
+LoRA of rank 16 on all linear layers, bf16, AdamW, `rows` documents of `length` tokens per step (no
+padding on either side), eager and torch.compile; the median of the measured steps counts. With
+--ours, bench_train runs before and after, and "ratio" is ours (the better run) over the better of
+PyTorch's two.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def steps_per_second(model, args, vocab):
+    """Median seconds of a step, after one for warming up (compilation included)."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4,
+                                  fused=True)
+    times = []
+    for step in range(args.steps + 1):
+        ids = torch.randint(vocab, (args.rows, args.length))
+        begin = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step:
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def peer(args):
+    folder, name = os.path.split(os.path.abspath(args.model))
+    tokens = args.rows * args.length
+    out = {}
+    for mode in ("eager", "compiled"):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16,
+                                                    attn_implementation="sdpa")
+        base.config.use_cache = False
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=SITES,
+                                                task_type="CAUSAL_LM"), autocast_adapter_dtype=True)
+        model.train()
+        try:
+            run = torch.compile(model) if mode == "compiled" else model
+            out[mode] = tokens / steps_per_second(run, args, base.config.vocab_size)
+        except Exception as error:  # no compiler on this machine: say so, do not hide it
+            out[mode] = None
+            out[mode + "_error"] = str(error)[:300]
+        del model, base
+    return out
+
+
+def ours(args):
+    command = [args.ours, "--model", args.model, "--threads", str(args.threads), "--rows",
+               str(args.rows), "--length", str(args.length), "--steps", str(args.steps)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--ours")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report = {"bench": "train_peer", "torch": torch.__version__, "threads": args.threads,
+              "rows": args.rows, "length": args.length, "load_before": os.getloadavg()[0]}
+    runs = [ours(args)] if args.ours else []
+    report["peer_tokens_per_second"] = peer(args)
+    if args.ours:
+        runs.append(ours(args))
+        report["ours_tokens_per_second"] = [run["tokens_per_second"] for run in runs]
+        best = max(v for v in (report["peer_tokens_per_second"][m] for m in ("eager", "compiled"))
+                   if v)
+        report["ratio"] = max(report["ours_tokens_per_second"]) / best
+        report["ours"] = runs[-1]
+    report["load_after"] = os.getloadavg()[0]
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+#include "worker/model/model_config.h"
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+
+namespace tandem::worker::model {
+namespace {
+
+using Json = nlohmann::json;
+
+/// config.json of SmolLM2-135M-Instruct, as published.
+Json smollm2() {
+  return Json::parse(R"({
+    "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576,
+    "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+    "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama",
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": false,
+    "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true,
+    "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49152})");
+}
+
+std::string refusal(const Json& json) {
+  const auto config = ModelConfig::from_hf_json(json.dump());
+  return config.ok() ? "" : config.status().to_string();
+}
+
+TEST(ModelConfig, ReadsARealModelsFile) {
+  const auto config = ModelConfig::from_hf_json(smollm2().dump());
+  ASSERT_TRUE(config.ok()) << config.status().to_string();
+  EXPECT_EQ(config.value().family, "llama");
+  EXPECT_EQ(config.value().width, 576);
+  EXPECT_EQ(config.value().head_dim, 64);
+  EXPECT_EQ(config.value().kv_heads, 3);
+  EXPECT_TRUE(config.value().tied_embedding);
+  EXPECT_EQ(config.value().rope_theta, 100000.0);
+  EXPECT_EQ(config.value().eos_ids, std::vector<std::int32_t>{2});
+}
+
+TEST(ModelConfig, WhatChangesTheMathematicsIsRefusedByNameAndValue) {
+  const std::vector<std::pair<std::string, Json>> changes{
+      {"attention_bias", true},
+      {"mlp_bias", true},
+      {"hidden_act", "gelu"},
+      {"attention_dropout", 0.1},
+      {"partial_rotary_factor", 0.5},
+      {"pretraining_tp", 2},
+      {"rope_interleaved", true},
+      {"sliding_window", 4096},
+      {"use_sliding_window", true},
+      {"quantization_config", Json{{"quant_method", "gptq"}}},
+      {"layer_types", Json::array({"full_attention", "sliding_attention"})},
+      {"rope_scaling", Json{{"rope_type", "longrope"}, {"factor", 4.0}}},
+      {"rope_scaling", Json{{"rope_type", "linear"}, {"factor", 4.0}, {"mscale", 0.7}}},
+      {"embedding_multiplier", 12.0},  // of another family: unknown here
+      {"architectures", Json::array({"MambaForCausalLM"})}};
+  for (const auto& [key, value] : changes) {
+    Json json = smollm2();
+    json[key] = value;
+    const std::string message = refusal(json);
+    EXPECT_TRUE(message.starts_with("refused")) << key << ": " << message;
+    const std::string shown = value.is_object() || value.is_array() ? "" : value.dump();
+    EXPECT_NE(message.find(shown), std::string::npos) << key << ": " << message;
+    EXPECT_NE(message.find(key == "architectures" ? "MambaForCausalLM" : key), std::string::npos)
+        << message;
+  }
+}
+
+TEST(ModelConfig, MalformedFilesAreErrorsThatNameTheField) {
+  Json json = smollm2();
+  json.erase("hidden_size");
+  EXPECT_NE(refusal(json).find("hidden_size is missing"), std::string::npos);
+  json = smollm2();
+  json["num_hidden_layers"] = "thirty";
+  EXPECT_NE(refusal(json).find("num_hidden_layers"), std::string::npos);
+  json = smollm2();
+  json["num_key_value_heads"] = 4;  // does not divide 9
+  EXPECT_NE(refusal(json).find("no multiple"), std::string::npos);
+  json = smollm2();
+  json["vocab_size"] = -5;
+  EXPECT_NE(refusal(json).find("vocab_size"), std::string::npos);
+  json = smollm2();
+  json["num_attention_heads"] = 0;
+  EXPECT_NE(refusal(json).find("num_attention_heads"), std::string::npos);
+  EXPECT_FALSE(ModelConfig::from_hf_json("[1, 2").ok());
+  EXPECT_FALSE(ModelConfig::from_hf_json("[1, 2]").ok());
+  EXPECT_FALSE(ModelConfig::from_hf_json("{}").ok());
+}
+
+TEST(ModelConfig, OldAndNewNamesOfRopeScalingMeanTheSame) {
+  Json old = smollm2(), now = smollm2();
+  old["rope_scaling"] = {{"type", "linear"}, {"factor", 2.0}};
+  now.erase("rope_theta");
+  now.erase("rope_scaling");
+  now["rope_parameters"] = {{"rope_type", "linear"}, {"factor", 2.0}, {"rope_theta", 100000.0}};
+  const auto a = ModelConfig::from_hf_json(old.dump()), b = ModelConfig::from_hf_json(now.dump());
+  ASSERT_TRUE(a.ok()) << a.status().to_string();
+  ASSERT_TRUE(b.ok()) << b.status().to_string();
+  EXPECT_EQ(a.value().canonical_json(), b.value().canonical_json());
+}
+
+TEST(ModelConfig, CanonicalTextDiffersWhereTheMathematicsDoes) {
+  ModelConfig config = ModelConfig::from_hf_json(smollm2().dump()).value();
+  const std::string text = config.canonical_json();
+  EXPECT_EQ(text, ModelConfig::from_hf_json(smollm2().dump()).value().canonical_json());
+  config.norm_eps = 1e-6f;
+  EXPECT_NE(config.canonical_json(), text);
+}
+
+TEST(RopeTable, DefaultIsThetaToThePower) {
+  ModelConfig config = ModelConfig::from_hf_json(smollm2().dump()).value();
+  const RopeTable table = make_rope_table(config);
+  ASSERT_EQ(table.inv_freq.size(), 32u);
+  for (std::size_t d = 0; d < 32; ++d)
+    EXPECT_FLOAT_EQ(table.inv_freq[d],
+                    static_cast<float>(std::pow(1e5, -static_cast<double>(d) / 32.0)));
+  EXPECT_EQ(table.attention_factor, 1.0f);
+}
+
+TEST(RopeTable, GgufFactorsDivide) {
+  ModelConfig config = ModelConfig::from_hf_json(smollm2().dump()).value();
+  const RopeTable plain = make_rope_table(config);
+  config.rope_scaling.factors.assign(32, 1.0f);
+  config.rope_scaling.factors[31] = 8.0f;
+  const RopeTable scaled = make_rope_table(config);
+  EXPECT_EQ(scaled.inv_freq[0], plain.inv_freq[0]);
+  EXPECT_FLOAT_EQ(scaled.inv_freq[31], plain.inv_freq[31] / 8.0f);
+}
+
+}  // namespace
+}  // namespace tandem::worker::model

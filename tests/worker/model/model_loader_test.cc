@@ -1,0 +1,106 @@
+#include "worker/model/model_loader.h"
+
+#include "kernels/cpu/cpu_backend.h"
+#include "storage/file_io.h"
+#include "tests/support/model_golden.h"
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <filesystem>
+
+namespace tandem::worker::model {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// A copy of a golden model's folder that a test may damage.
+class ModelFolder : public testing::Test {
+ protected:
+  ModelFolder() : folder(fs::path(testing::TempDir()) / str("model-", ::getpid())) {
+    fs::remove_all(folder);
+    fs::create_directories(folder);
+    const fs::path from = fs::path(TANDEM_SOURCE_DIR) / "tests/golden/model/llama_grouped";
+    fs::copy(from / "config.json", folder);
+    fs::copy(from / "model.safetensors", folder);
+    write("tokenizer.json", "{}");
+  }
+  ~ModelFolder() override { fs::remove_all(folder); }
+  void write(const std::string& name, const std::string& text) {
+    ASSERT_TRUE(storage::write_file_durably((folder / name).string(), text).ok());
+  }
+  [[nodiscard]] Status load() const { return load_model(folder.string()).status(); }
+
+  fs::path folder;
+};
+
+TEST_F(ModelFolder, IsReadWithItsTokenizerTemplateAndDefaults) {
+  write("tokenizer_config.json", R"({"chat_template": [{"name": "tool", "template": "T"},
+                                     {"name": "default", "template": "D"}]})");
+  write("generation_config.json",
+        R"({"eos_token_id": [2, 7], "temperature": 0.5, "top_k": 40, "do_sample": true})");
+  const auto model = load_model(folder.string());
+  ASSERT_TRUE(model.ok()) << model.status().to_string();
+  EXPECT_EQ(model.value().chat_template, "D");
+  EXPECT_EQ(model.value().config.eos_ids, (std::vector<std::int32_t>{2, 7}));
+  EXPECT_EQ(model.value().generation.temperature, 0.5);
+  EXPECT_EQ(model.value().generation.top_k, 40);
+  EXPECT_TRUE(model.value().generation.do_sample);
+  EXPECT_FALSE(model.value().generation.top_p.has_value());
+  EXPECT_EQ(model.value().tokenizer.tokenizer_json, "{}");
+  std::vector<std::string> names;
+  for (const ModelFile& file : model.value().files) names.push_back(file.path);
+  EXPECT_EQ(names,
+            (std::vector<std::string>{"config.json", "generation_config.json", "model.safetensors",
+                                      "tokenizer.json", "tokenizer_config.json"}));
+  write("chat_template.jinja", "J");  // the file goes first
+  EXPECT_EQ(load_model(folder.string()).value().chat_template, "J");
+}
+
+TEST_F(ModelFolder, WhatIsMissingIsNamed) {
+  fs::remove(folder / "tokenizer.json");
+  EXPECT_NE(load().to_string().find("tokenizer.json"), std::string::npos);
+  fs::remove(folder / "config.json");
+  EXPECT_NE(load().to_string().find("config.json"), std::string::npos);
+  EXPECT_EQ(load().code(), StatusCode::kNotFound);
+  EXPECT_EQ(load_model((folder / "nothing").string()).status().code(), StatusCode::kNotFound);
+}
+
+TEST_F(ModelFolder, ATensorOfAnotherShapeOrNoneIsFoundBeforeAnyWork) {
+  auto config =
+      nlohmann::json::parse(storage::read_file((folder / "config.json").string(), 1 << 20).value());
+  auto changed = config;
+  changed["intermediate_size"] = 80;
+  write("config.json", changed.dump());
+  EXPECT_NE(load().message().find("gate_proj"), std::string::npos) << load().message();
+  EXPECT_NE(load().message().find("[80, 32]"), std::string::npos) << load().message();
+  changed = config;
+  changed["num_hidden_layers"] = 3;
+  write("config.json", changed.dump());
+  EXPECT_EQ(load().code(), StatusCode::kNotFound);
+  EXPECT_NE(load().message().find("model.layers.2."), std::string::npos) << load().message();
+}
+
+TEST_F(ModelFolder, TruncatedWeightsAreCorrupt) {
+  fs::resize_file(folder / "model.safetensors", fs::file_size(folder / "model.safetensors") - 100);
+  EXPECT_EQ(load().code(), StatusCode::kCorrupt);
+}
+
+TEST_F(ModelFolder, IdentityFollowsContentNotPlace) {
+  const auto digest = [](const fs::path& path) {
+    const auto manifest = describe_model(path.string(), 2);
+    TANDEM_CHECK(manifest.ok(), manifest.status().to_string());
+    return storage::manifest_digest(storage::encode_manifest(*manifest).value());
+  };
+  const Digest first = digest(folder);
+  const fs::path moved = folder.string() + "-moved";
+  fs::remove_all(moved);
+  fs::copy(folder, moved);
+  EXPECT_EQ(digest(moved), first);
+  ASSERT_TRUE(storage::write_file_durably((moved / "chat_template.jinja").string(), "x").ok());
+  EXPECT_NE(digest(moved), first);
+  fs::remove_all(moved);
+}
+
+}  // namespace
+}  // namespace tandem::worker::model
