@@ -238,6 +238,7 @@ Status run(const Settings& settings) {
   TANDEM_ASSIGN_OR_RETURN(Limits limits, make_limits(settings));
   TANDEM_RETURN_IF_ERROR(make_private_directory(settings.data_dir()));
   TANDEM_RETURN_IF_ERROR(make_private_directory(settings.run_dir()));
+  TANDEM_RETURN_IF_ERROR(make_private_directory(settings.log_dir()));
   SystemClock clock;
   storage::RegistryOptions registry_options;
   registry_options.directory = settings.data_dir();
