@@ -50,10 +50,9 @@ class Context {
   std::string random_hex(int digits);
 
   // -- for Coordinator only
-  void begin(const Now& now) {
-    now_ = now;
-    undo_.clear();
-  }
+  void begin(const Now& now) { now_ = now; }
+  /// The last step's transaction is on disk: nothing of it will be taken back.
+  void settle() { undo_.clear(); }
   void load(Tables tables) { tables_ = std::move(tables); }
   /// Takes back everything the last step put, and drops lazy writes and their sends.
   void undo();

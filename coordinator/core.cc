@@ -22,6 +22,7 @@ Coordinator::Coordinator(Options options, Snapshot snapshot, const Now& now)
 
 std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
   context_.begin(now);
+  if (!std::holds_alternative<CommitFailed>(input)) context_.settle();
   std::visit([this](const auto& i) { on(i); }, input);
   const bool failing = context_.now().ms < quiet_until_ms_;  // after a failed commit
   if (!calls_.ending() && !failing) jobs_.schedule();

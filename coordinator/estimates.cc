@@ -70,9 +70,4 @@ std::vector<EstimateOutcome> Estimates::tick() {
   return outcomes;
 }
 
-bool Estimates::sent(const std::string& id) const {
-  const auto found = asked_.find(id);
-  return found != asked_.end() && found->second.sends > 0;
-}
-
 }  // namespace tandem::coordinator

@@ -30,7 +30,7 @@ class Estimates {
   std::vector<EstimateOutcome> reply(const protocol::EstimateReply& reply);
   /// Sends what is due and returns what timed out.
   std::vector<EstimateOutcome> tick();
-  [[nodiscard]] bool sent(const std::string& id) const;
+  [[nodiscard]] bool asks(const std::string& id) const { return asked_.contains(id); }
 
  private:
   struct Asked {

@@ -368,9 +368,17 @@ void Jobs::look_for_missing(const Job& job, const Worker& worker) {
 void Jobs::tick() {
   const TimeMs now = context_.now().ms;
   const Limits& limits = context_.limits();
-  std::vector<JobId> held;
-  for (const auto& [id, job] : context_.tables().jobs)
+  std::vector<JobId> held, unasked;
+  for (const auto& [id, job] : context_.tables().jobs) {
     if (holds_engine(job.state)) held.push_back(id);
+    const bool waits = job.state == JobState::kSubmitted || job.state == JobState::kEstimating;
+    // The answer came, but its transaction failed.
+    if (waits && !estimates_.asks(kJobPrefix + id.value)) unasked.push_back(id);
+  }
+  for (const JobId& id : unasked) {
+    Job job = context_.tables().jobs.at(id);
+    ask_estimate(job);
+  }
   for (const JobId& id : held) {
     const Job& job = context_.tables().jobs.at(id);
     const Worker* worker = workers_.find(job.worker);

@@ -140,14 +140,17 @@ bool Requests::rejoin(const std::string& peer, const protocol::Generate& request
     if (subscriber.id != request.id) continue;
     const auto signature = result_key(execution.target.model.digest, execution.target.adapter,
                                       subscriber.user, request);
-    const auto position = position_of(execution.chunks, execution.start_index, request.next_index);
-    if (signature != execution.signature || !position) {
+    if (signature != execution.signature) {
       refuse(peer, request.id,
              conflict_error(
-                 str("request ", request.id, " is running already, with ",
-                     signature != execution.signature ? "another content" : "other token positions",
-                     "; use a new id")));
+                 str("request ", request.id, " is running with another content; use a new id")));
       return true;
+    }
+    const auto position = position_of(execution.chunks, execution.start_index, request.next_index);
+    if (!position) {
+      // It lost more than this execution holds: computed again from where it stands.
+      drop_subscriber(request.id, nullptr);
+      return false;
     }
     subscriber.peer = peer;
     subscriber.orphan_since_ms = -1;

@@ -266,6 +266,9 @@ void Session::take_chunk(GenerateChunk chunk) {
     return;
   }
   operation.next_index = next;
+  // Asked for again, it must be the version it began with, whatever the alias means by then.
+  if (auto* generate = std::get_if<Generate>(&operation.request); generate && !chunk.model.empty())
+    generate->model = (chunk.adapter.empty() ? chunk.model : chunk.adapter).hex();
   deliver(operation, std::move(chunk), last);
 }
 
