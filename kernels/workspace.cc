@@ -1,8 +1,7 @@
 #include "kernels/workspace.h"
 
 #include "kernels/allocator.h"
-#include "kernels/cpu/attention.h"
-#include "kernels/cpu/gemm.h"
+#include "kernels/cpu_scratch.h"
 #include "protocol/base/units.h"
 
 #include <algorithm>

@@ -14,23 +14,9 @@
 
 namespace tandem::kernels::cpu {
 
-/// Query head h reads key and value head h / (heads / kv_heads). Query at position i sees key j
-/// when j <= i and, with window > 0, i - j < window. Score = scale * q.k, then, with soft_cap > 0,
-/// soft_cap * tanh(score / soft_cap).
-struct AttentionShape {
-  std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
-  float scale = 1.0f;
-  std::int64_t window = 0;
-  float soft_cap = 0.0f;
-  DType dtype = DType::kF32;  ///< of q, k, v, outputs and gradients: kF32 or kBF16
-};
-
 /// head_dim is at most this.
 inline constexpr std::int64_t kHeadDimMax = 256;
 
-/// Scratch for attention_forward; seq_len_max bounds every sequence's length. Pure.
-std::int64_t attention_forward_scratch(const AttentionShape& shape, std::int64_t t,
-                                       std::int64_t seq_len_max, int threads);
 /// qkv [T, (H + 2 Hkv) * D] rotated: q heads, k heads, v heads. seq_offsets [S + 1], ascending from
 /// 0; rows beyond the last offset are inert: their out is zeroed. out [T, H * D] is overwritten.
 /// lse [T, H] (contiguous; natural log of the sum of exp(score)) is overwritten, or null.
@@ -38,8 +24,6 @@ void attention_forward(const AttentionShape& shape, std::int64_t t, ConstRows qk
                        std::span<const std::int32_t> seq_offsets, std::int64_t seq_len_max,
                        Rows out, float* lse, std::span<std::byte> scratch);
 
-std::int64_t attention_backward_scratch(const AttentionShape& shape, std::int64_t t,
-                                        std::int64_t seq_len_max, int threads);
 /// dqkv [T, (H + 2 Hkv) * D] is overwritten (inert rows zeroed) from dout, and qkv, out, lse as the
 /// forward saw and left them. Probabilities are computed again block by block (Dao 2023,
 /// FlashAttention-2, algorithm 2). The same bits for any thread count.
@@ -59,8 +43,6 @@ struct PagedKeys {
   std::span<const std::int32_t> kv_lens;  ///< [S]: keys of each sequence, its new rows' included
 };
 
-std::int64_t paged_attention_scratch(const AttentionShape& shape, std::int64_t t,
-                                     std::int64_t sequences, std::int64_t kv_len_max, int threads);
 /// Sequence s owns query rows [q_offsets[s], q_offsets[s + 1]); the last of them is at position
 /// kv_lens[s] - 1. q [T, >= H * D]: only the q heads of each row are read. out [T, H * D] is
 /// overwritten; rows beyond the last offset are zeroed.

@@ -16,6 +16,7 @@
 //     denormals may be flushed to zero (as AMX and AVX512-BF16 do).
 #pragma once
 
+#include "kernels/cpu_scratch.h"
 #include "protocol/base/dtype.h"
 
 #include <cstddef>
@@ -45,9 +46,6 @@ struct PackedMatrix {
   DType format = DType::kF32;
   std::int64_t n = 0, k = 0;
 };
-
-/// Bytes of W [n, k] packed: n is padded to 32, k (bf16 only) to 32. Pure.
-std::int64_t packed_bytes(DType format, std::int64_t n, std::int64_t k);
 
 /// Rows per pack_rows block: every block but the last must start and end at a multiple of this.
 inline constexpr std::int64_t kPackRows = 32;
@@ -83,19 +81,10 @@ struct LinearOptions {
   std::span<const LowRankTerm> low_rank;
 };
 
-/// Scratch for linear_forward of any T rows. `rank_sum` is the sum of the terms' ranks (0: none)
-/// and `terms` their number. Pure.
-std::int64_t linear_forward_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
-                                    std::int64_t terms, std::int64_t rank_sum, int threads);
 /// y[T, n] = x[T, k] W^T. x in the format's dtype; y f32, or bf16 when the format is bf16.
 void linear_forward(const PackedMatrix& w, std::int64_t t, ConstRows x, Rows y,
                     const LinearOptions& options, std::span<std::byte> scratch);
 
-/// Scratch for linear_input_grad: holds the weight re-tiled for this direction, a strip at a time
-/// (at most kRetileBytesMax plus blocks per thread). Pure.
-inline constexpr std::int64_t kRetileBytesMax = 16 << 20;
-std::int64_t linear_input_grad_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
-                                       std::int64_t terms, std::int64_t rank_sum, int threads);
 /// dx[T, k] = dy[T, n] W. dy in the format's dtype; dx f32, or bf16 when the format is bf16.
 void linear_input_grad(const PackedMatrix& w, std::int64_t t, ConstRows dy, Rows dx,
                        const LinearOptions& options, std::span<std::byte> scratch);
@@ -108,9 +97,6 @@ enum class SmallLayout : std::uint8_t {
   kInByOut,  ///< w [in, out]: y = x w   (dU = dy B; dx += dU A)
 };
 
-/// Scratch for small_product. Pure.
-std::int64_t small_product_scratch(DType dtype, std::int64_t t, std::int64_t in, std::int64_t out,
-                                   int threads);
 /// y[T, out] = scale * (x[T, in] times w), or += with accumulate. x and w have one dtype; y is of
 /// that dtype or f32. One of `in`, `out` is expected to be small (a rank). In f32 the chain over
 /// `in` starts from 0 and its end is multiplied by scale; with accumulate it starts from the old y
@@ -120,9 +106,6 @@ void small_product(std::int64_t t, std::int64_t in, std::int64_t out, ConstRows 
                    SmallLayout layout, float scale, bool accumulate, Rows y,
                    std::span<std::byte> scratch);
 
-/// Scratch for outer_accumulate. Pure.
-std::int64_t outer_accumulate_scratch(DType dtype, std::int64_t t, std::int64_t m, std::int64_t n,
-                                      int threads);
 /// c[m, n] += alpha * a[T, m]^T b[T, n]: weight gradients. a, b of one dtype (f32 or bf16), c f32
 /// with row stride ldc. The sum over T is taken in blocks of fixed size in ascending order, so the
 /// bits do not depend on the thread count. m or n is expected to be small (a rank).
