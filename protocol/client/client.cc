@@ -35,6 +35,8 @@ void append(Generation& all, const GenerateChunk& chunk) {
   all.text += chunk.text;
   all.tokens.insert(all.tokens.end(), chunk.tokens.begin(), chunk.tokens.end());
   all.logprobs.insert(all.logprobs.end(), chunk.logprobs.begin(), chunk.logprobs.end());
+  all.prompt_logprobs.insert(all.prompt_logprobs.end(), chunk.prompt_logprobs.begin(),
+                             chunk.prompt_logprobs.end());
   if (!chunk.model.empty()) {
     all.model = chunk.model;
     all.adapter = chunk.adapter;

@@ -47,6 +47,7 @@ struct Generation {
   std::string text;
   std::vector<std::int32_t> tokens;
   std::vector<TokenLogprob> logprobs;
+  std::vector<float> prompt_logprobs;  ///< where the request asked for them
   FinishReason finish = FinishReason::kNone;
   Usage usage;
   Digest model, adapter;

@@ -35,7 +35,8 @@ struct Version {
   major @0 :UInt16;
   minor @1 :UInt16;
 }
-# History: 1.0 the first; 1.1 CallReply.retryAfterMs.
+# History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
+# GenerateChunk.promptLogprobs.
 
 enum StatusCode {
   ok @0;

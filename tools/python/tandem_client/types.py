@@ -31,6 +31,7 @@ class Sampling:
     logprobs: int = -1  # -1: none; n: of every token and its n likeliest
     min_tokens: int = 0
     ignore_eos: bool = False
+    prompt_logprobs_from: int = -1  # k >= 1: also those of prompt tokens k, k + 1, ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Chunk:
     cached: bool = False
     queue_us: int = 0
     first_token_us: int = 0
+    prompt_logprobs: tuple[float, ...] = ()  # complete, in one chunk
 
 
 @dataclass
@@ -80,12 +82,14 @@ class Generation:
     cached: bool = False
     queue_us: int = 0
     first_token_us: int = 0
+    prompt_logprobs: list[float] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
         self.id = chunk.id
         self.text += chunk.text
         self.tokens.extend(chunk.tokens)
         self.logprobs.extend(chunk.logprobs)
+        self.prompt_logprobs.extend(chunk.prompt_logprobs)
         if chunk.model:
             self.model, self.adapter = chunk.model, chunk.adapter
         self.cached = self.cached or chunk.cached

@@ -85,6 +85,7 @@ def _put_sampling(body: Any, sampling: Sampling) -> None:
     body.stopTokenIds = list(sampling.stop_token_ids)
     body.logprobs, body.minTokens = sampling.logprobs, sampling.min_tokens
     body.ignoreEos = sampling.ignore_eos
+    body.promptLogprobsFrom = sampling.prompt_logprobs_from
 
 
 def cancel(request_id: str) -> bytes:
@@ -174,4 +175,5 @@ def _chunk(body: Any) -> Chunk:
         cached=body.cached,
         queue_us=body.queueUs,
         first_token_us=body.firstTokenUs,
+        prompt_logprobs=tuple(body.promptLogprobs),
     )
