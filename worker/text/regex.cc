@@ -1,11 +1,13 @@
 #include "worker/text/regex.h"
 
+#include "worker/text/unicode.h"
 #include "worker/text/utf8.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
 #include <array>
+#include <optional>
 #include <string>
 
 namespace tandem::text {
@@ -73,6 +75,31 @@ Result<std::string> translate(std::string_view pattern) {
   return out;
 }
 
+/// Letters and numbers too new for PCRE2's tables give way to old ones of the same class and the
+/// same number of bytes, so that pieces do not depend on its version. Nothing when there are none.
+std::optional<std::string> with_known_characters(std::string_view text) {
+  std::optional<std::string> out;
+  for (std::size_t i = 0; i + 2 < text.size();) {
+    const auto lead = static_cast<unsigned char>(text[i]);
+    const auto second = static_cast<unsigned char>(text[i + 1]);
+    const bool may_be_newer =
+        lead >= 0xF0 || (lead == 0xE1 && second == 0xB2) || (lead == 0xEA && second == 0x9F);
+    if (!may_be_newer) {
+      ++i;
+      continue;
+    }
+    const std::size_t begin = i;
+    const NewerClass newer = newer_class(next_code_point(text, i));
+    if (newer == NewerClass::kNone) continue;
+    if (!out) out = std::string(text);
+    const std::string_view known = newer == NewerClass::kNumber ? "\U0001D7CE"
+                                   : lead < 0xF0                ? "\u4E00"
+                                                                : "\U00020000";
+    out->replace(begin, known.size(), known);
+  }
+  return out;
+}
+
 std::string pcre2_message(int code) {
   std::array<PCRE2_UCHAR, 256> buffer{};
   pcre2_get_error_message(code, buffer.data(), buffer.size());
@@ -134,7 +161,9 @@ Result<Regex> Regex::compile(std::string_view pattern) {
   return Regex(std::shared_ptr<const Compiled>(std::move(compiled)));
 }
 
-Status Regex::find_all(std::string_view text, std::vector<Span>& matches) const {
+Status Regex::find_all(std::string_view given, std::vector<Span>& matches) const {
+  const std::optional<std::string> known = with_known_characters(given);
+  const std::string_view text = known ? std::string_view(*known) : given;
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(
       pcre2_match_data_create_from_pattern(compiled_->code, nullptr), &pcre2_match_data_free);
   TANDEM_CHECK(data != nullptr);

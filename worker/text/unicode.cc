@@ -15,6 +15,43 @@ namespace {
 struct Range {
   char32_t first, last;
 };
+
+template <std::size_t kSize>
+bool is_in(const std::array<Range, kSize>& ranges, char32_t c) {
+  if (c < ranges.front().first) return false;
+  const auto* after =
+      std::upper_bound(ranges.begin(), ranges.end(), c,
+                       [](char32_t value, const Range& range) { return value < range.first; });
+  return c <= std::prev(after)->last;
+}
+
+/// Found by comparing every code point with the reference's \p{L} and \p{N}.
+constexpr std::array<Range, 35> kNewerLetters{{
+    {0x1C89, 0x1C8A},   {0xA7CB, 0xA7CD},   {0xA7DA, 0xA7DC},   {0x105C0, 0x105F3},
+    {0x10D4A, 0x10D65}, {0x10D6F, 0x10D85}, {0x10EC2, 0x10EC4}, {0x1123F, 0x11240},
+    {0x11380, 0x11389}, {0x1138B, 0x1138B}, {0x1138E, 0x1138E}, {0x11390, 0x113B5},
+    {0x113B7, 0x113B7}, {0x113D1, 0x113D1}, {0x113D3, 0x113D3}, {0x11BC0, 0x11BE0},
+    {0x11F02, 0x11F02}, {0x11F04, 0x11F10}, {0x11F12, 0x11F33}, {0x1342F, 0x1342F},
+    {0x13441, 0x13446}, {0x13460, 0x143FA}, {0x16100, 0x1611D}, {0x16D40, 0x16D6C},
+    {0x18CFF, 0x18CFF}, {0x1B132, 0x1B132}, {0x1B155, 0x1B155}, {0x1DF25, 0x1DF2A},
+    {0x1E030, 0x1E06D}, {0x1E4D0, 0x1E4EB}, {0x1E5D0, 0x1E5ED}, {0x1E5F0, 0x1E5F0},
+    {0x2B739, 0x2B739}, {0x2EBF0, 0x2EE5D}, {0x31350, 0x323AF},
+}};
+constexpr std::array<Range, 10> kNewerNumbers{{
+    {0x10D40, 0x10D49},
+    {0x116D0, 0x116E3},
+    {0x11BF0, 0x11BF9},
+    {0x11F50, 0x11F59},
+    {0x16130, 0x16139},
+    {0x16D70, 0x16D79},
+    {0x1CCF0, 0x1CCF9},
+    {0x1D2C0, 0x1D2D3},
+    {0x1E4F0, 0x1E4F9},
+    {0x1E5F1, 0x1E5FA},
+}};
+/// Of Unicode 17: the reference's Digits knows them, its expressions do not.
+constexpr std::array<Range, 2> kNewestNumbers{{{0x11DE0, 0x11DE9}, {0x16FF4, 0x16FF6}}};
+
 /// Characters whose normalization younger versions of Unicode changed or added. The reference's
 /// tables are those of Unicode 9, so for it they are ordinary letters; and so tokens do not depend
 /// on the version of the library that is installed. Found by comparing every code point.
@@ -35,14 +72,6 @@ constexpr std::array<Range, 58> kYoungerThanReference{{
     {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}, {0x1E5EE, 0x1E5EF}, {0x1E6E3, 0x1E6F5},
     {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9},
 }};
-
-bool is_younger_than_reference(char32_t c) {
-  if (c < kYoungerThanReference.front().first) return false;
-  const auto* after =
-      std::upper_bound(kYoungerThanReference.begin(), kYoungerThanReference.end(), c,
-                       [](char32_t value, const Range& range) { return value < range.first; });
-  return c <= std::prev(after)->last;
-}
 
 bool is_combining(char32_t c) {
   return c >= 0x300 &&
@@ -84,7 +113,7 @@ Result<std::string> normalize(std::string_view text, NormalForm form) {
     if (run > kCombiningRunMax)
       return refused_error(str("text has a run of more than ", kCombiningRunMax,
                                " combining characters before byte ", i, "; shorten it"));
-    if (!is_younger_than_reference(c)) continue;
+    if (!is_in(kYoungerThanReference, c)) continue;
     TANDEM_RETURN_IF_ERROR(append_normalized(text.substr(from, begin - from), options, out));
     out += text.substr(begin, i - begin);
     from = i;
@@ -103,7 +132,13 @@ bool is_white_space(char32_t c) {
 bool is_numeric(char32_t c) {
   if (c < 0x80) return c >= '0' && c <= '9';
   const utf8proc_category_t k = category(c);
-  return k == UTF8PROC_CATEGORY_ND || k == UTF8PROC_CATEGORY_NL || k == UTF8PROC_CATEGORY_NO;
+  return k == UTF8PROC_CATEGORY_ND || k == UTF8PROC_CATEGORY_NL || k == UTF8PROC_CATEGORY_NO ||
+         is_in(kNewerNumbers, c) || is_in(kNewestNumbers, c);
+}
+
+NewerClass newer_class(char32_t c) {
+  if (is_in(kNewerLetters, c)) return NewerClass::kLetter;
+  return is_in(kNewerNumbers, c) ? NewerClass::kNumber : NewerClass::kNone;
 }
 
 bool is_word(char32_t c) {

@@ -21,6 +21,11 @@ bool is_white_space(char32_t c);  ///< property White_Space
 bool is_numeric(char32_t c);      ///< categories Nd, Nl, No (Rust's char::is_numeric)
 bool is_word(char32_t c);         ///< letters, marks, numbers, connectors: regex \w
 
+/// Letters and numbers that the reference's tables (Unicode 16) have and those of the libraries
+/// here (Unicode 14) may not; kNone for all other characters.
+enum class NewerClass { kNone, kLetter, kNumber };
+NewerClass newer_class(char32_t c);
+
 /// One code point to one; characters whose case form is longer (such as sharp s) stay, except
 /// where noted by the caller.
 char32_t to_lower(char32_t c);

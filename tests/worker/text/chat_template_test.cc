@@ -9,10 +9,10 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-const Json kMessages = Json::parse(
-    R"([{"role":"system","content":"S"},{"role":"user","content":"U1"},)"
-    R"({"role":"assistant","content":"A1"},{"role":"user","content":"U2"},)"
-    R"({"role":"assistant","content":"A2"}])");
+const Json kMessages =
+    Json::parse(R"([{"role":"system","content":"S"},{"role":"user","content":"U1"},)"
+                R"({"role":"assistant","content":"A1"},{"role":"user","content":"U2"},)"
+                R"({"role":"assistant","content":"A2"}])");
 
 Result<std::string> render(const std::string& source, const RenderOptions& options = {}) {
   const auto parsed = ChatTemplate::parse(source);

@@ -86,9 +86,9 @@ TEST(ChatTemplateRobustness, AnyMutatedTemplateEndsInTextOrAnError) {
                                        "none",
                                        "m(",
                                        "ns.x"};
-  const Json messages = Json::parse(
-      R"([{"role":"user","content":"a b"},{"role":"assistant","content":"c",)"
-      R"("tool_calls":[{"function":{"name":"f","arguments":{"x":1}}}]}])");
+  const Json messages =
+      Json::parse(R"([{"role":"user","content":"a b"},{"role":"assistant","content":"c",)"
+                  R"("tool_calls":[{"function":{"name":"f","arguments":{"x":1}}}]}])");
   Random random(1);
   int rendered = 0, refused = 0;
   for (const char* name : {"smollm2", "llama2", "llama31", "qwen25", "qwen3", "generation",

@@ -354,6 +354,13 @@ TEST(Regex, RefusesWhatTheDialectsReadDifferently) {
             StatusCode::kRefused);
 }
 
+TEST(Regex, KnowsLettersAndNumbersNewerThanItsLibrary) {
+  const auto regex = Regex::compile("\\p{L}+|\\p{N}");
+  std::vector<Span> matches;
+  ASSERT_TRUE(regex->find_all("\U00031350a\U00010D40\u1C89!", matches).ok());
+  EXPECT_EQ(matches, (std::vector<Span>{{0, 5}, {5, 9}, {9, 12}}));
+}
+
 TEST(Regex, GivesUpOnRunawayBacktracking) {
   const auto regex = Regex::compile("(?:a|a)+[bc]");
   ASSERT_TRUE(regex.ok());
