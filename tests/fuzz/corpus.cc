@@ -91,6 +91,19 @@ void add_records(Corpus& corpus) {
   add_record(corpus, 11, IdempotencyRecord{});
 }
 
+/// The smallest files that are read whole.
+void add_files(Corpus& corpus) {
+  const std::string header = R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})";
+  corpus.add("safetensors", std::string(1, static_cast<char>(header.size())) +
+                                std::string(7, '\0') + header + "data");
+  std::string gguf = "GGUF" + std::string(20, '\0');
+  gguf[4] = 3;  // version; no metadata, no tensors
+  corpus.add("gguf", gguf);
+  corpus.add("manifest",
+             std::string(R"({"format":1,"kind":"adapter","settings":{"r":1},"tensors":[]})"));
+  corpus.add("manifest", std::string(R"({"peft_type":"LORA","r":8,"target_modules":["q_proj"]})"));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -101,6 +114,7 @@ int main(int argc, char** argv) {
   Corpus corpus(argv[1]);
   add_messages(corpus);
   add_records(corpus);
+  add_files(corpus);
   JobSpec spec;
   spec.model = "m";
   spec.dataset = "d";
