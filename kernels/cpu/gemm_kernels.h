@@ -104,7 +104,7 @@ struct Outer {
   char* per_thread = nullptr;  ///< kOuterBytesPerThread each
 };
 
-inline constexpr std::int64_t kOuterRows = 256;    ///< rows of y turned into tiles at a time
+inline constexpr std::int64_t kOuterRows = 64;     ///< rows of y turned into tiles at a time
 inline constexpr std::int64_t kOuterColumns = 32;  ///< columns of y per task step
 inline constexpr std::int64_t kOuterBytesPerThread = kOuterRows * kOuterColumns * 4;
 
