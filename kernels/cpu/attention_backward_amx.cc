@@ -140,27 +140,51 @@ void begin_head(const Attention& a, const Owner& n, std::int64_t head, const Wor
 struct Lane {
   __m512 p, ds;
 };
+template <bool kCapped, bool kMasked>
 TANDEM_LANES Lane gradients_of(const Attention& a, const Work& w, const float* s, const float* dp,
-                               std::int64_t i, __mmask16 m) {
+                               std::int64_t i, std::int64_t key) {
   __m512 slope = _mm512_set1_ps(a.scale);
-  __m512 score = _mm512_mul_ps(_mm512_load_ps(s), _mm512_set1_ps(a.scale * kLog2E));
-  if (a.soft_cap > 0.0f) {
+  __m512 exponent;
+  if constexpr (kCapped) {
     const __m512 t =
         tanh_lanes(_mm512_mul_ps(_mm512_load_ps(s), _mm512_set1_ps(a.scale / a.soft_cap)));
-    score = _mm512_mul_ps(t, _mm512_set1_ps(a.soft_cap * kLog2E));
+    exponent = _mm512_fmsub_ps(t, _mm512_set1_ps(a.soft_cap * kLog2E), _mm512_loadu_ps(w.lse + i));
     slope = _mm512_mul_ps(slope, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0f)));
+  } else {
+    exponent = _mm512_fmsub_ps(_mm512_load_ps(s), _mm512_set1_ps(a.scale * kLog2E),
+                               _mm512_loadu_ps(w.lse + i));
   }
-  const __m512 p =
-      _mm512_maskz_mov_ps(m, exp2_lanes(_mm512_sub_ps(score, _mm512_loadu_ps(w.lse + i))));
   const __m512 over = _mm512_sub_ps(_mm512_load_ps(dp), _mm512_loadu_ps(w.delta + i));
-  return {p, _mm512_maskz_mul_ps(m, _mm512_mul_ps(p, over), slope)};
+  const __m512 p = exp2_lanes(exponent);
+  if constexpr (!kMasked) return {p, _mm512_mul_ps(_mm512_mul_ps(p, over), slope)};
+  __mmask16 m = static_cast<__mmask16>(~lane_mask(key - i));
+  if (a.window > 0) m = static_cast<__mmask16>(m & lane_mask(key + a.window - i));
+  return {_mm512_maskz_mov_ps(m, p), _mm512_maskz_mul_ps(m, _mm512_mul_ps(p, over), slope)};
 }
 
-// Queries [i, i + 16) that see key j.
-TANDEM_LANES __mmask16 seeing(const Attention& a, std::int64_t i, std::int64_t j) {
-  __mmask16 m = static_cast<__mmask16>(~lane_mask(j - i));
-  if (a.window > 0) m = static_cast<__mmask16>(m & lane_mask(j + a.window - i));
-  return m;
+// The 32 x 32 products in w.s and w.dp to p^T, ds^T and the zipped ds^T at (jb, ib) of the block.
+template <bool kCapped, bool kMasked>
+void differentiate(const Attention& a, const Work& w, std::int64_t key, std::int64_t query,
+                   std::int64_t jb, std::int64_t ib) {
+  char* zipped = w.ds_rows + (jb / 32 * (kBlock / 16) + ib / 16) * 1024;
+  for (std::int64_t j = 0; j < 32; j += 2) {
+    __m512i ds_rows[2];
+    for (std::int64_t r = 0; r < 2; ++r) {
+      const float* s = w.s + (j + r) * 32;
+      const float* dp = w.dp + (j + r) * 32;
+      const Lane lo = gradients_of<kCapped, kMasked>(a, w, s, dp, query, key + j + r);
+      const Lane hi =
+          gradients_of<kCapped, kMasked>(a, w, s + 16, dp + 16, query + 16, key + j + r);
+      const std::int64_t at = (jb + j + r) * kStride + ib;
+      ds_rows[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.ds, lo.ds));
+      _mm512_storeu_si512(w.p + at, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.p, lo.p)));
+      _mm512_storeu_si512(w.ds + at, ds_rows[r]);
+    }
+    __m512i zip_lo, zip_hi;
+    zip_words(ds_rows[0], ds_rows[1], zip_lo, zip_hi);
+    _mm512_store_si512(zipped + j * 32, zip_lo);
+    _mm512_store_si512(zipped + 1024 + j * 32, zip_hi);
+  }
 }
 
 // p^T, ds^T and its zipped form for 32 keys from `key` and 32 queries from `query`, at (jb, ib) of
@@ -174,25 +198,14 @@ void make_sub_block(const Attention& a, const Work& w, std::int64_t key, std::in
   multiply_tiles<2>(reinterpret_cast<const char*>(w.v + key * a.dim), row, 16 * row, 64,
                     w.dout_columns + query / 16 * steps * 1024, steps * 1024, 1024, steps, false,
                     w.dp, 128);
-  char* zipped = w.ds_rows + (jb / 32 * (kBlock / 16) + ib / 16) * 1024;
-  for (std::int64_t j = 0; j < 32; j += 2) {
-    __m512i ds_rows[2];
-    for (std::int64_t r = 0; r < 2; ++r) {
-      const float* s = w.s + (j + r) * 32;
-      const float* dp = w.dp + (j + r) * 32;
-      const Lane lo = gradients_of(a, w, s, dp, query, seeing(a, query, key + j + r));
-      const Lane hi =
-          gradients_of(a, w, s + 16, dp + 16, query + 16, seeing(a, query + 16, key + j + r));
-      const std::int64_t at = (jb + j + r) * kStride + ib;
-      ds_rows[r] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.ds, lo.ds));
-      _mm512_storeu_si512(w.p + at, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi.p, lo.p)));
-      _mm512_storeu_si512(w.ds + at, ds_rows[r]);
-    }
-    __m512i zip_lo, zip_hi;
-    zip_words(ds_rows[0], ds_rows[1], zip_lo, zip_hi);
-    _mm512_store_si512(zipped + j * 32, zip_lo);
-    _mm512_store_si512(zipped + 1024 + j * 32, zip_hi);
-  }
+  const bool masked =
+      query < key + 31 || (a.window > 0 && query + 31 - key >= a.window);
+  if (a.soft_cap > 0.0f)
+    masked ? differentiate<true, true>(a, w, key, query, jb, ib)
+           : differentiate<true, false>(a, w, key, query, jb, ib);
+  else
+    masked ? differentiate<false, true>(a, w, key, query, jb, ib)
+           : differentiate<false, false>(a, w, key, query, jb, ib);
 }
 
 void run_block(const Attention& a, const Owner& n, const Work& w, std::int64_t key,

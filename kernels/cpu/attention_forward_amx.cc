@@ -135,19 +135,27 @@ float weigh(const Attention& a, float* scores, std::uint16_t* weights, Lanes see
           _mm512_mul_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(a.scale / a.soft_cap)));
       _mm512_storeu_ps(scores + j, _mm512_mul_ps(t, _mm512_set1_ps(a.soft_cap / a.scale)));
     }
-  __m512 largest = none;
-  for (std::int64_t j = seen.lo / 16 * 16; j < seen.hi; j += 16)
-    largest = _mm512_mask_max_ps(largest, lanes_at(j), largest, _mm512_loadu_ps(scores + j));
+  __m512 largest = none, largest_next = none;
+  std::int64_t at = seen.lo / 16 * 16;
+  if (at == seen.lo)
+    for (; at + 32 <= seen.hi; at += 32) {
+      largest = _mm512_max_ps(largest, _mm512_load_ps(scores + at));
+      largest_next = _mm512_max_ps(largest_next, _mm512_load_ps(scores + at + 16));
+    }
+  for (; at < seen.hi; at += 16)
+    largest = _mm512_mask_max_ps(largest, lanes_at(at), largest, _mm512_load_ps(scores + at));
+  largest = _mm512_max_ps(largest, largest_next);
   const float block_m = _mm512_reduce_max_ps(largest) * (a.scale * kLog2E);
   const float m_new = m > block_m ? m : block_m;
   const __m512 shift = _mm512_set1_ps(-m_new);
   __m512 sum = _mm512_setzero_ps();
   for (std::int64_t j = 0; j < padded; j += 32) {
-    const __m512 p0 = _mm512_maskz_mov_ps(
-        lanes_at(j), exp2_lanes(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), scale, shift)));
-    const __m512 p1 = _mm512_maskz_mov_ps(
-        lanes_at(j + 16),
-        exp2_lanes(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j + 16), scale, shift)));
+    __m512 p0 = exp2_lanes(_mm512_fmadd_ps(_mm512_load_ps(scores + j), scale, shift));
+    __m512 p1 = exp2_lanes(_mm512_fmadd_ps(_mm512_load_ps(scores + j + 16), scale, shift));
+    if (j < seen.lo || j + 32 > seen.hi) {
+      p0 = _mm512_maskz_mov_ps(lanes_at(j), p0);
+      p1 = _mm512_maskz_mov_ps(lanes_at(j + 16), p1);
+    }
     sum = _mm512_add_ps(sum, _mm512_add_ps(p0, p1));
     _mm512_storeu_si512(weights + j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0)));
   }
