@@ -192,6 +192,32 @@ void retile_bf16_avx512(const char* from, std::int64_t n, std::int64_t k, std::i
                    to + (j - k_begin) / kPanel * to_panel + i * 2048);
 }
 
+void pack_panel_bf16_avx512(const void* from, bool from_f32, std::int64_t ld, std::int64_t rows,
+                            std::int64_t k, char* panel) {
+  for (std::int64_t j = 0; j < k; j += kTileK)
+    for (std::int64_t half = 0; half < 2; ++half) {
+      const std::int64_t valid = min_of(kTileK, k - j);
+      const __mmask32 m = valid >= 32 ? ~__mmask32{0} : ((__mmask32{1} << valid) - 1);
+      __m512i r[16];
+      for (std::int64_t i = 0; i < 16; ++i) {
+        const std::int64_t row = half * 16 + i, at = row * ld + j;
+        if (row >= rows) {
+          r[i] = _mm512_setzero_si512();
+        } else if (from_f32) {
+          const auto* x = static_cast<const float*>(from) + at;
+          r[i] = reinterpret_cast<__m512i>(
+              _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(m >> 16), x + 16),
+                                  _mm512_maskz_loadu_ps(static_cast<__mmask16>(m), x)));
+        } else {
+          r[i] = _mm512_maskz_loadu_epi16(m, static_cast<const std::uint16_t*>(from) + at);
+        }
+      }
+      transpose_16x16(r);
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(panel + j * kPanel * 2 + half * 1024 + i * 64, r[i]);
+    }
+}
+
 // Row-major rows (the out index) to panels; `count` columns of reduction.
 void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::int64_t in,
                          std::int64_t out_shift, char* to) {

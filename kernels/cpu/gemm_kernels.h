@@ -76,6 +76,9 @@ void product_bf16_avx512(const Product& p);  ///< AVX512-BF16
 /// [k_begin, k_end), multiples of 32 but for the end.
 void retile_bf16_avx512(const char* from, std::int64_t n, std::int64_t k, std::int64_t k_begin,
                         std::int64_t k_end, char* to);
+/// `rows` (at most 32) rows of k elements, f32 (rounded; denormals to zero) or bf16, to one panel.
+void pack_panel_bf16_avx512(const void* from, bool from_f32, std::int64_t ld, std::int64_t rows,
+                            std::int64_t k, char* panel);
 /// bf16 w to panels in which `out` is the column and `in` the reduction; column o of w becomes
 /// column out_shift + o (0 <= out_shift < 32), the others are zero.
 void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::int64_t in,

@@ -1,36 +1,68 @@
 // The packed layouts and what is done once per weight or per row of an embedding.
+#include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/gemm_kernels.h"
 #include "kernels/cpu/gemm_layout.h"
 #include "protocol/base/check.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace tandem::kernels::cpu {
 namespace {
 
-float element(const ConstRows& src, std::int64_t i, std::int64_t j) {
-  const std::int64_t at = i * src.ld + j;
-  return src.dtype == DType::kF32 ? static_cast<const float*>(src.data)[at]
-                                  : to_f32(static_cast<const bf16*>(src.data)[at]);
+template <class From>
+const From* row_of(const ConstRows& src, std::int64_t i) {
+  return static_cast<const From*>(src.data) + i * src.ld;
 }
 
+template <class From>
 void pack_panel_f32(float* panel, std::int64_t k, std::int64_t row, std::int64_t rows,
                     const ConstRows& src) {
-  for (std::int64_t j = 0; j < k; ++j)
-    for (std::int64_t i = 0; i < kPanel; ++i)
-      panel[j * kPanel + i] = i < rows ? element(src, row + i, j) : 0.0f;
+  constexpr std::int64_t kColumns = 64;  // a piece of the panel that stays in L1
+  for (std::int64_t j = 0; j < k; j += kColumns)
+    for (std::int64_t i = 0; i < kPanel; ++i) {
+      const From* from = i < rows ? row_of<From>(src, row + i) : nullptr;
+      for (std::int64_t c = j; c < std::min(k, j + kColumns); ++c)
+        panel[c * kPanel + i] = from != nullptr ? to_f32(from[c]) : 0.0f;
+    }
 }
 
+bf16 rounded(float x) {
+  return to_bf16(x);
+}
+bf16 rounded(bf16 x) {
+  return x;
+}
+
+template <class From>
 void pack_panel_bf16(bf16* panel, std::int64_t k, std::int64_t row, std::int64_t rows,
                      const ConstRows& src) {
-  const std::int64_t k_padded = round_up(k, kTileK);
-  std::memset(panel, 0, static_cast<std::size_t>(k_padded * kPanel) * sizeof(bf16));
-  for (std::int64_t i = 0; i < rows; ++i)
-    for (std::int64_t j = 0; j < k; ++j)
-      panel[bf16_panel_index(i, j)] =
-          src.dtype == DType::kBF16 ? static_cast<const bf16*>(src.data)[(row + i) * src.ld + j]
-                                    : to_bf16(element(src, row + i, j));
+  const bf16 zero{0};
+  for (std::int64_t j = 0; j < round_up(k, kTileK); j += kTileK)
+    for (std::int64_t i = 0; i < kPanel; ++i) {
+      const From* from = i < rows ? row_of<From>(src, row + i) : nullptr;
+      bf16* to = panel + bf16_panel_index(i, j);
+      for (std::int64_t c = 0; c < kTileK; ++c)
+        to[c / 2 * 2 * kTileRows + c % 2] =
+            from != nullptr && j + c < k ? rounded(from[j + c]) : zero;
+    }
+}
+
+void pack_panel(char* panel, DType format, std::int64_t k, std::int64_t row, std::int64_t rows,
+                const ConstRows& src) {
+  const bool from_f32 = src.dtype == DType::kF32;
+  if (format == DType::kF32) {
+    auto* to = reinterpret_cast<float*>(panel);
+    from_f32 ? pack_panel_f32<float>(to, k, row, rows, src)
+             : pack_panel_f32<bf16>(to, k, row, rows, src);
+  } else if (isa() >= Isa::kAvx512Bf16) {
+    const char* from = static_cast<const char*>(src.data) + row * src.ld * dtype_bytes(src.dtype);
+    pack_panel_bf16_avx512(from, from_f32, src.ld, rows, k, panel);
+  } else {
+    auto* to = reinterpret_cast<bf16*>(panel);
+    from_f32 ? pack_panel_bf16<float>(to, k, row, rows, src)
+             : pack_panel_bf16<bf16>(to, k, row, rows, src);
+  }
 }
 
 template <class To>
@@ -68,10 +100,7 @@ void pack_rows(void* packed, DType format, std::int64_t n, std::int64_t k, std::
   for (std::int64_t i = 0; i < count; i += kPanel) {
     auto* panel = static_cast<char*>(packed) + (row + i) / kPanel * panel_bytes(format, k);
     const std::int64_t rows = std::min(kPanel, count - i);
-    if (format == DType::kF32)
-      pack_panel_f32(reinterpret_cast<float*>(panel), k, i, rows, src);
-    else
-      pack_panel_bf16(reinterpret_cast<bf16*>(panel), k, i, rows, src);
+    pack_panel(panel, format, k, i, rows, src);
   }
 }
 

@@ -221,6 +221,20 @@ TEST(PackedWeights, GiveBackTheirRowsExactly) {
   }
 }
 
+TEST(PackedWeights, RoundToNearestFromF32AndWidenFromBf16) {
+  const Matrix wide = random_matrix(70, 45, DType::kF32, 1, 3);
+  const Matrix narrow = random_matrix(70, 45, DType::kBF16, 2, 1);
+  const std::int32_t ids[] = {0, 17, 40, 69};
+  const Matrix rounded(4, 45, DType::kBF16), widened(4, 45, DType::kF32);
+  read_rows(Weight(wide, DType::kBF16).view, ids, rounded.out());
+  read_rows(Weight(narrow, DType::kF32).view, ids, widened.out());
+  for (std::int64_t i = 0; i < 4; ++i)
+    for (std::int64_t j = 0; j < 45; ++j) {
+      EXPECT_EQ(rounded.get(i, j), to_f32(to_bf16(static_cast<float>(wide.get(ids[i], j)))));
+      EXPECT_EQ(widened.get(i, j), narrow.get(ids[i], j));
+    }
+}
+
 // -- Invariant ------------------------------------------------------------------------------------
 
 using RowProduct = std::function<void(std::int64_t t, ConstRows x, Rows y)>;
