@@ -1,0 +1,140 @@
+#include "tests/support/tiny_model.h"
+
+#include "protocol/base/random.h"
+#include "storage/safetensors.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <list>
+#include <vector>
+
+namespace tandem::test {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr std::int64_t kWidth = 64, kLayers = 2, kHeads = 4, kKvHeads = 2, kMlp = 96, kVocab = 260;
+constexpr int kStart = 256, kEnd = 257;
+
+/// The 256 characters that byte-level BPE spells bytes with (GPT-2's bytes_to_unicode).
+std::vector<std::string> byte_characters() {
+  std::vector<std::string> characters;
+  int next = 256;
+  for (int byte = 0; byte < 256; ++byte) {
+    const bool visible = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
+    const int code = visible ? byte : next++;
+    std::string utf8;
+    if (code < 0x80) utf8 = std::string(1, static_cast<char>(code));
+    else utf8 = {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 63))};
+    characters.push_back(utf8);
+  }
+  return characters;
+}
+
+void write(const std::string& path, const std::string& text) { std::ofstream(path) << text; }
+
+Json special_token(int id, const std::string& content) {
+  return {{"id", id},          {"content", content}, {"single_word", false}, {"lstrip", false},
+          {"rstrip", false},   {"normalized", false}, {"special", true}};
+}
+
+void write_tokenizer(const std::string& folder) {
+  Json vocab = Json::object();
+  const auto characters = byte_characters();
+  for (std::size_t i = 0; i < characters.size(); ++i) vocab[characters[i]] = i;
+  const Json level{{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
+  const Json tokenizer{
+      {"version", "1.0"},
+      {"truncation", nullptr},
+      {"padding", nullptr},
+      {"added_tokens", Json::array({special_token(kStart, "<|im_start|>"), special_token(kEnd, "<|im_end|>")})},
+      {"normalizer", nullptr},
+      {"pre_tokenizer", level},
+      {"post_processor", nullptr},
+      {"decoder", level},
+      {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"vocab", vocab}, {"merges", Json::array()}}}};
+  write(folder + "/tokenizer.json", tokenizer.dump());
+  write(folder + "/tokenizer_config.json",
+        Json{{"eos_token", "<|im_end|>"},
+             {"bos_token", "<|im_start|>"},
+             {"chat_template",
+              "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+              "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+              "{% endif %}"}}
+            .dump());
+}
+
+}  // namespace
+
+void write_tiny_model(const std::string& folder, std::uint64_t seed) {
+  std::filesystem::create_directories(folder);
+  write(folder + "/config.json", Json{{"architectures", {"LlamaForCausalLM"}},
+                                      {"model_type", "llama"},
+                                      {"vocab_size", kVocab},
+                                      {"hidden_size", kWidth},
+                                      {"num_hidden_layers", kLayers},
+                                      {"num_attention_heads", kHeads},
+                                      {"num_key_value_heads", kKvHeads},
+                                      {"intermediate_size", kMlp},
+                                      {"max_position_embeddings", 512},
+                                      {"rms_norm_eps", 1e-5},
+                                      {"rope_theta", 10000.0},
+                                      {"hidden_act", "silu"},
+                                      {"tie_word_embeddings", true},
+                                      {"bos_token_id", kStart},
+                                      {"eos_token_id", kEnd},
+                                      {"torch_dtype", "float32"}}
+                                     .dump());
+  write_tokenizer(folder);
+  Random random(seed);
+  std::list<std::vector<float>> values;
+  std::vector<storage::TensorInfo> tensors;
+  auto add = [&](const std::string& name, std::vector<std::int64_t> shape, bool norm) {
+    std::int64_t n = 1;
+    for (auto d : shape) n *= d;
+    auto& data = values.emplace_back(static_cast<std::size_t>(n));
+    const float scale = 1.0f / std::sqrt(static_cast<float>(shape.back()));
+    for (float& x : data) x = norm ? 1.0f : random.normal() * scale;
+    storage::TensorInfo info;
+    info.name = name;
+    info.shape = std::move(shape);
+    info.bytes = std::as_bytes(std::span(data));
+    tensors.push_back(std::move(info));
+  };
+  add("model.embed_tokens.weight", {kVocab, kWidth}, false);
+  add("model.norm.weight", {kWidth}, true);
+  const std::int64_t head = kWidth / kHeads;
+  for (std::int64_t layer = 0; layer < kLayers; ++layer) {
+    const std::string at = "model.layers." + std::to_string(layer) + ".";
+    add(at + "input_layernorm.weight", {kWidth}, true);
+    add(at + "post_attention_layernorm.weight", {kWidth}, true);
+    add(at + "self_attn.q_proj.weight", {kWidth, kWidth}, false);
+    add(at + "self_attn.k_proj.weight", {kKvHeads * head, kWidth}, false);
+    add(at + "self_attn.v_proj.weight", {kKvHeads * head, kWidth}, false);
+    add(at + "self_attn.o_proj.weight", {kWidth, kWidth}, false);
+    add(at + "mlp.gate_proj.weight", {kMlp, kWidth}, false);
+    add(at + "mlp.up_proj.weight", {kMlp, kWidth}, false);
+    add(at + "mlp.down_proj.weight", {kWidth, kMlp}, false);
+  }
+  const Status status = storage::write_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}});
+  TANDEM_CHECK(status.ok(), status.to_string());
+}
+
+void write_tiny_dataset(const std::string& path, int rows, std::uint64_t seed) {
+  static const char* kWords[] = {"red", "blue", "green", "north", "south", "salt", "stone", "wind"};
+  Random random(seed);
+  std::ofstream out(path);
+  for (int i = 0; i < rows; ++i) {
+    const std::string word = kWords[random.below(8)], other = kWords[random.below(8)];
+    out << Json{{"messages",
+                 {{{"role", "user"}, {"content", "say " + word + " " + std::to_string(i)}},
+                  {{"role", "assistant"}, {"content", other + " " + word}}}}}
+               .dump()
+        << "\n";
+  }
+}
+
+}  // namespace tandem::test

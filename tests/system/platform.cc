@@ -1,0 +1,219 @@
+#include "tests/system/platform.h"
+
+#include "protocol/base/clock.h"
+#include "worker/runtime/slot.h"
+
+#include <gtest/gtest.h>
+
+#include <fcntl.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+
+namespace tandem::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string read_all(const std::string& path) {
+  std::ifstream in(path);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+std::string program(const std::string& name) { return std::string(TANDEM_BIN_DIR) + "/" + name; }
+
+/// True while the process exists and is no zombie.
+bool alive(pid_t pid) {
+  if (pid <= 0) return false;
+  ::waitpid(pid, nullptr, WNOHANG);
+  const std::string stat = read_all("/proc/" + std::to_string(pid) + "/stat");
+  const auto end = stat.rfind(')');
+  return end != std::string::npos && end + 2 < stat.size() && stat[end + 2] != 'Z' && stat[end + 2] != 'X';
+}
+
+}  // namespace
+
+bool eventually(TimeMs timeout_ms, const std::function<bool()>& condition) {
+  const std::int64_t end = steady_ns() / 1'000'000 + scaled_ms(timeout_ms);
+  while (!condition()) {
+    if (steady_ns() / 1'000'000 > end) return false;
+    ::usleep(20'000);
+  }
+  return true;
+}
+
+Platform::Platform(std::vector<std::string> flags) : flags_(std::move(flags)) {
+  char name[] = "/tmp/tandem-system-XXXXXX";
+  directory_ = ::mkdtemp(name);
+  fs::create_directories(data_dir() + "/log");
+  ::prctl(PR_SET_CHILD_SUBREAPER, 1);  // so that what a killed supervisor leaves comes to us
+}
+
+Platform::~Platform() {
+  client_.reset();
+  // Agents and engines first by asking, then whatever is left of this platform by id.
+  for (pid_t pid : supervisors_)
+    if (alive(pid)) ::kill(pid, SIGTERM);
+  std::vector<pid_t> rest = supervisors_;
+  for (std::size_t slot = 0; slot < 4; ++slot)
+    for (pid_t pid : {agent(static_cast<int>(slot)), engine(static_cast<int>(slot))})
+      if (pid > 0) rest.push_back(pid);
+  eventually(3000, [&] {
+    bool any = false;
+    for (pid_t pid : rest) any = any || alive(pid);
+    return !any;
+  });
+  for (pid_t pid : rest)
+    if (alive(pid)) ::kill(pid, SIGKILL);
+  if (alive(coordinator_)) kill_process(coordinator_);
+  while (::waitpid(-1, nullptr, WNOHANG) > 0) {
+  }
+  if (!testing::Test::HasFailure()) fs::remove_all(directory_);
+  else std::fprintf(stderr, "logs are kept in %s\n", directory_.c_str());
+}
+
+pid_t Platform::spawn(const std::string& name, std::vector<std::string> arguments) {
+  arguments.insert(arguments.end(), {"--data-dir", data_dir()});
+  arguments.insert(arguments.end(), flags_.begin(), flags_.end());
+  const std::string path = program(name), log = data_dir() + "/log/" + name + ".out";
+  const pid_t pid = ::fork();
+  if (pid != 0) return pid;
+  const int out = ::open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0600);
+  ::dup2(out, STDOUT_FILENO);
+  ::dup2(out, STDERR_FILENO);
+  std::vector<char*> argv{const_cast<char*>(path.c_str())};
+  for (auto& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  ::execv(path.c_str(), argv.data());
+  ::_exit(127);
+}
+
+void Platform::start_coordinator() {
+  client_.reset();
+  const std::string ready = data_dir() + "/run/coordinator.json";
+  fs::remove(ready);
+  coordinator_ = spawn("tandem-coordinator", {});
+  ASSERT_TRUE(eventually(20'000, [&] { return fs::exists(ready) || !alive(coordinator_); }));
+  ASSERT_TRUE(alive(coordinator_)) << read_all(data_dir() + "/log/tandem-coordinator.out");
+}
+
+void Platform::start_worker(int slot) {
+  supervisors_.push_back(spawn("tandem-worker", {"--slot", std::to_string(slot)}));
+  ASSERT_TRUE(eventually(20'000, [&] { return engine(slot) > 0; })) << read_all(data_dir() + "/log/tandem-worker.out");
+}
+
+void Platform::kill_process(pid_t pid) {
+  ASSERT_GT(pid, 1);
+  ::kill(pid, SIGKILL);
+  ASSERT_TRUE(eventually(10'000, [&] { return !alive(pid); })) << "process " << pid << " does not die";
+}
+
+void Platform::kill_coordinator() { kill_process(coordinator_); }
+
+pid_t Platform::lock_holder(int slot, const std::string& lock) const {
+  const std::string path = data_dir() + "/run/worker-cpu" + std::to_string(slot) + "/" + lock;
+  if (!worker::runtime::FileLock::is_held(path)) return 0;
+  const std::string text = read_all(path);
+  return text.empty() ? 0 : static_cast<pid_t>(std::atoi(text.c_str()));
+}
+
+pid_t Platform::supervisor(int slot) const { return lock_holder(slot, "supervisor.lock"); }
+pid_t Platform::agent(int slot) const { return lock_holder(slot, "agent.lock"); }
+pid_t Platform::engine(int slot) const { return lock_holder(slot, "engine.lock"); }
+
+protocol::client::Client& Platform::client() {
+  if (!client_) {
+    protocol::client::ClientOptions options;
+    options.endpoint = "ipc://" + data_dir() + "/run/clients.sock";
+    options.bulk_endpoint = "ipc://" + data_dir() + "/run/bulk.sock";
+    options.connect_ms = 20'000;
+    auto connected = protocol::client::Client::connect(options);
+    TANDEM_CHECK(connected.ok(), connected.status().to_string());
+    client_ = std::move(*connected);
+  }
+  return *client_;
+}
+
+Result<Json> Platform::try_call(const std::string& method, const Json& params, const std::string& idempotency_key) {
+  protocol::client::CallOptions options;
+  options.idempotency_key = idempotency_key;
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, client().call(method, params.dump(), options));
+  return Json::parse(text);
+}
+
+Json Platform::call(const std::string& method, const Json& params) {
+  auto result = try_call(method, params);
+  EXPECT_TRUE(result.ok()) << method << ": " << result.status().to_string();
+  return result.ok() ? *result : Json::object();
+}
+
+std::string Platform::add_data(const std::string& path) {
+  auto bulk = client().bulk();
+  EXPECT_TRUE(bulk.ok()) << bulk.status().to_string();
+  auto upload = (*bulk)->put_file(path);
+  EXPECT_TRUE(upload.ok()) << upload.status().to_string();
+  Json chunks = Json::array();
+  for (const Digest& chunk : upload->chunks) chunks.push_back(chunk.hex());
+  return call("data.add", {{"digest", upload->root.hex()},
+                           {"name", fs::path(path).filename().string()},
+                           {"bytes", upload->bytes},
+                           {"chunks", chunks},
+                           {"upload", upload->id}})
+      .value("digest", "");
+}
+
+std::string Platform::submit(const std::string& model, const std::string& data, const std::string& adapter,
+                             const Json& settings) {
+  const Json spec{{"model", model}, {"dataset", data}, {"adapter", adapter}, {"train", settings}};
+  return call("job.submit", {{"spec", spec}}).value("job", "");
+}
+
+Json Platform::wait_job(const std::string& job, TimeMs timeout_ms) {
+  Json last = Json::object();
+  eventually(timeout_ms, [&] {
+    auto shown = try_call("job.show", {{"job", job}});
+    if (!shown.ok()) return false;
+    last = *shown;
+    const std::string state = last.value("state", "");
+    return state == "done" || state == "failed" || state == "cancelled" || state == "paused";
+  });
+  return last;
+}
+
+Result<protocol::client::Generation> Platform::generate(const std::string& model, const std::string& prompt,
+                                                        std::int64_t max_tokens, bool no_cache) {
+  protocol::Generate request;
+  request.model = model;
+  request.input.prompt = prompt;
+  request.sampling.max_tokens = max_tokens;
+  request.sampling.temperature = 0.0f;
+  request.sampling.ignore_eos = true;
+  request.no_cache = no_cache;
+  return client().generate(std::move(request));
+}
+
+Platform::Output Platform::cli(const std::vector<std::string>& arguments) const {
+  const std::string out = directory_ + "/cli.out", err = directory_ + "/cli.err";
+  const std::string path = program("tandem"), data = data_dir();
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    ::dup2(::open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDOUT_FILENO);
+    ::dup2(::open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDERR_FILENO);
+    ::dup2(::open("/dev/null", O_RDONLY), STDIN_FILENO);
+    std::vector<char*> argv{const_cast<char*>(path.c_str()), const_cast<char*>("--data-dir"),
+                            const_cast<char*>(data.c_str())};
+    for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+    argv.push_back(nullptr);
+    ::execv(path.c_str(), argv.data());
+    ::_exit(127);
+  }
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_all(out), read_all(err)};
+}
+
+}  // namespace tandem::test

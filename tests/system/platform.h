@@ -1,0 +1,77 @@
+// A real platform for tests: coordinator and workers as processes in a temporary folder, with ipc sockets, that
+// the test may kill and start again. Only processes started here are signalled, by id. One thread.
+#pragma once
+
+#include "protocol/client/client.h"
+
+#include <nlohmann/json.hpp>
+
+#include <sys/types.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace tandem::test {
+
+using Json = nlohmann::ordered_json;
+
+class Platform {
+ public:
+  /// `flags`: further settings for every process ("--dtype", "f32", ...).
+  explicit Platform(std::vector<std::string> flags = {});
+  ~Platform();
+  Platform(const Platform&) = delete;
+  Platform& operator=(const Platform&) = delete;
+
+  void start_coordinator();
+  void start_worker(int slot = 0);
+  /// SIGKILL, and waits until it is gone.
+  void kill_coordinator();
+  void kill_process(pid_t pid);
+  /// Current processes of a slot, found through the files that they lock; 0 when there is none.
+  [[nodiscard]] pid_t supervisor(int slot = 0) const;
+  [[nodiscard]] pid_t agent(int slot = 0) const;
+  [[nodiscard]] pid_t engine(int slot = 0) const;
+  [[nodiscard]] pid_t coordinator() const { return coordinator_; }
+
+  /// A connected client; made again after the coordinator was started anew.
+  protocol::client::Client& client();
+  /// The result of a call that must succeed (the test fails and gets {} otherwise).
+  Json call(const std::string& method, const Json& params);
+  Result<Json> try_call(const std::string& method, const Json& params, const std::string& idempotency_key = "");
+  /// Uploads a file and registers it; its digest.
+  std::string add_data(const std::string& path);
+  /// Submits a job of `settings` and returns its id.
+  std::string submit(const std::string& model, const std::string& data, const std::string& adapter, const Json& settings);
+  /// Polls job.show until the job has ended (or `timeout_ms`); its last answer.
+  Json wait_job(const std::string& job, TimeMs timeout_ms = 120'000);
+  /// A greedy answer's text through the platform.
+  Result<protocol::client::Generation> generate(const std::string& model, const std::string& prompt, std::int64_t max_tokens,
+                                                bool no_cache = true);
+  /// Runs the CLI against this platform; its exit code and what it wrote.
+  struct Output {
+    int code = 0;
+    std::string out, err;
+  };
+  Output cli(const std::vector<std::string>& arguments) const;
+
+  [[nodiscard]] const std::string& directory() const { return directory_; }
+  [[nodiscard]] std::string data_dir() const { return directory_ + "/data"; }
+
+ private:
+  pid_t spawn(const std::string& program, std::vector<std::string> arguments);
+  [[nodiscard]] pid_t lock_holder(int slot, const std::string& lock) const;
+
+  std::string directory_;
+  std::vector<std::string> flags_;
+  pid_t coordinator_ = 0;
+  std::vector<pid_t> supervisors_;
+  std::unique_ptr<protocol::client::Client> client_;
+};
+
+/// True once `condition` holds; false after `timeout_ms` (scaled).
+bool eventually(TimeMs timeout_ms, const std::function<bool()>& condition);
+
+}  // namespace tandem::test
