@@ -27,42 +27,56 @@ std::vector<std::string> byte_characters() {
     const bool visible = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
     const int code = visible ? byte : next++;
     std::string utf8;
-    if (code < 0x80) utf8 = std::string(1, static_cast<char>(code));
-    else utf8 = {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 63))};
+    if (code < 0x80)
+      utf8 = std::string(1, static_cast<char>(code));
+    else
+      utf8 = {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 63))};
     characters.push_back(utf8);
   }
   return characters;
 }
 
-void write(const std::string& path, const std::string& text) { std::ofstream(path) << text; }
+void write(const std::string& path, const std::string& text) {
+  std::ofstream(path) << text;
+}
 
 Json special_token(int id, const std::string& content) {
-  return {{"id", id},          {"content", content}, {"single_word", false}, {"lstrip", false},
-          {"rstrip", false},   {"normalized", false}, {"special", true}};
+  return {{"id", id},        {"content", content},  {"single_word", false}, {"lstrip", false},
+          {"rstrip", false}, {"normalized", false}, {"special", true}};
 }
 
 void write_tokenizer(const std::string& folder) {
   Json vocab = Json::object();
   const auto characters = byte_characters();
   for (std::size_t i = 0; i < characters.size(); ++i) vocab[characters[i]] = i;
-  const Json level{{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
-  const Json tokenizer{
-      {"version", "1.0"},
-      {"truncation", nullptr},
-      {"padding", nullptr},
-      {"added_tokens", Json::array({special_token(kStart, "<|im_start|>"), special_token(kEnd, "<|im_end|>")})},
-      {"normalizer", nullptr},
-      {"pre_tokenizer", level},
-      {"post_processor", nullptr},
-      {"decoder", level},
-      {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"vocab", vocab}, {"merges", Json::array()}}}};
+  const Json level{{"type", "ByteLevel"},
+                   {"add_prefix_space", false},
+                   {"trim_offsets", true},
+                   {"use_regex", true}};
+  const Json tokenizer{{"version", "1.0"},
+                       {"truncation", nullptr},
+                       {"padding", nullptr},
+                       {"added_tokens", Json::array({special_token(kStart, "<|im_start|>"),
+                                                     special_token(kEnd, "<|im_end|>")})},
+                       {"normalizer", nullptr},
+                       {"pre_tokenizer", level},
+                       {"post_processor", nullptr},
+                       {"decoder", level},
+                       {"model",
+                        {{"type", "BPE"},
+                         {"dropout", nullptr},
+                         {"unk_token", nullptr},
+                         {"vocab", vocab},
+                         {"merges", Json::array()}}}};
   write(folder + "/tokenizer.json", tokenizer.dump());
   write(folder + "/tokenizer_config.json",
         Json{{"eos_token", "<|im_end|>"},
              {"bos_token", "<|im_start|>"},
              {"chat_template",
-              "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-              "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+              "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + "
+              "message['content'] + "
+              "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+              "'<|im_start|>assistant\n' }}"
               "{% endif %}"}}
             .dump());
 }
@@ -119,7 +133,8 @@ void write_tiny_model(const std::string& folder, std::uint64_t seed) {
     add(at + "mlp.up_proj.weight", {kMlp, kWidth}, false);
     add(at + "mlp.down_proj.weight", {kWidth, kMlp}, false);
   }
-  const Status status = storage::write_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}});
+  const Status status =
+      storage::write_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}});
   TANDEM_CHECK(status.ok(), status.to_string());
 }
 

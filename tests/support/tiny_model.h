@@ -1,5 +1,6 @@
-// A complete tiny model on disk, for tests that start real processes: a Hugging Face folder with random Llama
-// weights, a byte-level tokenizer without merges and a ChatML template; and data sets that it can read.
+// A complete tiny model on disk, for tests that start real processes: a Hugging Face folder with
+// random Llama weights, a byte-level tokenizer without merges and a ChatML template; and data sets
+// that it can read.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,9 @@
 
 namespace tandem::test {
 
-/// Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json into `folder` (made when
-/// missing): width 64, two layers, four heads over two kv heads, 260 tokens, context 512. A function of `seed`.
+/// Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json into `folder`
+/// (made when missing): width 64, two layers, four heads over two kv heads, 260 tokens, context
+/// 512. A function of `seed`.
 void write_tiny_model(const std::string& folder, std::uint64_t seed);
 
 /// Writes `rows` short chat rows as JSON lines; a function of `seed`.

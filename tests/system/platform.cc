@@ -24,15 +24,20 @@ std::string read_all(const std::string& path) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-std::string program(const std::string& name) { return std::string(TANDEM_BIN_DIR) + "/" + name; }
+std::string program(const std::string& name) {
+  return std::string(TANDEM_BIN_DIR) + "/" + name;
+}
 
-/// True while the process exists and is no zombie.
+/// True until every thread of the process is gone (a leader can be a zombie before its files are
+/// closed).
 bool alive(pid_t pid) {
   if (pid <= 0) return false;
-  ::waitpid(pid, nullptr, WNOHANG);
+  const pid_t reaped = ::waitpid(pid, nullptr, WNOHANG);
+  if (reaped >= 0) return reaped == 0;  // a child of ours, or adopted
   const std::string stat = read_all("/proc/" + std::to_string(pid) + "/stat");
   const auto end = stat.rfind(')');
-  return end != std::string::npos && end + 2 < stat.size() && stat[end + 2] != 'Z' && stat[end + 2] != 'X';
+  return end != std::string::npos && end + 2 < stat.size() && stat[end + 2] != 'Z' &&
+         stat[end + 2] != 'X';
 }
 
 }  // namespace
@@ -72,8 +77,10 @@ Platform::~Platform() {
   if (alive(coordinator_)) kill_process(coordinator_);
   while (::waitpid(-1, nullptr, WNOHANG) > 0) {
   }
-  if (!testing::Test::HasFailure()) fs::remove_all(directory_);
-  else std::fprintf(stderr, "logs are kept in %s\n", directory_.c_str());
+  if (!testing::Test::HasFailure())
+    fs::remove_all(directory_);
+  else
+    std::fprintf(stderr, "logs are kept in %s\n", directory_.c_str());
 }
 
 pid_t Platform::spawn(const std::string& name, std::vector<std::string> arguments) {
@@ -103,16 +110,20 @@ void Platform::start_coordinator() {
 
 void Platform::start_worker(int slot) {
   supervisors_.push_back(spawn("tandem-worker", {"--slot", std::to_string(slot)}));
-  ASSERT_TRUE(eventually(20'000, [&] { return engine(slot) > 0; })) << read_all(data_dir() + "/log/tandem-worker.out");
+  ASSERT_TRUE(eventually(20'000, [&] { return engine(slot) > 0; }))
+      << read_all(data_dir() + "/log/tandem-worker.out");
 }
 
 void Platform::kill_process(pid_t pid) {
   ASSERT_GT(pid, 1);
   ::kill(pid, SIGKILL);
-  ASSERT_TRUE(eventually(10'000, [&] { return !alive(pid); })) << "process " << pid << " does not die";
+  ASSERT_TRUE(eventually(10'000, [&] { return !alive(pid); }))
+      << "process " << pid << " does not die";
 }
 
-void Platform::kill_coordinator() { kill_process(coordinator_); }
+void Platform::kill_coordinator() {
+  kill_process(coordinator_);
+}
 
 pid_t Platform::lock_holder(int slot, const std::string& lock) const {
   const std::string path = data_dir() + "/run/worker-cpu" + std::to_string(slot) + "/" + lock;
@@ -121,9 +132,15 @@ pid_t Platform::lock_holder(int slot, const std::string& lock) const {
   return text.empty() ? 0 : static_cast<pid_t>(std::atoi(text.c_str()));
 }
 
-pid_t Platform::supervisor(int slot) const { return lock_holder(slot, "supervisor.lock"); }
-pid_t Platform::agent(int slot) const { return lock_holder(slot, "agent.lock"); }
-pid_t Platform::engine(int slot) const { return lock_holder(slot, "engine.lock"); }
+pid_t Platform::supervisor(int slot) const {
+  return lock_holder(slot, "supervisor.lock");
+}
+pid_t Platform::agent(int slot) const {
+  return lock_holder(slot, "agent.lock");
+}
+pid_t Platform::engine(int slot) const {
+  return lock_holder(slot, "engine.lock");
+}
 
 protocol::client::Client& Platform::client() {
   if (!client_) {
@@ -138,7 +155,8 @@ protocol::client::Client& Platform::client() {
   return *client_;
 }
 
-Result<Json> Platform::try_call(const std::string& method, const Json& params, const std::string& idempotency_key) {
+Result<Json> Platform::try_call(const std::string& method, const Json& params,
+                                const std::string& idempotency_key) {
   protocol::client::CallOptions options;
   options.idempotency_key = idempotency_key;
   TANDEM_ASSIGN_OR_RETURN(const std::string text, client().call(method, params.dump(), options));
@@ -166,8 +184,8 @@ std::string Platform::add_data(const std::string& path) {
       .value("digest", "");
 }
 
-std::string Platform::submit(const std::string& model, const std::string& data, const std::string& adapter,
-                             const Json& settings) {
+std::string Platform::submit(const std::string& model, const std::string& data,
+                             const std::string& adapter, const Json& settings) {
   const Json spec{{"model", model}, {"dataset", data}, {"adapter", adapter}, {"train", settings}};
   return call("job.submit", {{"spec", spec}}).value("job", "");
 }
@@ -184,7 +202,8 @@ Json Platform::wait_job(const std::string& job, TimeMs timeout_ms) {
   return last;
 }
 
-Result<protocol::client::Generation> Platform::generate(const std::string& model, const std::string& prompt,
+Result<protocol::client::Generation> Platform::generate(const std::string& model,
+                                                        const std::string& prompt,
                                                         std::int64_t max_tokens, bool no_cache) {
   protocol::Generate request;
   request.model = model;
@@ -213,7 +232,8 @@ Platform::Output Platform::cli(const std::vector<std::string>& arguments) const 
   }
   int status = 0;
   ::waitpid(pid, &status, 0);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_all(out), read_all(err)};
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_all(out),
+          read_all(err)};
 }
 
 }  // namespace tandem::test

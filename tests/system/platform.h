@@ -1,5 +1,6 @@
-// A real platform for tests: coordinator and workers as processes in a temporary folder, with ipc sockets, that
-// the test may kill and start again. Only processes started here are signalled, by id. One thread.
+// A real platform for tests: coordinator and workers as processes in a temporary folder, with ipc
+// sockets, that the test may kill and start again. Only processes started here are signalled, by
+// id. One thread.
 #pragma once
 
 #include "protocol/client/client.h"
@@ -40,16 +41,18 @@ class Platform {
   protocol::client::Client& client();
   /// The result of a call that must succeed (the test fails and gets {} otherwise).
   Json call(const std::string& method, const Json& params);
-  Result<Json> try_call(const std::string& method, const Json& params, const std::string& idempotency_key = "");
+  Result<Json> try_call(const std::string& method, const Json& params,
+                        const std::string& idempotency_key = "");
   /// Uploads a file and registers it; its digest.
   std::string add_data(const std::string& path);
   /// Submits a job of `settings` and returns its id.
-  std::string submit(const std::string& model, const std::string& data, const std::string& adapter, const Json& settings);
+  std::string submit(const std::string& model, const std::string& data, const std::string& adapter,
+                     const Json& settings);
   /// Polls job.show until the job has ended (or `timeout_ms`); its last answer.
   Json wait_job(const std::string& job, TimeMs timeout_ms = 120'000);
   /// A greedy answer's text through the platform.
-  Result<protocol::client::Generation> generate(const std::string& model, const std::string& prompt, std::int64_t max_tokens,
-                                                bool no_cache = true);
+  Result<protocol::client::Generation> generate(const std::string& model, const std::string& prompt,
+                                                std::int64_t max_tokens, bool no_cache = true);
   /// Runs the CLI against this platform; its exit code and what it wrote.
   struct Output {
     int code = 0;

@@ -2,6 +2,8 @@
 #include "protocol/job_spec.h"
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
+#include "worker/model/model_loader.h"
+#include "worker/runtime/encoder.h"
 
 #include <yaml-cpp/yaml.h>
 
@@ -105,6 +107,19 @@ Result<JobRequest> merge(const TrainOptions& options) {
   auto settings = protocol::TrainSettings::parse(request.train.dump());
   if (!settings.ok()) return settings.status();
   return request;
+}
+
+/// Reads a file as training would, where the base model's files can be read here: a bad line is
+/// better found before anything travels. Elsewhere the engine says the same when the job starts.
+Status check_data(Session& session, const JobRequest& request, const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("model.show", {{"model", request.model}}));
+  const std::string model_path = shown.value("path", "");
+  if (!std::filesystem::exists(path) || !std::filesystem::exists(model_path)) return {};
+  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
+  TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
+  TANDEM_ASSIGN_OR_RETURN(const auto settings,
+                          protocol::TrainSettings::parse(request.train.dump()));
+  return data::load_dataset(path, encoder, worker::runtime::dataset_options(settings)).status();
 }
 
 /// A data set by file (uploaded and registered) or by the name or digest it has.
@@ -213,8 +228,10 @@ Status run_train(Session& session, const TrainOptions& options) {
             {"adapter", request.adapter},
             {"priority", request.priority},
             {"train", request.train}};
+  TANDEM_RETURN_IF_ERROR(check_data(session, request, request.data));
   TANDEM_ASSIGN_OR_RETURN(spec["dataset"], resolve_data(session, request.data));
   if (!request.eval_data.empty()) {
+    TANDEM_RETURN_IF_ERROR(check_data(session, request, request.eval_data));
     TANDEM_ASSIGN_OR_RETURN(spec["eval_dataset"], resolve_data(session, request.eval_data));
   }
   TANDEM_ASSIGN_OR_RETURN(const Json job, session.call("job.submit", {{"spec", spec}}));

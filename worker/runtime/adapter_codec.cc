@@ -137,6 +137,20 @@ Status check_shape(const storage::ManifestTensor& tensor, std::int64_t rows, std
 
 }  // namespace
 
+FetchBlobs PackedObject::fetch() const {
+  return [this](std::span<const Digest> digests) -> Result<std::vector<std::vector<std::byte>>> {
+    std::map<Digest, std::span<const std::byte>> known;
+    for (const BlobView& blob : blobs) known[blob.digest] = blob.bytes;
+    std::vector<std::vector<std::byte>> found;
+    for (const Digest& digest : digests) {
+      const auto bytes = known.find(digest);
+      if (bytes == known.end()) return not_found_error(str("no chunk ", digest.hex()));
+      found.emplace_back(bytes->second.begin(), bytes->second.end());
+    }
+    return found;
+  };
+}
+
 std::optional<SitePlace> parse_site_path(const std::string& path) {
   constexpr const char* kPrefix = "model.layers.";
   if (!path.starts_with(kPrefix)) return std::nullopt;

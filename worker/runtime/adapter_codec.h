@@ -17,6 +17,11 @@
 
 namespace tandem::worker::runtime {
 
+/// How a manifest's chunks are had: BulkClient::get in a worker, the blob store in a coordinator's
+/// process.
+using FetchBlobs =
+    std::function<Result<std::vector<std::vector<std::byte>>>(std::span<const Digest>)>;
+
 /// A manifest with the bytes it names, ready for BulkClient::put. Move-only in spirit: blobs point
 /// into buffers.
 struct PackedObject {
@@ -24,12 +29,10 @@ struct PackedObject {
   Digest digest;         ///< its identity
   std::vector<std::vector<std::byte>> buffers;
   std::vector<BlobView> blobs;
-};
 
-/// How a manifest's chunks are had: BulkClient::get in a worker, the blob store in a coordinator's
-/// process.
-using FetchBlobs =
-    std::function<Result<std::vector<std::vector<std::byte>>>(std::span<const Digest>)>;
+  /// Reads the chunks from this object itself; valid while it lives.
+  [[nodiscard]] FetchBlobs fetch() const;
+};
 
 /// `config` gives r, lora_alpha, use_rslora, patterns and target_modules; tensors are stored as
 /// `dtype`.

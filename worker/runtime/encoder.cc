@@ -8,6 +8,18 @@ Result<text::Tokenizer> make_tokenizer(const model::TokenizerFiles& files) {
   return text::Tokenizer::from_json(files.tokenizer_json, files.tokenizer_config_json);
 }
 
+data::OverLength over_length(protocol::OverLength mode) {
+  switch (mode) {
+    case protocol::OverLength::kDrop:
+      return data::OverLength::kDrop;
+    case protocol::OverLength::kTruncate:
+      return data::OverLength::kTruncate;
+    case protocol::OverLength::kRaise:
+      break;
+  }
+  return data::OverLength::kRaise;
+}
+
 Status in(const std::string& path, const Status& status) {
   return {status.code(), path + ": " + status.message()};
 }
@@ -24,6 +36,13 @@ Result<data::Encoder> make_encoder(const model::LoadedModel& model, const std::s
     chat_template = std::move(*parsed);
   }
   return data::Encoder{std::move(*tokenizer), std::move(chat_template)};
+}
+
+data::DatasetOptions dataset_options(const protocol::TrainSettings& settings) {
+  data::DatasetOptions options;
+  options.max_length = settings.max_length;
+  options.over_length = over_length(settings.over_length);
+  return options;
 }
 
 }  // namespace tandem::worker::runtime

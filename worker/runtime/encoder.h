@@ -2,6 +2,7 @@
 // data and the data doctor. Pure functions; any thread.
 #pragma once
 
+#include "protocol/job_spec.h"
 #include "worker/data/dataset.h"
 #include "worker/model/model_loader.h"
 
@@ -9,5 +10,8 @@ namespace tandem::worker::runtime {
 
 /// Errors: those of the tokenizer and of the chat template, with the model's path.
 Result<data::Encoder> make_encoder(const model::LoadedModel& model, const std::string& path);
+
+/// How a job's settings read its data.
+data::DatasetOptions dataset_options(const protocol::TrainSettings& settings);
 
 }  // namespace tandem::worker::runtime

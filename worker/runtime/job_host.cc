@@ -1,6 +1,7 @@
 #include "worker/runtime/job_host.h"
 
 #include "protocol/base/log.h"
+#include "worker/runtime/encoder.h"
 
 #include <nlohmann/json.hpp>
 
@@ -26,18 +27,6 @@ Result<std::string> fetch_text(BulkClient& bulk, const Digest& digest) {
       text.append(reinterpret_cast<const char*>(chunk.data()), chunk.size());
   }
   return text;
-}
-
-data::OverLength over_length(protocol::OverLength mode) {
-  switch (mode) {
-    case protocol::OverLength::kDrop:
-      return data::OverLength::kDrop;
-    case protocol::OverLength::kTruncate:
-      return data::OverLength::kTruncate;
-    case protocol::OverLength::kRaise:
-      break;
-  }
-  return data::OverLength::kRaise;
 }
 
 }  // namespace
@@ -80,9 +69,7 @@ void JobHost::prepare() {
   auto prepared = std::make_shared<Prepared>();
   auto task = [prepared, &bulk = parts_.bulk, encoder = model_.encoder(), start = start_,
                settings = spec_.train] {
-    data::DatasetOptions options;
-    options.max_length = settings.max_length;
-    options.over_length = over_length(settings.over_length);
+    const data::DatasetOptions options = dataset_options(settings);
     auto load = [&](const Digest& digest,
                     const char* name) -> Result<std::shared_ptr<const data::Dataset>> {
       TANDEM_ASSIGN_OR_RETURN(const std::string text, fetch_text(bulk, digest));
