@@ -5,6 +5,8 @@
 namespace tandem::tools {
 namespace {
 
+constexpr TimeMs kConnectMs = 1500;  ///< a person waits; a coordinator that is there answers in one
+
 Result<Json> parse_reply(const std::string& method, const std::string& text) {
   Json json = Json::parse(text, nullptr, false);
   if (json.is_discarded())
@@ -22,6 +24,7 @@ Result<protocol::client::Client*> Session::client() {
                                                                  : settings_.get("listen_bulk");
     options.key_file = settings_.get("key_file");
     options.program = "tandem-cli/" TANDEM_VERSION;
+    options.connect_ms = kConnectMs;
     TANDEM_ASSIGN_OR_RETURN(client_, protocol::client::Client::connect(options));
   }
   return client_.get();

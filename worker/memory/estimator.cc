@@ -13,8 +13,7 @@ namespace tandem::worker::memory {
 
 namespace {
 
-/// A micro-batch at the bounds: its first document is the longest, the others share the rest, and
-/// every token is trained.
+/// A micro-batch at the bounds: documents of the longest length, every token trained.
 data::MicroBatch batch_at(const train::BatchBounds& bounds) {
   data::MicroBatch batch;
   const auto tokens = static_cast<std::size_t>(bounds.micro_batch_tokens);
@@ -22,10 +21,11 @@ data::MicroBatch batch_at(const train::BatchBounds& bounds) {
   batch.labels.assign(tokens, 0);
   batch.positions.assign(tokens, 0);
   batch.trained_tokens = bounds.micro_batch_tokens;
-  batch.cu_seqlens = {0, static_cast<std::int32_t>(bounds.sequence_tokens)};
-  // What lies where among the others changes no shape.
-  batch.cu_seqlens.resize(static_cast<std::size_t>(bounds.micro_batch_sequences) + 1,
-                          static_cast<std::int32_t>(bounds.micro_batch_tokens));
+  // As few documents as hold the tokens, the rest empty: what lies where changes no shape.
+  for (std::int64_t i = 0; i <= bounds.micro_batch_sequences; ++i)
+    batch.cu_seqlens.push_back(
+        static_cast<std::int32_t>(std::min(i * bounds.sequence_tokens, bounds.micro_batch_tokens)));
+  batch.cu_seqlens.back() = static_cast<std::int32_t>(bounds.micro_batch_tokens);
   return batch;
 }
 

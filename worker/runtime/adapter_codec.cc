@@ -142,9 +142,9 @@ FetchBlobs PackedObject::fetch() const {
     std::map<Digest, std::span<const std::byte>> known;
     for (const BlobView& blob : blobs) known[blob.digest] = blob.bytes;
     std::vector<std::vector<std::byte>> found;
-    for (const Digest& digest : digests) {
-      const auto bytes = known.find(digest);
-      if (bytes == known.end()) return not_found_error(str("no chunk ", digest.hex()));
+    for (const Digest& wanted : digests) {
+      const auto bytes = known.find(wanted);
+      if (bytes == known.end()) return not_found_error(str("no chunk ", wanted.hex()));
       found.emplace_back(bytes->second.begin(), bytes->second.end());
     }
     return found;

@@ -1,0 +1,163 @@
+// Bad input through the CLI, as a user meets it: the exit code, and a message that names the object
+// and the limit.
+#include "tests/support/tiny_model.h"
+#include "tests/system/platform.h"
+
+#include <gtest/gtest.h>
+
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <fstream>
+
+namespace tandem::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+class BadInput : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    platform_ = std::make_unique<Platform>(std::vector<std::string>{"--dtype", "f32", "--threads",
+                                                                    "1", "--kv-bytes-max", "8MiB",
+                                                                    "--memory-bytes-max", "64MiB"});
+    write_tiny_model(file("model"), 7);
+    write_tiny_dataset(file("train.jsonl"), 16, 8);
+    platform_->start_coordinator();
+    platform_->start_worker();
+    ASSERT_EQ(platform_->cli({"model", "add", "tiny", file("model")}).code, 0);
+  }
+  static void TearDownTestSuite() { platform_.reset(); }
+
+  static std::string file(const std::string& name) { return platform_->directory() + "/" + name; }
+  static std::string write(const std::string& name, const std::string& text) {
+    fs::create_directories(fs::path(file(name)).parent_path());
+    std::ofstream(file(name), std::ios::binary) << text;
+    return file(name);
+  }
+  /// Runs the CLI and expects an exit code and words in the message.
+  static void expect(const std::vector<std::string>& arguments, int code,
+                     const std::vector<std::string>& words) {
+    const auto output = platform_->cli(arguments);
+    EXPECT_EQ(output.code, code) << output.out << output.err;
+    for (const auto& word : words)
+      EXPECT_NE(output.err.find(word), std::string::npos)
+          << "no \"" << word << "\" in: " << output.err;
+  }
+  static std::vector<std::string> train(const std::string& data,
+                                        std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments{"train",       "--model",   "tiny",         "--data",
+                                       data,          "--adapter", "bad",          "--follow",
+                                       "--max-steps", "2",         "--max-length", "128"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  }
+  static std::unique_ptr<Platform> platform_;
+};
+std::unique_ptr<Platform> BadInput::platform_;
+
+TEST_F(BadInput, NoSuchModelOrAdapter) {
+  expect({"generate", "--model", "tinny", "--prompt", "x"}, 3, {"tinny", "tiny"});
+  expect({"model", "show", "nothing"}, 3, {"nothing"});
+  expect({"adapter", "show", "nothing"}, 3, {"nothing"});
+  expect({"job", "show", "job-000000000000"}, 3, {"job-000000000000"});
+}
+
+TEST_F(BadInput, AModelThatIsNotThereOrNotSupported) {
+  expect({"model", "add", "m", file("absent")}, 3, {"absent"});
+  fs::create_directories(file("bert"));
+  fs::copy(file("model"), file("bert"), fs::copy_options::recursive);
+  write("bert/config.json",
+        R"({"architectures":["BertModel"],"model_type":"bert","hidden_size":8})");
+  expect({"model", "add", "bert", file("bert")}, 4, {"bert"});
+  std::string gguf("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0", 24);  // no tensors, one key
+  gguf += std::string("\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\5\0\0\0\0\0\0\0mamba",
+                      8 + 20 + 4 + 8 + 5);
+  expect({"model", "add", "mamba", write("mamba.gguf", gguf)}, 4, {"mamba"});
+}
+
+TEST_F(BadInput, TruncatedSafetensors) {
+  fs::create_directories(file("cut"));
+  fs::copy(file("model"), file("cut"), fs::copy_options::recursive);
+  fs::resize_file(file("cut/model.safetensors"),
+                  fs::file_size(file("cut/model.safetensors")) - 100);
+  expect({"model", "add", "cut", file("cut")}, 1, {"model.safetensors", "bytes"});
+}
+
+TEST_F(BadInput, DataSets) {
+  expect(train(file("absent.jsonl")), 3, {"absent.jsonl"});
+  expect(train(write("empty.jsonl", "")), 2, {"empty.jsonl", "empty"});
+  expect(train(write("line.jsonl", "{\"text\": \"good\"}\n{\"text\": \n")), 2,
+         {"line.jsonl", "line 2"});
+  expect(train(write("utf8.jsonl", "{\"text\": \"good\"}\n{\"text\": \"\xff\xfe\"}\n")), 2,
+         {"line 2", "UTF-8"});
+  expect(
+      train(write("mute.jsonl", R"({"messages":[{"role":"user","content":"only a question"}]})")),
+      2, {"trained"});
+  expect(train(write("long.jsonl", "{\"text\": \"" + std::string(300, 'x') + "\"}\n")), 2, {"128"});
+  expect({"data", "check", file("line.jsonl"), "--model", "tiny"}, 2, {"line 2"});
+}
+
+TEST_F(BadInput, TrainingSettings) {
+  expect(train(file("train.jsonl"), {"--target-modules", "nothing_proj"}), 2,
+         {"nothing_proj", "q_proj"});
+  expect(train(file("train.jsonl"), {"--lora-r", "0"}), 2, {"lora_r", "1..512", "0"});
+  expect(train(file("train.jsonl"), {"--no-such-flag", "1"}), 2, {"no-such-flag"});
+  write("job.yaml", "model: tiny\ndata: train.jsonl\nadapter: x\nlearning_rat: 1e-3\n");
+  expect({"train", "-f", file("job.yaml")}, 2, {"learning_rat", "learning_rate"});
+}
+
+TEST_F(BadInput, AJobThatDoesNotFitIsRefusedWithTheNumber) {
+  expect(train(file("train.jsonl"), {"--per-device-train-batch-size", "4096"}), 4, {"MiB"});
+}
+
+TEST_F(BadInput, Requests) {
+  expect({"generate", "--model", "tiny", "--prompt", std::string(600, 'x')}, 2, {"512"});
+  expect({"generate", "--model", "tiny", "--prompt", "x", "--temperature", "-1"}, 2,
+         {"temperature", "-1"});
+  expect({"generate", "--model", "tiny", "--prompt", "x", "--top-p", "3"}, 2, {"top_p", "3"});
+  expect({"generate", "--model", "tiny", "--prompt", "x", "--max-tokens", "0"}, 2, {"max_tokens"});
+  expect({"generate", "--model", "tiny", "--prompt", "\xff\xfe"}, 2, {"UTF-8"});
+}
+
+TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
+  write(
+      "peft/adapter_config.json",
+      R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"task_type":"CAUSAL_LM"})");
+  expect({"adapter", "import", "p", file("peft"), "--model", "tiny"}, 3,
+         {"adapter_model.safetensors"});
+  write(
+      "dora/adapter_config.json",
+      R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"use_dora":true,"task_type":"CAUSAL_LM"})");
+  expect({"adapter", "import", "p", file("dora"), "--model", "tiny"}, 4, {"use_dora"});
+}
+
+TEST_F(BadInput, NamesAndSettings) {
+  expect({"model", "add", "a@b", file("model")}, 2, {"@"});
+  expect({"--config", write("bad.yaml", "treads: 2\n"), "status"}, 2,
+         {"bad.yaml:1", "treads", "threads"});
+  expect({"--config", file("absent.yaml"), "status"}, 3, {"absent.yaml"});
+}
+
+TEST_F(BadInput, ASecondCoordinatorOnTheRegistry) {
+  const std::string command = std::string(TANDEM_BIN_DIR) + "/tandem-coordinator --data-dir " +
+                              platform_->data_dir() + " 2>" + file("second.err") + " >/dev/null";
+  const int status = std::system(command.c_str());
+  EXPECT_EQ(WEXITSTATUS(status), 4);
+  std::ifstream in(file("second.err"));
+  const std::string text((std::istreambuf_iterator<char>(in)), {});
+  EXPECT_NE(text.find(std::to_string(platform_->coordinator())), std::string::npos) << text;
+}
+
+TEST(Unreachable, ACommandWithoutACoordinatorSaysHowToStartOne) {
+  Platform platform;  // nothing started
+  const auto output = platform.cli({"status"});
+  EXPECT_EQ(output.code, 5) << output.err;
+  EXPECT_NE(output.err.find("tandem up"), std::string::npos) << output.err;
+  const auto json = platform.cli({"--json", "status"});
+  EXPECT_EQ(json.code, 5);
+  EXPECT_EQ(Json::parse(json.out)["error"]["code"], "unavailable") << json.out;
+}
+
+}  // namespace
+}  // namespace tandem::test
