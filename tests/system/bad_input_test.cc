@@ -81,7 +81,7 @@ TEST_F(BadInput, TruncatedSafetensors) {
   fs::copy(file("model"), file("cut"), fs::copy_options::recursive);
   fs::resize_file(file("cut/model.safetensors"),
                   fs::file_size(file("cut/model.safetensors")) - 100);
-  expect({"model", "add", "cut", file("cut")}, 1, {"model.safetensors", "bytes"});
+  expect({"model", "add", "cut", file("cut")}, 1, {"model.safetensors", "truncated"});
 }
 
 TEST_F(BadInput, DataSets) {
