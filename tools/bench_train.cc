@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <ctime>
 #include <iostream>
 
 namespace {
@@ -87,6 +88,11 @@ double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
   return best;
 }
 
+/// Processor time of all threads so far: what a step costs on a machine that others use as well.
+double processor_seconds() {
+  return static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
+}
+
 double seconds(std::int64_t ns) {
   return static_cast<double>(ns) * 1e-9;
 }
@@ -132,18 +138,22 @@ Status run(const Options& options) {
 
   worker::train::TrainSession::PhaseTimes before;
   std::vector<double> step_seconds;
-  double loss = 0.0;
+  double loss = 0.0, processor_begin = 0.0;
   while (!session->finished()) {
     TANDEM_ASSIGN_OR_RETURN(const auto event, session->run_slice());
     if (const auto* done = std::get_if<worker::train::StepDone>(&event)) {
-      if (done->step <= options.warmup)
-        before = session->phase_times();
-      else
+      if (done->step > options.warmup) {
         step_seconds.push_back(done->seconds);
+      } else {
+        before = session->phase_times();
+        processor_begin = processor_seconds();
+      }
       loss = done->loss;
     }
   }
   const auto after = session->phase_times();
+  const double processor =
+      (processor_seconds() - processor_begin) / static_cast<double>(step_seconds.size());
   const auto phase = [&](std::int64_t from, std::int64_t to) {
     return seconds(to - from) / static_cast<double>(step_seconds.size());
   };
@@ -163,6 +173,7 @@ Status run(const Options& options) {
                                       {"tokens_per_second", tokens / median},
                                       {"step_seconds_median", median},
                                       {"step_seconds_best", step_seconds.front()},
+                                      {"step_processor_seconds", processor},
                                       {"phase_seconds",
                                        {{"data", phase(before.data, after.data)},
                                         {"forward", phase(before.forward, after.forward)},
