@@ -19,7 +19,7 @@ import time
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -50,8 +50,11 @@ def peer(args):
     out = {}
     for mode in ("eager", "compiled"):
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16,
-                                                    attn_implementation="sdpa")
+        # Random weights of the same shapes: a GGUF file's own would stay packed in its blocks and
+        # be unpacked in every product. Time does not depend on the values.
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16,
+                                                attn_implementation="sdpa")
         base.config.use_cache = False
         model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=SITES,
                                                 task_type="CAUSAL_LM"), autocast_adapter_dtype=True)
