@@ -2,6 +2,7 @@
 // per second at several batch sizes, prefill tokens per second, and the host's own share of a step
 // (the same steps on the shape-only backend, where ops cost nothing but their checks).
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/openmp_spin.h"
 #include "kernels/meta/meta_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
@@ -214,6 +215,7 @@ Status run(const Options& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  tandem::kernels::cpu::limit_openmp_spin(argv);
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");
   app.add_option("--model", o.model, "GGUF file or Hugging Face folder")->required();

@@ -4,6 +4,7 @@
 // sum over a training step, products and the rest apart.
 //   bench_ops [--threads N] [--dtype bf16|f32] [--tokens T] [--ms M]
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 
@@ -429,6 +430,7 @@ int bench_main(const std::vector<std::string>& args) {
 }  // namespace tandem::kernels
 
 int main(int argc, char** argv) {
+  tandem::kernels::cpu::limit_openmp_spin(argv);
   try {
     return tandem::kernels::bench_main({argv + 1, argv + argc});
   } catch (const std::exception& e) {

@@ -2,6 +2,7 @@
 // second of whole optimizer steps, the time of each phase, and the floor that the arithmetic alone
 // would take at a product rate measured in the same run.
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "worker/comm/communicator.h"
@@ -193,6 +194,7 @@ Status run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  tandem::kernels::cpu::limit_openmp_spin(argv);
   Options options;
   CLI::App app("LoRA training throughput, as JSON");
   app.add_option("--model", options.model, "Hugging Face folder or GGUF file")->required();

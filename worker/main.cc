@@ -2,6 +2,7 @@
 // --engine). Builds the parts and hands them to each other; the only place that names a device
 // backend.
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/openmp_spin.h"
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
@@ -216,6 +217,7 @@ Result<int> start(int argc, char** argv) {
 }  // namespace tandem::worker
 
 int main(int argc, char** argv) {
+  tandem::kernels::cpu::limit_openmp_spin(argv);
   const auto code = tandem::worker::start(argc, argv);
   if (code.ok()) return *code;
   tandem::log_error(code.status().to_string());

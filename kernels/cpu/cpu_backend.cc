@@ -1,6 +1,7 @@
 #include "kernels/cpu/cpu_backend.h"
 
 #include "kernels/cpu/cpu_allocator.h"
+#include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/cpu_ops.h"
 
 #include <omp.h>
@@ -41,12 +42,11 @@ DeviceProfile cpu_profile(const CpuOptions& options) {
   p.type = DeviceType::kCpu;
   p.name = processor_name();
   p.threads = options.threads > 0 ? options.threads : allowed_processors();
-#if defined(__x86_64__)
-  p.has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  p.has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  p.has_avx512_bf16 = p.has_avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
+  const cpu::Isa level = cpu::isa();
+  p.has_avx2 = level >= cpu::Isa::kAvx2;
+  p.has_avx512 = level >= cpu::Isa::kAvx512;
+  p.has_avx512_bf16 = level >= cpu::Isa::kAvx512Bf16;
+  p.has_amx_bf16 = level >= cpu::Isa::kAmx;
   p.memory_bytes = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
   return p;
 }
