@@ -142,10 +142,11 @@ bool CoordinatorLoop::receive_clients() {
     auto envelope = parts_.clients.receive(0);
     if (!envelope) break;
     any = true;
+    const std::int64_t received_us = steady_ns() / 1000;
     auto message = protocol::decode_client(envelope->frame);
     if (message.ok()) {
-      step(ClientInput{std::move(envelope->peer), std::move(envelope->user_id),
-                       std::move(*message)});
+      step(ClientInput{std::move(envelope->peer), std::move(envelope->user_id), std::move(*message),
+                       received_us});
     } else {
       ++counters_.malformed;
       log_debug("refused a client's frame: ", message.status().message());

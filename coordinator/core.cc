@@ -51,7 +51,8 @@ void Coordinator::on(const ClientInput& input) {
   session->second.last_seen_ms = context_.now().ms;
   const std::string& user = session->second.user;
   if (const auto* request = std::get_if<protocol::Generate>(&input.message))
-    requests_.generate(input.peer, user, *request);
+    requests_.generate(input.peer, user, *request,
+                       input.received_us > 0 ? input.received_us : context_.now().us);
   else if (const auto* cancel = std::get_if<protocol::Cancel>(&input.message))
     requests_.cancel(input.peer, *cancel);
   else if (const auto* call = std::get_if<protocol::Call>(&input.message))

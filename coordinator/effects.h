@@ -87,6 +87,7 @@ using WorkResult =
 struct ClientInput {
   std::string peer, user;
   protocol::ClientMessage message;
+  std::int64_t received_us = 0;  ///< on the clock of Now::us; 0: now
 };
 struct WorkerInput {
   std::string peer, user;

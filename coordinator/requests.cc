@@ -83,10 +83,10 @@ void Requests::load(const std::vector<ResultRecord>& results) {
 }
 
 void Requests::generate(const std::string& peer, const std::string& user,
-                        const protocol::Generate& request) {
+                        const protocol::Generate& request, std::int64_t received_us) {
   if (Status status = validate_request(request); !status.ok())
     return refuse(peer, request.id, status);
-  if (rejoin(peer, request)) return;
+  if (rejoin(peer, request) || repeat_finished(peer, user, request)) return;
   auto target = resolve(context_.tables(), request.model);
   if (!target.ok()) return refuse(peer, request.id, target.status());
 
@@ -106,7 +106,7 @@ void Requests::generate(const std::string& peer, const std::string& user,
   subscriber.user = user;
   subscriber.next_index = request.next_index;
   subscriber.stream = request.stream;
-  subscriber.arrival_us = context_.now().us;
+  subscriber.arrival_us = received_us;
   if (request.deadline_ms > 0) subscriber.deadline_ms = context_.now().ms + request.deadline_ms;
 
   if (answer_from_cache(subscriber, execution)) return;
@@ -161,6 +161,48 @@ bool Requests::rejoin(const std::string& peer, const protocol::Generate& request
     return true;
   }
   return false;
+}
+
+bool Requests::repeat_finished(const std::string& peer, const std::string& user,
+                               const protocol::Generate& request) {
+  const auto known = finished_.find(request.id);
+  if (known == finished_.end()) return false;
+  Execution& execution = *known->second;
+  const auto position = position_of(execution.chunks, execution.start_index, request.next_index);
+  // All tokens but not the end: the last chunk is what the client lacks.
+  const std::size_t last = execution.chunks.size() - 1;
+  if (!position || execution.signature != result_key(execution.target.model.digest,
+                                                     execution.target.adapter, user, request))
+    return false;
+  Subscriber subscriber;
+  subscriber.id = request.id;
+  subscriber.peer = peer;
+  subscriber.next_index = request.next_index;
+  subscriber.stream = request.stream;
+  subscriber.arrival_us = execution.dispatched_us;
+  subscriber.position = std::min(*position, last);
+  deliver(execution, subscriber);
+  return true;
+}
+
+void Requests::keep_finished(Execution& execution) {
+  auto kept = std::make_shared<Execution>();
+  kept->id = execution.id;
+  kept->target.model.digest = execution.target.model.digest;
+  kept->target.adapter = execution.target.adapter;
+  kept->signature = execution.signature;
+  kept->chunks = std::move(execution.chunks);
+  kept->start_index = execution.start_index;
+  kept->next_index = execution.next_index;
+  kept->dispatched_us = execution.dispatched_us;
+  for (const Subscriber& subscriber : execution.subscribers) {
+    finished_[subscriber.id] = kept;
+    finished_order_.emplace_back(context_.now().ms, subscriber.id);
+  }
+  while (finished_order_.size() > context_.limits().finished_max) {
+    finished_.erase(finished_order_.front().second);
+    finished_order_.pop_front();
+  }
 }
 
 bool Requests::answer_from_cache(const Subscriber& subscriber, const Execution& execution) {

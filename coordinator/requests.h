@@ -14,7 +14,9 @@
 #include "coordinator/workers.h"
 
 #include <cstdint>
+#include <deque>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -34,8 +36,9 @@ class Requests {
   void load(const std::vector<ResultRecord>& results);
 
   // -- from clients
-  void generate(const std::string& peer, const std::string& user,
-                const protocol::Generate& request);
+  /// `received_us`: when it came in, on the clock of Now::us.
+  void generate(const std::string& peer, const std::string& user, const protocol::Generate& request,
+                std::int64_t received_us);
   void cancel(const std::string& peer, const protocol::Cancel& cancel);
   /// The connection broke; what is not asked for again within orphan_ms is cancelled.
   void client_gone(const std::string& peer);
@@ -93,6 +96,10 @@ class Requests {
   };
 
   bool rejoin(const std::string& peer, const protocol::Generate& request);
+  /// The rest of an answer that ended a short while ago.
+  bool repeat_finished(const std::string& peer, const std::string& user,
+                       const protocol::Generate& request);
+  void keep_finished(Execution& execution);
   bool answer_from_cache(const Subscriber& subscriber, const Execution& execution);
   bool share(const Subscriber& subscriber, const Execution& asked);
   void subscribe(Execution& execution, Subscriber subscriber);
@@ -129,6 +136,8 @@ class Requests {
   std::map<Digest, RequestId> flights_;           // result key -> execution
   std::map<std::uint64_t, RequestId> queue_;      // order -> execution that waits
   std::map<std::string, std::size_t> per_user_;
+  std::map<RequestId, std::shared_ptr<Execution>> finished_;
+  std::deque<std::pair<TimeMs, RequestId>> finished_order_;
   std::uint64_t orders_ = 0;
   std::uint32_t attempts_ = 0;
   double service_ms_ = 1000;  // moving average of an execution's time on an engine

@@ -199,6 +199,7 @@ void Requests::finish(Execution& execution) {
   const auto took = static_cast<double>(context_.now().ms - execution.dispatched_ms);
   service_ms_ += kServiceWeight * (took - service_ms_);
   stats_.finished += execution.subscribers.size();
+  keep_finished(execution);
   forget(execution.id);
 }
 
@@ -314,6 +315,11 @@ Status Requests::may_wait(const Execution& execution) const {
 
 void Requests::tick() {
   const TimeMs now = context_.now().ms;
+  while (!finished_order_.empty() &&
+         now - finished_order_.front().first > context_.limits().finished_kept_ms) {
+    finished_.erase(finished_order_.front().second);
+    finished_order_.pop_front();
+  }
   std::vector<std::pair<RequestId, Status>> ended;
   std::vector<RequestId> orphans, forgotten;
   std::vector<std::pair<RequestId, Status>> hopeless;

@@ -1,0 +1,160 @@
+#include "tests/coordinator/core_harness.h"
+
+#include <gtest/gtest.h>
+
+namespace tandem::coordinator {
+namespace {
+
+nlohmann::json result(const protocol::CallReply& reply) {
+  EXPECT_TRUE(reply.status.ok()) << reply.status.message();
+  return nlohmann::json::parse(reply.result_json, nullptr, false);
+}
+
+TEST(Calls, UnknownMethodsAndParametersNameTheNearest) {
+  CoreHarness h;
+  const auto method = h.call("job.lst", nlohmann::json::object()).status;
+  EXPECT_EQ(method.code(), StatusCode::kInvalid);
+  EXPECT_NE(method.message().find("job.list"), std::string::npos);
+  const auto parameter = h.call("job.list", {{"stat", "done"}}).status;
+  EXPECT_EQ(parameter.code(), StatusCode::kInvalid);
+  EXPECT_NE(parameter.message().find("\"state\""), std::string::npos);
+  EXPECT_EQ(h.call("job.list", {{"limit", "ten"}}).status.code(), StatusCode::kInvalid);
+  EXPECT_EQ(h.call("model.show", nlohmann::json::object()).status.code(), StatusCode::kInvalid);
+}
+
+TEST(Calls, NothingIsAnsweredBeforeTheHelloAndAnotherMajorVersionIsRefusedWithTheRange) {
+  CoreHarness h;
+  h.from_client("stranger", protocol::Call{"1", "", "status", "{}"});
+  EXPECT_TRUE(h.to_client<protocol::CallReply>("stranger").empty());
+  h.from_client("old", protocol::ClientHello{{7, 0}, "old"});
+  const auto hello = h.to_client<protocol::ServerHello>("old").at(0);
+  EXPECT_EQ(hello.status.code(), StatusCode::kRefused);
+  EXPECT_NE(hello.status.message().find("1.0"), std::string::npos) << hello.status.message();
+}
+
+TEST(Calls, DataWithAMissingChunkOrAWrongSizeIsRefused) {
+  CoreHarness h;
+  const Digest chunk = sha256("nobody sent this");
+  Hasher root;
+  root.update(std::as_bytes(std::span(chunk.bytes)));
+  const std::string hex = root.finish().hex();
+  const auto missing = h.call(
+      "data.add", {{"digest", hex}, {"name", "d"}, {"bytes", 16}, {"chunks", {chunk.hex()}}}, "k");
+  EXPECT_EQ(missing.status.code(), StatusCode::kNotFound);
+  EXPECT_NE(missing.status.message().find(chunk.hex()), std::string::npos);
+  const auto other = h.call(
+      "data.add",
+      {{"digest", sha256("x").hex()}, {"name", "d"}, {"bytes", 16}, {"chunks", {chunk.hex()}}},
+      "l");
+  EXPECT_EQ(other.status.code(), StatusCode::kInvalid);
+  EXPECT_TRUE(h.tables().datasets.empty());
+  const auto empty =
+      h.call("data.add", {{"digest", hex}, {"bytes", 0}, {"chunks", nlohmann::json::array()}}, "m");
+  EXPECT_EQ(empty.status.code(), StatusCode::kInvalid);
+}
+
+TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "w");
+  ASSERT_TRUE(h.call("adapter.import", {{"name", "a"}, {"model", "base"}, {"manifest", text}}, "i")
+                  .status.ok());
+  EXPECT_EQ(h.call("model.rm", {{"model", "base"}}, "x").status.code(), StatusCode::kRefused);
+  EXPECT_TRUE(h.call("model.rm", {{"model", "base"}, {"force", true}}, "y").status.ok());
+  h.generate("r", "a", "q");
+  EXPECT_EQ(h.to_client<protocol::GenerateChunk>("c").at(0).status.code(), StatusCode::kNotFound);
+}
+
+TEST(Calls, ModelsAndAdaptersShareOneNameSpaceAndVersionsAreNeverUsedTwice) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const auto import = [&](const std::string& name, const std::string& weights) {
+    return h.call("adapter.import",
+                  {{"name", name},
+                   {"model", "base"},
+                   {"manifest", h.manifest(ManifestKind::kAdapter, base, weights)}},
+                  name + weights);
+  };
+  EXPECT_EQ(import("base", "w").status.code(), StatusCode::kConflict);
+  EXPECT_EQ(result(import("a", "one"))["version"], 1);
+  EXPECT_TRUE(h.call("adapter.rm", {{"adapter", "a"}}, "rm").status.ok());
+  EXPECT_EQ(result(import("a", "two"))["version"], 2);
+  EXPECT_EQ(h.call("adapter.alias", {{"alias", "base"}, {"target", "a"}}, "al").status.code(),
+            StatusCode::kConflict);
+  EXPECT_EQ(
+      result(h.call("adapter.alias", {{"alias", "prod"}, {"target", "a@2"}}, "am"))["version"], 2);
+  EXPECT_EQ(h.call("adapter.rm", {{"adapter", "a"}}, "rn").status.code(), StatusCode::kRefused);
+  const std::string digest = h.tables().current_adapter("prod")->digest.hex();
+  EXPECT_EQ(result(h.call("adapter.show", {{"adapter", digest.substr(0, 12)}}))["digest"], digest);
+}
+
+TEST(Calls, ListsComeInPages) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  for (int i = 0; i < 5; ++i)
+    (void)h.call("adapter.import",
+                 {{"name", str("a", i)},
+                  {"model", "base"},
+                  {"manifest", h.manifest(ManifestKind::kAdapter, base, str(i))}},
+                 str("k", i));
+  std::vector<std::string> names;
+  std::string after;
+  do {
+    const auto page = result(h.call("adapter.list", {{"limit", 2}, {"after", after}}));
+    EXPECT_LE(page["adapters"].size(), 2u);
+    for (const auto& adapter : page["adapters"]) names.push_back(adapter["name"]);
+    after = page["next"];
+  } while (!after.empty());
+  EXPECT_EQ(names, (std::vector<std::string>{"a0", "a1", "a2", "a3", "a4"}));
+}
+
+TEST(Calls, AFullDiskIsAClearErrorAndTheNextCallSucceeds) {
+  CoreHarness h;
+  h.add_model("base");
+  h.fail_commits(1);
+  const auto failed = h.call("worker.drain", {{"worker", "nobody"}}, "k");
+  EXPECT_EQ(failed.status.code(), StatusCode::kNotFound);
+  h.engine(0);
+  (void)h.call("worker.drain", {{"worker", CoreHarness::worker(0).value}}, "l");
+  EXPECT_FALSE(h.core().workers().draining(CoreHarness::worker(0)));
+  EXPECT_TRUE(h.call("worker.drain", {{"worker", CoreHarness::worker(0).value}}, "m").status.ok());
+  EXPECT_TRUE(h.core().workers().draining(CoreHarness::worker(0)));
+  h.restart();
+  EXPECT_TRUE(h.core().workers().draining(CoreHarness::worker(0))) << "drains outlive restarts";
+}
+
+TEST(Workers, AReplacedIncarnationIsToldToEnd) {
+  CoreHarness h;
+  h.engine(0, 5);
+  h.engine(0, 6);
+  h.to_engine<protocol::WorkerHelloReply>(0);
+  h.engine(0, 5);  // its hello was late
+  EXPECT_EQ(h.to_engine<protocol::WorkerHelloReply>(0).back().status.code(), StatusCode::kConflict);
+  EXPECT_EQ(h.core().workers().find(CoreHarness::worker(0))->engine.incarnation, 6u);
+}
+
+TEST(Workers, AnEngineWithoutABaseGetsOneAndAFailedLoadIsRepeatedLaterAndShown) {
+  CoreHarness h;
+  h.engine(0);
+  EXPECT_TRUE(h.to_engine<protocol::LoadModel>(0).empty());
+  const Digest base = h.add_model("base");
+  protocol::WorkerHello hello;
+  hello.role = protocol::WorkerRole::kEngine;
+  hello.worker = CoreHarness::worker(0);
+  hello.incarnation = 9;
+  hello.credits = 1;
+  h.from_engine(0, hello);
+  ASSERT_EQ(h.to_engine<protocol::LoadModel>(0).size(), 1u);
+  h.from_engine(0, protocol::ModelLoaded{base, unavailable_error("no room yet"), 0});
+  h.advance(1000);
+  EXPECT_TRUE(h.to_engine<protocol::LoadModel>(0).empty()) << "repeated without a pause";
+  EXPECT_EQ(result(h.call("worker.list", nlohmann::json::object()))["workers"][0]["error"],
+            "no room yet");
+  h.advance(2000);
+  EXPECT_EQ(h.to_engine<protocol::LoadModel>(0).size(), 1u);
+  h.from_engine(0, protocol::ModelLoaded{base, {}, 1});
+  EXPECT_EQ(h.core().workers().find(CoreHarness::worker(0))->engine.model, base);
+}
+
+}  // namespace
+}  // namespace tandem::coordinator

@@ -1,0 +1,118 @@
+// The loop with real threads over the in-process transport.
+#include "coordinator/coordinator_loop.h"
+#include "protocol/codec.h"
+#include "protocol/inproc_transport.h"
+#include "storage/memory_store.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include <thread>
+
+namespace tandem::coordinator {
+namespace {
+
+struct LoopTest : testing::Test {
+  LoopTest() {
+    registry = storage::Registry::in_memory(clock);
+    clients = network.listen("clients").value();
+    workers = network.listen("workers").value();
+    poller = network.make_poller();
+    poller->add(*clients);
+    poller->add(*workers);
+  }
+  ~LoopTest() override { end(); }
+  void begin(const std::string& failpoint = "") {
+    Options options;
+    options.incarnation = 5;
+    loop = CoordinatorLoop::create({*clients, *workers, *poller, *registry, files, clock}, options,
+                                   {}, failpoint)
+               .value();
+    thread = std::thread([this] { loop->run(stop); });
+    client = network.connect("clients", "c");
+    say(protocol::ClientHello{{}, "test"});
+    EXPECT_TRUE(hear<protocol::ServerHello>().status.ok());
+  }
+  void end() {
+    stop = true;
+    if (thread.joinable()) thread.join();
+  }
+  void say(const protocol::ClientMessage& message) const {
+    while (!client->send(protocol::encode(message)).ok()) (void)client->receive(1);
+  }
+  template <class Message>
+  Message hear() const {
+    for (int i = 0; i < 1000; ++i)
+      if (auto envelope = client->receive(20)) {
+        auto message = protocol::decode_server(envelope->frame).value();
+        if (auto* wanted = std::get_if<Message>(&message)) return *wanted;
+      }
+    ADD_FAILURE() << "nothing came";
+    return {};
+  }
+  protocol::CallReply call(const std::string& method, const std::string& params) {
+    say(protocol::Call{str("id", ++calls), str("key", calls), method, params});
+    return hear<protocol::CallReply>();
+  }
+  SystemClock clock;
+  protocol::InprocNetwork network{clock};
+  std::unique_ptr<storage::Registry> registry;
+  std::unique_ptr<protocol::ServerEndpoint> clients, workers;
+  std::unique_ptr<protocol::Poller> poller;
+  ServedFiles files;
+  std::unique_ptr<CoordinatorLoop> loop;
+  std::unique_ptr<protocol::ClientEndpoint> client;
+  std::atomic<bool> stop{false};
+  std::thread thread;
+  int calls = 0;
+};
+
+TEST_F(LoopTest, AnswersCallsAndEndsWhenAsked) {
+  begin();
+  const auto status = call("status", "{}");
+  ASSERT_TRUE(status.status.ok()) << status.status.message();
+  EXPECT_EQ(nlohmann::json::parse(status.result_json)["models"], 0);
+  EXPECT_TRUE(call("registry.check", "{}").status.ok());
+  EXPECT_TRUE(call("shutdown", R"({"checkpoint":false})").status.ok());
+  thread.join();
+}
+
+TEST_F(LoopTest, AFailedCommitIsAClearErrorAndTheProcessGoesOn) {
+  begin("before_commit:fail:1");
+  // A wish that is written at once: an agent to drain.
+  auto agent = network.connect("workers", "a");
+  protocol::WorkerHello hello;
+  hello.worker = WorkerId("host/cpu0");
+  hello.incarnation = 3;
+  while (!agent->send(protocol::encode(protocol::WorkerMessage{hello})).ok())
+    (void)agent->receive(1);
+  for (int i = 0; i < 1000 && !agent->receive(20); ++i) continue;
+  const auto failed = call("worker.drain", R"({"worker":"host/cpu0"})");
+  EXPECT_EQ(failed.status.code(), StatusCode::kInternal);
+  EXPECT_NE(failed.status.message().find("nothing was changed"), std::string::npos);
+  EXPECT_TRUE(call("worker.drain", R"({"worker":"host/cpu0"})").status.ok());
+  end();
+  EXPECT_EQ(loop->counters().commit_failures, 1u);
+}
+
+TEST_F(LoopTest, MalformedFramesAreCountedAndHarmless) {
+  begin();
+  const protocol::Bytes garbage(100, std::byte{0x5a});
+  for (int i = 0; i < 10; ++i) (void)client->send(garbage);
+  EXPECT_TRUE(call("status", "{}").status.ok());
+  end();
+  EXPECT_EQ(loop->counters().malformed, 10u);
+}
+
+TEST(Failpoint, FailsAtItsPassAndOnlyThere) {
+  Failpoint point("before_commit:fail:2");
+  EXPECT_FALSE(point.hit("after_send"));
+  EXPECT_FALSE(point.hit("before_commit"));
+  EXPECT_TRUE(point.hit("before_commit"));
+  EXPECT_FALSE(point.hit("before_commit"));
+  EXPECT_FALSE(Failpoint("").hit("before_commit"));
+}
+
+}  // namespace
+}  // namespace tandem::coordinator

@@ -1,0 +1,138 @@
+#include "tests/coordinator/core_harness.h"
+
+#include <gtest/gtest.h>
+
+namespace tandem::coordinator {
+namespace {
+
+using protocol::JobAck;
+using protocol::StartJob;
+
+struct PublishTest : testing::Test {
+  PublishTest() {
+    base = h.add_model("base");
+    h.add_data("rows");
+    h.engine(0);
+    id = h.submit();
+    epoch = h.to_engine<StartJob>(0).at(0).epoch;
+    h.beat(0, {{id, epoch, 0}});
+    h.to_engine<JobAck>(0);
+  }
+  void publish(const std::string& text) {
+    h.from_engine(0, protocol::Publish{id, epoch, 10, text, R"({"loss":1})"});
+  }
+  void end() { h.from_engine(0, protocol::JobEnded{id, epoch, {}, 10, "{}"}); }
+  CoreHarness h;
+  Digest base;
+  JobId id;
+  Epoch epoch = 0;
+};
+
+TEST_F(PublishTest, ManifestVersionAliasAndJobAreOneTransactionAndTheAckComesAfterIt) {
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "weights");
+  const std::size_t before = h.persists().size();
+  publish(text);
+  ASSERT_EQ(h.persists().size(), before + 1);
+  int manifests = 0, versions = 0, aliases = 0, jobs = 0;
+  for (const Write& write : h.persists().back().writes) {
+    manifests += std::holds_alternative<ManifestRecord>(write);
+    versions += std::holds_alternative<AdapterVersionRecord>(write);
+    aliases += std::holds_alternative<AliasRecord>(write);
+    jobs += std::holds_alternative<Job>(write);
+  }
+  EXPECT_EQ(manifests + versions + aliases, 3);
+  EXPECT_GE(jobs, 1);
+  EXPECT_TRUE(std::holds_alternative<Persist>(h.last().front()));
+  const auto ack = h.to_engine<JobAck>(0).at(0);
+  EXPECT_TRUE(ack.status.ok());
+  EXPECT_EQ(ack.name, "tuned@1");
+  EXPECT_EQ(ack.digest, sha256(text));
+  EXPECT_EQ(h.to_engine<protocol::Announce>(0).at(0).adapter, sha256(text));
+}
+
+TEST_F(PublishTest, ARepeatMakesNoSecondVersion) {
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "weights");
+  publish(text);
+  publish(text);
+  end();
+  publish(text);
+  EXPECT_EQ(h.tables().adapters.size(), 1u);
+  for (const JobAck& ack : h.to_engine<JobAck>(0))
+    EXPECT_TRUE(ack.status.ok()) << ack.of << ": " << ack.status.message();
+  EXPECT_EQ(h.job(id).state, JobState::kSucceeded);
+}
+
+TEST_F(PublishTest, AChunkThatIsNotDurableKeepsTheAdapterInvisible) {
+  publish(h.manifest(ManifestKind::kAdapter, base, "never uploaded", false));
+  EXPECT_TRUE(h.tables().adapters.empty());
+  EXPECT_TRUE(h.tables().aliases.empty());
+  EXPECT_EQ(h.to_engine<JobAck>(0).at(0).status.code(), StatusCode::kNotFound);
+}
+
+TEST_F(PublishTest, AnAdapterOfAnotherBaseIsRefused) {
+  publish(h.manifest(ManifestKind::kAdapter, sha256("another base"), "weights"));
+  EXPECT_TRUE(h.tables().adapters.empty());
+  EXPECT_EQ(h.to_engine<JobAck>(0).at(0).status.code(), StatusCode::kInvalid);
+}
+
+TEST_F(PublishTest, AFullDiskMakesNothingVisibleAcknowledgesNothingAndTheRepeatSucceeds) {
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "weights");
+  h.fail_commits(1);
+  publish(text);
+  EXPECT_TRUE(h.tables().adapters.empty());
+  EXPECT_TRUE(h.tables().aliases.empty());
+  EXPECT_TRUE(h.job(id).published.empty());
+  EXPECT_TRUE(h.to_engine<JobAck>(0).empty());
+  publish(text);
+  EXPECT_EQ(h.to_engine<JobAck>(0).at(0).name, "tuned@1");
+}
+
+TEST_F(PublishTest, AnEpochThatEndedWhileTheManifestWasReadDoesNotPublish) {
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "weights");
+  h.hold_work = true;
+  publish(text);
+  h.engine(0);  // the process was replaced meanwhile: another epoch
+  h.release_work();
+  EXPECT_TRUE(h.tables().adapters.empty());
+  EXPECT_GT(h.job(id).epoch, epoch);
+}
+
+TEST_F(PublishTest, AnEnginesDeathAfterThePublishLeavesTheJobDone) {
+  publish(h.manifest(ManifestKind::kAdapter, base, "weights"));
+  h.engine(0);
+  EXPECT_EQ(h.job(id).state, JobState::kSucceeded);
+  EXPECT_TRUE(h.to_engine<StartJob>(0).empty());
+}
+
+TEST_F(PublishTest, OldCheckpointsGoWhenMoreThanTheLimitAreThere) {
+  for (std::int64_t step = 1; step <= 5; ++step)
+    h.from_engine(
+        0, protocol::CheckpointReady{
+               id, epoch, step, h.manifest(ManifestKind::kCheckpoint, base, str("state ", step))});
+  EXPECT_EQ(h.tables().checkpoints.size(), 2u);
+  EXPECT_EQ(h.tables().latest_checkpoint(id)->step, 5);
+  for (const auto& [key, checkpoint] : h.tables().checkpoints)
+    EXPECT_FALSE(h.tables().manifest(checkpoint.manifest).empty());
+}
+
+TEST_F(PublishTest, RollbackIsANewVersionWithTheOldDigestAndHistoryStays) {
+  const std::string first = h.manifest(ManifestKind::kAdapter, base, "one");
+  publish(first);
+  end();
+  const JobId second = h.submit();
+  const auto start = h.to_engine<StartJob>(0).back();
+  h.from_engine(0, protocol::Publish{second, start.epoch, 10,
+                                     h.manifest(ManifestKind::kAdapter, base, "two"), "{}"});
+  EXPECT_EQ(h.tables().current_adapter("tuned")->version, 2u);
+  const auto reply = h.call("adapter.rollback", {{"alias", "tuned"}}, "r");
+  ASSERT_TRUE(reply.status.ok()) << reply.status.message();
+  EXPECT_EQ(h.tables().current_adapter("tuned")->version, 3u);
+  EXPECT_EQ(h.tables().current_adapter("tuned")->digest, sha256(first));
+  EXPECT_EQ(h.tables().aliases.at("tuned").history.size(), 3u);
+  const auto again = h.call("adapter.rollback", {{"alias", "tuned"}}, "r");
+  EXPECT_EQ(again.result_json, reply.result_json);
+  EXPECT_EQ(h.tables().adapters.size(), 3u) << "a repeated call with its key did it twice";
+}
+
+}  // namespace
+}  // namespace tandem::coordinator

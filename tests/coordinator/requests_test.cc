@@ -1,0 +1,307 @@
+#include "coordinator/prefix_table.h"
+#include "coordinator/result_cache.h"
+#include "tests/coordinator/core_harness.h"
+
+#include <gtest/gtest.h>
+
+namespace tandem::coordinator {
+namespace {
+
+using protocol::FinishReason;
+using protocol::GenerateChunk;
+using protocol::Infer;
+using protocol::InferCancel;
+
+struct RequestsTest : testing::Test {
+  explicit RequestsTest(Limits limits = {}) : h(limits) {
+    base = h.add_model("base");
+    h.engine(0);
+  }
+  /// Tokens of all chunks, checked to be without gap or repeat from `next`.
+  static std::vector<std::int32_t> tokens(const std::vector<GenerateChunk>& chunks,
+                                          std::int64_t next = 0) {
+    std::vector<std::int32_t> all;
+    for (const GenerateChunk& chunk : chunks) {
+      EXPECT_EQ(chunk.index, next + static_cast<std::int64_t>(all.size()));
+      all.insert(all.end(), chunk.tokens.begin(), chunk.tokens.end());
+    }
+    return all;
+  }
+  Digest publish(const std::string& name, const std::string& weights) {
+    const std::string text = h.manifest(ManifestKind::kAdapter, base, weights);
+    const auto reply =
+        h.call("adapter.import", {{"name", name}, {"model", "base"}, {"manifest", text}}, weights);
+    EXPECT_TRUE(reply.status.ok()) << reply.status.message();
+    return sha256(text);
+  }
+  CoreHarness h;
+  Digest base;
+};
+
+TEST_F(RequestsTest, AnEnginesDeathMovesTheRequestAndTheClientSeesEachTokenOnce) {
+  h.generate("r", "base", "hello");
+  h.answer(0, "r", 0, 2, false);
+  h.engine(1);
+  h.engine(0);  // a new process: the old one died
+  h.advance(100);
+  auto moved = h.to_engine<Infer>(1);
+  const int slot = moved.empty() ? 0 : 1;
+  if (moved.empty()) moved = h.to_engine<Infer>(0);
+  EXPECT_EQ(moved.back().request.next_index, 2);
+  h.answer(slot, "r", 2, 2, true);
+  const auto chunks = h.to_client<GenerateChunk>("c");
+  EXPECT_EQ(tokens(chunks).size(), 4u);
+  EXPECT_EQ(chunks.back().finish, FinishReason::kStop);
+}
+
+TEST_F(RequestsTest, ChunksOfAnOlderAttemptAreDropped) {
+  h.generate("r", "base", "hello");
+  const auto first = h.to_engine<Infer>(0).at(0);
+  h.engine(0);
+  h.advance(100);
+  protocol::InferChunk stale;
+  stale.attempt = first.attempt;
+  stale.chunk.id = RequestId("r");
+  stale.chunk.tokens = {1, 2, 3};
+  h.from_engine(0, stale);
+  EXPECT_TRUE(h.to_client<GenerateChunk>("c").empty());
+}
+
+TEST_F(RequestsTest, EqualDeterministicRequestsInFlightShareOneExecution) {
+  h.client("d");
+  h.generate("r1", "base", "same");
+  h.answer(0, "r1", 0, 1, false);
+  h.generate("r2", "base", "same", "d");
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 1u);
+  h.answer(0, "r1", 1, 1, true);
+  EXPECT_EQ(tokens(h.to_client<GenerateChunk>("c")), tokens(h.to_client<GenerateChunk>("d")));
+}
+
+TEST_F(RequestsTest, TheOtherSharersKeepTheirAnswerWhenTheFirstOneCancels) {
+  h.client("d");
+  h.generate("r1", "base", "same");
+  h.generate("r2", "base", "same", "d");
+  h.from_client("c", protocol::Cancel{RequestId("r1")});
+  EXPECT_EQ(h.to_client<GenerateChunk>("c").back().finish, FinishReason::kCancelled);
+  EXPECT_TRUE(h.to_engine<InferCancel>(0).empty());
+  h.answer(0, "r1", 0, 2, true);
+  EXPECT_EQ(tokens(h.to_client<GenerateChunk>("d")).size(), 2u);
+}
+
+TEST_F(RequestsTest, ACachedAnswerIsTheSameFlaggedAndOutlivesARestart) {
+  h.generate("r1", "base", "again");
+  h.answer(0, "r1", 0, 3, true);
+  const auto first = h.to_client<GenerateChunk>("c");
+  h.generate("r2", "base", "again");
+  const auto second = h.to_client<GenerateChunk>("c");
+  ASSERT_EQ(second.size(), 1u);
+  EXPECT_TRUE(second[0].cached);
+  EXPECT_EQ(second[0].tokens, tokens(first));
+  h.advance(200);
+  h.restart();
+  h.generate("r3", "base", "again");
+  EXPECT_TRUE(h.to_client<GenerateChunk>("c").at(0).cached);
+}
+
+TEST_F(RequestsTest, ANewVersionUnderAnAliasIsNeverAnsweredFromTheOld) {
+  publish("tuned", "one");
+  h.generate("r1", "tuned", "q");
+  h.answer(0, "r1", 0, 2, true);
+  h.to_client<GenerateChunk>("c");
+  const Digest two = publish("tuned", "two");
+  h.to_engine<Infer>(0);
+  h.generate("r2", "tuned", "q");
+  EXPECT_TRUE(h.to_client<GenerateChunk>("c").empty());
+  EXPECT_EQ(h.to_engine<Infer>(0).at(0).adapter, two);
+}
+
+TEST_F(RequestsTest, ARequestInFlightKeepsTheVersionItBeganWith) {
+  const Digest one = publish("tuned", "one");
+  h.generate("r", "tuned", "q");
+  h.answer(0, "r", 0, 1, false);
+  publish("tuned", "two");
+  h.engine(0);
+  h.advance(100);
+  EXPECT_EQ(h.to_engine<Infer>(0).back().adapter, one);
+}
+
+TEST_F(RequestsTest, OtherTenantsSamplingAndNoCacheAreNotAnsweredFromTheCache) {
+  h.generate("r1", "base", "q");
+  h.answer(0, "r1", 0, 1, true);
+  h.to_engine<Infer>(0);
+  h.client("d", "another-user");
+  h.generate("r2", "base", "q", "d");
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 1u);
+  protocol::Generate request;
+  request.id = RequestId("r3");
+  request.model = "base";
+  request.input.prompt = "q";
+  request.sampling.temperature = 0.0f;
+  request.no_cache = true;
+  h.from_client("c", request);
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 1u);
+  request.no_cache = false;
+  request.id = RequestId("r4");
+  request.sampling.max_tokens = 5;
+  const Digest key = result_key(base, {}, "", request);
+  request.sampling.max_tokens = 6;
+  EXPECT_NE(result_key(base, {}, "", request), key);
+  request.sampling.temperature = 0.7f;
+  EXPECT_FALSE(is_deterministic(request));
+  request.sampling.seed = 1;
+  EXPECT_TRUE(is_deterministic(request));
+}
+
+struct SmallQueue : RequestsTest {
+  static Limits limits() {
+    Limits limits;
+    limits.queue_max = 3;
+    return limits;
+  }
+  SmallQueue() : RequestsTest(limits()) {}
+};
+
+TEST_F(SmallQueue, AFullQueueAnswersBusyWithATimeAndAnEngineNeverGetsMoreThanItsCredits) {
+  for (int i = 0; i < 6; ++i) h.generate(str("r", i), "base", str("prompt ", i));
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 2u);
+  const auto refused = h.to_client<GenerateChunk>("c");
+  ASSERT_EQ(refused.size(), 1u);
+  EXPECT_EQ(refused[0].status.code(), StatusCode::kBusy);
+  EXPECT_GT(refused[0].retry_after_ms, 0);
+  h.answer(0, "r0", 0, 1, true);
+  EXPECT_EQ(h.to_engine<Infer>(0).at(0).request.id, RequestId("r2"));
+}
+
+TEST_F(RequestsTest, ADeadlineEndsTheRequestAndFreesTheEngine) {
+  protocol::Generate request;
+  request.id = RequestId("r");
+  request.model = "base";
+  request.input.prompt = "slow";
+  request.deadline_ms = 500;
+  h.from_client("c", request);
+  h.advance(600);
+  EXPECT_EQ(h.to_client<GenerateChunk>("c").at(0).status.code(), StatusCode::kTimeout);
+  EXPECT_EQ(h.to_engine<InferCancel>(0).at(0).id, RequestId("r"));
+}
+
+TEST_F(RequestsTest, WithoutAnEngineTheRequestWaitsAWhileAndThenSaysWhy) {
+  h.advance(6000);  // the engine's lease runs out
+  h.generate("r", "base", "q");
+  h.advance(10'000);
+  EXPECT_TRUE(h.to_client<GenerateChunk>("c").empty());
+  h.advance(25'000);
+  const auto end = h.to_client<GenerateChunk>("c");
+  ASSERT_EQ(end.size(), 1u);
+  EXPECT_EQ(end[0].status.code(), StatusCode::kUnavailable);
+  EXPECT_NE(end[0].status.message().find("no engine"), std::string::npos);
+}
+
+TEST_F(RequestsTest, AnUnknownNameGetsTheNearestAndBadSamplingItsRange) {
+  h.generate("r", "bass", "q");
+  const auto unknown = h.to_client<GenerateChunk>("c").at(0).status;
+  EXPECT_EQ(unknown.code(), StatusCode::kNotFound);
+  EXPECT_NE(unknown.message().find("did you mean base"), std::string::npos) << unknown.message();
+  protocol::Generate request;
+  request.id = RequestId("r");
+  request.model = "base";
+  request.input.prompt = "q";
+  request.sampling.top_p = 1.5f;
+  h.from_client("c", request);
+  EXPECT_EQ(h.to_client<GenerateChunk>("c").at(0).status.code(), StatusCode::kInvalid);
+  request.sampling.top_p.reset();
+  request.input.tokens = {1};
+  h.from_client("c", request);
+  EXPECT_EQ(h.to_client<GenerateChunk>("c").at(0).status.code(), StatusCode::kInvalid);
+}
+
+TEST_F(RequestsTest, PrefersTheEngineThatHasTheAdapterThenThePrefixThenTheLeastLoad) {
+  const Digest adapter = publish("tuned", "one");
+  h.engine(1);
+  h.beat(0);
+  h.beat(1, {}, 1, {adapter});
+  h.generate("r1", "tuned", "q");
+  EXPECT_EQ(h.to_engine<Infer>(1).size(), 1u);
+  protocol::Generate chat;
+  chat.id = RequestId("r2");
+  chat.model = "base";
+  chat.input.messages = {{"user", "a long story"}};
+  h.from_client("c", chat);
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 1u) << "engine 1 has a request already";
+  h.answer(0, "r2", 0, 1, true);
+  h.answer(1, "r1", 0, 1, true);
+  chat.id = RequestId("r3");
+  h.from_client("c", chat);
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 1u) << "the prefix is on engine 0";
+}
+
+TEST_F(RequestsTest, AClientThatAsksAgainOnAnotherConnectionGetsTheRest) {
+  h.generate("r", "base", "q");
+  h.answer(0, "r", 0, 2, false);
+  h.to_client<GenerateChunk>("c");
+  h.client("c2");
+  protocol::Generate again;
+  again.id = RequestId("r");
+  again.model = "base";
+  again.input.prompt = "q";
+  again.sampling.temperature = 0.0f;
+  again.next_index = 2;
+  h.from_client("c2", again);
+  h.answer(0, "r", 2, 1, true);
+  EXPECT_EQ(tokens(h.to_client<GenerateChunk>("c2"), 2).size(), 1u);
+  h.from_client("c2", again);  // the end was lost on its way
+  const auto repeat = h.to_client<GenerateChunk>("c2");
+  ASSERT_EQ(repeat.size(), 1u);
+  EXPECT_EQ(repeat[0].finish, FinishReason::kStop);
+  EXPECT_EQ(repeat[0].index, 2);
+}
+
+TEST_F(RequestsTest, AnEngineThatForgotTheRequestLosesIt) {
+  h.generate("r", "base", "q");
+  h.to_engine<Infer>(0);
+  for (int i = 0; i < 8; ++i) {
+    h.beat(0, {}, 0);
+    h.advance(1000);
+  }
+  EXPECT_FALSE(h.to_engine<Infer>(0).empty());
+}
+
+TEST(PrefixTable, DepthCountsOnlyAnUnbrokenBeginningAndSplitsAreNotConfused) {
+  protocol::PromptInput one, two, three;
+  one.messages = {{"user", "a"}, {"assistant", "b"}, {"user", "c"}};
+  two.messages = {{"user", "a"}, {"assistant", "b"}, {"user", "d"}};
+  three.messages = {{"user", "ab"}, {"assistant", ""}};
+  const auto chain = [](const protocol::PromptInput& input) {
+    return prefix_chain({}, {}, input, 32);
+  };
+  PrefixTable table(2);
+  table.record(chain(two), WorkerId("w"));  // three digests in a table of two: the first went
+  EXPECT_TRUE(table.depths(chain(one)).empty());
+  PrefixTable large(100);
+  large.record(chain(two), WorkerId("w"));
+  EXPECT_EQ(large.depths(chain(one)).at(WorkerId("w")), 2u);
+  EXPECT_TRUE(large.depths(chain(three)).empty());
+  large.forget(WorkerId("w"));
+  EXPECT_TRUE(large.depths(chain(one)).empty());
+}
+
+TEST(ResultCache, StaysInsideItsBytesOldestUseOutAndForgetsWhatExpired) {
+  GenerateChunk answer;
+  answer.text = std::string(1000, 'x');
+  answer.finish = FinishReason::kStop;
+  ResultCache cache(5000, 2000);
+  std::vector<Digest> evicted;
+  for (int i = 0; i < 10; ++i) {
+    ASSERT_TRUE(cache.insert(sha256(str(i)), "", answer, 0, 1000, evicted).has_value());
+    (void)cache.find(sha256("0"), 0);
+  }
+  EXPECT_LE(cache.stats().bytes, 5000u);
+  EXPECT_NE(cache.find(sha256("0"), 0), nullptr) << "used all the time";
+  EXPECT_EQ(cache.find(sha256("1"), 0), nullptr);
+  EXPECT_FALSE(evicted.empty());
+  EXPECT_EQ(cache.find(sha256("0"), 1000), nullptr) << "expired";
+  answer.text = std::string(3000, 'x');
+  EXPECT_FALSE(cache.insert(sha256("big"), "", answer, 0, 1000, evicted).has_value());
+}
+
+}  // namespace
+}  // namespace tandem::coordinator

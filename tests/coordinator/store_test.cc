@@ -1,0 +1,186 @@
+// Records through a real registry, model files, and the bulk socket.
+#include "coordinator/bulk_server.h"
+#include "coordinator/model_files.h"
+#include "protocol/codec.h"
+#include "protocol/inproc_transport.h"
+#include "storage/safetensors.h"
+#include "tests/coordinator/core_harness.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+namespace tandem::coordinator {
+namespace {
+
+namespace fs = std::filesystem;
+
+TEST(RegistryStore, AJobComesBackAsItWas) {
+  ManualClock clock;
+  auto registry = storage::Registry::in_memory(clock);
+  RegistryStore store(*registry);
+  Job job;
+  job.id = JobId("job-1");
+  job.order = 7;
+  job.tenant = "t";
+  job.spec_json = "{\"a\":1}";
+  job.state = JobState::kPausing;
+  job.model = sha256("m");
+  job.dataset = sha256("d");
+  job.eval_dataset = sha256("e");
+  job.dataset_manifest = sha256("dm");
+  job.adapter = "x";
+  job.epoch = 3;
+  job.worker = WorkerId("w");
+  job.engine = 0xffff'ffff'ffff'fff1u;
+  job.attempts = 2;
+  job.own_failures = 1;
+  job.requeue_after_stop = true;
+  job.step = 4;
+  job.best_step = 9;
+  job.error_code = "internal";
+  job.error = "why \xff not UTF-8";
+  job.metrics_json = "{\"loss\":1}";
+  job.estimate_json = "{\"fits\":true}";
+  job.published = sha256("p");
+  job.published_version = 2;
+  job.events = 11;
+  job.progress_seq = 5;
+  ASSERT_TRUE(store.commit({job}).ok());
+  const Snapshot snapshot = store.load().value();
+  const Job& back = snapshot.tables.jobs.at(job.id);
+  EXPECT_EQ(back.order, job.order);
+  EXPECT_EQ(back.state, job.state);
+  EXPECT_EQ(back.dataset, job.dataset);
+  EXPECT_EQ(back.eval_dataset, job.eval_dataset);
+  EXPECT_EQ(back.dataset_manifest, job.dataset_manifest);
+  EXPECT_EQ(back.engine, job.engine);
+  EXPECT_EQ(back.attempts, job.attempts);
+  EXPECT_EQ(back.own_failures, job.own_failures);
+  EXPECT_TRUE(back.requeue_after_stop);
+  EXPECT_EQ(back.best_step, job.best_step);
+  EXPECT_EQ(back.metrics_json, job.metrics_json);
+  EXPECT_EQ(back.estimate_json, job.estimate_json);
+  EXPECT_EQ(back.published, job.published);
+  EXPECT_EQ(back.events, job.events);
+  EXPECT_EQ(back.progress_seq, job.progress_seq);
+}
+
+TEST(Tables, UndoTakesBackExactlyWhatWasApplied) {
+  Tables tables;
+  const AliasRecord one{"a", "a", 1, sha256("1"), false, 1, {}};
+  AliasRecord two = one;
+  two.version = 2;
+  EXPECT_EQ(tables.apply(one).size(), 1u);
+  const auto undo = tables.apply(two);
+  EXPECT_EQ(tables.aliases.at("a").version, 2u);
+  for (const Write& write : undo) tables.apply(write);
+  EXPECT_EQ(tables.aliases.at("a").version, 1u);
+  for (const Write& write : tables.apply(EraseAlias{"a"})) tables.apply(write);
+  EXPECT_EQ(tables.aliases.at("a").version, 1u);
+}
+
+struct ModelFilesTest : testing::Test {
+  ModelFilesTest() {
+    std::string name = "/tmp/tandem-model-XXXXXX";
+    folder = ::mkdtemp(name.data());
+    write("config.json", R"({"model_type":"llama","hidden_size":2,"_name_or_path":"x"})");
+    tensor(1.0f);
+  }
+  ~ModelFilesTest() override { fs::remove_all(folder); }
+  void write(const std::string& name, const std::string& text) const {
+    std::ofstream(folder + "/" + name) << text;
+  }
+  void tensor(float value) const {
+    const std::vector<float> values(4, value);
+    const storage::TensorInfo info{"w", DType::kF32, {2, 2}, std::as_bytes(std::span(values))};
+    ASSERT_TRUE(
+        storage::write_safetensors(folder + "/model.safetensors", std::span(&info, 1), {}).ok());
+  }
+  [[nodiscard]] Result<ModelHashed> hash(const std::vector<std::string>& roots = {}) const {
+    return hash_model({"m", folder, false}, roots, 1);
+  }
+  std::string folder;
+};
+
+TEST_F(ModelFilesTest, TheDigestFollowsTheWeightsAndTheSettingsAndNothingElse) {
+  const auto first = hash();
+  ASSERT_TRUE(first.ok()) << first.status().message();
+  EXPECT_EQ(first->model.family, "llama");
+  EXPECT_EQ(first->model.digest, sha256(first->manifest));
+  write("config.json", R"({"_name_or_path":"renamed","model_type":"llama","hidden_size":2})");
+  EXPECT_EQ(hash()->model.digest, first->model.digest);
+  write("config.json", R"({"model_type":"llama","hidden_size":2,"rope_theta":5})");
+  EXPECT_NE(hash()->model.digest, first->model.digest);
+  write("config.json", R"({"model_type":"llama","hidden_size":2})");
+  EXPECT_EQ(hash()->model.digest, first->model.digest);
+  tensor(2.0f);
+  EXPECT_NE(hash()->model.digest, first->model.digest);
+}
+
+TEST_F(ModelFilesTest, AFamilyThatIsNotSupportedAndAPathOutsideTheRootsAreRefused) {
+  EXPECT_EQ(hash({"/usr"}).status().code(), StatusCode::kRefused);
+  EXPECT_TRUE(hash({"/tmp"}).ok());
+  write("config.json", R"({"model_type":"mamba"})");
+  const Status family = hash().status();
+  EXPECT_EQ(family.code(), StatusCode::kRefused);
+  EXPECT_NE(family.message().find("mamba"), std::string::npos);
+  EXPECT_EQ(hash_model({"m", folder + "/none", false}, {}, 1).status().code(),
+            StatusCode::kNotFound);
+}
+
+TEST_F(ModelFilesTest, FilesOfRegisteredModelsAreServedWhileTheyAreWhatWasHashed) {
+  const auto hashed = hash();
+  ServedFiles files;
+  ModelRecord model = hashed->model;
+  model.name = "m";
+  const ModelFile& file = model.files.back();
+  EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kNotFound);
+  files.add(model);
+  const auto piece = files.read(file.root, 2, 5);
+  ASSERT_TRUE(piece.ok()) << piece.status().message();
+  EXPECT_EQ(piece->bytes.size(), 5u);
+  EXPECT_EQ(piece->total_bytes, file.bytes);
+  tensor(3.0f);
+  EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kCorrupt);
+  files.remove("m");
+  EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kNotFound);
+}
+
+TEST(BulkServer, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone) {
+  SystemClock clock;
+  auto registry = storage::Registry::in_memory(clock);
+  protocol::InprocNetwork network(clock);
+  ServedFiles files;
+  BulkServer server(network.listen("bulk").value(), *registry, files);
+  const auto client = network.connect("bulk", "peer");
+  const std::string good = "good bytes", bad = "bad bytes";
+  const auto bytes = [](const std::string& text) {
+    const auto span = std::as_bytes(std::span(text));
+    return protocol::Bytes(span.begin(), span.end());
+  };
+  const auto send = [&](const protocol::BulkRequest& request, const protocol::Bytes& payload) {
+    while (!client->send(protocol::encode(request), payload).ok()) (void)client->receive(1);
+  };
+  send(protocol::BlobPut{1, sha256(good), "pin"}, bytes(good));
+  send(protocol::BlobPut{2, sha256("other"), "pin"}, bytes(bad));
+  send(protocol::BlobHas{3, {sha256(good), sha256("other")}}, {});
+  send(protocol::BlobGet{4, sha256(good), 0, 0}, {});
+  std::map<std::uint64_t, protocol::BlobReply> replies;
+  protocol::Bytes got;
+  for (int i = 0; i < 500 && replies.size() < 4; ++i)
+    if (auto envelope = client->receive(20)) {
+      auto reply = protocol::decode_blob_reply(envelope->frame).value();
+      if (reply.call == 4) got = envelope->payload;
+      replies[reply.call] = reply;
+    }
+  ASSERT_EQ(replies.size(), 4u);
+  EXPECT_TRUE(replies[1].status.ok()) << replies[1].status.message();
+  EXPECT_FALSE(replies[2].status.ok());
+  EXPECT_EQ(replies[3].has, (std::vector<bool>{true, false}));
+  EXPECT_EQ(got, bytes(good));
+}
+
+}  // namespace
+}  // namespace tandem::coordinator
