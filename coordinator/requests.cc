@@ -46,7 +46,8 @@ Status validate_request(const protocol::Generate& request) {
   const auto outside = [](const std::optional<float>& value, double low, double high) {
     return value && !(*value >= low && *value <= high);  // true for NaN
   };
-  if (s.max_tokens && *s.max_tokens < 1)
+  const bool scores_only = s.max_tokens == 0 && s.prompt_logprobs_from >= 1;
+  if (s.max_tokens && *s.max_tokens < 1 && !scores_only)
     return bad("max_tokens", "at least 1", static_cast<double>(*s.max_tokens));
   if (outside(s.temperature, 0, 100)) return bad("temperature", "in [0, 100]", *s.temperature);
   if (outside(s.top_p, 0, 1) || (s.top_p && *s.top_p == 0.0f))
