@@ -18,7 +18,7 @@ constexpr std::size_t kConcurrentMax = 16;
 /// The base model behind a base's, an adapter's or an alias's name.
 Result<Json> base_model(Session& session, const std::string& name) {
   auto model = session.call("model.show", {{"model", name}});
-  if (model.ok() || model.status().code() != StatusCode::kNotFound) return model;
+  if (model.ok()) return model;
   TANDEM_ASSIGN_OR_RETURN(const Json adapter, session.call("adapter.show", {{"adapter", name}}));
   return session.call("model.show", {{"model", field(adapter, "model")}});
 }
