@@ -1,0 +1,209 @@
+// bench_serve: latencies of a running platform as a client sees them. Prints one JSON value:
+// machine, settings, and
+//   coordinator_ms         the coordinator's share of the first token's time
+//   cached                 a repeated greedy request against the same one uncached
+//   publish_to_first_token last training step of a short job to the first token of its adapter
+// Needs a platform that is idle: tandem up; tandem model add NAME PATH; bench_serve --model NAME
+// --data FILE
+#include "protocol/base/clock.h"
+#include "protocol/client/client.h"
+#include "protocol/settings.h"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <thread>
+
+namespace tandem::tools {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using protocol::client::Client;
+
+struct Options {
+  std::string data_dir, model, data, prompt = "Who is the mayor of Brindlemark?";
+  int requests = 200, publishes = 50, steps = 4;
+};
+
+/// p50, p99, least and largest of milliseconds.
+Json summary(std::vector<double> values) {
+  if (values.empty()) return nullptr;
+  std::sort(values.begin(), values.end());
+  auto at = [&](double share) {
+    return values[static_cast<std::size_t>(share * static_cast<double>(values.size() - 1) + 0.5)];
+  };
+  return {{"n", values.size()},
+          {"p50", at(0.5)},
+          {"p99", at(0.99)},
+          {"min", values.front()},
+          {"max", values.back()}};
+}
+
+template <class T>
+T need(Result<T> result) {
+  if (result.ok()) return std::move(*result);
+  std::cerr << "bench_serve: " << result.status().message() << "\n";
+  std::exit(exit_code(result.status().code()));
+}
+
+struct Timed {
+  protocol::client::Generation answer;
+  double first_ms = 0, total_ms = 0;
+};
+
+Timed ask(Client& client, const std::string& model, const std::string& prompt,
+          std::int64_t max_tokens, bool no_cache) {
+  protocol::Generate request;
+  request.model = model;
+  request.input.prompt = prompt;
+  request.sampling.max_tokens = max_tokens;
+  request.sampling.temperature = 0.0f;
+  request.no_cache = no_cache;
+  Timed timed;
+  const std::int64_t begin = steady_ns();
+  timed.answer =
+      need(client.generate(std::move(request), [&](const protocol::GenerateChunk& chunk) {
+        if (timed.first_ms == 0 && !chunk.tokens.empty())
+          timed.first_ms = static_cast<double>(steady_ns() - begin) / 1e6;
+        return true;
+      }));
+  timed.total_ms = static_cast<double>(steady_ns() - begin) / 1e6;
+  return timed;
+}
+
+Json bench_coordinator(Client& client, const Options& options) {
+  std::vector<double> share, first;
+  for (int i = 0; i < options.requests; ++i) {
+    const Timed timed = ask(client, options.model, options.prompt, 1, true);
+    share.push_back(static_cast<double>(timed.answer.queue_us) / 1000);
+    first.push_back(timed.first_ms);
+  }
+  return {{"coordinator_ms", summary(share)}, {"first_token_ms", summary(first)}};
+}
+
+Json bench_cache(Client& client, const Options& options) {
+  std::vector<double> uncached, cached;
+  bool identical = true, flagged = true;
+  for (int i = 0; i < 20; ++i) {
+    const std::string prompt = str(options.prompt, " Run ", steady_ns(), ".");
+    const Timed first = ask(client, options.model, prompt, 64, false);
+    const Timed second = ask(client, options.model, prompt, 64, false);
+    uncached.push_back(first.total_ms);
+    cached.push_back(second.total_ms);
+    identical = identical && first.answer.text == second.answer.text;
+    flagged = flagged && second.answer.cached && !first.answer.cached;
+  }
+  const Json a = summary(uncached), b = summary(cached);
+  return {{"uncached_ms", a},
+          {"cached_ms", b},
+          {"speedup_p50", a["p50"].get<double>() / b["p50"].get<double>()},
+          {"identical_text", identical},
+          {"flagged", flagged}};
+}
+
+std::string upload(Client& client, const std::string& path) {
+  const auto stored = need(need(client.bulk())->put_file(path));
+  Json chunks = Json::array();
+  for (const Digest& chunk : stored.chunks) chunks.push_back(chunk.hex());
+  const Json params{{"digest", stored.root.hex()},
+                    {"name", "bench"},
+                    {"bytes", stored.bytes},
+                    {"chunks", chunks},
+                    {"upload", stored.id}};
+  return Json::parse(need(client.call("data.add", params.dump()))).value("digest", "");
+}
+
+/// Milliseconds from the last step's event to the first token of the adapter it published.
+double publish_once(Client& client, const Options& options, const std::string& data, int index) {
+  const Json spec{{"model", options.model},
+                  {"dataset", data},
+                  {"adapter", "bench-publish"},
+                  {"train",
+                   {{"max_steps", options.steps},
+                    {"max_length", 256},
+                    {"per_device_train_batch_size", 1},
+                    {"seed", index}}}};
+  const std::string job =
+      Json::parse(need(client.call("job.submit", Json{{"spec", spec}}.dump()))).value("job", "");
+  std::int64_t last_step_unix_ms = 0;
+  bool published = false;
+  const Status watched =
+      client.stream("job.watch", Json{{"job", job}}.dump(), [&](const std::string& text) {
+        const Json event = Json::parse(text);
+        if (event.value("kind", "") == "step")
+          last_step_unix_ms = event.value("time", std::int64_t{0});
+        published = published || event.value("kind", "") == "publish";
+        return !published;
+      });
+  if (!published) {
+    std::cerr << "bench_serve: job " << job << " published nothing: " << watched.to_string()
+              << "\n";
+    std::exit(1);
+  }
+  const Timed timed = ask(client, "bench-publish", options.prompt, 1, true);
+  const double total = static_cast<double>(SystemClock().unix_ms() - last_step_unix_ms);
+  while (true) {  // the job's end, so that the next one starts on an idle platform
+    const std::string state =
+        Json::parse(need(client.call("job.show", Json{{"job", job}}.dump()))).value("state", "");
+    if (state == "done" || state == "failed") break;
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return total - (timed.total_ms - timed.first_ms);
+}
+
+std::string processor() {
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
+
+int run(const Options& options) {
+  const auto settings = need(protocol::Settings::load(
+      options.data_dir.empty() ? std::map<std::string, std::string>{}
+                               : std::map<std::string, std::string>{{"data_dir", options.data_dir}},
+      ""));
+  protocol::client::ClientOptions connect;
+  connect.endpoint = settings.endpoint("clients");
+  connect.bulk_endpoint = settings.endpoint("bulk");
+  const auto client = need(Client::connect(connect));
+  ask(*client, options.model, options.prompt, 8, true);  // warm
+  Json result{{"bench", "serve"},
+              {"machine", processor()},
+              {"cores", std::thread::hardware_concurrency()},
+              {"settings",
+               {{"model", options.model},
+                {"requests", options.requests},
+                {"publishes", options.publishes},
+                {"steps", options.steps}}}};
+  result.update(bench_coordinator(*client, options));
+  result["cached"] = bench_cache(*client, options);
+  if (!options.data.empty()) {
+    const std::string data = upload(*client, options.data);
+    std::vector<double> latencies;
+    for (int i = 0; i < options.publishes; ++i)
+      latencies.push_back(publish_once(*client, options, data, i + 1));
+    result["publish_to_first_token_ms"] = summary(latencies);
+  }
+  std::cout << result.dump(2) << "\n";
+  return 0;
+}
+
+}  // namespace
+}  // namespace tandem::tools
+
+int main(int argc, char** argv) {
+  tandem::tools::Options options;
+  CLI::App app{"Latencies of a running, idle platform.", "bench_serve"};
+  app.add_option("--data-dir", options.data_dir, "the platform's folder");
+  app.add_option("--model", options.model, "base model")->required();
+  app.add_option("--data", options.data, "JSON lines for the publish part [left out]");
+  app.add_option("--requests", options.requests, "for the coordinator's share [200]");
+  app.add_option("--publishes", options.publishes, "jobs [50]");
+  app.add_option("--steps", options.steps, "of each job [4]");
+  CLI11_PARSE(app, argc, argv);
+  return tandem::tools::run(options);
+}
