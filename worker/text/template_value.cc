@@ -255,21 +255,26 @@ std::string string_repr(const std::string& s) {
   const bool has_single = s.find('\'') != std::string::npos;
   const char quote = has_single && s.find('"') == std::string::npos ? '"' : '\'';
   std::string out(1, quote);
-  for (const char c : s) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (c == quote || c == '\\') {
+  for (std::size_t i = 0; i < s.size();) {
+    const std::size_t begin = i;
+    const char32_t c = next_code_point(s, i);
+    if (c == static_cast<char32_t>(quote) || c == '\\') {
       out += '\\';
-      out += c;
+      out += static_cast<char>(c);
     } else if (c == '\n') {
       out += "\\n";
     } else if (c == '\r') {
       out += "\\r";
     } else if (c == '\t') {
       out += "\\t";
-    } else if (byte < 0x20 || byte == 0x7F) {
-      append_hex(out, "\\x", byte, 2);
+    } else if (is_printable(c)) {
+      out.append(s, begin, i - begin);
+    } else if (c < 0x100) {
+      append_hex(out, "\\x", static_cast<unsigned>(c), 2);
+    } else if (c < 0x10000) {
+      append_hex(out, "\\u", static_cast<unsigned>(c), 4);
     } else {
-      out += c;
+      append_hex(out, "\\U", static_cast<unsigned>(c), 8);
     }
   }
   return out + quote;

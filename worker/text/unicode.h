@@ -21,6 +21,10 @@ bool is_white_space(char32_t c);  ///< property White_Space
 bool is_numeric(char32_t c);      ///< categories Nd, Nl, No (Rust's char::is_numeric)
 bool is_word(char32_t c);         ///< letters, marks, numbers, connectors: regex \w
 
+/// Python's str.isprintable() of one character: no control, format, separator (but the space),
+/// surrogate, private or unassigned character.
+bool is_printable(char32_t c);
+
 /// Letters and numbers that the reference's tables (Unicode 16) have and those of the libraries
 /// here (Unicode 14) may not; kNone for all other characters.
 enum class NewerClass { kNone, kLetter, kNumber };
