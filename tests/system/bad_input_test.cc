@@ -121,14 +121,12 @@ TEST_F(BadInput, Requests) {
 }
 
 TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
-  write(
-      "peft/adapter_config.json",
-      R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"task_type":"CAUSAL_LM"})");
+  const std::string peft =
+      R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"task_type":"CAUSAL_LM")";
+  write("peft/adapter_config.json", peft + "}");
   expect({"adapter", "import", "p", file("peft"), "--model", "tiny"}, 3,
          {"adapter_model.safetensors"});
-  write(
-      "dora/adapter_config.json",
-      R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"use_dora":true,"task_type":"CAUSAL_LM"})");
+  write("dora/adapter_config.json", peft + R"(,"use_dora":true})");
   expect({"adapter", "import", "p", file("dora"), "--model", "tiny"}, 4, {"use_dora"});
 }
 
