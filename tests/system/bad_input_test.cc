@@ -121,8 +121,8 @@ TEST_F(BadInput, Requests) {
 }
 
 TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
-  const std::string peft =
-      R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"],"task_type":"CAUSAL_LM")";
+  const std::string peft = R"({"peft_type":"LORA","r":4,"lora_alpha":8,"task_type":"CAUSAL_LM")"
+                           R"(,"target_modules":["q_proj"])";
   write("peft/adapter_config.json", peft + "}");
   expect({"adapter", "import", "p", file("peft"), "--model", "tiny"}, 3,
          {"adapter_model.safetensors"});
