@@ -90,6 +90,8 @@ class World {
     if (network_.chance(0.04f))
       engines_[random.below(kEngines)]->crash(network_.between(100, 8000));
     if (network_.chance(0.03f))
+      engines_[random.below(kEngines)]->freeze(network_.between(500, 9000));
+    if (network_.chance(0.03f))
       coordinator_.crash(static_cast<int>(random.below(3)), network_.between(50, 3000));
     if (network_.chance(0.02f)) coordinator_.fail_commits(static_cast<int>(random.below(3)) + 1);
   }

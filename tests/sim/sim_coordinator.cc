@@ -2,6 +2,8 @@
 
 #include "storage/manifest.h"
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 
 namespace tandem::sim {
@@ -147,6 +149,14 @@ void SimCoordinator::check_tables() {
       violation(str("alias ", name, " points at a version that is not there"));
     else if (tables.manifest(adapter->digest).empty())
       violation(str("adapter ", name, " is visible without its manifest"));
+  }
+  for (const auto& [key, adapter] : tables.adapters) {
+    const auto manifest = nlohmann::json::parse(tables.manifest(adapter.digest), nullptr, false);
+    const auto job = tables.jobs.find(JobId(adapter.job));
+    if (job != tables.jobs.end() && manifest.is_object() &&
+        manifest["settings"]["epoch"] != job->second.epoch)
+      violation(str(adapter.job, " at epoch ", job->second.epoch, " has a version of epoch ",
+                    manifest["settings"]["epoch"].dump()));
   }
   for (const auto& [key, checkpoint] : tables.checkpoints)
     if (tables.manifest(checkpoint.manifest).empty())

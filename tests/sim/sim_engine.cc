@@ -32,13 +32,16 @@ std::int64_t length_of(const std::string& prompt) {
 }
 
 std::string make_manifest(storage::Registry& registry, protocol::ManifestKind kind,
-                          const Digest& base, const JobId& job, std::int64_t step) {
+                          const Digest& base, const JobId& job, std::int64_t step, Epoch epoch) {
   const std::string text = str("weights of ", job, " at step ", step);
   const auto bytes = std::as_bytes(std::span(text));
   storage::Manifest manifest;
   manifest.kind = kind;
-  manifest.settings_json =
-      nlohmann::json{{"base_model", base.hex()}, {"job", job.value}, {"step", step}}.dump();
+  manifest.settings_json = nlohmann::json{
+      {"base_model", base.hex()},
+      {"job", job.value},
+      {"step", step},
+      {"epoch", epoch}}.dump();
   manifest.tensors.push_back(
       storage::describe_tensor("w", "u8", {static_cast<std::int64_t>(bytes.size())}, bytes));
   (void)registry.blobs().put_chunk(manifest.tensors[0].chunks[0], bytes);
@@ -63,12 +66,12 @@ void SimEngine::start() {
   requests_.clear();
   reliable_.clear();
   coordinator_.connect_worker(peer_, [this, mine = incarnation_](const auto& message) {
-    if (alive_ && mine == incarnation_) hear(message);
+    if (alive_ && mine == incarnation_ && network_.now() >= frozen_until_ms_) hear(message);
   });
   const auto again = std::make_shared<std::function<void()>>();
   *again = [this, mine = incarnation_, weak = std::weak_ptr(again)] {
     if (!alive_ || mine != incarnation_) return;
-    tick();
+    if (network_.now() >= frozen_until_ms_) tick();
     if (auto next = weak.lock()) network_.after(kTickMs, [next] { (*next)(); });
   };
   network_.after(kTickMs, [again] { (*again)(); });
@@ -159,21 +162,22 @@ void SimEngine::train() {
 void SimEngine::publish() {
   JobRun& run = *job_;
   run.publishing = true;
-  send_reliably(
-      "publish",
-      protocol::Publish{run.start.job, run.start.epoch, run.step,
-                        make_manifest(coordinator_.registry(), protocol::ManifestKind::kAdapter,
-                                      run.start.model.digest, run.start.job, run.step),
-                        "{}"});
+  send_reliably("publish",
+                protocol::Publish{
+                    run.start.job, run.start.epoch, run.step,
+                    make_manifest(coordinator_.registry(), protocol::ManifestKind::kAdapter,
+                                  run.start.model.digest, run.start.job, run.step, run.start.epoch),
+                    "{}"});
 }
 
 void SimEngine::checkpoint() {
   const JobRun& run = *job_;
-  send_reliably(str("checkpoint:", run.step),
-                protocol::CheckpointReady{
-                    run.start.job, run.start.epoch, run.step,
-                    make_manifest(coordinator_.registry(), protocol::ManifestKind::kCheckpoint,
-                                  run.start.model.digest, run.start.job, run.step)});
+  send_reliably(
+      str("checkpoint:", run.step),
+      protocol::CheckpointReady{
+          run.start.job, run.start.epoch, run.step,
+          make_manifest(coordinator_.registry(), protocol::ManifestKind::kCheckpoint,
+                        run.start.model.digest, run.start.job, run.step, run.start.epoch)});
 }
 
 void SimEngine::end_job(const Status& status) {

@@ -17,7 +17,7 @@ std::int32_t token_of(const Digest& adapter, const std::string& prompt, std::int
 std::int64_t length_of(const std::string& prompt);
 /// The text of the manifest a job publishes; its chunk is put into the registry.
 std::string make_manifest(storage::Registry& registry, protocol::ManifestKind kind,
-                          const Digest& base, const JobId& job, std::int64_t step);
+                          const Digest& base, const JobId& job, std::int64_t step, Epoch epoch = 0);
 
 class SimEngine {
  public:
@@ -25,6 +25,9 @@ class SimEngine {
 
   /// kill -9; the agent starts another one after `down_ms`.
   void crash(TimeMs down_ms);
+  /// SIGSTOP or a partition: neither hears nor says anything, and then goes on as if nothing had
+  /// been.
+  void freeze(TimeMs ms) { frozen_until_ms_ = network_.now() + ms; }
   [[nodiscard]] std::uint64_t deaths() const { return deaths_; }
 
  private:
@@ -63,7 +66,7 @@ class SimEngine {
   Incarnation incarnation_ = 0;
   std::string peer_;
   bool alive_ = false, greeted_ = false;
-  TimeMs heard_ms_ = 0, hello_ms_ = -1000, beat_ms_ = -1000, step_ms_ = 0;
+  TimeMs frozen_until_ms_ = 0, heard_ms_ = 0, hello_ms_ = -1000, beat_ms_ = -1000, step_ms_ = 0;
   std::uint64_t seq_ = 0, deaths_ = 0;
   Digest model_;
   std::optional<JobRun> job_;
