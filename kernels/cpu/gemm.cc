@@ -13,6 +13,8 @@
 namespace tandem::kernels::cpu {
 namespace {
 
+static_assert(kLowRankTermsMax == kTermsMax);
+
 // Takes pieces off the caller's scratch, each at a cache line.
 class Scratch {
  public:

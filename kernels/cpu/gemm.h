@@ -66,8 +66,10 @@ void read_rows(const PackedMatrix& w, std::span<const std::int32_t> ids, Rows ou
 /// A product of small inner dimension added to a column range of the output:
 /// forward:    y[:, begin + j] += sum_r u[:, r] * v[j, r]   (v [count, rank]: LoRA's B)
 /// input_grad: dx[:, begin + j] += sum_r u[:, r] * v[r, j]  (v [rank, count]: LoRA's A)
-/// u [T, rank] in the dtype of x; v f32 or bf16 (f32 v needs an f32 weight format). Scales belong
-/// into u (LoRA's s is applied by small_product's `scale`). rank <= kLowRankMax.
+/// u [T, rank] and v in the weight's format. Scales belong into u (LoRA's s is small_product's
+/// `scale`). At most kLowRankTermsMax terms per call, each of rank <= kLowRankMax; rank 0 is
+/// skipped.
+inline constexpr std::int64_t kLowRankTermsMax = 16;
 inline constexpr std::int64_t kLowRankMax = 1024;
 struct LowRankTerm {
   std::int64_t begin = 0, count = 0, rank = 0;

@@ -16,7 +16,7 @@ struct PackedTerm {
   std::int64_t ldu = 0;
 };
 
-inline constexpr std::int64_t kTermsMax = 16;
+inline constexpr std::int64_t kTermsMax = 16;  ///< kLowRankTermsMax of gemm.h
 
 /// y[t, columns] (+)= scale * x[t, reduction] * panels, + bias, + terms.
 struct Product {
