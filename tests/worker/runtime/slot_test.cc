@@ -1,0 +1,85 @@
+#include "worker/runtime/slot.h"
+#include "worker/runtime/process.h"
+
+#include <gtest/gtest.h>
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+
+namespace tandem::worker::runtime {
+namespace {
+
+std::string temporary(const std::string& name) {
+  return testing::TempDir() + "tandem_slot_" + std::to_string(::getpid()) + "_" + name;
+}
+
+TEST(FileLock, NamesItsHolderToTheSecondWhoWantsIt) {
+  const std::string path = temporary("lock");
+  {
+    auto first = FileLock::acquire(path);
+    ASSERT_TRUE(first.ok());
+    EXPECT_TRUE(FileLock::is_held(path));
+    const auto second = FileLock::acquire(path);
+    ASSERT_FALSE(second.ok());
+    EXPECT_EQ(second.status().code(), StatusCode::kConflict);
+    EXPECT_NE(second.status().message().find(std::to_string(::getpid())), std::string::npos);
+  }
+  EXPECT_FALSE(FileLock::is_held(path));
+  EXPECT_TRUE(FileLock::acquire(path).ok());
+  std::filesystem::remove(path);
+}
+
+TEST(FileLock, IsFreeOnceItsHolderWasKilled) {
+  const std::string path = temporary("killed");
+  const pid_t child = ::fork();
+  if (child == 0) {
+    auto lock = FileLock::acquire(path);
+    ::pause();
+    ::_exit(lock.ok() ? 0 : 1);
+  }
+  while (!FileLock::is_held(path)) ::usleep(1000);
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
+  EXPECT_FALSE(FileLock::is_held(path));
+  std::filesystem::remove(path);
+}
+
+TEST(Slot, ARunningEngineIsKnownOnlyWhileItsLockIsHeld) {
+  const auto paths = SlotPaths::create(temporary("run"), "cpu", 3);
+  ASSERT_TRUE(paths.ok());
+  ASSERT_TRUE(write_engine_info(*paths, {4711, 42}).ok());
+  EXPECT_FALSE(running_engine(*paths).has_value()) << "the file alone is a leftover";
+  const auto lock = FileLock::acquire(paths->engine_lock);
+  const auto engine = running_engine(*paths);
+  ASSERT_TRUE(engine.has_value());
+  EXPECT_EQ(engine->pid, 4711);
+  EXPECT_EQ(engine->incarnation, 42u);
+  std::filesystem::remove_all(temporary("run"));
+}
+
+TEST(RestartBackoff, GrowsForTheShortLivedAndForgetsAfterALongLife) {
+  RestartBackoff backoff;
+  EXPECT_EQ(backoff.next_delay_ms(60'000), 0);
+  std::int64_t last = 0;
+  for (int i = 0; i < 20; ++i) {
+    const std::int64_t delay = backoff.next_delay_ms(1);
+    EXPECT_GE(delay, last);
+    last = delay;
+  }
+  EXPECT_EQ(last, 5000);
+  EXPECT_EQ(backoff.next_delay_ms(60'000), 0);
+}
+
+TEST(Process, SaysHowAChildEnded) {
+  auto child = start_process("/bin/sh", {"-c", "exit 7"}, true);
+  ASSERT_TRUE(child.ok());
+  int wait_status = 0;
+  ASSERT_EQ(::waitpid(*child, &wait_status, 0), *child);
+  EXPECT_EQ(describe_wait_status(wait_status), "exit code 7");
+}
+
+}  // namespace
+}  // namespace tandem::worker::runtime
