@@ -161,7 +161,9 @@ std::int32_t choose(const SampleArgs& a, std::int64_t row, const float* logits, 
   const float temperature = a.temperature.as<float>()[row];
   const RowStatistics statistics = row_statistics(logits, v);
   if (temperature <= 0.0f) return static_cast<std::int32_t>(statistics.argmax);
-  row_kernels().weights(logits, v, statistics.top, 1.0f / temperature, weights);
+  // Bounded, so that 0 times it stays 0 at the tiniest temperature.
+  const float inverse = std::min(1.0f / temperature, 1e30f);
+  row_kernels().weights(logits, v, statistics.top, inverse, weights);
   const std::int64_t k = a.top_k.as<std::int32_t>()[row];
   const float p = a.top_p.as<float>()[row], min_p = a.min_p.as<float>()[row];
   const float u = random_uniform(static_cast<std::uint64_t>(a.seed.as<std::int64_t>()[row]), 0,

@@ -243,6 +243,20 @@ TEST_P(Sample, ARowDoesNotDependOnTheBatch) {
   }
 }
 
+TEST(SampleTemperature, NearlyZeroIsGreedy) {
+  for (const std::string& backend : executing_backends())
+    for (const float temperature : {1e-3f, 1e-30f, 1e-45f}) {
+      Batch batch;
+      batch.v = 40;
+      batch.penalties = false;
+      batch.logits = random_values(batch.v, DType::kF32, 9);
+      batch.logits[17] = 10.0;
+      batch.rows.resize(1);
+      batch.rows[0].temperature = temperature;
+      EXPECT_EQ(batch.run(backend).at("ids").values(), Values{17.0}) << temperature;
+    }
+}
+
 TEST(SamplePenalties, CountPromptTokensForRepetitionOnly) {
   for (const std::string& backend : executing_backends()) {
     Batch batch;
