@@ -64,8 +64,8 @@ void Jobs::event(Job& job, const std::string& level, const std::string& kind,
 }
 
 void Jobs::set_state(Job& job, JobState state, const std::string& why) {
-  context_.log(LogLevel::kInfo, job.id, " ", job_state_name(job.state), " -> ",
-               job_state_name(state), why.empty() ? "" : ": ", why);
+  context_.log(LogLevel::kInfo, job.id, " ", job.events == 0 ? "new" : job_state_name(job.state),
+               " -> ", job_state_name(state), why.empty() ? "" : ": ", why);
   job.state = state;
   const nlohmann::ordered_json details{
       {"state", job_state_name(state)}, {"step", job.step}, {"epoch", job.epoch}};
