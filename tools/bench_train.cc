@@ -6,11 +6,14 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "worker/comm/communicator.h"
+#include "worker/memory/estimator.h"
 #include "worker/model/model_loader.h"
 #include "worker/train/train_session.h"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
+
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <ctime>
@@ -94,6 +97,13 @@ double processor_seconds() {
   return static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
 }
 
+/// The most memory this process has had resident.
+std::int64_t resident_bytes_max() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
+}
+
 double seconds(std::int64_t ns) {
   return static_cast<double>(ns) * 1e-9;
 }
@@ -131,11 +141,14 @@ Status run(const Options& options) {
   settings.lora_alpha = 2.0 * static_cast<double>(options.rank);
   settings.save_steps = 0;
   settings.recompute = options.recompute;
-  TANDEM_ASSIGN_OR_RETURN(
-      auto session,
-      worker::train::TrainSession::create(
-          {*backend.allocator, *backend.ledger, context, *weights, adapters, 0}, session_options,
-          worker::train::make_fixed_batches(random_steps(options, loaded.config.vocab), {})));
+  auto batches = worker::train::make_fixed_batches(random_steps(options, loaded.config.vocab), {});
+  TANDEM_ASSIGN_OR_RETURN(const auto estimate,
+                          worker::memory::estimate_training(backend.ops->profile(), loaded.config,
+                                                            dtype, settings, batches->bounds()));
+  TANDEM_ASSIGN_OR_RETURN(auto session,
+                          worker::train::TrainSession::create(
+                              {*backend.allocator, *backend.ledger, context, *weights, adapters, 0},
+                              session_options, std::move(batches)));
 
   worker::train::TrainSession::PhaseTimes before;
   std::vector<double> step_seconds;
@@ -161,6 +174,7 @@ Status run(const Options& options) {
   std::sort(step_seconds.begin(), step_seconds.end());
   const double median = step_seconds[step_seconds.size() / 2];
   const double tokens = static_cast<double>(options.rows * options.length);
+  const std::int64_t peak = backend.ledger->peak_total(), resident = resident_bytes_max();
   const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
   const nlohmann::ordered_json report{{"bench", "train"},
                                       {"model", options.model},
@@ -185,7 +199,9 @@ Status run(const Options& options) {
                                       {"product_tflops", rate * 1e-12},
                                       {"floor_seconds", flops / rate},
                                       {"floor_tokens_per_second", tokens / (flops / rate)},
-                                      {"peak_bytes", backend.ledger->peak_total()},
+                                      {"estimate_bytes", estimate.peak_total},
+                                      {"ledger_peak_bytes", peak},
+                                      {"resident_peak_bytes", resident},
                                       {"last_loss", loss}};
   std::cout << report.dump(2) << std::endl;
   return {};

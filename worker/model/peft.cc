@@ -121,7 +121,9 @@ std::unique_ptr<const PeftImage> to_peft(const ModelConfig& config, const LoraCo
     const SiteShape shape = site_shape(config, tensor.site);
     storage::AdapterTensors site;
     site.site = site_path(tensor.layer, tensor.site);
-    site.scale = static_cast<double>(tensor.scale);
+    // The file's scale follows from its configuration in f64; ours is that, rounded to f32.
+    site.scale = image->config.scale(site.site, tensor.rank);
+    TANDEM_CHECK_EQ(static_cast<float>(site.scale), tensor.scale, site.site);
     site.a = append(site.site + ".lora_A.weight", {tensor.rank, shape.i}, tensor.a, dtype, at);
     site.b = append(site.site + ".lora_B.weight", {shape.n, tensor.rank}, tensor.b, dtype, at);
     image->sites.push_back(std::move(site));
