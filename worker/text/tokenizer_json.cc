@@ -15,6 +15,13 @@ using Json = nlohmann::json;
 /// Nesting of Sequence components.
 constexpr int kComponentNestingMax = 8;
 
+/// A token's id; -1, which no token may have, for anything but a whole number of 32 bits.
+std::int32_t read_id(const Json& id) {
+  if (!id.is_number_integer()) return -1;
+  const auto value = id.get<std::int64_t>();
+  return value < 0 || value > INT32_MAX ? -1 : static_cast<std::int32_t>(value);
+}
+
 std::string type_of(const Json& component) {
   return component.value("type", std::string("(none)"));
 }
@@ -141,7 +148,7 @@ Status add_template(const Json& component, Tokenizer::Impl& impl) {
     const std::string name = part.at("SpecialToken").at("id").get<std::string>();
     auto& ids = before ? impl.prefix_ids : impl.suffix_ids;
     for (const Json& id : component.at("special_tokens").at(name).at("ids"))
-      ids.push_back(id.get<std::int32_t>());
+      ids.push_back(read_id(id));
   }
   if (before) return invalid_error("tokenizer.json: TemplateProcessing has no Sequence");
   return Status::ok_status();
@@ -207,7 +214,7 @@ Status parse_model(const Json& model, TokenizerParts& parts) {
   parts.bpe.ignore_merges = model.value("ignore_merges", false);
   parts.bpe.fuse_unk = model.value("fuse_unk", false);
   for (const auto& [spelling, id] : model.at("vocab").items())
-    parts.vocabulary.emplace(spelling, id.get<std::int32_t>());
+    parts.vocabulary.emplace(spelling, read_id(id));
   for (const Json& merge : model.at("merges")) {
     TANDEM_ASSIGN_OR_RETURN(auto pair, parse_merge(merge));
     parts.merges.push_back(std::move(pair));
@@ -224,7 +231,7 @@ Status parse_model(const Json& model, TokenizerParts& parts) {
 void parse_added(const Json& list, TokenizerParts& parts) {
   for (const Json& item : list) {
     AddedToken token;
-    token.id = item.at("id").get<std::int32_t>();
+    token.id = read_id(item.at("id"));
     token.content = item.at("content").get<std::string>();
     token.special = item.value("special", false);
     token.single_word = item.value("single_word", false);
