@@ -1,0 +1,112 @@
+// bench_registry: what durable registry work costs on this disk. Prints one JSON value: commits of
+// one small record, publishes (manifest, version, alias in one transaction), and blobs in 16 MiB
+// chunks.
+#include "protocol/base/clock.h"
+#include "protocol/base/random.h"
+#include "storage/registry.h"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cstring>
+#include <iostream>
+#include <thread>
+
+namespace tandem::tools {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+void need(const Status& status) {
+  if (status.ok()) return;
+  std::cerr << "bench_registry: " << status.message() << "\n";
+  std::exit(exit_code(status.code()));
+}
+
+/// Runs `work` `count` times; rate and latencies.
+template <class Work>
+Json measure(int count, Work work) {
+  std::vector<double> ms;
+  const std::int64_t begin = steady_ns();
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t start = steady_ns();
+    work(i);
+    ms.push_back(static_cast<double>(steady_ns() - start) / 1e6);
+  }
+  const double seconds = static_cast<double>(steady_ns() - begin) / 1e9;
+  std::sort(ms.begin(), ms.end());
+  return {{"n", count},
+          {"per_second", count / seconds},
+          {"p50_ms", ms[ms.size() / 2]},
+          {"p99_ms", ms[ms.size() * 99 / 100]},
+          {"max_ms", ms.back()}};
+}
+
+std::vector<std::byte> noise(std::size_t bytes, std::uint64_t seed) {
+  std::vector<std::byte> data(bytes);
+  Random random(seed);
+  for (std::size_t i = 0; i + 8 <= bytes; i += 8) {
+    const std::uint64_t bits = random.next();
+    std::memcpy(data.data() + i, &bits, 8);
+  }
+  return data;
+}
+
+int run(const std::string& directory, int count) {
+  SystemClock clock;
+  storage::RegistryOptions options;
+  options.directory = directory;
+  auto opened = storage::Registry::open(options, clock);
+  need(opened.status());
+  storage::Registry& registry = **opened;
+  Json result{{"bench", "registry"},
+              {"directory", directory},
+              {"cores", std::thread::hardware_concurrency()}};
+
+  result["commit"] = measure(count, [&](int i) {
+    auto txn = registry.begin_write();
+    need(txn.status());
+    need(txn->set_setting("bench", str(i)));
+    need(txn->commit());
+  });
+  const Digest base = sha256("bench base");
+  result["publish"] = measure(count, [&](int i) {
+    const auto bytes = noise(4096, static_cast<std::uint64_t>(i) + 1);
+    storage::Manifest manifest;
+    manifest.settings_json = Json{{"base_model", base.hex()}, {"n", i}}.dump();
+    manifest.tensors.push_back(storage::describe_tensor("t", "u8", {4096}, bytes));
+    const storage::BlobChunk chunk{manifest.tensors[0].chunks[0], bytes};
+    need(registry.blobs().put_chunks(std::span(&chunk, 1)));
+    auto text = storage::encode_manifest(manifest);
+    need(text.status());
+    auto txn = registry.begin_write();
+    need(txn.status());
+    need(txn->publish_adapter({"bench", *text, base, "", 0, "{}"}).status());
+    need(txn->commit());
+  });
+  const int chunks = 8;
+  std::vector<std::vector<std::byte>> data;
+  for (int i = 0; i < chunks; ++i)
+    data.push_back(noise(16 << 20, 1000 + static_cast<std::uint64_t>(i)));
+  result["chunk_16mib"] = measure(chunks, [&](int i) {
+    const auto& bytes = data[static_cast<std::size_t>(i)];
+    need(registry.blobs().put_chunk(sha256(bytes), bytes));
+  });
+  result["chunk_16mib"]["mib_per_second"] = result["chunk_16mib"]["per_second"].get<double>() * 16;
+  std::cout << result.dump(2) << "\n";
+  return 0;
+}
+
+}  // namespace
+}  // namespace tandem::tools
+
+int main(int argc, char** argv) {
+  std::string directory;
+  int count = 1000;
+  CLI::App app{"Durable registry work on this disk.", "bench_registry"};
+  app.add_option("--dir", directory, "an empty folder on the disk to measure")->required();
+  app.add_option("--count", count, "commits and publishes [1000]")->check(CLI::Range(10, 1000000));
+  CLI11_PARSE(app, argc, argv);
+  return tandem::tools::run(directory, count);
+}
