@@ -131,6 +131,7 @@ Status run(const Options& options) {
   TANDEM_ASSIGN_OR_RETURN(
       auto base, worker::model::BaseWeights::load(*backend.ops, exec, *weight_arena, loaded.config,
                                                   dtype, *loaded.source));
+  loaded.source.reset();  // the file's pages are not the engine's memory
   const auto weights = worker::model::make_resident_weights(base);
   worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, loaded.config, 1);
   worker::model::Context context{*backend.ops, exec, *comm, *activations, dtype};
