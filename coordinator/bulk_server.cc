@@ -18,6 +18,27 @@ std::int64_t size_of(const protocol::Bytes& bytes) {
   return static_cast<std::int64_t>(bytes.size());
 }
 
+/// The chunks of one put: its whole payload, or its parts.
+Result<std::vector<storage::BlobChunk>> split(const protocol::BlobPut& request,
+                                              const protocol::Bytes& payload) {
+  if (request.parts.empty()) return std::vector<storage::BlobChunk>{{request.digest, payload}};
+  std::vector<storage::BlobChunk> chunks;
+  std::int64_t at = 0;
+  const std::span<const std::byte> bytes = payload;
+  for (const protocol::BlobPart& part : request.parts) {
+    if (part.bytes < 1 || part.bytes > size_of(payload) - at)
+      return invalid_error(str("the parts of a put do not fit its payload of ", size_of(payload),
+                               " bytes: ", part.bytes, " from byte ", at));
+    chunks.push_back({part.digest, bytes.subspan(static_cast<std::size_t>(at),
+                                                 static_cast<std::size_t>(part.bytes))});
+    at += part.bytes;
+  }
+  if (at != size_of(payload))
+    return invalid_error(
+        str("the parts of a put have ", at, " bytes, its payload ", size_of(payload)));
+  return chunks;
+}
+
 }  // namespace
 
 BulkServer::BulkServer(std::unique_ptr<protocol::ServerEndpoint> endpoint,
@@ -84,13 +105,20 @@ void BulkServer::store_puts() {
     by_pin[puts[i].request.pin.substr(0, kPinBytesMax)].push_back(i);
   for (const auto& [pin, indices] : by_pin) {
     std::vector<storage::BlobChunk> chunks;
-    for (const std::size_t i : indices) chunks.push_back({puts[i].request.digest, puts[i].bytes});
+    bool well_formed = true;
+    for (const std::size_t i : indices) {
+      const auto parts = split(puts[i].request, puts[i].bytes);
+      well_formed = well_formed && parts.ok();
+      if (parts.ok()) chunks.insert(chunks.end(), parts->begin(), parts->end());
+    }
     const Status together = registry_.blobs().put_chunks(chunks, pin);
     for (const std::size_t i : indices) {
-      // One bad chunk must not fail its neighbours: each is asked for on its own then.
-      const Status status =
-          together.ok() ? together
-                        : registry_.blobs().put_chunk(puts[i].request.digest, puts[i].bytes, pin);
+      // One bad put must not fail its neighbours: each is asked for on its own then.
+      Status status = together;
+      if (!together.ok() || !well_formed) {
+        const auto parts = split(puts[i].request, puts[i].bytes);
+        status = parts.ok() ? registry_.blobs().put_chunks(*parts, pin) : parts.status();
+      }
       if (status.ok()) counters_.put_bytes += puts[i].bytes.size();
       protocol::BlobReply message;
       message.call = puts[i].request.call;

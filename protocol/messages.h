@@ -398,10 +398,17 @@ struct BlobHas {
   std::vector<Digest> digests;
   bool operator==(const BlobHas&) const = default;
 };
+/// One of several chunks in a payload.
+struct BlobPart {
+  Digest digest;
+  std::int64_t bytes = 0;
+  bool operator==(const BlobPart&) const = default;
+};
 struct BlobPut {
   std::uint64_t call = 0;
-  Digest digest;    ///< SHA-256 of the payload frame
-  std::string pin;  ///< upload id: garbage collection spares it for an hour
+  Digest digest;                ///< SHA-256 of the payload frame
+  std::string pin;              ///< upload id: garbage collection spares it for an hour
+  std::vector<BlobPart> parts;  ///< not empty: several small chunks, one commit; digest is empty
   bool operator==(const BlobPut&) const = default;
 };
 /// A blob, or `bytes` from `offset` of a model file (by content root) that the coordinator's host

@@ -96,7 +96,7 @@ Result<std::vector<bool>> BulkTransfer::has(const std::vector<Digest>& digests) 
 
 Status BulkTransfer::put_known(const Digest& digest, std::span<const std::byte> chunk,
                                const std::string& pin) {
-  return ask(BlobPut{0, digest, pin}, chunk).status();
+  return ask(BlobPut{0, digest, pin, {}}, chunk).status();
 }
 
 Status BulkTransfer::put(std::span<const std::byte> chunk, const std::string& pin) {

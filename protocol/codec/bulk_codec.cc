@@ -16,6 +16,11 @@ static void put(wire::BulkRequest::Builder root, const BlobPut& m) {
   b.setCall(m.call);
   b.setDigest(data(m.digest));
   b.setPin(text(m.pin));
+  if (!m.parts.empty())
+    put_structs(b.initParts(count(m.parts)), m.parts, [](auto item, const BlobPart& part) {
+      item.setDigest(data(part.digest));
+      item.setBytes(part.bytes);
+    });
 }
 static void put(wire::BulkRequest::Builder root, const BlobGet& m) {
   auto b = root.initGet();
@@ -32,8 +37,13 @@ static BulkRequest get(wire::BulkRequest::Reader r) {
                      get_digests(r.getHas().getDigests(), "has.digests", kBlobHasMax)};
     case wire::BulkRequest::PUT: {
       const auto put_request = r.getPut();
+      check_list(put_request.getParts().size(), "put.parts", kBlobHasMax);
       return BlobPut{put_request.getCall(), get_digest(put_request.getDigest(), "put.digest"),
-                     get_text(put_request.getPin(), "put.pin", kIdBytesMax)};
+                     get_text(put_request.getPin(), "put.pin", kIdBytesMax),
+                     get_structs<BlobPart>(put_request.getParts(), "put.parts", [](auto item) {
+                       return BlobPart{get_digest(item.getDigest(), "put.parts.digest"),
+                                       get_count(item.getBytes(), "put.parts.bytes")};
+                     })};
     }
     case wire::BulkRequest::GET: {
       const auto get_request = r.getGet();

@@ -34,6 +34,13 @@ struct BlobPut {
   call @0 :UInt64;
   digest @1 :Data;
   pin @2 :Text;  # upload id, at most 64 bytes: garbage collection spares its chunks for an hour
+  parts @3 :List(Part);  # not empty: the payload is several chunks one after another, each compared with
+                         # its own digest (`digest` is empty then) and stored in one commit; at most 4096
+
+  struct Part {
+    digest @0 :Data;
+    bytes @1 :Int64;  # the sizes add up to the payload's, else `invalid`
+  }
 }
 
 struct BlobGet {

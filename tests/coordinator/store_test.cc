@@ -163,8 +163,8 @@ TEST(BulkServer, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone)
   const auto send = [&](const protocol::BulkRequest& request, const protocol::Bytes& payload) {
     while (!client->send(protocol::encode(request), payload).ok()) (void)client->receive(1);
   };
-  send(protocol::BlobPut{1, sha256(good), "pin"}, bytes(good));
-  send(protocol::BlobPut{2, sha256("other"), "pin"}, bytes(bad));
+  send(protocol::BlobPut{1, sha256(good), "pin", {}}, bytes(good));
+  send(protocol::BlobPut{2, sha256("other"), "pin", {}}, bytes(bad));
   send(protocol::BlobHas{3, {sha256(good), sha256("other")}}, {});
   send(protocol::BlobGet{4, sha256(good), 0, 0}, {});
   std::map<std::uint64_t, protocol::BlobReply> replies;

@@ -263,7 +263,9 @@ BulkRequest random_bulk_request(std::size_t kind, Random& random) {
     case 0:
       return BlobHas{d.number(), d.digests()};
     case 1:
-      return BlobPut{d.number(), d.digest(), d.text()};
+      return BlobPut{d.number(), d.digest(), d.text(), d.list([&] {
+                       return BlobPart{d.digest(), d.count()};
+                     })};
     default:
       TANDEM_CHECK_EQ(kind, 2u);
       return BlobGet{d.number(), d.digest(), d.count(), d.count()};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <utility>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -13,6 +14,8 @@ constexpr std::size_t kInFlightMax = 256;             ///< calls sent and not an
 constexpr std::int64_t kInFlightBytesMax = 64 << 20;  ///< payload of those
 constexpr TimeMs kResendMs = 5000, kPollMs = 100;
 constexpr std::size_t kHasBatch = 4096;
+constexpr std::size_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
+constexpr std::size_t kGroupBytesMax = 8 << 20;
 
 std::uint64_t& call_id(protocol::BulkRequest& request) {
   return std::visit([](auto& r) -> std::uint64_t& { return r.call; }, request);
@@ -77,19 +80,41 @@ Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
     questions.push_back({.request = std::move(has), .payload = {}, .reply = {}, .data = {}});
   }
   TANDEM_RETURN_IF_ERROR(run(questions, deadline_ms));
+  // Small blobs travel together: one message and one commit for an adapter, not one for each
+  // tensor.
   std::vector<Call> puts;
+  std::vector<std::vector<std::byte>> payloads;
+  protocol::BlobPut group{0, {}, pin, {}};
+  std::vector<std::byte> bytes;
+  auto send_group = [&] {
+    if (group.parts.empty()) return;
+    payloads.push_back(std::move(bytes));
+    puts.push_back({.request = std::exchange(group, {0, {}, pin, {}}),
+                    .payload = payloads.back(),
+                    .reply = {},
+                    .data = {}});
+    bytes.clear();
+  };
   std::size_t index = 0;
   for (const Call& question : questions) {
     TANDEM_RETURN_IF_ERROR(question.reply.status);
     for (bool has : question.reply.has) {
       const BlobView& blob = blobs[index++];
       if (has) continue;
-      puts.push_back({.request = protocol::BlobPut{0, blob.digest, pin},
+      if (blob.bytes.size() <= kGroupedBytesMax) {
+        if (bytes.size() + blob.bytes.size() > kGroupBytesMax || group.parts.size() >= kHasBatch)
+          send_group();
+        bytes.insert(bytes.end(), blob.bytes.begin(), blob.bytes.end());
+        group.parts.push_back({blob.digest, static_cast<std::int64_t>(blob.bytes.size())});
+        continue;
+      }
+      puts.push_back({.request = protocol::BlobPut{0, blob.digest, pin, {}},
                       .payload = blob.bytes,
                       .reply = {},
                       .data = {}});
     }
   }
+  send_group();
   TANDEM_RETURN_IF_ERROR(run(puts, deadline_ms));
   for (const Call& call : puts) TANDEM_RETURN_IF_ERROR(call.reply.status);
   return {};

@@ -12,7 +12,7 @@ namespace tandem::worker::runtime {
 namespace {
 
 using Json = nlohmann::json;
-constexpr std::size_t kProbeTokens = 32;
+constexpr std::size_t kProbeTokens = 8;
 
 /// A data set by its manifest's (or, when it is one chunk, its own) digest.
 Result<std::string> fetch_text(BulkClient& bulk, const Digest& digest) {
@@ -237,23 +237,30 @@ void JobHost::publish() {
   auto tensors = session_->host_adapter(adapter_dtype_);
   packed_ = std::make_shared<PackedObject>();
   auto failure = std::make_shared<Status>();
+  auto times = std::make_shared<PublishTimes>();
   const auto config = peft_config(session_->lora());
-  auto task = [packed = packed_, failure, tensors, config, dtype = adapter_dtype_,
+  auto task = [packed = packed_, failure, times, tensors, config, dtype = adapter_dtype_,
                &bulk = parts_.bulk, start = start_] {
+    const std::int64_t begin = steady_ns();
     auto object = pack_adapter(start.model.digest, config, tensors, dtype);
+    times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
     if (object.ok()) {
       *packed = std::move(*object);
       *failure = bulk.put(packed->blobs, str(start.job, "/", start.epoch));
+      times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
     } else {
       *failure = object.status();
     }
   };
-  in_background(task, [this, failure] {
+  in_background(task, [this, failure, times] {
     if (!failure->ok()) return end(*failure);
     uploaded_ = true;
+    publish_times_.pack_ms = times->pack_ms;
+    publish_times_.upload_ms = times->upload_ms;
     publish_when_ready();
   });
   // Meanwhile, on the device: what was trained must be what is served after loading it again.
+  const std::int64_t probe_begin = steady_ns();
   auto reloaded = model_.build_adapter(tensors);
   if (!reloaded.ok()) return end(reloaded.status());
   probe_difference_ = session_->probe(probe_prompt_, *reloaded);
@@ -262,6 +269,7 @@ void JobHost::publish() {
     return end(internal_error(
         str("publish refused: the reloaded adapter's logits differ from the trained one's by ",
             probe_difference_)));
+  publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
   probed_ = true;
   served_ = *reloaded;
   publish_when_ready();

@@ -93,6 +93,11 @@ class JobHost {
   std::shared_ptr<const model::AdapterWeights> served_;
   bool uploaded_ = false, probed_ = false, published_ = false;
   double probe_difference_ = 0;
+  /// Where a publish's time goes; part of the version's metadata.
+  struct PublishTimes {
+    double pack_ms = 0, upload_ms = 0, probe_ms = 0;
+  };
+  PublishTimes publish_times_;
 };
 
 }  // namespace tandem::worker::runtime
