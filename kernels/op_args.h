@@ -41,8 +41,8 @@ struct LoraSite {
 };
 
 /// Which adapter each row carries: the batch is cut into segments of consecutive rows, each with
-/// one slot or none (-1). Inert rows belong to a segment with slot -1. An adapter-free batch has
-/// one segment.
+/// one slot or none (-1). Inert rows may lie in any segment: what they give is never used, and
+/// their gradients are zero. An adapter-free batch has one segment.
 struct AdapterRows {
   Tensor segment_offsets;  ///< [segments_max + 1] i32, ascending; [0] = 0; unused tail repeats T
   Tensor segment_slots;    ///< [segments_max] i32; -1: no adapter

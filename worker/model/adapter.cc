@@ -141,10 +141,8 @@ Result<std::shared_ptr<const AdapterWeights>> build_adapter(
     if (dtype == DType::kF32) {
       std::memcpy(to, values.data(), values.size() * sizeof(float));
     } else {
-      for (std::size_t e = 0; e < values.size(); ++e) {
-        const bf16 rounded = to_bf16(values[e]);
-        std::memcpy(to + e * sizeof(bf16), &rounded, sizeof(bf16));
-      }
+      auto* out = reinterpret_cast<bf16*>(to);
+      for (std::size_t e = 0; e < values.size(); ++e) out[e] = to_bf16(values[e]);
     }
   };
   for (std::size_t p = 0; p < tensors.size(); ++p) {

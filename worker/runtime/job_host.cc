@@ -234,7 +234,8 @@ void JobHost::checkpoint() {
 
 void JobHost::publish() {
   phase_ = Phase::kPublishing;
-  auto tensors = session_->host_adapter(adapter_dtype_);
+  const auto tensors = std::make_shared<const std::vector<model::HostAdapterTensor>>(
+      session_->host_adapter(adapter_dtype_));
   packed_ = std::make_shared<PackedObject>();
   auto failure = std::make_shared<Status>();
   auto times = std::make_shared<PublishTimes>();
@@ -242,7 +243,7 @@ void JobHost::publish() {
   auto task = [packed = packed_, failure, times, tensors, config, dtype = adapter_dtype_,
                &bulk = parts_.bulk, start = start_] {
     const std::int64_t begin = steady_ns();
-    auto object = pack_adapter(start.model.digest, config, tensors, dtype);
+    auto object = pack_adapter(start.model.digest, config, *tensors, dtype);
     times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
     if (object.ok()) {
       *packed = std::move(*object);
@@ -261,7 +262,7 @@ void JobHost::publish() {
   });
   // Meanwhile, on the device: what was trained must be what is served after loading it again.
   const std::int64_t probe_begin = steady_ns();
-  auto reloaded = model_.build_adapter(tensors);
+  auto reloaded = model_.build_adapter(*tensors);
   if (!reloaded.ok()) return end(reloaded.status());
   probe_difference_ = session_->probe(probe_prompt_, *reloaded);
   const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.options().dtype);
@@ -285,6 +286,9 @@ void JobHost::publish_when_ready() {
       {"train_loss_last", last_loss_},
       {"steps", session_->step()},
       {"dtype", dtype_name(adapter_dtype_)},
+      {"pack_ms", publish_times_.pack_ms},
+      {"upload_ms", publish_times_.upload_ms},
+      {"probe_ms", publish_times_.probe_ms},
       {"publish_prepare_ms", static_cast<double>(steady_ns() - last_step_ns_) / 1e6}};
   parts_.io.send_reliably(start_.job, "publish",
                           protocol::Publish{start_.job, start_.epoch, session_->step(),

@@ -24,7 +24,9 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
                          const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max) {
   const auto real = static_cast<std::int64_t>(batch.tokens.size());
   const auto end = static_cast<std::int32_t>(real);
-  const std::int64_t rows = round_up(real, kTokenBucket);
+  const std::int64_t bucket =
+      std::min(kTokenBucket, round_up(bounds.micro_batch_tokens, kSmallBucket));
+  const std::int64_t rows = round_up(real, bucket);
   DeviceBatch device;
   device.real_tokens = real;
   device.tokens.ids = upload_padded(ctx, batch.tokens, rows, 0);
@@ -35,10 +37,12 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
       upload_padded(ctx, batch.cu_seqlens, bounds.micro_batch_sequences + 1, end);
   device.tokens.seq_len_max = std::min(bounds.sequence_tokens, rows);
   kernels::AdapterRows& adapters = device.tokens.adapters;
-  adapters.segments_max = 2;
+  // One segment, inert rows in it: their gradients are exact zeros, and products may then take the
+  // low-rank part along.
+  adapters.segments_max = 1;
   adapters.rank_max = rank_max;
-  adapters.segment_offsets = upload_padded(ctx, {0, end, static_cast<std::int32_t>(rows)}, 3, 0);
-  adapters.segment_slots = upload_padded(ctx, {static_cast<std::int32_t>(slot), -1}, 2, -1);
+  adapters.segment_offsets = upload_padded(ctx, {0, static_cast<std::int32_t>(rows)}, 2, 0);
+  adapters.segment_slots = upload_padded(ctx, {static_cast<std::int32_t>(slot)}, 1, -1);
   return device;
 }
 

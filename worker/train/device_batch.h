@@ -9,6 +9,8 @@ namespace tandem::worker::train {
 /// Tokens of a micro-batch are rounded up to a multiple of this with inert rows, so that few
 /// different shapes exist (products are set up once per shape).
 inline constexpr std::int64_t kTokenBucket = 64;
+inline constexpr std::int64_t kSmallBucket =
+    16;  ///< of batches that are bounded below kTokenBucket: probes
 
 struct DeviceBatch {
   model::TokenBatch tokens;  ///< T rows, all in one slot
