@@ -141,12 +141,14 @@ void add_objects(CLI::App& app, Invocation& in) {
 void add_training_options(CLI::App& sub, Invocation& in) {
   sub.add_option("--model", in.train.model, "base model");
   sub.add_option("-f,--file", in.train.file, "job file (YAML): the same names, side by side");
+  const Json defaults = Json::parse(protocol::TrainSettings().to_json());
   for (const auto& field : protocol::TrainSettings::field_names())
     sub.add_option_function<std::string>(
            "--" + kebab(field) + (field == "max_length" ? ",--seq-len" : ""),
-           [&in, field](const std::string& v) { in.train.settings[field] = v; })
+           [&in, field](const std::string& v) { in.train.settings[field] = v; },
+           "[" + defaults[field].dump() + "]")
         ->type_name("X")
-        ->group("Training settings (Hugging Face and PEFT names)");
+        ->group("Training settings (Hugging Face and PEFT names) [default]");
 }
 
 void add_training(CLI::App& app, Invocation& in) {

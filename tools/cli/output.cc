@@ -46,7 +46,7 @@ std::string Table::to_string() const {
     for (std::size_t i = 0; i < row.size() && i < widths.size(); ++i) {
       const std::string pad(widths[i] - columns(row[i]), ' ');
       const bool last = i + 1 == row.size();
-      text += is_number(row[i]) ? pad + row[i] : row[i] + (last ? "" : pad);
+      text += is_number(row[i]) && !last ? pad + row[i] : row[i] + (last ? "" : pad);
       text += last ? "\n" : "  ";
     }
   };
