@@ -273,7 +273,7 @@ class Engine {
         const auto estimate,
         memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
                                   memory::worst_case_bounds(settings),
-                                  options_.model.adapter_slots + 1, true));
+                                  {options_.model.adapter_slots + 1, true, true}));
     const std::int64_t total = estimate.peak_total + options_.model.kv_bytes_max;
     auto json = nlohmann::json::parse(estimate.to_json());
     json["kv_cache"] = options_.model.kv_bytes_max;
