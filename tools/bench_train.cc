@@ -32,11 +32,11 @@ struct Options {
 };
 
 /// `rows` documents of `length` random tokens, all trained, one micro-batch per step.
-std::vector<data::OptimizerStep> random_steps(const Options& options, std::int64_t vocab) {
-  std::vector<data::OptimizerStep> steps;
+std::vector<worker::data::OptimizerStep> random_steps(const Options& options, std::int64_t vocab) {
+  std::vector<worker::data::OptimizerStep> steps;
   Random random(1234);
   for (std::int64_t s = 0; s < options.steps + options.warmup; ++s) {
-    data::MicroBatch batch;
+    worker::data::MicroBatch batch;
     batch.cu_seqlens.push_back(0);
     for (std::int64_t row = 0; row < options.rows; ++row) {
       for (std::int64_t t = 0; t < options.length; ++t) {
@@ -47,7 +47,7 @@ std::vector<data::OptimizerStep> random_steps(const Options& options, std::int64
       batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
     }
     batch.labels.assign(batch.tokens.begin() + 1, batch.tokens.end());
-    batch.labels.push_back(data::kIgnore);
+    batch.labels.push_back(worker::data::kIgnore);
     batch.trained_tokens = static_cast<std::int64_t>(batch.tokens.size()) - 1;
     steps.push_back({{batch}, batch.trained_tokens});
   }

@@ -13,7 +13,8 @@ namespace tandem::test {
 namespace {
 
 /// Logits of every token of `batch` with the adapter in slot 0.
-std::vector<float> logits(Engine& engine, const data::MicroBatch& batch, std::int64_t rank) {
+std::vector<float> logits(Engine& engine, const worker::data::MicroBatch& batch,
+                          std::int64_t rank) {
   const worker::model::ModelConfig& config = engine.base->config();
   const worker::model::Transformer transformer(*engine.weights, &engine.adapters,
                                                {0, config.layers});
@@ -34,7 +35,7 @@ Status run(const std::string& name, const std::string& folder) {
   const ModelGolden golden(name);
   Engine engine(kernels::make_cpu_backend({1, 0}), golden.config(), DType::kF32,
                 *worker::model::make_safetensors_source(golden.weights()));
-  const data::MicroBatch batch = golden.pack("", 0, 4);
+  const worker::data::MicroBatch batch = golden.pack("", 0, 4);
   worker::train::SessionOptions options;
   options.settings.lora_r = 6;
   options.settings.lora_alpha = 9.0;

@@ -53,12 +53,12 @@ class ModelGolden {
   }
 
   /// Documents [first, last) of the tensors PREFIXids, PREFIXlabels, PREFIXoffsets, packed.
-  [[nodiscard]] data::MicroBatch pack(const std::string& prefix, std::int64_t first,
-                                      std::int64_t last) const {
+  [[nodiscard]] worker::data::MicroBatch pack(const std::string& prefix, std::int64_t first,
+                                              std::int64_t last) const {
     const auto ids = get<std::int32_t>(prefix + "ids");
     const auto labels = get<std::int32_t>(prefix + "labels");
     const auto offsets = get<std::int32_t>(prefix + "offsets");
-    data::MicroBatch batch;
+    worker::data::MicroBatch batch;
     batch.cu_seqlens.push_back(0);
     for (std::int64_t d = first; d < last; ++d) {
       const std::int32_t begin = offsets[static_cast<std::size_t>(d)];

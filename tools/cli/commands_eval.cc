@@ -25,9 +25,9 @@ Result<Json> base_model(Session& session, const std::string& name) {
 
 /// Negative log-likelihood of one example's trained tokens, as the serving path computes it.
 Result<double> score(protocol::client::Client& client, const std::string& model,
-                     const data::Example& example) {
+                     const worker::data::Example& example) {
   const auto first = std::find_if(example.labels.begin(), example.labels.end(),
-                                  [](auto l) { return l != data::kIgnore; });
+                                  [](auto l) { return l != worker::data::kIgnore; });
   const auto from = static_cast<std::size_t>(first - example.labels.begin()) + 1;
   protocol::Generate request;
   request.model = model;
@@ -48,7 +48,7 @@ Result<double> score(protocol::client::Client& client, const std::string& model,
                               example.tokens.size() - from, " tokens"));
   double loss = 0;
   for (std::size_t i = from; i < example.tokens.size(); ++i)
-    if (example.labels[i - 1] != data::kIgnore) loss -= logprobs[i - from];
+    if (example.labels[i - 1] != worker::data::kIgnore) loss -= logprobs[i - from];
   return loss;
 }
 
@@ -60,9 +60,9 @@ Status run_eval(Session& session, const std::string& model, const std::string& p
   const std::string model_path = base.value("path", "");
   TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
-  data::DatasetOptions options;
+  worker::data::DatasetOptions options;
   options.max_length = std::min(max_length, loaded.config.context_max);
-  TANDEM_ASSIGN_OR_RETURN(const auto dataset, data::load_dataset(path, encoder, options));
+  TANDEM_ASSIGN_OR_RETURN(const auto dataset, worker::data::load_dataset(path, encoder, options));
   TANDEM_ASSIGN_OR_RETURN(auto* const client, session.client());
 
   std::mutex mutex;

@@ -119,7 +119,8 @@ Status check_data(Session& session, const JobRequest& request, const std::string
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto settings,
                           protocol::TrainSettings::parse(request.train.dump()));
-  return data::load_dataset(path, encoder, worker::runtime::dataset_options(settings)).status();
+  return worker::data::load_dataset(path, encoder, worker::runtime::dataset_options(settings))
+      .status();
 }
 
 /// A data set by file (uploaded and registered) or by the name or digest it has.

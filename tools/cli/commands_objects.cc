@@ -182,14 +182,14 @@ Status run_data_check(Session& session, const std::string& path, const std::stri
   }
   TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
-  data::DoctorOptions options;
+  worker::data::DoctorOptions options;
   options.dataset.max_length = max_length;
   options.samples = static_cast<std::size_t>(samples);
-  TANDEM_ASSIGN_OR_RETURN(const auto report, data::examine_file(path, encoder, options));
+  TANDEM_ASSIGN_OR_RETURN(const auto report, worker::data::examine_file(path, encoder, options));
   if (session.json())
-    std::cout << data::to_json(report).dump() << "\n";
+    std::cout << worker::data::to_json(report).dump() << "\n";
   else
-    std::cout << data::to_text(report, ::isatty(STDOUT_FILENO) != 0);
+    std::cout << worker::data::to_text(report, ::isatty(STDOUT_FILENO) != 0);
   return report.ok() ? Status() : invalid_error(str(path, ": ", report.problems.front()));
 }
 

@@ -2,7 +2,7 @@
 
 #include "worker/data/row_reader.h"
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 /// Collects examples and what became of the rows.
@@ -114,4 +114,4 @@ Result<Dataset> load_dataset(const std::string& path, const Encoder& encoder,
   return parse_dataset(content, file_name(path), encoder, options);
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

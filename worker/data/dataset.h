@@ -23,7 +23,7 @@
 #include <string_view>
 #include <vector>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 
 /// A label that adds nothing to the loss (the value that PyTorch and Hugging Face use).
 inline constexpr std::int32_t kIgnore = -100;
@@ -95,4 +95,4 @@ Result<Dataset> parse_dataset(std::string_view jsonl, const std::string& name,
 Result<Dataset> load_dataset(const std::string& path, const Encoder& encoder,
                              const DatasetOptions& options);
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

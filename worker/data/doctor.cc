@@ -8,7 +8,7 @@
 #include <cmath>
 #include <set>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 Digest digest_of(const Example& example) {
@@ -186,4 +186,4 @@ Result<DoctorReport> examine_file(const std::string& path, const Encoder& encode
   return examine(content, file_name(path), encoder, options);
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 
 /// Problems and samples that one report holds at most.
 inline constexpr std::size_t kDoctorProblemsMax = 20;
@@ -71,4 +71,4 @@ nlohmann::ordered_json to_json(const DoctorReport& report);
 /// The report for a terminal. Trained text stands in green where `color`, else in [[ ]].
 std::string to_text(const DoctorReport& report, bool color);
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -3,7 +3,7 @@
 
 #include <sstream>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -95,4 +95,4 @@ std::string to_text(const DoctorReport& report, bool color) {
   return out.str();
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

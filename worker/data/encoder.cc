@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 /// Appends tokens; those that are trained become the labels of the positions before them.
@@ -87,4 +87,4 @@ Result<Example> Encoder::encode(Format format, const nlohmann::ordered_json& row
   return example;
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -6,7 +6,7 @@
 #include <map>
 #include <numeric>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 /// Streams of the random numbers; a number of its own for each use.
@@ -145,4 +145,4 @@ MicroBatch Packer::assemble(const std::vector<std::int64_t>& examples) const {
   return batch;
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 
 /// Examples that are shuffled together before best-fit packing; bounds how far packing by length
 /// departs from a random order.
@@ -85,4 +85,4 @@ class Packer {
 /// Most epochs of one job.
 inline constexpr std::int64_t kEpochsMax = 10'000;
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

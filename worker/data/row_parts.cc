@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -212,4 +212,4 @@ std::int64_t count_empty_answers(const RowParts& parts) {
   return empty;
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -10,7 +10,7 @@
 #include <variant>
 #include <vector>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 
 /// Most messages of one conversation.
 inline constexpr std::size_t kMessagesMax = 4096;
@@ -36,4 +36,4 @@ Result<RowParts> take_apart(Format format, const nlohmann::ordered_json& row, bo
 /// Answers (assistant turns, completions, outputs) that are empty or blank.
 std::int64_t count_empty_answers(const RowParts& parts);
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

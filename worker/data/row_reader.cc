@@ -9,7 +9,7 @@
 #include <set>
 #include <vector>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -190,4 +190,4 @@ std::string file_name(const std::string& path) {
   return std::filesystem::path(path).filename().string();
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -10,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 
 /// Most keys of one JSON object in a row.
 inline constexpr std::size_t kJsonKeysMax = 1024;
@@ -53,4 +53,4 @@ Result<std::string> read_data_file(const std::string& path);
 /// The last part of a path.
 std::string file_name(const std::string& path);
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

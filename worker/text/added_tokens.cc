@@ -3,7 +3,7 @@
 #include "worker/text/unicode.h"
 #include "worker/text/utf8.h"
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 /// The offset of the last character of `text`, which is not empty.
@@ -114,4 +114,4 @@ std::vector<TextSegment> AddedTokenMatcher::split(std::string_view text, bool pa
   return segments;
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

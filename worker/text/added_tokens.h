@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Limits of one tokenizer's added tokens.
 inline constexpr std::size_t kAddedTokensMax = 65536;
@@ -57,4 +57,4 @@ class AddedTokenMatcher {
   std::array<bool, 256> begins_{};  ///< bytes that begin any token
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

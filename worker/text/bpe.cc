@@ -7,7 +7,7 @@
 #include <bit>
 #include <queue>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 constexpr std::uint64_t kEmptySlot = ~std::uint64_t{0};
@@ -170,4 +170,4 @@ void Bpe::merge_long(std::vector<std::int32_t>& symbols) const {
   for (std::int32_t i = 0; i != kNone; i = node(i).next) symbols.push_back(node(i).id);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

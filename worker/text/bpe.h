@@ -14,7 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Limits of the cache of encoded pieces; pieces over the size are encoded each time.
 inline constexpr std::size_t kPieceCacheShards = 16;
@@ -83,4 +83,4 @@ class Bpe {
   mutable std::array<CacheShard, kPieceCacheShards> cache_;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

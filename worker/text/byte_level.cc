@@ -5,7 +5,7 @@
 #include <array>
 #include <cstdint>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 constexpr char32_t kLastSpelling = 0x143;  // 256 plus the 68 bytes that have no glyph, less one
@@ -50,4 +50,4 @@ std::string spelling_of_bytes(std::string_view bytes) {
   return out;
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// The bytes that a token's spelling stands for; nothing when a character stands for no byte.
 std::optional<std::string> bytes_of_spelling(std::string_view spelling);
@@ -14,4 +14,4 @@ std::optional<std::string> bytes_of_spelling(std::string_view spelling);
 /// The spelling of bytes.
 std::string spelling_of_bytes(std::string_view bytes);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 struct ChatTemplate::Impl {
   std::string source;
@@ -212,4 +212,4 @@ const std::string& ChatTemplate::source() const {
   return impl_->source;
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

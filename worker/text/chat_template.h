@@ -15,7 +15,7 @@
 #include <string_view>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Limits of one template and of one rendering; each error names the one that was hit.
 inline constexpr std::size_t kTemplateBytesMax = std::size_t{1} << 20;
@@ -75,4 +75,4 @@ class ChatTemplate {
   std::shared_ptr<const Impl> impl_;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

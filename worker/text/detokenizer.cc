@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 Result<Detokenizer> Detokenizer::create(Tokenizer tokenizer, DetokenizerOptions options) {
   if (options.stop_strings.size() > kStopStringsMax)
@@ -70,4 +70,4 @@ Detokenizer::Update Detokenizer::release(bool at_end) {
   return update;
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Limits of one request's stop strings.
 inline constexpr std::size_t kStopStringsMax = 16;
@@ -53,4 +53,4 @@ class Detokenizer {
   bool stopped_ = false;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -1,6 +1,6 @@
 #include "worker/text/normalizer.h"
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 Status find_literal(std::string_view text, const std::string& literal, std::vector<Span>& found) {
@@ -51,4 +51,4 @@ Result<std::string> Normalizer::apply(std::string_view text) const {
   return current;
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

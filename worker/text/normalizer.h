@@ -9,7 +9,7 @@
 #include <variant>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Replaces every match of a literal or an expression.
 struct ReplaceStep {
@@ -40,4 +40,4 @@ class Normalizer {
 /// Longest text after normalization, in bytes.
 inline constexpr std::size_t kNormalizedBytesMax = std::size_t{64} << 20;
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

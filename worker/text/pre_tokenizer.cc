@@ -5,7 +5,7 @@
 
 #include <string_view>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 const char* const kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
@@ -144,4 +144,4 @@ Status PreTokenizer::apply(std::string& buffer, std::vector<Span>& pieces) const
   return Status::ok_status();
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -8,7 +8,7 @@
 #include <variant>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Where the text that a pattern matched goes (the names of Hugging Face tokenizers).
 enum class SplitBehavior { kRemoved, kIsolated, kMergedWithPrevious, kMergedWithNext, kContiguous };
@@ -48,4 +48,4 @@ class PreTokenizer {
   std::vector<Step> steps_;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 constexpr std::size_t kJitStackBytesFirst = 32 * 1024;
@@ -188,4 +188,4 @@ Status Regex::find_all(std::string_view given, std::vector<Span>& matches) const
   return Status::ok_status();
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Longest pattern in bytes, and the backtracking that one match may use before it is an error.
 inline constexpr std::size_t kRegexBytesMax = 16384;
@@ -40,4 +40,4 @@ class Regex {
   std::shared_ptr<const Compiled> compiled_;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

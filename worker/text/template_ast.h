@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 enum class ExpressionKind {
   kConstant,     ///< value
@@ -83,4 +83,4 @@ struct Statement {
   std::unique_ptr<MacroStatement> macro;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 struct FilterCall {
@@ -495,4 +495,4 @@ Value apply_filter(Interpreter& interpreter, const std::string& name, const Valu
                        nearest.empty() ? "" : "; did you mean ", nearest));
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 #include <array>
 #include <ctime>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 const Value* TemplateFrame::find(std::string_view name) const {
   for (const TemplateFrame* frame = this; frame != nullptr; frame = frame->parent)
@@ -562,4 +562,4 @@ Value Interpreter::evaluate_negate(const Expression& e, TemplateFrame& frame) {
   return Value(negate ? -d : d);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Depth of the interpreter's own recursion: expressions, blocks and macro calls together.
 inline constexpr int kTemplateEvaluationDepthMax = 800;
@@ -131,4 +131,4 @@ std::int64_t require_int(const Value& value, const std::string& what);
 /// The first occurrence from `from` on, or npos. Linear in the text, whatever the needle.
 std::size_t find_text(std::string_view text, std::string_view needle, std::size_t from = 0);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

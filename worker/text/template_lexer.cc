@@ -5,7 +5,7 @@
 
 #include <array>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 bool is_name_start(char32_t c) {
@@ -336,4 +336,4 @@ std::vector<TemplateToken> lex_template(std::string_view source) {
   return Lexer(normalize_newlines(source)).run();
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 enum class TokenKind {
   kData,           ///< text between tags
@@ -36,4 +36,4 @@ inline constexpr std::size_t kTemplateTokensMax = 200'000;
 /// The tokens of a template (valid UTF-8), kEnd last. Throws TemplateError with "line N: ".
 std::vector<TemplateToken> lex_template(std::string_view source);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <array>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 constexpr std::array<std::string_view, 47> kStringMethods{
@@ -359,4 +359,4 @@ Value call_method(Interpreter& interpreter, const Value& object, const std::stri
   return list_method(*object.list(), name, arguments);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

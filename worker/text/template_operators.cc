@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 [[noreturn]] void fail_operator(const std::string& op, const Value& a, const Value& b) {
@@ -225,4 +225,4 @@ Value slice(Interpreter& interpreter, const Value& object, const Value& start, c
   return Value::list(std::move(items), list->is_tuple);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

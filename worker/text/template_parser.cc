@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <initializer_list>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 class Parser {
@@ -673,4 +673,4 @@ bool has_generation(const Block& block) {
   });
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 
 #include <string_view>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Depth of one expression's tree: long chains of + or of filters are trees as deep as they are
 /// long, and evaluation recurses.
@@ -18,4 +18,4 @@ Block parse_template(std::string_view source);
 /// Whether a block is {% generation %} or holds one.
 bool has_generation(const Block& block);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 bool all_cased(const Value& value, bool upper) {
@@ -79,4 +79,4 @@ bool apply_test(const std::string& name, const Value& input, const Arguments& ar
   template_refused(str("the test \"", name.substr(0, 40), "\" is not supported"));
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

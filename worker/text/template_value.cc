@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdlib>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 void template_invalid(std::string message) {
   throw TemplateError{StatusCode::kInvalid, std::move(message)};
@@ -440,4 +440,4 @@ bool is_python_space(char32_t c) {
   return is_white_space(c) || (c >= 0x1C && c <= 0x1F);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -14,7 +14,7 @@
 #include <variant>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 struct MacroStatement;
 struct TemplateFrame;
@@ -150,4 +150,4 @@ std::vector<std::size_t> character_offsets(std::string_view text);
 /// str.isspace() of one character.
 bool is_python_space(char32_t c);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 Status check_parts(const TokenizerParts& parts) {
@@ -178,4 +178,4 @@ bool Tokenizer::adds_bos() const {
   return impl_->bos_id && std::find(prefix.begin(), prefix.end(), *impl_->bos_id) != prefix.end();
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -20,7 +20,7 @@ namespace tandem::storage {
 struct GgufTokenizer;
 }
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Longest text that one encode() accepts, in bytes.
 inline constexpr std::size_t kEncodeBytesMax = std::size_t{16} << 20;
@@ -86,4 +86,4 @@ class Tokenizer {
   std::shared_ptr<const Impl> impl_;
 };
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -6,7 +6,7 @@
 
 #include <array>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 /// tokenizer.ggml.token_type, as llama.cpp numbers them.
@@ -148,4 +148,4 @@ Result<Tokenizer> Tokenizer::from_gguf(const storage::GgufTokenizer& data) {
   return Tokenizer(std::move(impl));
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 struct Tokenizer::Impl {
   /// What an id stands for.
@@ -48,4 +48,4 @@ struct TokenizerParts {
 /// range or used twice, merges that do not fit the vocabulary, limits.
 Status build_vocabulary(TokenizerParts parts, Tokenizer::Impl& impl);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -7,7 +7,7 @@
 
 #include <initializer_list>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 using Json = nlohmann::json;
@@ -312,4 +312,4 @@ Result<Tokenizer> Tokenizer::from_json(std::string_view tokenizer_json,
   }
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <iterator>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 struct Range {
@@ -190,4 +190,4 @@ bool is_cased_upper(char32_t c) {
   return category(c) == UTF8PROC_CATEGORY_LU || category(c) == UTF8PROC_CATEGORY_LT;
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

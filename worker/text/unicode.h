@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// Longest run of combining characters in text to be normalized: putting a run in canonical order
 /// takes time quadratic in its length.
@@ -37,4 +37,4 @@ char32_t to_upper(char32_t c);
 bool is_cased_lower(char32_t c);
 bool is_cased_upper(char32_t c);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

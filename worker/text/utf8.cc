@@ -1,6 +1,6 @@
 #include "worker/text/utf8.h"
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 enum class Scan { kCharacter, kInvalid, kIncomplete };
@@ -96,4 +96,4 @@ void take_characters(std::string& bytes, std::string& out, bool at_end) {
   bytes.erase(0, i);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

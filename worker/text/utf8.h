@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 /// The offset of the first byte that does not belong to a valid character, or npos.
 std::size_t find_invalid_utf8(std::string_view bytes);
@@ -28,4 +28,4 @@ void append_code_point(std::string& out, char32_t c);
 /// character, at most 3 bytes, stays in `bytes` unless `at_end`.
 void take_characters(std::string& bytes, std::string& out, bool at_end);
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 
 inline Encoder chatml_encoder() {
   return {text::golden_tokenizer(), text::golden_template("chatml")};
@@ -38,4 +38,4 @@ inline std::vector<std::string> trained_texts(const Encoder& encoder, const Exam
   return texts;
 }
 
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -10,7 +10,7 @@
 #include <filesystem>
 #include <fstream>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -94,11 +94,10 @@ TEST(Dataset, AddsBosOnceWhereTheTokenizerWantsIt) {
 
 TEST(Dataset, LeavesTurnsOfWeightZeroOut) {
   const Encoder encoder = chatml_encoder();
-  const std::string row =
-      R"({"messages":[{"role":"user","content":"u"},)"
-      R"({"role":"assistant","content":"one","weight":0},)"
-      R"({"role":"user","content":"v","weight":0},)"
-      R"({"role":"assistant","content":"two","weight":1}]})";
+  const std::string row = R"({"messages":[{"role":"user","content":"u"},)"
+                          R"({"role":"assistant","content":"one","weight":0},)"
+                          R"({"role":"user","content":"v","weight":0},)"
+                          R"({"role":"assistant","content":"two","weight":1}]})";
   EXPECT_EQ(trained_texts(encoder, parse_ok(row, encoder).examples[0]), Texts{"two<|im_end|>"});
   expect_error(R"({"messages":[{"role":"user","content":"u","weight":1}]})", {"line 1", "weight"});
   expect_error(R"({"messages":[{"role":"assistant","content":"u","weight":0.5}]})", {"0 or 1"});
@@ -303,4 +302,4 @@ TEST(DatasetRobustness, AnyMutatedFileEndsInADatasetOrAnError) {
 }
 
 }  // namespace
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

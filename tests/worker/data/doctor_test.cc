@@ -4,7 +4,7 @@
 
 #include <gtest/gtest.h>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -128,4 +128,4 @@ TEST(Doctor, RefusesAnEmptyFile) {
 }
 
 }  // namespace
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

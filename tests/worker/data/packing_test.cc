@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <set>
 
-namespace tandem::data {
+namespace tandem::worker::data {
 namespace {
 
 /// Examples whose tokens say which example and position they come from.
@@ -177,4 +177,4 @@ TEST(Packer, RefusesWhatCannotBePacked) {
 }
 
 }  // namespace
-}  // namespace tandem::data
+}  // namespace tandem::worker::data

@@ -74,7 +74,7 @@ class ModelGoldens : public testing::TestWithParam<std::string> {
   ModelGolden golden;
   Engine engine;
   Transformer transformer;
-  data::MicroBatch batch;
+  worker::data::MicroBatch batch;
   worker::train::BatchBounds bounds;
 };
 
@@ -100,8 +100,9 @@ struct Gradients {
 };
 
 Gradients gradients(Engine& engine, const Transformer& transformer,
-                    const std::vector<HostAdapterTensor>& adapter, const data::MicroBatch& batch,
-                    const worker::train::BatchBounds& bounds, Recompute recompute) {
+                    const std::vector<HostAdapterTensor>& adapter,
+                    const worker::data::MicroBatch& batch, const worker::train::BatchBounds& bounds,
+                    Recompute recompute) {
   const worker::model::ModelConfig& config = engine.base->config();
   AdapterLayout layout;
   for (const HostAdapterTensor& t : adapter) layout.add(config, t.layer, t.site, t.rank, t.scale);
@@ -189,9 +190,9 @@ TEST_P(TrainedGoldens, FiftyStepsFollowPeft) {
   Engine engine(kernels::make_cpu_backend({2, 0}), golden.config(), DType::kF32,
                 *worker::model::make_safetensors_source(golden.weights()));
   const auto micro = golden.get<std::int32_t>("train_micro");
-  std::vector<data::OptimizerStep> steps;
+  std::vector<worker::data::OptimizerStep> steps;
   for (std::size_t m = 0; m + 1 < micro.size(); m += 2) {
-    data::OptimizerStep step;
+    worker::data::OptimizerStep step;
     for (std::size_t k = m; k < m + 2; ++k) {
       step.micro_batches.push_back(golden.pack("train_", micro[k], micro[k + 1]));
       step.trained_tokens += step.micro_batches.back().trained_tokens;
@@ -214,8 +215,10 @@ TEST_P(TrainedGoldens, FiftyStepsFollowPeft) {
     std::unique_ptr<worker::train::BatchSource> all;
     [[nodiscard]] std::int64_t total_steps() const override { return 50; }
     [[nodiscard]] std::int64_t steps_per_epoch() const override { return 4; }
-    Result<data::OptimizerStep> step(std::int64_t index) override { return all->step(index); }
-    [[nodiscard]] const std::vector<data::MicroBatch>& eval_batches() const override {
+    Result<worker::data::OptimizerStep> step(std::int64_t index) override {
+      return all->step(index);
+    }
+    [[nodiscard]] const std::vector<worker::data::MicroBatch>& eval_batches() const override {
       return all->eval_batches();
     }
     [[nodiscard]] const worker::train::BatchBounds& bounds() const override {

@@ -4,7 +4,7 @@
 
 #include <gtest/gtest.h>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -182,4 +182,4 @@ TEST(ChatTemplateSpans, RefuseATemplateWhoseTurnsCannotBePlaced) {
 }
 
 }  // namespace
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

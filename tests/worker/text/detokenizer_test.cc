@@ -6,7 +6,7 @@
 
 #include <gtest/gtest.h>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 struct Streamed {
@@ -161,4 +161,4 @@ TEST(Detokenizer, RefusesStopStringsOverTheLimits) {
 }
 
 }  // namespace
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

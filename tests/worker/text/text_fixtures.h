@@ -10,7 +10,7 @@
 #include <iterator>
 #include <string>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 
 inline std::string read_golden(const std::string& name) {
   std::ifstream in(std::string(TANDEM_SOURCE_DIR "/tests/golden/text/") + name, std::ios::binary);
@@ -40,4 +40,4 @@ inline std::vector<std::int32_t> encode_ok(const Tokenizer& tokenizer, std::stri
   return std::move(*ids);
 }
 
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -9,7 +9,7 @@
 #include <iterator>
 #include <string>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -85,4 +85,4 @@ TEST(Tokenizer, GivesTheIdsOfTheReferenceForEveryGolden) {
 }
 
 }  // namespace
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

@@ -7,7 +7,7 @@
 #include <iterator>
 #include <vector>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -213,4 +213,4 @@ TEST(TokenizerRobustness, SurvivesDeeplyNestedFiles) {
 }
 
 }  // namespace
-}  // namespace tandem::text
+}  // namespace tandem::worker::text

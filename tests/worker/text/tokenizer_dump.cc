@@ -11,7 +11,7 @@
 #include <iostream>
 #include <iterator>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 Result<Tokenizer> load(const std::string& kind, const std::string& path) {
@@ -51,8 +51,8 @@ int run(int argc, char** argv) {
 }
 
 }  // namespace
-}  // namespace tandem::text
+}  // namespace tandem::worker::text
 
 int main(int argc, char** argv) {
-  return tandem::text::run(argc, argv);
+  return tandem::worker::text::run(argc, argv);
 }

@@ -16,7 +16,7 @@
 #include <set>
 #include <thread>
 
-namespace tandem::text {
+namespace tandem::worker::text {
 namespace {
 
 using Json = nlohmann::json;
@@ -396,4 +396,4 @@ TEST(Utf8, ReplacesEachMaximalInvalidPart) {
 }
 
 }  // namespace
-}  // namespace tandem::text
+}  // namespace tandem::worker::text
