@@ -19,9 +19,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string read_all(const std::string& path) {
+/// "" also when the file goes away while it is read, as a process's files do.
+std::string read_all(const std::string& path) try {
   std::ifstream in(path);
   return {std::istreambuf_iterator<char>(in), {}};
+} catch (const std::ios_base::failure&) {
+  return {};
 }
 
 std::string program(const std::string& name) {
