@@ -1,27 +1,13 @@
 #include "kernels/workspace.h"
 
-#include "kernels/allocator.h"
 #include "kernels/cpu_scratch.h"
+#include "kernels/cuda_workspace.h"
 #include "protocol/base/units.h"
 
 #include <algorithm>
 
 namespace tandem::kernels {
 namespace {
-
-/// Hands out aligned offsets.
-class Layout {
- public:
-  std::int64_t add(std::int64_t bytes) {
-    const std::int64_t at = bytes_;
-    bytes_ += round_up(bytes, kDeviceAlignment);
-    return at;
-  }
-  [[nodiscard]] std::int64_t bytes() const { return bytes_; }
-
- private:
-  std::int64_t bytes_ = 0;
-};
 
 bool has_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {
   return rows != nullptr && rows->rank_max > 0 && !sites.empty();
@@ -53,7 +39,8 @@ cpu::AttentionShape attention_shape(const AttentionSpec& spec, DType dtype) {
 }  // namespace
 
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i,
-                                 const DeviceProfile&) {
+                                 const DeviceProfile& profile) {
+  if (profile.type == DeviceType::kCuda) return n * i * dtype_bytes(dtype);  // row-major
   return cpu::packed_bytes(dtype, n, i);
 }
 
@@ -75,7 +62,7 @@ bool fuses_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows)
 
 LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const DeviceProfile& profile) {
   LinearForwardWorkspace w;
-  Layout layout;
+  ScratchLayout layout;
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
   std::int64_t terms = 0, rank_sum = 0;
@@ -104,7 +91,7 @@ LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const Devic
 LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& a,
                                                   const DeviceProfile& profile) {
   LinearBackwardWorkspace w;
-  Layout layout;
+  ScratchLayout layout;
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
   const int threads = profile.threads;
@@ -140,7 +127,7 @@ LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntr
   LinearCrossEntropyWorkspace w;
   const std::int64_t t = a.x.dim(0), c = a.x.dim(1), v = a.weight->n;
   w.chunk_rows = std::min(t, std::max(kLogitsChunkRowsMin, kLogitsChunkBytes / (4 * v)));
-  Layout layout;
+  ScratchLayout layout;
   w.index = layout.add(t * 4);
   w.x = layout.add(w.chunk_rows * c * dtype_bytes(a.x.dtype));
   w.logits = layout.add(w.chunk_rows * v * 4);
@@ -184,7 +171,7 @@ std::int64_t paged_attention_forward_workspace(const PagedAttentionArgs& a,
 
 SampleWorkspace sample_workspace(const SampleArgs& a, const DeviceProfile& profile) {
   SampleWorkspace w;
-  Layout layout;
+  ScratchLayout layout;
   const std::int64_t v = a.logits.dim(1);
   w.logits = layout.add(profile.threads * v * 4);
   w.weights = layout.add(profile.threads * v * 4);
@@ -197,10 +184,57 @@ SquaredNormWorkspace squared_norm_workspace(const SquaredNormArgs& a, const Devi
   SquaredNormWorkspace w;
   for (const Tensor& t : a.tensors)
     w.chunks += (t.elements() + kSquaredNormChunk - 1) / kSquaredNormChunk;
-  Layout layout;
+  ScratchLayout layout;
   w.partial = layout.add(w.chunks * 8);
   w.bytes = layout.bytes();
   return w;
+}
+
+// -- either device
+// ---------------------------------------------------------------------------------
+
+namespace {
+bool on_cuda(const DeviceProfile& profile) {
+  return profile.type == DeviceType::kCuda;
+}
+}  // namespace
+
+std::int64_t workspace_bytes(const LinearArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::linear_forward_layout(a).bytes
+                          : linear_forward_workspace(a, profile).bytes;
+}
+
+std::int64_t workspace_bytes(const LinearBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::linear_backward_layout(a).bytes
+                          : linear_backward_workspace(a, profile).bytes;
+}
+
+std::int64_t workspace_bytes(const LinearCrossEntropyArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::linear_cross_entropy_layout(a).bytes
+                          : linear_cross_entropy_workspace(a, profile).bytes;
+}
+
+std::int64_t workspace_bytes(const AttentionArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::attention_forward_bytes(a, profile)
+                          : attention_forward_workspace(a, profile);
+}
+
+std::int64_t workspace_bytes(const AttentionBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::attention_backward_bytes(a, profile)
+                          : attention_backward_workspace(a, profile);
+}
+
+std::int64_t workspace_bytes(const PagedAttentionArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::paged_attention_forward_bytes(a, profile)
+                          : paged_attention_forward_workspace(a, profile);
+}
+
+std::int64_t workspace_bytes(const SampleArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::sample_bytes(a, profile) : sample_workspace(a, profile).bytes;
+}
+
+std::int64_t workspace_bytes(const SquaredNormArgs& a, const DeviceProfile& profile) {
+  return squared_norm_workspace(a, profile).bytes;
 }
 
 }  // namespace tandem::kernels

@@ -1,14 +1,40 @@
-// Scratch bytes of every op as pure functions of shapes, dtypes and the device profile. The CPU
-// backend takes exactly these bytes from Exec::workspace and cuts them up as the layouts say; the
-// meta backend takes the same bytes and cuts nothing. That is why the two ledgers agree.
+// Scratch bytes of every op as pure functions of shapes, dtypes and the device profile. A backend
+// takes exactly these bytes from Exec::workspace and cuts them up as its layouts say (the CPU's are
+// here, CUDA's in cuda_workspace.h); the meta backend takes workspace_bytes() of the same call and
+// cuts nothing. That is why the two ledgers agree.
 // Offsets are from the scratch's start and multiples of kDeviceAlignment; `bytes` is the whole.
 // Any thread.
 #pragma once
 
+#include "kernels/allocator.h"
 #include "kernels/device_profile.h"
 #include "kernels/op_args.h"
 
 namespace tandem::kernels {
+
+/// Hands out aligned offsets of one scratch block.
+class ScratchLayout {
+ public:
+  std::int64_t add(std::int64_t bytes) {
+    const std::int64_t at = bytes_;
+    bytes_ += (bytes + kDeviceAlignment - 1) / kDeviceAlignment * kDeviceAlignment;
+    return at;
+  }
+  [[nodiscard]] std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::int64_t bytes_ = 0;
+};
+
+/// Scratch of one call on the profile's device.
+std::int64_t workspace_bytes(const LinearArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const LinearBackwardArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const LinearCrossEntropyArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const AttentionArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const AttentionBackwardArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const PagedAttentionArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const SampleArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const SquaredNormArgs& args, const DeviceProfile& profile);
 
 /// Bytes of a packed weight W [n, i].
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i,

@@ -60,34 +60,34 @@ class MetaOps final : public Ops {
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override {}
   void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override {}
   void do_linear_forward(Exec& exec, const LinearArgs& a) override {
-    take(exec, linear_forward_workspace(a, profile_).bytes);
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_linear_backward(Exec& exec, const LinearBackwardArgs& a) override {
-    take(exec, linear_backward_workspace(a, profile_).bytes);
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_rope_forward(Exec&, const RopeArgs&) override {}
   void do_rope_backward(Exec&, const RopeBackwardArgs&) override {}
   void do_attention_forward(Exec& exec, const AttentionArgs& a) override {
-    take(exec, attention_forward_workspace(a, profile_));
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) override {
-    take(exec, attention_backward_workspace(a, profile_));
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) override {
-    take(exec, paged_attention_forward_workspace(a, profile_));
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_silu_mul_forward(Exec&, const SiluMulArgs&) override {}
   void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override {}
   void do_gather_rows(Exec&, const GatherRowsArgs&) override {}
   void do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) override {
-    take(exec, linear_cross_entropy_workspace(a, profile_).bytes);
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_logprob(Exec&, const LogprobArgs&) override {}
   void do_sample(Exec& exec, const SampleArgs& a) override {
-    take(exec, sample_workspace(a, profile_).bytes);
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_squared_norm(Exec& exec, const SquaredNormArgs& a) override {
-    take(exec, squared_norm_workspace(a, profile_).bytes);
+    take(exec, workspace_bytes(a, profile_));
   }
   void do_adamw(Exec&, const AdamWArgs&) override {}
 

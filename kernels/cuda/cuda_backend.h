@@ -1,0 +1,35 @@
+// The CUDA backend as the rest of the engine sees it: a shared module beside the program, loaded
+// when a GPU is asked for. Nothing else links CUDA, so one program runs with and without a GPU,
+// and a missing driver or library is an error message, not a program that does not start.
+#pragma once
+
+#include "kernels/ops.h"
+
+#include <cstdint>
+#include <string>
+
+namespace tandem::kernels {
+
+struct CudaOptions {
+  int device = 0;
+  /// map() refuses beyond this many bytes; 0: what the driver gives.
+  std::int64_t memory_bytes_max = 0;
+  /// Bits do not depend on the order in which thread blocks finish.
+  bool deterministic = false;
+};
+
+/// A GPU as the driver names it, found without creating a context.
+struct CudaDevice {
+  std::string name, uuid;
+  std::int64_t memory_bytes = 0;
+  int compute_capability = 0;  ///< 90 for 9.0
+};
+
+/// unavailable_error says what is missing: the module (a build without CUDA), the driver, a library
+/// or the device.
+Result<CudaDevice> probe_cuda_device(int device);
+
+/// Creates a context. Errors as above, and refused_error for a GPU older than this build knows.
+Result<Backend> make_cuda_backend(const CudaOptions& options);
+
+}  // namespace tandem::kernels

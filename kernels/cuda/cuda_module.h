@@ -1,0 +1,18 @@
+// Private to kernels/cuda: what the loader calls in the module. C names, C++ types: both sides are
+// built by one compiler from one tree, which `version` checks.
+#pragma once
+
+#include "kernels/cuda/cuda_backend.h"
+
+namespace tandem::kernels::cuda {
+
+struct Module {
+  const char* version;
+  Result<CudaDevice> (*probe)(int device);
+  Result<Backend> (*make)(const CudaOptions& options);
+};
+
+inline constexpr const char* kModuleFile = "libtandem_cuda.so";
+inline constexpr const char* kModuleEntry = "tandem_cuda_module";
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,104 @@
+// Memory traffic between host and device, and the life of the backend.
+#include "kernels/cuda/cuda_ops.h"
+
+#include "protocol/base/units.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace tandem::kernels::cuda {
+
+/// Pinned host memory that small copies pass through, so that neither direction waits for the
+/// device to be idle and the caller's buffer is free again at once. Parts are reused in order; a
+/// part is waited for only when the device is a whole ring behind.
+class PinnedRing {
+ public:
+  PinnedRing() {
+    TANDEM_CUDA(cudaMallocHost(&base_, kParts * kPartBytes));
+    for (cudaEvent_t& event : used_)
+      TANDEM_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
+  ~PinnedRing() {
+    for (cudaEvent_t event : used_) (void)cudaEventDestroy(event);
+    (void)cudaFreeHost(base_);
+  }
+  PinnedRing(const PinnedRing&) = delete;
+  PinnedRing& operator=(const PinnedRing&) = delete;
+
+  void upload(cudaStream_t stream, std::span<const std::byte> host, void* to) {
+    for (std::size_t at = 0; at < host.size(); at += kPartBytes) {
+      const std::size_t bytes = std::min(kPartBytes, host.size() - at);
+      std::byte* part = take();
+      std::memcpy(part, host.data() + at, bytes);
+      TANDEM_CUDA(cudaMemcpyAsync(static_cast<std::byte*>(to) + at, part, bytes,
+                                  cudaMemcpyHostToDevice, stream));
+      TANDEM_CUDA(cudaEventRecord(used_[next_], stream));
+      next_ = (next_ + 1) % kParts;
+    }
+  }
+
+  void download(cudaStream_t stream, const void* from, std::span<std::byte> host) {
+    for (std::size_t at = 0; at < host.size(); at += kPartBytes) {
+      const std::size_t bytes = std::min(kPartBytes, host.size() - at);
+      std::byte* part = take();
+      TANDEM_CUDA(cudaMemcpyAsync(part, static_cast<const std::byte*>(from) + at, bytes,
+                                  cudaMemcpyDeviceToHost, stream));
+      TANDEM_CUDA(cudaStreamSynchronize(stream));
+      std::memcpy(host.data() + at, part, bytes);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kParts = 8, kPartBytes = 4 << 20;
+  std::byte* take() {
+    TANDEM_CUDA(cudaEventSynchronize(used_[next_]));
+    return base_ + next_ * kPartBytes;
+  }
+  std::byte* base_ = nullptr;
+  std::size_t next_ = 0;
+  std::array<cudaEvent_t, kParts> used_{};
+};
+
+CudaOps::CudaOps(const CudaOptions& options, const DeviceProfile& profile)
+    : options_(options), profile_(profile), ring_(std::make_unique<PinnedRing>()) {
+  TANDEM_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+}
+
+CudaOps::~CudaOps() {
+  (void)cudaStreamDestroy(stream_);
+}
+
+void CudaOps::synchronize(Exec& exec) {
+  TANDEM_CUDA(cudaStreamSynchronize(stream(exec)));
+}
+
+void CudaOps::do_upload(Exec& exec, std::span<const std::byte> host, Tensor to) {
+  ring_->upload(stream(exec), host, to.data);
+}
+
+void CudaOps::do_download(Exec& exec, Tensor from, std::span<std::byte> host) {
+  ring_->download(stream(exec), from.data, host);
+}
+
+void CudaOps::do_fill_zero(Exec& exec, Tensor x) {
+  TANDEM_CUDA(cudaMemsetAsync(x.data, 0, static_cast<std::size_t>(x.bytes()), stream(exec)));
+}
+
+// Blocks of f32 rows go to the device as they are filled and are rounded there.
+void CudaOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
+  const PackWeightWorkspace layout = pack_weight_workspace(w.n, w.i);
+  const Scratch scratch(exec, layout.bytes);
+  std::vector<float> block(static_cast<std::size_t>(layout.block_rows * w.i));
+  const std::int64_t row_bytes = w.i * dtype_bytes(w.dtype);
+  for (std::int64_t row = 0; row < w.n; row += layout.block_rows) {
+    const Shape shape{std::min(layout.block_rows, w.n - row), w.i};
+    fill(row, shape[0], block.data());
+    const Tensor staged = scratch.tensor(0, DType::kF32, shape);
+    do_upload(exec, std::as_bytes(std::span(block)).first(static_cast<std::size_t>(staged.bytes())),
+              staged);
+    do_copy(exec, staged, {static_cast<char*>(w.storage.data) + row * row_bytes, w.dtype, shape});
+  }
+}
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,103 @@
+// Private to kernels/cuda: the class whose bodies are spread over cuda_ops.cc (memory) and
+// ops_*.cu. All work goes to one stream per Exec; nothing here allocates or waits on a step but
+// download() and synchronize().
+#pragma once
+
+#include "kernels/cuda/blas.h"
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/workspace.h"
+
+#include <cuda_runtime.h>
+
+#include <memory>
+
+namespace tandem::kernels::cuda {
+
+class AttentionPlans;  // ops_attention.cu
+class PinnedRing;      // cuda_ops.cc
+
+class CudaOps final : public Ops {
+ public:
+  CudaOps(const CudaOptions& options, const DeviceProfile& profile);
+  ~CudaOps() override;
+  CudaOps(const CudaOps&) = delete;
+  CudaOps& operator=(const CudaOps&) = delete;
+
+  const DeviceProfile& profile() const override { return profile_; }
+  void synchronize(Exec&) override;
+  std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i) const override {
+    return kernels::packed_weight_bytes(dtype, n, i, profile_);
+  }
+
+ private:
+  void do_upload(Exec&, std::span<const std::byte>, Tensor) override;
+  void do_download(Exec&, Tensor, std::span<std::byte>) override;
+  void do_copy(Exec&, Tensor, Tensor) override;
+  void do_fill_zero(Exec&, Tensor) override;
+  void do_pack_weight(Exec&, PackedWeight&, const FillRows&) override;
+  void do_embedding_forward(Exec&, const EmbeddingArgs&) override;
+  void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override;
+  void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override;
+  void do_linear_forward(Exec&, const LinearArgs&) override;
+  void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
+  void do_rope_forward(Exec&, const RopeArgs&) override;
+  void do_rope_backward(Exec&, const RopeBackwardArgs&) override;
+  void do_attention_forward(Exec&, const AttentionArgs&) override;
+  void do_attention_backward(Exec&, const AttentionBackwardArgs&) override;
+  void do_paged_attention_forward(Exec&, const PagedAttentionArgs&) override;
+  void do_silu_mul_forward(Exec&, const SiluMulArgs&) override;
+  void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override;
+  void do_gather_rows(Exec&, const GatherRowsArgs&) override;
+  void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) override;
+  void do_logprob(Exec&, const LogprobArgs&) override;
+  void do_sample(Exec&, const SampleArgs&) override;
+  void do_squared_norm(Exec&, const SquaredNormArgs&) override;
+  void do_adamw(Exec&, const AdamWArgs&) override;
+
+  [[nodiscard]] cudaStream_t stream(const Exec& exec) const {
+    return exec.stream.handle != nullptr ? static_cast<cudaStream_t>(exec.stream.handle) : stream_;
+  }
+
+  const CudaOptions options_;
+  const DeviceProfile profile_;
+  cudaStream_t stream_ = nullptr;  ///< of every Exec that names none
+  Blas blas_;
+  std::unique_ptr<PinnedRing> ring_;
+  std::shared_ptr<AttentionPlans> attention_;  ///< made on first use
+};
+
+/// An op's scratch: exactly `bytes` from the workspace for as long as this lives. Work on the
+/// stream may still use it afterwards: the next op of the same Exec is ordered behind it.
+class Scratch {
+ public:
+  Scratch(Exec& exec, std::int64_t bytes)
+      : scope_(exec.workspace),
+        base_(bytes > 0 ? static_cast<char*>(exec.workspace.alloc_bytes(bytes)) : nullptr) {}
+  template <class T>
+  [[nodiscard]] T* at(std::int64_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+  [[nodiscard]] Tensor tensor(std::int64_t offset, DType dtype, const Shape& shape) const {
+    return {base_ == nullptr ? nullptr : base_ + offset, dtype, shape};
+  }
+
+ private:
+  ArenaScope scope_;
+  char* base_;
+};
+
+/// What the segmented LoRA kernels (ops_lora_segments.cu) do: rows of any mix of adapters, slots
+/// and ranks read on the device. `column` of a site in u and du is site * rank_max.
+/// u[t, column + r] = s A x[t], zeros beyond the rank and in rows without an adapter.
+void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& sites,
+                          const AdapterRows& rows, Tensor x, Tensor u);
+/// y[t, n_begin + n] += B u[t] of each site.
+void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& sites,
+                          const AdapterRows& rows, Tensor u, Tensor y);
+/// du[t] = s (dy[t] B), dA += du^T dropout(x), dB += dy^T u, and dx += dropout'(du A) when dx is
+/// defined.
+void lora_segments_backward(cudaStream_t stream, const LinearBackwardArgs& args, Tensor u,
+                            Tensor du);
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,78 @@
+// Private to kernels/cuda: what every kernel needs. Values are computed in f32 whatever they are
+// stored in; vectors are 16 bytes, the widest access of a thread.
+#pragma once
+
+#include "protocol/base/dtype.h"
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tandem::kernels::cuda {
+
+__device__ inline float load_f32(float x) {
+  return x;
+}
+__device__ inline float load_f32(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+template <class T>
+__device__ inline T store_as(float x);
+template <>
+__device__ inline float store_as<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 store_as<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+/// 16 bytes of T, aligned.
+template <class T>
+struct alignas(16) Vec {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+  T at[kSize];
+};
+template <class T>
+__device__ inline Vec<T> load_vec(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+__device__ inline void store_vec(T* p, const Vec<T>& v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+/// The sum over a block of kThreads, in an order that depends on nothing but kThreads; every
+/// thread gets it.
+template <int kThreads>
+__device__ inline float block_sum(float x) {
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024);
+  __shared__ float parts[kThreads / 32];
+  x = warp_sum(x);
+  __syncthreads();  // parts may still be read from the last call
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) sum += parts[w];
+  return sum;
+}
+
+}  // namespace tandem::kernels::cuda
+
+/// Calls f<T>(...) with the device's type of a compute dtype.
+#define TANDEM_CUDA_DISPATCH(dtype, f, ...) \
+  ((dtype) == ::tandem::DType::kF32 ? f<float>(__VA_ARGS__) : f<__nv_bfloat16>(__VA_ARGS__))

@@ -1,0 +1,425 @@
+// Everything between two products: row lookup, norms, rotation, silu * up, copies. All are bound by
+// memory traffic; each reads its inputs once, in 16-byte accesses where rows allow it.
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/device.cuh"
+
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+namespace tandem::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+/// Grids are at most this large in x; kernels over elements stride.
+constexpr std::int64_t kBlocksMax = 1 << 16;
+
+int blocks_for(std::int64_t items, std::int64_t per_block) {
+  return static_cast<int>(
+      std::clamp<std::int64_t>((items + per_block - 1) / per_block, 1, kBlocksMax));
+}
+
+bool aligned(std::initializer_list<const void*> pointers, std::int64_t row_bytes) {
+  std::uintptr_t bits = static_cast<std::uintptr_t>(row_bytes);
+  for (const void* p : pointers) bits |= reinterpret_cast<std::uintptr_t>(p);
+  return bits % 16 == 0;
+}
+
+// -- lookup
+// ---------------------------------------------------------------------------------------
+
+/// out[j] = table[index[j]], rows of `words` 16-byte words or, with kWord = 1 byte, of bytes.
+template <class Word>
+__global__ void lookup_kernel(const Word* table, const std::int32_t* index, std::int64_t rows,
+                              std::int64_t words, Word* out) {
+  const std::int64_t row = blockIdx.x;
+  const std::int64_t from = index[row];
+  if (from < 0 || from >= rows) __trap();  // a bug of the caller, as a failed check on the host
+  for (std::int64_t w = threadIdx.x; w < words; w += blockDim.x)
+    out[row * words + w] = table[from * words + w];
+}
+
+void lookup(cudaStream_t stream, const void* table, std::int64_t rows, std::int64_t row_bytes,
+            const Tensor& index, void* out) {
+  const auto count = static_cast<unsigned>(index.dim(0));
+  const auto* at = index.as<std::int32_t>();
+  if (aligned({table, out}, row_bytes))
+    lookup_kernel<<<count, 128, 0, stream>>>(static_cast<const uint4*>(table), at, rows,
+                                             row_bytes / 16, static_cast<uint4*>(out));
+  else
+    lookup_kernel<<<count, 128, 0, stream>>>(static_cast<const std::uint16_t*>(table), at, rows,
+                                             row_bytes / 2, static_cast<std::uint16_t*>(out));
+  TANDEM_LAUNCHED("lookup_kernel");
+}
+
+// -- norm
+// -----------------------------------------------------------------------------------------
+
+/// Calls f(column, count) for the columns of this thread: 16 bytes at a time with kVector, else
+/// one by one.
+template <class T, bool kVector, class F>
+__device__ inline void for_columns(std::int64_t columns, const F& f) {
+  constexpr int kStep = kVector ? Vec<T>::kSize : 1;
+  for (std::int64_t c = static_cast<std::int64_t>(threadIdx.x) * kStep; c < columns;
+       c += static_cast<std::int64_t>(blockDim.x) * kStep)
+    f(c);
+}
+template <class T, bool kVector>
+struct Chunk {
+  static constexpr int kSize = kVector ? Vec<T>::kSize : 1;
+  T at[kSize];
+  __device__ static Chunk load(const T* p) {
+    Chunk c;
+    if constexpr (kVector) {
+      const Vec<T> v = load_vec(p);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) c.at[i] = v.at[i];
+    } else {
+      c.at[0] = *p;
+    }
+    return c;
+  }
+  __device__ void store(T* p) const {
+    if constexpr (kVector) {
+      Vec<T> v;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v.at[i] = at[i];
+      store_vec(p, v);
+    } else {
+      *p = at[0];
+    }
+  }
+};
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    add_rms_norm_kernel(T* residual, const T* delta, const T* weight, std::int64_t columns,
+                        float eps, T* y, float* rstd) {
+  const std::int64_t row = blockIdx.x, base = row * columns;
+  using C = Chunk<T, kVector>;
+  float sum = 0.0f;
+  for_columns<T, kVector>(columns, [&](std::int64_t c) {
+    C x = C::load(residual + base + c);
+    if (delta != nullptr) {
+      const C d = C::load(delta + base + c);
+#pragma unroll
+      for (int i = 0; i < C::kSize; ++i)
+        x.at[i] = store_as<T>(load_f32(x.at[i]) + load_f32(d.at[i]));
+      x.store(residual + base + c);
+    }
+#pragma unroll
+    for (int i = 0; i < C::kSize; ++i) {
+      const float v = load_f32(x.at[i]);
+      sum = fmaf(v, v, sum);
+    }
+  });
+  sum = block_sum<kThreads>(sum);
+  const float r = rsqrtf(sum / static_cast<float>(columns) + eps);
+  if (rstd != nullptr && threadIdx.x == 0) rstd[row] = r;
+  for_columns<T, kVector>(columns, [&](std::int64_t c) {
+    const C x = C::load(residual + base + c), w = C::load(weight + c);
+    C out;
+#pragma unroll
+    for (int i = 0; i < C::kSize; ++i)
+      out.at[i] = store_as<T>(load_f32(x.at[i]) * r * load_f32(w.at[i]));
+    out.store(y + base + c);
+  });
+}
+
+/// dx = r (w dy) - x r^3 / C sum(w dy x), added to dresidual.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_backward_kernel(const T* dy, const T* residual, const T* weight, const float* rstd,
+                             std::int64_t columns, T* dresidual) {
+  const std::int64_t row = blockIdx.x, base = row * columns;
+  using C = Chunk<T, kVector>;
+  float dot = 0.0f;
+  for_columns<T, kVector>(columns, [&](std::int64_t c) {
+    const C g = C::load(dy + base + c), x = C::load(residual + base + c), w = C::load(weight + c);
+#pragma unroll
+    for (int i = 0; i < C::kSize; ++i)
+      dot = fmaf(load_f32(g.at[i]) * load_f32(w.at[i]), load_f32(x.at[i]), dot);
+  });
+  dot = block_sum<kThreads>(dot);
+  const float r = rstd[row], k = r * r * r * dot / static_cast<float>(columns);
+  for_columns<T, kVector>(columns, [&](std::int64_t c) {
+    const C g = C::load(dy + base + c), x = C::load(residual + base + c), w = C::load(weight + c);
+    C out = C::load(dresidual + base + c);
+#pragma unroll
+    for (int i = 0; i < C::kSize; ++i)
+      out.at[i] = store_as<T>(load_f32(out.at[i]) + r * load_f32(w.at[i]) * load_f32(g.at[i]) -
+                              k * load_f32(x.at[i]));
+    out.store(dresidual + base + c);
+  });
+}
+
+template <class T>
+void add_rms_norm(cudaStream_t stream, const AddRmsNormArgs& a) {
+  const std::int64_t columns = a.y.dim(1);
+  const bool vector = aligned({a.residual.data, a.delta.data, a.weight.data, a.y.data},
+                              columns * static_cast<std::int64_t>(sizeof(T)));
+  const auto kernel = vector ? add_rms_norm_kernel<T, true> : add_rms_norm_kernel<T, false>;
+  kernel<<<static_cast<unsigned>(a.y.dim(0)), kThreads, 0, stream>>>(
+      static_cast<T*>(a.residual.data), static_cast<const T*>(a.delta.data),
+      static_cast<const T*>(a.weight.data), columns, a.eps, static_cast<T*>(a.y.data),
+      static_cast<float*>(a.rstd.data));
+  TANDEM_LAUNCHED("add_rms_norm_kernel");
+}
+
+template <class T>
+void run_rms_norm_backward(cudaStream_t stream, const RmsNormBackwardArgs& a) {
+  const std::int64_t columns = a.dy.dim(1);
+  const bool vector = aligned({a.dy.data, a.residual.data, a.weight.data, a.dresidual.data},
+                              columns * static_cast<std::int64_t>(sizeof(T)));
+  const auto kernel =
+      vector ? rms_norm_backward_kernel<T, true> : rms_norm_backward_kernel<T, false>;
+  kernel<<<static_cast<unsigned>(a.dy.dim(0)), kThreads, 0, stream>>>(
+      static_cast<const T*>(a.dy.data), static_cast<const T*>(a.residual.data),
+      static_cast<const T*>(a.weight.data), a.rstd.as<float>(), columns,
+      static_cast<T*>(a.dresidual.data));
+  TANDEM_LAUNCHED("rms_norm_backward_kernel");
+}
+
+// -- rotation
+// -------------------------------------------------------------------------------------
+
+/// Where rope writes keys and values; `k` null: nowhere.
+struct CacheTarget {
+  void *k = nullptr, *v = nullptr;
+  const std::int32_t* slots = nullptr;
+  std::int64_t blocks = 0, block_size = 1;
+};
+
+/// One block a row. The angles of a row are computed once and serve all its heads; `sign` -1 turns
+/// back.
+template <class T>
+__global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* inv_freq,
+                            float factor, float sign, int heads, int kv_heads, int half,
+                            CacheTarget cache) {
+  extern __shared__ float angles[];  // [half] cosines, [half] sines
+  const std::int64_t row = blockIdx.x;
+  const int dim = 2 * half;
+  const float position = static_cast<float>(positions[row]);
+  for (int d = static_cast<int>(threadIdx.x); d < half; d += static_cast<int>(blockDim.x)) {
+    float s, c;
+    sincosf(position * inv_freq[d], &s, &c);
+    angles[d] = c * factor;
+    angles[half + d] = s * factor * sign;
+  }
+  __syncthreads();
+  T* q = qkv + row * (heads + 2 * kv_heads) * dim;
+  const std::int32_t slot = cache.k == nullptr ? -1 : cache.slots[row];
+  if (slot >= 0 && slot / cache.block_size >= cache.blocks) __trap();
+  // Of head h of the cache's block: where this row's vector begins.
+  const auto cached = [&](void* base, int h) {
+    const std::int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
+    return static_cast<T*>(base) + ((block * kv_heads + h) * cache.block_size + offset) * dim;
+  };
+  for (int p = static_cast<int>(threadIdx.x); p < (heads + kv_heads) * half;
+       p += static_cast<int>(blockDim.x)) {
+    const int h = p / half, d = p % half;
+    T* head = q + h * dim;
+    const float x = load_f32(head[d]), y = load_f32(head[half + d]);
+    const float c = angles[d], s = angles[half + d];
+    const T low = store_as<T>(x * c - y * s), high = store_as<T>(y * c + x * s);
+    head[d] = low;
+    head[half + d] = high;
+    if (slot >= 0 && h >= heads) {
+      T* k = cached(cache.k, h - heads);
+      k[d] = low;
+      k[half + d] = high;
+    }
+  }
+  if (slot < 0) return;
+  const T* v = q + (heads + kv_heads) * dim;
+  for (int p = static_cast<int>(threadIdx.x); p < kv_heads * dim; p += static_cast<int>(blockDim.x))
+    cached(cache.v, p / dim)[p % dim] = v[p];
+}
+
+template <class T>
+void rope(cudaStream_t stream, const Tensor& qkv, const Tensor& positions, const Tensor& inv_freq,
+          float factor, float sign, std::int64_t heads, std::int64_t kv_heads,
+          std::int64_t head_dim, const CacheTarget& cache) {
+  const auto half = static_cast<int>(head_dim / 2);
+  const auto pairs = static_cast<int>((heads + kv_heads) * half);
+  const int threads = std::clamp((pairs + 3) / 4 / 32 * 32, 64, 512);
+  rope_kernel<T><<<static_cast<unsigned>(qkv.dim(0)), threads,
+                   2 * static_cast<std::size_t>(half) * sizeof(float), stream>>>(
+      static_cast<T*>(qkv.data), positions.as<std::int32_t>(), inv_freq.as<float>(), factor, sign,
+      static_cast<int>(heads), static_cast<int>(kv_heads), half, cache);
+  TANDEM_LAUNCHED("rope_kernel");
+}
+
+// -- silu
+// -----------------------------------------------------------------------------------------
+
+__device__ inline float sigmoid(float x) {
+  return 1.0f / (1.0f + expf(-x));
+}
+
+template <class T, bool kVector>
+__global__ void silu_mul_kernel(const T* gate_up, std::int64_t rows, std::int64_t width, T* out) {
+  using C = Chunk<T, kVector>;
+  const std::int64_t per_row = width / C::kSize;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < rows * per_row; i += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const std::int64_t row = i / per_row, c = i % per_row * C::kSize;
+    const C gate = C::load(gate_up + row * 2 * width + c);
+    const C up = C::load(gate_up + (row * 2 + 1) * width + c);
+    C y;
+#pragma unroll
+    for (int j = 0; j < C::kSize; ++j) {
+      const float g = load_f32(gate.at[j]);
+      y.at[j] = store_as<T>(g * sigmoid(g) * load_f32(up.at[j]));
+    }
+    y.store(out + row * width + c);
+  }
+}
+
+template <class T, bool kVector>
+__global__ void silu_mul_backward_kernel(const T* dout, const T* gate_up, std::int64_t rows,
+                                         std::int64_t width, T* dgate_up) {
+  using C = Chunk<T, kVector>;
+  const std::int64_t per_row = width / C::kSize;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < rows * per_row; i += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    const std::int64_t row = i / per_row, c = i % per_row * C::kSize;
+    const std::int64_t at = row * 2 * width + c;
+    const C d = C::load(dout + row * width + c);
+    const C gate = C::load(gate_up + at), up = C::load(gate_up + at + width);
+    C dgate, dup;
+#pragma unroll
+    for (int j = 0; j < C::kSize; ++j) {
+      const float g = load_f32(gate.at[j]), s = sigmoid(g), dy = load_f32(d.at[j]);
+      dgate.at[j] = store_as<T>(dy * load_f32(up.at[j]) * s * (1.0f + g * (1.0f - s)));
+      dup.at[j] = store_as<T>(dy * g * s);
+    }
+    dgate.store(dgate_up + at);
+    dup.store(dgate_up + at + width);
+  }
+}
+
+template <class T>
+void silu_mul(cudaStream_t stream, const SiluMulArgs& a) {
+  const std::int64_t rows = a.out.dim(0), width = a.out.dim(1);
+  const bool vector =
+      aligned({a.gate_up.data, a.out.data}, width * static_cast<std::int64_t>(sizeof(T)));
+  const auto kernel = vector ? silu_mul_kernel<T, true> : silu_mul_kernel<T, false>;
+  kernel<<<blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads), kThreads, 0,
+           stream>>>(static_cast<const T*>(a.gate_up.data), rows, width,
+                     static_cast<T*>(a.out.data));
+  TANDEM_LAUNCHED("silu_mul_kernel");
+}
+
+template <class T>
+void run_silu_mul_backward(cudaStream_t stream, const SiluMulBackwardArgs& a) {
+  const std::int64_t rows = a.dout.dim(0), width = a.dout.dim(1);
+  const bool vector = aligned({a.dout.data, a.gate_up.data, a.dgate_up.data},
+                              width * static_cast<std::int64_t>(sizeof(T)));
+  const auto kernel =
+      vector ? silu_mul_backward_kernel<T, true> : silu_mul_backward_kernel<T, false>;
+  kernel<<<blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads), kThreads, 0,
+           stream>>>(static_cast<const T*>(a.dout.data), static_cast<const T*>(a.gate_up.data),
+                     rows, width, static_cast<T*>(a.dgate_up.data));
+  TANDEM_LAUNCHED("silu_mul_backward_kernel");
+}
+
+// -- copies
+// ---------------------------------------------------------------------------------------
+
+__device__ inline float to_float(float x) {
+  return x;
+}
+__device__ inline float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline float to_float(__half x) {
+  return __half2float(x);
+}
+__device__ inline void assign(float& to, float x) {
+  to = x;
+}
+__device__ inline void assign(__nv_bfloat16& to, float x) {
+  to = __float2bfloat16_rn(x);
+}
+__device__ inline void assign(__half& to, float x) {
+  to = __float2half_rn(x);
+}
+
+template <class From, class To>
+__global__ void convert_kernel(const From* from, To* to, std::int64_t n) {
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<std::int64_t>(gridDim.x) * blockDim.x)
+    assign(to[i], to_float(from[i]));
+}
+
+template <class From>
+void convert(cudaStream_t stream, const Tensor& from, const Tensor& to) {
+  const std::int64_t n = from.elements();
+  const int blocks = blocks_for(n, kThreads);
+  const auto* source = static_cast<const From*>(from.data);
+  if (to.dtype == DType::kF32)
+    convert_kernel<<<blocks, kThreads, 0, stream>>>(source, static_cast<float*>(to.data), n);
+  else if (to.dtype == DType::kBF16)
+    convert_kernel<<<blocks, kThreads, 0, stream>>>(source, static_cast<__nv_bfloat16*>(to.data),
+                                                    n);
+  else
+    convert_kernel<<<blocks, kThreads, 0, stream>>>(source, static_cast<__half*>(to.data), n);
+  TANDEM_LAUNCHED("convert_kernel");
+}
+
+}  // namespace
+
+void CudaOps::do_copy(Exec& exec, Tensor from, Tensor to) {
+  const cudaStream_t s = stream(exec);
+  if (from.dtype == to.dtype) {
+    TANDEM_CUDA(cudaMemcpyAsync(to.data, from.data, static_cast<std::size_t>(from.bytes()),
+                                cudaMemcpyDeviceToDevice, s));
+    return;
+  }
+  if (from.dtype == DType::kF32) return convert<float>(s, from, to);
+  if (from.dtype == DType::kBF16) return convert<__nv_bfloat16>(s, from, to);
+  convert<__half>(s, from, to);
+}
+
+void CudaOps::do_embedding_forward(Exec& exec, const EmbeddingArgs& a) {
+  lookup(stream(exec), a.table->storage.data, a.table->n, a.table->i * dtype_bytes(a.table->dtype),
+         a.ids, a.out.data);
+}
+
+void CudaOps::do_gather_rows(Exec& exec, const GatherRowsArgs& a) {
+  lookup(stream(exec), a.x.data, a.x.dim(0), a.x.dim(1) * dtype_bytes(a.x.dtype), a.index,
+         a.out.data);
+}
+
+void CudaOps::do_add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.y.dtype, add_rms_norm, stream(exec), a);
+}
+
+void CudaOps::do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.dy.dtype, run_rms_norm_backward, stream(exec), a);
+}
+
+void CudaOps::do_rope_forward(Exec& exec, const RopeArgs& a) {
+  CacheTarget cache;
+  if (a.cache != nullptr)
+    cache = {a.cache->k.data, a.cache->v.data, a.cache_slots.as<std::int32_t>(), a.cache->k.dim(0),
+             a.cache->block_size};
+  TANDEM_CUDA_DISPATCH(a.qkv.dtype, rope, stream(exec), a.qkv, a.positions, a.inv_freq,
+                       a.attention_factor, 1.0f, a.heads, a.kv_heads, a.head_dim, cache);
+}
+
+void CudaOps::do_rope_backward(Exec& exec, const RopeBackwardArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.dqkv.dtype, rope, stream(exec), a.dqkv, a.positions, a.inv_freq,
+                       a.attention_factor, -1.0f, a.heads, a.kv_heads, a.head_dim, CacheTarget{});
+}
+
+void CudaOps::do_silu_mul_forward(Exec& exec, const SiluMulArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.out.dtype, silu_mul, stream(exec), a);
+}
+
+void CudaOps::do_silu_mul_backward(Exec& exec, const SiluMulBackwardArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.dout.dtype, run_silu_mul_backward, stream(exec), a);
+}
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,63 @@
+// Scratch of the CUDA backend's ops, as pure functions of shapes, dtypes and the device profile.
+// They stand above the backend, in plain C++, because the estimator plans for a GPU on machines
+// that have none. The backend takes exactly these bytes and cuts them up as the layouts say.
+// Offsets are from the scratch's start and multiples of kDeviceAlignment. Any thread.
+#pragma once
+
+#include "kernels/device_profile.h"
+#include "kernels/op_args.h"
+
+namespace tandem::kernels::cuda {
+
+/// What cuBLASLt may use for one product; on Hopper its fastest algorithms want 32 MiB.
+inline constexpr std::int64_t kGemmWorkspaceBytes = 32 << 20;
+
+/// Adapters of a batch in which one adapter at most can appear (one segment): their factors are
+/// gathered into two plain matrices, block-diagonal over the sites, and everything is a product.
+/// `columns` = sites * rank_max.
+struct LinearForwardLayout {
+  std::int64_t columns = 0;
+  bool single = false;       ///< one segment; else rows of any adapters, by the segmented kernels
+  std::int64_t u = 0;        ///< [T, columns] cd, where the caller keeps none
+  std::int64_t a = 0;        ///< single: [columns, I] cd: s A
+  std::int64_t b = 0;        ///< single: [N, columns] cd
+  std::int64_t dropped = 0;  ///< [T, I] cd: dropout(x) of one site; only with dropout
+  std::int64_t gemm = 0;     ///< kGemmWorkspaceBytes
+  std::int64_t bytes = 0;
+};
+LinearForwardLayout linear_forward_layout(const LinearArgs& args);
+
+struct LinearBackwardLayout {
+  std::int64_t columns = 0;
+  bool single = false;
+  std::int64_t u = 0;         ///< [T, columns] cd, where forward kept none
+  std::int64_t du = 0;        ///< [T, columns] cd: s dy B
+  std::int64_t a = 0;         ///< single: [columns, I] cd
+  std::int64_t a_scaled = 0;  ///< single, without u: [columns, I] cd: s A
+  std::int64_t b = 0;         ///< single: [N, columns] cd: s B
+  std::int64_t da = 0;        ///< single: [columns, I] f32
+  std::int64_t db = 0;        ///< single: [N, columns] f32
+  std::int64_t dropped = 0;   ///< [T, I] cd: dropout(x), then du A; only with dropout
+  std::int64_t gemm = 0;
+  std::int64_t bytes = 0;
+};
+LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args);
+
+struct LinearCrossEntropyLayout {
+  std::int64_t chunk_rows = 0;
+  std::int64_t logits = 0;  ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place
+  std::int64_t gemm = 0;
+  std::int64_t bytes = 0;
+};
+LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& args);
+
+/// cuda_workspace_attention.cc
+std::int64_t attention_forward_bytes(const AttentionArgs& args, const DeviceProfile& profile);
+std::int64_t attention_backward_bytes(const AttentionBackwardArgs& args,
+                                      const DeviceProfile& profile);
+/// cuda_workspace_serve.cc
+std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& args,
+                                           const DeviceProfile& profile);
+std::int64_t sample_bytes(const SampleArgs& args, const DeviceProfile& profile);
+
+}  // namespace tandem::kernels::cuda
