@@ -48,11 +48,6 @@ Result<const cuda::Module*> module() {
 
 }  // namespace
 
-Result<CudaDevice> probe_cuda_device(int device) {
-  TANDEM_ASSIGN_OR_RETURN(const cuda::Module* loaded, module());
-  return loaded->probe(device);
-}
-
 Result<Backend> make_cuda_backend(const CudaOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const cuda::Module* loaded, module());
   return loaded->make(options);
