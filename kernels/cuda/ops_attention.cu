@@ -74,6 +74,7 @@ void scatter_kv_gradients(cudaStream_t stream, const AttentionSpec& spec, const 
 }
 
 void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "attention_forward", static_cast<double>(0));
   const AttentionPath path =
       choose_path(a.spec, a.qkv, profile_, options_.deterministic, exec.numerics);
   if (!attention_) attention_ = std::make_shared<AttentionPlans>();
@@ -89,6 +90,8 @@ void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
 }
 
 void CudaOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "attention_backward",
+                              static_cast<double>(0));
   const AttentionPath path =
       choose_path(a.spec, a.qkv, profile_, options_.deterministic, exec.numerics);
   if (!attention_) attention_ = std::make_shared<AttentionPlans>();
