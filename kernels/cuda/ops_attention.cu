@@ -85,7 +85,12 @@ void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
     if (a.lse.defined()) zero_inert_rows(stream(exec), a.seq_offsets, a.lse);
     return;
   }
-  simple_attention_forward(stream(exec), a);
+  const AttentionForwardLayout layout = attention_forward_layout(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
+  if (path == AttentionPath::kOwn)
+    own_attention_forward(stream(exec), a, layout, scratch.at<char>(0));
+  else
+    simple_attention_forward(stream(exec), a);
 }
 
 void CudaOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
@@ -101,7 +106,10 @@ void CudaOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) 
   }
   const AttentionBackwardLayout layout = attention_backward_layout(a, profile_);
   const Scratch scratch(exec, layout.bytes);
-  simple_attention_backward(stream(exec), a, scratch.at<float>(layout.delta));
+  if (path == AttentionPath::kOwn)
+    own_attention_backward(stream(exec), a, layout, scratch.at<char>(0));
+  else
+    simple_attention_backward(stream(exec), a, scratch.at<float>(layout.delta));
 }
 
 }  // namespace tandem::kernels::cuda
