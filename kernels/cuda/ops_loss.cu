@@ -82,13 +82,14 @@ void CudaOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& 
   const Matrix w{a.weight->storage.data, cd, v, c, c, false};
   for (std::int64_t begin = 0; begin < t; begin += layout.chunk_rows) {
     const std::int64_t rows = std::min(layout.chunk_rows, t - begin);
-    blas_.product(s, matrix(a.x.rows(begin, rows)), transpose(w),
+    blas_.product(s, exec.numerics, matrix(a.x.rows(begin, rows)), transpose(w),
                   {logits, DType::kF32, rows, v, v, false}, false, nullptr, gemm);
     TANDEM_CUDA_DISPATCH(cd, row_loss, s, a, begin, rows, logits);
     if (!a.dx.defined()) continue;
     // A row of gradients begins where its logits began: in bf16 rows are 2 V elements apart.
     const Matrix dlogits{logits, cd, rows, v, v * 4 / dtype_bytes(cd), false};
-    blas_.product(s, dlogits, w, matrix(a.dx.rows(begin, rows)), false, nullptr, gemm);
+    blas_.product(s, exec.numerics, dlogits, w, matrix(a.dx.rows(begin, rows)), false, nullptr,
+                  gemm);
   }
 }
 
