@@ -151,7 +151,7 @@ const std::vector<Field>& fields() {
       integer("logging_steps", &S::logging_steps, 1, kBig),
       words("dtype", {"auto", "f32", "bf16"}, &S::dtype),
       words("adapter_dtype", {"auto", "f32", "bf16"}, &S::adapter_dtype),
-      words("recompute", {"none", "mlp", "block"}, &S::recompute),
+      words("recompute", {"none", "elementwise", "mlp", "block"}, &S::recompute),
   };
   return table;
 }

@@ -54,7 +54,7 @@ struct TrainSettings {
   // -- engine
   std::string dtype = "auto";          ///< compute dtype: "auto" | "f32" | "bf16"
   std::string adapter_dtype = "auto";  ///< published dtype: "auto" (= compute) | "f32" | "bf16"
-  std::string recompute = "none";      ///< "none" | "mlp" | "block"
+  std::string recompute = "none";      ///< "none" | "elementwise" | "mlp" | "block"
 
   /// Parses a JSON object; absent fields keep their defaults. invalid_error names field, range and
   /// value.

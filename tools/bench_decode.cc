@@ -1,11 +1,11 @@
 // bench_decode: serving throughput of one engine on this machine, as one JSON object: decode tokens
 // per second at several batch sizes, prefill tokens per second, and the host's own share of a step
 // (the same steps on the shape-only backend, where ops cost nothing but their checks).
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/meta/meta_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
+#include "tools/bench_device.h"
 #include "worker/comm/communicator.h"
 #include "worker/model/model_loader.h"
 #include "worker/serve/serve_engine.h"
@@ -23,7 +23,8 @@ namespace model = tandem::worker::model;
 namespace serve = tandem::worker::serve;
 
 struct Options {
-  std::string model;
+  std::string model, shape;
+  std::string device = "cpu";
   std::string dtype = "bf16";
   std::string numerics = "replay";
   int threads = 2;
@@ -74,7 +75,7 @@ struct Rig {
     engine->reserve_worst_case();
   }
   std::unique_ptr<kernels::Arena> arena(kernels::MemoryKind kind, const char* name) {
-    constexpr std::int64_t kReserve = std::int64_t{1} << 36;  // address space
+    constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
     return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
                                             kReserve);
   }
@@ -192,21 +193,24 @@ nlohmann::ordered_json measure_all(Rig& rig, Rig& meta, const Options& o) {
 }
 
 Status run(const Options& o) {
-  TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(o.model));
-  kernels::CpuOptions cpu;
-  cpu.threads = o.threads;
+  TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(o.model, o.shape));
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend device, tools::open_bench_device(o.device, o.threads));
   const std::int64_t begin = steady_ns();
-  Rig rig(kernels::make_cpu_backend(cpu), loaded, o);
+  Rig rig(std::move(device), loaded, o);
   const double ready = static_cast<double>(steady_ns() - begin) * 1e-9;
   Rig meta(kernels::make_meta_backend(rig.backend.ops->profile()), loaded, o);
   TANDEM_RETURN_IF_ERROR(install_adapters(rig, o));
   TANDEM_RETURN_IF_ERROR(install_adapters(meta, o));
-  nlohmann::ordered_json out = {
-      {"bench", "decode"},         {"machine", rig.backend.ops->profile().name},
-      {"model", o.model},          {"dtype", o.dtype},
-      {"numerics", o.numerics},    {"threads", o.threads},
-      {"prompt_tokens", o.prompt}, {"new_tokens", o.tokens},
-      {"adapters", o.adapters},    {"ready_seconds", ready}};
+  nlohmann::ordered_json out = {{"bench", "decode"},
+                                {"machine", rig.backend.ops->profile().name},
+                                {"model", o.model.empty() ? o.shape : o.model},
+                                {"dtype", o.dtype},
+                                {"numerics", o.numerics},
+                                {"threads", o.threads},
+                                {"prompt_tokens", o.prompt},
+                                {"new_tokens", o.tokens},
+                                {"adapters", o.adapters},
+                                {"ready_seconds", ready}};
   out.update(measure_all(rig, meta, o));
   std::cout << out.dump(2) << std::endl;
   return {};
@@ -218,7 +222,10 @@ int main(int argc, char** argv) {
   tandem::kernels::cpu::limit_openmp_spin(argv);
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");
-  app.add_option("--model", o.model, "GGUF file or Hugging Face folder")->required();
+  app.add_option("--model", o.model, "GGUF file or Hugging Face folder");
+  app.add_option("--shape", o.shape, "random weights of this shape instead")
+      ->check(CLI::IsMember(tools::bench_shapes()));
+  app.add_option("--device", o.device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--dtype", o.dtype, "bf16 or f32")->check(CLI::IsMember({"bf16", "f32"}));
   app.add_option("--numerics", o.numerics)->check(CLI::IsMember({"replay", "invariant"}));
   app.add_option("--threads", o.threads, "OpenMP threads of the ops");

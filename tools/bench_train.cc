@@ -1,10 +1,10 @@
 // bench_train: LoRA training throughput of a model on this machine, as one JSON object: tokens per
 // second of whole optimizer steps, the time of each phase, and the floor that the arithmetic alone
 // would take at a product rate measured in the same run.
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
+#include "tools/bench_device.h"
 #include "worker/comm/communicator.h"
 #include "worker/memory/estimator.h"
 #include "worker/model/model_loader.h"
@@ -24,22 +24,31 @@ namespace {
 using namespace tandem;
 
 struct Options {
-  std::string model;
+  std::string model, shape;
+  std::string device = "cpu";
   std::string dtype = "bf16";
   std::string recompute = "none";
   int threads = 2;
   std::int64_t rank = 16, rows = 8, length = 512, steps = 4, warmup = 1;
+  std::int64_t ragged = 0;  ///< documents of ragged to length tokens; 0: of length tokens each
 };
 
-/// `rows` documents of `length` random tokens, all trained, one micro-batch per step.
+/// Random tokens, all trained, one micro-batch of rows * length per step: `rows` documents of
+/// `length`, or as many of ragged lengths as fill it.
 std::vector<worker::data::OptimizerStep> random_steps(const Options& options, std::int64_t vocab) {
   std::vector<worker::data::OptimizerStep> steps;
   Random random(1234);
   for (std::int64_t s = 0; s < options.steps + options.warmup; ++s) {
     worker::data::MicroBatch batch;
     batch.cu_seqlens.push_back(0);
-    for (std::int64_t row = 0; row < options.rows; ++row) {
-      for (std::int64_t t = 0; t < options.length; ++t) {
+    const std::int64_t total = options.rows * options.length;
+    while (static_cast<std::int64_t>(batch.tokens.size()) < total) {
+      const std::int64_t left = total - static_cast<std::int64_t>(batch.tokens.size());
+      std::int64_t length = options.length;
+      if (options.ragged > 0)
+        length = options.ragged + static_cast<std::int64_t>(random.below(
+                                      static_cast<std::uint64_t>(length - options.ragged + 1)));
+      for (std::int64_t t = 0; t < std::min(length, left); ++t) {
         batch.tokens.push_back(
             static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(vocab))));
         batch.positions.push_back(static_cast<std::int32_t>(t));
@@ -73,21 +82,34 @@ double step_flops(const worker::model::ModelConfig& c, const Options& options) {
 
 /// Operations per second of one large product through the engine's own linear op.
 double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
-  constexpr std::int64_t kT = 4096, kI = 1536, kN = 1536;
+  // Large enough for the device at hand.
+  const bool gpu = backend.ops->profile().type == kernels::DeviceType::kCuda;
+  const std::int64_t t = gpu ? 8192 : 4096, i = gpu ? 8192 : 1536, n = i;
   kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWeights, "rate",
                        std::int64_t{1} << 28);
-  const auto weight = ctx.ops.pack_weight(
-      ctx.exec, arena, ctx.compute_dtype, kN, kI,
-      [](std::int64_t, std::int64_t rows, float* out) { std::fill_n(out, rows * kI, 0.01f); });
+  const auto weight = ctx.ops.pack_weight(ctx.exec, arena, ctx.compute_dtype, n, i,
+                                          [i](std::int64_t row, std::int64_t rows, float* out) {
+                                            Random random(static_cast<std::uint64_t>(row));
+                                            for (std::int64_t e = 0; e < rows * i; ++e)
+                                              out[e] = random.uniform() - 0.5f;
+                                          });
   kernels::ArenaScope scope(ctx.activations);
-  const auto x = ctx.activations.alloc({kT, kI}, ctx.compute_dtype);
-  const auto y = ctx.activations.alloc({kT, kN}, ctx.compute_dtype);
-  ctx.ops.fill_zero(ctx.exec, x);
+  const auto x = ctx.activations.alloc({t, i}, ctx.compute_dtype);
+  const auto y = ctx.activations.alloc({t, n}, ctx.compute_dtype);
+  const auto numbers = ctx.activations.alloc({t, i}, DType::kF32);
+  std::vector<float> host(static_cast<std::size_t>(t * i));
+  Random random(5);
+  for (float& value : host) value = random.uniform() - 0.5f;
+  ctx.ops.upload(ctx.exec, std::as_bytes(std::span(host)), numbers);
+  ctx.ops.copy(ctx.exec, numbers, x);
   double best = 0.0;
   for (int trial = 0; trial < 5; ++trial) {
+    ctx.ops.synchronize(ctx.exec);
     const std::int64_t begin = steady_ns();
     ctx.ops.linear_forward(ctx.exec, {x, &weight, {}, {}, nullptr, y, {}});
-    best = std::max(best, 2.0 * kT * kI * kN / static_cast<double>(steady_ns() - begin) * 1e9);
+    ctx.ops.synchronize(ctx.exec);
+    best = std::max(best, 2.0 * static_cast<double>(t * i * n) /
+                              static_cast<double>(steady_ns() - begin) * 1e9);
   }
   return best;
 }
@@ -109,12 +131,11 @@ double seconds(std::int64_t ns) {
 }
 
 Status run(const Options& options) {
-  TANDEM_ASSIGN_OR_RETURN(auto loaded, worker::model::load_model(options.model));
+  TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
   const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
-  kernels::CpuOptions cpu;
-  cpu.threads = options.threads;
-  kernels::Backend backend = kernels::make_cpu_backend(cpu);
-  constexpr std::int64_t kReserve = std::int64_t{1} << 36;  // address space
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
+                          tools::open_bench_device(options.device, options.threads));
+  constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
   const auto arena = [&](kernels::MemoryKind kind, const char* name) {
     return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
                                             kReserve);
@@ -177,33 +198,36 @@ Status run(const Options& options) {
   const double tokens = static_cast<double>(options.rows * options.length);
   const std::int64_t peak = backend.ledger->peak_total(), resident = resident_bytes_max();
   const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
-  const nlohmann::ordered_json report{{"bench", "train"},
-                                      {"model", options.model},
-                                      {"device", backend.ops->profile().name},
-                                      {"threads", options.threads},
-                                      {"dtype", options.dtype},
-                                      {"lora_r", options.rank},
-                                      {"rows", options.rows},
-                                      {"length", options.length},
-                                      {"steps", step_seconds.size()},
-                                      {"tokens_per_second", tokens / median},
-                                      {"step_seconds_median", median},
-                                      {"step_seconds_best", step_seconds.front()},
-                                      {"step_processor_seconds", processor},
-                                      {"phase_seconds",
-                                       {{"data", phase(before.data, after.data)},
-                                        {"forward", phase(before.forward, after.forward)},
-                                        {"loss", phase(before.loss, after.loss)},
-                                        {"backward", phase(before.backward, after.backward)},
-                                        {"optimizer", phase(before.optimizer, after.optimizer)}}},
-                                      {"step_tflop", flops * 1e-12},
-                                      {"product_tflops", rate * 1e-12},
-                                      {"floor_seconds", flops / rate},
-                                      {"floor_tokens_per_second", tokens / (flops / rate)},
-                                      {"estimate_bytes", estimate.peak_total},
-                                      {"ledger_peak_bytes", peak},
-                                      {"resident_peak_bytes", resident},
-                                      {"last_loss", loss}};
+  const nlohmann::ordered_json report{
+      {"bench", "train"},
+      {"model", options.model.empty() ? options.shape : options.model},
+      {"recompute", options.recompute},
+      {"ragged", options.ragged},
+      {"device", backend.ops->profile().name},
+      {"threads", options.threads},
+      {"dtype", options.dtype},
+      {"lora_r", options.rank},
+      {"rows", options.rows},
+      {"length", options.length},
+      {"steps", step_seconds.size()},
+      {"tokens_per_second", tokens / median},
+      {"step_seconds_median", median},
+      {"step_seconds_best", step_seconds.front()},
+      {"step_processor_seconds", processor},
+      {"phase_seconds",
+       {{"data", phase(before.data, after.data)},
+        {"forward", phase(before.forward, after.forward)},
+        {"loss", phase(before.loss, after.loss)},
+        {"backward", phase(before.backward, after.backward)},
+        {"optimizer", phase(before.optimizer, after.optimizer)}}},
+      {"step_tflop", flops * 1e-12},
+      {"product_tflops", rate * 1e-12},
+      {"floor_seconds", flops / rate},
+      {"floor_tokens_per_second", tokens / (flops / rate)},
+      {"estimate_bytes", estimate.peak_total},
+      {"ledger_peak_bytes", peak},
+      {"resident_peak_bytes", resident},
+      {"last_loss", loss}};
   std::cout << report.dump(2) << std::endl;
   return {};
 }
@@ -214,13 +238,19 @@ int main(int argc, char** argv) {
   tandem::kernels::cpu::limit_openmp_spin(argv);
   Options options;
   CLI::App app("LoRA training throughput, as JSON");
-  app.add_option("--model", options.model, "Hugging Face folder or GGUF file")->required();
+  app.add_option("--model", options.model, "Hugging Face folder or GGUF file");
+  app.add_option("--shape", options.shape, "random weights of this shape instead")
+      ->check(CLI::IsMember(tools::bench_shapes()));
+  app.add_option("--device", options.device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16"}));
-  app.add_option("--recompute", options.recompute)->check(CLI::IsMember({"none", "mlp", "block"}));
+  app.add_option("--recompute", options.recompute)
+      ->check(CLI::IsMember({"none", "elementwise", "mlp", "block"}));
   app.add_option("--threads", options.threads)->check(CLI::Range(1, 1024));
   app.add_option("--rank", options.rank)->check(CLI::Range(1, 512));
   app.add_option("--rows", options.rows, "documents of a packed step")->check(CLI::Range(1, 4096));
   app.add_option("--length", options.length, "tokens of a document")->check(CLI::Range(2, 65536));
+  app.add_option("--ragged", options.ragged, "shortest document; lengths vary up to --length")
+      ->check(CLI::Range(0, 65536));
   app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
   app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
   CLI11_PARSE(app, argc, argv);

@@ -3,6 +3,7 @@
 // backend.
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/openmp_spin.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
@@ -45,6 +46,16 @@ struct Identity {
   std::string device = "cpu";
 };
 
+/// "auto" is the GPU where the driver shows one: a slot is then a GPU, and one too many is an error
+/// rather than a slow worker.
+Result<std::string> resolve_device(const std::string& asked, int slot) {
+  if (asked != "auto" && asked != "cpu" && asked != "cuda")
+    return invalid_error(str("device must be auto, cpu or cuda, not \"", asked, "\""));
+  if (asked == "cpu" || (asked == "auto" && !kernels::probe_cuda_device(0).ok())) return std::string("cpu");
+  TANDEM_RETURN_IF_ERROR(kernels::probe_cuda_device(slot).status());
+  return std::string("cuda");
+}
+
 Result<Identity> identity(const protocol::CommandLine& line, const Settings& settings) {
   Identity id;
   id.slot = static_cast<int>(
@@ -58,10 +69,7 @@ Result<Identity> identity(const protocol::CommandLine& line, const Settings& set
     else if (word != "--agent" && word != "--engine")
       return invalid_error(str("unknown argument \"", word, "\"; see tandem-worker --help"));
   }
-  const std::string& device = settings.get("device");
-  if (device == "cuda") return refused_error("device cuda: this build has the CPU backend only");
-  if (device != "auto" && device != "cpu")
-    return invalid_error(str("device must be auto, cpu or cuda, not \"", device, "\""));
+  TANDEM_ASSIGN_OR_RETURN(id.device, resolve_device(settings.get("device"), id.slot));
   return id;
 }
 
@@ -74,27 +82,34 @@ Result<kernels::CpuOptions> cpu_options(const Settings& settings, const Identity
   return options;
 }
 
+/// Of a GPU's memory: the driver's context, the libraries' code and their own workspaces.
+constexpr std::int64_t kCudaReservedBytes = std::int64_t{3} << 29;
+
 Result<runtime::ModelHostOptions> model_options(const Settings& settings,
                                                 const kernels::DeviceProfile& profile,
                                                 const Identity& id) {
   runtime::ModelHostOptions options;
-  const bool has_bf16 = profile.has_amx_bf16 || profile.has_avx512_bf16;
+  const bool cuda = profile.type == kernels::DeviceType::kCuda;
+  const bool has_bf16 = cuda || profile.has_amx_bf16 || profile.has_avx512_bf16;
   const std::string& dtype = settings.get("dtype");
   if (dtype != "auto" && dtype != "f32" && dtype != "bf16")
     return invalid_error(str("dtype must be auto, f32 or bf16, not \"", dtype, "\""));
   options.dtype = dtype == "f32" || (dtype == "auto" && !has_bf16) ? DType::kF32 : DType::kBF16;
   const std::string& numerics = settings.get("numerics");
-  if (numerics == "invariant" && options.dtype != DType::kF32)
+  if (numerics == "invariant" && options.dtype != DType::kF32 && !cuda)
     return refused_error("numerics invariant needs dtype f32 on CPU");
-  options.numerics = options.dtype == DType::kF32 && numerics != "replay"
-                         ? kernels::Numerics::kInvariant
-                         : kernels::Numerics::kReplay;
+  const bool invariant =
+      numerics == "invariant" || (!cuda && options.dtype == DType::kF32 && numerics != "replay");
+  options.numerics = invariant ? kernels::Numerics::kInvariant : kernels::Numerics::kReplay;
   TANDEM_ASSIGN_OR_RETURN(options.memory_bytes_max, settings.get_bytes("memory_bytes_max"));
   if (options.memory_bytes_max == 0)
-    options.memory_bytes_max = profile.memory_bytes / 4 * 3 / id.local_workers;
+    options.memory_bytes_max =
+        cuda ? profile.memory_bytes - std::max(profile.memory_bytes / 16, kCudaReservedBytes)
+             : profile.memory_bytes / 4 * 3 / id.local_workers;
   TANDEM_ASSIGN_OR_RETURN(options.kv_bytes_max, settings.get_bytes("kv_bytes_max"));
   if (options.kv_bytes_max == 0)
-    options.kv_bytes_max = std::min<std::int64_t>(options.memory_bytes_max / 8, kGiB);
+    options.kv_bytes_max = cuda ? options.memory_bytes_max / 8
+                                : std::min<std::int64_t>(options.memory_bytes_max / 8, kGiB);
   TANDEM_ASSIGN_OR_RETURN(options.adapter_slots, settings.get_int("adapter_slots"));
   TANDEM_ASSIGN_OR_RETURN(options.batch_tokens_max, settings.get_int("batch_tokens_max"));
   TANDEM_ASSIGN_OR_RETURN(options.running_max, settings.get_int("running_requests_max"));
@@ -130,6 +145,8 @@ class Program {
   std::vector<std::string> child_arguments(const char* role) const {
     std::vector<std::string> arguments = line_.to_arguments();
     arguments.insert(arguments.begin(), {role, "--slot", str(id_.slot)});
+    // Decided once: a slot does not change its device because a driver fails later.
+    arguments.insert(arguments.end(), {"--device", id_.device});
     return arguments;
   }
 
@@ -142,23 +159,35 @@ class Program {
     return context_->connect(options);
   }
 
+  /// What the agent tells of the device, which it never opens.
+  Result<kernels::CudaDevice> describe_device() const {
+    if (id_.device == "cuda") return kernels::probe_cuda_device(id_.slot);
+    TANDEM_ASSIGN_OR_RETURN(const auto options, cpu_options(settings_, id_));
+    const auto profile = kernels::cpu_profile(options);
+    return kernels::CudaDevice{profile.name, "", profile.memory_bytes, 0};
+  }
+
+  Result<kernels::Backend> open_device() const {
+    if (id_.device == "cuda") return kernels::make_cuda_backend({.device = id_.slot});
+    TANDEM_ASSIGN_OR_RETURN(const auto options, cpu_options(settings_, id_));
+    return kernels::make_cpu_backend(options);
+  }
+
   Result<int> run_agent() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
-    TANDEM_ASSIGN_OR_RETURN(const auto cpu, cpu_options(settings_, id_));
-    const auto profile = kernels::cpu_profile(cpu);
+    TANDEM_ASSIGN_OR_RETURN(const auto device, describe_device());
     TANDEM_ASSIGN_OR_RETURN(auto endpoint, connect("workers", "agent"));
     runtime::AgentOptions options{executable_,   child_arguments("--engine"),
                                   worker_,       runtime::host_name(),
-                                  id_.device,    profile.name,
-                                  id_.slot,      profile.memory_bytes,
+                                  id_.device,    device.name,
+                                  id_.slot,      device.memory_bytes,
                                   drain_s * 1000};
     return runtime::run_agent(options, paths_, std::move(endpoint), clock_);
   }
 
   Result<int> run_engine() {
-    TANDEM_ASSIGN_OR_RETURN(const auto cpu, cpu_options(settings_, id_));
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
-    kernels::Backend backend = kernels::make_cpu_backend(cpu);
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device());
     const auto& profile = backend.ops->profile();
     runtime::EngineOptions options;
     options.worker = worker_;
@@ -170,7 +199,7 @@ class Program {
     options.train_share_min = std::atof(settings_.get("train_share_min").c_str());
     options.drain_timeout_ms = drain_s * 1000;
     options.data_directory = settings_.data_dir();
-    log_info("engine starts: ", profile.name, ", ", cpu.threads, " threads, ",
+    log_info("engine starts: ", profile.name, ", ", profile.threads, " threads, ",
              dtype_name(options.model.dtype), ", at most ",
              format_bytes(options.model.memory_bytes_max), ", KV cache ",
              format_bytes(options.model.kv_bytes_max), ", ", options.model.adapter_slots,

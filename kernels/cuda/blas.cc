@@ -40,6 +40,13 @@ cublasLtMatrixLayout_t make_layout(const Matrix& m) {
   return layout;
 }
 
+struct DestroyLayout {
+  void operator()(cublasLtMatrixLayoutOpaque_t* layout) const {
+    (void)cublasLtMatrixLayoutDestroy(layout);
+  }
+};
+using LayoutOwner = std::unique_ptr<cublasLtMatrixLayoutOpaque_t, DestroyLayout>;
+
 template <class T>
 void set(cublasLtMatmulDesc_t op, cublasLtMatmulDescAttributes_t what, const T& value) {
   TANDEM_CUBLAS(cublasLtMatmulDescSetAttribute(op, what, &value, sizeof value));
@@ -61,7 +68,8 @@ struct Blas::Impl {
   Impl& operator=(const Impl&) = delete;
 
   /// `left` and `right` in cuBLAS's column-major order: out^T = right^T left^T.
-  Plan make(const Matrix& a, const Matrix& b, const Matrix& out, bool accumulate, bool bias) {
+  Plan make(const Matrix& a, const Matrix& b, const Matrix& out, bool accumulate, bool bias,
+            bool invariant) {
     Plan plan;
     TANDEM_CUBLAS(cublasLtMatmulDescCreate(&plan.op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan.op, CUBLASLT_MATMUL_DESC_TRANSA, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -73,6 +81,10 @@ struct Blas::Impl {
     plan.a = make_layout(b);
     plan.b = make_layout(a);
     plan.out = make_layout(out);
+    // What the heuristic is asked about: the same, with the canonical number of rows.
+    Matrix asked_a = a, asked_out = out;
+    if (invariant) asked_a.rows = asked_out.rows = kInvariantRows;
+    const LayoutOwner layout_a(make_layout(asked_a)), layout_out(make_layout(asked_out));
     cublasLtMatmulPreference_t preference = nullptr;
     TANDEM_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, auto value) {
@@ -84,10 +96,14 @@ struct Blas::Impl {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(alignment(a)));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(alignment(out)));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(alignment(out)));
+    if (invariant)
+      prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+             static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
     cublasLtMatmulHeuristicResult_t found{};
     int count = 0;
-    const cublasStatus_t code = cublasLtMatmulAlgoGetHeuristic(
-        handle, plan.op, plan.a, plan.b, plan.out, plan.out, preference, 1, &found, &count);
+    const cublasStatus_t code =
+        cublasLtMatmulAlgoGetHeuristic(handle, plan.op, plan.a, layout_a.get(), layout_out.get(),
+                                       layout_out.get(), preference, 1, &found, &count);
     (void)cublasLtMatmulPreferenceDestroy(preference);
     if (code != CUBLAS_STATUS_SUCCESS || count == 0)
       throw DeviceError(str("cuBLASLt has no algorithm for ", dtype_name(a.dtype), " [", a.rows,
@@ -98,9 +114,10 @@ struct Blas::Impl {
     return plan;
   }
 
-  Plan& plan(const Matrix& a, const Matrix& b, const Matrix& out, bool accumulate, bool bias) {
-    const int flags =
-        (a.transposed ? 1 : 0) | (b.transposed ? 2 : 0) | (accumulate ? 4 : 0) | (bias ? 8 : 0);
+  Plan& plan(const Matrix& a, const Matrix& b, const Matrix& out, bool accumulate, bool bias,
+             bool invariant) {
+    const int flags = (a.transposed ? 1 : 0) | (b.transposed ? 2 : 0) | (accumulate ? 4 : 0) |
+                      (bias ? 8 : 0) | (invariant ? 16 : 0);
     const std::int64_t inner = a.transposed ? a.rows : a.columns;
     const Key key{out.rows,
                   out.columns,
@@ -115,18 +132,18 @@ struct Blas::Impl {
                   alignment(out)};
     const auto known = plans.find(key);
     if (known != plans.end()) return known->second;
-    return plans.emplace(key, make(a, b, out, accumulate, bias)).first->second;
+    return plans.emplace(key, make(a, b, out, accumulate, bias, invariant)).first->second;
   }
 
   cublasLtHandle_t handle = nullptr;
   std::map<Key, Plan> plans;
 };
 
-Blas::Blas() : impl_(std::make_unique<Impl>()) {}
+Blas::Blas(Profiler& profiler) : impl_(std::make_unique<Impl>()), profiler_(profiler) {}
 Blas::~Blas() = default;
 
-void Blas::product(cudaStream_t stream, const Matrix& a, const Matrix& b, const Matrix& out,
-                   bool accumulate, const void* bias, void* workspace) {
+void Blas::product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
+                   const Matrix& out, bool accumulate, const void* bias, void* workspace) {
   const std::int64_t m = a.transposed ? a.columns : a.rows, k = a.transposed ? a.rows : a.columns;
   const std::int64_t n = b.transposed ? b.rows : b.columns;
   TANDEM_CHECK(out.rows == m && out.columns == n && (b.transposed ? b.columns : b.rows) == k &&
@@ -135,8 +152,17 @@ void Blas::product(cudaStream_t stream, const Matrix& a, const Matrix& b, const 
                out.columns, "]");
   if (m == 0 || n == 0) return;
   TANDEM_CHECK_GT(k, 0);
-  Plan& plan = impl_->plan(a, b, out, accumulate, bias != nullptr);
+  Plan& plan =
+      impl_->plan(a, b, out, accumulate, bias != nullptr, numerics == Numerics::kInvariant);
   if (bias != nullptr) set(plan.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+  const Profiler::Scope scope(
+      profiler_, stream,
+      profiler_.on() ? str("  product ", m, "x", n, "x", k, a.transposed ? " ta" : "",
+                           b.transposed ? " tb" : "", accumulate ? " +" : "")
+                     : std::string(),
+      static_cast<double>((m * k + k * n) * dtype_bytes(a.dtype) +
+                          m * n * dtype_bytes(out.dtype) * (accumulate ? 2 : 1)),
+      2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k));
   const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
   auto* result = const_cast<void*>(out.data);
   TANDEM_CUBLAS(cublasLtMatmul(impl_->handle, plan.op, &one, b.data, plan.a, a.data, plan.b, &beta,

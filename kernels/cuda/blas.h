@@ -2,10 +2,14 @@
 // sees them. blas.cc is the only file that calls cuBLASLt.
 //
 // The algorithm of a product is chosen once per shape by cuBLASLt's heuristic and kept, so the same
-// shapes give the same bits. f32 is computed in f32, never in TF32.
+// shapes give the same bits. Under Numerics::kInvariant it is chosen for kInvariantRows rows
+// whatever the number is, without splitting the inner size: every element is then summed in the
+// same order whichever rows stand beside it (a transposed `a` sums over rows: no such claim). f32
+// is computed in f32, never in TF32.
 #pragma once
 
-#include "kernels/tensor.h"
+#include "kernels/cuda/profiler.h"
+#include "kernels/exec.h"
 
 #include <cuda_runtime.h>
 
@@ -30,9 +34,11 @@ inline Matrix transpose(Matrix m) {
   return m;
 }
 
+inline constexpr std::int64_t kInvariantRows = 512;
+
 class Blas {
  public:
-  Blas();
+  explicit Blas(Profiler& profiler);
   ~Blas();
   Blas(const Blas&) = delete;
   Blas& operator=(const Blas&) = delete;
@@ -40,12 +46,13 @@ class Blas {
   /// out = a b + (accumulate ? out : 0) + bias of each column. a and b have one dtype (f32 or
   /// bf16), out that or f32, all summed in f32. `bias` [columns] of a's dtype, or null.
   /// `workspace`: kGemmWorkspaceBytes of scratch. Nothing happens when `out` is empty.
-  void product(cudaStream_t stream, const Matrix& a, const Matrix& b, const Matrix& out,
-               bool accumulate, const void* bias, void* workspace);
+  void product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
+               const Matrix& out, bool accumulate, const void* bias, void* workspace);
 
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;
+  Profiler& profiler_;
 };
 
 }  // namespace tandem::kernels::cuda

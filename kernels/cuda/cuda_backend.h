@@ -18,18 +18,19 @@ struct CudaOptions {
   bool deterministic = false;
 };
 
-/// A GPU as the driver names it, found without creating a context.
+/// A GPU as the driver names it, found through NVML: no context, none of CUDA's libraries.
 struct CudaDevice {
   std::string name, uuid;
   std::int64_t memory_bytes = 0;
   int compute_capability = 0;  ///< 90 for 9.0
 };
 
-/// unavailable_error says what is missing: the module (a build without CUDA), the driver, a library
-/// or the device.
+/// `device` counts those that CUDA_VISIBLE_DEVICES leaves. unavailable_error: no driver, or no such
+/// device.
 Result<CudaDevice> probe_cuda_device(int device);
 
-/// Creates a context. Errors as above, and refused_error for a GPU older than this build knows.
+/// Creates a context. unavailable_error says what is missing: the module (a build without CUDA),
+/// the driver, a library or the device; refused_error for a GPU older than this build knows.
 Result<Backend> make_cuda_backend(const CudaOptions& options);
 
 }  // namespace tandem::kernels

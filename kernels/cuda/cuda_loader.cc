@@ -15,7 +15,7 @@ std::string module_path() {
   if (::readlink("/proc/self/exe", path, sizeof path - 1) <= 0) return cuda::kModuleFile;
   const std::string program(path);
   const std::string folder = program.substr(0, program.rfind('/') + 1);
-  for (const char* where : {"", "../lib/", "../lib/tandem/"}) {
+  for (const char* where : {"", "../", "../lib/", "../lib/tandem/"}) {
     const std::string candidate = folder + where + cuda::kModuleFile;
     if (::access(candidate.c_str(), R_OK) == 0) return candidate;
   }
@@ -47,11 +47,6 @@ Result<const cuda::Module*> module() {
 }
 
 }  // namespace
-
-Result<CudaDevice> probe_cuda_device(int device) {
-  TANDEM_ASSIGN_OR_RETURN(const cuda::Module* loaded, module());
-  return loaded->probe(device);
-}
 
 Result<Backend> make_cuda_backend(const CudaOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const cuda::Module* loaded, module());

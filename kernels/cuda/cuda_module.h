@@ -8,7 +8,6 @@ namespace tandem::kernels::cuda {
 
 struct Module {
   const char* version;
-  Result<CudaDevice> (*probe)(int device);
   Result<Backend> (*make)(const CudaOptions& options);
 };
 

@@ -1,9 +1,369 @@
+// Products with base weights and their adapters. Where one adapter at most can appear (training,
+// or serving one adapter) its factors are gathered into two matrices, block-diagonal over the
+// sites, and the low-rank part is two thin products around the base's: the second one writes the
+// output first and the base product adds to it, so that the output is rounded by the base product
+// and read while its tiles are computed. Rows of any mix of adapters go through the segmented
+// kernels.
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda_workspace.h"
+#include "protocol/base/random.h"
+
+#include <algorithm>
+#include <array>
+
 namespace tandem::kernels::cuda {
-void CudaOps::do_linear_forward(Exec&, const LinearArgs&) {
-  throw DeviceError("x");
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kSitesMax = 4;
+
+/// The sites of one fused linear as kernels take them.
+struct Sites {
+  std::array<const LoraEntry*, kSitesMax> entries{};
+  std::array<std::int64_t, kSitesMax> n_begin{}, n{};
+  int count = 0;
+  const std::int32_t* slots = nullptr;  ///< of the only segment
+  std::int64_t rank_max = 0;
+  /// Of site s: the batch's adapter there, or null.
+  __device__ const LoraEntry* entry(int s) const {
+    const std::int32_t slot = slots[0];
+    return slot < 0 ? nullptr : entries[static_cast<std::size_t>(s)] + slot;
+  }
+};
+
+Sites make_sites(const std::vector<LoraSite>& sites, const AdapterRows& rows) {
+  TANDEM_CHECK_LE(sites.size(), static_cast<std::size_t>(kSitesMax));
+  Sites s;
+  s.count = static_cast<int>(sites.size());
+  s.slots = rows.segment_slots.as<std::int32_t>();
+  s.rank_max = rows.rank_max;
+  for (std::size_t j = 0; j < sites.size(); ++j) {
+    s.entries[j] = static_cast<const LoraEntry*>(sites[j].entries.data);
+    s.n_begin[j] = sites[j].n_begin;
+    s.n[j] = sites[j].n;
+  }
+  return s;
 }
-void CudaOps::do_linear_backward(Exec&, const LinearBackwardArgs&) {
-  throw DeviceError("x");
+
+unsigned blocks_for(std::int64_t items) {
+  return static_cast<unsigned>(
+      std::clamp<std::int64_t>((items + kThreads - 1) / kThreads, 1, 1 << 16));
 }
+
+// -- gathering factors
+// ----------------------------------------------------------------------------
+
+/// out[site * rank_max + r, i] = (scaled ? s : 1) A[r, i]; zeros beyond the rank.
+template <class T>
+__global__ void gather_a_kernel(Sites sites, std::int64_t inputs, bool scaled, T* out) {
+  const std::int64_t total = sites.count * sites.rank_max * inputs;
+  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < total;
+       e += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+    const std::int64_t column = e / inputs, r = column % sites.rank_max;
+    const LoraEntry* entry = sites.entry(static_cast<int>(column / sites.rank_max));
+    float value = 0.0f;
+    if (entry != nullptr && r < entry->rank) {
+      value = load_f32(static_cast<const T*>(entry->a)[r * inputs + e % inputs]);
+      if (scaled) value *= entry->scale;
+    }
+    out[e] = store_as<T>(value);
+  }
+}
+
+/// out[n, site * rank_max + r] = (scaled ? s : 1) B[n - n_begin, r] inside the site's outputs,
+/// zeros elsewhere.
+template <class T>
+__global__ void gather_b_kernel(Sites sites, std::int64_t outputs, bool scaled, T* out) {
+  const std::int64_t columns = sites.count * sites.rank_max, total = outputs * columns;
+  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < total;
+       e += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+    const std::int64_t n = e / columns, column = e % columns, r = column % sites.rank_max;
+    const auto s = static_cast<std::size_t>(column / sites.rank_max);
+    const LoraEntry* entry = sites.entry(static_cast<int>(s));
+    const std::int64_t row = n - sites.n_begin[s];
+    float value = 0.0f;
+    if (entry != nullptr && r < entry->rank && row >= 0 && row < sites.n[s]) {
+      value = load_f32(static_cast<const T*>(entry->b)[row * entry->rank + r]);
+      if (scaled) value *= entry->scale;
+    }
+    out[e] = store_as<T>(value);
+  }
+}
+
+/// dA += da, dB += db of every site that is trained.
+__global__ void scatter_a_kernel(Sites sites, std::int64_t inputs, const float* da) {
+  const std::int64_t total = sites.count * sites.rank_max * inputs;
+  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < total;
+       e += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+    const std::int64_t column = e / inputs, r = column % sites.rank_max;
+    const LoraEntry* entry = sites.entry(static_cast<int>(column / sites.rank_max));
+    if (entry != nullptr && entry->da != nullptr && r < entry->rank)
+      entry->da[r * inputs + e % inputs] += da[e];
+  }
+}
+
+__global__ void scatter_b_kernel(Sites sites, std::int64_t outputs, const float* db) {
+  const std::int64_t columns = sites.count * sites.rank_max, total = outputs * columns;
+  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < total;
+       e += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+    const std::int64_t n = e / columns, column = e % columns, r = column % sites.rank_max;
+    const auto s = static_cast<std::size_t>(column / sites.rank_max);
+    const LoraEntry* entry = sites.entry(static_cast<int>(s));
+    const std::int64_t row = n - sites.n_begin[s];
+    if (entry != nullptr && entry->db != nullptr && r < entry->rank && row >= 0 && row < sites.n[s])
+      entry->db[row * entry->rank + r] += db[e];
+  }
+}
+
+// -- dropout
+// --------------------------------------------------------------------------------------
+
+/// The mask of kernels/cpu/dropout.h: element (row, column) is dropped when its 16 random bits are
+/// below p * 65536; four columns share one draw.
+struct Mask {
+  std::uint64_t seed, stream;
+  std::uint32_t threshold;
+  float scale;
+};
+
+Mask make_mask(const AdapterRows& rows, const LoraSite& site) {
+  Mask mask{rows.dropout_seed, site.dropout_stream,
+            static_cast<std::uint32_t>(rows.dropout * 65536.0f + 0.5f), 0.0f};
+  mask.scale = 1.0f / (1.0f - static_cast<float>(mask.threshold) / 65536.0f);
+  return mask;
+}
+
+/// out = mask(x), or out += mask(x).
+template <class T, bool kAdd>
+__global__ void dropout_kernel(Mask mask, const T* x, std::int64_t rows, std::int64_t columns,
+                               T* out) {
+  constexpr std::int64_t kGroup = 4;
+  const std::int64_t groups = (columns + kGroup - 1) / kGroup;
+  for (std::int64_t g = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+       g < rows * groups; g += static_cast<std::int64_t>(gridDim.x) * kThreads) {
+    std::uint64_t bits = random_bits(mask.seed, mask.stream, static_cast<std::uint64_t>(g));
+    const std::int64_t row = g / groups, begin = g % groups * kGroup;
+    for (std::int64_t c = begin; c < columns && c < begin + kGroup; ++c) {
+      const float kept = (bits & 0xffff) < mask.threshold ? 0.0f : mask.scale;
+      bits >>= 16;
+      const std::int64_t e = row * columns + c;
+      out[e] = store_as<T>((kAdd ? load_f32(out[e]) : 0.0f) + load_f32(x[e]) * kept);
+    }
+  }
+}
+
+/// y += bias, where cuBLASLt has no epilogue for it (y f32, bias bf16).
+__global__ void add_bias_kernel(const __nv_bfloat16* bias, std::int64_t rows, std::int64_t columns,
+                                float* y) {
+  for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+       e < rows * columns; e += static_cast<std::int64_t>(gridDim.x) * kThreads)
+    y[e] += load_f32(bias[e % columns]);
+}
+
+template <class T>
+void dropout(cudaStream_t stream, const Mask& mask, const Tensor& x, const Tensor& out, bool add) {
+  const std::int64_t rows = x.dim(0), columns = x.dim(1);
+  const auto kernel = add ? dropout_kernel<T, true> : dropout_kernel<T, false>;
+  kernel<<<blocks_for(rows * ((columns + 3) / 4)), kThreads, 0, stream>>>(
+      mask, static_cast<const T*>(x.data), rows, columns, static_cast<T*>(out.data));
+  TANDEM_LAUNCHED("dropout_kernel");
+}
+
+template <class T>
+void gather_a(cudaStream_t stream, const Sites& sites, std::int64_t inputs, bool scaled,
+              const Tensor& out) {
+  gather_a_kernel<T><<<blocks_for(out.elements()), kThreads, 0, stream>>>(
+      sites, inputs, scaled, static_cast<T*>(out.data));
+  TANDEM_LAUNCHED("gather_a_kernel");
+}
+
+template <class T>
+void gather_b(cudaStream_t stream, const Sites& sites, std::int64_t outputs, bool scaled,
+              const Tensor& out) {
+  gather_b_kernel<T><<<blocks_for(out.elements()), kThreads, 0, stream>>>(
+      sites, outputs, scaled, static_cast<T*>(out.data));
+  TANDEM_LAUNCHED("gather_b_kernel");
+}
+
+// -- one adapter
+// ----------------------------------------------------------------------------------
+
+Matrix weight_matrix(const PackedWeight& w) {
+  return {w.storage.data, w.dtype, w.n, w.i, w.i, false};
+}
+
+/// Columns of one site in u or du; rows of one site in A.
+Matrix site_columns(const Tensor& u, std::int64_t site, std::int64_t rank_max) {
+  Matrix m = matrix(u);
+  m.data = static_cast<const char*>(u.data) + site * rank_max * dtype_bytes(u.dtype);
+  m.columns = rank_max;
+  return m;
+}
+Matrix site_rows(const Tensor& a, std::int64_t site, std::int64_t rank_max) {
+  return matrix(a.rows(site * rank_max, rank_max));
+}
+
+/// What the steps of one op share.
+struct Single {
+  cudaStream_t stream;
+  Numerics numerics;
+  Blas& blas;
+  const std::vector<LoraSite>& sites;
+  const AdapterRows& rows;
+  Tensor x, dropped;
+  void* gemm;
+
+  [[nodiscard]] bool drops() const { return rows.dropout > 0.0f; }
+  [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(sites.size()); }
+  void drop(std::int64_t site, const Tensor& from, const Tensor& to, bool add) const {
+    TANDEM_CUDA_DISPATCH(x.dtype, dropout, stream,
+                         make_mask(rows, sites[static_cast<std::size_t>(site)]), from, to, add);
+  }
+  /// u = dropout(x) (s A)^T of all sites.
+  void make_u(const Tensor& a_scaled, const Tensor& u) const {
+    if (!drops())
+      return blas.product(stream, numerics, matrix(x), transpose(matrix(a_scaled)), matrix(u),
+                          false, nullptr, gemm);
+    for (std::int64_t s = 0; s < count(); ++s) {
+      drop(s, x, dropped, false);
+      blas.product(stream, numerics, matrix(dropped),
+                   transpose(site_rows(a_scaled, s, rows.rank_max)),
+                   site_columns(u, s, rows.rank_max), false, nullptr, gemm);
+    }
+  }
+};
+
+}  // namespace
+
+void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
+  const Profiler::Scope scope(
+      profiler_, stream(exec), "linear_forward",
+      static_cast<double>(a.x.bytes() + a.y.bytes() + a.weight->storage.bytes()));
+  const cudaStream_t s = stream(exec);
+  const LinearForwardLayout layout = linear_forward_layout(a);
+  const Scratch scratch(exec, layout.bytes);
+  void* gemm = scratch.at<char>(layout.gemm);
+  const Matrix w = transpose(weight_matrix(*a.weight));
+  const bool late_bias = a.bias.defined() && a.y.dtype != a.bias.dtype;
+  const void* bias = late_bias ? nullptr : a.bias.data;
+  const auto finish = [&] {
+    if (!late_bias) return;
+    add_bias_kernel<<<blocks_for(a.y.elements()), kThreads, 0, s>>>(
+        static_cast<const __nv_bfloat16*>(a.bias.data), a.y.dim(0), a.y.dim(1), a.y.as<float>());
+    TANDEM_LAUNCHED("add_bias_kernel");
+  };
+  if (layout.columns == 0) {
+    blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
+    return finish();
+  }
+  const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
+  const DType cd = a.x.dtype;
+  const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, layout.columns});
+  if (!layout.single) {
+    lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
+    blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
+    lora_segments_expand(s, a.sites, *a.adapters, u, a.y);
+    return finish();
+  }
+  const Sites sites = make_sites(a.sites, *a.adapters);
+  const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{layout.columns, i});
+  const Tensor factor_b = scratch.tensor(layout.b, cd, Shape{n, layout.columns});
+  TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, true, factor_a);
+  TANDEM_CUDA_DISPATCH(cd, gather_b, s, sites, n, false, factor_b);
+  const Single single{s,
+                      exec.numerics,
+                      blas_,
+                      a.sites,
+                      *a.adapters,
+                      a.x,
+                      scratch.tensor(layout.dropped, cd, a.x.shape),
+                      gemm};
+  single.make_u(factor_a, u);
+  blas_.product(s, exec.numerics, matrix(u), transpose(matrix(factor_b)), matrix(a.y), false,
+                nullptr, gemm);
+  blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), true, bias, gemm);
+  finish();
+}
+
+void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
+  const Profiler::Scope scope(
+      profiler_, stream(exec), "linear_backward",
+      static_cast<double>(a.x.bytes() + a.dy.bytes() + a.weight->storage.bytes()));
+  const cudaStream_t s = stream(exec);
+  const LinearBackwardLayout layout = linear_backward_layout(a);
+  const Scratch scratch(exec, layout.bytes);
+  void* gemm = scratch.at<char>(layout.gemm);
+  const Matrix w = weight_matrix(*a.weight);
+  if (layout.columns == 0) {
+    if (a.dx.defined())
+      blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
+    return;
+  }
+  const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n, columns = layout.columns;
+  const DType cd = a.x.dtype;
+  const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, columns});
+  const Tensor du = scratch.tensor(layout.du, cd, Shape{t, columns});
+  if (!layout.single) {
+    if (!a.u.defined()) lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
+    if (a.dx.defined())
+      blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
+    return lora_segments_backward(s, a, u, du);
+  }
+  const Sites sites = make_sites(a.sites, *a.adapters);
+  const Single single{s,
+                      exec.numerics,
+                      blas_,
+                      a.sites,
+                      *a.adapters,
+                      a.x,
+                      scratch.tensor(layout.dropped, cd, a.x.shape),
+                      gemm};
+  if (!a.u.defined()) {
+    const Tensor a_scaled = scratch.tensor(layout.a_scaled, cd, Shape{columns, i});
+    TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, true, a_scaled);
+    single.make_u(a_scaled, u);
+  }
+  const Tensor b_scaled = scratch.tensor(layout.b, cd, Shape{n, columns});
+  TANDEM_CUDA_DISPATCH(cd, gather_b, s, sites, n, true, b_scaled);
+  blas_.product(s, exec.numerics, matrix(a.dy), matrix(b_scaled), matrix(du), false, nullptr, gemm);
+
+  const Tensor db = scratch.tensor(layout.db, DType::kF32, Shape{n, columns});
+  blas_.product(s, exec.numerics, transpose(matrix(a.dy)), matrix(u), matrix(db), false, nullptr,
+                gemm);
+  scatter_b_kernel<<<blocks_for(db.elements()), kThreads, 0, s>>>(sites, n, db.as<float>());
+  TANDEM_LAUNCHED("scatter_b_kernel");
+
+  const Tensor da = scratch.tensor(layout.da, DType::kF32, Shape{columns, i});
+  if (!single.drops()) {
+    blas_.product(s, exec.numerics, transpose(matrix(du)), matrix(a.x), matrix(da), false, nullptr,
+                  gemm);
+  } else {
+    for (std::int64_t site = 0; site < single.count(); ++site) {
+      single.drop(site, a.x, single.dropped, false);
+      blas_.product(s, exec.numerics, transpose(site_columns(du, site, sites.rank_max)),
+                    matrix(single.dropped), site_rows(da, site, sites.rank_max), false, nullptr,
+                    gemm);
+    }
+  }
+  scatter_a_kernel<<<blocks_for(da.elements()), kThreads, 0, s>>>(sites, i, da.as<float>());
+  TANDEM_LAUNCHED("scatter_a_kernel");
+
+  if (!a.dx.defined()) return;
+  const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{columns, i});
+  TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, false, factor_a);
+  if (!single.drops()) {
+    blas_.product(s, exec.numerics, matrix(du), matrix(factor_a), matrix(a.dx), false, nullptr,
+                  gemm);
+    return blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), true, nullptr, gemm);
+  }
+  blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
+  for (std::int64_t site = 0; site < single.count(); ++site) {
+    blas_.product(s, exec.numerics, site_columns(du, site, sites.rank_max),
+                  site_rows(factor_a, site, sites.rank_max), matrix(single.dropped), false, nullptr,
+                  gemm);
+    single.drop(site, single.dropped, a.dx, true);
+  }
+}
+
 }  // namespace tandem::kernels::cuda

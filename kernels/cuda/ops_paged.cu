@@ -104,6 +104,8 @@ void paged_simple(cudaStream_t stream, const PagedView& v, DType dtype) {
 
 void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) {
   const cudaStream_t s = stream(exec);
+  const Profiler::Scope scope(profiler_, s, "paged_attention",
+                              static_cast<double>(a.qkv.bytes() + a.out.bytes()));
   PagedView v = paged_view(a);
   if (!is_fast(v, a.qkv.dtype)) return paged_simple(s, v, a.qkv.dtype);
   // One kernel for all rows: their bits do not depend on what else a chunk holds.

@@ -1,6 +1,7 @@
 #include "tests/support/op_harness.h"
 
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/random.h"
 #include "protocol/base/units.h"
 
@@ -8,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 namespace tandem::kernels::testing {
@@ -17,9 +19,22 @@ constexpr std::int64_t kGuardBytes = kDeviceAlignment;
 constexpr std::byte kGuard{0xa5};
 constexpr std::int64_t kArenaBytes = std::int64_t{1} << 32;
 
-Backend make_backend(const std::string& name, int threads) {
+/// A GPU takes long to open: one backend serves all tests of a program, and is left to the end of
+/// the process. Null where there is none.
+Backend* gpu() {
+  static Backend* const backend = []() -> Backend* {
+    auto made = make_cuda_backend({});
+    if (made.ok()) return new Backend(std::move(*made));
+    TANDEM_CHECK(std::getenv("TANDEM_TEST_GPU") == nullptr, made.status().to_string());
+    return nullptr;
+  }();
+  return backend;
+}
+
+std::shared_ptr<Backend> make_backend(const std::string& name, int threads) {
+  if (name == "cuda") return {gpu(), [](Backend*) {}};
   TANDEM_CHECK(name == "cpu", "no backend named ", name);
-  return make_cpu_backend({.threads = threads});
+  return std::make_shared<Backend>(make_cpu_backend({.threads = threads}));
 }
 
 template <class T>
@@ -41,7 +56,9 @@ std::vector<std::byte> encode(const Values& values, DType dtype) {
 }  // namespace
 
 std::vector<std::string> executing_backends() {
-  return {"cpu"};
+  if (std::getenv("TANDEM_TEST_GPU") != nullptr) return {"cuda"};
+  return gpu() != nullptr ? std::vector<std::string>{"cpu", "cuda"}
+                          : std::vector<std::string>{"cpu"};
 }
 
 Values rounded(Values values, DType dtype) {
@@ -94,9 +111,9 @@ std::vector<std::byte> Output::rows(std::int64_t begin, std::int64_t count) cons
 
 TestDevice::TestDevice(const std::string& backend, int threads)
     : backend_(make_backend(backend, threads)),
-      tensors_(*backend_.allocator, *backend_.ledger, MemoryKind::kActivations, "test tensors",
+      tensors_(*backend_->allocator, *backend_->ledger, MemoryKind::kActivations, "test tensors",
                kArenaBytes),
-      workspace_(*backend_.allocator, *backend_.ledger, MemoryKind::kWorkspace, "test workspace",
+      workspace_(*backend_->allocator, *backend_->ledger, MemoryKind::kWorkspace, "test workspace",
                  kArenaBytes),
       exec_{workspace_, {}, Numerics::kInvariant} {}
 

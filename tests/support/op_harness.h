@@ -18,7 +18,8 @@
 
 namespace tandem::kernels::testing {
 
-/// Backends that execute on this machine; a case is parameterised on them.
+/// Backends that execute on this machine ("cpu", and "cuda" where a GPU is found); a case is
+/// parameterised on them. With TANDEM_TEST_GPU set, the GPU alone, and no GPU is an error.
 std::vector<std::string> executing_backends();
 
 /// Numbers of a tensor as the reference sees them: rounded to the tensor's dtype already.
@@ -44,10 +45,10 @@ class TestDevice {
   TestDevice(const std::string& backend, int threads);
   ~TestDevice();
 
-  [[nodiscard]] Ops& ops() { return *backend_.ops; }
+  [[nodiscard]] Ops& ops() { return *backend_->ops; }
   [[nodiscard]] Exec& exec() { return exec_; }
   [[nodiscard]] Arena& workspace() { return workspace_; }
-  [[nodiscard]] MemoryLedger& ledger() { return *backend_.ledger; }
+  [[nodiscard]] MemoryLedger& ledger() { return *backend_->ledger; }
 
   /// An input: checked to be unchanged by check_memory().
   Tensor input(const Values& values, DType dtype, Shape shape);
@@ -75,7 +76,7 @@ class TestDevice {
   Tensor place(const std::string& name, const std::vector<std::byte>& content, DType dtype,
                Shape shape, bool keep);
 
-  Backend backend_;
+  std::shared_ptr<Backend> backend_;
   Arena tensors_;
   Arena workspace_;
   Exec exec_;

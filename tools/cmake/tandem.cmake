@@ -44,6 +44,8 @@ function(tandem_test name)
   add_executable(${name} ${ARG_SOURCES})
   tandem_options(${name})
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gtest GTest::gtest_main)
+  # One folder for all, so that they can travel to another machine together.
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin/tests)
   target_compile_definitions(${name} PRIVATE TANDEM_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
     TANDEM_BIN_DIR="${CMAKE_BINARY_DIR}/bin")
   if(NOT ARG_LABELS)

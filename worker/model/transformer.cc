@@ -91,11 +91,22 @@ void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Ten
         run.ctx.exec, {spec, qkv, run.batch.seq_offsets, run.batch.seq_len_max, out, lse});
 }
 
-void forward_attention(const BlockRun& run, SavedBlock& s, bool keep) {
-  s.normed_attention = run.rows(run.config.width);
+/// Which tensors of a block outlive its forward.
+struct Keep {
+  bool for_backward = false, normed = false, gate_up = false, act = false;
+};
+Keep keep_of(bool saved, Recompute recompute) {
+  if (!saved || recompute == Recompute::kBlock) return {};
+  return {true, recompute != Recompute::kElementwise, recompute != Recompute::kMlp,
+          recompute == Recompute::kNone};
+}
+constexpr Keep kKeepAll{true, true, true, true};
+
+/// What is kept, first; what is not lies behind it and is given back at the end of the block.
+void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
   s.qkv = run.rows(run.qkv_width());
   s.attention_out = run.rows(run.config.heads * run.config.head_dim);
-  if (keep) {
+  if (keep.for_backward) {
     s.rstd_attention = run.ctx.activations.alloc({run.batch.tokens()}, DType::kF32);
     s.rstd_mlp = run.ctx.activations.alloc({run.batch.tokens()}, DType::kF32);
     s.lse = run.row_scalars(run.config.heads);
@@ -104,6 +115,12 @@ void forward_attention(const BlockRun& run, SavedBlock& s, bool keep) {
     s.u[2] = run.lora_inputs(Fused::kGateUp);
     s.u[3] = run.lora_inputs(Fused::kDown);
   }
+  if (keep.normed) {
+    s.normed_attention = run.rows(run.config.width);
+    s.normed_mlp = run.rows(run.config.width);
+  }
+  if (keep.gate_up) s.gate_up = run.rows(2 * run.config.mlp_width);
+  if (keep.act) s.act = run.rows(run.config.mlp_width);
 }
 
 void forward_mlp_hidden(const BlockRun& run, const SavedBlock& s) {
@@ -113,31 +130,25 @@ void forward_mlp_hidden(const BlockRun& run, const SavedBlock& s) {
 
 /// One block. On entry the residual stream is `s.x` + `before` (undefined: s.x alone); s.x then
 /// holds it whole. On return it is s.residual_attention (memory given by the caller, as is
-/// `mlp_out`) + mlp_out. Everything else that `s` names is allocated here: `keep` says whether
-/// backward follows, `keep_mlp` whether gate_up and act outlive the call.
+/// `mlp_out`) + mlp_out. Everything else that `keep` names is allocated here.
 void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, const Tensor& mlp_out,
-                   bool keep, bool keep_mlp) {
-  forward_attention(run, s, keep);
-  add_and_norm(run.ctx, run.config, s.x, before, run.weights.attention_norm, s.normed_attention,
-               s.rstd_attention);
-  run.linear(Fused::kQkv, s.normed_attention, run.weights.qkv, run.weights.qkv_bias, s.qkv, s.u[0]);
-  attend(run, s.qkv, s.attention_out, s.lse);
-  run.linear(Fused::kO, s.attention_out, run.weights.o, {}, s.residual_attention, s.u[1]);
-  run.sum_over_ranks(s.residual_attention);
-  s.normed_mlp = run.rows(run.config.width);
-  add_and_norm(run.ctx, run.config, s.residual_attention, s.x, run.weights.mlp_norm, s.normed_mlp,
-               s.rstd_mlp);
-  {
-    const std::int64_t mark = run.ctx.activations.mark();
-    s.gate_up = run.rows(2 * run.config.mlp_width);
-    s.act = run.rows(run.config.mlp_width);
-    forward_mlp_hidden(run, s);
-    run.linear(Fused::kDown, s.act, run.weights.down, {}, mlp_out, s.u[3]);
-    if (!keep_mlp) {
-      run.ctx.activations.reset(mark);
-      s.gate_up = s.act = {};
-    }
-  }
+                   const Keep& keep) {
+  allocate_kept(run, s, keep);
+  const ArenaScope scope(run.ctx.activations);
+  SavedBlock b = s;
+  if (!keep.normed) b.normed_attention = b.normed_mlp = run.rows(run.config.width);
+  add_and_norm(run.ctx, run.config, b.x, before, run.weights.attention_norm, b.normed_attention,
+               b.rstd_attention);
+  run.linear(Fused::kQkv, b.normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0]);
+  attend(run, b.qkv, b.attention_out, b.lse);
+  run.linear(Fused::kO, b.attention_out, run.weights.o, {}, b.residual_attention, b.u[1]);
+  run.sum_over_ranks(b.residual_attention);
+  add_and_norm(run.ctx, run.config, b.residual_attention, b.x, run.weights.mlp_norm, b.normed_mlp,
+               b.rstd_mlp);
+  if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
+  if (!keep.act) b.act = run.rows(run.config.mlp_width);
+  forward_mlp_hidden(run, b);
+  run.linear(Fused::kDown, b.act, run.weights.down, {}, mlp_out, b.u[3]);
   run.sum_over_ranks(mlp_out);
 }
 
@@ -151,20 +162,30 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   ArenaScope scope(run.ctx.activations);
   kernels::Ops& ops = run.ctx.ops;
   const Tensor dnormed = run.rows(run.config.width);
+  // The norm of a stream that is whole already: once more, where it was not kept.
+  const auto normed = [&](const Tensor& kept, const Tensor& stream, const Tensor& weight) {
+    if (kept.defined()) return kept;
+    const Tensor again = run.rows(run.config.width);
+    add_and_norm(run.ctx, run.config, stream, {}, weight, again, {});
+    return again;
+  };
   {
     ArenaScope mlp(run.ctx.activations);
     SavedBlock again = s;
-    if (!s.act.defined()) {
+    again.normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
+    if (!s.act.defined()) again.act = run.rows(run.config.mlp_width);
+    if (!s.gate_up.defined()) {
       again.gate_up = run.rows(2 * run.config.mlp_width);
-      again.act = run.rows(run.config.mlp_width);
       forward_mlp_hidden(run, again);
+    } else if (!s.act.defined()) {
+      ops.silu_mul_forward(run.ctx.exec, {again.gate_up, again.act});
     }
     const Tensor dact = run.rows(run.config.mlp_width);
     run.linear_backward(Fused::kDown, dresidual, again.act, run.weights.down, s.u[3], dact);
     // The gradient takes gate_up's memory: nobody reads that again.
     ops.silu_mul_backward(run.ctx.exec, {dact, again.gate_up, again.gate_up});
-    run.linear_backward(Fused::kGateUp, again.gate_up, s.normed_mlp, run.weights.gate_up, s.u[2],
-                        dnormed);
+    run.linear_backward(Fused::kGateUp, again.gate_up, again.normed_mlp, run.weights.gate_up,
+                        s.u[2], dnormed);
     run.sum_over_ranks(dnormed);
   }
   ops.rms_norm_backward(
@@ -178,8 +199,9 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   ops.rope_backward(run.ctx.exec, {dqkv, run.batch.positions, run.base.inv_freq(),
                                    run.base.rope_attention_factor(), run.config.heads,
                                    run.config.kv_heads, run.config.head_dim});
-  run.linear_backward(Fused::kQkv, dqkv, s.normed_attention, run.weights.qkv, s.u[0],
-                      want_dx ? dnormed : Tensor{});
+  run.linear_backward(Fused::kQkv, dqkv,
+                      normed(s.normed_attention, s.x, run.weights.attention_norm), run.weights.qkv,
+                      s.u[0], want_dx ? dnormed : Tensor{});
   if (!want_dx) return;
   run.sum_over_ranks(dnormed);
   ops.rms_norm_backward(run.ctx.exec,
@@ -233,8 +255,7 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
     const Tensor mlp_out = saved != nullptr ? rows() : streams.stream;
     s.residual_attention = keep_blocks ? rows() : shared;
     const std::int64_t block_mark = ctx.activations.mark();
-    block_forward(run, s, streams.before, mlp_out, keep_blocks,
-                  keep_blocks && recompute == Recompute::kNone);
+    block_forward(run, s, streams.before, mlp_out, keep_of(saved != nullptr, recompute));
     streams = {s.residual_attention, mlp_out};
     if (!keep_blocks) {
       ctx.activations.reset(block_mark);
@@ -292,7 +313,7 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
       SavedBlock again;
       again.x = s.x;  // already the whole stream
       again.residual_attention = run.rows(config().width);
-      block_forward(run, again, {}, run.rows(config().width), true, true);
+      block_forward(run, again, {}, run.rows(config().width), kKeepAll);
       block_backward(run, again, dresidual, want_dx);
     } else {
       block_backward(run, s, dresidual, want_dx);

@@ -30,11 +30,12 @@ struct TokenBatch {
   [[nodiscard]] std::int64_t tokens() const { return ids.dim(0); }
 };
 
-/// What is recomputed in backward instead of kept.
-enum class Recompute : int { kNone = 0, kMlp = 1, kBlock = 2 };
+/// What is recomputed in backward instead of kept: nothing; the norms' outputs and silu(gate) * up
+/// (cheap: no product, no attention); gate_up and what follows from it (a product); whole blocks.
+enum class Recompute : int { kNone = 0, kMlp = 1, kBlock = 2, kElementwise = 3 };
 
-/// What one block keeps for its backward (cd unless noted). With Recompute::kMlp gate_up and act
-/// are absent and recomputed; with kBlock only `x` is kept.
+/// What one block keeps for its backward (cd unless noted). Recomputed tensors are absent: normed_*
+/// and act with Recompute::kElementwise, gate_up and act with kMlp, all but `x` with kBlock.
 struct SavedBlock {
   kernels::Tensor x;                         ///< [T, C] residual stream as the block received it
   kernels::Tensor residual_attention;        ///< [T, C] stream entering the mlp norm

@@ -38,9 +38,10 @@ const std::set<std::string>& free_settings() {
 
 Result<model::Recompute> parse_recompute(const std::string& name) {
   if (name == "none") return model::Recompute::kNone;
+  if (name == "elementwise") return model::Recompute::kElementwise;
   if (name == "mlp") return model::Recompute::kMlp;
   if (name == "block") return model::Recompute::kBlock;
-  return invalid_error(str("recompute is \"", name, "\"; it must be none, mlp or block"));
+  return invalid_error(str("recompute is \"", name, "\"; it must be none, elementwise, mlp or block"));
 }
 
 Result<model::LoraConfig> lora_config(const protocol::TrainSettings& settings,

@@ -168,7 +168,7 @@ TEST_P(ModelGoldens, LossAndEveryLoraGradientAreThoseOfPeft) {
 TEST_P(ModelGoldens, RecomputingInsteadOfKeepingGivesTheSameBits) {
   const auto adapter = golden_adapter(golden);
   const Gradients kept = gradients(engine, transformer, adapter, batch, bounds, Recompute::kNone);
-  for (Recompute recompute : {Recompute::kMlp, Recompute::kBlock}) {
+  for (Recompute recompute : {Recompute::kElementwise, Recompute::kMlp, Recompute::kBlock}) {
     const Gradients again = gradients(engine, transformer, adapter, batch, bounds, recompute);
     EXPECT_EQ(kept.loss, again.loss);
     for (std::size_t p = 0; p < kept.values.size(); ++p) {

@@ -154,11 +154,13 @@ TEST_P(Blocks, ForwardWithoutBackwardGivesTheSameBitsAndLeavesNothing) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Policies, Blocks,
-                         testing::Values(Recompute::kNone, Recompute::kMlp, Recompute::kBlock),
+                         testing::Values(Recompute::kNone, Recompute::kElementwise, Recompute::kMlp,
+                                         Recompute::kBlock),
                          [](const auto& one) {
-                           return std::string(one.param == Recompute::kNone  ? "none"
-                                              : one.param == Recompute::kMlp ? "mlp"
-                                                                             : "block");
+                           return std::string(one.param == Recompute::kNone          ? "none"
+                                              : one.param == Recompute::kElementwise ? "elementwise"
+                                              : one.param == Recompute::kMlp         ? "mlp"
+                                                                                     : "block");
                          });
 
 }  // namespace
