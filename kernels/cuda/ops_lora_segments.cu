@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   const int g = lane / 4, q = lane % 4;
   const SiteView& site = v.site[blockIdx.z % v.sites];
   const int first_rank = static_cast<int>(blockIdx.z) / v.sites * kRanks;
-  const RowTile tile = find_tile<kRows>(v, static_cast<int>(blockIdx.y));
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.y));
   if (tile.begin == tile.end) return;
   const LoraEntry entry = find_entry(v, site, tile.slot);
   bf16_t* out = u + static_cast<std::int64_t>(tile.begin) * v.columns + site.column + first_rank;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
     shrink_f32_kernel(const SegmentsView v, const float* x, int columns, float* u) {
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(blockIdx.x);
   const SiteView& site = v.site[blockIdx.y];
-  const LoraEntry entry = find_entry(v, site, find_tile<1>(v, row).slot);
+  const LoraEntry entry = find_entry(v, site, find_adapter_tile<1>(v, row).slot);
   const DropoutMask mask(v, site, columns);
   x += static_cast<std::int64_t>(row) * columns;
   u += static_cast<std::int64_t>(row) * v.columns + site.column;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
       v.columns % 4 == 0 && site.column % 4 == 0 && reinterpret_cast<std::uintptr_t>(u) % 8 == 0;
   for (int index = static_cast<int>(blockIdx.y) * kWarps + warp; index < tiles;
        index += static_cast<int>(gridDim.y) * kWarps) {
-    const RowTile tile = find_tile<kTileRows>(v, index);
+    const AdapterTile tile = find_adapter_tile<kTileRows>(v, index);
     if (tile.begin == tile.end) return;
     const LoraEntry entry = find_entry(v, site, tile.slot);
     const int rank = entry.rank, rows = tile.end - tile.begin;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads)
     expand_f32_kernel(const SegmentsView v, const float* u, float* y, int width) {
   const int row = static_cast<int>(blockIdx.x);
   const SiteView& site = v.site[blockIdx.z];
-  const LoraEntry entry = find_entry(v, site, find_tile<1>(v, row).slot);
+  const LoraEntry entry = find_entry(v, site, find_adapter_tile<1>(v, row).slot);
   const int n = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
   if (n >= site.n || entry.rank == 0) return;
   const float* b = static_cast<const float*>(entry.b) + static_cast<std::int64_t>(n) * entry.rank;

@@ -218,12 +218,16 @@ T* pointer(const Tensor& t) {
 }  // namespace
 
 void CudaOps::do_logprob(Exec& exec, const LogprobArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "logprob",
+                              static_cast<double>(a.logits.bytes()));
   logprob_kernel<<<static_cast<unsigned>(a.logits.dim(0)), kThreads, 0, stream(exec)>>>(
       a.logits.as<float>(), a.logits.dim(1), a.ids.as<std::int32_t>(), a.logprob.as<float>());
   TANDEM_LAUNCHED("logprob_kernel");
 }
 
 void CudaOps::do_sample(Exec& exec, const SampleArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "sample",
+                              static_cast<double>(a.logits.bytes()));
   const SampleLayout layout = sample_layout(a);
   const Scratch scratch(exec, layout.bytes);
   SampleCall c{};
