@@ -99,4 +99,11 @@ std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& args,
                                            const DeviceProfile& profile);
 std::int64_t sample_bytes(const SampleArgs& args, const DeviceProfile& profile);
 
+struct SampleLayout {
+  std::int64_t originals = 0;   ///< f32 [history entries]: logits before penalties
+  std::int64_t candidates = 0;  ///< i32 [S, top_logprobs]
+  std::int64_t bytes = 0;
+};
+SampleLayout sample_layout(const SampleArgs& args);
+
 }  // namespace tandem::kernels::cuda

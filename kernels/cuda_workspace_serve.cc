@@ -1,4 +1,5 @@
 #include "kernels/cuda_workspace.h"
+#include "kernels/workspace.h"
 
 namespace tandem::kernels::cuda {
 
@@ -6,8 +7,17 @@ std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs&, const Devi
   return 0;
 }
 
-std::int64_t sample_bytes(const SampleArgs&, const DeviceProfile&) {
-  return 0;
+SampleLayout sample_layout(const SampleArgs& a) {
+  SampleLayout l;
+  ScratchLayout layout;
+  if (a.history_offsets.defined()) l.originals = layout.add(a.history_ids.dim(0) * 4);
+  if (a.top_logprobs > 0) l.candidates = layout.add(a.logits.dim(0) * a.top_logprobs * 4);
+  l.bytes = layout.bytes();
+  return l;
+}
+
+std::int64_t sample_bytes(const SampleArgs& a, const DeviceProfile&) {
+  return sample_layout(a).bytes;
 }
 
 }  // namespace tandem::kernels::cuda

@@ -83,8 +83,7 @@ struct Blas::Impl {
     plan.out = make_layout(out);
     // What the heuristic is asked about: the same, with the canonical number of rows.
     Matrix asked_a = a, asked_out = out;
-    if (invariant) (a.transposed ? asked_a.columns : asked_a.rows) = kInvariantRows;
-    if (invariant) asked_out.rows = kInvariantRows;
+    if (invariant) asked_a.rows = asked_out.rows = kInvariantRows;
     const LayoutOwner layout_a(make_layout(asked_a)), layout_out(make_layout(asked_out));
     cublasLtMatmulPreference_t preference = nullptr;
     TANDEM_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
@@ -140,7 +139,7 @@ struct Blas::Impl {
   std::map<Key, Plan> plans;
 };
 
-Blas::Blas() : impl_(std::make_unique<Impl>()) {}
+Blas::Blas(Profiler& profiler) : impl_(std::make_unique<Impl>()), profiler_(profiler) {}
 Blas::~Blas() = default;
 
 void Blas::product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
@@ -153,9 +152,17 @@ void Blas::product(cudaStream_t stream, Numerics numerics, const Matrix& a, cons
                out.columns, "]");
   if (m == 0 || n == 0) return;
   TANDEM_CHECK_GT(k, 0);
-  Plan& plan =
-      impl_->plan(a, b, out, accumulate, bias != nullptr, numerics == Numerics::kInvariant);
+  Plan& plan = impl_->plan(a, b, out, accumulate, bias != nullptr,
+                           numerics == Numerics::kInvariant && !a.transposed);
   if (bias != nullptr) set(plan.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+  const Profiler::Scope scope(
+      profiler_, stream,
+      profiler_.on() ? str("  product ", m, "x", n, "x", k, a.transposed ? " ta" : "",
+                           b.transposed ? " tb" : "", accumulate ? " +" : "")
+                     : std::string(),
+      static_cast<double>((m * k + k * n) * dtype_bytes(a.dtype) +
+                          m * n * dtype_bytes(out.dtype) * (accumulate ? 2 : 1)),
+      2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k));
   const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
   auto* result = const_cast<void*>(out.data);
   TANDEM_CUBLAS(cublasLtMatmul(impl_->handle, plan.op, &one, b.data, plan.a, a.data, plan.b, &beta,

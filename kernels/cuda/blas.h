@@ -4,9 +4,11 @@
 // The algorithm of a product is chosen once per shape by cuBLASLt's heuristic and kept, so the same
 // shapes give the same bits. Under Numerics::kInvariant it is chosen for kInvariantRows rows
 // whatever the number is, without splitting the inner size: every element is then summed in the
-// same order whichever rows stand beside it. f32 is computed in f32, never in TF32.
+// same order whichever rows stand beside it (a transposed `a` sums over rows: no such claim). f32
+// is computed in f32, never in TF32.
 #pragma once
 
+#include "kernels/cuda/profiler.h"
 #include "kernels/exec.h"
 
 #include <cuda_runtime.h>
@@ -36,7 +38,7 @@ inline constexpr std::int64_t kInvariantRows = 512;
 
 class Blas {
  public:
-  Blas();
+  explicit Blas(Profiler& profiler);
   ~Blas();
   Blas(const Blas&) = delete;
   Blas& operator=(const Blas&) = delete;
@@ -50,6 +52,7 @@ class Blas {
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;
+  Profiler& profiler_;
 };
 
 }  // namespace tandem::kernels::cuda

@@ -29,8 +29,8 @@ struct CudaDevice {
 /// device.
 Result<CudaDevice> probe_cuda_device(int device);
 
-/// Creates a context. unavailable_error says what is missing: the module (a build without CUDA), the
-/// driver, a library or the device; refused_error for a GPU older than this build knows.
+/// Creates a context. unavailable_error says what is missing: the module (a build without CUDA),
+/// the driver, a library or the device; refused_error for a GPU older than this build knows.
 Result<Backend> make_cuda_backend(const CudaOptions& options);
 
 }  // namespace tandem::kernels

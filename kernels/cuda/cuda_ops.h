@@ -62,7 +62,8 @@ class CudaOps final : public Ops {
   const CudaOptions options_;
   const DeviceProfile profile_;
   cudaStream_t stream_ = nullptr;  ///< of every Exec that names none
-  Blas blas_;
+  mutable Profiler profiler_;
+  Blas blas_{profiler_};
   std::unique_ptr<PinnedRing> ring_;
   std::shared_ptr<AttentionPlans> attention_;  ///< made on first use
 };

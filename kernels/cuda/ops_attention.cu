@@ -50,7 +50,7 @@ AttentionPath choose_path(const AttentionSpec& spec, const Tensor& qkv,
   if (name == "own" && own) return AttentionPath::kOwn;
   (void)deterministic;
   (void)numerics;
-  return AttentionPath::kSimple;
+  return own && name != "simple" ? AttentionPath::kOwn : AttentionPath::kSimple;
 }
 
 void ragged_offsets(cudaStream_t stream, const Tensor& seq_offsets, const AttentionSpec& spec,
@@ -74,6 +74,7 @@ void scatter_kv_gradients(cudaStream_t stream, const AttentionSpec& spec, const 
 }
 
 void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "attention_forward", static_cast<double>(0));
   const AttentionPath path =
       choose_path(a.spec, a.qkv, profile_, options_.deterministic, exec.numerics);
   if (!attention_) attention_ = std::make_shared<AttentionPlans>();
@@ -94,6 +95,8 @@ void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
 }
 
 void CudaOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "attention_backward",
+                              static_cast<double>(0));
   const AttentionPath path =
       choose_path(a.spec, a.qkv, profile_, options_.deterministic, exec.numerics);
   if (!attention_) attention_ = std::make_shared<AttentionPlans>();

@@ -237,6 +237,9 @@ struct Single {
 }  // namespace
 
 void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
+  const Profiler::Scope scope(
+      profiler_, stream(exec), "linear_forward",
+      static_cast<double>(a.x.bytes() + a.y.bytes() + a.weight->storage.bytes()));
   const cudaStream_t s = stream(exec);
   const LinearForwardLayout layout = linear_forward_layout(a);
   const Scratch scratch(exec, layout.bytes);
@@ -284,6 +287,9 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
 }
 
 void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
+  const Profiler::Scope scope(
+      profiler_, stream(exec), "linear_backward",
+      static_cast<double>(a.x.bytes() + a.dy.bytes() + a.weight->storage.bytes()));
   const cudaStream_t s = stream(exec);
   const LinearBackwardLayout layout = linear_backward_layout(a);
   const Scratch scratch(exec, layout.bytes);

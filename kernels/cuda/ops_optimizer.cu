@@ -78,6 +78,7 @@ void run_adamw(cudaStream_t stream, const AdamWArgs& a, const Step& step) {
 }  // namespace
 
 void CudaOps::do_squared_norm(Exec& exec, const SquaredNormArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "squared_norm", static_cast<double>(0));
   const cudaStream_t s = stream(exec);
   const SquaredNormWorkspace layout = squared_norm_workspace(a, profile_);
   const Scratch scratch(exec, layout.bytes);
@@ -97,6 +98,8 @@ void CudaOps::do_squared_norm(Exec& exec, const SquaredNormArgs& a) {
 }
 
 void CudaOps::do_adamw(Exec& exec, const AdamWArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "adamw",
+                              static_cast<double>(a.param.bytes() * 7));
   const double steps = static_cast<double>(a.step);
   const double correction1 = 1.0 - std::pow(static_cast<double>(a.beta1), steps);
   const double correction2 = 1.0 - std::pow(static_cast<double>(a.beta2), steps);

@@ -383,24 +383,34 @@ void CudaOps::do_copy(Exec& exec, Tensor from, Tensor to) {
 }
 
 void CudaOps::do_embedding_forward(Exec& exec, const EmbeddingArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "embedding",
+                              static_cast<double>(2 * a.out.bytes()));
   lookup(stream(exec), a.table->storage.data, a.table->n, a.table->i * dtype_bytes(a.table->dtype),
          a.ids, a.out.data);
 }
 
 void CudaOps::do_gather_rows(Exec& exec, const GatherRowsArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "gather_rows",
+                              static_cast<double>(2 * a.out.bytes()));
   lookup(stream(exec), a.x.data, a.x.dim(0), a.x.dim(1) * dtype_bytes(a.x.dtype), a.index,
          a.out.data);
 }
 
 void CudaOps::do_add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "add_rms_norm",
+                              static_cast<double>((a.delta.defined() ? 4 : 2) * a.y.bytes()));
   TANDEM_CUDA_DISPATCH(a.y.dtype, add_rms_norm, stream(exec), a);
 }
 
 void CudaOps::do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "rms_norm_backward",
+                              static_cast<double>(4 * a.dy.bytes()));
   TANDEM_CUDA_DISPATCH(a.dy.dtype, run_rms_norm_backward, stream(exec), a);
 }
 
 void CudaOps::do_rope_forward(Exec& exec, const RopeArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "rope",
+                              static_cast<double>(2 * a.qkv.bytes()));
   CacheTarget cache;
   if (a.cache != nullptr)
     cache = {a.cache->k.data, a.cache->v.data, a.cache_slots.as<std::int32_t>(), a.cache->k.dim(0),
@@ -410,15 +420,21 @@ void CudaOps::do_rope_forward(Exec& exec, const RopeArgs& a) {
 }
 
 void CudaOps::do_rope_backward(Exec& exec, const RopeBackwardArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "rope_backward",
+                              static_cast<double>(2 * a.dqkv.bytes()));
   TANDEM_CUDA_DISPATCH(a.dqkv.dtype, rope, stream(exec), a.dqkv, a.positions, a.inv_freq,
                        a.attention_factor, -1.0f, a.heads, a.kv_heads, a.head_dim, CacheTarget{});
 }
 
 void CudaOps::do_silu_mul_forward(Exec& exec, const SiluMulArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "silu_mul",
+                              static_cast<double>(3 * a.out.bytes()));
   TANDEM_CUDA_DISPATCH(a.out.dtype, silu_mul, stream(exec), a);
 }
 
 void CudaOps::do_silu_mul_backward(Exec& exec, const SiluMulBackwardArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "silu_mul_backward",
+                              static_cast<double>(5 * a.dout.bytes()));
   TANDEM_CUDA_DISPATCH(a.dout.dtype, run_silu_mul_backward, stream(exec), a);
 }
 
