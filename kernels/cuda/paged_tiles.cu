@@ -2,6 +2,7 @@
 // 64 keys, which are copied to shared memory one tile ahead.
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/paged_attention.cuh"
+#include "kernels/cuda/shared_tiles.cuh"
 
 namespace tandem::kernels::cuda {
 namespace {
@@ -11,31 +12,6 @@ using bf16_t = __nv_bfloat16;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPairs = 16 * kWarps;  ///< of query row and head
 constexpr int kKeys = 64;
-
-/// Chunk `c` of 8 elements of row r of a [kKeys, kDim] tile: eight rows' same chunks lie in all
-/// banks.
-template <int kDim>
-__device__ inline int chunk_at(int r, int c) {
-  return r * kDim + ((c ^ (r & 7)) * 8);
-}
-
-__device__ inline void copy_16_async(bf16_t* to, const bf16_t* from, bool present) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from),
-               "r"(present ? 16 : 0));
-}
-__device__ inline void load_matrices(std::uint32_t (&r)[4], const bf16_t* from) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(from));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-__device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const bf16_t* from) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(from));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
 
 /// Copies a tile of keys and of values; rows from `end` on are zero.
 template <int kDim>
