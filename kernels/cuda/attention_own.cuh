@@ -13,9 +13,15 @@ using Bf16 = __nv_bfloat16;
 
 inline constexpr int kThreads = 384;
 inline constexpr int kTileRows = 128;  ///< of a work item, 64 for each multiplying warpgroup
-inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+inline constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
 inline constexpr int kConsumerWarps = 8;
 static_assert(kTileRows == kAttentionTileRows);
+
+/// 0 produces, 1 and 2 multiply; through a shuffle, so that the compiler knows it is one number for
+/// the warp and keeps what follows from it in uniform registers.
+__device__ inline int warpgroup() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+}
 
 /// Tiles in shared memory: `kRows` rows of kDim as panels of 64 columns.
 template <int kRows, int kDim>

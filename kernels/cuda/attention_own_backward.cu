@@ -77,7 +77,7 @@ template <int kDim>
 __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
                            DqBarriers<DqShape<kDim>::kStages>& bars) {
   using S = DqShape<kDim>;
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
+  const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int row = group * 64 + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
   const float scale_log2 = p.scale * kLog2E;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
+  if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x == 0) dq_produce<kDim>(&qkv_map, &dout_map, p, shared, bars);
   } else {
@@ -275,7 +275,7 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
                             DkvBarriersOf<kDim>& bars) {
   using S = DkvShape<kDim>;
   constexpr int kCount = S::kQueries / 2;
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
+  const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32), column = 2 * (lane % 4);
   const int row = group * 64 + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
   const float scale_log2 = p.scale * kLog2E;
@@ -300,8 +300,10 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
     for (int i = 0; i < kDim / 2; ++i) dk[i] = dv[i] = 0.0f;
     barrier_wait(&bars.kv_full, kv_phase);
     kv_phase ^= 1;
-    for (int step = 0; step < heads * (blocks.y - blocks.x); ++step) {
-      const int b = blocks.x + step % (blocks.y - blocks.x), query0 = b * S::kQueries;
+    int next = blocks.x;
+    for (int step = heads * (blocks.y - blocks.x); step > 0; --step) {
+      const int query0 = next * S::kQueries;
+      next = next + 1 == blocks.y ? blocks.x : next + 1;
       barrier_wait(&bars.full[ring.stage], ring.phase);
       if (query0 + S::kQueries <= first) {  // no query sees this group's keys
         release();
@@ -387,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
+  if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x < 32) dkv_produce<kDim>(&kv_map, &q_map, &dout_map, p, shared, bars);
   } else {

@@ -134,7 +134,7 @@ __device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
 template <int kDim, bool kTurns>
 __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBarriers& bars) {
   using S = ForwardShared<kDim>;
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
+  const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int row = group * 64 + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
   const int column = 2 * (lane % 4);
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
+  if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x == 0) produce<kDim>(&map, p, shared, bars);
   } else {

@@ -111,17 +111,19 @@ __device__ inline void pin(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-/// Operand whose reduction runs along its rows' 128 bytes (rows are the other dimension).
-__device__ inline std::uint64_t rows_operand(std::uint32_t address) {
-  return static_cast<std::uint64_t>((address & 0x3ffff) >> 4) | std::uint64_t{1} << 16 |
-         std::uint64_t{1024 >> 4} << 32 | std::uint64_t{1} << 62;
+/// Descriptors of operands in shared memory. Their low words advance by bytes / 16.
+/// Reduction along the rows' 128 bytes; rows are the other dimension.
+__device__ inline std::uint32_t rows_operand(std::uint32_t address) {
+  return (address & 0x3ffff) >> 4 | 1u << 16;
 }
-/// Operand whose reduction runs over rows; its other dimension is the columns of panels that lie
-/// `panel` bytes apart. Use with kTransB = 1.
-__device__ inline std::uint64_t columns_operand(std::uint32_t address, int panel) {
-  return static_cast<std::uint64_t>((address & 0x3ffff) >> 4) |
-         static_cast<std::uint64_t>(panel >> 4) << 16 | std::uint64_t{1024 >> 4} << 32 |
-         std::uint64_t{1} << 62;
+/// Reduction over rows; the other dimension is the columns of panels that lie `panel` bytes apart.
+/// Use with kTransB = 1.
+__device__ inline std::uint32_t columns_operand(std::uint32_t address, int panel) {
+  return (address & 0x3ffff) >> 4 | static_cast<std::uint32_t>(panel >> 4) << 16;
+}
+/// 1024 bytes from eight rows to the next eight, 128-byte swizzle.
+__device__ inline std::uint64_t descriptor(std::uint32_t low) {
+  return std::uint64_t{1u << 30 | 1024 >> 4} << 32 | low;
 }
 
 // d [64, N] f32 (+)= a [64, 16] b [16, N] by the four warps of a warpgroup; a in shared memory or
@@ -210,19 +212,21 @@ __device__ inline void wgmma(float (&d)[64], const std::uint32_t (&a)[4], std::u
 /// kPanelA and kPanelB bytes apart.
 template <int kDim, int kPanelA, int kPanelB, int kCount>
 __device__ inline void product_rows(float (&acc)[kCount], std::uint32_t a, std::uint32_t b) {
+  const std::uint32_t low_a = rows_operand(a), low_b = rows_operand(b);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
-    wgmma<0>(acc, rows_operand(a + k / 4 * kPanelA + k % 4 * 32),
-             rows_operand(b + k / 4 * kPanelB + k % 4 * 32), k > 0);
+    wgmma<0>(acc, descriptor(low_a + (k / 4 * kPanelA + k % 4 * 32) / 16),
+             descriptor(low_b + (k / 4 * kPanelB + k % 4 * 32) / 16), k > 0);
 }
 /// acc [64, D] (+)= a [64, kKeys] b [kKeys, D]: a in registers, b's rows reduced over.
 template <int kKeys, int kPanelB, int kCount>
 __device__ inline void product_columns(float (&acc)[kCount],
                                        const std::uint32_t (&a)[kKeys / 16][4], std::uint32_t b,
                                        int accumulate) {
+  const std::uint32_t low = columns_operand(b, kPanelB);
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k)
-    wgmma<1>(acc, a[k], columns_operand(b + k * 2048, kPanelB), k > 0 ? 1 : accumulate);
+    wgmma<1>(acc, a[k], descriptor(low + k * 2048 / 16), k > 0 ? 1 : accumulate);
 }
 
 __device__ inline std::uint32_t pack_bf16(float low, float high) {
