@@ -14,7 +14,6 @@
 
 namespace tandem::kernels::cuda {
 
-class AttentionPlans;  // ops_attention.cu
 class PinnedRing;      // cuda_ops.cc
 
 class CudaOps final : public Ops {
@@ -65,7 +64,6 @@ class CudaOps final : public Ops {
   mutable Profiler profiler_;
   Blas blas_{profiler_};
   std::unique_ptr<PinnedRing> ring_;
-  std::shared_ptr<AttentionPlans> attention_;  ///< made on first use
 };
 
 /// An op's scratch: exactly `bytes` from the workspace for as long as this lives. Work on the
