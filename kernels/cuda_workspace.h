@@ -78,19 +78,6 @@ struct AttentionBackwardLayout {
 AttentionBackwardLayout attention_backward_layout(const AttentionBackwardArgs& args,
                                                   const DeviceProfile& profile);
 
-/// Bounds that cuDNN's graphs are built for: rounded up so that few are built.
-struct CudnnAttentionLayout {
-  std::int64_t sequences = 0, seq_len_max = 0;
-  std::int64_t lengths = 0;                          ///< [sequences] i32
-  std::int64_t qkv = 0, out = 0, kv = 0, stats = 0;  ///< [sequences + 1] i32 each: element offsets
-  std::int64_t dk = 0, dv = 0;                       ///< backward: [T, K * D] cd
-  std::int64_t workspace = 0;                        ///< cuDNN's own
-  std::int64_t workspace_bytes = 0;
-  std::int64_t bytes = 0;
-};
-CudnnAttentionLayout cudnn_attention_layout(const AttentionArgs& args);
-CudnnAttentionLayout cudnn_attention_layout(const AttentionBackwardArgs& args);
-
 std::int64_t attention_forward_bytes(const AttentionArgs& args, const DeviceProfile& profile);
 std::int64_t attention_backward_bytes(const AttentionBackwardArgs& args,
                                       const DeviceProfile& profile);

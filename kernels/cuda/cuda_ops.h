@@ -16,7 +16,6 @@
 
 namespace tandem::kernels::cuda {
 
-class AttentionPlans;  // ops_attention.cu
 class PinnedRing;      // cuda_ops.cc
 class Graphs;          // cuda_ops.cc
 
@@ -76,7 +75,6 @@ class CudaOps final : public Ops {
   Blas blas_{profiler_};
   std::unique_ptr<PinnedRing> ring_;
   std::unique_ptr<Graphs> graphs_;
-  std::shared_ptr<AttentionPlans> attention_;  ///< made on first use
 };
 
 /// An op's scratch: exactly `bytes` from the workspace for as long as this lives. Work on the

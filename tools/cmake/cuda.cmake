@@ -1,9 +1,7 @@
-# Finds nvcc, cuDNN and the cudnn-frontend headers. Sets TANDEM_CUDA_FOUND; with TANDEM_CUDA=ON a
-# missing part is an error, with AUTO the build has the CPU backend only and says why.
+# Finds nvcc and the toolkit. Sets TANDEM_CUDA_FOUND; with TANDEM_CUDA=ON a missing part is an error,
+# with AUTO the build has the CPU backend only and says why.
 set(TANDEM_CUDA AUTO CACHE STRING "build the CUDA backend: AUTO, ON or OFF")
 set(TANDEM_CUDA_ARCHITECTURES "90a" CACHE STRING "compute capabilities, as 80;89;90a")
-set(TANDEM_CUDNN_FRONTEND_INCLUDE "${PROJECT_SOURCE_DIR}/build/cudnn-frontend/include" CACHE PATH
-  "folder of cudnn_frontend.h")
 set(TANDEM_CUDA_FOUND OFF)
 
 function(tandem_no_cuda why)
@@ -33,13 +31,8 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 enable_language(CUDA)
 find_package(CUDAToolkit 12.8)
-find_library(TANDEM_CUDNN_LIBRARY cudnn HINTS ${CUDAToolkit_LIBRARY_DIR})
-if(NOT CUDAToolkit_FOUND OR NOT TANDEM_CUDNN_LIBRARY)
-  tandem_no_cuda("CUDA toolkit 12.8 or newer with cuDNN not found")
-  return()
-endif()
-if(NOT EXISTS ${TANDEM_CUDNN_FRONTEND_INCLUDE}/cudnn_frontend.h)
-  tandem_no_cuda("no cudnn_frontend.h in ${TANDEM_CUDNN_FRONTEND_INCLUDE} (tools/dev build fetches it)")
+if(NOT CUDAToolkit_FOUND)
+  tandem_no_cuda("CUDA toolkit 12.8 or newer not found")
   return()
 endif()
 # CMake 3.25 does not know this compiler's flag for C++20.
