@@ -4,6 +4,8 @@ set(TANDEM_CUDA AUTO CACHE STRING "build the CUDA backend: AUTO, ON or OFF")
 set(TANDEM_CUDA_ARCHITECTURES "90a" CACHE STRING "compute capabilities, as 80;89;90a")
 set(TANDEM_CUDNN_FRONTEND_INCLUDE "${PROJECT_SOURCE_DIR}/build/cudnn-frontend/include" CACHE PATH
   "folder of cudnn_frontend.h")
+set(TANDEM_CUTLASS_INCLUDE "${PROJECT_SOURCE_DIR}/build/cutlass/cutlass_library/source/include"
+  CACHE PATH "folder of cutlass/ and cute/; without it adapters are added by products of their own")
 set(TANDEM_CUDA_FOUND OFF)
 
 function(tandem_no_cuda why)
@@ -54,5 +56,11 @@ set(TANDEM_CUDA_FLAGS -O3 --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wsh
 foreach(arch IN LISTS TANDEM_CUDA_ARCHITECTURES)
   list(APPEND TANDEM_CUDA_FLAGS -gencode=arch=compute_${arch},code=sm_${arch})
 endforeach()
+set(TANDEM_CUTLASS_FOUND OFF)
+if(EXISTS ${TANDEM_CUTLASS_INCLUDE}/cutlass/cutlass.h AND "90a" IN_LIST TANDEM_CUDA_ARCHITECTURES)
+  set(TANDEM_CUTLASS_FOUND ON)
+else()
+  message(STATUS "no CUTLASS products: ${TANDEM_CUTLASS_INCLUDE}/cutlass/cutlass.h not found, or no sm_90a")
+endif()
 set(TANDEM_CUDA_FOUND ON)
 message(STATUS "CUDA backend: nvcc ${CUDAToolkit_VERSION}, sm ${TANDEM_CUDA_ARCHITECTURES}")
