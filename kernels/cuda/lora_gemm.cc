@@ -1,11 +1,17 @@
 #include "kernels/cuda/lora_gemm.h"
 
+#include <algorithm>
 #include <climits>
 #include <cstdlib>
 #include <string>
 
 namespace tandem::kernels::cuda::lora_gemm {
 namespace {
+
+constexpr std::int64_t kWide = 256, kNarrow = 192;
+/// Up to here the stores of a wide tile cost more than its better use of what it loads gives.
+constexpr std::int64_t kShortInner = 2048;
+constexpr int kSwizzleMax = 8;
 
 /// What TMA asks of a matrix: base and rows of 16 bytes, sizes and strides of 32 bits.
 bool has_descriptor(const Matrix& m) {
@@ -43,7 +49,15 @@ Tiling choose_tiling(const Product& p) {
   if (!chosen.empty())
     return {chosen.starts_with("wide"), chosen.find(",m") != std::string::npos,
             std::max(1, std::atoi(chosen.substr(chosen.rfind(',') + 1).c_str()))};
-  return {p.out.columns >= 4096, true, 4};
+  const auto tiles = [&](std::int64_t width) { return (p.out.columns + width - 1) / width; };
+  const bool wasteful = tiles(kWide) * kWide > p.out.columns * 6 / 5;
+  Tiling t;
+  t.wide = p.a.columns > kShortInner && !wasteful;
+  // The library rounds the number of tiles up to a multiple of the swizzle.
+  const std::int64_t across = tiles(t.wide ? kWide : kNarrow);
+  while (t.swizzle < kSwizzleMax && across % (2 * t.swizzle) == 0) t.swizzle *= 2;
+  t.along_m = t.wide && p.out.columns > p.out.rows;
+  return t;
 }
 
 void run(cudaStream_t stream, const Product& p) {

@@ -23,9 +23,11 @@ struct Product {
 bool fits(const Product& product, int compute_capability);
 void run(cudaStream_t stream, const Product& product);
 
-/// How the tiles of one product are cut and in which order blocks take them; run() chooses.
+/// How a product is cut into tiles and in which order blocks take them; run() chooses.
 struct Tiling {
-  bool wide = true;  ///< tiles of 256 columns, else of 192
+  /// Tiles of 128 x 256 that two warpgroups share, fastest over a long inner size; else of 128 x
+  /// 192, one a warpgroup, so that one stores its tile while the other multiplies.
+  bool wide = true;
   bool along_m = true;
   int swizzle = 1;  ///< rows (or columns) of tiles that are walked together
 };

@@ -66,7 +66,7 @@ struct ExtendedMainloop : Base {
 };
 
 /// kBRows: b [K, N] as stored (input gradient); else b is the transposed view of [N, K].
-template <int kTileM, int kTileN, bool kBRows>
+template <int kTileM, int kTileN, bool kPingpong, bool kBRows>
 struct Kernel {
   using Element = cutlass::bfloat16_t;
   using LayoutA = cutlass::layout::RowMajor;
@@ -74,8 +74,11 @@ struct Kernel {
       cute::conditional_t<kBRows, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
   using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
-  using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using EpilogueSchedule = cute::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
+                                               cutlass::epilogue::TmaWarpSpecializedCooperative>;
+  using MainloopSchedule =
+      cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
   using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Element, float>;
   using Plus = cutlass::epilogue::fusion::Sm90Compute<cutlass::plus, Element, float,
                                                       cutlass::FloatRoundStyle::round_to_nearest>;

@@ -245,7 +245,8 @@ Profiler::Scope pass_scope(Profiler& profiler, cudaStream_t stream, const char* 
           static_cast<double>(wide.bytes())};
 }
 
-/// Tiles of lora_gemm.h below which cuBLASLt, which also splits the inner size, fills a GPU better.
+/// With fewer tiles of lora_gemm.h than multiprocessors, cuBLASLt, which has smaller ones and
+/// splits the inner size, fills a GPU better.
 constexpr std::int64_t kExtendedTileElements = 128 * 192;
 
 }  // namespace
@@ -256,7 +257,7 @@ void CudaOps::extended_product(cudaStream_t stream, Numerics numerics, const Mat
   const lora_gemm::Product product{a, b, u, c, out, bias, profile_.sm_count};
   // Which path is taken depends on the rows, and their roundings differ: not for kInvariant.
   if (numerics != Numerics::kInvariant && lora_gemm::fits(product, profile_.compute_capability) &&
-      out.rows * out.columns / kExtendedTileElements * 2 >= profile_.sm_count) {
+      out.rows * out.columns / kExtendedTileElements >= profile_.sm_count) {
     const Profiler::Scope scope(
         profiler_, stream,
         profiler_.on() ? str("  extended ", out.rows, "x", out.columns, "x", a.columns, "+",
