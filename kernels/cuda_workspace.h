@@ -61,8 +61,23 @@ LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArg
 /// soft cap, Hopper. The others take the simple kernel, right first.
 bool attention_is_fast(const AttentionSpec& spec, DType dtype, const DeviceProfile& profile);
 
+/// Rows of a tile that the fast kernels list on the device, and bytes of a list's entry.
+inline constexpr std::int64_t kAttentionTileRows = 128, kAttentionTileBytes = 16;
+
+struct AttentionForwardLayout {
+  bool fast = false;
+  std::int64_t count = 0;  ///< fast: i32: tiles of the batch
+  std::int64_t tiles = 0;  ///< fast: [T / kAttentionTileRows + S] entries
+  std::int64_t bytes = 0;
+};
+AttentionForwardLayout attention_forward_layout(const AttentionArgs& args,
+                                                const DeviceProfile& profile);
+
 struct AttentionBackwardLayout {
-  std::int64_t delta = 0;  ///< [T, H] f32: the sum over a head of dout * out
+  bool fast = false;
+  std::int64_t delta = 0;                       ///< [T, H] f32: the sum over a head of dout * out
+  std::int64_t count = 0;                       ///< fast: as above
+  std::int64_t query_tiles = 0, key_tiles = 0;  ///< fast: as above
   std::int64_t bytes = 0;
 };
 AttentionBackwardLayout attention_backward_layout(const AttentionBackwardArgs& args,

@@ -23,6 +23,10 @@ void add_ragged(ScratchLayout& layout, CudnnAttentionLayout& l, std::int64_t seq
     *offsets = layout.add((l.sequences + 1) * 4);
 }
 
+std::int64_t tile_list_bytes(const Tensor& qkv, const Tensor& seq_offsets) {
+  return (qkv.dim(0) / kAttentionTileRows + seq_offsets.dim(0) - 1) * kAttentionTileBytes;
+}
+
 }  // namespace
 
 bool attention_is_fast(const AttentionSpec& spec, DType dtype, const DeviceProfile& profile) {
@@ -30,11 +34,30 @@ bool attention_is_fast(const AttentionSpec& spec, DType dtype, const DeviceProfi
          spec.soft_cap == 0.0f && profile.compute_capability == 90;
 }
 
+AttentionForwardLayout attention_forward_layout(const AttentionArgs& a,
+                                                const DeviceProfile& profile) {
+  AttentionForwardLayout l;
+  ScratchLayout layout;
+  l.fast = attention_is_fast(a.spec, a.qkv.dtype, profile);
+  if (l.fast) {
+    l.count = layout.add(4);
+    l.tiles = layout.add(tile_list_bytes(a.qkv, a.seq_offsets));
+  }
+  l.bytes = layout.bytes();
+  return l;
+}
+
 AttentionBackwardLayout attention_backward_layout(const AttentionBackwardArgs& a,
-                                                  const DeviceProfile&) {
+                                                  const DeviceProfile& profile) {
   AttentionBackwardLayout l;
   ScratchLayout layout;
+  l.fast = attention_is_fast(a.spec, a.qkv.dtype, profile);
   l.delta = layout.add(a.qkv.dim(0) * a.spec.heads * 4);
+  if (l.fast) {
+    l.count = layout.add(4);
+    l.query_tiles = layout.add(tile_list_bytes(a.qkv, a.seq_offsets));
+    l.key_tiles = layout.add(tile_list_bytes(a.qkv, a.seq_offsets));
+  }
   l.bytes = layout.bytes();
   return l;
 }
@@ -64,8 +87,8 @@ CudnnAttentionLayout cudnn_attention_layout(const AttentionBackwardArgs& a) {
   return l;
 }
 
-std::int64_t attention_forward_bytes(const AttentionArgs&, const DeviceProfile&) {
-  return 0;
+std::int64_t attention_forward_bytes(const AttentionArgs& args, const DeviceProfile& profile) {
+  return attention_forward_layout(args, profile).bytes;
 }
 
 std::int64_t attention_backward_bytes(const AttentionBackwardArgs& args,

@@ -33,6 +33,13 @@ class Ops {
   void copy(Exec& exec, Tensor from, Tensor to);  ///< same shape; dtype may differ (converts)
   void fill_zero(Exec& exec, Tensor x);
   virtual void synchronize(Exec& exec) = 0;
+  /// Runs `body`, which issues ops on `exec` and nothing else. Everything the host puts into them
+  /// (shapes, bounds, addresses, numbers) must be a function of `key`; what device tensors hold may
+  /// differ. A device with profile().records_graphs records the ops of a key that comes back and
+  /// from then on only replays them.
+  virtual void replay(Exec& /*exec*/, std::uint64_t /*key*/, const std::function<void()>& body) {
+    body();
+  }
 
   // -- weights ----------------------------------------------------------------------------------
   /// Bytes pack_weight takes from its arena: pure.

@@ -28,6 +28,12 @@ void simple_attention_forward(cudaStream_t stream, const AttentionArgs& args);
 void simple_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& args,
                                float* delta);
 
+/// Scratch as the layouts say; they are `fast`. attention_own_*.cu.
+void own_attention_forward(cudaStream_t stream, const AttentionArgs& args,
+                           const AttentionForwardLayout& layout, char* scratch);
+void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& args,
+                            const AttentionBackwardLayout& layout, char* scratch);
+
 /// delta [T, H] f32: the sum over the head of dout * out.
 void attention_delta(cudaStream_t stream, const AttentionBackwardArgs& args, float* delta);
 /// Zeroes rows [seq_offsets[S], T) of a [T, columns] tensor.

@@ -152,8 +152,8 @@ void Blas::product(cudaStream_t stream, Numerics numerics, const Matrix& a, cons
                out.columns, "]");
   if (m == 0 || n == 0) return;
   TANDEM_CHECK_GT(k, 0);
-  Plan& plan =
-      impl_->plan(a, b, out, accumulate, bias != nullptr, numerics == Numerics::kInvariant);
+  Plan& plan = impl_->plan(a, b, out, accumulate, bias != nullptr,
+                           numerics == Numerics::kInvariant && !a.transposed);
   if (bias != nullptr) set(plan.op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
   const Profiler::Scope scope(
       profiler_, stream,

@@ -22,6 +22,7 @@ Result<DeviceProfile> open_device(int index) {
   DeviceProfile profile;
   profile.type = DeviceType::kCuda;
   profile.name = prop.name;
+  profile.records_graphs = true;
   profile.sm_count = prop.multiProcessorCount;
   profile.compute_capability = prop.major * 10 + prop.minor;
   profile.memory_bytes = static_cast<std::int64_t>(prop.totalGlobalMem);

@@ -16,6 +16,7 @@ namespace tandem::kernels::cuda {
 
 class AttentionPlans;  // ops_attention.cu
 class PinnedRing;      // cuda_ops.cc
+class Graphs;          // cuda_ops.cc
 
 class CudaOps final : public Ops {
  public:
@@ -26,6 +27,7 @@ class CudaOps final : public Ops {
 
   const DeviceProfile& profile() const override { return profile_; }
   void synchronize(Exec&) override;
+  void replay(Exec& exec, std::uint64_t key, const std::function<void()>& body) override;
   std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i) const override {
     return kernels::packed_weight_bytes(dtype, n, i, profile_);
   }
@@ -73,6 +75,7 @@ class CudaOps final : public Ops {
   mutable Profiler profiler_;
   Blas blas_{profiler_};
   std::unique_ptr<PinnedRing> ring_;
+  std::unique_ptr<Graphs> graphs_;
   std::shared_ptr<AttentionPlans> attention_;  ///< made on first use
 };
 

@@ -50,7 +50,7 @@ AttentionPath choose_path(const AttentionSpec& spec, const Tensor& qkv,
   if (name == "own" && own) return AttentionPath::kOwn;
   (void)deterministic;
   (void)numerics;
-  return AttentionPath::kSimple;
+  return own && name != "simple" ? AttentionPath::kOwn : AttentionPath::kSimple;
 }
 
 void ragged_offsets(cudaStream_t stream, const Tensor& seq_offsets, const AttentionSpec& spec,
@@ -86,7 +86,12 @@ void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
     if (a.lse.defined()) zero_inert_rows(stream(exec), a.seq_offsets, a.lse);
     return;
   }
-  simple_attention_forward(stream(exec), a);
+  const AttentionForwardLayout layout = attention_forward_layout(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
+  if (path == AttentionPath::kOwn)
+    own_attention_forward(stream(exec), a, layout, scratch.at<char>(0));
+  else
+    simple_attention_forward(stream(exec), a);
 }
 
 void CudaOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
@@ -104,7 +109,10 @@ void CudaOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) 
   }
   const AttentionBackwardLayout layout = attention_backward_layout(a, profile_);
   const Scratch scratch(exec, layout.bytes);
-  simple_attention_backward(stream(exec), a, scratch.at<float>(layout.delta));
+  if (path == AttentionPath::kOwn)
+    own_attention_backward(stream(exec), a, layout, scratch.at<char>(0));
+  else
+    simple_attention_backward(stream(exec), a, scratch.at<float>(layout.delta));
 }
 
 }  // namespace tandem::kernels::cuda

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const SiteView& site = v.site[blockIdx.y];
   const int first = static_cast<int>(blockIdx.z) * kRanks;
-  const RowTile tile = find_tile<kRows>(v, static_cast<int>(blockIdx.x));
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.x));
   const LoraEntry entry = find_entry(v, site, tile.slot);
   const int rows = tile.end - tile.begin, ranks = min(kRanks, entry.rank - first);
   float sum[kRows][kRanks] = {};
@@ -97,7 +97,7 @@ static_assert(kWarps == kRanks);
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dx_kernel(const SegmentsView v, const T* du, T* dx, int columns) {
-  const RowTile tile = find_tile<kRows>(v, static_cast<int>(blockIdx.x));
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.x));
   const int rows = tile.end - tile.begin;
   const int i = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
   if (tile.slot < 0 || i >= columns) return;

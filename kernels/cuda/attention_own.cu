@@ -1,0 +1,121 @@
+// What precedes the fast attention kernels: the list of tiles, longest first, and zeroes where rows
+// are inert.
+#include "kernels/cuda/attention_own.cuh"
+
+#include <algorithm>
+#include <bit>
+
+namespace tandem::kernels::cuda::own {
+namespace {
+
+constexpr int kSortThreads = 1024;
+constexpr int kBuckets = kSortThreads;
+
+/// A counting sort by rows of work, in buckets of 2^shift rows. Order inside a bucket depends on
+/// timing: it decides which block works when, never what is added to what.
+__device__ void sort_tiles(const Prepare& a, bool suffix, RowTile* to) {
+  __shared__ int slots[kBuckets];
+  __shared__ int warp_sums[32];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const auto for_tiles = [&](const auto& f) {
+    for (int s = warp; s < a.sequences; s += kSortThreads / 32) {
+      const int begin = a.offsets[s], length = a.offsets[s + 1] - begin;
+      for (int t = lane * kTileRows; t < length; t += 32 * kTileRows) {
+        const int rows = min(kTileRows, length - t), work = suffix ? length - t : t + rows;
+        f(RowTile{begin, length, t, rows}, kBuckets - 1 - min(work >> a.shift, kBuckets - 1));
+      }
+    }
+  };
+  slots[thread] = 0;
+  __syncthreads();
+  for_tiles([&](const RowTile&, int bucket) { atomicAdd(&slots[bucket], 1); });
+  __syncthreads();
+  const int own = slots[thread];
+  int through = own;
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, through, step);
+    if (lane >= step) through += other;
+  }
+  if (lane == 31) warp_sums[warp] = through;
+  __syncthreads();
+  int before = 0;
+  for (int w = 0; w < warp; ++w) before += warp_sums[w];
+  slots[thread] = before + through - own;
+  if (thread == kSortThreads - 1) *a.count = before + through;
+  __syncthreads();
+  for_tiles([&](const RowTile& tile, int bucket) { to[atomicAdd(&slots[bucket], 1)] = tile; });
+}
+
+__device__ void zero_from(char* base, std::int64_t first, std::int64_t rows, std::int64_t row_bytes,
+                          int block, int blocks) {
+  for (std::int64_t i = first * row_bytes / 4 + std::int64_t{block} * kSortThreads + threadIdx.x;
+       i < rows * row_bytes / 4; i += std::int64_t{blocks} * kSortThreads)
+    reinterpret_cast<std::uint32_t*>(base)[i] = 0;
+}
+
+/// Blocks 0 and 1 sort, the others zero.
+constexpr int kZeroBlocks = 30;
+__global__ void __launch_bounds__(kSortThreads) prepare_kernel(Prepare a) {
+  if (blockIdx.x == 0) return sort_tiles(a, false, a.by_prefix);
+  if (blockIdx.x == 1) {
+    if (a.by_suffix != nullptr) sort_tiles(a, true, a.by_suffix);
+    return;
+  }
+  const std::int64_t first = a.offsets[a.sequences];
+  const int block = static_cast<int>(blockIdx.x) - 2;
+  if (a.zero0 != nullptr) zero_from(a.zero0, first, a.tokens, a.zero0_bytes, block, kZeroBlocks);
+  if (a.zero1 != nullptr) zero_from(a.zero1, first, a.tokens, a.zero1_bytes, block, kZeroBlocks);
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+EncodeTiled find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  TANDEM_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                               cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess)
+    throw DeviceError("CUDA: this driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<EncodeTiled>(function);
+}
+
+}  // namespace
+
+void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max) {
+  Prepare a = args;
+  // Lengths beyond the last bucket share it.
+  a.shift = std::max(
+      0, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(seq_len_max) / kBuckets)));
+  prepare_kernel<<<2 + kZeroBlocks, kSortThreads, 0, stream>>>(a);
+  TANDEM_LAUNCHED("attention prepare_kernel");
+}
+
+CUtensorMap make_map(const void* data, std::int64_t rows, std::int64_t columns, int box_rows) {
+  static const EncodeTiled encode = find_encode();
+  CUtensorMap map;
+  const cuuint64_t dims[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * sizeof(Bf16)};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  const CUresult code =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), dims, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (code != CUDA_SUCCESS)
+    throw DeviceError(str("CUDA: cuTensorMapEncodeTiled: error ", static_cast<int>(code), " for ",
+                          rows, " x ", columns));
+  return map;
+}
+
+int multiprocessors() {
+  static const int count = [] {
+    int device = 0, n = 0;
+    TANDEM_CUDA(cudaGetDevice(&device));
+    TANDEM_CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    return n;
+  }();
+  return count;
+}
+
+}  // namespace tandem::kernels::cuda::own

@@ -1,0 +1,313 @@
+// Forward attention on Hopper, as FlashAttention-3 orders it: while a block of scores is being
+// exponentiated, the tensor cores work on the next scores and on the last block's values, and the
+// two multiplying warpgroups take turns.
+#include "kernels/cuda/attention_own.cuh"
+
+#include <cmath>
+
+namespace tandem::kernels::cuda {
+namespace own {
+namespace {
+
+struct ForwardParams {
+  const RowTile* tiles;
+  const std::int32_t* tile_count;
+  Bf16* out;
+  float* lse;  ///< may be null
+  int heads, kv_heads, window;
+  float scale;
+};
+
+constexpr int kKeys = 128;  ///< of one block
+constexpr int kStages = 2;
+/// Named barriers 1 and 2 are zeroed()'s.
+constexpr int kTurn = 3;
+
+template <int kDim>
+struct ForwardShared {
+  using Q = SharedTile<kTileRows, kDim>;
+  using K = SharedTile<kKeys, kDim>;
+  static constexpr int kK = Q::kBytes, kV = kK + kStages * K::kBytes;
+  static constexpr int kBytes = kV + kStages * K::kBytes + 1024;
+};
+
+struct ForwardBarriers {
+  std::uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages],
+      v_empty[kStages];
+};
+
+/// Blocks of keys [low, high] that a tile of queries sees.
+struct KeyBlocks {
+  int low, high;
+};
+__device__ inline KeyBlocks key_blocks(const RowTile& tile, int window, int keys) {
+  return {window == 0 ? 0 : max(0, tile.begin - window + 1) / keys,
+          (tile.begin + tile.rows - 1) / keys};
+}
+
+template <int kDim>
+__device__ void produce(const CUtensorMap* map, const ForwardParams& p, std::uint32_t shared,
+                        ForwardBarriers& bars) {
+  using S = ForwardShared<kDim>;
+  const int items = *p.tile_count * p.heads;
+  Ring<kStages> ring;
+  std::uint32_t q_phase = 0;
+  for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
+    const int item = item_of(round);
+    if (item >= items) continue;
+    const RowTile tile = load_tile_entry(p.tiles, item / p.heads);
+    const int head = item % p.heads, kv_head = head / (p.heads / p.kv_heads);
+    const int k_column = (p.heads + kv_head) * kDim, v_column = k_column + p.kv_heads * kDim;
+    barrier_wait(&bars.q_empty, q_phase ^ 1);
+    q_phase ^= 1;
+    barrier_expect(&bars.q_full, S::Q::kBytes);
+    copy_tile<kTileRows, kDim>(shared, map, &bars.q_full, head * kDim, tile.sequence + tile.begin);
+    const KeyBlocks blocks = key_blocks(tile, p.window, kKeys);
+    for (int n = blocks.high; n >= blocks.low; --n) {
+      const int row = tile.sequence + n * kKeys, s = ring.stage;
+      barrier_wait(&bars.k_empty[s], ring.phase ^ 1);
+      barrier_expect(&bars.k_full[s], S::K::kBytes);
+      copy_tile<kKeys, kDim>(shared + S::kK + s * S::K::kBytes, map, &bars.k_full[s], k_column,
+                             row);
+      barrier_wait(&bars.v_empty[s], ring.phase ^ 1);
+      barrier_expect(&bars.v_full[s], S::K::kBytes);
+      copy_tile<kKeys, kDim>(shared + S::kV + s * S::K::kBytes, map, &bars.v_full[s], v_column,
+                             row);
+      ring.next();
+    }
+  }
+}
+
+/// Of the two rows a thread holds: the largest score and the sum of exponentials.
+struct RowState {
+  float top[2], sum[2];
+};
+
+/// Scores beyond the diagonal or behind the window become -inf. `query` and `key` are the thread's
+/// first row and column.
+__device__ inline void mask_scores(float (&s)[kKeys / 2], int query, int key, int window) {
+#pragma unroll
+  for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int q = query + i / 2 * 8, k = key + 8 * j + i % 2;
+      if (k > q || (window != 0 && q - k >= window)) s[4 * j + i] = -INFINITY;
+    }
+}
+
+/// Scores become exponentials relative to the rows' largest so far; gives the factors by which what
+/// was summed before shrinks.
+__device__ inline void exponentiate(float (&s)[kKeys / 2], RowState& state, float scale_log2,
+                                    float (&shrink)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = state.top[h];
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+      top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float offset = top * scale_log2;
+    shrink[h] = exp2_fast(state.top[h] * scale_log2 - offset);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[4 * j + 2 * h + i];
+        x = exp2_fast(fmaf(x, scale_log2, -offset));
+        sum += x;
+      }
+    state.sum[h] = state.sum[h] * shrink[h] + sum;
+    state.top[h] = top;
+  }
+}
+
+template <int kDim>
+__device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[4 * j + i] *= shrink[i / 2];
+}
+
+template <int kDim, bool kTurns>
+__device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBarriers& bars) {
+  using S = ForwardShared<kDim>;
+  const int group = warpgroup() - 1;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int row = group * 64 + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
+  const int column = 2 * (lane % 4);
+  const float scale_log2 = p.scale * 1.44269504088896340736f;
+  const std::uint32_t q = shared + group * 64 * 128;
+  const int items = *p.tile_count * p.heads;
+  const auto release = [&](std::uint64_t* barrier) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  };
+  Ring<kStages> k_ring, v_ring;
+  std::uint32_t q_phase = 0;
+  if (kTurns && group == 1) named_arrive(kTurn, 256);
+  for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
+    const int item = item_of(round);
+    if (item >= items) continue;
+    const RowTile tile = load_tile_entry(p.tiles, item / p.heads);
+    const int head = item % p.heads;
+    const KeyBlocks blocks = key_blocks(tile, p.window, kKeys);
+    const int query = tile.begin + row;
+    // Some row of the group does not see some key of block n.
+    const auto partly = [&](int n) {
+      const int first = tile.begin + group * 64;
+      return (n + 1) * kKeys - 1 > first || (p.window != 0 && first + 63 - n * kKeys >= p.window);
+    };
+    const auto scores = [&](float(&s)[kKeys / 2]) {
+      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q,
+                                                     shared + S::kK + k_ring.stage * S::K::kBytes);
+      wgmma_commit();
+    };
+    float o[kDim / 2], shrink[2];
+    RowState state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    std::uint32_t weights[kKeys / 16][4];
+    const auto values = [&](int n, bool accumulate) {
+      const std::uint32_t v = shared + S::kV + v_ring.stage * S::K::kBytes;
+      barrier_wait(&bars.v_full[v_ring.stage], v_ring.phase);
+      if ((n + 1) * kKeys > tile.length) {
+        zero_rows<kKeys, kDim>(v, tile.length - n * kKeys);
+        zeroed(group);
+      }
+      wgmma_fence();
+      product_columns<kKeys, S::K::kPanel>(o, weights, v, accumulate);
+      wgmma_commit();
+    };
+
+    barrier_wait(&bars.q_full, q_phase);
+    q_phase ^= 1;
+    {
+      float s[kKeys / 2];
+      barrier_wait(&bars.k_full[k_ring.stage], k_ring.phase);
+      wgmma_fence();
+      scores(s);
+      wgmma_wait<0>();
+      pin(s);
+      release(&bars.k_empty[k_ring.stage]);
+      k_ring.next();
+      if (partly(blocks.high)) mask_scores(s, query, blocks.high * kKeys + column, p.window);
+      exponentiate(s, state, scale_log2, shrink);
+      as_operand<kKeys>(s, weights);
+    }
+    for (int n = blocks.high - 1; n >= blocks.low; --n) {
+      float s[kKeys / 2];
+      barrier_wait(&bars.k_full[k_ring.stage], k_ring.phase);
+      if (kTurns) named_sync(kTurn + group, 256);
+      wgmma_fence();
+      scores(s);
+      values(n + 1, n + 1 < blocks.high);
+      if (kTurns) named_arrive(kTurn + 1 - group, 256);
+      wgmma_wait<1>();
+      pin(s);
+      release(&bars.k_empty[k_ring.stage]);
+      k_ring.next();
+      if (partly(n)) mask_scores(s, query, n * kKeys + column, p.window);
+      exponentiate(s, state, scale_log2, shrink);
+      wgmma_wait<0>();
+      pin(o);
+      release(&bars.v_empty[v_ring.stage]);
+      v_ring.next();
+      rescale<kDim>(o, shrink);
+      as_operand<kKeys>(s, weights);
+    }
+    release(&bars.q_empty);
+    values(blocks.low, blocks.low < blocks.high);
+    wgmma_wait<0>();
+    pin(o);
+    release(&bars.v_empty[v_ring.stage]);
+    v_ring.next();
+
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = state.sum[h];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      inverse[h] = 1.0f / sum;
+      const int r = row + 8 * h;
+      if (p.lse != nullptr && lane % 4 == 0 && r < tile.rows)
+        p.lse[static_cast<std::int64_t>(tile.sequence + tile.begin + r) * p.heads + head] =
+            state.top[h] * p.scale + logf(sum);
+    }
+    const std::int64_t stride = std::int64_t{p.heads} * kDim;
+    store_rows<kDim>(o, inverse[0], inverse[1],
+                     p.out + (tile.sequence + tile.begin + group * 64) * stride + head * kDim,
+                     stride, tile.rows - group * 64);
+  }
+}
+
+template <int kDim, bool kTurns>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap map, const ForwardParams p) {
+  extern __shared__ std::uint8_t dynamic[];
+  __shared__ ForwardBarriers bars;
+  const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
+  if (threadIdx.x == 0) {
+    prefetch_map(&map);
+    barrier_init(&bars.q_full, 1);
+    barrier_init(&bars.q_empty, kConsumerWarps);
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(&bars.k_full[s], 1);
+      barrier_init(&bars.v_full[s], 1);
+      barrier_init(&bars.k_empty[s], kConsumerWarps);
+      barrier_init(&bars.v_empty[s], kConsumerWarps);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  if (warpgroup() == 0) {
+    registers_down<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<kDim>(&map, p, shared, bars);
+  } else {
+    registers_up<kConsumerRegisters>();
+    consume<kDim, kTurns>(p, shared, bars);
+  }
+}
+
+template <int kDim>
+void forward(cudaStream_t stream, const AttentionArgs& a, const ForwardParams& p) {
+  const CUtensorMap map = make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows);
+  static_assert(kTileRows == kKeys, "one map serves both");
+  launch(forward_kernel<kDim, true>, ForwardShared<kDim>::kBytes, stream, "attention forward", map,
+         p);
+}
+
+}  // namespace
+}  // namespace own
+
+void own_attention_forward(cudaStream_t stream, const AttentionArgs& a,
+                           const AttentionForwardLayout& layout, char* scratch) {
+  auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
+  auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
+  own::Prepare prepare{};
+  prepare.offsets = static_cast<const std::int32_t*>(a.seq_offsets.data);
+  prepare.sequences = static_cast<int>(a.seq_offsets.dim(0) - 1);
+  prepare.by_prefix = tiles;
+  prepare.count = count;
+  prepare.tokens = a.qkv.dim(0);
+  prepare.zero0 = static_cast<char*>(a.out.data);
+  prepare.zero0_bytes = a.out.dim(1) * dtype_bytes(a.out.dtype);
+  prepare.zero1 = static_cast<char*>(a.lse.data);
+  prepare.zero1_bytes = a.spec.heads * 4;
+  own::prepare(stream, prepare, a.seq_len_max);
+  const own::ForwardParams p{tiles,
+                             count,
+                             static_cast<own::Bf16*>(a.out.data),
+                             static_cast<float*>(a.lse.data),
+                             static_cast<int>(a.spec.heads),
+                             static_cast<int>(a.spec.kv_heads),
+                             static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30)),
+                             a.spec.scale};
+  if (a.spec.head_dim == 128)
+    own::forward<128>(stream, a, p);
+  else
+    own::forward<64>(stream, a, p);
+}
+
+}  // namespace tandem::kernels::cuda
