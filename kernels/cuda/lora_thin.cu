@@ -27,8 +27,9 @@ struct Tiles {
 /// Chunk of eight ranks of one row of B, or of eight inputs of one row of A; zeros for a null row
 /// and from element `valid` on.
 __device__ inline void copy_chunk(bf16_t* to, const bf16_t* row, int at, int valid, bool aligned) {
-  if (row == nullptr || at >= valid) return copy_async(to, nullptr);
-  if (aligned && at + kChunk <= valid) return copy_async(to, row + at);
+  const bool present = row != nullptr && at < valid;
+  if (!present || (aligned && at + kChunk <= valid))
+    return copy_16_async(to, present ? row + at : to, present);
   for (int j = 0; j < kChunk; ++j) to[j] = at + j < valid ? row[at + j] : bf16_t{};
 }
 __device__ inline bool is_aligned(const void* p) {
@@ -138,8 +139,9 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
         const int row = e / (kStep / kChunk), chunk = e % (kStep / kChunk);
         const int at = k + chunk * kChunk;
         const bool inside = row0 + row < v.t && at < k_end;
-        copy_async(tile + row * kStep + swizzled(row, chunk),
-                   inside ? wide + static_cast<std::int64_t>(row0 + row) * width + at : nullptr);
+        copy_16_async(tile + row * kStep + swizzled(row, chunk),
+                      wide + (inside ? static_cast<std::int64_t>(row0 + row) * width + at : 0),
+                      inside);
       }
       load_factor<kColumns, kIsU>(v, group, entries, k, k_end, width, tile + T::kWide);
     }
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
           const int column = c + lane / 16 * 8 + lane % 8;
           load_matrices(f, factor + column * kStep + swizzled(column, k / kChunk + lane / 8 % 2));
         } else {
-          load_transposed(f, factor + (k + lane % 16) * T::kBRow + c + lane / 16 * 8);
+          load_matrices_transposed(f, factor + (k + lane % 16) * T::kBRow + c + lane / 16 * 8);
         }
         mma_bf16(sum[c / 8], x[0], x[1], x[2], x[3], f[0], f[1]);
         mma_bf16(sum[c / 8 + 1], x[0], x[1], x[2], x[3], f[2], f[3]);

@@ -6,6 +6,7 @@
 #include "kernels/cuda/lora_rows.cuh"
 #include "kernels/cuda/lora_thin.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/shared_tiles.cuh"
 
 #include <cooperative_groups.h>
 
@@ -17,37 +18,12 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 4;
 constexpr int kChunk = 8;  ///< elements of one 16-byte copy
 
-/// 16 bytes to shared memory, zeros when `from` is null.
-__device__ inline void copy_async(bf16_t* to, const bf16_t* from) {
-  if (from == nullptr) {
-    *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
-    return;
-  }
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-}
 __device__ inline void commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 template <int kPending>
 __device__ inline void wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-/// Four 8x8 matrices; lane 8 j + i gives row i of matrix j.
-__device__ inline void load_matrices(std::uint32_t (&m)[4], const bf16_t* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
-               : "memory");
-}
-__device__ inline void load_transposed(std::uint32_t (&m)[4], const bf16_t* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
-               : "memory");
 }
 
 /// Chunk `chunk` of a row whose chunks are a multiple of 8: rows that ldmatrix reads together lie

@@ -64,18 +64,19 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
       for (int e = tid; e < T::kWide / kChunk; e += kThreads) {
         const int row = e / (T::kWidth / kChunk), chunk = e % (T::kWidth / kChunk);
         const int at = column0 + chunk * kChunk;
-        copy_async(tile + row * T::kWidth + swizzled(row, chunk),
-                   t0 + row < v.t && at < column_end
-                       ? wide + static_cast<std::int64_t>(t0 + row) * width + at
-                       : nullptr);
+        const bool inside = t0 + row < v.t && at < column_end;
+        copy_16_async(tile + row * T::kWidth + swizzled(row, chunk),
+                      wide + (inside ? static_cast<std::int64_t>(t0 + row) * width + at : 0),
+                      inside);
       }
       for (int e = tid; e < T::kRows * kColumns / kChunk; e += kThreads) {
         const int row = e / (kColumns / kChunk), at = e % (kColumns / kChunk) * kChunk;
-        copy_async(
+        const bool inside = t0 + row < v.t && at < group.columns;
+        copy_16_async(
             tile + T::kWide + row * T::kCoefRow + at,
-            t0 + row < v.t && at < group.columns
-                ? coefficients + static_cast<std::int64_t>(t0 + row) * v.columns + group.column + at
-                : nullptr);
+            coefficients +
+                (inside ? static_cast<std::int64_t>(t0 + row) * v.columns + group.column + at : 0),
+            inside);
       }
     }
     commit();
@@ -107,12 +108,12 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
 #pragma unroll
       for (int n = 0; n < kWarpColumns; n += 16) {
         const int row = t + lane % 16, chunk = (beside * kWarpColumns + n) / kChunk + lane / 16;
-        load_transposed(x[n / 16], tile + row * T::kWidth + swizzled(row, chunk));
+        load_matrices_transposed(x[n / 16], tile + row * T::kWidth + swizzled(row, chunk));
       }
 #pragma unroll
       for (int c = 0; c < kColumns; c += 16) {
         std::uint32_t f[4];
-        load_transposed(
+        load_matrices_transposed(
             f, factor + (t + lane / 16 * 8 + lane % 8) * T::kCoefRow + c + lane / 8 % 2 * 8);
 #pragma unroll
         for (int n = 0; n < kWarpColumns / 8; ++n)
