@@ -29,10 +29,21 @@ struct LinearForwardLayout {
 };
 LinearForwardLayout linear_forward_layout(const LinearArgs& args, const DeviceProfile& profile);
 
+/// du and dB in one pass over dy (lora_thin_pair.cu): what its blocks leave to be added up.
+struct ThinPairLayout {
+  std::int64_t columns = 0;  ///< of the kernel, at least rank_max; 0: two passes instead
+  std::int64_t width = 0;    ///< columns of dy a block takes
+  std::int64_t blocks = 0;   ///< of columns, over all sites
+  std::int64_t parts = 0;    ///< of the rows
+  std::int64_t du = 0;       ///< [blocks, T, rank_max] f32
+  std::int64_t db = 0;       ///< [parts, N, rank_max] f32
+};
+
 struct LinearBackwardLayout {
   std::int64_t columns = 0;
   bool single = false;
   bool thin = false;
+  ThinPairLayout pair;  ///< thin
   std::int64_t u = 0;   ///< [T, columns] cd, where forward kept none
   std::int64_t du = 0;  ///< [T, columns] cd: s dy B
   std::int64_t a = 0;   ///< single: [columns, I] cd

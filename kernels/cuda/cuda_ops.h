@@ -14,6 +14,8 @@
 
 namespace tandem::kernels::cuda {
 
+struct LinearBackwardLayout;  // cuda_workspace.h
+class Scratch;
 class AttentionPlans;  // ops_attention.cu
 class PinnedRing;      // cuda_ops.cc
 class Graphs;          // cuda_ops.cc
@@ -62,8 +64,9 @@ class CudaOps final : public Ops {
   void extended_product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
                         const Matrix& u, const Matrix& c, const Matrix& out, const void* bias,
                         void* gemm);
-  void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a, const Tensor& u,
-                            const Tensor& du, const Tensor& factor_a, void* gemm);
+  void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
+                            const LinearBackwardLayout& layout, const Scratch& scratch,
+                            const Tensor& u, const Tensor& du);
 
   [[nodiscard]] cudaStream_t stream(const Exec& exec) const {
     return exec.stream.handle != nullptr ? static_cast<cudaStream_t>(exec.stream.handle) : stream_;

@@ -5,6 +5,7 @@
 // atomics, no scratch. With dropout the pass is made once a site and the mask drawn on the way.
 #pragma once
 
+#include "kernels/cuda_workspace.h"
 #include "kernels/op_args.h"
 
 #include <cuda_runtime.h>
@@ -28,6 +29,11 @@ void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const Tensor& x, c
 /// du = s dy B; a [sites * rank_max, I]: A, unscaled.
 void lora_thin_du(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& du,
                   const Tensor& a);
+/// Both of du and dB, in one pass over dy and one over what it leaves in `du_parts` and `db_parts`
+/// (where the layout says); a as for lora_thin_du.
+void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& layout,
+                    const Tensor& dy, const Tensor& u, const Tensor& du, const Tensor& a,
+                    float* du_parts, float* db_parts);
 /// dA += du^T dropout(x).
 void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x, const Tensor& du);
 /// dB += dy^T u.

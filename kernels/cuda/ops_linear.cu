@@ -272,18 +272,23 @@ void CudaOps::extended_product(cudaStream_t stream, Numerics numerics, const Mat
   blas_.product(stream, numerics, a, b, out, true, bias, gemm);
 }
 
-void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a, const Tensor& u,
-                                   const Tensor& du, const Tensor& factor_a, void* gemm) {
+void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
+                                   const LinearBackwardLayout& layout, const Scratch& scratch,
+                                   const Tensor& u, const Tensor& du) {
   const cudaStream_t s = stream(exec);
   const ThinSites sites{a.sites, *a.adapters};
   const bool drops = a.adapters->dropout > 0.0f, extends = a.dx.defined() && !drops;
+  const Tensor factor_a = scratch.tensor(layout.a, a.x.dtype, Shape{layout.columns, a.x.dim(1)});
+  void* gemm = scratch.at<char>(layout.gemm);
   if (!a.u.defined()) lora_thin_u(s, sites, a.x, u, {});
-  {
-    const Profiler::Scope pass = pass_scope(profiler_, s, "du", a.dy);
-    lora_thin_du(s, sites, a.dy, du, extends ? factor_a : Tensor{});
-  }
-  {
-    const Profiler::Scope pass = pass_scope(profiler_, s, "db", a.dy);
+  const Tensor gathered = extends ? factor_a : Tensor{};
+  if (layout.pair.columns > 0) {
+    const Profiler::Scope pass = pass_scope(profiler_, s, "du db", a.dy);
+    lora_thin_pair(s, sites, layout.pair, a.dy, u, du, gathered, scratch.at<float>(layout.pair.du),
+                   scratch.at<float>(layout.pair.db));
+  } else {
+    const Profiler::Scope pass = pass_scope(profiler_, s, "du, db", a.dy);
+    lora_thin_du(s, sites, a.dy, du, gathered);
     lora_thin_db(s, sites, a.dy, u);
   }
   {
@@ -377,9 +382,7 @@ void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
       blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
     return lora_segments_backward(s, a, u, du);
   }
-  if (layout.thin)
-    return linear_backward_thin(exec, a, u, du, scratch.tensor(layout.a, cd, Shape{columns, i}),
-                                gemm);
+  if (layout.thin) return linear_backward_thin(exec, a, layout, scratch, u, du);
   const Sites sites = make_sites(a.sites, *a.adapters);
   const Single single{s,
                       exec.numerics,
