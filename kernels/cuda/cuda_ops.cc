@@ -107,10 +107,40 @@ CudaOps::CudaOps(const CudaOptions& options, const DeviceProfile& profile)
       ring_(std::make_unique<PinnedRing>()),
       graphs_(std::make_unique<Graphs>()) {
   TANDEM_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  for (cudaEvent_t& event : marks_)
+    TANDEM_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
 }
 
 CudaOps::~CudaOps() {
+  for (cudaEvent_t event : marks_) (void)cudaEventDestroy(event);
+  for (cudaStream_t made : made_streams_) (void)cudaStreamDestroy(made);
   (void)cudaStreamDestroy(stream_);
+}
+
+Stream CudaOps::make_stream(bool urgent) {
+  int least = 0, greatest = 0;
+  TANDEM_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  cudaStream_t made = nullptr;
+  TANDEM_CUDA(
+      cudaStreamCreateWithPriority(&made, cudaStreamNonBlocking, urgent ? greatest : least));
+  made_streams_.push_back(made);
+  return {made};
+}
+
+std::uint64_t CudaOps::mark(Exec& exec) {
+  const std::uint64_t mark = next_mark_++;
+  cudaEvent_t event = marks_[mark % kMarksMax];
+  TANDEM_CUDA(cudaEventSynchronize(event));  // of the mark that it held before
+  TANDEM_CUDA(cudaEventRecord(event, stream(exec)));
+  return mark;
+}
+
+bool CudaOps::passed(std::uint64_t mark) {
+  if (mark + kMarksMax < next_mark_) return true;  // mark() has waited for it
+  const cudaError_t code = cudaEventQuery(marks_[mark % kMarksMax]);
+  if (code == cudaErrorNotReady) return false;
+  TANDEM_CUDA(code);
+  return true;
 }
 
 void CudaOps::synchronize(Exec& exec) {

@@ -10,7 +10,9 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <memory>
+#include <vector>
 
 namespace tandem::kernels::cuda {
 
@@ -29,6 +31,9 @@ class CudaOps final : public Ops {
 
   const DeviceProfile& profile() const override { return profile_; }
   void synchronize(Exec&) override;
+  Stream make_stream(bool urgent) override;
+  std::uint64_t mark(Exec& exec) override;
+  bool passed(std::uint64_t mark) override;
   void replay(Exec& exec, std::uint64_t key, const std::function<void()>& body) override;
   std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i) const override {
     return kernels::packed_weight_bytes(dtype, n, i, profile_);
@@ -75,6 +80,9 @@ class CudaOps final : public Ops {
   const CudaOptions options_;
   const DeviceProfile profile_;
   cudaStream_t stream_ = nullptr;  ///< of every Exec that names none
+  std::vector<cudaStream_t> made_streams_;
+  std::array<cudaEvent_t, kMarksMax> marks_{};  ///< of mark m at m % kMarksMax
+  std::uint64_t next_mark_ = 0;
   mutable Profiler profiler_;
   Blas blas_{profiler_};
   std::unique_ptr<PinnedRing> ring_;

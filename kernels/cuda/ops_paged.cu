@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads) simple_kernel(const PagedView v, int
       o[d] = x;
     }
   }
+  __syncthreads();  // all are done with p
   if (warp == 0 && lane == 0) p[0] = sum;
   __syncthreads();
   T* out = static_cast<T*>(v.out) + v.out_at(tile.row, head);

@@ -282,12 +282,12 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
 
 }  // namespace
 
-// Enough blocks for several rounds over the device, each with at least one block of keys a warp. A
+// Enough blocks for two rounds over the device (more cost more than they balance), each with at least one block of keys a warp. A
 // function of bounds alone.
 int paged_decode_splits(const PagedView& v, std::int64_t kv_len_max, const DeviceProfile& profile) {
   if (profile.compute_capability < 90) return 1;
   const std::int64_t blocks = std::int64_t{decode_tiles(v)} * head_parts(v);
-  const std::int64_t wanted = std::int64_t{12} * profile.sm_count;
+  const std::int64_t wanted = std::int64_t{6} * profile.sm_count;
   int splits = 1;
   while (splits < kSplitsMax && splits * blocks < wanted &&
          2 * splits * kWarps * kKeys <= kv_len_max)

@@ -152,6 +152,7 @@ Result<std::shared_ptr<const AdapterWeights>> build_adapter(
   auto own = std::make_shared<OwnArena>(allocator, ledger, static_cast<std::int64_t>(host.size()));
   const kernels::Tensor flat = own->arena.alloc({layout.elements}, dtype);
   ops.upload(exec, host, flat);
+  ops.synchronize(exec);  // training, which probes it, and serving have queues of their own
   return layout.view(config, flat, std::move(own));
 }
 

@@ -231,6 +231,7 @@ std::shared_ptr<const model::AdapterWeights> LoraParams::snapshot() const {
                                                 flat_bytes(layout_.elements, compute_.dtype));
   const Tensor flat = arena->alloc(compute_.shape, compute_.dtype);
   parts_.context.ops.copy(parts_.context.exec, compute_, flat);
+  parts_.context.ops.synchronize(parts_.context.exec);  // whoever serves it has a queue of its own
   return layout_.view(parts_.weights.base().config(), flat, std::move(arena));
 }
 

@@ -52,7 +52,7 @@ class ModelGoldens : public testing::TestWithParam<std::string> {
  protected:
   ModelGoldens()
       : golden(GetParam()),
-        engine(kernels::make_cpu_backend({2, 0}), golden.config(), DType::kF32,
+        engine(make_test_backend(2), golden.config(), DType::kF32,
                *worker::model::make_safetensors_source(golden.weights())),
         transformer(*engine.weights, &engine.adapters, {0, golden.config().layers}),
         batch(golden.pack("", 0, 4)) {
@@ -187,7 +187,7 @@ class TrainedGoldens : public testing::TestWithParam<std::string> {};
 
 TEST_P(TrainedGoldens, FiftyStepsFollowPeft) {
   const ModelGolden golden(GetParam());
-  Engine engine(kernels::make_cpu_backend({2, 0}), golden.config(), DType::kF32,
+  Engine engine(make_test_backend(2), golden.config(), DType::kF32,
                 *worker::model::make_safetensors_source(golden.weights()));
   const auto micro = golden.get<std::int32_t>("train_micro");
   std::vector<worker::data::OptimizerStep> steps;
