@@ -16,6 +16,8 @@
 
 namespace tandem::kernels::cuda {
 
+struct LinearBackwardLayout;  // cuda_workspace.h
+class Scratch;
 class PinnedRing;      // cuda_ops.cc
 class Graphs;          // cuda_ops.cc
 
@@ -60,6 +62,15 @@ class CudaOps final : public Ops {
   void do_sample(Exec&, const SampleArgs&) override;
   void do_squared_norm(Exec&, const SquaredNormArgs&) override;
   void do_adamw(Exec&, const AdamWArgs&) override;
+
+  // -- ops_linear.cu
+  /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
+  void extended_product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
+                        const Matrix& u, const Matrix& c, const Matrix& out, const void* bias,
+                        void* gemm);
+  void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
+                            const LinearBackwardLayout& layout, const Scratch& scratch,
+                            const Tensor& u, const Tensor& du);
 
   [[nodiscard]] cudaStream_t stream(const Exec& exec) const {
     return exec.stream.handle != nullptr ? static_cast<cudaStream_t>(exec.stream.handle) : stream_;
@@ -109,5 +120,8 @@ void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& site
 /// defined.
 void lora_segments_backward(cudaStream_t stream, const LinearBackwardArgs& args, Tensor u,
                             Tensor du);
+/// dx += dropout'(du A) of each site.
+void lora_segments_dx(cudaStream_t stream, const std::vector<LoraSite>& sites,
+                      const AdapterRows& rows, Tensor du, Tensor dx);
 
 }  // namespace tandem::kernels::cuda
