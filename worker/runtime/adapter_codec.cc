@@ -14,18 +14,6 @@ using Json = nlohmann::json;
 
 constexpr const char* kPeftPrefix = "base_model.model.";
 
-std::vector<std::byte> to_bytes(std::span<const float> values, DType dtype) {
-  std::vector<std::byte> bytes(values.size() * static_cast<std::size_t>(dtype_bytes(dtype)));
-  if (dtype == DType::kF32) {
-    std::memcpy(bytes.data(), values.data(), bytes.size());
-    return bytes;
-  }
-  TANDEM_CHECK(dtype == DType::kBF16, dtype_name(dtype));
-  auto* out = reinterpret_cast<bf16*>(bytes.data());
-  for (std::size_t i = 0; i < values.size(); ++i) out[i] = to_bf16(values[i]);
-  return bytes;
-}
-
 Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std::string& dtype,
                                      const std::string& name) {
   const auto parsed = parse_dtype(dtype);
@@ -42,11 +30,9 @@ Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std
   return values;
 }
 
-/// Adds a tensor to a manifest and its chunks to the object, which keeps the bytes.
+/// Adds a tensor to a manifest and its chunks to the object.
 void add_tensor(PackedObject& object, storage::Manifest& manifest, const std::string& name,
-                DType dtype, std::vector<std::int64_t> shape, std::vector<std::byte> data) {
-  object.buffers.push_back(std::move(data));
-  const std::span<const std::byte> bytes = object.buffers.back();
+                DType dtype, std::vector<std::int64_t> shape, std::span<const std::byte> bytes) {
   manifest.tensors.push_back(
       storage::describe_tensor(name, dtype_name(dtype), std::move(shape), bytes));
   const auto& chunks = manifest.tensors.back().chunks;
@@ -176,31 +162,31 @@ storage::PeftConfig peft_config(const model::LoraConfig& lora) {
 }
 
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
-                                  std::span<const model::HostAdapterTensor> tensors, DType dtype) {
+                                  std::shared_ptr<const model::FlatAdapter> adapter) {
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kAdapter;
-  for (const auto& t : tensors) {
-    const std::string site = kPeftPrefix + model::site_path(t.layer, t.site);
-    const auto inputs = static_cast<std::int64_t>(t.a.size()) / t.rank,
-               outputs = static_cast<std::int64_t>(t.b.size()) / t.rank;
-    add_tensor(object, manifest, site + ".lora_A.weight", dtype, {t.rank, inputs},
-               to_bytes(t.a, dtype));
-    add_tensor(object, manifest, site + ".lora_B.weight", dtype, {outputs, t.rank},
-               to_bytes(t.b, dtype));
+  for (const auto& pair : adapter->layout.pairs) {
+    const std::string site = kPeftPrefix + model::site_path(pair.layer, pair.site);
+    add_tensor(object, manifest, site + ".lora_A.weight", adapter->dtype, {pair.rank, pair.i},
+               adapter->part(pair.a_begin, pair.rank * pair.i));
+    add_tensor(object, manifest, site + ".lora_B.weight", adapter->dtype, {pair.n, pair.rank},
+               adapter->part(pair.b_begin, pair.n * pair.rank));
   }
+  object.storage = std::move(adapter);
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
 
 Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
-                                     const train::TrainState& state) {
+                                     std::shared_ptr<const train::TrainState> state) {
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kCheckpoint;
-  for (const auto& t : state.tensors)
-    add_tensor(object, manifest, t.name, DType::kF32, t.shape, to_bytes(t.values, DType::kF32));
+  for (const auto& t : state->tensors)
+    add_tensor(object, manifest, t.name, DType::kF32, t.shape, std::as_bytes(std::span(t.values)));
   Json settings = lora_settings(base_model, config);
-  settings["state"] = state.json;
+  settings["state"] = state->json;
+  object.storage = std::move(state);
   return finish(std::move(object), manifest, settings);
 }
 
@@ -215,8 +201,7 @@ Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdap
     modules.insert(site.site.substr(site.site.rfind('.') + 1));
     for (const auto& [half, tensor] :
          {std::pair{".lora_A.weight", &site.a}, {".lora_B.weight", &site.b}})
-      add_tensor(object, manifest, path + half, tensor->dtype, tensor->shape,
-                 std::vector<std::byte>(tensor->bytes.begin(), tensor->bytes.end()));
+      add_tensor(object, manifest, path + half, tensor->dtype, tensor->shape, tensor->bytes);
   }
   config.target_modules.assign(modules.begin(), modules.end());
   return finish(std::move(object), manifest, lora_settings(base_model, config));

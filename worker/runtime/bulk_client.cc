@@ -14,8 +14,9 @@ constexpr std::size_t kInFlightMax = 256;             ///< calls sent and not an
 constexpr std::int64_t kInFlightBytesMax = 64 << 20;  ///< payload of those
 constexpr TimeMs kResendMs = 5000, kPollMs = 100;
 constexpr std::size_t kHasBatch = 4096;
-constexpr std::size_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
-constexpr std::size_t kGroupBytesMax = 8 << 20;
+constexpr std::int64_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
+constexpr std::int64_t kGroupBytesMax = 8 << 20;
+constexpr std::size_t kAskBytesMin = 16 << 20;  ///< less is sent without asking what is there
 
 std::uint64_t& call_id(protocol::BulkRequest& request) {
   return std::visit([](auto& r) -> std::uint64_t& { return r.call; }, request);
@@ -34,12 +35,14 @@ void BulkClient::send_due(std::vector<Call>& calls, std::size_t& in_flight) {
     if (call.done) continue;
     const bool due = call.sent_ms < 0 || now - call.sent_ms > scaled_ms(kResendMs);
     if (due) {
-      const protocol::Bytes payload(call.payload.begin(), call.payload.end());
+      protocol::Bytes payload;
+      payload.reserve(static_cast<std::size_t>(call.bytes));
+      for (const auto& part : call.parts) payload.insert(payload.end(), part.begin(), part.end());
       if (!endpoint_->send(protocol::encode(call.request), payload).ok())
         return;  // full or away: later
       call.sent_ms = now;
     }
-    bytes += static_cast<std::int64_t>(call.payload.size());
+    bytes += call.bytes;
     if (++in_flight >= kInFlightMax || bytes >= kInFlightBytesMax) return;
   }
 }
@@ -70,51 +73,53 @@ Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
   return {};
 }
 
-Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
-                       TimeMs deadline_ms) {
+Result<std::vector<bool>> BulkClient::ask(std::span<const BlobView> blobs, TimeMs deadline_ms) {
   std::vector<Call> questions;
   for (std::size_t i = 0; i < blobs.size(); i += kHasBatch) {
     protocol::BlobHas has;
     for (const auto& blob : blobs.subspan(i, std::min(kHasBatch, blobs.size() - i)))
       has.digests.push_back(blob.digest);
-    questions.push_back({.request = std::move(has), .payload = {}, .reply = {}, .data = {}});
+    questions.push_back({.request = std::move(has), .parts = {}, .reply = {}, .data = {}});
   }
   TANDEM_RETURN_IF_ERROR(run(questions, deadline_ms));
+  std::vector<bool> known;
+  for (const Call& question : questions) {
+    TANDEM_RETURN_IF_ERROR(question.reply.status);
+    known.insert(known.end(), question.reply.has.begin(), question.reply.has.end());
+  }
+  known.resize(blobs.size());
+  return known;
+}
+
+Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
+                       TimeMs deadline_ms) {
+  std::size_t total = 0;
+  for (const BlobView& blob : blobs) total += blob.bytes.size();
+  std::vector<bool> known(blobs.size(), false);
+  if (total > kAskBytesMin) {
+    TANDEM_ASSIGN_OR_RETURN(known, ask(blobs, deadline_ms));
+  }
   // Small blobs travel together: one message and one commit for an adapter, not one for each
   // tensor.
   std::vector<Call> puts;
-  std::vector<std::vector<std::byte>> payloads;
-  protocol::BlobPut group{0, {}, pin, {}};
-  std::vector<std::byte> bytes;
-  auto send_group = [&] {
-    if (group.parts.empty()) return;
-    payloads.push_back(std::move(bytes));
-    puts.push_back({.request = std::exchange(group, {0, {}, pin, {}}),
-                    .payload = payloads.back(),
-                    .reply = {},
-                    .data = {}});
-    bytes.clear();
-  };
-  std::size_t index = 0;
-  for (const Call& question : questions) {
-    TANDEM_RETURN_IF_ERROR(question.reply.status);
-    for (bool has : question.reply.has) {
-      const BlobView& blob = blobs[index++];
-      if (has) continue;
-      if (blob.bytes.size() <= kGroupedBytesMax) {
-        if (bytes.size() + blob.bytes.size() > kGroupBytesMax || group.parts.size() >= kHasBatch)
-          send_group();
-        bytes.insert(bytes.end(), blob.bytes.begin(), blob.bytes.end());
-        group.parts.push_back({blob.digest, static_cast<std::int64_t>(blob.bytes.size())});
-        continue;
-      }
-      puts.push_back({.request = protocol::BlobPut{0, blob.digest, pin, {}},
-                      .payload = blob.bytes,
+  bool grouping = false;  // the last call takes more
+  for (std::size_t i = 0; i < blobs.size(); ++i) {
+    if (known[i]) continue;
+    const BlobView& blob = blobs[i];
+    const auto bytes = static_cast<std::int64_t>(blob.bytes.size());
+    const bool small = bytes <= kGroupedBytesMax;
+    if (!small || !grouping || puts.back().bytes + bytes > kGroupBytesMax ||
+        puts.back().parts.size() >= kHasBatch)
+      puts.push_back({.request = protocol::BlobPut{0, small ? Digest{} : blob.digest, pin, {}},
+                      .parts = {},
                       .reply = {},
                       .data = {}});
-    }
+    grouping = small;
+    if (small)
+      std::get<protocol::BlobPut>(puts.back().request).parts.push_back({blob.digest, bytes});
+    puts.back().parts.push_back(blob.bytes);
+    puts.back().bytes += bytes;
   }
-  send_group();
   TANDEM_RETURN_IF_ERROR(run(puts, deadline_ms));
   for (const Call& call : puts) TANDEM_RETURN_IF_ERROR(call.reply.status);
   return {};
@@ -125,7 +130,7 @@ Result<std::vector<std::vector<std::byte>>> BulkClient::get(std::span<const Dige
   std::vector<Call> calls;
   for (const Digest& digest : digests)
     calls.push_back(
-        {.request = protocol::BlobGet{0, digest, 0, 0}, .payload = {}, .reply = {}, .data = {}});
+        {.request = protocol::BlobGet{0, digest, 0, 0}, .parts = {}, .reply = {}, .data = {}});
   TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
   std::vector<std::vector<std::byte>> blobs;
   for (std::size_t i = 0; i < calls.size(); ++i) {

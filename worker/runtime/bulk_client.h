@@ -27,7 +27,8 @@ class BulkClient {
  public:
   BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock);
 
-  /// Makes every blob durable at the coordinator: asks which are missing, sends those.
+  /// Makes every blob durable at the coordinator. What is large asks first which are missing; what
+  /// is small is sent at once, which takes no longer than the answer.
   /// `deadline_ms` 0: for as long as it takes. Errors: kTimeout, kCancelled, or what the
   /// coordinator said (full disk).
   Status put(std::span<const BlobView> blobs, const std::string& pin, TimeMs deadline_ms = 0);
@@ -43,13 +44,16 @@ class BulkClient {
  private:
   struct Call {
     protocol::BulkRequest request;
-    std::span<const std::byte> payload;
+    std::vector<std::span<const std::byte>> parts;  ///< of the payload, one after another
+    std::int64_t bytes = 0;                         ///< of all parts
     protocol::BlobReply reply;
     std::vector<std::byte> data;
     bool done = false;
     TimeMs sent_ms = -1;
   };
   Status run(std::vector<Call>& calls, TimeMs deadline_ms);
+  /// For each blob whether the coordinator has it.
+  Result<std::vector<bool>> ask(std::span<const BlobView> blobs, TimeMs deadline_ms);
   void send_due(std::vector<Call>& calls, std::size_t& in_flight);
 
   std::unique_ptr<protocol::ClientEndpoint> endpoint_;
