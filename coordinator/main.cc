@@ -1,6 +1,7 @@
 // tandem-coordinator: settings, registry, sockets, loop.
 #include "coordinator/bulk_server.h"
 #include "coordinator/coordinator_loop.h"
+#include "protocol/base/environment.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "protocol/key_file.h"
@@ -328,5 +329,6 @@ int run_main(int argc, char** argv) {
 }  // namespace tandem::coordinator
 
 int main(int argc, char** argv) {
+  tandem::start_with_environment({tandem::kMallocHugePages}, argv);
   return tandem::coordinator::run_main(argc, argv);
 }

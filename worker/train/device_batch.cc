@@ -48,7 +48,7 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
 model::TokenBatch upload_twice(model::Context& ctx, const std::vector<std::int32_t>& tokens,
                                std::int64_t rank_max) {
   const auto count = static_cast<std::int32_t>(tokens.size());
-  const std::int64_t rows = round_up(std::int64_t{2} * count, kSmallBucket);
+  const std::int64_t rows = 2 * count;
   std::vector<std::int32_t> ids, positions;
   for (int copy = 0; copy < 2; ++copy)
     for (std::int32_t at = 0; at < count; ++at) {
@@ -62,8 +62,7 @@ model::TokenBatch upload_twice(model::Context& ctx, const std::vector<std::int32
   batch.seq_len_max = count;
   batch.adapters.segments_max = 2;
   batch.adapters.rank_max = rank_max;
-  batch.adapters.segment_offsets =
-      upload_padded(ctx, {0, count, static_cast<std::int32_t>(rows)}, 3, 0);
+  batch.adapters.segment_offsets = batch.seq_offsets;
   batch.adapters.segment_slots = upload_padded(ctx, {0, 1}, 2, -1);
   return batch;
 }

@@ -9,7 +9,7 @@ namespace tandem::worker::train {
 /// Tokens of a micro-batch are rounded up to a multiple of this with inert rows, so that few
 /// different shapes exist (products are set up once per shape).
 inline constexpr std::int64_t kTokenBucket = 64;
-/// Of batches that are bounded below kTokenBucket, and of probes.
+/// Of batches that are bounded below kTokenBucket.
 inline constexpr std::int64_t kSmallBucket = 16;
 
 struct DeviceBatch {

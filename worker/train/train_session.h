@@ -88,9 +88,9 @@ struct SessionOptions {
   const std::vector<model::HostAdapterTensor>* initial = nullptr;
 };
 
-/// Tokens of a probe's prompt at most: twice as many rows are one tile of a product, and all their
-/// logits are held at once.
-inline constexpr std::int64_t kProbeTokens = 8;
+/// Tokens of a probe's prompt at most. Few are enough: each token passes every tensor of the
+/// adapter. All logits are held at once.
+inline constexpr std::int64_t kProbeTokens = 4;
 
 class TrainSession {
  public:

@@ -232,7 +232,7 @@ TEST_P(Probe, ReloadedAdapterAndSnapshotGiveTheTrainedLogitsExactly) {
   auto engine = test::cpu_engine(test::tiny_config(), GetParam());
   auto session = start(*engine, small_options(), small_batches());
   run(*session);
-  const std::vector<std::int32_t> prompt{5, 9, 60, 2, 2, 17, 90};
+  const std::vector<std::int32_t> prompt{5, 9, 60, 2};
   const auto reload = [&](const auto& published) {
     return Result(model::build_adapter(*engine->backend.ops, engine->exec,
                                        *engine->backend.allocator, *engine->backend.ledger,
