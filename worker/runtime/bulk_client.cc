@@ -15,7 +15,8 @@ constexpr std::int64_t kInFlightBytesMax = 64 << 20;  ///< payload of those
 constexpr TimeMs kResendMs = 5000, kPollMs = 100;
 constexpr std::size_t kHasBatch = 4096;
 constexpr std::int64_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
-constexpr std::int64_t kGroupBytesMax = 8 << 20;
+/// Small enough that storing one group and sending the next overlap.
+constexpr std::int64_t kGroupBytesMax = 4 << 20;
 constexpr std::size_t kAskBytesMin = 16 << 20;  ///< less is sent without asking what is there
 
 std::uint64_t& call_id(protocol::BulkRequest& request) {

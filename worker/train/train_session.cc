@@ -369,7 +369,10 @@ double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
                                  std::shared_ptr<const model::AdapterWeights> other) {
   const auto tokens = static_cast<std::int64_t>(prompt.size());
   TANDEM_CHECK(tokens >= 1 && tokens <= kProbeTokens, tokens, " tokens");
-  model::Context& ctx = parts_.context;
+  kernels::Exec exec = parts_.context.exec;
+  exec.background = true;  // beside it, the adapter is hashed and uploaded
+  model::Context ctx{parts_.context.ops, exec, parts_.context.comm, parts_.context.activations,
+                     parts_.context.compute_dtype};
   ArenaScope scope(ctx.activations);
   // One pass for both: the prompt twice in a batch, once under each adapter of a table of our own.
   const std::int64_t rank_max = std::max(params_.rank_max(), other->rank_max);
