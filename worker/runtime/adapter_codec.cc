@@ -1,5 +1,7 @@
 #include "worker/runtime/adapter_codec.h"
 
+#include "worker/model/peft.h"
+
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
@@ -137,18 +139,6 @@ FetchBlobs PackedObject::fetch() const {
   };
 }
 
-std::optional<SitePlace> parse_site_path(const std::string& path) {
-  constexpr const char* kPrefix = "model.layers.";
-  if (!path.starts_with(kPrefix)) return std::nullopt;
-  char* end = nullptr;
-  const std::int64_t layer = std::strtoll(path.c_str() + std::strlen(kPrefix), &end, 10);
-  for (int i = 0; i < model::kSiteCount; ++i)
-    if (const auto site = static_cast<model::Site>(i);
-        layer >= 0 && model::site_path(layer, site) == path)
-      return SitePlace{layer, site};
-  return std::nullopt;
-}
-
 storage::PeftConfig peft_config(const model::LoraConfig& lora) {
   storage::PeftConfig config;
   config.r = lora.r;
@@ -242,14 +232,14 @@ Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& 
   for (std::size_t i = 0; i < manifest.tensors.size(); ++i) {
     const auto& tensor = manifest.tensors[i];
     const auto name = split_name(tensor.name, manifest.kind);
-    const auto place = name ? parse_site_path(name->first) : std::nullopt;
-    if (!place || place->layer >= model.layers)
+    const auto place = name ? model::parse_site_path(name->first) : std::nullopt;
+    if (!place || place->first >= model.layers)
       return conflict_error(str("adapter tensor ", tensor.name, " matches no site of this model (",
                                 model.layers, " layers)"));
-    const auto shape = model::site_shape(model, place->site);
-    auto& site = sites[{place->layer, place->site}];
-    site.layer = place->layer;
-    site.site = place->site;
+    const auto shape = model::site_shape(model, place->second);
+    auto& site = sites[{place->first, place->second}];
+    site.layer = place->first;
+    site.site = place->second;
     const std::int64_t rank =
         tensor.shape.size() == 2 ? tensor.shape[name->second == 'A' ? 0 : 1] : -1;
     if (rank < 1 || (site.rank && site.rank != rank))

@@ -59,11 +59,4 @@ Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest);
 /// PEFT's configuration of a training run.
 storage::PeftConfig peft_config(const model::LoraConfig& lora);
 
-/// Inverse of model::site_path; nothing for any other text.
-struct SitePlace {
-  std::int64_t layer = 0;
-  model::Site site = model::Site::kQ;
-};
-std::optional<SitePlace> parse_site_path(const std::string& path);
-
 }  // namespace tandem::worker::runtime
