@@ -152,8 +152,10 @@ storage::PeftConfig peft_config(const model::LoraConfig& lora) {
 }
 
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
-                                  std::shared_ptr<const model::FlatAdapter> adapter) {
+                                  std::shared_ptr<const model::FlatAdapter> adapter,
+                                  const std::function<void(const BlobView&)>& on_blob) {
   PackedObject object;
+  std::size_t told = 0;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kAdapter;
   for (const auto& pair : adapter->layout.pairs) {
@@ -162,6 +164,7 @@ Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftC
                adapter->part(pair.a_begin, pair.rank * pair.i));
     add_tensor(object, manifest, site + ".lora_B.weight", adapter->dtype, {pair.n, pair.rank},
                adapter->part(pair.b_begin, pair.n * pair.rank));
+    for (; on_blob && told < object.blobs.size(); ++told) on_blob(object.blobs[told]);
   }
   object.storage = std::move(adapter);
   return finish(std::move(object), manifest, lora_settings(base_model, config));

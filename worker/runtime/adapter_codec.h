@@ -35,8 +35,10 @@ struct PackedObject {
 };
 
 /// `config` gives r, lora_alpha, use_rslora, patterns and target_modules. Nothing is copied.
+/// `on_blob` gets each chunk as soon as it has its name.
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
-                                  std::shared_ptr<const model::FlatAdapter> adapter);
+                                  std::shared_ptr<const model::FlatAdapter> adapter,
+                                  const std::function<void(const BlobView&)>& on_blob = {});
 Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
                                      std::shared_ptr<const train::TrainState> state);
 

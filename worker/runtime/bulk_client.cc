@@ -28,9 +28,9 @@ std::uint64_t& call_id(protocol::BulkRequest& request) {
 BulkClient::BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock)
     : endpoint_(std::move(endpoint)), clock_(clock) {}
 
-void BulkClient::send_due(std::vector<Call>& calls, std::size_t& in_flight) {
+void BulkClient::send_due(std::span<Call> calls) {
   const TimeMs now = clock_.now_ms();
-  in_flight = 0;
+  std::size_t in_flight = 0;
   std::int64_t bytes = 0;
   for (Call& call : calls) {
     if (call.done) continue;
@@ -48,17 +48,19 @@ void BulkClient::send_due(std::vector<Call>& calls, std::size_t& in_flight) {
   }
 }
 
-Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
-  const std::uint64_t first = next_call_;
+void BulkClient::number(std::vector<Call>& calls) {
   for (Call& call : calls) call_id(call.request) = next_call_++;
+}
+
+Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
+  const std::uint64_t first = next_call_ - calls.size();
   const TimeMs end = clock_.now_ms() + scaled_ms(deadline_ms);
   for (std::size_t done = 0; done < calls.size();) {
     if (cancelled_) return cancelled_error("the transfer was cancelled");
     if (deadline_ms > 0 && clock_.now_ms() > end)
       return timeout_error(
           str("no answer from the coordinator's bulk socket for ", deadline_ms, " ms"));
-    std::size_t in_flight = 0;
-    send_due(calls, in_flight);
+    send_due(calls);
     auto envelope = endpoint_->receive(kPollMs);
     if (!envelope) continue;
     auto reply = protocol::decode_blob_reply(envelope->frame);
@@ -82,6 +84,7 @@ Result<std::vector<bool>> BulkClient::ask(std::span<const BlobView> blobs, TimeM
       has.digests.push_back(blob.digest);
     questions.push_back({.request = std::move(has), .parts = {}, .reply = {}, .data = {}});
   }
+  number(questions);
   TANDEM_RETURN_IF_ERROR(run(questions, deadline_ms));
   std::vector<bool> known;
   for (const Call& question : questions) {
@@ -100,29 +103,36 @@ Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
   if (total > kAskBytesMin) {
     TANDEM_ASSIGN_OR_RETURN(known, ask(blobs, deadline_ms));
   }
-  // Small blobs travel together: one message and one commit for an adapter, not one for each
-  // tensor.
-  std::vector<Call> puts;
-  bool grouping = false;  // the last call takes more
-  for (std::size_t i = 0; i < blobs.size(); ++i) {
-    if (known[i]) continue;
-    const BlobView& blob = blobs[i];
-    const auto bytes = static_cast<std::int64_t>(blob.bytes.size());
-    const bool small = bytes <= kGroupedBytesMax;
-    if (!small || !grouping || puts.back().bytes + bytes > kGroupBytesMax ||
-        puts.back().parts.size() >= kHasBatch)
-      puts.push_back({.request = protocol::BlobPut{0, small ? Digest{} : blob.digest, pin, {}},
-                      .parts = {},
-                      .reply = {},
-                      .data = {}});
-    grouping = small;
-    if (small)
-      std::get<protocol::BlobPut>(puts.back().request).parts.push_back({blob.digest, bytes});
-    puts.back().parts.push_back(blob.bytes);
-    puts.back().bytes += bytes;
+  Upload upload(*this, pin);
+  for (std::size_t i = 0; i < blobs.size(); ++i)
+    if (!known[i]) upload.add(blobs[i]);
+  return upload.finish(deadline_ms);
+}
+
+void BulkClient::Upload::add(const BlobView& blob) {
+  const auto bytes = static_cast<std::int64_t>(blob.bytes.size());
+  const bool small = bytes <= kGroupedBytesMax;
+  const bool joins = open_ && small && calls_.back().bytes + bytes <= kGroupBytesMax &&
+                     calls_.back().parts.size() < kHasBatch;
+  if (!joins) {
+    client_.send_due(calls_);  // none of these takes more
+    calls_.push_back(
+        {.request =
+             protocol::BlobPut{client_.next_call_++, small ? Digest{} : blob.digest, pin_, {}},
+         .parts = {},
+         .reply = {},
+         .data = {}});
   }
-  TANDEM_RETURN_IF_ERROR(run(puts, deadline_ms));
-  for (const Call& call : puts) TANDEM_RETURN_IF_ERROR(call.reply.status);
+  open_ = small;
+  Call& call = calls_.back();
+  if (small) std::get<protocol::BlobPut>(call.request).parts.push_back({blob.digest, bytes});
+  call.parts.push_back(blob.bytes);
+  call.bytes += bytes;
+}
+
+Status BulkClient::Upload::finish(TimeMs deadline_ms) {
+  TANDEM_RETURN_IF_ERROR(client_.run(calls_, deadline_ms));
+  for (const Call& call : calls_) TANDEM_RETURN_IF_ERROR(call.reply.status);
   return {};
 }
 
@@ -132,6 +142,7 @@ Result<std::vector<std::vector<std::byte>>> BulkClient::get(std::span<const Dige
   for (const Digest& digest : digests)
     calls.push_back(
         {.request = protocol::BlobGet{0, digest, 0, 0}, .parts = {}, .reply = {}, .data = {}});
+  number(calls);
   TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
   std::vector<std::vector<std::byte>> blobs;
   for (std::size_t i = 0; i < calls.size(); ++i) {
@@ -152,6 +163,7 @@ Status BulkClient::fetch_file(const Digest& root, const std::string& path, TimeM
   for (std::int64_t offset = 0, total = 1; offset < total; offset += kDigestLeafBytes) {
     std::vector<Call> calls(1);
     calls[0].request = protocol::BlobGet{0, root, offset, kDigestLeafBytes};
+    number(calls);
     TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
     TANDEM_RETURN_IF_ERROR(calls[0].reply.status);
     total = calls[0].reply.total_bytes;

@@ -13,6 +13,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace tandem::worker::runtime {
@@ -25,6 +26,7 @@ struct BlobView {
 
 class BulkClient {
  public:
+  class Upload;
   BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock);
 
   /// Makes every blob durable at the coordinator. What is large asks first which are missing; what
@@ -51,15 +53,36 @@ class BulkClient {
     bool done = false;
     TimeMs sent_ms = -1;
   };
+  /// Gives the calls their numbers, one after another.
+  void number(std::vector<Call>& calls);
+  /// Until every call is answered. Their numbers are the newest.
   Status run(std::vector<Call>& calls, TimeMs deadline_ms);
   /// For each blob whether the coordinator has it.
   Result<std::vector<bool>> ask(std::span<const BlobView> blobs, TimeMs deadline_ms);
-  void send_due(std::vector<Call>& calls, std::size_t& in_flight);
+  void send_due(std::span<Call> calls);
 
   std::unique_ptr<protocol::ClientEndpoint> endpoint_;
   const Clock& clock_;
   std::uint64_t next_call_ = 1;
   std::atomic<bool> cancelled_{false};
+};
+
+/// A put whose first bytes travel while the last are still being made. The client does nothing else
+/// until finish(); blobs live until then.
+class BulkClient::Upload {
+ public:
+  Upload(BulkClient& client, std::string pin) : client_(client), pin_(std::move(pin)) {}
+  /// Small blobs travel together: one message and one commit for a stretch of an adapter, not one
+  /// for each tensor. Sends what is complete; never waits.
+  void add(const BlobView& blob);
+  /// Sends the rest and waits until all of it is durable. Errors as put().
+  Status finish(TimeMs deadline_ms = 0);
+
+ private:
+  BulkClient& client_;
+  const std::string pin_;
+  std::vector<Call> calls_;
+  bool open_ = false;  ///< the last call takes more
 };
 
 }  // namespace tandem::worker::runtime

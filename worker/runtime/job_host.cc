@@ -243,15 +243,13 @@ void JobHost::publish() {
   auto task = [packed = packed_, failure, times, adapter, config, &bulk = parts_.bulk,
                start = start_] {
     const std::int64_t begin = steady_ns();
-    auto object = pack_adapter(start.model.digest, config, adapter);
+    BulkClient::Upload upload(bulk, str(start.job, "/", start.epoch));
+    auto object = pack_adapter(start.model.digest, config, adapter,
+                               [&](const BlobView& blob) { upload.add(blob); });
     times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
-    if (object.ok()) {
-      *packed = std::move(*object);
-      *failure = bulk.put(packed->blobs, str(start.job, "/", start.epoch));
-      times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
-    } else {
-      *failure = object.status();
-    }
+    *failure = object.ok() ? upload.finish() : object.status();
+    if (object.ok()) *packed = std::move(*object);
+    times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
   };
   in_background(task, [this, failure, times] {
     if (!failure->ok()) return end(*failure);
