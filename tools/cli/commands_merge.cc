@@ -8,6 +8,7 @@
 #include "worker/runtime/adapter_codec.h"
 #include "worker/text/tokenizer.h"
 
+#include <array>
 #include <filesystem>
 #include <iostream>
 

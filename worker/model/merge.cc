@@ -86,6 +86,7 @@ Result<std::string> hf_config_json(const ModelConfig& config, DType dtype) {
     return refused_error(
         str("a model of family ", config.family, config.qkv_bias ? " with" : " without",
             " biases of q, k and v has no config.json of ours; llama and qwen2 have"));
+  if (config.window != 0) return refused_error("sliding windows have no config.json of ours");
   TANDEM_ASSIGN_OR_RETURN(const Json rope, rope_json(config.rope_scaling));
   Json json{{"architectures", {llama ? "LlamaForCausalLM" : "Qwen2ForCausalLM"}},
             {"model_type", config.family},

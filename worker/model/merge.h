@@ -11,7 +11,7 @@ namespace tandem::worker::model {
 
 /// config.json of a config with weights in `dtype`, for models that come from elsewhere (GGUF).
 /// refused_error: what Hugging Face's configuration cannot say (rope factors of single
-/// frequencies; biases of q, k and v alone in a Llama model).
+/// frequencies; sliding windows; biases of q, k and v in a Llama model).
 Result<std::string> hf_config_json(const ModelConfig& config, DType dtype);
 
 /// Writes `folder`/model.safetensors, durably: every tensor of the base, with W + s B A (in f32) at
