@@ -86,9 +86,11 @@ void FullDisk::refuses_and_loses_nothing(std::int64_t blob_budget_bytes) const {
   EXPECT_FALSE(registry->backup(mount_point_ + "/backup").ok());
   expect_intact(*registry);
   // Small work goes on: the records' file has its full size from the start.
-  auto txn = registry->begin_write().value();
-  EXPECT_TRUE(txn.set_alias("stable", "guide@1", false).ok());
-  EXPECT_TRUE(txn.commit().ok());
+  {
+    auto txn = registry->begin_write().value();
+    EXPECT_TRUE(txn.set_alias("stable", "guide@1", false).ok());
+    EXPECT_TRUE(txn.commit().ok());
+  }
   registry.reset();
 
   auto again = open(blob_budget_bytes);

@@ -1,6 +1,7 @@
 // Against transformers and PEFT: same tiny models, same numbers (see
 // tests/golden/model_goldens.py).
 #include "tests/support/model_golden.h"
+#include "protocol/base/ids.h"
 #include "tests/support/engine_fixture.h"
 #include "worker/model/adapter_layout.h"
 #include "worker/model/merge.h"
