@@ -220,7 +220,8 @@ Status run(const Options& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  tandem::kernels::cpu::limit_openmp_spin(argv);
+  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+                                 argv);
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");
   app.add_option("--model", o.model, "GGUF file or Hugging Face folder");

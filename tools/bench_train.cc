@@ -240,7 +240,8 @@ Status run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  tandem::kernels::cpu::limit_openmp_spin(argv);
+  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+                                 argv);
   Options options;
   CLI::App app("LoRA training throughput, as JSON");
   app.add_option("--model", options.model, "Hugging Face folder or GGUF file");

@@ -33,8 +33,8 @@ std::string processor_name() {
 
 }  // namespace
 
-void cpu::CpuOps::use_threads() const {
-  omp_set_num_threads(profile_.threads);
+void cpu::CpuOps::use_threads(const Exec& exec) const {
+  omp_set_num_threads(exec.background ? std::max(1, profile_.threads / 2) : profile_.threads);
 }
 
 DeviceProfile cpu_profile(const CpuOptions& options) {

@@ -138,6 +138,12 @@ Result<std::shared_ptr<const model::AdapterWeights>> ModelHost::build_adapter(
                               *backend_.ledger, loaded_.config, options_.dtype, tensors);
 }
 
+std::shared_ptr<const model::AdapterWeights> ModelHost::build_adapter(
+    const model::FlatAdapter& adapter) {
+  return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
+                              *backend_.ledger, loaded_.config, options_.dtype, adapter);
+}
+
 Result<std::vector<std::int32_t>> ModelHost::tokenize(const protocol::PromptInput& input) const {
   if (!input.tokens.empty()) return input.tokens;
   text::EncodeOptions raw;

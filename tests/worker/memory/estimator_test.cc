@@ -122,9 +122,8 @@ Estimate run_for_real(const Case& c, train::BatchBounds& bounds) {
     const auto snapshot = session->snapshot_adapter();
     auto reloaded = model::build_adapter(*engine.backend.ops, engine.exec,
                                          *engine.backend.allocator, *engine.backend.ledger, config,
-                                         c.dtype, session->host_adapter(c.dtype))
-                        .value();
-    session->probe(std::vector<std::int32_t>(kProbeTokens, 1), std::move(reloaded));
+                                         c.dtype, session->flat_adapter(c.dtype));
+    session->probe(std::vector<std::int32_t>(train::kProbeTokens, 1), std::move(reloaded));
   }
   return read_ledger(*engine.backend.ledger);
 }
