@@ -264,10 +264,11 @@ void add_operations(CLI::App& app, Invocation& in) {
   })->add_option("--role", in.role, "client, worker or admin [client]");
   named(*key, in, "revoke", "refuse a key from now on",
         [&in](Session& s) { return run_key(s, "revoke", in.name, ""); });
-  CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry",
-                         [&in](Session& s) { return run_bench(s, in.name, in.arguments); });
-  bench->add_option("name", in.name, "which")->required();
-  bench->prefix_command();
+  CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry; prints JSON", {},
+                         "tandem bench serve --model smol --data train.jsonl");
+  bench->add_option("name", in.name, "which; what follows is its own (--help shows it)")
+      ->required();
+  bench->fallthrough(false)->prefix_command();
   bench->callback([&in, bench] {
     in.arguments = bench->remaining();
     in.run = [&in](Session& s) { return run_bench(s, in.name, in.arguments); };
