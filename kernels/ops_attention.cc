@@ -80,7 +80,7 @@ void Ops::attention_forward(Exec& exec, const AttentionArgs& a) {
   check.tensor("seq_offsets", a.seq_offsets, DType::kI32, a.seq_offsets.shape);
   check.that(a.seq_len_max >= 0, str("seq_len_max: expected >= 0, got ", a.seq_len_max));
   check.tensor("out", a.out, cd, Shape{t, a.spec.heads * a.spec.head_dim});
-  check.optional("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
+  check.optional("lse", a.lse, sum_dtype(a.qkv.dtype), Shape{t, a.spec.heads});
   check.disjoint("out", a.out, "qkv", a.qkv);
   if (t == 0) return;
   do_attention_forward(exec, a);
@@ -98,7 +98,7 @@ void Ops::attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
   check.tensor("dqkv", a.dqkv, cd, wide);
   check.tensor("dout", a.dout, cd, narrow);
   check.tensor("out", a.out, cd, narrow);
-  check.tensor("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
+  check.tensor("lse", a.lse, sum_dtype(a.qkv.dtype), Shape{t, a.spec.heads});
   check.rank("seq_offsets", a.seq_offsets, 1);
   check.that(a.seq_offsets.dim(0) >= 1, "seq_offsets: empty, expected [S + 1]");
   check.tensor("seq_offsets", a.seq_offsets, DType::kI32, a.seq_offsets.shape);
