@@ -48,8 +48,10 @@ std::unique_ptr<train::BatchSource> make_batches(const RankJob& job, std::int64_
   for (std::int64_t s = 0; s < job.steps; ++s) {
     Random random(static_cast<std::uint64_t>(5 + s % 3));  // again and again the same three
     data::OptimizerStep step;
-    for (std::int64_t m = 0; m < kMicroBatches - (s % 3 == 1 ? 1 : 0); ++m) {
-      step.micro_batches.push_back(random_batch(random, vocab));
+    const std::int64_t count = kMicroBatches - (s % 3 == 1 && !job.uniform ? 1 : 0);
+    for (std::int64_t m = 0; m < count; ++m) {
+      step.micro_batches.push_back(job.uniform && m > 0 ? step.micro_batches.front()
+                                                        : random_batch(random, vocab));
       step.trained_tokens += step.micro_batches.back().trained_tokens;
     }
     steps.push_back(std::move(step));
@@ -102,9 +104,11 @@ struct RankEngine {
   std::optional<model::Context> context;
 };
 
-train::SessionOptions session_options(const RankJob& job) {
-  train::SessionOptions options;
-  protocol::TrainSettings& settings = options.settings;
+}  // namespace
+
+protocol::TrainSettings rank_job_settings(const RankJob& job) {
+  protocol::TrainSettings settings;
+  settings.gradient_accumulation_steps = kMicroBatches;
   settings.method = job.full ? "full" : "lora";
   settings.lora_r = 3;
   settings.lora_alpha = 6.0;
@@ -115,11 +119,12 @@ train::SessionOptions session_options(const RankJob& job) {
   settings.max_grad_norm = job.max_grad_norm;
   settings.save_steps = 0;
   settings.recompute = job.recompute;
-  options.eval_base_first = false;
-  return options;
+  return settings;
 }
 
-}  // namespace
+train::BatchBounds rank_job_bounds(const RankJob& job) {
+  return make_batches(job, rank_job_model(job).vocab)->bounds();
+}
 
 model::ModelConfig rank_job_model(const RankJob& job) {
   model::ModelConfig config;
@@ -143,8 +148,11 @@ RankResult run_rank(comm::Communicator& gang, const RankJob& job) {
                             *engine.weights,           *engine.adapters,       0};
   parts.ranks = &engine.ranks;
   parts.source = engine.source.get();
-  auto session = train::TrainSession::create(parts, session_options(job),
-                                             make_batches(job, rank_job_model(job).vocab));
+  train::SessionOptions options;
+  options.settings = rank_job_settings(job);
+  options.eval_base_first = false;
+  auto session =
+      train::TrainSession::create(parts, options, make_batches(job, rank_job_model(job).vocab));
   TANDEM_CHECK(session.ok(), session.status().to_string());
   if (job.resume != nullptr) {
     const Status status = (*session)->import_state(*job.resume);
@@ -164,9 +172,9 @@ RankResult run_rank(comm::Communicator& gang, const RankJob& job) {
     }
   }
   result.state = (*session)->export_state();
-  result.weights_peak = engine.backend.ledger->peak(MemoryKind::kWeights);
-  result.gradients_peak = engine.backend.ledger->peak(MemoryKind::kGradients);
-  result.optimizer_peak = engine.backend.ledger->peak(MemoryKind::kOptimizer);
+  for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
+    result.peak_bytes.push_back(engine.backend.ledger->peak(MemoryKind{kind}));
+  result.peak_bytes.push_back(engine.backend.ledger->peak_total());
   return result;
 }
 

@@ -22,22 +22,27 @@ struct RankJob {
   double lora_dropout = 0.0;
   std::string recompute = "none";
   bool eval = false;
+  bool uniform = false;  ///< every micro-batch as large as the bounds
   /// Starts from this whole state; null: from the beginning.
   const worker::train::TrainState* resume = nullptr;
-  /// Stops (after a whole step) when so many are done; 0: at the end.
+  /// Stops (after a whole step) when so many are done; 0: at the end; -1: before the first.
   std::int64_t stop_after = 0;
 };
 
 struct RankResult {
   std::vector<double> losses, norms;  ///< of each step run; the same on every rank
   std::vector<double> eval_losses;
-  worker::train::TrainState state;                                        ///< this rank's pieces
-  std::int64_t weights_peak = 0, gradients_peak = 0, optimizer_peak = 0;  ///< arena bytes by kind
+  worker::train::TrainState state;       ///< this rank's pieces
+  std::vector<std::int64_t> peak_bytes;  ///< of the rank's ledger by MemoryKind, then the total
 };
 
 /// Sizes with nothing equal to another, and divisible by 4 only where tp needs it: 4 blocks,
 /// vocabulary 97.
 worker::model::ModelConfig rank_job_model(const RankJob& job);
+
+/// The settings of the session, and the bounds of its batches.
+protocol::TrainSettings rank_job_settings(const RankJob& job);
+worker::train::BatchBounds rank_job_bounds(const RankJob& job);
 
 RankResult run_rank(worker::comm::Communicator& gang, const RankJob& job);
 

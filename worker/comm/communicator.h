@@ -20,6 +20,14 @@
 
 namespace tandem::worker::comm {
 
+/// A collective that may go on in the background. Its tensors are not touched before wait();
+/// destroying it waits too.
+class Pending {
+ public:
+  virtual ~Pending() = default;
+  virtual void wait(kernels::Exec& exec) = 0;
+};
+
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -29,6 +37,10 @@ class Communicator {
   virtual void all_reduce_sum(kernels::Exec& exec, kernels::Tensor x) = 0;
   /// out [size * n] = the ranks' x [n], in rank order. x may be this rank's part of out.
   virtual void all_gather(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;
+  /// The same, begun now and ended by wait(); other collectives may come between, in the same order
+  /// on every rank. Where nothing runs in the background it is done when it is waited for.
+  virtual std::unique_ptr<Pending> start_all_gather(kernels::Exec& exec, kernels::Tensor x,
+                                                    kernels::Tensor out);
   /// out [n] = this rank's slice of the sum over ranks of x [size * n]. out may be that slice of x;
   /// x is otherwise left as it was.
   virtual void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;

@@ -84,6 +84,7 @@ class Messages {
     });
   }
   void wait() {
+    if (requests_.empty()) return;
     const std::int64_t deadline = steady_ns() + world_.timeout_ms() * 1'000'000;
     for (int tests = 1;; ++tests) {
       int done = 0;
@@ -115,6 +116,22 @@ class Messages {
   const int tag_;
   const char* what_;
   std::vector<MPI_Request> requests_;
+};
+
+/// Messages under way while something else runs.
+struct PendingMessages final : Pending {
+  PendingMessages(std::shared_ptr<World> w, int tag)
+      : world(std::move(w)), messages(*world, tag, "all_gather") {}
+  ~PendingMessages() override {
+    try {
+      messages.wait();
+    } catch (const DeviceError&) {  // noted in the world: the process can only end
+    }
+  }
+  void wait(Exec&) override { messages.wait(); }
+
+  const std::shared_ptr<World> world;
+  Messages messages;
 };
 
 /// Elements [begin, end) of a piece that `rank` sums.
@@ -155,14 +172,14 @@ class MpiCommunicator final : public Communicator {
   }
 
   void all_gather(Exec&, Tensor x, Tensor out) override {
-    TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size());
-    char* to = static_cast<char*>(out.data);
     Messages messages = start("all_gather");
-    for_others([&](int r) { messages.receive(to + r * x.bytes(), x.bytes(), at(r)); });
-    for_others([&](int r) { messages.send(x.data, x.bytes(), at(r)); });
-    if (to + rank_ * x.bytes() != x.data)
-      std::memcpy(to + rank_ * x.bytes(), x.data, static_cast<std::size_t>(x.bytes()));
+    post_all_gather(messages, x, out);
     messages.wait();
+  }
+  std::unique_ptr<Pending> start_all_gather(Exec&, Tensor x, Tensor out) override {
+    auto pending = std::make_unique<PendingMessages>(world_, tag_);
+    post_all_gather(pending->messages, x, out);
+    return pending;
   }
 
   void reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
@@ -240,6 +257,15 @@ class MpiCommunicator final : public Communicator {
   template <class F>
   void for_others(const F& f) const {
     for (int step = 1; step < size(); ++step) f((rank_ + step) % size());
+  }
+
+  void post_all_gather(Messages& messages, const Tensor& x, const Tensor& out) const {
+    TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size());
+    char* to = static_cast<char*>(out.data);
+    for_others([&](int r) { messages.receive(to + r * x.bytes(), x.bytes(), at(r)); });
+    for_others([&](int r) { messages.send(x.data, x.bytes(), at(r)); });
+    if (to + rank_ * x.bytes() != x.data)
+      std::memcpy(to + rank_ * x.bytes(), x.data, static_cast<std::size_t>(x.bytes()));
   }
 
   void sum_direct(char* x, std::int64_t count, DType dtype, char* scratch) {

@@ -163,7 +163,6 @@ Tensor tensor_view(const FlatTensor& tensor, const Tensor& flat) {
 
 std::vector<float> read_flat(const TensorSource& source, const FlatLayout& layout) {
   std::vector<float> flat(static_cast<std::size_t>(layout.elements), 0.0f);
-  if (!source.has_values()) return flat;
   for (const FlatTensor& t : layout.tensors)
     read_slice(source, t.name, t.shape[0], t.shape.size() == 1 ? 0 : t.shape[1], t.slice, 0,
                t.slice.rows, flat.data() + t.begin);

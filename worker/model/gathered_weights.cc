@@ -20,7 +20,7 @@ GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::C
     part = std::max(part, flat_part(layouts_.back().elements, group_.size()));
   }
   parts_.resize(layouts_.size());
-  whole_ = arena.alloc({part * group_.size()}, ends_->dtype());
+  gather_.whole = arena.alloc({part * group_.size()}, ends_->dtype());
   for (Slot& slot : slots_)
     slot.block = allocate_block(ops, arena, ends_->config(), ends_->dtype());
 }
@@ -38,36 +38,60 @@ void GatheredWeights::set_part(std::int64_t layer, kernels::Tensor part) {
 void GatheredWeights::load_parts(kernels::Arena& arena, const TensorSource& source) {
   const Stage stage = ends_->shard().stage;
   for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
-    std::vector<float> flat = read_flat(source, layout(layer));
     const std::int64_t part = flat_part(layout(layer).elements, group_.size());
-    flat.resize(static_cast<std::size_t>(part * group_.size()), 0.0f);
     const kernels::Tensor mine = arena.alloc({part}, ends_->dtype());
+    set_part(layer, mine);
+    if (!source.has_values()) continue;
+    std::vector<float> flat = read_flat(source, layout(layer));
+    flat.resize(static_cast<std::size_t>(part * group_.size()), 0.0f);
     upload_floats(
         ops_, exec_,
         std::span<const float>(flat).subspan(static_cast<std::size_t>(part * group_.rank()),
                                              static_cast<std::size_t>(part)),
         mine);
-    set_part(layer, mine);
   }
 }
 
 void GatheredWeights::forget() {
+  if (gather_.pending) gather_.pending->wait(exec_);
+  gather_.pending.reset();
+  gather_.layer = -1;
   for (Slot& slot : slots_) slot.layer = -1;
 }
 
-const BlockWeights& GatheredWeights::acquire(std::int64_t layer, Phase) {
+GatheredWeights::Slot* GatheredWeights::resident(std::int64_t layer) {
   for (Slot& slot : slots_)
-    if (slot.layer == layer) return slot.block;
-  Slot& slot = slots_[next_];
-  next_ = (next_ + 1) % slots_.size();
-  const kernels::Tensor& part =
-      parts_.at(static_cast<std::size_t>(layer - ends_->shard().stage.first));
+    if (slot.layer == layer) return &slot;
+  return nullptr;
+}
+
+void GatheredWeights::start(std::int64_t layer) {
+  const Stage stage = ends_->shard().stage;
+  if (layer < stage.first || layer >= stage.last || resident(layer) != nullptr) return;
+  const kernels::Tensor& part = parts_[static_cast<std::size_t>(layer - stage.first)];
   TANDEM_CHECK(part.defined(), "block ", layer, " has no part");
-  const kernels::Tensor whole = whole_.rows(0, part.elements() * group_.size());
-  group_.all_gather(exec_, part, whole);
-  unpack_block(ops_, exec_, layout(layer), whole, slot.block);
-  slot.layer = layer;
-  return slot.block;
+  gather_.pending =
+      group_.start_all_gather(exec_, part, gather_.whole.rows(0, part.elements() * group_.size()));
+  gather_.layer = layer;
+}
+
+const BlockWeights& GatheredWeights::acquire(std::int64_t layer, Phase phase) {
+  Slot* slot = resident(layer);
+  if (slot == nullptr) {
+    if (gather_.pending && gather_.layer != layer) {  // another way than expected
+      gather_.pending->wait(exec_);
+      gather_.pending.reset();
+    }
+    if (!gather_.pending) start(layer);
+    gather_.pending->wait(exec_);
+    gather_.pending.reset();
+    slot = &slots_[next_];
+    next_ = (next_ + 1) % slots_.size();
+    unpack_block(ops_, exec_, layout(layer), gather_.whole, slot->block);
+    slot->layer = layer;
+  }
+  if (!gather_.pending) start(phase == Phase::kForward ? layer + 1 : layer - 1);
+  return slot->block;
 }
 
 }  // namespace tandem::worker::model

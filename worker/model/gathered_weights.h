@@ -1,7 +1,7 @@
-// The ZeRO-3 door: each data-parallel rank keeps one part of every block's flat buffer, and a block
-// is gathered when it is asked for. Two blocks are resident at most, so the last block of forward
-// is still there when backward begins. All ranks of the group acquire the same blocks in the same
-// order. One device thread.
+// The ZeRO-3 door: each data-parallel rank keeps one part of every block's flat buffer. While a
+// block is in use the next one is gathered, up in forward and down in backward. Two blocks are
+// resident at most, so the last block of forward is still there when backward begins. All ranks of
+// the group acquire the same blocks in the same order. One device thread.
 #pragma once
 
 #include "worker/model/context.h"
@@ -48,7 +48,16 @@ class GatheredWeights final : public WeightSource {
   const std::shared_ptr<const BaseWeights> ends_;
   std::vector<FlatLayout> layouts_;     ///< [layers of the stage]
   std::vector<kernels::Tensor> parts_;  ///< [layers of the stage]
-  kernels::Tensor whole_;               ///< [group * part] cd: the gather's target
+  /// A gather and its target [group * part] cd.
+  struct Gather {
+    kernels::Tensor whole;
+    std::int64_t layer = -1;
+    std::unique_ptr<comm::Pending> pending;
+  };
+  void start(std::int64_t layer);
+  [[nodiscard]] Slot* resident(std::int64_t layer);
+
+  Gather gather_;
   std::array<Slot, 2> slots_;
   std::size_t next_ = 0;  ///< the slot that is taken next
 };

@@ -194,7 +194,7 @@ void RankParams::initialise(std::uint64_t seed) {
   for (Unit& unit : units_) {
     std::vector<float> host;
     if (full()) {
-      host = read_flat(*parts_.source, unit.layout);
+      if (parts_.source->has_values()) host = read_flat(*parts_.source, unit.layout);
     } else {
       host.resize(static_cast<std::size_t>(unit.layout.elements), 0.0f);
       for (std::size_t s = 0; s < lora_->target_modules.size(); ++s) {
@@ -215,7 +215,8 @@ void RankParams::initialise(std::uint64_t seed) {
         }
       }
     }
-    set_values(unit, host);
+    // A dry run has no values, and a block of a large model would be a gigabyte of zeros.
+    if (!full() || parts_.source->has_values()) set_values(unit, host);
     parts_.context.ops.fill_zero(parts_.context.exec, unit.m);
     parts_.context.ops.fill_zero(parts_.context.exec, unit.v);
     publish(unit);

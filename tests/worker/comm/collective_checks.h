@@ -107,6 +107,16 @@ inline void check_moves(Communicator& comm, kernels::Exec& exec) {
         exec, over(again).rows(rank * static_cast<std::int64_t>(n), static_cast<std::int64_t>(n)),
         over(again));
     EXPECT_EQ(again, all);
+    again.assign(all.size(), -1.0f);
+    {
+      // In the background of other collectives.
+      const auto pending = comm.start_all_gather(exec, over(mine), over(again));
+      std::vector<float> ones(5, 1.0f);
+      comm.all_reduce_sum(exec, over(ones));
+      EXPECT_EQ(ones[4], static_cast<float>(size));
+      pending->wait(exec);
+    }
+    EXPECT_EQ(again, all);
     for (int root = 0; root < size; ++root) {
       std::vector<float> sent(n, static_cast<float>(rank));
       comm.broadcast(exec, over(sent), root);
