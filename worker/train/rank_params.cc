@@ -383,6 +383,8 @@ std::vector<StateTensor> RankParams::export_tensors() const {
              {host.begin() + (piece.begin - unit.begin), host.begin() + (piece.end - unit.begin)},
              tensor.slice,
              piece.begin - tensor.begin});
+        const std::int64_t width = tensor.shape.size() > 1 ? tensor.shape[1] : 1;
+        if (piece.end - piece.begin == tensor.shape[0] * width) tensors.back().slice = {};  // whole
       }
     }
   }

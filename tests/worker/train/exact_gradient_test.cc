@@ -22,7 +22,7 @@ StateTensor& find(TrainState& state, const std::string& name) {
 
 class ExactGradient : public testing::TestWithParam<bool> {};
 INSTANTIATE_TEST_SUITE_P(Heads, ExactGradient, testing::Values(true, false),
-                         [](const auto& info) { return info.param ? "tied" : "untied"; });
+                         [](const auto& p) { return p.param ? "tied" : "untied"; });
 
 TEST_P(ExactGradient, OfFullFineTuningIsTheDerivativeOfTheLoss) {
   RankJob job;

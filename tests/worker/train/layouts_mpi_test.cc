@@ -1,9 +1,15 @@
 // The layouts of as many ranks as mpirun started, over MPI: the losses of one rank, and the bits of
 // the same layout over threads.
+#include "kernels/cpu/cpu_backend.h"
 #include "tests/support/rank_job.h"
 #include "worker/comm/mpi_communicator.h"
+#include "worker/train/state_files.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
 
 namespace tandem::test {
 namespace {
@@ -49,6 +55,43 @@ TEST(LayoutsOverMpi, TwoRunsAndTheThreadsInF32EndWithTheSameBits) {
             << a.state.tensors[t].name;
     }
   });
+}
+
+/// Each rank writes its part at the same time; all of them read all parts.
+TEST(LayoutsOverMpi, ACheckpointSavedInOneLayoutContinuesInEachOther) {
+  kernels::Backend backend = kernels::make_cpu_backend({1, 0});
+  kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
+                       "workspace", 1 << 20);
+  kernels::Exec exec{arena};
+  const char* temporary = std::getenv("TMPDIR");
+  const std::string folder = str(temporary != nullptr ? temporary : "/tmp", "/tandem_mpi_state_",
+                                 gang->size(), "_", ::getppid());  // mpirun's, of all ranks
+  int saved = 0;
+  for_each_job([&](RankJob job) {
+    const std::string here = str(folder, "/", saved++);
+    job.steps = 9;
+    const RankResult whole = run_rank(*gang, job);
+    job.stop_after = 4;
+    const RankResult part = run_rank(*gang, job);
+    ASSERT_TRUE(worker::train::write_state_part(here, gang->rank(), gang->size(), part.state).ok());
+    gang->barrier(exec);
+    const auto state = worker::train::read_state(here);
+    ASSERT_TRUE(state.ok()) << state.status().to_string();
+    job.stop_after = 0;
+    job.resume = &*state;
+    for (const auto& layout : tested_layouts()) {
+      if (layout.ranks() != gang->size()) continue;
+      job.layout = layout;
+      const RankResult resumed = run_rank(*gang, job);
+      ASSERT_EQ(resumed.losses.size(), 5u);
+      for (std::size_t s = 0; s < resumed.losses.size(); ++s)
+        EXPECT_NEAR(resumed.losses[s], whole.losses[s + 4], 1e-5)
+            << "resumed in " << layout_name(layout);
+    }
+    gang->barrier(exec);
+  });
+  gang->barrier(exec);
+  if (gang->rank() == 0) std::filesystem::remove_all(folder);
 }
 
 }  // namespace
