@@ -59,6 +59,9 @@ struct LinearBackwardLayout {
 LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
                                             const DeviceProfile& profile);
 
+/// Of the ops of full fine-tuning: one product into dW; the others take nothing.
+std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);
+
 struct LinearCrossEntropyLayout {
   std::int64_t chunk_rows = 0;
   std::int64_t logits = 0;  ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place

@@ -57,6 +57,15 @@ struct EmbeddingArgs {
   Tensor ids;                 ///< [T] i32 in [0, V)
   const PackedWeight* table;  ///< [V, C]
   Tensor out;                 ///< [T, C] cd, overwritten
+  /// A shard of the vocabulary: the table holds rows [first, first + table->n) of `vocab` (0: the
+  /// table is whole); rows of `out` whose id lies outside are zero.
+  std::int64_t first = 0, vocab = 0;
+};
+struct EmbeddingBackwardArgs {
+  Tensor ids;                         ///< [T] i32
+  Tensor dout;                        ///< [T, C] cd
+  Tensor dtable;                      ///< [V, C] f32, accumulated in ascending order of rows
+  std::int64_t first = 0, vocab = 0;  ///< as in forward: ids outside the shard add nothing
 };
 
 /// residual += delta (when defined); y = residual * rstd * weight, rstd = 1/sqrt(mean(residual^2) +
@@ -75,6 +84,13 @@ struct RmsNormBackwardArgs {
   Tensor weight;     ///< [C] cd
   Tensor rstd;       ///< [T] f32
   Tensor dresidual;  ///< [T, C] cd, accumulated
+};
+/// dweight += sum over rows of dy * (residual * rstd), in ascending order of rows.
+struct RmsNormWeightGradArgs {
+  Tensor dy;        ///< [T, C] cd
+  Tensor residual;  ///< [T, C] cd as the forward left it
+  Tensor rstd;      ///< [T] f32
+  Tensor dweight;   ///< [C] f32, accumulated
 };
 
 /// y = x W^T + bias + sum over sites of s B (A dropout(x)).
@@ -98,6 +114,20 @@ struct LinearBackwardArgs {
   const AdapterRows* adapters;
   Tensor u;   ///< as saved by forward; undefined: recomputed
   Tensor dx;  ///< [T, I] cd, overwritten; undefined: only dA and dB are wanted
+};
+/// dW += dy^T x, db += sum of dy's rows: full fine-tuning. The sums over T are taken in a fixed
+/// order.
+struct LinearWeightGradArgs {
+  Tensor dy;       ///< [T, N] cd
+  Tensor x;        ///< [T, I] cd, as in forward
+  Tensor dweight;  ///< [N, I] f32, accumulated
+  Tensor dbias;    ///< [N] f32, accumulated; undefined: no bias
+};
+/// Writes new values into a packed weight of the same shape: after an optimizer step, or when a
+/// gathered block arrives.
+struct RepackWeightArgs {
+  Tensor rows;           ///< [n, i] f32 or the weight's dtype, rounded to it
+  PackedWeight* weight;  ///< overwritten
 };
 
 /// Rotates q and k inside qkv in place (rotate-half pairing: element d with d + D/2, the Hugging
@@ -193,6 +223,27 @@ struct LinearCrossEntropyArgs {
   Tensor loss;           ///< [T] f32, overwritten
   Tensor correct;        ///< [T] f32: 1 where argmax is the label; or undefined
   Tensor dx;             ///< [T, C] cd, overwritten; undefined: no backward (evaluation)
+};
+/// The same loss where the logits lie in chunks of their own (full fine-tuning, which needs the
+/// gradient of the head too) or in shards of the vocabulary (tensor parallelism). First each
+/// shard's statistics, which are then gathered; then loss and gradient from everybody's.
+struct CrossEntropyStatsArgs {
+  Tensor logits;  ///< [T, V] f32: vocabulary entries [first, first + V)
+  Tensor labels;  ///< [T] i32, of the whole vocabulary; negative: ignored
+  std::int64_t first = 0;
+  /// [T, 4] f32, overwritten: the largest logit, the sum of exp(logit - largest), the label's logit
+  /// (0 where it lies in another shard), the index of the largest (in the whole vocabulary).
+  Tensor stats;
+};
+struct CrossEntropyArgs {
+  Tensor logits;  ///< [T, V] f32, as above; destroyed when dlogits is asked for
+  Tensor labels;
+  std::int64_t first = 0;
+  Tensor stats;          ///< [shards, T, 4] f32, in the order of the vocabulary
+  float gradient_scale;  ///< as in LinearCrossEntropyArgs
+  Tensor loss;           ///< [T] f32, overwritten
+  Tensor correct;        ///< [T] f32: 1 where argmax is the label; or undefined
+  Tensor dlogits;        ///< [T, V] cd, overwritten; undefined: no backward
 };
 /// Log-probability of ids under softmax(logits); the same reduction as LinearCrossEntropy, so a
 /// server's logprob of a token equals the trainer's bit for bit where the logits do.

@@ -30,8 +30,14 @@ class OpCheck {
   }
   /// The dtype the rest of the op computes in.
   DType compute_dtype(const char* name, const Tensor& t) const {
-    TANDEM_CHECK(t.dtype == DType::kF32 || t.dtype == DType::kBF16, op_, ": ", name,
-                 ": expected f32 or bf16, got ", dtype_name(t.dtype));
+    TANDEM_CHECK(t.dtype == DType::kF32 || t.dtype == DType::kBF16 || t.dtype == DType::kF64, op_,
+                 ": ", name, ": expected f32 or bf16, got ", dtype_name(t.dtype));
+    return t.dtype;
+  }
+  /// f32, or f64 on the exact backend of tests: logits, statistics, optimizer state.
+  DType sum_dtype(const char* name, const Tensor& t) const {
+    TANDEM_CHECK(t.dtype == DType::kF32 || t.dtype == DType::kF64, op_, ": ", name,
+                 ": expected f32, got ", dtype_name(t.dtype));
     return t.dtype;
   }
   template <class T>
@@ -46,6 +52,11 @@ class OpCheck {
                  dtype_name(dtype), " [", n, ", ", i, "], got ", dtype_name(w->dtype), " [", w->n,
                  ", ", w->i, "]");
     TANDEM_CHECK(w->storage.defined(), op_, ": ", name, ": storage undefined");
+  }
+  /// Entries [first, first + n) of a vocabulary; `vocab` 0: it is whole.
+  void shard(std::int64_t first, std::int64_t n, std::int64_t vocab) const {
+    TANDEM_CHECK(vocab == 0 ? first == 0 : first >= 0 && first + n <= vocab, op_, ": entries [",
+                 first, ", ", first + n, ") of a vocabulary of ", vocab);
   }
   /// Two tensors of which one is written must not share bytes.
   void disjoint(const char* name_a, const Tensor& a, const char* name_b, const Tensor& b) const {

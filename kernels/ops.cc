@@ -33,7 +33,7 @@ void Ops::copy(Exec& exec, Tensor from, Tensor to) {
   if (from.elements() == 0) return;
   check.that(from.defined() && to.defined(), "a tensor is undefined");
   const auto is_float = [](DType d) {
-    return d == DType::kF32 || d == DType::kBF16 || d == DType::kF16;
+    return d == DType::kF32 || d == DType::kBF16 || d == DType::kF16 || d == DType::kF64;
   };
   check.that(from.dtype == to.dtype || (is_float(from.dtype) && is_float(to.dtype)),
              str("no conversion from ", dtype_name(from.dtype), " to ", dtype_name(to.dtype)));
@@ -52,7 +52,7 @@ void Ops::fill_zero(Exec& exec, Tensor x) {
 PackedWeight Ops::pack_weight(Exec& exec, Arena& arena, DType dtype, std::int64_t n, std::int64_t i,
                               const FillRows& fill) {
   const OpCheck check("pack_weight");
-  check.that(dtype == DType::kF32 || dtype == DType::kBF16,
+  check.that(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF64,
              str("expected f32 or bf16, got ", dtype_name(dtype)));
   check.that(n > 0 && i > 0, str("expected a non-empty matrix, got [", n, ", ", i, "]"));
   PackedWeight weight;
@@ -74,6 +74,7 @@ void Ops::embedding_forward(Exec& exec, const EmbeddingArgs& a) {
   check.that(a.table != nullptr, "table: null");
   check.weight("table", a.table, cd, a.table->n, a.out.dim(1));
   check.tensor("ids", a.ids, DType::kI32, Shape{a.out.dim(0)});
+  check.shard(a.first, a.table->n, a.vocab);
   if (a.out.elements() == 0) return;
   do_embedding_forward(exec, a);
 }
@@ -99,7 +100,7 @@ void Ops::add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {
   check.optional("delta", a.delta, cd, a.residual.shape);
   check.tensor("weight", a.weight, cd, Shape{c});
   check.tensor("y", a.y, cd, a.residual.shape);
-  check.optional("rstd", a.rstd, DType::kF32, Shape{t});
+  check.optional("rstd", a.rstd, sum_dtype(cd), Shape{t});
   check.that(a.eps >= 0.0f, str("eps: expected >= 0, got ", a.eps));
   check.disjoint("y", a.y, "residual", a.residual);
   check.disjoint("y", a.y, "weight", a.weight);
@@ -117,7 +118,7 @@ void Ops::rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
   check.that(c > 0, str("dy: ", a.dy.shape, ": the mean of no columns"));
   check.tensor("residual", a.residual, cd, a.dy.shape);
   check.tensor("weight", a.weight, cd, Shape{c});
-  check.tensor("rstd", a.rstd, DType::kF32, Shape{t});
+  check.tensor("rstd", a.rstd, sum_dtype(cd), Shape{t});
   check.tensor("dresidual", a.dresidual, cd, a.dy.shape);
   check.disjoint("dresidual", a.dresidual, "dy", a.dy);
   check.disjoint("dresidual", a.dresidual, "residual", a.residual);
@@ -153,24 +154,26 @@ void Ops::silu_mul_backward(Exec& exec, const SiluMulBackwardArgs& a) {
 
 void Ops::squared_norm(Exec& exec, const SquaredNormArgs& a) {
   const OpCheck check("squared_norm");
-  for (const Tensor& t : a.tensors) check.tensor("tensors", t, DType::kF32, t.shape);
-  check.tensor("out", a.out, DType::kF32, Shape{1});
+  const DType sums = check.sum_dtype("out", a.out);
+  for (const Tensor& t : a.tensors) check.tensor("tensors", t, sums, t.shape);
+  check.tensor("out", a.out, sums, Shape{1});
   do_squared_norm(exec, a);
 }
 
 void Ops::adamw(Exec& exec, const AdamWArgs& a) {
   const OpCheck check("adamw");
   const Shape& shape = a.param.shape;
-  check.tensor("param", a.param, DType::kF32, shape);
-  check.tensor("grad", a.grad, DType::kF32, shape);
-  check.tensor("m", a.m, DType::kF32, shape);
-  check.tensor("v", a.v, DType::kF32, shape);
+  const DType sums = check.sum_dtype("param", a.param);
+  check.tensor("param", a.param, sums, shape);
+  check.tensor("grad", a.grad, sums, shape);
+  check.tensor("m", a.m, sums, shape);
+  check.tensor("v", a.v, sums, shape);
   if (a.param_cd.defined()) {
     check.compute_dtype("param_cd", a.param_cd);
     check.tensor("param_cd", a.param_cd, a.param_cd.dtype, shape);
     check.disjoint("param_cd", a.param_cd, "param", a.param);
   }
-  check.optional("squared_norm", a.squared_norm, DType::kF32, Shape{1});
+  check.optional("squared_norm", a.squared_norm, sums, Shape{1});
   check.that(a.max_norm <= 0.0f || a.squared_norm.defined(),
              str("max_norm ", a.max_norm, " needs squared_norm"));
   check.in_range("beta1", a.beta1, 0.0f, 1.0f);

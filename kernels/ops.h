@@ -66,10 +66,14 @@ class Ops {
 
   // -- forward and backward, side by side --------------------------------------------------------
   void embedding_forward(Exec& exec, const EmbeddingArgs& args);
+  void embedding_backward(Exec& exec, const EmbeddingBackwardArgs& args);
   void add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& args);
   void rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& args);
+  void rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& args);
   void linear_forward(Exec& exec, const LinearArgs& args);
   void linear_backward(Exec& exec, const LinearBackwardArgs& args);
+  void linear_weight_grad(Exec& exec, const LinearWeightGradArgs& args);
+  void repack_weight(Exec& exec, const RepackWeightArgs& args);
   void rope_forward(Exec& exec, const RopeArgs& args);
   void rope_backward(Exec& exec, const RopeBackwardArgs& args);
   void attention_forward(Exec& exec, const AttentionArgs& args);
@@ -79,6 +83,8 @@ class Ops {
   void silu_mul_backward(Exec& exec, const SiluMulBackwardArgs& args);
   void gather_rows(Exec& exec, const GatherRowsArgs& args);
   void linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& args);
+  void cross_entropy_stats(Exec& exec, const CrossEntropyStatsArgs& args);
+  void cross_entropy(Exec& exec, const CrossEntropyArgs& args);
   void logprob(Exec& exec, const LogprobArgs& args);
   void sample(Exec& exec, const SampleArgs& args);
 
@@ -94,10 +100,14 @@ class Ops {
   virtual void do_fill_zero(Exec&, Tensor) = 0;
   virtual void do_pack_weight(Exec&, PackedWeight&, const FillRows&) = 0;
   virtual void do_embedding_forward(Exec&, const EmbeddingArgs&) = 0;
+  virtual void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) = 0;
   virtual void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) = 0;
   virtual void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) = 0;
+  virtual void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) = 0;
   virtual void do_linear_forward(Exec&, const LinearArgs&) = 0;
   virtual void do_linear_backward(Exec&, const LinearBackwardArgs&) = 0;
+  virtual void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) = 0;
+  virtual void do_repack_weight(Exec&, const RepackWeightArgs&) = 0;
   virtual void do_rope_forward(Exec&, const RopeArgs&) = 0;
   virtual void do_rope_backward(Exec&, const RopeBackwardArgs&) = 0;
   virtual void do_attention_forward(Exec&, const AttentionArgs&) = 0;
@@ -107,6 +117,8 @@ class Ops {
   virtual void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) = 0;
   virtual void do_gather_rows(Exec&, const GatherRowsArgs&) = 0;
   virtual void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) = 0;
+  virtual void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) = 0;
+  virtual void do_cross_entropy(Exec&, const CrossEntropyArgs&) = 0;
   virtual void do_logprob(Exec&, const LogprobArgs&) = 0;
   virtual void do_sample(Exec&, const SampleArgs&) = 0;
   virtual void do_squared_norm(Exec&, const SquaredNormArgs&) = 0;

@@ -84,7 +84,7 @@ void Ops::attention_forward(Exec& exec, const AttentionArgs& a) {
   const std::int64_t t = a.qkv.dim(0);
   check_sequences(check, a.seq_offsets, a.seq_len_max);
   check.tensor("out", a.out, cd, Shape{t, a.spec.heads * a.spec.head_dim});
-  check.optional("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
+  check.optional("lse", a.lse, sum_dtype(a.qkv.dtype), Shape{t, a.spec.heads});
   check.disjoint("out", a.out, "qkv", a.qkv);
   if (t == 0) return;
   do_attention_forward(exec, a);
@@ -98,7 +98,7 @@ void Ops::attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
   check.tensor("dqkv", a.dqkv, cd, a.qkv.shape);
   check.tensor("dout", a.dout, cd, narrow);
   check.tensor("out", a.out, cd, narrow);
-  check.tensor("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
+  check.tensor("lse", a.lse, sum_dtype(a.qkv.dtype), Shape{t, a.spec.heads});
   check_sequences(check, a.seq_offsets, a.seq_len_max);
   check.disjoint("dqkv", a.dqkv, "qkv", a.qkv);
   check.disjoint("dqkv", a.dqkv, "dout", a.dout);

@@ -46,7 +46,7 @@ void Ops::linear_forward(Exec& exec, const LinearArgs& a) {
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.y.dim(1);
   check.weight("weight", a.weight, cd, n, i);
   check.optional("bias", a.bias, cd, Shape{n});
-  check.tensor("y", a.y, a.y.dtype == DType::kF32 ? DType::kF32 : cd, Shape{t, n});
+  check.tensor("y", a.y, a.y.dtype == sum_dtype(cd) ? sum_dtype(cd) : cd, Shape{t, n});
   check_adapters(check, a.sites, a.adapters, n);
   check.optional("u", a.u, cd, Shape{t, u_columns(a.sites, a.adapters)});
   check.disjoint("y", a.y, "x", a.x);

@@ -11,8 +11,8 @@ void Ops::linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) {
   check.that(a.weight != nullptr, "weight: null");
   check.weight("weight", a.weight, cd, a.weight->n, c);
   check.tensor("labels", a.labels, DType::kI32, Shape{t});
-  check.tensor("loss", a.loss, DType::kF32, Shape{t});
-  check.optional("correct", a.correct, DType::kF32, Shape{t});
+  check.tensor("loss", a.loss, sum_dtype(cd), Shape{t});
+  check.optional("correct", a.correct, sum_dtype(cd), Shape{t});
   check.optional("dx", a.dx, cd, Shape{t, c});
   check.disjoint("dx", a.dx, "x", a.x);
   if (t == 0) return;

@@ -122,6 +122,18 @@ LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& a,
   return w;
 }
 
+LinearWeightGradWorkspace linear_weight_grad_workspace(const LinearWeightGradArgs& a,
+                                                       const DeviceProfile& profile) {
+  LinearWeightGradWorkspace w;
+  const std::int64_t t = a.dy.dim(0), n = a.dy.dim(1), i = a.x.dim(1);
+  for (const std::int64_t rows : {std::min(n, kWeightGradRows), n % kWeightGradRows})
+    if (rows > 0)
+      w.gemm_bytes = std::max(
+          w.gemm_bytes, cpu::outer_accumulate_scratch(a.dy.dtype, t, rows, i, profile.threads));
+  w.bytes = round_up(w.gemm_bytes, kDeviceAlignment);
+  return w;
+}
+
 LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntropyArgs& a,
                                                            const DeviceProfile& profile) {
   LinearCrossEntropyWorkspace w;
@@ -207,6 +219,11 @@ std::int64_t workspace_bytes(const LinearArgs& a, const DeviceProfile& profile) 
 std::int64_t workspace_bytes(const LinearBackwardArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) ? cuda::linear_backward_layout(a, profile).bytes
                           : linear_backward_workspace(a, profile).bytes;
+}
+
+std::int64_t workspace_bytes(const LinearWeightGradArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::linear_weight_grad_bytes(a)
+                          : linear_weight_grad_workspace(a, profile).bytes;
 }
 
 std::int64_t workspace_bytes(const LinearCrossEntropyArgs& a, const DeviceProfile& profile) {

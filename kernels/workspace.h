@@ -29,6 +29,7 @@ class ScratchLayout {
 /// Scratch of one call on the profile's device.
 std::int64_t workspace_bytes(const LinearArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearBackwardArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const LinearWeightGradArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearCrossEntropyArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const AttentionArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const AttentionBackwardArgs& args, const DeviceProfile& profile);
@@ -74,6 +75,15 @@ struct LinearBackwardWorkspace {
 };
 LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& args,
                                                   const DeviceProfile& profile);
+
+/// Rows of dW that one product computes: the sums and the packed side of so many are scratch.
+inline constexpr std::int64_t kWeightGradRows = 256;
+struct LinearWeightGradWorkspace {
+  std::int64_t gemm_bytes = 0;
+  std::int64_t bytes = 0;
+};
+LinearWeightGradWorkspace linear_weight_grad_workspace(const LinearWeightGradArgs& args,
+                                                       const DeviceProfile& profile);
 
 /// Entries of the vocabulary whose part of dx is computed at a time. It keeps the re-tiled weights
 /// in a core's cache (1.7x faster than all of SmolLM2's 49,152 at once), and in f32 it bounds the

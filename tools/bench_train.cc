@@ -1,13 +1,16 @@
-// bench_train: LoRA training throughput of a model on this machine, as one JSON object: tokens per
-// second of whole optimizer steps, the time of each phase, and the floor that the arithmetic alone
-// would take at a product rate measured in the same run.
+// bench_train: training throughput of a model on this machine, as one JSON object: tokens per
+// second of whole optimizer steps, the time of each phase, and the floor that the arithmetic
+// alone would take at a product rate measured in the same run. Over several ranks: mpirun -np N
+// bench_train --dp .. --tp .. --pp .. --zero ..; rank 0 prints, with every rank's peak bytes.
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "tools/bench_device.h"
-#include "worker/comm/communicator.h"
+#include "worker/comm/mpi_communicator.h"
 #include "worker/memory/estimator.h"
+#include "worker/model/gathered_weights.h"
 #include "worker/model/model_loader.h"
+#include "worker/train/ranks.h"
 #include "worker/train/train_session.h"
 
 #include <CLI/CLI.hpp>
@@ -29,12 +32,14 @@ struct Options {
   std::string dtype = "bf16";
   std::string recompute = "none";
   int threads = 2;
-  std::int64_t rank = 16, rows = 8, length = 512, steps = 4, warmup = 1;
+  std::int64_t rank = 16, rows = 8, length = 512, steps = 4, warmup = 1, micro_batches = 1;
   std::int64_t ragged = 0;  ///< documents of ragged to length tokens; 0: of length tokens each
+  std::string method = "lora";
+  worker::comm::Layout layout;
 };
 
-/// Random tokens, all trained, one micro-batch of rows * length per step: `rows` documents of
-/// `length`, or as many of ragged lengths as fill it.
+/// Random tokens, all trained, in micro-batches of rows * length: `rows` documents of `length`, or
+/// as many of ragged lengths as fill it.
 std::vector<worker::data::OptimizerStep> random_steps(const Options& options, std::int64_t vocab) {
   std::vector<worker::data::OptimizerStep> steps;
   Random random(1234);
@@ -58,16 +63,19 @@ std::vector<worker::data::OptimizerStep> random_steps(const Options& options, st
     batch.labels.assign(batch.tokens.begin() + 1, batch.tokens.end());
     batch.labels.push_back(worker::data::kIgnore);
     batch.trained_tokens = static_cast<std::int64_t>(batch.tokens.size()) - 1;
-    steps.push_back({{batch}, batch.trained_tokens});
+    worker::data::OptimizerStep step;
+    step.micro_batches.assign(static_cast<std::size_t>(options.micro_batches), batch);
+    step.trained_tokens = options.micro_batches * batch.trained_tokens;
+    steps.push_back(std::move(step));
   }
   return steps;
 }
 
-/// Floating-point operations of one step: forward and input gradient of every frozen matrix (4 per
-/// weight and token, the head included), attention (causal: half of T * L), adapters (three
-/// products forward and backward).
+/// Floating-point operations of one step: forward and input gradient of every matrix (4 per weight
+/// and token, the head included; 6 where it is trained), attention (causal: half of T * L),
+/// adapters (three products forward and backward).
 double step_flops(const worker::model::ModelConfig& c, const Options& options) {
-  const double tokens = static_cast<double>(options.rows * options.length);
+  const double tokens = static_cast<double>(options.rows * options.length * options.micro_batches);
   double weights = static_cast<double>(c.vocab) * static_cast<double>(c.width), lora = 0.0;
   for (int s = 0; s < worker::model::kSiteCount; ++s) {
     const auto shape = worker::model::site_shape(c, worker::model::Site{s});
@@ -77,7 +85,8 @@ double step_flops(const worker::model::ModelConfig& c, const Options& options) {
   const double attention = static_cast<double>(c.layers * c.heads * c.head_dim) * tokens *
                            static_cast<double>(options.length) / 2.0;
   // Scores and values forward (2 products), five backward.
-  return tokens * (4.0 * weights + 6.0 * lora) + 2.0 * 7.0 * attention;
+  const double linear = options.method == "full" ? 6.0 * weights : 4.0 * weights + 6.0 * lora;
+  return tokens * linear + 2.0 * 7.0 * attention;
 }
 
 /// Operations per second of one large product through the engine's own linear op.
@@ -114,6 +123,36 @@ double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
   return best;
 }
 
+/// The gang of this mpirun, or one rank alone.
+Result<std::unique_ptr<worker::comm::Communicator>> make_gang(const Options& options,
+                                                              kernels::Ops& ops) {
+  TANDEM_RETURN_IF_ERROR(options.layout.validate());
+  if (options.layout.ranks() == 1)
+    return worker::comm::make_single_communicator(
+        [&ops](kernels::Exec& exec, kernels::Tensor from, kernels::Tensor to) {
+          ops.copy(exec, from, to);
+        });
+  if (options.device != "cpu") return refused_error("a gang over MPI is of CPU ranks");
+  TANDEM_ASSIGN_OR_RETURN(auto comm, worker::comm::make_mpi_communicator());
+  if (comm->size() != options.layout.ranks())
+    return invalid_error(str("layout ", options.layout.to_string(), " has ", options.layout.ranks(),
+                             " ranks; mpirun started ", comm->size()));
+  return comm;
+}
+
+/// Every rank's number, in rank order.
+std::vector<double> of_all_ranks(worker::comm::Communicator& comm, worker::model::Context& ctx,
+                                 double mine) {
+  std::vector<double> all(static_cast<std::size_t>(comm.size()));
+  kernels::ArenaScope scope(ctx.activations);
+  const auto x = ctx.activations.alloc({1}, DType::kF64);
+  const auto out = ctx.activations.alloc({comm.size()}, DType::kF64);
+  ctx.ops.upload(ctx.exec, std::as_bytes(std::span(&mine, 1)), x);
+  comm.all_gather(ctx.exec, x, out);
+  ctx.ops.download(ctx.exec, out, std::as_writable_bytes(std::span(all)));
+  return all;
+}
+
 /// Processor time of all threads so far: what a step costs on a machine that others use as well.
 double processor_seconds() {
   return static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
@@ -146,32 +185,46 @@ Status run(const Options& options) {
   const auto activations = arena(kernels::MemoryKind::kActivations, "activations");
   const auto workspace = arena(kernels::MemoryKind::kWorkspace, "workspace");
   kernels::Exec exec{*workspace};
-  const auto comm = worker::comm::make_single_communicator(
-      [&](kernels::Exec& e, kernels::Tensor from, kernels::Tensor to) {
-        backend.ops->copy(e, from, to);
-      });
-  TANDEM_ASSIGN_OR_RETURN(
-      auto base, worker::model::BaseWeights::load(*backend.ops, exec, *weight_arena, loaded.config,
-                                                  dtype, *loaded.source));
-  loaded.source.reset();  // the file's pages are not the engine's memory
-  const auto weights = worker::model::make_resident_weights(base);
-  worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, loaded.config, 1);
-  worker::model::Context context{*backend.ops, exec, *comm, *activations, dtype};
+  TANDEM_ASSIGN_OR_RETURN(const auto comm, make_gang(options, *backend.ops));
+  const worker::train::Ranks ranks = worker::train::make_ranks(*comm, options.layout);
+  const bool full = options.method == "full", gather = options.layout.zero == 3 && !full;
+  TANDEM_RETURN_IF_ERROR(
+      worker::model::check_shard(loaded.config, options.layout.tp, options.layout.pp));
+  TANDEM_ASSIGN_OR_RETURN(auto base, worker::model::BaseWeights::load(
+                                         *backend.ops, exec, *weight_arena, loaded.config, dtype,
+                                         *loaded.source, ranks.shard(loaded.config), !gather));
+  std::unique_ptr<worker::model::WeightSource> weights;
+  if (gather) {
+    auto door = std::make_unique<worker::model::GatheredWeights>(
+        *backend.ops, exec, *ranks.groups.dp, *weight_arena, base);
+    door->load_parts(*weight_arena, *loaded.source);
+    weights = std::move(door);
+  } else {
+    weights = worker::model::make_resident_weights(base);
+  }
+  if (!full) loaded.source.reset();  // the file's pages are not the engine's memory
+  worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, base->config(), 1);
+  worker::model::Context context{*backend.ops, exec, *ranks.groups.tp, *activations, dtype};
 
   worker::train::SessionOptions session_options;
   protocol::TrainSettings& settings = session_options.settings;
+  settings.method = options.method;
+  settings.gradient_accumulation_steps = options.micro_batches;
   settings.lora_r = options.rank;
   settings.lora_alpha = 2.0 * static_cast<double>(options.rank);
   settings.save_steps = 0;
   settings.recompute = options.recompute;
   auto batches = worker::train::make_fixed_batches(random_steps(options, loaded.config.vocab), {});
-  TANDEM_ASSIGN_OR_RETURN(const auto estimate,
-                          worker::memory::estimate_training(backend.ops->profile(), loaded.config,
-                                                            dtype, settings, batches->bounds()));
-  TANDEM_ASSIGN_OR_RETURN(auto session,
-                          worker::train::TrainSession::create(
-                              {*backend.allocator, *backend.ledger, context, *weights, adapters, 0},
-                              session_options, std::move(batches)));
+  worker::memory::TrainingPlan plan;
+  plan.layout = options.layout;
+  plan.rank = comm->rank();
+  TANDEM_ASSIGN_OR_RETURN(const auto estimate, worker::memory::estimate_training(
+                                                   backend.ops->profile(), loaded.config, dtype,
+                                                   settings, batches->bounds(), plan));
+  TANDEM_ASSIGN_OR_RETURN(auto session, worker::train::TrainSession::create(
+                                            {*backend.allocator, *backend.ledger, context, *weights,
+                                             adapters, 0, &ranks, loaded.source.get()},
+                                            session_options, std::move(batches)));
 
   worker::train::TrainSession::PhaseTimes before;
   std::vector<double> step_seconds;
@@ -196,10 +249,11 @@ Status run(const Options& options) {
   };
   std::sort(step_seconds.begin(), step_seconds.end());
   const double median = step_seconds[step_seconds.size() / 2];
-  const double tokens = static_cast<double>(options.rows * options.length);
+  const double tokens = static_cast<double>(options.rows * options.length * options.micro_batches);
   const std::int64_t peak = backend.ledger->peak_total(), resident = resident_bytes_max();
   // Arenas keep what they have mapped: what is in use at the end is the peak.
   const std::int64_t driver = backend.bytes_in_use() - context_bytes;
+  const auto peaks = of_all_ranks(*comm, context, static_cast<double>(peak));
   const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
   const nlohmann::ordered_json report{
       {"bench", "train"},
@@ -209,11 +263,15 @@ Status run(const Options& options) {
       {"device", backend.ops->profile().name},
       {"threads", options.threads},
       {"dtype", options.dtype},
+      {"method", options.method},
+      {"layout", options.layout.to_string()},
+      {"micro_batches", options.micro_batches},
       {"lora_r", options.rank},
       {"rows", options.rows},
       {"length", options.length},
       {"steps", step_seconds.size()},
       {"tokens_per_second", tokens / median},
+      {"tokens_per_second_per_rank", tokens / median / options.layout.ranks()},
       {"step_seconds_median", median},
       {"step_seconds_best", step_seconds.front()},
       {"step_processor_seconds", processor},
@@ -232,8 +290,9 @@ Status run(const Options& options) {
       {"context_bytes", context_bytes},
       {"driver_peak_bytes", driver},
       {"resident_peak_bytes", resident},
+      {"peak_bytes_of_ranks", peaks},
       {"last_loss", loss}};
-  std::cout << report.dump(2) << std::endl;
+  if (comm->rank() == 0) std::cout << report.dump(2) << std::endl;
   return {};
 }
 
@@ -243,7 +302,7 @@ int main(int argc, char** argv) {
   tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   Options options;
-  CLI::App app("LoRA training throughput, as JSON");
+  CLI::App app("Training throughput, as JSON");
   app.add_option("--model", options.model, "Hugging Face folder or GGUF file");
   app.add_option("--shape", options.shape, "random weights of this shape instead")
       ->check(CLI::IsMember(tools::bench_shapes()));
@@ -257,6 +316,13 @@ int main(int argc, char** argv) {
   app.add_option("--length", options.length, "tokens of a document")->check(CLI::Range(2, 65536));
   app.add_option("--ragged", options.ragged, "shortest document; lengths vary up to --length")
       ->check(CLI::Range(0, 65536));
+  app.add_option("--micro-batches", options.micro_batches, "of a step, over all ranks")
+      ->check(CLI::Range(1, 4096));
+  app.add_option("--method", options.method)->check(CLI::IsMember({"lora", "full"}));
+  app.add_option("--dp", options.layout.dp, "data-parallel ranks")->check(CLI::Range(1, 1024));
+  app.add_option("--tp", options.layout.tp, "tensor-parallel ranks")->check(CLI::Range(1, 1024));
+  app.add_option("--pp", options.layout.pp, "pipeline stages")->check(CLI::Range(1, 1024));
+  app.add_option("--zero", options.layout.zero, "0 to 3")->check(CLI::Range(0, 3));
   app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
   app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
   CLI11_PARSE(app, argc, argv);

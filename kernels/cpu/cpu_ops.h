@@ -26,10 +26,14 @@ class CpuOps final : public Ops {
   void do_fill_zero(Exec&, Tensor) override;
   void do_pack_weight(Exec&, PackedWeight&, const FillRows&) override;
   void do_embedding_forward(Exec&, const EmbeddingArgs&) override;
+  void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override;
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override;
   void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override;
+  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override;
   void do_linear_forward(Exec&, const LinearArgs&) override;
   void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
+  void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) override;
+  void do_repack_weight(Exec&, const RepackWeightArgs&) override;
   void do_rope_forward(Exec&, const RopeArgs&) override;
   void do_rope_backward(Exec&, const RopeBackwardArgs&) override;
   void do_attention_forward(Exec&, const AttentionArgs&) override;
@@ -39,6 +43,8 @@ class CpuOps final : public Ops {
   void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override;
   void do_gather_rows(Exec&, const GatherRowsArgs&) override;
   void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) override;
+  void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) override;
+  void do_cross_entropy(Exec&, const CrossEntropyArgs&) override;
   void do_logprob(Exec&, const LogprobArgs&) override;
   void do_sample(Exec&, const SampleArgs&) override;
   void do_squared_norm(Exec&, const SquaredNormArgs&) override;

@@ -6,6 +6,7 @@
 #include "kernels/cpu/parallel.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 namespace tandem::kernels::cpu {
@@ -195,6 +196,21 @@ void backward_with_adapters(const LinearBackwardArgs& a, const LoraCall& call, c
   for (std::size_t s = 0; s < a.sites.size(); ++s) add_adapter_dx(a, call, s, du);
 }
 
+/// Rows of ids inside the shard are looked up, the others are zero.
+void embed_shard(const PackedMatrix& table, const EmbeddingArgs& a, std::int64_t t) {
+  const auto* ids = a.ids.as<std::int32_t>();
+  const std::int64_t row_bytes = a.out.dim(1) * dtype_bytes(a.out.dtype);
+  for (std::int64_t row = 0; row < t; ++row) {
+    const std::int64_t local = ids[row] - a.first;
+    const auto id = static_cast<std::int32_t>(local);
+    if (local >= 0 && local < table.n)
+      read_rows(table, {&id, 1}, part_of(a.out, row, 0));
+    else
+      std::memset(static_cast<char*>(a.out.data) + row * row_bytes, 0,
+                  static_cast<std::size_t>(row_bytes));
+  }
+}
+
 }  // namespace
 
 void CpuOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
@@ -215,11 +231,12 @@ void CpuOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
 
 void CpuOps::do_embedding_forward(Exec& exec, const EmbeddingArgs& a) {
   const auto* ids = a.ids.as<std::int32_t>();
-  const std::int64_t t = a.out.dim(0);
+  const std::int64_t t = a.out.dim(0), vocab = a.vocab > 0 ? a.vocab : a.table->n;
   for (std::int64_t row = 0; row < t; ++row)
-    TANDEM_CHECK(ids[row] >= 0 && ids[row] < a.table->n, "embedding_forward: ids[", row,
-                 "] = ", ids[row], ": expected 0 .. ", a.table->n - 1);
+    TANDEM_CHECK(ids[row] >= 0 && ids[row] < vocab, "embedding_forward: ids[", row,
+                 "] = ", ids[row], ": expected 0 .. ", vocab - 1);
   use_threads(exec);
+  if (a.vocab > 0) return embed_shard(packed(*a.table), a, t);
   read_rows(packed(*a.table), {ids, static_cast<std::size_t>(t)}, part_of(a.out, 0, 0));
 }
 

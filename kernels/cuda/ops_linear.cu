@@ -7,6 +7,7 @@
 // segmented kernels.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/gemv.cuh"
 #include "kernels/cuda/lora_gemm.h"
 #include "kernels/cuda/lora_thin.h"
 #include "kernels/cuda_workspace.h"
@@ -322,6 +323,8 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
     TANDEM_LAUNCHED("add_bias_kernel");
   };
   if (layout.columns == 0) {
+    if (exec.numerics == Numerics::kReplay && gemv_fits(a.x, *a.weight))
+      return gemv(s, a.x, *a.weight, a.bias, a.y);
     blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
     return finish();
   }

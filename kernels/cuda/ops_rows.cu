@@ -30,25 +30,33 @@ bool aligned(std::initializer_list<const void*> pointers, std::int64_t row_bytes
 
 /// out[j] = table[index[j]], rows of `words` 16-byte words or, with kWord = 1 byte, of bytes.
 template <class Word>
-__global__ void lookup_kernel(const Word* table, const std::int32_t* index, std::int64_t rows,
-                              std::int64_t words, Word* out) {
+__global__ void lookup_kernel(const Word* table, const std::int32_t* index, std::int64_t first,
+                              std::int64_t whole, std::int64_t rows, std::int64_t words,
+                              Word* out) {
   const std::int64_t row = blockIdx.x;
-  const std::int64_t from = index[row];
-  if (from < 0 || from >= rows) __trap();  // a bug of the caller, as a failed check on the host
+  const std::int64_t from = index[row] - first;
+  // A bug of the caller, as a failed check on the host.
+  if (index[row] < 0 || index[row] >= whole) __trap();
+  if (from < 0 || from >= rows) {  // another shard's
+    for (std::int64_t w = threadIdx.x; w < words; w += blockDim.x) out[row * words + w] = Word{};
+    return;
+  }
   for (std::int64_t w = threadIdx.x; w < words; w += blockDim.x)
     out[row * words + w] = table[from * words + w];
 }
 
-void lookup(cudaStream_t stream, const void* table, std::int64_t rows, std::int64_t row_bytes,
-            const Tensor& index, void* out) {
+/// Rows [first, first + rows) of a table of `whole`; others give zeros.
+void lookup(cudaStream_t stream, const void* table, std::int64_t first, std::int64_t whole,
+            std::int64_t rows, std::int64_t row_bytes, const Tensor& index, void* out) {
   const auto count = static_cast<unsigned>(index.dim(0));
   const auto* at = index.as<std::int32_t>();
   if (aligned({table, out}, row_bytes))
-    lookup_kernel<<<count, 128, 0, stream>>>(static_cast<const uint4*>(table), at, rows,
-                                             row_bytes / 16, static_cast<uint4*>(out));
+    lookup_kernel<<<count, 128, 0, stream>>>(static_cast<const uint4*>(table), at, first, whole,
+                                             rows, row_bytes / 16, static_cast<uint4*>(out));
   else
-    lookup_kernel<<<count, 128, 0, stream>>>(static_cast<const std::uint16_t*>(table), at, rows,
-                                             row_bytes / 2, static_cast<std::uint16_t*>(out));
+    lookup_kernel<<<count, 128, 0, stream>>>(static_cast<const std::uint16_t*>(table), at, first,
+                                             whole, rows, row_bytes / 2,
+                                             static_cast<std::uint16_t*>(out));
   TANDEM_LAUNCHED("lookup_kernel");
 }
 
@@ -95,6 +103,8 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     add_rms_norm_kernel(T* residual, const T* delta, const T* weight, std::int64_t columns,
                         float eps, T* y, float* rstd) {
+  launch_dependents();
+  wait_for_inputs();
   const std::int64_t row = blockIdx.x, base = row * columns;
   using C = Chunk<T, kVector>;
   float sum = 0.0f;
@@ -159,11 +169,10 @@ void add_rms_norm(cudaStream_t stream, const AddRmsNormArgs& a) {
   const bool vector = aligned({a.residual.data, a.delta.data, a.weight.data, a.y.data},
                               columns * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel = vector ? add_rms_norm_kernel<T, true> : add_rms_norm_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(a.y.dim(0)), kThreads, 0, stream>>>(
-      static_cast<T*>(a.residual.data), static_cast<const T*>(a.delta.data),
-      static_cast<const T*>(a.weight.data), columns, a.eps, static_cast<T*>(a.y.data),
-      static_cast<float*>(a.rstd.data));
-  TANDEM_LAUNCHED("add_rms_norm_kernel");
+  launch_early(kernel, dim3(static_cast<unsigned>(a.y.dim(0))), dim3(kThreads), 0, stream,
+               static_cast<T*>(a.residual.data), static_cast<const T*>(a.delta.data),
+               static_cast<const T*>(a.weight.data), columns, a.eps, static_cast<T*>(a.y.data),
+               static_cast<float*>(a.rstd.data));
 }
 
 template <class T>
@@ -259,6 +268,8 @@ __device__ inline float sigmoid(float x) {
 
 template <class T, bool kVector>
 __global__ void silu_mul_kernel(const T* gate_up, std::int64_t rows, std::int64_t width, T* out) {
+  launch_dependents();
+  wait_for_inputs();
   using C = Chunk<T, kVector>;
   const std::int64_t per_row = width / C::kSize;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -305,10 +316,11 @@ void silu_mul(cudaStream_t stream, const SiluMulArgs& a) {
   const bool vector =
       aligned({a.gate_up.data, a.out.data}, width * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel = vector ? silu_mul_kernel<T, true> : silu_mul_kernel<T, false>;
-  kernel<<<blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads), kThreads, 0,
-           stream>>>(static_cast<const T*>(a.gate_up.data), rows, width,
-                     static_cast<T*>(a.out.data));
-  TANDEM_LAUNCHED("silu_mul_kernel");
+  launch_early(kernel,
+               dim3(static_cast<unsigned>(
+                   blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads))),
+               dim3(kThreads), 0, stream, static_cast<const T*>(a.gate_up.data), rows, width,
+               static_cast<T*>(a.out.data));
 }
 
 template <class T>
@@ -385,15 +397,15 @@ void CudaOps::do_copy(Exec& exec, Tensor from, Tensor to) {
 void CudaOps::do_embedding_forward(Exec& exec, const EmbeddingArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "embedding",
                               static_cast<double>(2 * a.out.bytes()));
-  lookup(stream(exec), a.table->storage.data, a.table->n, a.table->i * dtype_bytes(a.table->dtype),
-         a.ids, a.out.data);
+  lookup(stream(exec), a.table->storage.data, a.first, a.vocab > 0 ? a.vocab : a.table->n,
+         a.table->n, a.table->i * dtype_bytes(a.table->dtype), a.ids, a.out.data);
 }
 
 void CudaOps::do_gather_rows(Exec& exec, const GatherRowsArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "gather_rows",
                               static_cast<double>(2 * a.out.bytes()));
-  lookup(stream(exec), a.x.data, a.x.dim(0), a.x.dim(1) * dtype_bytes(a.x.dtype), a.index,
-         a.out.data);
+  lookup(stream(exec), a.x.data, 0, a.x.dim(0), a.x.dim(0), a.x.dim(1) * dtype_bytes(a.x.dtype),
+         a.index, a.out.data);
 }
 
 void CudaOps::do_add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {

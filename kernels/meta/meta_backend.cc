@@ -57,14 +57,20 @@ class MetaOps final : public Ops {
     take(exec, pack_weight_workspace(w.n, w.i).bytes);
   }
   void do_embedding_forward(Exec&, const EmbeddingArgs&) override {}
+  void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override {}
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override {}
   void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override {}
+  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override {}
   void do_linear_forward(Exec& exec, const LinearArgs& a) override {
     take(exec, workspace_bytes(a, profile_));
   }
   void do_linear_backward(Exec& exec, const LinearBackwardArgs& a) override {
     take(exec, workspace_bytes(a, profile_));
   }
+  void do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) override {
+    take(exec, workspace_bytes(a, profile_));
+  }
+  void do_repack_weight(Exec&, const RepackWeightArgs&) override {}
   void do_rope_forward(Exec&, const RopeArgs&) override {}
   void do_rope_backward(Exec&, const RopeBackwardArgs&) override {}
   void do_attention_forward(Exec& exec, const AttentionArgs& a) override {
@@ -82,6 +88,8 @@ class MetaOps final : public Ops {
   void do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) override {
     take(exec, workspace_bytes(a, profile_));
   }
+  void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) override {}
+  void do_cross_entropy(Exec&, const CrossEntropyArgs&) override {}
   void do_logprob(Exec&, const LogprobArgs&) override {}
   void do_sample(Exec& exec, const SampleArgs& a) override {
     take(exec, workspace_bytes(a, profile_));
@@ -97,8 +105,8 @@ class MetaOps final : public Ops {
 }  // namespace
 
 Backend make_meta_backend(const DeviceProfile& profile) {
-  return {[] { return std::int64_t{0}; }, std::make_unique<MetaAllocator>(), std::make_unique<MemoryLedger>(),
-          std::make_unique<MetaOps>(profile)};
+  return {[] { return std::int64_t{0}; }, std::make_unique<MetaAllocator>(),
+          std::make_unique<MemoryLedger>(), std::make_unique<MetaOps>(profile)};
 }
 
 }  // namespace tandem::kernels

@@ -38,6 +38,12 @@ constexpr std::int64_t dtype_bytes(DType dtype) {
   return 0;
 }
 
+/// What an engine that computes in `compute` sums in and keeps optimizer state in: f32, but f64 in
+/// the exact engine that tests hold layouts against.
+constexpr DType sum_dtype(DType compute) {
+  return compute == DType::kF64 ? DType::kF64 : DType::kF32;
+}
+
 /// "f32", "bf16", "f16", "i32", "i64", "u8", "i8", "f64": used in manifests, settings and messages.
 const char* dtype_name(DType dtype);
 std::optional<DType> parse_dtype(std::string_view name);

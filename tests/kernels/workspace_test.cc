@@ -195,6 +195,14 @@ void add_loss_cases(std::vector<Case>& cases) {
                                                      {},
                                                      backward ? side.zeros(cd, {t, 8}) : Tensor{}});
            }});
+  cases.push_back({"weight gradient", [](Side& side, DType cd) {
+                     for (const std::int64_t n : {1, 40, 600})
+                       side.backend.ops->linear_weight_grad(side.exec,
+                                                            {side.zeros(cd, {70, n}),
+                                                             side.zeros(cd, {70, 96}),
+                                                             side.zeros(DType::kF32, {n, 96}),
+                                                             {}});
+                   }});
   cases.push_back({"logprob", [](Side& side, DType) {
                      side.backend.ops->logprob(
                          side.exec, {side.zeros(DType::kF32, {3, 100}),

@@ -59,3 +59,14 @@ function(tandem_test name)
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
     ENVIRONMENT "OMP_WAIT_POLICY=passive")
 endfunction()
+
+# tandem_mpi_test(NAME TARGET RANKS ARGS...): runs a test program as a gang of RANKS under mpirun. The
+# variables are what root, more ranks than cores and idle ranks need (DESIGN section 10); containers that forbid
+# reading another process's memory need the copy through shared memory.
+function(tandem_mpi_test name target ranks)
+  add_test(NAME ${name} COMMAND ${MPIEXEC_EXECUTABLE} -np ${ranks} --oversubscribe --bind-to none
+    --mca btl vader,self --mca btl_vader_single_copy_mechanism none
+    --mca odls_base_sigkill_timeout 0 $<TARGET_FILE:${target}> ${ARGN})
+  set_tests_properties(${name} PROPERTIES LABELS unit TIMEOUT 120 PROCESSORS 2
+    ENVIRONMENT "OMP_WAIT_POLICY=passive;OMP_NUM_THREADS=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_mpi_yield_when_idle=1")
+endfunction()

@@ -2,6 +2,12 @@
 // one uses the trivial body here; NCCL, MPI and threads stand behind the same interface. One device
 // thread per rank calls it; work is ordered by the Exec's stream. A failure of any member is a
 // DeviceError on the others: gangs are disposable and never repaired.
+//
+// Every member makes the same calls in the same order. Sums are taken in rank order (f32 and bf16
+// in f32, f64 in f64; bf16 is rounded once), so they are the same bits on every rank, in every run
+// and with every implementation that runs on CPUs. Scratch comes from Exec::workspace and is a pure
+// function of sizes (collective_scratch.h), the same for every implementation: the meta
+// communicator takes it too.
 #pragma once
 
 #include "kernels/exec.h"
@@ -9,23 +15,46 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace tandem::worker::comm {
+
+/// A collective that may go on in the background. Its tensors are not touched before wait();
+/// destroying it waits too.
+class Pending {
+ public:
+  virtual ~Pending() = default;
+  virtual void wait(kernels::Exec& exec) = 0;
+};
 
 class Communicator {
  public:
   virtual ~Communicator() = default;
   [[nodiscard]] virtual int rank() const = 0;
   [[nodiscard]] virtual int size() const = 0;
-  /// x [*] f32 or cd: sum over ranks, in rank order, in place on every rank.
+  /// x [*] f32, bf16 or f64: sum over ranks, in rank order, in place on every rank.
   virtual void all_reduce_sum(kernels::Exec& exec, kernels::Tensor x) = 0;
-  /// out [size * n] = the ranks' x [n], in rank order.
+  /// out [size * n] = the ranks' x [n], in rank order. x may be this rank's part of out.
   virtual void all_gather(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;
-  /// out [n] = this rank's slice of the sum over ranks of x [size * n].
+  /// The same, begun now and ended by wait(); other collectives may come between, in the same order
+  /// on every rank. Where nothing runs in the background it is done when it is waited for.
+  virtual std::unique_ptr<Pending> start_all_gather(kernels::Exec& exec, kernels::Tensor x,
+                                                    kernels::Tensor out);
+  /// out [n] = this rank's slice of the sum over ranks of x [size * n]. out may be that slice of x;
+  /// x is otherwise left as it was.
   virtual void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;
   virtual void broadcast(kernels::Exec& exec, kernels::Tensor x, int root) = 0;
   virtual void barrier(kernels::Exec& exec) = 0;
+  /// Sends x to rank `to` and receives y from rank `from` at once; an undefined tensor leaves its
+  /// half out. A send may wait for its receive: two ranks that send to each other must do so in one
+  /// call each. Shapes and dtypes are agreed beforehand.
+  virtual void exchange(kernels::Exec& exec, kernels::Tensor x, int to, kernels::Tensor y,
+                        int from) = 0;
+  /// The communicator of `members` (ranks of this one, in the order of their new ranks, this rank
+  /// among them). Every rank of this communicator calls it, each with its own group: the groups are
+  /// disjoint. Pure bookkeeping on CPUs. Must not outlive the communicator that came first.
+  virtual std::unique_ptr<Communicator> sub(std::span<const int> members) = 0;
 };
 
 /// The communicator of a gang of one: every collective is the identity (all_gather and
@@ -36,5 +65,9 @@ std::unique_ptr<Communicator> make_single_communicator(
 /// `size` communicators that meet in this process, one per thread: for tests of sharded code on
 /// CPU.
 std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size);
+
+/// Rank `rank` of a gang of `size` that exists only on paper: takes every collective's scratch and
+/// moves nothing. For dry runs.
+std::unique_ptr<Communicator> make_meta_communicator(int rank, int size);
 
 }  // namespace tandem::worker::comm

@@ -1,5 +1,6 @@
 #include "worker/memory/dry_engine.h"
 
+#include "worker/model/gathered_weights.h"
 #include "worker/model/tensor_source.h"
 
 namespace tandem::worker::memory {
@@ -11,7 +12,7 @@ constexpr std::int64_t kArenaBytes = std::int64_t{1} << 44;
 
 }  // namespace
 
-DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype)
+DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype, const DryRank& place)
     : backend_(kernels::make_meta_backend(profile)),
       weight_arena_(*backend_.allocator, *backend_.ledger, kernels::MemoryKind::kWeights, "weights",
                     kArenaBytes),
@@ -22,23 +23,34 @@ DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype)
       workspace_(*backend_.allocator, *backend_.ledger, kernels::MemoryKind::kWorkspace,
                  "workspace", kArenaBytes),
       exec_{workspace_},
-      comm_(comm::make_single_communicator(
-          [this](kernels::Exec& exec, kernels::Tensor from, kernels::Tensor to) {
-            backend_.ops->copy(exec, from, to);
-          })),
-      context{*backend_.ops, exec_, *comm_, activation_arena_, dtype} {}
+      comm_(comm::make_meta_communicator(place.rank, place.layout.ranks())),
+      ranks(train::make_ranks(*comm_, place.layout)),
+      context{*backend_.ops, exec_, *ranks.groups.tp, activation_arena_, dtype} {}
 
 Result<std::unique_ptr<DryEngine>> DryEngine::create(const kernels::DeviceProfile& profile,
                                                      const model::ModelConfig& config, DType dtype,
-                                                     std::int64_t adapter_slots) {
-  std::unique_ptr<DryEngine> engine(new DryEngine(profile, dtype));
+                                                     std::int64_t adapter_slots,
+                                                     const DryRank& place) {
+  TANDEM_RETURN_IF_ERROR(place.layout.validate());
+  TANDEM_RETURN_IF_ERROR(model::check_shard(config, place.layout.tp, place.layout.pp));
+  std::unique_ptr<DryEngine> engine(new DryEngine(profile, dtype, place));
+  engine->source = model::make_zero_source();
   TANDEM_ASSIGN_OR_RETURN(
-      engine->base,
-      model::BaseWeights::load(*engine->backend_.ops, engine->exec_, engine->weight_arena_, config,
-                               dtype, *model::make_zero_source()));
-  engine->weights = model::make_resident_weights(engine->base);
-  engine->adapters = std::make_unique<model::AdapterTable>(
-      *engine->backend_.ops, engine->exec_, engine->table_arena_, config, adapter_slots);
+      engine->base, model::BaseWeights::load(*engine->backend_.ops, engine->exec_,
+                                             engine->weight_arena_, config, dtype, *engine->source,
+                                             engine->ranks.shard(config), !place.gathers_base));
+  if (place.gathers_base) {
+    auto door = std::make_unique<model::GatheredWeights>(*engine->backend_.ops, engine->exec_,
+                                                         *engine->ranks.groups.dp,
+                                                         engine->weight_arena_, engine->base);
+    door->load_parts(engine->weight_arena_, *engine->source);
+    engine->weights = std::move(door);
+  } else {
+    engine->weights = model::make_resident_weights(engine->base);
+  }
+  engine->adapters = std::make_unique<model::AdapterTable>(*engine->backend_.ops, engine->exec_,
+                                                           engine->table_arena_,
+                                                           engine->base->config(), adapter_slots);
   return engine;
 }
 

@@ -4,21 +4,32 @@
 #include "kernels/meta/meta_backend.h"
 #include "worker/model/adapter.h"
 #include "worker/model/context.h"
+#include "worker/train/ranks.h"
 
 #include <memory>
 
 namespace tandem::worker::memory {
 
+/// Which rank of which gang is planned for, and whether its blocks are gathered when they are used
+/// (a frozen base under ZeRO 3).
+struct DryRank {
+  comm::Layout layout;
+  int rank = 0;
+  bool gathers_base = false;
+};
+
 class DryEngine {
  public:
+  /// Errors as BaseWeights::load, and refused: a layout that does not fit the model.
   static Result<std::unique_ptr<DryEngine>> create(const kernels::DeviceProfile& profile,
                                                    const model::ModelConfig& config, DType dtype,
-                                                   std::int64_t adapter_slots);
+                                                   std::int64_t adapter_slots,
+                                                   const DryRank& place = {});
   DryEngine(const DryEngine&) = delete;
   DryEngine& operator=(const DryEngine&) = delete;
 
  private:
-  DryEngine(const kernels::DeviceProfile& profile, DType dtype);
+  DryEngine(const kernels::DeviceProfile& profile, DType dtype, const DryRank& place);
 
   // Arenas after the backend, what lies in them after the arenas.
   kernels::Backend backend_;
@@ -27,7 +38,9 @@ class DryEngine {
   std::unique_ptr<comm::Communicator> comm_;
 
  public:
+  train::Ranks ranks;
   model::Context context;
+  std::unique_ptr<model::TensorSource> source;
   std::shared_ptr<const model::BaseWeights> base;
   std::unique_ptr<model::WeightSource> weights;
   std::unique_ptr<model::AdapterTable> adapters;

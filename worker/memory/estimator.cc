@@ -38,6 +38,16 @@ Status check_bounds(const train::BatchBounds& bounds) {
   return {};
 }
 
+/// An optimizer step: micro-batches that are under way together count for memory.
+data::OptimizerStep step_of(const data::MicroBatch& batch, const protocol::TrainSettings& settings,
+                            const TrainingPlan& plan) {
+  const std::int64_t count = plan.layout.ranks() == 1 ? 1 : settings.gradient_accumulation_steps;
+  data::OptimizerStep step;
+  step.micro_batches.assign(static_cast<std::size_t>(count), batch);
+  step.trained_tokens = count * batch.trained_tokens;
+  return step;
+}
+
 /// What the runtime does when a job ends: a snapshot serves while the adapter as published is
 /// loaded and probed.
 void publish(DryEngine& engine, train::TrainSession& session, DType dtype) {
@@ -80,8 +90,10 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
                                    const protocol::TrainSettings& settings,
                                    const train::BatchBounds& bounds, const TrainingPlan& plan) {
   TANDEM_RETURN_IF_ERROR(check_bounds(bounds));
+  const bool gathers_base = plan.layout.zero == 3 && settings.method == "lora";
   TANDEM_ASSIGN_OR_RETURN(const auto engine,
-                          DryEngine::create(profile, config, dtype, plan.adapter_slots));
+                          DryEngine::create(profile, config, dtype, plan.adapter_slots,
+                                            {plan.layout, plan.rank, gathers_base}));
   const data::MicroBatch batch = batch_at(bounds);
   std::vector<data::MicroBatch> eval;
   if (plan.eval) eval.push_back(batch);
@@ -91,13 +103,14 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
       const auto session,
       train::TrainSession::create(
           {engine->allocator(), engine->ledger(), engine->context, *engine->weights,
-           *engine->adapters, 0},
-          options, train::make_fixed_batches({{{batch}, batch.trained_tokens}}, std::move(eval))));
+           *engine->adapters, 0, &engine->ranks, engine->source.get()},
+          options, train::make_fixed_batches({step_of(batch, settings, plan)}, std::move(eval))));
   while (!session->finished()) {
     TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
     static_cast<void>(event);
   }
-  if (plan.publish) publish(*engine, *session, dtype);
+  if (plan.publish && plan.layout.ranks() == 1 && settings.method == "lora")
+    publish(*engine, *session, dtype);
   return read_ledger(engine->ledger());
 }
 

@@ -8,6 +8,7 @@
 #include "kernels/memory_ledger.h"
 #include "protocol/base/result.h"
 #include "protocol/job_spec.h"
+#include "worker/comm/layout.h"
 #include "worker/model/model_config.h"
 #include "worker/serve/serve_engine.h"
 #include "worker/train/batch_source.h"
@@ -40,10 +41,13 @@ struct TrainingPlan {
   bool eval = false;               ///< evaluation micro-batches as large as the training ones
   /// A snapshot is held for serving while the finished adapter is loaded again and probed.
   bool publish = false;
+  comm::Layout layout{};  ///< of the job's gang, and which of its ranks is asked about
+  int rank = 0;
 };
 
-/// One LoRA job on an engine of its own: base weights, slots, the session, one step of the largest
-/// micro-batch, and what the plan says. Errors as TrainSession::create.
+/// One job (LoRA or full) on an engine of its own: base weights, slots, the session, one step of
+/// the largest micro-batches, and what the plan says. Of several ranks: the bytes of one (a
+/// snapshot for serving is made on one rank only). Errors as TrainSession::create.
 Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
                                    const model::ModelConfig& config, DType dtype,
                                    const protocol::TrainSettings& settings,

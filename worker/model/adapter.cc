@@ -252,8 +252,13 @@ void AdapterTable::set_trainable(
   for (std::int64_t layer = 0; layer < config_.layers; ++layer)
     for (int s = 0; s < kSiteCount; ++s)
       if (const auto& t = pairs[static_cast<std::size_t>(layer)][static_cast<std::size_t>(s)])
-        entry(layer, Site{s}, slot) = {t->pair.a.data,    t->pair.b.data, t->da.as<float>(),
-                                       t->db.as<float>(), t->pair.rank,   t->pair.scale};
+        // (f64 on the exact backend, which knows)
+        entry(layer, Site{s}, slot) = {t->pair.a.data,
+                                       t->pair.b.data,
+                                       static_cast<float*>(t->da.data),
+                                       static_cast<float*>(t->db.data),
+                                       t->pair.rank,
+                                       t->pair.scale};
   upload(exec);
   held_[static_cast<std::size_t>(slot)] = nullptr;
 }

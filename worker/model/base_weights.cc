@@ -1,5 +1,7 @@
 #include "worker/model/base_weights.h"
 
+#include "worker/model/flat_layout.h"
+
 #include <array>
 #include <cstring>
 
@@ -9,22 +11,6 @@ namespace {
 
 constexpr std::array<const char*, kSiteCount> kSiteNames{
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
-constexpr const char* kEmbeddingName = "model.embed_tokens.weight";
-constexpr const char* kHeadName = "lm_head.weight";
-constexpr const char* kFinalNormName = "model.norm.weight";
-
-std::string weight_name(std::int64_t layer, Site site) {
-  return site_path(layer, site) + ".weight";
-}
-std::string bias_name(std::int64_t layer, Site site) {
-  return site_path(layer, site) + ".bias";
-}
-std::string attention_norm_name(std::int64_t layer) {
-  return str("model.layers.", layer, ".input_layernorm.weight");
-}
-std::string mlp_norm_name(std::int64_t layer) {
-  return str("model.layers.", layer, ".post_attention_layernorm.weight");
-}
 
 /// Packs and uploads with the same few arguments.
 class Loader {
@@ -74,6 +60,9 @@ class Loader {
     kernels::Tensor tensor = arena_.alloc({static_cast<std::int64_t>(values.size())}, dtype);
     if (dtype == DType::kF32) {
       ops_.upload(exec_, std::as_bytes(std::span(values)), tensor);
+    } else if (dtype == DType::kF64) {
+      const std::vector<double> wide(values.begin(), values.end());
+      ops_.upload(exec_, std::as_bytes(std::span(wide)), tensor);
     } else {
       std::vector<bf16> rounded(values.size());
       for (std::size_t e = 0; e < values.size(); ++e) rounded[e] = to_bf16(values[e]);
@@ -129,6 +118,19 @@ std::string site_path(std::int64_t layer, Site site) {
   return str("model.layers.", layer, module, site_name(site));
 }
 
+std::string weight_name(std::int64_t layer, Site site) {
+  return site_path(layer, site) + ".weight";
+}
+std::string bias_name(std::int64_t layer, Site site) {
+  return site_path(layer, site) + ".bias";
+}
+std::string attention_norm_name(std::int64_t layer) {
+  return str("model.layers.", layer, ".input_layernorm.weight");
+}
+std::string mlp_norm_name(std::int64_t layer) {
+  return str("model.layers.", layer, ".post_attention_layernorm.weight");
+}
+
 SiteShape site_shape(const ModelConfig& config, Site site) {
   const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
   switch (site) {
@@ -166,27 +168,37 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
   return specs;
 }
 
-Result<std::shared_ptr<const BaseWeights>> BaseWeights::load(kernels::Ops& ops, kernels::Exec& exec,
-                                                             kernels::Arena& arena,
-                                                             const ModelConfig& config, DType dtype,
-                                                             const TensorSource& source) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
-  TANDEM_RETURN_IF_ERROR(config.validate());
-  for (const TensorSpec& spec : expected_tensors(config))
-    TANDEM_RETURN_IF_ERROR(source.has(spec.name, spec.n, spec.i));
+Result<std::shared_ptr<const BaseWeights>> BaseWeights::load(
+    kernels::Ops& ops, kernels::Exec& exec, kernels::Arena& arena, const ModelConfig& whole,
+    DType dtype, const TensorSource& whole_source, const ModelShard& shard, bool with_blocks) {
+  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF64,
+               dtype_name(dtype));
+  TANDEM_RETURN_IF_ERROR(whole.validate());
+  for (const TensorSpec& spec : expected_tensors(whole))
+    TANDEM_RETURN_IF_ERROR(whole_source.has(spec.name, spec.n, spec.i));
   auto weights = std::make_shared<BaseWeights>();
+  const ModelConfig config = local_config(whole, shard);
   weights->config_ = config;
+  weights->whole_config_ = whole;
+  weights->shard_ = shard;
+  weights->shard_.stage = shard.stage_of(whole);
   weights->dtype_ = dtype;
+  const std::unique_ptr<TensorSource> part = make_shard_source(whole_source, whole, shard);
+  const TensorSource& source = shard.tp_size == 1 ? whole_source : *part;
   Loader loader(ops, exec, arena, config, dtype, source);
-  weights->embedding_ = loader.matrix(kEmbeddingName, config.vocab, config.width);
-  if (!config.tied_embedding)
+  if (weights->embeds() || (config.tied_embedding && weights->has_head()))
+    weights->embedding_ = loader.matrix(kEmbeddingName, config.vocab, config.width);
+  if (!config.tied_embedding && weights->has_head())
     weights->lm_head_ = loader.matrix(kHeadName, config.vocab, config.width);
   weights->final_norm_ = loader.vector({kFinalNormName}, {config.width});
   const RopeTable rope = make_rope_table(config);
   weights->inv_freq_ = loader.upload(rope.inv_freq, DType::kF32);
   weights->rope_attention_factor_ = rope.attention_factor;
-  for (std::int64_t layer = 0; layer < config.layers; ++layer)
-    weights->blocks_.push_back(loader.block(layer));
+  weights->blocks_.resize(static_cast<std::size_t>(config.layers));
+  if (with_blocks)
+    for (std::int64_t layer = weights->shard_.stage.first; layer < weights->shard_.stage.last;
+         ++layer)
+      weights->blocks_[static_cast<std::size_t>(layer)] = loader.block(layer);
   return std::shared_ptr<const BaseWeights>(std::move(weights));
 }
 

@@ -3,6 +3,7 @@
 
 #include "kernels/ops.h"
 #include "worker/model/model_config.h"
+#include "worker/model/shard.h"
 
 #include <functional>
 #include <memory>
@@ -23,6 +24,15 @@ struct SiteShape {
   std::int64_t n = 0, i = 0;
 };
 SiteShape site_shape(const ModelConfig& config, Site site);
+
+/// Names of a checkpoint's tensors.
+inline constexpr const char* kEmbeddingName = "model.embed_tokens.weight";
+inline constexpr const char* kHeadName = "lm_head.weight";
+inline constexpr const char* kFinalNormName = "model.norm.weight";
+std::string weight_name(std::int64_t layer, Site site);
+std::string bias_name(std::int64_t layer, Site site);
+std::string attention_norm_name(std::int64_t layer);
+std::string mlp_norm_name(std::int64_t layer);
 
 /// A tensor of a checkpoint: name and logical shape [n, i]; i = 0: a vector of n.
 struct TensorSpec {
@@ -55,18 +65,29 @@ class TensorSource {
   /// show.
   [[nodiscard]] virtual Status has(const std::string& name, std::int64_t n,
                                    std::int64_t i) const = 0;
+  /// False for a dry run's source, whose matrices are never read.
+  [[nodiscard]] virtual bool has_values() const { return true; }
 };
 
 class BaseWeights {
  public:
-  /// Builds and packs everything into `arena` (kind kWeights). Every tensor is checked before the
-  /// first byte is read: not_found_error / invalid_error name it. Throws DeviceError when memory is
-  /// out.
+  /// Builds and packs everything that `shard` holds of the model into `arena` (kind kWeights).
+  /// Every tensor is checked before the first byte is read: not_found_error / invalid_error name
+  /// it. `with_blocks` false: only embedding, head and norm (blocks come through another door).
+  /// Throws DeviceError when memory is out.
   static Result<std::shared_ptr<const BaseWeights>> load(kernels::Ops& ops, kernels::Exec& exec,
                                                          kernels::Arena& arena,
                                                          const ModelConfig& config, DType dtype,
-                                                         const TensorSource& source);
+                                                         const TensorSource& source,
+                                                         const ModelShard& shard = {},
+                                                         bool with_blocks = true);
+  /// Sizes as this rank's ops see them (local_config).
   [[nodiscard]] const ModelConfig& config() const { return config_; }
+  /// The model as its checkpoint has it, and this rank's part.
+  [[nodiscard]] const ModelConfig& whole_config() const { return whole_config_; }
+  [[nodiscard]] const ModelShard& shard() const { return shard_; }
+  [[nodiscard]] bool embeds() const { return shard_.stage.first == 0; }
+  [[nodiscard]] bool has_head() const { return shard_.stage.last == config_.layers; }
   [[nodiscard]] DType dtype() const { return dtype_; }
   [[nodiscard]] const kernels::PackedWeight& embedding() const { return embedding_; }  ///< [V, C]
   [[nodiscard]] const kernels::PackedWeight& lm_head() const {
@@ -80,7 +101,8 @@ class BaseWeights {
   }
 
  private:
-  ModelConfig config_;
+  ModelConfig config_, whole_config_;
+  ModelShard shard_;
   DType dtype_ = DType::kF32;
   kernels::PackedWeight embedding_, lm_head_;
   kernels::Tensor final_norm_, inv_freq_;
@@ -100,12 +122,26 @@ class WeightSource {
 };
 std::unique_ptr<WeightSource> make_resident_weights(std::shared_ptr<const BaseWeights> base);
 
+/// Where gradients of weights go (f32, accumulated); shapes as in BlockWeights.
+struct BlockGrads {
+  kernels::Tensor attention_norm, mlp_norm, qkv, qkv_bias, o, gate_up, down;
+};
+struct EndGrads {
+  kernels::Tensor embedding, head;  ///< undefined on a stage without it; one and the same when tied
+  kernels::Tensor final_norm;
+};
+
 /// Told when a block's gradients of one micro-batch are complete, in backward order, so that
-/// reductions can start. The single-rank body does nothing.
+/// reductions can start; and, in full fine-tuning, asked where they go. The single-rank body of
+/// LoRA does nothing.
 class GradSink {
  public:
   virtual ~GradSink() = default;
+  /// Before a block's backward; null: its weights are frozen.
+  virtual const BlockGrads* acquire(std::int64_t) { return nullptr; }
   virtual void ready(std::int64_t layer) = 0;
+  /// Of embedding, head and final norm; null: frozen. Complete when backward returns.
+  virtual const EndGrads* ends() { return nullptr; }
 };
 
 }  // namespace tandem::worker::model

@@ -181,6 +181,7 @@ class RandomSource final : public TensorSource {
 
 class ZeroSource final : public TensorSource {
  public:
+  [[nodiscard]] bool has_values() const override { return false; }
   [[nodiscard]] Status has(const std::string&, std::int64_t, std::int64_t) const override {
     return {};
   }

@@ -1,5 +1,7 @@
 #include "worker/model/transformer.h"
 
+#include "worker/model/vocab_loss.h"
+
 #include <cmath>
 
 namespace tandem::worker::model {
@@ -25,6 +27,7 @@ struct BlockRun {
   const BlockWeights& weights;
   const AdapterTable* adapters;
   std::int64_t layer;
+  const BlockGrads* grads = nullptr;  ///< full fine-tuning, in backward
 
   [[nodiscard]] bool has_adapters() const {
     return adapters != nullptr && batch.adapters.rank_max > 0;
@@ -36,7 +39,7 @@ struct BlockRun {
     return ctx.activations.alloc({batch.tokens(), width}, ctx.compute_dtype);
   }
   [[nodiscard]] Tensor row_scalars(std::int64_t width) const {
-    return ctx.activations.alloc({batch.tokens(), width}, DType::kF32);
+    return ctx.activations.alloc({batch.tokens(), width}, sum_dtype(ctx.compute_dtype));
   }
   [[nodiscard]] std::int64_t qkv_width() const {
     return (config.heads + 2 * config.kv_heads) * config.head_dim;
@@ -56,6 +59,16 @@ struct BlockRun {
                        const Tensor& dx) const {
     ctx.ops.linear_backward(ctx.exec, {dy, x, &weight, sites(fused),
                                        has_adapters() ? &batch.adapters : nullptr, u, dx});
+  }
+  /// Gradients of a weight, where they are wanted: see BlockGrads.
+  void weight_grad(const Tensor& dy, const Tensor& x, Tensor BlockGrads::*weight,
+                   const Tensor& dbias = {}) const {
+    if (grads != nullptr) ctx.ops.linear_weight_grad(ctx.exec, {dy, x, grads->*weight, dbias});
+  }
+  void norm_weight_grad(const Tensor& dy, const Tensor& residual, const Tensor& rstd,
+                        Tensor BlockGrads::*weight) const {
+    if (grads != nullptr)
+      ctx.ops.rms_norm_weight_grad(ctx.exec, {dy, residual, rstd, grads->*weight});
   }
   /// Each rank of a tensor-parallel group holds a part of the sum.
   void sum_over_ranks(const Tensor& x) const {
@@ -107,8 +120,9 @@ void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
   s.qkv = run.rows(run.qkv_width());
   s.attention_out = run.rows(run.config.heads * run.config.head_dim);
   if (keep.for_backward) {
-    s.rstd_attention = run.ctx.activations.alloc({run.batch.tokens()}, DType::kF32);
-    s.rstd_mlp = run.ctx.activations.alloc({run.batch.tokens()}, DType::kF32);
+    const DType sums = sum_dtype(run.ctx.compute_dtype);
+    s.rstd_attention = run.ctx.activations.alloc({run.batch.tokens()}, sums);
+    s.rstd_mlp = run.ctx.activations.alloc({run.batch.tokens()}, sums);
     s.lse = run.row_scalars(run.config.heads);
     s.u[0] = run.lora_inputs(Fused::kQkv);
     s.u[1] = run.lora_inputs(Fused::kO);
@@ -182,16 +196,20 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
     }
     const Tensor dact = run.rows(run.config.mlp_width);
     run.linear_backward(Fused::kDown, dresidual, again.act, run.weights.down, s.u[3], dact);
+    run.weight_grad(dresidual, again.act, &BlockGrads::down);
     // The gradient takes gate_up's memory: nobody reads that again.
     ops.silu_mul_backward(run.ctx.exec, {dact, again.gate_up, again.gate_up});
     run.linear_backward(Fused::kGateUp, again.gate_up, again.normed_mlp, run.weights.gate_up,
                         s.u[2], dnormed);
+    run.weight_grad(again.gate_up, again.normed_mlp, &BlockGrads::gate_up);
     run.sum_over_ranks(dnormed);
   }
+  run.norm_weight_grad(dnormed, s.residual_attention, s.rstd_mlp, &BlockGrads::mlp_norm);
   ops.rms_norm_backward(
       run.ctx.exec, {dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual});
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
   run.linear_backward(Fused::kO, dresidual, s.attention_out, run.weights.o, s.u[1], dattention);
+  run.weight_grad(dresidual, s.attention_out, &BlockGrads::o);
   const Tensor dqkv = run.rows(run.qkv_width());
   ops.attention_backward(run.ctx.exec,
                          {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
@@ -199,11 +217,14 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   ops.rope_backward(run.ctx.exec, {dqkv, run.batch.positions, run.base.inv_freq(),
                                    run.base.rope_attention_factor(), run.config.heads,
                                    run.config.kv_heads, run.config.head_dim});
-  run.linear_backward(Fused::kQkv, dqkv,
-                      normed(s.normed_attention, s.x, run.weights.attention_norm), run.weights.qkv,
-                      s.u[0], want_dx ? dnormed : Tensor{});
+  const Tensor normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
+  run.linear_backward(Fused::kQkv, dqkv, normed_attention, run.weights.qkv, s.u[0],
+                      want_dx ? dnormed : Tensor{});
+  run.weight_grad(dqkv, normed_attention, &BlockGrads::qkv,
+                  run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
   if (!want_dx) return;
   run.sum_over_ranks(dnormed);
+  run.norm_weight_grad(dnormed, s.x, s.rstd_attention, &BlockGrads::attention_norm);
   ops.rms_norm_backward(run.ctx.exec,
                         {dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual});
 }
@@ -236,7 +257,10 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
   Streams streams{{}, rows()};
   if (stage_.first == 0) {
     TANDEM_CHECK(!in.defined(), "the first stage embeds ids itself");
-    ctx.ops.embedding_forward(ctx.exec, {batch.ids, &base.embedding(), streams.stream});
+    const VocabShard shard = vocab_shard(base);
+    ctx.ops.embedding_forward(
+        ctx.exec, {batch.ids, &base.embedding(), streams.stream, shard.first, shard.vocab});
+    if (ctx.comm.size() > 1) ctx.comm.all_reduce_sum(ctx.exec, streams.stream);
   } else {
     ctx.ops.copy(ctx.exec, in, streams.stream);
   }
@@ -274,7 +298,8 @@ void Transformer::finish_forward(Context& ctx, Tensor before, Tensor stream, Ten
                                  Saved* saved) const {
   if (stage_.last == config().layers) {
     Tensor rstd{};
-    if (saved != nullptr) rstd = ctx.activations.alloc({hidden.dim(0)}, DType::kF32);
+    if (saved != nullptr)
+      rstd = ctx.activations.alloc({hidden.dim(0)}, sum_dtype(ctx.compute_dtype));
     add_and_norm(ctx, config(), stream, before, weights_.base().final_norm(), hidden, rstd);
     if (saved != nullptr) {
       saved->final_residual = stream;
@@ -296,18 +321,23 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
   TANDEM_CHECK(batch.paged == nullptr, "backward needs packed attention");
   ArenaScope scope(ctx.activations);
   const BaseWeights& base = weights_.base();
+  const EndGrads* ends = sink.ends();
   Tensor dresidual = dhidden;
   if (stage_.last == config().layers) {
     dresidual = ctx.activations.alloc(dhidden.shape, ctx.compute_dtype);
     ctx.ops.fill_zero(ctx.exec, dresidual);
     ctx.ops.rms_norm_backward(
         ctx.exec, {dhidden, saved.final_residual, base.final_norm(), saved.final_rstd, dresidual});
+    if (ends != nullptr)
+      ctx.ops.rms_norm_weight_grad(
+          ctx.exec, {dhidden, saved.final_residual, saved.final_rstd, ends->final_norm});
   }
   for (std::int64_t layer = stage_.last; layer-- > stage_.first;) {
-    const BlockRun run{ctx,       batch, config(), base, weights_.acquire(layer, Phase::kBackward),
-                       adapters_, layer};
+    const BlockRun run{
+        ctx,       batch, config(),           base, weights_.acquire(layer, Phase::kBackward),
+        adapters_, layer, sink.acquire(layer)};
     const SavedBlock& s = saved.blocks.at(static_cast<std::size_t>(layer - stage_.first));
-    const bool want_dx = layer > stage_.first || din.defined();
+    const bool want_dx = layer > stage_.first || din.defined() || ends != nullptr;
     if (recompute == Recompute::kBlock) {
       ArenaScope block(ctx.activations);
       SavedBlock again;
@@ -322,6 +352,11 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
     sink.ready(layer);
   }
   if (din.defined()) ctx.ops.copy(ctx.exec, dresidual, din);
+  if (stage_.first == 0 && ends != nullptr) {
+    const VocabShard shard = vocab_shard(base);
+    ctx.ops.embedding_backward(ctx.exec,
+                               {batch.ids, dresidual, ends->embedding, shard.first, shard.vocab});
+  }
 }
 
 void Transformer::logits(Context& ctx, Tensor hidden, Tensor logits) const {
@@ -330,7 +365,12 @@ void Transformer::logits(Context& ctx, Tensor hidden, Tensor logits) const {
 }
 
 void Transformer::loss(Context& ctx, Tensor hidden, Tensor labels, float gradient_scale,
-                       Tensor loss, Tensor correct, Tensor dhidden) const {
+                       Tensor loss, Tensor correct, Tensor dhidden, GradSink* sink) const {
+  const EndGrads* ends = sink != nullptr ? sink->ends() : nullptr;
+  if (ctx.comm.size() > 1 || ends != nullptr)
+    return vocab_loss(ctx, weights_.base(),
+                      {hidden, labels, gradient_scale, loss, correct, dhidden,
+                       ends != nullptr ? ends->head : Tensor{}});
   ctx.ops.linear_cross_entropy(ctx.exec, {hidden, &weights_.base().lm_head(), labels,
                                           gradient_scale, loss, correct, dhidden});
 }

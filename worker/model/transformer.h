@@ -54,11 +54,6 @@ struct Saved {
   kernels::Tensor final_rstd;      ///< [T] f32
 };
 
-/// Blocks [first, last) of a model: a pipeline stage. The whole model is the stage [0, layers).
-struct Stage {
-  std::int64_t first = 0, last = 0;
-};
-
 class Transformer {
  public:
   Transformer(WeightSource& weights, const AdapterTable* adapters, Stage stage);
@@ -75,9 +70,11 @@ class Transformer {
                 Recompute recompute, kernels::Tensor din, GradSink& sink) const;
   /// logits [S, V] f32 of hidden rows [S, C].
   void logits(Context& ctx, kernels::Tensor hidden, kernels::Tensor logits) const;
-  /// Chunked head and loss, see LinearCrossEntropyArgs; dhidden undefined: evaluation.
+  /// Chunked head and loss, see LinearCrossEntropyArgs; dhidden undefined: evaluation. `sink`:
+  /// where the head's gradient goes, if anywhere.
   void loss(Context& ctx, kernels::Tensor hidden, kernels::Tensor labels, float gradient_scale,
-            kernels::Tensor loss, kernels::Tensor correct, kernels::Tensor dhidden) const;
+            kernels::Tensor loss, kernels::Tensor correct, kernels::Tensor dhidden,
+            GradSink* sink = nullptr) const;
   [[nodiscard]] const ModelConfig& config() const;
 
  private:

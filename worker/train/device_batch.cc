@@ -19,13 +19,17 @@ kernels::Tensor upload_padded(model::Context& ctx, std::vector<std::int32_t> val
 
 }  // namespace
 
+std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds) {
+  const std::int64_t bucket =
+      std::min(kTokenBucket, round_up(bounds.micro_batch_tokens, kSmallBucket));
+  return round_up(static_cast<std::int64_t>(batch.tokens.size()), bucket);
+}
+
 DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
                          const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max) {
   const auto real = static_cast<std::int64_t>(batch.tokens.size());
   const auto end = static_cast<std::int32_t>(real);
-  const std::int64_t bucket =
-      std::min(kTokenBucket, round_up(bounds.micro_batch_tokens, kSmallBucket));
-  const std::int64_t rows = round_up(real, bucket);
+  const std::int64_t rows = device_rows(batch, bounds);
   DeviceBatch device;
   device.real_tokens = real;
   device.tokens.ids = upload_padded(ctx, batch.tokens, rows, 0);
@@ -68,9 +72,15 @@ model::TokenBatch upload_twice(model::Context& ctx, const std::vector<std::int32
 }
 
 double sum_rows(model::Context& ctx, const kernels::Tensor& x) {
+  double sum = 0.0;
+  if (x.dtype == DType::kF64) {
+    std::vector<double> host(static_cast<std::size_t>(x.elements()));
+    ctx.ops.download(ctx.exec, x, std::as_writable_bytes(std::span(host)));
+    for (double value : host) sum += value;
+    return sum;
+  }
   std::vector<float> host(static_cast<std::size_t>(x.elements()));
   ctx.ops.download(ctx.exec, x, std::as_writable_bytes(std::span(host)));
-  double sum = 0.0;
   for (float value : host) sum += static_cast<double>(value);
   return sum;
 }

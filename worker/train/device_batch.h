@@ -18,6 +18,9 @@ struct DeviceBatch {
   std::int64_t real_tokens = 0;
 };
 
+/// Rows of a micro-batch's device tensors.
+std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds);
+
 /// Uploads a micro-batch with all its rows in `slot` (-1: no adapter) of at most `rank_max`. Shapes
 /// depend on the number of tokens and on `bounds` alone.
 DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,

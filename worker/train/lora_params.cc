@@ -2,6 +2,7 @@
 
 #include "protocol/base/random.h"
 #include "protocol/base/units.h"
+#include "worker/model/host_copy.h"
 
 #include <algorithm>
 #include <array>
@@ -60,17 +61,18 @@ LoraParams::LoraParams(const SessionParts& parts, const model::LoraConfig& lora)
       adapter_arena_(parts.allocator, parts.ledger, MemoryKind::kAdapters, "trained adapter",
                      flat_bytes(layout_.elements, parts.context.compute_dtype)),
       gradient_arena_(parts.allocator, parts.ledger, MemoryKind::kGradients, "gradients",
-                      flat_bytes(layout_.elements, DType::kF32)),
+                      flat_bytes(layout_.elements, sum_dtype(parts.context.compute_dtype))),
       optimizer_arena_(parts.allocator, parts.ledger, MemoryKind::kOptimizer, "optimizer",
-                       3 * flat_bytes(layout_.elements, DType::kF32) + kernels::kDeviceAlignment) {
+                       3 * flat_bytes(layout_.elements, sum_dtype(parts.context.compute_dtype)) +
+                           kernels::kDeviceAlignment) {
+  const DType sums = sum_dtype(parts.context.compute_dtype);
   const kernels::Shape flat{layout_.elements};
   compute_ = adapter_arena_.alloc(flat, parts.context.compute_dtype);
-  gradient_ = gradient_arena_.alloc(flat, DType::kF32);
-  master_ = parts.context.compute_dtype == DType::kF32 ? compute_
-                                                       : optimizer_arena_.alloc(flat, DType::kF32);
-  m_ = optimizer_arena_.alloc(flat, DType::kF32);
-  v_ = optimizer_arena_.alloc(flat, DType::kF32);
-  squared_norm_ = optimizer_arena_.alloc({1}, DType::kF32);
+  gradient_ = gradient_arena_.alloc(flat, sums);
+  master_ = parts.context.compute_dtype == sums ? compute_ : optimizer_arena_.alloc(flat, sums);
+  m_ = optimizer_arena_.alloc(flat, sums);
+  v_ = optimizer_arena_.alloc(flat, sums);
+  squared_norm_ = optimizer_arena_.alloc({1}, sums);
   zero_gradients();
 }
 
@@ -136,21 +138,12 @@ void LoraParams::measure_gradients() {
 
 void LoraParams::update(const protocol::TrainSettings& settings, double learning_rate,
                         std::int64_t step) {
-  const bool clip = settings.max_grad_norm > 0.0;
-  kernels::AdamWArgs args{};
+  kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
   args.param = master_;
   args.grad = gradient_;
   args.m = m_;
   args.v = v_;
   if (compute_.data != master_.data) args.param_cd = compute_;
-  if (clip) args.squared_norm = squared_norm_;
-  args.max_norm = static_cast<float>(settings.max_grad_norm);
-  args.lr = static_cast<float>(learning_rate);
-  args.beta1 = static_cast<float>(settings.adam_beta1);
-  args.beta2 = static_cast<float>(settings.adam_beta2);
-  args.eps = static_cast<float>(settings.adam_epsilon);
-  args.weight_decay = static_cast<float>(settings.weight_decay);
-  args.step = step;
   parts_.context.ops.adamw(parts_.context.exec, args);
 }
 
@@ -172,13 +165,11 @@ void LoraParams::attach(model::AdapterTable& table, std::int64_t slot) {
 // -----------------------------------------------------------------------------------
 
 std::vector<float> LoraParams::download(const Tensor& flat) const {
-  std::vector<float> host(static_cast<std::size_t>(flat.elements()));
-  parts_.context.ops.download(parts_.context.exec, flat, std::as_writable_bytes(std::span(host)));
-  return host;
+  return model::download_floats(parts_.context.ops, parts_.context.exec, flat);
 }
 
 void LoraParams::upload(const std::vector<float>& host, const Tensor& flat) {
-  parts_.context.ops.upload(parts_.context.exec, std::as_bytes(std::span(host)), flat);
+  model::upload_floats(parts_.context.ops, parts_.context.exec, host, flat);
 }
 
 std::vector<StateTensor> LoraParams::export_tensors() const {

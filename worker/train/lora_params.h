@@ -5,7 +5,7 @@
 #include "kernels/ops.h"
 #include "worker/model/adapter.h"
 #include "worker/model/adapter_layout.h"
-#include "worker/train/train_session.h"
+#include "worker/train/trainable.h"
 
 #include <memory>
 #include <string>
@@ -13,35 +13,40 @@
 
 namespace tandem::worker::train {
 
-class LoraParams {
+class LoraParams final : public Trainable, private model::GradSink {
  public:
   /// Every target site of every layer at the config's rank. Allocates; contents undefined until
   /// initialise() or a load.
   LoraParams(const SessionParts& parts, const model::LoraConfig& lora);
 
   /// A uniform in +-1/sqrt(I) from (seed, site), B zero, moments zero.
-  void initialise(std::uint64_t seed);
+  void initialise(std::uint64_t seed) override;
   /// Starts from given values, moments zero. invalid_error: another rank, scale or set of sites.
-  Status initialise_from(const std::vector<model::HostAdapterTensor>& tensors);
+  Status initialise_from(const std::vector<model::HostAdapterTensor>& tensors) override;
+  model::WeightSource& weights() override { return parts_.weights; }
+  model::GradSink& sink() override { return *this; }
 
-  void zero_gradients();
+  void zero_gradients() override;
   /// Norm of the whole gradient into `squared_norm()`, on the device.
-  void measure_gradients();
-  [[nodiscard]] const kernels::Tensor& squared_norm() const { return squared_norm_; }
+  void measure_gradients() override;
+  [[nodiscard]] const kernels::Tensor& squared_norm() const override { return squared_norm_; }
   /// One AdamW update of everything; `step` counts from 1.
-  void update(const protocol::TrainSettings& settings, double learning_rate, std::int64_t step);
+  void update(const protocol::TrainSettings& settings, double learning_rate,
+              std::int64_t step) override;
 
   /// Points a slot's entries at these parameters and gradients.
-  void attach(model::AdapterTable& table, std::int64_t slot);
-  [[nodiscard]] std::int64_t rank_max() const { return layout_.rank_max; }
+  void attach(model::AdapterTable& table, std::int64_t slot) override;
+  [[nodiscard]] std::int64_t rank_max() const override { return layout_.rank_max; }
 
-  [[nodiscard]] std::vector<StateTensor> export_tensors() const;
-  Status import_tensors(const std::vector<StateTensor>& tensors);
-  [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const;
-  [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
-  [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const;
+  [[nodiscard]] std::vector<StateTensor> export_tensors() const override;
+  Status import_tensors(const std::vector<StateTensor>& tensors) override;
+  [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
+  [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
+  [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;
 
  private:
+  void ready(std::int64_t) override {}  // one rank: nothing to reduce
+
   [[nodiscard]] std::vector<float> download(const kernels::Tensor& flat) const;
   void upload(const std::vector<float>& host, const kernels::Tensor& flat);
   void refresh_compute_copy();

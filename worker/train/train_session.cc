@@ -5,6 +5,8 @@
 #include "protocol/base/units.h"
 #include "worker/train/device_batch.h"
 #include "worker/train/lora_params.h"
+#include "worker/train/pipeline_run.h"
+#include "worker/train/rank_params.h"
 #include "worker/train/schedule.h"
 
 #include <nlohmann/json.hpp>
@@ -40,13 +42,12 @@ Result<model::Recompute> parse_recompute(const std::string& name) {
   if (name == "elementwise") return model::Recompute::kElementwise;
   if (name == "mlp") return model::Recompute::kMlp;
   if (name == "block") return model::Recompute::kBlock;
-  return invalid_error(str("recompute is \"", name, "\"; it must be none, elementwise, mlp or block"));
+  return invalid_error(
+      str("recompute is \"", name, "\"; it must be none, elementwise, mlp or block"));
 }
 
 Result<model::LoraConfig> lora_config(const protocol::TrainSettings& settings,
                                       const model::ModelConfig& config) {
-  if (settings.method != "lora")
-    return refused_error(str("method \"", settings.method, "\" is not supported; lora is"));
   model::LoraConfig lora;
   lora.r = settings.lora_r;
   lora.lora_alpha = settings.lora_alpha;
@@ -57,11 +58,23 @@ Result<model::LoraConfig> lora_config(const protocol::TrainSettings& settings,
   return lora;
 }
 
-/// The single rank's door: nothing to reduce.
-class NoGradSink final : public model::GradSink {
- public:
-  void ready(std::int64_t) override {}
-};
+Result<std::unique_ptr<Trainable>> make_trainable(const SessionParts& parts,
+                                                  const protocol::TrainSettings& settings,
+                                                  const model::LoraConfig& lora) {
+  const bool full = settings.method == "full";
+  if (!full && settings.method != "lora")
+    return refused_error(
+        str("method \"", settings.method, "\" is not supported; lora and full are"));
+  const bool many = parts.ranks != nullptr && parts.ranks->layout.ranks() > 1;
+  if (!full && lora.lora_dropout > 0.0 && many && parts.ranks->layout.tp > 1)
+    return refused_error("lora_dropout over tensor-parallel ranks is not supported yet");
+  if (full || many) {
+    TANDEM_ASSIGN_OR_RETURN(auto params,
+                            RankParams::create(parts, full ? std::nullopt : std::optional(lora)));
+    return std::unique_ptr<Trainable>(std::move(params));
+  }
+  return std::unique_ptr<Trainable>(std::make_unique<LoraParams>(parts, lora));
+}
 
 double seconds_since(std::int64_t begin_ns) {
   return static_cast<double>(steady_ns() - begin_ns) * 1e-9;
@@ -85,14 +98,19 @@ class PhaseTimer {
 class TrainSession::Impl {
  public:
   Impl(const SessionParts& parts, SessionOptions options, model::LoraConfig lora,
-       model::Recompute recompute, std::unique_ptr<BatchSource> batches)
+       std::unique_ptr<Trainable> params, model::Recompute recompute,
+       std::unique_ptr<BatchSource> batches)
       : parts_(parts),
         options_(std::move(options)),
         lora_(std::move(lora)),
         recompute_(recompute),
         batches_(std::move(batches)),
-        transformer_(parts.weights, &parts.adapters, {0, parts.weights.base().config().layers}),
-        params_(parts, lora_) {
+        params_owner_(std::move(params)),
+        params_(*params_owner_),
+        transformer_(params_.weights(), &parts.adapters, parts.weights.base().shard().stage) {
+    if (pipelined())
+      pipeline_.emplace(parts.allocator, parts.ledger, parts.context, transformer_, *parts.ranks,
+                        recompute);
     phase_ = options_.eval_base_first && has_eval() ? Phase::kBaseEval : Phase::kTrain;
   }
   ~Impl() { parts_.adapters.clear(parts_.context.exec, parts_.slot); }
@@ -143,9 +161,10 @@ class TrainSession::Impl {
   const model::LoraConfig lora_;
   const model::Recompute recompute_;
   const std::unique_ptr<BatchSource> batches_;
+  const std::unique_ptr<Trainable> params_owner_;
+  Trainable& params_;
   const model::Transformer transformer_;
-  LoraParams params_;
-  NoGradSink sink_;
+  std::optional<PipelineRunner> pipeline_;
   PhaseTimes times_;
 
   Phase phase_ = Phase::kTrain;
@@ -157,11 +176,29 @@ class TrainSession::Impl {
   Result<SliceEvent> finish_step();
   Result<SliceEvent> eval_slice();
   Status begin_step();
-  double run_micro_batch(const data::MicroBatch& batch);
+  /// A micro-batch of this rank: what it is and which of the step's.
+  struct LocalBatch {
+    const data::MicroBatch* batch = nullptr;
+    std::int64_t index = 0;
+  };
+  double run_micro_batch(const LocalBatch& batch);
+  double run_pipeline();
+  void deal_micro_batches();
+  [[nodiscard]] DeviceBatch upload(model::Context& ctx, const LocalBatch& batch) const;
+  [[nodiscard]] float gradient_scale() const {
+    return static_cast<float>(1.0 / static_cast<double>(current_->trained_tokens));
+  }
+  [[nodiscard]] bool pipelined() const {
+    return parts_.ranks != nullptr && parts_.ranks->layout.pp > 1;
+  }
+  [[nodiscard]] std::int64_t dp_size() const { return parts_.ranks ? parts_.ranks->layout.dp : 1; }
+  [[nodiscard]] std::int64_t dp_rank() const { return parts_.ranks ? parts_.ranks->dp_rank() : 0; }
   void phase_after_step();
 
   // The step in progress.
   std::optional<data::OptimizerStep> current_;
+  data::MicroBatch idle_;  ///< what a rank does while the others do a round that it has no share in
+  std::vector<LocalBatch> local_;
   std::size_t next_micro_batch_ = 0;
   double loss_sum_ = 0.0, step_seconds_ = 0.0;
   // The evaluation in progress.
@@ -178,6 +215,7 @@ Status TrainSession::Impl::begin_step() {
   TANDEM_ASSIGN_OR_RETURN(current_, batches_->step(step_));
   if (current_->trained_tokens < 1)
     return invalid_error(str("optimizer step ", step_ + 1, " has no trained tokens"));
+  deal_micro_batches();
   next_micro_batch_ = 0;
   loss_sum_ = 0.0;
   step_seconds_ = 0.0;
@@ -185,12 +223,36 @@ Status TrainSession::Impl::begin_step() {
   return {};
 }
 
+/// Micro-batches go round the data-parallel ranks in turn. All do as many rounds, because they meet
+/// in collectives: one without a share repeats the step's first micro-batch with nothing trained.
+void TrainSession::Impl::deal_micro_batches() {
+  const auto count = static_cast<std::int64_t>(current_->micro_batches.size());
+  local_.clear();
+  if (count % dp_size() != 0) {
+    idle_ = current_->micro_batches.front();
+    std::fill(idle_.labels.begin(), idle_.labels.end(), data::kIgnore);
+    idle_.trained_tokens = 0;
+  }
+  for (std::int64_t first = 0; first < count; first += dp_size()) {
+    const std::int64_t mine = first + dp_rank();
+    if (mine < count)
+      local_.push_back({&current_->micro_batches[static_cast<std::size_t>(mine)], mine});
+    else
+      local_.push_back({&idle_, 0});
+  }
+}
+
 Result<SliceEvent> TrainSession::Impl::train_slice() {
   const std::int64_t begin = steady_ns();
   if (!current_) TANDEM_RETURN_IF_ERROR(begin_step());
-  loss_sum_ += run_micro_batch(current_->micro_batches[next_micro_batch_]);
-  ++next_micro_batch_;
-  if (next_micro_batch_ < current_->micro_batches.size()) {
+  if (pipelined()) {  // all micro-batches are under way together
+    loss_sum_ += run_pipeline();
+    next_micro_batch_ = local_.size();
+  } else {
+    loss_sum_ += run_micro_batch(local_[next_micro_batch_]);
+    ++next_micro_batch_;
+  }
+  if (next_micro_batch_ < local_.size()) {
     step_seconds_ += seconds_since(begin);
     return SliceEvent(Progress{step_});
   }
@@ -199,18 +261,32 @@ Result<SliceEvent> TrainSession::Impl::train_slice() {
   return event;
 }
 
-double TrainSession::Impl::run_micro_batch(const data::MicroBatch& batch) {
-  model::Context& ctx = parts_.context;
-  ArenaScope scope(ctx.activations);
+DeviceBatch TrainSession::Impl::upload(model::Context& ctx, const LocalBatch& batch) const {
   DeviceBatch device =
-      upload_batch(ctx, batch, batches_->bounds(), parts_.slot, params_.rank_max());
+      upload_batch(ctx, *batch.batch, batches_->bounds(), parts_.slot, params_.rank_max());
   device.tokens.adapters.dropout = static_cast<float>(lora_.lora_dropout);
   device.tokens.adapters.dropout_seed =
       random_bits(static_cast<std::uint64_t>(options_.settings.seed), kDropoutStream,
-                  static_cast<std::uint64_t>(step_ * kMicroBatchesMax +
-                                             static_cast<std::int64_t>(next_micro_batch_)));
+                  static_cast<std::uint64_t>(step_ * kMicroBatchesMax + batch.index));
+  return device;
+}
+
+double TrainSession::Impl::run_pipeline() {
+  PhaseTimer timer(times_.backward);
+  std::vector<std::int64_t> rows;
+  for (const LocalBatch& batch : local_)
+    rows.push_back(device_rows(*batch.batch, batches_->bounds()));
+  return pipeline_->run({std::move(rows),
+                         [&](model::Context& ctx, std::size_t m) { return upload(ctx, local_[m]); },
+                         gradient_scale(), params_.sink()});
+}
+
+double TrainSession::Impl::run_micro_batch(const LocalBatch& batch) {
+  model::Context& ctx = parts_.context;
+  ArenaScope scope(ctx.activations);
+  const DeviceBatch device = upload(ctx, batch);
   const kernels::Shape rows{device.tokens.tokens(), transformer_.config().width};
-  const Tensor loss = ctx.activations.alloc({rows[0]}, DType::kF32);
+  const Tensor loss = ctx.activations.alloc({rows[0]}, sum_dtype(ctx.compute_dtype));
   const Tensor dhidden = ctx.activations.alloc(rows, ctx.compute_dtype);
   const Tensor hidden = ctx.activations.alloc(rows, ctx.compute_dtype);
   model::Saved saved;
@@ -220,13 +296,12 @@ double TrainSession::Impl::run_micro_batch(const data::MicroBatch& batch) {
   }
   {
     PhaseTimer timer(times_.loss);
-    transformer_.loss(ctx, hidden, device.labels,
-                      static_cast<float>(1.0 / static_cast<double>(current_->trained_tokens)), loss,
-                      {}, dhidden);
+    transformer_.loss(ctx, hidden, device.labels, gradient_scale(), loss, {}, dhidden,
+                      &params_.sink());
   }
   {
     PhaseTimer timer(times_.backward);
-    transformer_.backward(ctx, device.tokens, dhidden, saved, recompute_, {}, sink_);
+    transformer_.backward(ctx, device.tokens, dhidden, saved, recompute_, {}, params_.sink());
   }
   return sum_rows(ctx, loss);
 }
@@ -235,6 +310,7 @@ Result<SliceEvent> TrainSession::Impl::finish_step() {
   PhaseTimer timer(times_.optimizer);
   params_.measure_gradients();
   const double norm = std::sqrt(sum_rows(parts_.context, params_.squared_norm()));
+  sum_over_ranks(parts_.ranks, parts_.context, {&loss_sum_, 1});
   const auto trained = static_cast<double>(current_->trained_tokens);
   const double loss = loss_sum_ / trained;
   if (!std::isfinite(loss) || !std::isfinite(norm))
@@ -281,21 +357,32 @@ Result<SliceEvent> TrainSession::Impl::eval_slice() {
   model::Context& ctx = parts_.context;
   {
     ArenaScope scope(ctx.activations);
-    const data::MicroBatch& batch = batches_->eval_batches()[next_eval_batch_];
+    const auto& all = batches_->eval_batches();
+    const std::size_t mine = next_eval_batch_ + static_cast<std::size_t>(dp_rank());
+    const data::MicroBatch& batch = all[mine < all.size() ? mine : 0];
     const DeviceBatch device = upload_batch(ctx, batch, batches_->bounds(), base ? -1 : parts_.slot,
                                             base ? 0 : params_.rank_max());
     const kernels::Shape rows{device.tokens.tokens(), transformer_.config().width};
     const Tensor hidden = ctx.activations.alloc(rows, ctx.compute_dtype);
-    const Tensor loss = ctx.activations.alloc({rows[0]}, DType::kF32);
-    const Tensor correct = ctx.activations.alloc({rows[0]}, DType::kF32);
-    transformer_.forward(ctx, device.tokens, {}, hidden, nullptr, recompute_);
-    transformer_.loss(ctx, hidden, device.labels, 0.0f, loss, correct, {});
-    eval_loss_ += sum_rows(ctx, loss);
-    eval_correct_ += sum_rows(ctx, correct);
-    eval_tokens_ += batch.trained_tokens;
+    const Tensor loss = ctx.activations.alloc({rows[0]}, sum_dtype(ctx.compute_dtype));
+    const Tensor correct = ctx.activations.alloc({rows[0]}, sum_dtype(ctx.compute_dtype));
+    if (pipelined())
+      pipeline_->forward_only(device, hidden);
+    else
+      transformer_.forward(ctx, device.tokens, {}, hidden, nullptr, recompute_);
+    if (parts_.weights.base().has_head() && mine < all.size()) {
+      transformer_.loss(ctx, hidden, device.labels, 0.0f, loss, correct, {});
+      eval_loss_ += sum_rows(ctx, loss);
+      eval_correct_ += sum_rows(ctx, correct);
+    }
   }
   eval_seconds_ += seconds_since(begin);
-  if (++next_eval_batch_ < batches_->eval_batches().size()) return SliceEvent(Progress{step_});
+  next_eval_batch_ += static_cast<std::size_t>(dp_size());
+  if (next_eval_batch_ < batches_->eval_batches().size()) return SliceEvent(Progress{step_});
+  for (const data::MicroBatch& batch : batches_->eval_batches())
+    eval_tokens_ += batch.trained_tokens;
+  sum_over_ranks(parts_.ranks, parts_.context, {&eval_loss_, 1});
+  sum_over_ranks(parts_.ranks, parts_.context, {&eval_correct_, 1});
   const auto tokens = static_cast<double>(std::max<std::int64_t>(1, eval_tokens_));
   const EvalDone done{step_,        base,         eval_loss_ / tokens, eval_correct_ / tokens,
                       eval_tokens_, eval_seconds_};
@@ -421,8 +508,9 @@ Result<std::unique_ptr<TrainSession>> TrainSession::create(const SessionParts& p
     return invalid_error(str("the longest row has ", bounds.sequence_tokens,
                              " tokens; the model's context is ", config.context_max,
                              "; lower max_length or choose over_length drop or truncate"));
-  auto impl =
-      std::make_unique<Impl>(parts, options, std::move(lora), recompute, std::move(batches));
+  TANDEM_ASSIGN_OR_RETURN(auto params, make_trainable(parts, options.settings, lora));
+  auto impl = std::make_unique<Impl>(parts, options, std::move(lora), std::move(params), recompute,
+                                     std::move(batches));
   TANDEM_RETURN_IF_ERROR(impl->initialise());
   return std::unique_ptr<TrainSession>(new TrainSession(std::move(impl)));
 }

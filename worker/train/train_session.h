@@ -1,7 +1,7 @@
-// One LoRA fine-tuning job on one engine, in slices that the runtime interleaves with serving. The
-// session owns what training adds to a served base (f32 masters, gradients, Adam moments, the
-// compute-dtype adapter in its table slot); base weights, slots, activations and workspace are the
-// engine's and shared. One device thread calls everything.
+// One fine-tuning job (LoRA or full) on one rank, in slices that the runtime interleaves with
+// serving. The session owns what training adds to a served base (f32 masters, gradients, Adam
+// moments, the compute-dtype adapter in its table slot); base weights, slots, activations and
+// workspace are the engine's and shared. One device thread calls everything.
 //
 // Between two slices the activation arena is as the session found it, so serving may use it.
 // Determinism: a step is a pure function of (state, settings, batches), so a session that was
@@ -23,6 +23,8 @@
 
 namespace tandem::worker::train {
 
+struct Ranks;
+
 /// What the engine lends. All must outlive the session.
 struct SessionParts {
   kernels::Allocator& allocator;
@@ -31,6 +33,11 @@ struct SessionParts {
   model::WeightSource& weights;
   model::AdapterTable& adapters;
   std::int64_t slot = 0;  ///< the session's own until it is destroyed (it clears the slot)
+  /// A job of several ranks: this one's place (`context.comm` is its tensor-parallel group, and
+  /// `weights` hold its shard). Every rank makes the same calls. Null: one rank.
+  const Ranks* ranks = nullptr;
+  /// Full fine-tuning: where the base's values come from.
+  const model::TensorSource* source = nullptr;
 };
 
 // -- what a slice did --------------------------------------------------------------------------
@@ -74,6 +81,10 @@ struct StateTensor {
   std::string name;
   std::vector<std::int64_t> shape;
   std::vector<float> values;
+  /// One rank's piece of it: a rectangle (rows 0: everything) and, of its row-major elements, those
+  /// from `first` on. merge_states (state_pieces.h) makes whole tensors of all ranks' pieces.
+  model::TensorSlice slice{};
+  std::int64_t first = 0;
 };
 struct TrainState {
   std::string json;  ///< {"version","step","seed","settings",...}
@@ -115,11 +126,12 @@ class TrainSession {
   [[nodiscard]] bool finished() const;
   [[nodiscard]] const model::LoraConfig& lora() const;
 
-  /// The state after the last complete optimizer step; may be called between any two slices.
+  /// The state after the last complete optimizer step; may be called between any two slices. Of
+  /// several ranks: this one's pieces.
   [[nodiscard]] TrainState export_state() const;
-  /// Continues from a state. Only on a session that has run no slice. corrupt_error /
-  /// conflict_error name what is missing, has another shape, or which setting differs from the
-  /// state's.
+  /// Continues from a whole state, saved in any layout. Only on a session that has run no slice.
+  /// corrupt_error / conflict_error name what is missing, has another shape, or which setting
+  /// differs from the state's.
   Status import_state(const TrainState& state);
 
   /// A frozen copy of the adapter as of the last step, in compute dtype, made on the device (no

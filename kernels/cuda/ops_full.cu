@@ -1,0 +1,173 @@
+// What full fine-tuning and shards of the vocabulary need beside the ops of LoRA: gradients of
+// weights, new values into weights, and the loss over logits that already exist.
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/row_statistics.cuh"
+#include "kernels/cuda_workspace.h"
+
+#include <algorithm>
+
+namespace tandem::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// One thread a column, rows ascending: a token that comes twice is added twice in order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    embedding_backward_kernel(const std::int32_t* ids, const T* dout, std::int64_t rows,
+                              std::int64_t columns, std::int64_t first, std::int64_t entries,
+                              float* dtable) {
+  const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= columns) return;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t id = ids[row] - first;
+    if (id >= 0 && id < entries) dtable[id * columns + c] += load_f32(dout[row * columns + c]);
+  }
+}
+
+constexpr int kColumns = 32, kRowLanes = 16;
+
+/// out[c] += sum over rows of dy * (residual * rstd), or of dy alone without `residual`. Each lane
+/// takes every kRowLanes-th row, in f64; lanes are added in order.
+template <class T>
+__global__ void __launch_bounds__(kColumns* kRowLanes)
+    column_sums_kernel(const T* dy, const T* residual, const float* rstd, std::int64_t rows,
+                       std::int64_t columns, float* out) {
+  const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kColumns + threadIdx.x;
+  double sum = 0.0;
+  if (c < columns) {
+    for (std::int64_t row = threadIdx.y; row < rows; row += kRowLanes) {
+      const float g = load_f32(dy[row * columns + c]);
+      sum += residual == nullptr
+                 ? static_cast<double>(g)
+                 : static_cast<double>(g) *
+                       static_cast<double>(load_f32(residual[row * columns + c]) * rstd[row]);
+    }
+  }
+  __shared__ double lanes[kRowLanes][kColumns];
+  lanes[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || c >= columns) return;
+  double total = static_cast<double>(out[c]);
+  for (int lane = 0; lane < kRowLanes; ++lane) total += lanes[lane][threadIdx.x];
+  out[c] = static_cast<float>(total);
+}
+
+template <class T>
+void column_sums(cudaStream_t stream, const Tensor& dy, const Tensor& residual, const Tensor& rstd,
+                 const Tensor& out) {
+  const std::int64_t rows = dy.dim(0), columns = dy.dim(1);
+  column_sums_kernel<T>
+      <<<static_cast<unsigned>((columns + kColumns - 1) / kColumns), dim3(kColumns, kRowLanes), 0,
+         stream>>>(static_cast<const T*>(dy.data), static_cast<const T*>(residual.data),
+                   static_cast<const float*>(rstd.data), rows, columns, out.as<float>());
+  TANDEM_LAUNCHED("column_sums_kernel");
+}
+
+template <class T>
+void add_rows(cudaStream_t stream, const EmbeddingBackwardArgs& a) {
+  const std::int64_t columns = a.dout.dim(1);
+  embedding_backward_kernel<T>
+      <<<static_cast<unsigned>((columns + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+          a.ids.as<std::int32_t>(), static_cast<const T*>(a.dout.data), a.dout.dim(0), columns,
+          a.first, a.dtable.dim(0), a.dtable.as<float>());
+  TANDEM_LAUNCHED("embedding_backward_kernel");
+}
+
+__global__ void __launch_bounds__(kStatisticsThreads)
+    stats_kernel(const float* logits, std::int64_t v, const std::int32_t* labels,
+                 std::int64_t first, float* stats) {
+  const std::int64_t row = blockIdx.x;
+  const float* x = logits + row * v;
+  const RowStatistics s = row_statistics<kStatisticsThreads>(x, v);
+  if (threadIdx.x != 0) return;
+  const std::int64_t label = labels[row] - first;
+  float* out = stats + row * 4;
+  out[0] = s.top;
+  out[1] = s.sum;
+  out[2] = label >= 0 && label < v ? x[label] : 0.0f;
+  out[3] = static_cast<float>(first + s.argmax);
+}
+
+/// One block a row; the statistics of all shards give the row's softmax.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    cross_entropy_kernel(const float* logits, std::int64_t v, const std::int32_t* labels,
+                         std::int64_t first, const float* stats, int shards, std::int64_t rows,
+                         float gradient_scale, float* loss, float* correct, T* dlogits) {
+  const std::int64_t row = blockIdx.x;
+  const std::int32_t label = labels[row];
+  float top = -INFINITY, sum = 0.0f, label_logit = 0.0f, argmax = 0.0f;
+  for (int s = 0; s < shards; ++s) {
+    const float* one = stats + (s * rows + row) * 4;
+    if (one[0] > top) {
+      top = one[0];
+      argmax = one[3];
+    }
+    label_logit += one[2];  // zero but in one shard
+  }
+  for (int s = 0; s < shards; ++s) {
+    const float* one = stats + (s * rows + row) * 4;
+    sum += one[1] * expf(one[0] - top);
+  }
+  const float own = label < 0 ? 0.0f : top + logf(sum) - label_logit;
+  if (threadIdx.x == 0) {
+    loss[row] = own;
+    if (correct != nullptr)
+      correct[row] = label >= 0 && argmax == static_cast<float>(label) ? 1.0f : 0.0f;
+  }
+  if (dlogits == nullptr) return;
+  const float scale = label < 0 ? 0.0f : gradient_scale / sum;
+  for (std::int64_t j = threadIdx.x; j < v; j += kThreads) {
+    float g = label < 0 ? 0.0f : scale * expf(logits[row * v + j] - top);
+    if (label >= 0 && j == label - first) g = gradient_scale * expm1f(-own);
+    dlogits[row * v + j] = store_as<T>(g);
+  }
+}
+
+template <class T>
+void run_cross_entropy(cudaStream_t stream, const CrossEntropyArgs& a) {
+  const std::int64_t rows = a.logits.dim(0);
+  cross_entropy_kernel<T><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
+      a.logits.as<float>(), a.logits.dim(1), a.labels.as<std::int32_t>(), a.first,
+      a.stats.as<float>(), static_cast<int>(a.stats.dim(0)), rows, a.gradient_scale,
+      a.loss.as<float>(), static_cast<float*>(a.correct.data), static_cast<T*>(a.dlogits.data));
+  TANDEM_LAUNCHED("cross_entropy_kernel");
+}
+
+}  // namespace
+
+void CudaOps::do_embedding_backward(Exec& exec, const EmbeddingBackwardArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.dout.dtype, add_rows, stream(exec), a);
+}
+
+void CudaOps::do_rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& a) {
+  TANDEM_CUDA_DISPATCH(a.dy.dtype, column_sums, stream(exec), a.dy, a.residual, a.rstd, a.dweight);
+}
+
+void CudaOps::do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {
+  const Scratch scratch(exec, workspace_bytes(a, profile_));
+  blas_.product(stream(exec), exec.numerics, transpose(matrix(a.dy)), matrix(a.x),
+                matrix(a.dweight), true, nullptr, scratch.at<char>(0));
+  if (a.dbias.defined())
+    TANDEM_CUDA_DISPATCH(a.dy.dtype, column_sums, stream(exec), a.dy, Tensor{}, Tensor{}, a.dbias);
+}
+
+void CudaOps::do_repack_weight(Exec& exec, const RepackWeightArgs& a) {
+  do_copy(exec, a.rows, {a.weight->storage.data, a.weight->dtype, a.rows.shape});
+}
+
+void CudaOps::do_cross_entropy_stats(Exec& exec, const CrossEntropyStatsArgs& a) {
+  stats_kernel<<<static_cast<unsigned>(a.logits.dim(0)), kStatisticsThreads, 0, stream(exec)>>>(
+      a.logits.as<float>(), a.logits.dim(1), a.labels.as<std::int32_t>(), a.first,
+      a.stats.as<float>());
+  TANDEM_LAUNCHED("stats_kernel");
+}
+
+void CudaOps::do_cross_entropy(Exec& exec, const CrossEntropyArgs& a) {
+  const DType cd = a.dlogits.defined() ? a.dlogits.dtype : DType::kF32;
+  TANDEM_CUDA_DISPATCH(cd, run_cross_entropy, stream(exec), a);
+}
+
+}  // namespace tandem::kernels::cuda

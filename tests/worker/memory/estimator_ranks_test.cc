@@ -1,0 +1,85 @@
+// The estimator's promise for every rank of every layout: the dry run's peaks are those of the real
+// ledger, byte for byte.
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/support/rank_job.h"
+#include "worker/memory/estimator.h"
+
+#include <gtest/gtest.h>
+
+namespace tandem::test {
+namespace {
+
+using worker::memory::Estimate;
+using worker::memory::estimate_training;
+
+TEST(EstimatorOfRanks, IsTheLedgerOfEachRankByteForByte) {
+  for (const auto& layout : tested_layouts())
+    for (const bool full : {false, true})
+      for (const char* recompute : {"none", "block"}) {
+        RankJob job;
+        job.layout = layout;
+        job.full = full;
+        job.recompute = recompute;
+        job.uniform = true;
+        job.steps = 1;
+        const auto real = run_as_threads(job);
+        for (int rank = 0; rank < layout.ranks(); ++rank) {
+          worker::memory::TrainingPlan plan;
+          plan.layout = layout;
+          plan.rank = rank;
+          const auto estimate =
+              estimate_training(kernels::cpu_profile({1, 0}), rank_job_model(job), DType::kF32,
+                                rank_job_settings(job), rank_job_bounds(job), plan);
+          ASSERT_TRUE(estimate.ok()) << estimate.status().to_string();
+          const auto& peaks = real[static_cast<std::size_t>(rank)].peak_bytes;
+          for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
+            EXPECT_EQ(estimate->of(kernels::MemoryKind{kind}),
+                      peaks[static_cast<std::size_t>(kind)])
+                << layout_name(layout) << (full ? " full " : " lora ") << recompute << " rank "
+                << rank << " " << kernels::memory_kind_name(kernels::MemoryKind{kind});
+          EXPECT_EQ(estimate->peak_total, peaks.back());
+        }
+      }
+}
+
+/// Llama-3-8B's sizes.
+worker::model::ModelConfig eight_billion() {
+  worker::model::ModelConfig config;
+  config.family = "llama";
+  config.vocab = 128'256;
+  config.width = 4096;
+  config.layers = 32;
+  config.heads = 32;
+  config.kv_heads = 8;
+  config.head_dim = 128;
+  config.mlp_width = 14'336;
+  config.context_max = 8192;
+  return config;
+}
+
+TEST(EstimatorOfRanks, ShardingAnEightBillionModelSavesWhatItShould) {
+  protocol::TrainSettings settings;
+  settings.method = "full";
+  settings.recompute = "block";
+  settings.gradient_accumulation_steps = 4;
+  const worker::train::BatchBounds bounds{4096, 1, 4096};
+  const auto bytes = [&](const worker::comm::Layout& layout, kernels::MemoryKind kind) {
+    worker::memory::TrainingPlan plan;
+    plan.layout = layout;
+    const auto estimate = estimate_training(kernels::cpu_profile({1, 0}), eight_billion(),
+                                            DType::kBF16, settings, bounds, plan);
+    TANDEM_CHECK(estimate.ok(), estimate.status().to_string());
+    return static_cast<double>(estimate->of(kind));
+  };
+  using kernels::MemoryKind;
+  const double parameters = 8.03e9, blocks = parameters - 2.0 * 128'256 * 4096;
+  // Master and two moments, f32, over four ranks.
+  EXPECT_NEAR(bytes({4, 1, 1, 1}, MemoryKind::kOptimizer), 3 * parameters, 0.01 * 3 * parameters);
+  // Gradients: whole; and with ZeRO 2 a quarter of the blocks', one whole block, and the ends'.
+  EXPECT_NEAR(bytes({4, 1, 1, 1}, MemoryKind::kGradients), 4 * parameters, 0.01 * 4 * parameters);
+  const double reduced = blocks + 4 * blocks / 32 + 4 * (parameters - blocks);
+  EXPECT_NEAR(bytes({4, 1, 1, 2}, MemoryKind::kGradients), reduced, 0.01 * reduced);
+}
+
+}  // namespace
+}  // namespace tandem::test

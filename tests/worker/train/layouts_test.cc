@@ -1,0 +1,142 @@
+// Every layout against one rank: the same losses, gradients and state. In f64, so that what is seen
+// is the layout and not rounding: a wrong scale, a part counted twice or a stale weight shows at
+// 1e-3, two correct layouts differ by about 1e-13.
+#include "tests/support/rank_job.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace tandem::test {
+namespace {
+
+using worker::comm::Layout;
+
+struct Case {
+  bool full;
+  Layout layout;
+};
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const bool full : {false, true})
+    for (const Layout& layout : tested_layouts()) all.push_back({full, layout});
+  return all;
+}
+
+std::string case_name(const testing::TestParamInfo<Case>& info) {
+  return std::string(info.param.full ? "full_" : "lora_") + layout_name(info.param.layout);
+}
+
+class Layouts : public testing::TestWithParam<Case> {
+ protected:
+  [[nodiscard]] static RankJob job() {
+    RankJob job;
+    job.full = GetParam().full;
+    job.layout = GetParam().layout;
+    return job;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(All, Layouts, testing::ValuesIn(cases()), case_name);
+
+TEST_P(Layouts, ThirtyLossesInF64AreThoseOfOneRank) {
+  RankJob j = job();
+  j.exact = true;
+  const RankResult want = as_one_rank(j);
+  ASSERT_EQ(want.losses.size(), 30u);
+  EXPECT_LT(want.losses.back(), 0.9 * want.losses.front()) << "the job learns something";
+  const auto got = run_as_threads(j);
+  for (const RankResult& rank : got) {
+    ASSERT_EQ(rank.losses.size(), want.losses.size());
+    for (std::size_t s = 0; s < want.losses.size(); ++s) {
+      EXPECT_NEAR(rank.losses[s], want.losses[s], 1e-9) << "step " << s + 1;
+      EXPECT_NEAR(rank.norms[s], want.norms[s], 1e-9 * want.norms[s] + 1e-9) << "step " << s + 1;
+    }
+  }
+}
+
+TEST_P(Layouts, GradientsOfTheFirstStepInF32AreThoseOfOneRank) {
+  RankJob j = job();
+  j.steps = 1;
+  j.max_grad_norm = 0.0;  // exp_avg is then (1 - beta1) times the gradient
+  const auto want = merged_state({as_one_rank(j)});
+  EXPECT_LT(state_error(merged_state(run_as_threads(j)), want, ".exp_avg"), 1e-5);
+}
+
+TEST_P(Layouts, TwoRunsInF32EndWithTheSameBits) {
+  RankJob j = job();
+  j.steps = 4;
+  const auto a = run_as_threads(j), b = run_as_threads(j);
+  EXPECT_EQ(a[0].losses, b[0].losses);
+  const auto left = merged_state(a), right = merged_state(b);
+  ASSERT_EQ(left.tensors.size(), right.tensors.size());
+  for (std::size_t t = 0; t < left.tensors.size(); ++t)
+    EXPECT_EQ(left.tensors[t].values, right.tensors[t].values) << left.tensors[t].name;
+}
+
+// -- what else a job may ask for
+// -------------------------------------------------------------------
+
+class Variants : public testing::TestWithParam<Case> {
+ protected:
+  static void expect_same(RankJob job) {
+    job.full = GetParam().full;
+    job.layout = GetParam().layout;
+    job.steps = 6;
+    const RankResult want = as_one_rank(job);
+    const double allowed = job.exact ? 1e-9 : 1e-5;
+    for (const RankResult& rank : run_as_threads(job)) {
+      for (std::size_t s = 0; s < want.losses.size(); ++s)
+        EXPECT_NEAR(rank.losses[s], want.losses[s], allowed) << "step " << s + 1;
+      ASSERT_EQ(rank.eval_losses.size(), want.eval_losses.size());
+      for (std::size_t e = 0; e < want.eval_losses.size(); ++e)
+        EXPECT_NEAR(rank.eval_losses[e], want.eval_losses[e], allowed);
+    }
+  }
+};
+std::vector<Case> variant_cases() {
+  std::vector<Case> all;
+  for (const bool full : {false, true})
+    for (const Layout& layout :
+         {Layout{2, 1, 1, 3}, Layout{1, 2, 2, 0}, Layout{2, 1, 2, 2}, Layout{2, 2, 1, 1}})
+      all.push_back({full, layout});
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Some, Variants, testing::ValuesIn(variant_cases()), case_name);
+
+TEST_P(Variants, AnUntiedHeadWithoutBiases) {
+  RankJob job;
+  job.exact = true;
+  job.tied = job.bias = false;
+  expect_same(job);
+}
+TEST_P(Variants, ActivationsRecomputed) {
+  for (const char* recompute : {"mlp", "block"}) {
+    RankJob job;
+    job.exact = true;
+    job.recompute = recompute;
+    expect_same(job);
+  }
+}
+TEST_P(Variants, EvaluationAtTheEnd) {
+  RankJob job;
+  job.exact = job.eval = true;
+  expect_same(job);
+}
+TEST_P(Variants, DropoutFollowsTheMicroBatchNotTheRank) {
+  if (GetParam().full || GetParam().layout.tp > 1) return;  // nothing to drop; refused
+  RankJob job;
+  job.lora_dropout = 0.25;
+  expect_same(job);
+}
+
+TEST(Refusals, NameWhatWorks) {
+  const auto config = rank_job_model({});
+  EXPECT_TRUE(worker::model::check_shard(config, 4, 4).ok());
+  EXPECT_NE(worker::model::check_shard(config, 3, 1).message().find("divisor of 4"),
+            std::string::npos);
+  EXPECT_NE(worker::model::check_shard(config, 1, 5).message().find("4"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace tandem::test

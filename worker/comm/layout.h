@@ -1,0 +1,38 @@
+// How the ranks of a gang share a job: pure numbers, and the groups that follow from them. Adjacent
+// ranks talk most: tensor-parallel ranks are innermost, then data, then pipeline stages.
+#pragma once
+
+#include "protocol/base/result.h"
+#include "worker/comm/communicator.h"
+
+#include <string>
+
+namespace tandem::worker::comm {
+
+struct Layout {
+  int dp = 1, tp = 1, pp = 1;
+  int zero = 0;  ///< 0: every dp rank holds everything; 1, 2, 3: optimizer, gradients, parameters
+                 ///< are sharded over dp
+
+  [[nodiscard]] int ranks() const { return dp * tp * pp; }
+  [[nodiscard]] int tp_rank(int rank) const { return rank % tp; }
+  [[nodiscard]] int dp_rank(int rank) const { return rank / tp % dp; }
+  [[nodiscard]] int pp_rank(int rank) const { return rank / (tp * dp); }
+  [[nodiscard]] int rank_of(int dp_at, int tp_at, int pp_at) const {
+    return (pp_at * dp + dp_at) * tp + tp_at;
+  }
+  /// "dp2 x tp2 x pp1, zero 3"
+  [[nodiscard]] std::string to_string() const;
+  /// Sizes at least 1, zero 0..3 (and only with data parallelism behind it).
+  [[nodiscard]] Status validate() const;
+};
+
+/// One rank's communicators. Each is of size 1 where the layout does not split.
+struct Groups {
+  std::unique_ptr<Communicator> tp, dp, pp;
+  std::unique_ptr<Communicator> model;  ///< tp x pp: the ranks that hold one copy of the model
+};
+/// Called by every rank of the gang at once; the gang's size is layout.ranks().
+Groups make_groups(Communicator& gang, const Layout& layout);
+
+}  // namespace tandem::worker::comm

@@ -1,0 +1,218 @@
+#include "worker/model/flat_layout.h"
+
+#include <algorithm>
+#include <map>
+
+namespace tandem::worker::model {
+
+namespace {
+
+using kernels::Tensor;
+
+std::int64_t aligned_up(std::int64_t elements) {
+  return (elements + kFlatAlignment - 1) / kFlatAlignment * kFlatAlignment;
+}
+
+/// [begin of first, end of last) of neighbours in the layout as one matrix.
+Tensor stack(const FlatLayout& layout, std::size_t first, std::size_t count, const Tensor& flat) {
+  const FlatTensor& head = layout.tensors[first];
+  std::int64_t rows = 0;
+  for (std::size_t k = first; k < first + count; ++k) rows += layout.tensors[k].slice.rows;
+  Tensor view = flat.rows(head.begin, rows * head.slice.columns);
+  return head.shape.size() == 1 ? view : view.reshaped({rows, head.slice.columns});
+}
+
+/// Slice rows [row, row + rows) of a tensor of the source.
+void read_slice(const TensorSource& source, const std::string& name, std::int64_t n, std::int64_t i,
+                const TensorSlice& slice, std::int64_t row, std::int64_t rows, float* out) {
+  if (i == 0) {  // a vector: some formats read only whole ones
+    std::vector<float> all(static_cast<std::size_t>(n));
+    source.read_rows(name, 0, n, all.data());
+    std::copy_n(all.begin() + slice.row + row, rows, out);
+    return;
+  }
+  if (slice.columns == i) return source.read_rows(name, slice.row + row, rows, out);
+  std::vector<float> whole(static_cast<std::size_t>(i));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    source.read_rows(name, slice.row + row + r, 1, whole.data());
+    std::copy_n(whole.begin() + slice.column, slice.columns, out + r * slice.columns);
+  }
+}
+
+class ShardSource final : public TensorSource {
+ public:
+  ShardSource(const TensorSource& source, const ModelConfig& config, const ModelShard& shard)
+      : source_(source) {
+    const auto add = [&](const FlatLayout& layout) {
+      for (const FlatTensor& tensor : layout.tensors) tensors_.emplace(tensor.name, tensor);
+    };
+    add(ends_layout(config, {shard.tp_rank, shard.tp_size, {}}));
+    for (std::int64_t layer = 0; layer < config.layers; ++layer)
+      add(block_layout(config, shard, layer));
+  }
+  void read_rows(const std::string& name, std::int64_t row, std::int64_t rows,
+                 float* out) const override {
+    const FlatTensor& t = tensors_.at(name);
+    read_slice(source_, name, t.shape[0], t.shape.size() == 1 ? 0 : t.shape[1], t.slice, row, rows,
+               out);
+  }
+  [[nodiscard]] Status has(const std::string& name, std::int64_t n, std::int64_t i) const override {
+    const FlatTensor& t = tensors_.at(name);
+    TANDEM_CHECK(t.slice.rows == n && t.slice.columns == std::max<std::int64_t>(1, i), name);
+    return source_.has(name, t.shape[0], t.shape.size() == 1 ? 0 : t.shape[1]);
+  }
+
+ private:
+  const TensorSource& source_;
+  std::map<std::string, FlatTensor> tensors_;
+};
+
+void repack(kernels::Ops& ops, kernels::Exec& exec, const Tensor& from,
+            const kernels::PackedWeight& to) {
+  kernels::PackedWeight weight = to;  // the same memory: its owner lets it change
+  ops.repack_weight(exec, {from, &weight});
+}
+
+}  // namespace
+
+FlatTensor& FlatLayout::add(std::string name, std::vector<std::int64_t> shape,
+                            const TensorSlice& slice, bool aligned) {
+  if (aligned) elements = aligned_up(elements);
+  tensors.push_back({std::move(name), std::move(shape), slice, elements});
+  elements += slice.elements();
+  return tensors.back();
+}
+
+const FlatTensor* FlatLayout::find(const std::string& name) const {
+  const auto it = std::find_if(tensors.begin(), tensors.end(),
+                               [&](const FlatTensor& t) { return t.name == name; });
+  return it == tensors.end() ? nullptr : &*it;
+}
+
+FlatLayout block_layout(const ModelConfig& config, const ModelShard& shard, std::int64_t layer) {
+  FlatLayout layout;
+  const bool first_rank = shard.tp_rank == 0;
+  const TensorSlice whole{0, config.width, 0, 1};
+  layout.add(attention_norm_name(layer), {config.width}, whole).counted = first_rank;
+  layout.add(mlp_norm_name(layer), {config.width}, whole).counted = first_rank;
+  const auto matrix = [&](Site site, bool aligned) {
+    const SiteShape shape = site_shape(config, site);
+    layout.add(weight_name(layer, site), {shape.n, shape.i}, weight_slice(config, site, shard),
+               aligned);
+  };
+  for (Site site : {Site::kQ, Site::kK, Site::kV}) matrix(site, site == Site::kQ);
+  if (config.qkv_bias)
+    for (Site site : {Site::kQ, Site::kK, Site::kV})
+      layout.add(bias_name(layer, site), {site_shape(config, site).n},
+                 bias_slice(config, site, shard), site == Site::kQ);
+  matrix(Site::kO, true);
+  matrix(Site::kGate, true);
+  matrix(Site::kUp, false);
+  matrix(Site::kDown, true);
+  layout.elements = aligned_up(layout.elements);
+  return layout;
+}
+
+FlatLayout ends_layout(const ModelConfig& config, const ModelShard& shard) {
+  FlatLayout layout;
+  const Stage stage = shard.stage_of(config);
+  const bool first = stage.first == 0, last = stage.last == config.layers;
+  const TensorSlice entries = vocab_slice(config, shard);
+  if (first || (last && config.tied_embedding))
+    layout.add(kEmbeddingName, {config.vocab, config.width}, entries).counted = first;
+  if (last && !config.tied_embedding) layout.add(kHeadName, {config.vocab, config.width}, entries);
+  if (last)
+    layout.add(kFinalNormName, {config.width}, {0, config.width, 0, 1}).counted =
+        shard.tp_rank == 0;
+  layout.elements = aligned_up(layout.elements);
+  return layout;
+}
+
+BlockGrads block_views(const FlatLayout& layout, const Tensor& flat) {
+  const bool bias = layout.tensors.size() == 12;
+  TANDEM_CHECK(bias || layout.tensors.size() == 9, layout.tensors.size(), " tensors of a block");
+  const std::size_t o = bias ? 8 : 5;
+  BlockGrads views;
+  views.attention_norm = stack(layout, 0, 1, flat);
+  views.mlp_norm = stack(layout, 1, 1, flat);
+  views.qkv = stack(layout, 2, 3, flat);
+  if (bias) views.qkv_bias = stack(layout, 5, 3, flat);
+  views.o = stack(layout, o, 1, flat);
+  views.gate_up = stack(layout, o + 1, 2, flat);
+  views.down = stack(layout, o + 3, 1, flat);
+  return views;
+}
+
+EndGrads end_views(const FlatLayout& layout, const Tensor& flat) {
+  EndGrads views;
+  const auto view = [&](const char* name) {
+    const FlatTensor* tensor = layout.find(name);
+    return tensor == nullptr ? Tensor{} : tensor_view(*tensor, flat);
+  };
+  views.embedding = view(kEmbeddingName);
+  views.head = view(kHeadName);
+  views.final_norm = view(kFinalNormName);
+  if (!views.head.defined() && views.final_norm.defined()) views.head = views.embedding;  // tied
+  return views;
+}
+
+Tensor tensor_view(const FlatTensor& tensor, const Tensor& flat) {
+  const Tensor view = flat.rows(tensor.begin, tensor.slice.elements());
+  return tensor.shape.size() == 1 ? view : view.reshaped({tensor.slice.rows, tensor.slice.columns});
+}
+
+std::vector<float> read_flat(const TensorSource& source, const FlatLayout& layout) {
+  std::vector<float> flat(static_cast<std::size_t>(layout.elements), 0.0f);
+  for (const FlatTensor& t : layout.tensors)
+    read_slice(source, t.name, t.shape[0], t.shape.size() == 1 ? 0 : t.shape[1], t.slice, 0,
+               t.slice.rows, flat.data() + t.begin);
+  return flat;
+}
+
+void unpack_block(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layout,
+                  const Tensor& flat, const BlockWeights& to) {
+  const BlockGrads from = block_views(layout, flat);
+  ops.copy(exec, from.attention_norm, to.attention_norm);
+  ops.copy(exec, from.mlp_norm, to.mlp_norm);
+  if (from.qkv_bias.defined()) ops.copy(exec, from.qkv_bias, to.qkv_bias);
+  repack(ops, exec, from.qkv, to.qkv);
+  repack(ops, exec, from.o, to.o);
+  repack(ops, exec, from.gate_up, to.gate_up);
+  repack(ops, exec, from.down, to.down);
+}
+
+void unpack_ends(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layout,
+                 const Tensor& flat, const BaseWeights& to) {
+  const EndGrads from = end_views(layout, flat);
+  if (from.embedding.defined()) repack(ops, exec, from.embedding, to.embedding());
+  if (from.head.defined() && from.head.data != from.embedding.data)
+    repack(ops, exec, from.head, to.lm_head());
+  if (from.final_norm.defined()) ops.copy(exec, from.final_norm, to.final_norm());
+}
+
+BlockWeights allocate_block(kernels::Ops& ops, kernels::Arena& arena, const ModelConfig& local,
+                            DType dtype) {
+  const std::int64_t q = local.heads * local.head_dim, kv = local.kv_heads * local.head_dim;
+  const auto matrix = [&](std::int64_t n, std::int64_t i) {
+    kernels::PackedWeight weight{{}, dtype, n, i};
+    weight.storage = arena.alloc({ops.packed_weight_bytes(dtype, n, i)}, DType::kU8);
+    return weight;
+  };
+  BlockWeights block;
+  block.attention_norm = arena.alloc({local.width}, dtype);
+  block.mlp_norm = arena.alloc({local.width}, dtype);
+  block.qkv = matrix(q + 2 * kv, local.width);
+  if (local.qkv_bias) block.qkv_bias = arena.alloc({q + 2 * kv}, dtype);
+  block.o = matrix(local.width, q);
+  block.gate_up = matrix(2 * local.mlp_width, local.width);
+  block.down = matrix(local.width, local.mlp_width);
+  return block;
+}
+
+std::unique_ptr<TensorSource> make_shard_source(const TensorSource& source,
+                                                const ModelConfig& config,
+                                                const ModelShard& shard) {
+  return std::make_unique<ShardSource>(source, config, shard);
+}
+
+}  // namespace tandem::worker::model

@@ -1,0 +1,97 @@
+#include "worker/model/gathered_weights.h"
+
+#include "worker/model/host_copy.h"
+
+namespace tandem::worker::model {
+
+std::int64_t flat_part(std::int64_t elements, int size) {
+  if (size == 1) return elements;
+  const std::int64_t part = (elements + size - 1) / size;
+  return (part + kFlatAlignment - 1) / kFlatAlignment * kFlatAlignment;
+}
+
+GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::Communicator& group,
+                                 kernels::Arena& arena, std::shared_ptr<const BaseWeights> ends)
+    : ops_(ops), exec_(exec), group_(group), ends_(std::move(ends)) {
+  const Stage stage = ends_->shard().stage;
+  std::int64_t part = 0;
+  for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
+    layouts_.push_back(block_layout(ends_->whole_config(), ends_->shard(), layer));
+    part = std::max(part, flat_part(layouts_.back().elements, group_.size()));
+  }
+  parts_.resize(layouts_.size());
+  gather_.whole = arena.alloc({part * group_.size()}, ends_->dtype());
+  for (Slot& slot : slots_)
+    slot.block = allocate_block(ops, arena, ends_->config(), ends_->dtype());
+}
+
+const FlatLayout& GatheredWeights::layout(std::int64_t layer) const {
+  return layouts_.at(static_cast<std::size_t>(layer - ends_->shard().stage.first));
+}
+
+void GatheredWeights::set_part(std::int64_t layer, kernels::Tensor part) {
+  TANDEM_CHECK(part.dtype == ends_->dtype());
+  TANDEM_CHECK_EQ(part.elements(), flat_part(layout(layer).elements, group_.size()));
+  parts_[static_cast<std::size_t>(layer - ends_->shard().stage.first)] = part;
+}
+
+void GatheredWeights::load_parts(kernels::Arena& arena, const TensorSource& source) {
+  const Stage stage = ends_->shard().stage;
+  for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
+    const std::int64_t part = flat_part(layout(layer).elements, group_.size());
+    const kernels::Tensor mine = arena.alloc({part}, ends_->dtype());
+    set_part(layer, mine);
+    if (!source.has_values()) continue;
+    std::vector<float> flat = read_flat(source, layout(layer));
+    flat.resize(static_cast<std::size_t>(part * group_.size()), 0.0f);
+    upload_floats(
+        ops_, exec_,
+        std::span<const float>(flat).subspan(static_cast<std::size_t>(part * group_.rank()),
+                                             static_cast<std::size_t>(part)),
+        mine);
+  }
+}
+
+void GatheredWeights::forget() {
+  if (gather_.pending) gather_.pending->wait(exec_);
+  gather_.pending.reset();
+  gather_.layer = -1;
+  for (Slot& slot : slots_) slot.layer = -1;
+}
+
+GatheredWeights::Slot* GatheredWeights::resident(std::int64_t layer) {
+  for (Slot& slot : slots_)
+    if (slot.layer == layer) return &slot;
+  return nullptr;
+}
+
+void GatheredWeights::start(std::int64_t layer) {
+  const Stage stage = ends_->shard().stage;
+  if (layer < stage.first || layer >= stage.last || resident(layer) != nullptr) return;
+  const kernels::Tensor& part = parts_[static_cast<std::size_t>(layer - stage.first)];
+  TANDEM_CHECK(part.defined(), "block ", layer, " has no part");
+  gather_.pending =
+      group_.start_all_gather(exec_, part, gather_.whole.rows(0, part.elements() * group_.size()));
+  gather_.layer = layer;
+}
+
+const BlockWeights& GatheredWeights::acquire(std::int64_t layer, Phase phase) {
+  Slot* slot = resident(layer);
+  if (slot == nullptr) {
+    if (gather_.pending && gather_.layer != layer) {  // another way than expected
+      gather_.pending->wait(exec_);
+      gather_.pending.reset();
+    }
+    if (!gather_.pending) start(layer);
+    gather_.pending->wait(exec_);
+    gather_.pending.reset();
+    slot = &slots_[next_];
+    next_ = (next_ + 1) % slots_.size();
+    unpack_block(ops_, exec_, layout(layer), gather_.whole, slot->block);
+    slot->layer = layer;
+  }
+  if (!gather_.pending) start(phase == Phase::kForward ? layer + 1 : layer - 1);
+  return slot->block;
+}
+
+}  // namespace tandem::worker::model

@@ -1,0 +1,65 @@
+// The ZeRO-3 door: each data-parallel rank keeps one part of every block's flat buffer. While a
+// block is in use the next one is gathered, up in forward and down in backward. Two blocks are
+// resident at most, so the last block of forward is still there when backward begins. All ranks of
+// the group acquire the same blocks in the same order. One device thread.
+#pragma once
+
+#include "worker/model/context.h"
+#include "worker/model/flat_layout.h"
+
+#include <array>
+#include <memory>
+#include <vector>
+
+namespace tandem::worker::model {
+
+/// Elements of each of `size` equal parts of a flat buffer, aligned; the buffer is padded to
+/// size * part.
+std::int64_t flat_part(std::int64_t elements, int size);
+
+class GatheredWeights final : public WeightSource {
+ public:
+  /// `ends` holds embedding, head and norms and no blocks. Slots and the gather's target come from
+  /// `arena`, which outlives this.
+  GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::Communicator& group,
+                  kernels::Arena& arena, std::shared_ptr<const BaseWeights> ends);
+
+  /// This rank's part of a block, [flat_part] cd, which whoever trains it may change; call
+  /// forget() then.
+  void set_part(std::int64_t layer, kernels::Tensor part);
+  /// Reads a frozen base's parts from `source` into `arena`.
+  void load_parts(kernels::Arena& arena, const TensorSource& source);
+  /// Nothing resident is current any more.
+  void forget();
+
+  const BlockWeights& acquire(std::int64_t layer, Phase phase) override;
+  void release(std::int64_t, Phase) override {}
+  [[nodiscard]] const BaseWeights& base() const override { return *ends_; }
+  [[nodiscard]] const FlatLayout& layout(std::int64_t layer) const;
+
+ private:
+  struct Slot {
+    BlockWeights block;
+    std::int64_t layer = -1;
+  };
+  kernels::Ops& ops_;
+  kernels::Exec& exec_;
+  comm::Communicator& group_;
+  const std::shared_ptr<const BaseWeights> ends_;
+  std::vector<FlatLayout> layouts_;     ///< [layers of the stage]
+  std::vector<kernels::Tensor> parts_;  ///< [layers of the stage]
+  /// A gather and its target [group * part] cd.
+  struct Gather {
+    kernels::Tensor whole;
+    std::int64_t layer = -1;
+    std::unique_ptr<comm::Pending> pending;
+  };
+  void start(std::int64_t layer);
+  [[nodiscard]] Slot* resident(std::int64_t layer);
+
+  Gather gather_;
+  std::array<Slot, 2> slots_;
+  std::size_t next_ = 0;  ///< the slot that is taken next
+};
+
+}  // namespace tandem::worker::model

@@ -1,0 +1,36 @@
+#include "worker/model/host_copy.h"
+
+namespace tandem::worker::model {
+
+void upload_floats(kernels::Ops& ops, kernels::Exec& exec, std::span<const float> host,
+                   const kernels::Tensor& to) {
+  if (to.dtype == DType::kF32) return ops.upload(exec, std::as_bytes(host), to);
+  if (to.dtype == DType::kF64) {
+    const std::vector<double> wide(host.begin(), host.end());
+    return ops.upload(exec, std::as_bytes(std::span(wide)), to);
+  }
+  TANDEM_CHECK(to.dtype == DType::kBF16, dtype_name(to.dtype));
+  std::vector<bf16> narrow(host.size());
+  for (std::size_t e = 0; e < host.size(); ++e) narrow[e] = to_bf16(host[e]);
+  ops.upload(exec, std::as_bytes(std::span(narrow)), to);
+}
+
+std::vector<float> download_floats(kernels::Ops& ops, kernels::Exec& exec,
+                                   const kernels::Tensor& from) {
+  std::vector<float> host(static_cast<std::size_t>(from.elements()));
+  if (from.dtype == DType::kF32) {
+    ops.download(exec, from, std::as_writable_bytes(std::span(host)));
+  } else if (from.dtype == DType::kF64) {
+    std::vector<double> wide(host.size());
+    ops.download(exec, from, std::as_writable_bytes(std::span(wide)));
+    for (std::size_t e = 0; e < host.size(); ++e) host[e] = static_cast<float>(wide[e]);
+  } else {
+    TANDEM_CHECK(from.dtype == DType::kBF16, dtype_name(from.dtype));
+    std::vector<bf16> narrow(host.size());
+    ops.download(exec, from, std::as_writable_bytes(std::span(narrow)));
+    for (std::size_t e = 0; e < host.size(); ++e) host[e] = to_f32(narrow[e]);
+  }
+  return host;
+}
+
+}  // namespace tandem::worker::model

@@ -1,0 +1,20 @@
+// A full fine-tune as a model of its own: a Hugging Face folder that transformers, and Tandem,
+// load.
+#pragma once
+
+#include "worker/model/model_config.h"
+#include "worker/train/train_session.h"
+
+#include <string>
+
+namespace tandem::worker::train {
+
+/// Writes the parameters of a whole state of a full fine-tune as model.safetensors in `dtype` (kF32
+/// or kBF16) into `to` (made when missing), with the base folder's other files (configuration,
+/// tokenizer, template) beside them; config.json names the new dtype. The weights' file comes last,
+/// so a folder with one is complete. Errors: not_found (no config.json in `base`), corrupt (a
+/// tensor that the model has is missing or has another shape), and those of the file system.
+Status export_model(const std::string& base, const std::string& to,
+                    const model::ModelConfig& config, const TrainState& state, DType dtype);
+
+}  // namespace tandem::worker::train

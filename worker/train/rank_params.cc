@@ -1,0 +1,433 @@
+#include "worker/train/rank_params.h"
+
+#include "protocol/base/random.h"
+#include "worker/model/host_copy.h"
+#include "worker/train/state_pieces.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+
+namespace tandem::worker::train {
+
+namespace {
+
+using kernels::MemoryKind;
+using kernels::Tensor;
+using model::download_floats;
+using model::FlatLayout;
+using model::FlatTensor;
+using model::Site;
+using model::upload_floats;
+
+constexpr std::int64_t kReserveBytes = std::int64_t{1} << 40;  ///< address space of an arena
+/// Random stream of a site's initial A, as lora_params.cc has it.
+constexpr std::uint64_t kInitStream = 0x6c6f7261'00000000;
+constexpr std::array<const char*, 3> kSuffixes{"param", "exp_avg", "exp_avg_sq"};
+
+std::unique_ptr<kernels::Arena> make_arena(const SessionParts& parts, MemoryKind kind,
+                                           const char* name) {
+  return std::make_unique<kernels::Arena>(parts.allocator, parts.ledger, kind, name, kReserveBytes);
+}
+
+/// What of a tensor lies in [begin, begin + count) of the buffer, as elements of the buffer.
+struct Overlap {
+  std::int64_t begin = 0, end = 0;
+  [[nodiscard]] bool empty() const { return begin >= end; }
+};
+Overlap overlap(const FlatTensor& t, std::int64_t begin, std::int64_t count) {
+  return {std::max(begin, t.begin), std::min(begin + count, t.begin + t.slice.elements())};
+}
+
+}  // namespace
+
+kernels::AdamWArgs adamw_args(const protocol::TrainSettings& settings, double learning_rate,
+                              std::int64_t step, const Tensor& squared_norm) {
+  kernels::AdamWArgs args{};
+  if (settings.max_grad_norm > 0.0) args.squared_norm = squared_norm;
+  args.max_norm = static_cast<float>(settings.max_grad_norm);
+  args.lr = static_cast<float>(learning_rate);
+  args.beta1 = static_cast<float>(settings.adam_beta1);
+  args.beta2 = static_cast<float>(settings.adam_beta2);
+  args.eps = static_cast<float>(settings.adam_epsilon);
+  args.weight_decay = static_cast<float>(settings.weight_decay);
+  args.step = step;
+  return args;
+}
+
+// -- building
+// --------------------------------------------------------------------------------------
+
+Result<std::unique_ptr<RankParams>> RankParams::create(const SessionParts& parts,
+                                                       std::optional<model::LoraConfig> lora) {
+  if (!lora && parts.source == nullptr)
+    return refused_error("method \"full\" is not supported by this engine; lora is");
+  auto params = std::unique_ptr<RankParams>(new RankParams(parts, std::move(lora)));
+  if (params->full()) TANDEM_RETURN_IF_ERROR(params->open_weights());
+  params->allocate();
+  return params;
+}
+
+RankParams::RankParams(const SessionParts& parts, std::optional<model::LoraConfig> lora)
+    : parts_(parts),
+      lora_(std::move(lora)),
+      cd_(parts.context.compute_dtype),
+      sums_(sum_dtype(cd_)),
+      whole_config_(parts.weights.base().whole_config()),
+      shard_(parts.weights.base().shard()),
+      compute_arena_(make_arena(parts, MemoryKind::kAdapters, "trained adapter")),
+      gradient_arena_(make_arena(parts, MemoryKind::kGradients, "gradients")),
+      optimizer_arena_(make_arena(parts, MemoryKind::kOptimizer, "optimizer")),
+      weights_(&parts.weights) {
+  plan_units();
+}
+
+/// The job's own copy of the weights: what the engine serves never changes.
+Status RankParams::open_weights() {
+  weight_arena_ = make_arena(parts_, MemoryKind::kWeights, "trained weights");
+  model::Context& ctx = parts_.context;
+  const bool gather = zero() == 3;
+  TANDEM_ASSIGN_OR_RETURN(
+      auto own, model::BaseWeights::load(ctx.ops, ctx.exec, *weight_arena_, whole_config_, cd_,
+                                         *parts_.source, shard_, !gather));
+  if (gather) {
+    auto door = std::make_unique<model::GatheredWeights>(
+        ctx.ops, ctx.exec, *parts_.ranks->groups.dp, *weight_arena_, std::move(own));
+    gathered_ = door.get();
+    own_weights_ = std::move(door);
+  } else {
+    own_weights_ = model::make_resident_weights(std::move(own));
+  }
+  weights_ = own_weights_.get();
+  return {};
+}
+
+FlatLayout RankParams::lora_layout(std::int64_t layer) const {
+  FlatLayout layout;
+  for (Site site : lora_->target_modules) {
+    const model::SiteShape shape = site_shape(whole_config_, site);
+    const std::string path = model::site_path(layer, site);
+    const bool outputs = model::cut_by_outputs(site), cut = shard_.tp_size > 1;
+    FlatTensor& a = layout.add(path + ".lora_A", {lora_->r, shape.i},
+                               lora_a_slice(whole_config_, site, lora_->r, shard_));
+    a.partial = cut && outputs;
+    a.counted = !outputs || shard_.tp_rank == 0;
+    FlatTensor& b = layout.add(path + ".lora_B", {shape.n, lora_->r},
+                               lora_b_slice(whole_config_, site, lora_->r, shard_));
+    b.partial = cut && !outputs;
+    b.counted = outputs || shard_.tp_rank == 0;
+  }
+  layout.elements =
+      (layout.elements + model::kFlatAlignment - 1) / model::kFlatAlignment * model::kFlatAlignment;
+  return layout;
+}
+
+void RankParams::plan_units() {
+  const auto add = [&](std::int64_t layer, FlatLayout layout) {
+    if (layout.elements == 0) return;
+    Unit unit;
+    unit.layer = layer;
+    unit.part = zero() == 0 ? layout.elements : model::flat_part(layout.elements, dp_size());
+    unit.begin = zero() == 0 ? 0 : parts_.ranks->dp_rank() * unit.part;
+    unit.layout = std::move(layout);
+    units_.push_back(std::move(unit));
+  };
+  for (std::int64_t layer = shard_.stage.first; layer < shard_.stage.last; ++layer)
+    add(layer, full() ? block_layout(whole_config_, shard_, layer) : lora_layout(layer));
+  if (full()) add(-1, ends_layout(whole_config_, shard_));
+}
+
+void RankParams::allocate() {
+  std::int64_t largest = 0;
+  for (Unit& unit : units_) {
+    allocate_unit(unit);
+    if (by_block(unit)) largest = std::max(largest, padded(unit));
+  }
+  if (largest > 0) shared_gradient_ = gradient_arena_->alloc({largest}, sums_);
+  squared_norm_ = optimizer_arena_->alloc({1}, sums_);
+  zero_gradients();
+}
+
+void RankParams::allocate_unit(Unit& unit) {
+  const kernels::Shape part{unit.part};
+  if (by_block(unit)) {
+    unit.part_gradient = gradient_arena_->alloc(part, sums_);
+  } else {
+    unit.gradient = gradient_arena_->alloc({padded(unit)}, sums_);
+    unit.part_gradient = unit.gradient.rows(unit.begin, unit.part);
+  }
+  if (!full()) {
+    unit.compute = compute_arena_->alloc({padded(unit)}, cd_);
+    parts_.context.ops.fill_zero(parts_.context.exec, unit.compute);
+    unit.compute_part = unit.compute.rows(unit.begin, unit.part);
+  }
+  // Where the engine computes in the masters' own precision they are what is read.
+  const bool shared = cd_ == sums_ && !full();
+  unit.master = shared ? unit.compute_part : optimizer_arena_->alloc(part, sums_);
+  if (kept_in_parts(unit))
+    unit.compute_part = cd_ == sums_ ? unit.master : weight_arena_->alloc(part, cd_);
+  unit.m = optimizer_arena_->alloc(part, sums_);
+  unit.v = optimizer_arena_->alloc(part, sums_);
+  if (kept_in_parts(unit)) gathered_->set_part(unit.layer, unit.compute_part);
+  for (const FlatTensor& tensor : unit.layout.tensors) {
+    const Overlap piece = overlap(tensor, unit.begin, unit.part);
+    if (piece.empty()) continue;
+    const Tensor view = unit.part_gradient.rows(piece.begin - unit.begin, piece.end - piece.begin);
+    if (tensor.counted) unit.counted.push_back(view);
+    if (tensor.partial) unit.partial.push_back(view);
+  }
+}
+
+// -- values
+// ----------------------------------------------------------------------------------------
+
+void RankParams::set_values(Unit& unit, const std::vector<float>& whole) {
+  std::vector<float> part(static_cast<std::size_t>(unit.part), 0.0f);
+  const auto size = static_cast<std::int64_t>(whole.size());
+  const std::int64_t end = std::min(size, unit.begin + unit.part);
+  if (unit.begin < end) std::copy(whole.begin() + unit.begin, whole.begin() + end, part.begin());
+  upload_floats(parts_.context.ops, parts_.context.exec, part, unit.master);
+}
+
+void RankParams::initialise(std::uint64_t seed) {
+  for (Unit& unit : units_) {
+    std::vector<float> host;
+    if (full()) {
+      if (parts_.source->has_values()) host = read_flat(*parts_.source, unit.layout);
+    } else {
+      host.resize(static_cast<std::size_t>(unit.layout.elements), 0.0f);
+      for (std::size_t s = 0; s < lora_->target_modules.size(); ++s) {
+        const FlatTensor& a = unit.layout.tensors[2 * s];  // B is zero
+        const std::int64_t i = a.shape[1];
+        const std::uint64_t stream =
+            kInitStream +
+            static_cast<std::uint64_t>(unit.layer * model::kSiteCount +
+                                       static_cast<std::int64_t>(lora_->target_modules[s]));
+        const float bound = 1.0f / std::sqrt(static_cast<float>(i));
+        for (std::int64_t e = 0; e < a.slice.elements(); ++e) {
+          const std::int64_t row = a.slice.row + e / a.slice.columns;
+          const std::int64_t column = a.slice.column + e % a.slice.columns;
+          host[static_cast<std::size_t>(a.begin + e)] =
+              (2.0f * random_uniform(seed, stream, static_cast<std::uint64_t>(row * i + column)) -
+               1.0f) *
+              bound;
+        }
+      }
+    }
+    // A dry run has no values, and a block of a large model would be a gigabyte of zeros.
+    if (!full() || parts_.source->has_values()) set_values(unit, host);
+    parts_.context.ops.fill_zero(parts_.context.exec, unit.m);
+    parts_.context.ops.fill_zero(parts_.context.exec, unit.v);
+    publish(unit);
+  }
+}
+
+Status RankParams::initialise_from(const std::vector<model::HostAdapterTensor>&) {
+  return refused_error("an initial adapter over several ranks is not supported yet");
+}
+
+void RankParams::publish(Unit& unit) {
+  model::Context& ctx = parts_.context;
+  const bool gather = zero() > 0;
+  if (!full() || kept_in_parts(unit)) {
+    if (unit.compute_part.data != unit.master.data)
+      ctx.ops.copy(ctx.exec, unit.master, unit.compute_part);
+    if (kept_in_parts(unit))
+      gathered_->forget();
+    else if (gather)
+      parts_.ranks->groups.dp->all_gather(ctx.exec, unit.compute_part, unit.compute);
+    return;
+  }
+  if (!gather) return publish_whole(unit, unit.master);
+  kernels::ArenaScope scope(ctx.activations);
+  const Tensor whole = ctx.activations.alloc({padded(unit)}, cd_);
+  const Tensor part = whole.rows(unit.begin, unit.part);
+  ctx.ops.copy(ctx.exec, unit.master, part);
+  parts_.ranks->groups.dp->all_gather(ctx.exec, part, whole);
+  publish_whole(unit, whole);
+}
+
+void RankParams::publish_whole(Unit& unit, const Tensor& whole) {
+  model::Context& ctx = parts_.context;
+  const model::BaseWeights& base = weights_->base();
+  if (unit.layer < 0)
+    unpack_ends(ctx.ops, ctx.exec, unit.layout, whole, base);
+  else
+    unpack_block(ctx.ops, ctx.exec, unit.layout, whole, base.block(unit.layer));
+}
+
+void RankParams::attach(model::AdapterTable& table, std::int64_t slot) {
+  if (full()) return;
+  std::vector<std::array<std::optional<model::AdapterTable::TrainablePair>, model::kSiteCount>>
+      pairs(static_cast<std::size_t>(whole_config_.layers));
+  for (const Unit& unit : units_) {
+    const Tensor gradient = by_block(unit) ? shared_gradient_ : unit.gradient;
+    for (std::size_t s = 0; s < lora_->target_modules.size(); ++s) {
+      const FlatTensor &a = unit.layout.tensors[2 * s], &b = unit.layout.tensors[2 * s + 1];
+      pairs[static_cast<std::size_t>(unit.layer)]
+           [static_cast<std::size_t>(lora_->target_modules[s])] =
+               model::AdapterTable::TrainablePair{
+                   {tensor_view(a, unit.compute), tensor_view(b, unit.compute), lora_->scale(),
+                    static_cast<std::int32_t>(lora_->r)},
+                   tensor_view(a, gradient),
+                   tensor_view(b, gradient)};
+    }
+  }
+  table.set_trainable(parts_.context.exec, slot, pairs);
+}
+
+// -- gradients
+// -------------------------------------------------------------------------------------
+
+RankParams::Unit& RankParams::unit_of(std::int64_t layer) {
+  return layer < 0 ? units_.back()
+                   : units_.at(static_cast<std::size_t>(layer - shard_.stage.first));
+}
+
+void RankParams::zero_gradients() {
+  model::Context& ctx = parts_.context;
+  for (Unit& unit : units_)
+    ctx.ops.fill_zero(ctx.exec, by_block(unit) ? unit.part_gradient : unit.gradient);
+}
+
+const model::BlockGrads* RankParams::acquire(std::int64_t layer) {
+  model::Context& ctx = parts_.context;
+  Unit& unit = unit_of(layer);
+  Tensor gradient = unit.gradient;
+  if (by_block(unit)) {
+    // What earlier micro-batches left is a part of this rank's addend, so that the sum over ranks
+    // is the sum over micro-batches too.
+    gradient = shared_gradient_.rows(0, padded(unit));
+    ctx.ops.fill_zero(ctx.exec, gradient);
+    ctx.ops.copy(ctx.exec, unit.part_gradient, gradient.rows(unit.begin, unit.part));
+  }
+  if (!full()) return nullptr;
+  block_grads_ = block_views(unit.layout, gradient);
+  return &block_grads_;
+}
+
+void RankParams::ready(std::int64_t layer) {
+  Unit& unit = unit_of(layer);
+  if (by_block(unit))
+    parts_.ranks->groups.dp->reduce_scatter_sum(
+        parts_.context.exec, shared_gradient_.rows(0, padded(unit)), unit.part_gradient);
+}
+
+const model::EndGrads* RankParams::ends() {
+  if (!full()) return nullptr;
+  end_grads_ = {};
+  if (units_.back().layer < 0) end_grads_ = end_views(units_.back().layout, units_.back().gradient);
+  return &end_grads_;
+}
+
+/// First and last stage hold the same embedding, each with the gradient of its own use.
+void RankParams::sum_tied_ends(Unit& unit) {
+  if (parts_.ranks == nullptr || parts_.ranks->ends->size() == 1 || !whole_config_.tied_embedding)
+    return;
+  const FlatTensor* embedding = unit.layout.find(model::kEmbeddingName);
+  parts_.ranks->ends->all_reduce_sum(parts_.context.exec, tensor_view(*embedding, unit.gradient));
+}
+
+void RankParams::measure_gradients() {
+  model::Context& ctx = parts_.context;
+  std::vector<Tensor> counted;
+  for (Unit& unit : units_) {
+    if (unit.layer < 0) sum_tied_ends(unit);
+    if (dp_size() > 1 && !by_block(unit)) {
+      comm::Communicator& dp = *parts_.ranks->groups.dp;
+      if (zero() == 0)
+        dp.all_reduce_sum(ctx.exec, unit.gradient);
+      else
+        dp.reduce_scatter_sum(ctx.exec, unit.gradient, unit.part_gradient);
+    }
+    for (const Tensor& piece : unit.partial) ctx.comm.all_reduce_sum(ctx.exec, piece);
+    counted.insert(counted.end(), unit.counted.begin(), unit.counted.end());
+  }
+  ctx.ops.squared_norm(ctx.exec, {counted, squared_norm_});
+  if (parts_.ranks == nullptr) return;
+  if (zero() > 0) parts_.ranks->groups.dp->all_reduce_sum(ctx.exec, squared_norm_);
+  parts_.ranks->groups.model->all_reduce_sum(ctx.exec, squared_norm_);
+}
+
+void RankParams::update(const protocol::TrainSettings& settings, double learning_rate,
+                        std::int64_t step) {
+  kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
+  for (Unit& unit : units_) {
+    args.param = unit.master;
+    args.grad = unit.part_gradient;
+    args.m = unit.m;
+    args.v = unit.v;
+    parts_.context.ops.adamw(parts_.context.exec, args);
+    publish(unit);
+  }
+}
+
+// -- state
+// -----------------------------------------------------------------------------------------
+
+std::vector<StateTensor> RankParams::export_tensors() const {
+  std::vector<StateTensor> tensors;
+  if (zero() == 0 && parts_.ranks != nullptr && parts_.ranks->dp_rank() != 0) return tensors;
+  for (const Unit& unit : units_) {
+    const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
+    for (std::size_t f = 0; f < flats.size(); ++f) {
+      const std::vector<float> host =
+          download_floats(parts_.context.ops, parts_.context.exec, flats[f]);
+      for (const FlatTensor& tensor : unit.layout.tensors) {
+        const Overlap piece = overlap(tensor, unit.begin, unit.part);
+        if (piece.empty() || !tensor.counted) continue;
+        tensors.push_back(
+            {str(tensor.name, ".", kSuffixes[f]),
+             tensor.shape,
+             {host.begin() + (piece.begin - unit.begin), host.begin() + (piece.end - unit.begin)},
+             tensor.slice,
+             piece.begin - tensor.begin});
+        const std::int64_t width = tensor.shape.size() > 1 ? tensor.shape[1] : 1;
+        if (piece.end - piece.begin == tensor.shape[0] * width) tensors.back().slice = {};  // whole
+      }
+    }
+  }
+  return tensors;
+}
+
+Status RankParams::import_tensors(const std::vector<StateTensor>& tensors) {
+  std::map<std::string, const StateTensor*> by_name;
+  for (const StateTensor& tensor : tensors) by_name.emplace(tensor.name, &tensor);
+  for (Unit& unit : units_) {
+    const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
+    for (std::size_t f = 0; f < flats.size(); ++f) {
+      std::vector<float> whole(static_cast<std::size_t>(padded(unit)), 0.0f);
+      for (const FlatTensor& tensor : unit.layout.tensors) {
+        const std::string name = str(tensor.name, ".", kSuffixes[f]);
+        const auto it = by_name.find(name);
+        if (it == by_name.end()) return corrupt_error(str("the checkpoint has no tensor ", name));
+        TANDEM_RETURN_IF_ERROR(
+            cut_out(*it->second, tensor.shape, tensor.slice, whole.data() + tensor.begin));
+      }
+      upload_floats(parts_.context.ops, parts_.context.exec,
+                    std::span<const float>(whole).subspan(static_cast<std::size_t>(unit.begin),
+                                                          static_cast<std::size_t>(unit.part)),
+                    flats[f]);
+    }
+    publish(unit);
+  }
+  return {};
+}
+
+std::shared_ptr<const model::AdapterWeights> RankParams::snapshot() const {
+  TANDEM_CHECK(false, "a snapshot of several ranks' parts is not made here: merge_states");
+  return nullptr;
+}
+
+std::vector<model::HostAdapterTensor> RankParams::host_adapter(DType) const {
+  TANDEM_CHECK(false, "an adapter of several ranks' parts is not made here: merge_states");
+  return {};
+}
+
+model::FlatAdapter RankParams::flat_adapter(DType) const {
+  TANDEM_CHECK(false, "an adapter of several ranks' parts is not made here: merge_states");
+  return {};
+}
+
+}  // namespace tandem::worker::train

@@ -1,0 +1,38 @@
+// What a session knows about the other ranks of its job. Built once by whoever makes the gang;
+// outlives the session.
+#pragma once
+
+#include "worker/comm/layout.h"
+#include "worker/model/context.h"
+#include "worker/model/shard.h"
+
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace tandem::worker::train {
+
+struct Ranks {
+  comm::Layout layout;
+  int rank = 0;
+  comm::Groups groups;
+  /// First and last stage, which both hold a tied embedding; of size 1 where there is nobody to
+  /// agree with.
+  std::unique_ptr<comm::Communicator> ends;
+
+  [[nodiscard]] int dp_rank() const { return layout.dp_rank(rank); }
+  [[nodiscard]] int tp_rank() const { return layout.tp_rank(rank); }
+  [[nodiscard]] int pp_rank() const { return layout.pp_rank(rank); }
+  [[nodiscard]] model::ModelShard shard(const model::ModelConfig& config) const {
+    return {tp_rank(), layout.tp, model::stage_at(config.layers, layout.pp, pp_rank())};
+  }
+};
+
+/// Sums of numbers that each copy of the model's last stage counts for itself, over data-parallel
+/// ranks and stages: the same on every rank. `ranks` null: nothing to add.
+void sum_over_ranks(const Ranks* ranks, model::Context& ctx, std::span<double> values);
+
+/// Called by every rank of the gang at once.
+Ranks make_ranks(comm::Communicator& gang, const comm::Layout& layout);
+
+}  // namespace tandem::worker::train
