@@ -105,6 +105,15 @@ std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& args,
                                            const DeviceProfile& profile);
 std::int64_t sample_bytes(const SampleArgs& args, const DeviceProfile& profile);
 
+struct PagedAttentionLayout {
+  bool fast = false;       ///< attention_own_forward.cu takes the sequences with many new rows
+  std::int64_t count = 0;  ///< fast: i32, the number of entries
+  std::int64_t tiles = 0;  ///< fast: [T / kAttentionTileRows + 2 S] entries
+  std::int64_t bytes = 0;
+};
+PagedAttentionLayout paged_attention_layout(const PagedAttentionArgs& args,
+                                            const DeviceProfile& profile);
+
 struct SampleLayout {
   std::int64_t originals = 0;   ///< f32 [history entries]: logits before penalties
   std::int64_t candidates = 0;  ///< i32 [S, top_logprobs]

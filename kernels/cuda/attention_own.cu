@@ -19,10 +19,16 @@ __device__ void sort_tiles(const Prepare& a, bool suffix, RowTile* to) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const auto for_tiles = [&](const auto& f) {
     for (int s = warp; s < a.sequences; s += kSortThreads / 32) {
-      const int begin = a.offsets[s], length = a.offsets[s + 1] - begin;
-      for (int t = lane * kTileRows; t < length; t += 32 * kTileRows) {
-        const int rows = min(kTileRows, length - t), work = suffix ? length - t : t + rows;
-        f(RowTile{begin, length, t, rows}, kBuckets - 1 - min(work >> a.shift, kBuckets - 1));
+      // Tiles end at multiples of kTileRows of the position, so that a tile's rows see their own
+      // keys in one block.
+      const int begin = a.offsets[s], rows = a.offsets[s + 1] - begin;
+      const int length = a.kv_lens != nullptr ? a.kv_lens[s] : rows, before = length - rows;
+      if (rows < a.rows_min) continue;
+      for (int t = (before / kTileRows + lane) * kTileRows; t < length; t += 32 * kTileRows) {
+        const int first = max(before, t), end = min(length, t + kTileRows);
+        const int work = suffix ? length - first : end;
+        f(RowTile{begin - before, length, first, (end - first) | s << kTileRowsBits},
+          kBuckets - 1 - min(work >> a.shift, kBuckets - 1));
       }
     }
   };

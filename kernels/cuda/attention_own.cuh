@@ -79,9 +79,14 @@ __device__ inline int item_of(int round) {
   return round * blocks + (round % 2 == 0 ? b : blocks - 1 - b);
 }
 
+/// A list's entry holds its sequence's number above the rows.
+inline constexpr int kTileRowsBits = 8;
 __device__ inline RowTile load_tile_entry(const RowTile* tiles, int index) {
   const int4 v = __ldg(reinterpret_cast<const int4*>(tiles) + index);
-  return {v.x, v.y, v.z, v.w};
+  return {v.x, v.y, v.z, v.w & ((1 << kTileRowsBits) - 1)};
+}
+__device__ inline int load_tile_sequence(const RowTile* tiles, int index) {
+  return __ldg(&tiles[index].rows) >> kTileRowsBits;
 }
 
 /// One accumulator [64, kDim] of a warpgroup, times per-row factors, to rows of `to` (the address
@@ -114,6 +119,9 @@ __device__ inline void store_rows(const float (&acc)[kDim / 2], float factor0, f
 /// Work lists and zeroed inert rows; see attention_own.cu.
 struct Prepare {
   const std::int32_t* offsets;
+  /// Paged: keys of each sequence, of which its rows are the last; null: rows are all.
+  const std::int32_t* kv_lens;
+  int rows_min;  ///< shorter sequences are left out
   int sequences, shift;
   /// Sorted by rows up to the tile's end (queries) and from its start (keys); null: not wanted.
   RowTile *by_prefix, *by_suffix;

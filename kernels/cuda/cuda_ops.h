@@ -21,6 +21,38 @@ class Scratch;
 class PinnedRing;      // cuda_ops.cc
 class Graphs;          // cuda_ops.cc
 
+/// A second queue, for a small kernel that an op's large one does not depend on.
+class SideStream {
+ public:
+  SideStream() {
+    TANDEM_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    for (cudaEvent_t* event : {&forked_, &joined_})
+      TANDEM_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+  }
+  ~SideStream() {
+    (void)cudaEventDestroy(forked_);
+    (void)cudaEventDestroy(joined_);
+    (void)cudaStreamDestroy(stream_);
+  }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  /// The queue, behind all that `main` holds now.
+  cudaStream_t fork(cudaStream_t main) {
+    TANDEM_CUDA(cudaEventRecord(forked_, main));
+    TANDEM_CUDA(cudaStreamWaitEvent(stream_, forked_));
+    return stream_;
+  }
+  /// What comes next on `main` waits for what was put on the queue.
+  void join(cudaStream_t main) {
+    TANDEM_CUDA(cudaEventRecord(joined_, stream_));
+    TANDEM_CUDA(cudaStreamWaitEvent(main, joined_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t forked_ = nullptr, joined_ = nullptr;
+};
+
 class CudaOps final : public Ops {
  public:
   CudaOps(const CudaOptions& options, const DeviceProfile& profile);
@@ -86,6 +118,7 @@ class CudaOps final : public Ops {
   const DeviceProfile profile_;
   cudaStream_t stream_ = nullptr;  ///< of every Exec that names none
   std::vector<cudaStream_t> made_streams_;
+  SideStream side_;
   std::array<cudaEvent_t, kMarksMax> marks_{};  ///< of mark m at m % kMarksMax
   std::uint64_t next_mark_ = 0;
   mutable Profiler profiler_;
@@ -113,6 +146,9 @@ class Scratch {
   ArenaScope scope_;
   char* base_;
 };
+
+/// Rows up to which a batch counts as a decode step: its kernels are bound by bytes and launches.
+inline constexpr std::int64_t kFewRows = 256;
 
 /// What the segmented LoRA kernels (ops_lora_segments.cu) do: rows of any mix of adapters, slots
 /// and ranks read on the device. `column` of a site in u and du is site * rank_max.
