@@ -76,7 +76,7 @@ void Calls::command_agent(const Ask& ask, Params& params, protocol::AgentAction 
                  unavailable_error(str("worker ", name, " has no agent that could restart it")));
   if (!restart) workers_.set_draining(worker->id, action == protocol::AgentAction::kDrain);
   if (action == protocol::AgentAction::kDrain) jobs_.drain(worker->id);
-  if (worker->agent.alive) context_.send_worker(worker->agent.peer, protocol::AgentCommand{action});
+  if (restart) workers_.restart(*worker);
   answer(ask, worker_json(*worker, workers_, context_.tables()));
 }
 

@@ -33,6 +33,7 @@ std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
 
 void Coordinator::on(const Tick&) {
   for (const EngineLost& lost : workers_.expire()) engine_lost(lost);
+  workers_.tick();
   jobs_.tick();
   requests_.tick();
   route_estimates(estimates_.tick());

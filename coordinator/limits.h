@@ -32,8 +32,9 @@ struct Limits {
   std::size_t events_kept = 2000;  ///< of one job; older ones go first
   TimeMs lazy_commit_ms = 100;     ///< progress and cached results wait this long for a commit
   // -- requests
-  std::size_t queue_max = 1024;              ///< waiting for an engine, all users
-  std::size_t queue_per_user_max = 512;      ///< waiting, one user
+  std::size_t queue_max = 1024;  ///< waiting for an engine, all users
+  std::size_t queue_per_user_max =
+      512;  ///< waiting, one user (with a key; else nobody is told apart)
   std::size_t requests_per_user_max = 2048;  ///< waiting and running
   TimeMs no_engine_wait_ms = 30'000;         ///< without any engine of the model: then kUnavailable
   TimeMs orphan_ms = 3000;                   ///< client gone: the request is cancelled after this

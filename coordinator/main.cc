@@ -1,6 +1,7 @@
 // tandem-coordinator: settings, registry, sockets, loop.
 #include "coordinator/bulk_server.h"
 #include "coordinator/coordinator_loop.h"
+#include "protocol/base/environment.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "protocol/key_file.h"
@@ -139,6 +140,7 @@ Result<Limits> make_limits(const Settings& settings) {
         "queue_requests_max, queue_jobs_max and job_attempts_max must be at least "
         "1, cache_bytes_max and cache_ttl_s at least 0");
   limits.queue_max = static_cast<std::size_t>(queue);
+  limits.queue_per_user_max = std::max<std::size_t>(1, limits.queue_max / 2);
   limits.jobs_live_max = static_cast<std::size_t>(jobs);
   limits.attempts_max = static_cast<int>(attempts);
   limits.results_bytes_max = static_cast<std::size_t>(cache_bytes);
@@ -150,10 +152,10 @@ Result<Limits> make_limits(const Settings& settings) {
 
 void print_limits(const Limits& l) {
   log_info("limits: heartbeat ", l.heartbeat_ms, " ms, lease ", l.lease_ms, " ms, adoption ",
-           l.adoption_ms, " ms; queue ", l.queue_max, " requests (", l.requests_per_user_max,
-           " per user), ", l.jobs_live_max, " jobs, ", l.attempts_max,
-           " attempts without progress; ", l.workers_max, " workers, ", l.sessions_max,
-           " client sessions, ", l.streams_max, " streams");
+           l.adoption_ms, " ms; queue ", l.queue_max, " requests (", l.queue_per_user_max,
+           " of one user, ", l.requests_per_user_max, " with those that run), ", l.jobs_live_max,
+           " jobs, ", l.attempts_max, " attempts without progress; ", l.workers_max, " workers, ",
+           l.sessions_max, " client sessions, ", l.streams_max, " streams");
   log_info("limits: result cache ", format_bytes(static_cast<std::int64_t>(l.results_bytes_max)),
            ", ttl ", l.result_ttl_ms / 1000, " s; idempotency keys ", l.idempotency_max, ", ",
            l.idempotency_ttl_ms / 3'600'000, " h; outbox ", kOutboxMessagesMax, " messages, ",
@@ -328,5 +330,6 @@ int run_main(int argc, char** argv) {
 }  // namespace tandem::coordinator
 
 int main(int argc, char** argv) {
+  tandem::start_with_environment({tandem::kMallocHugePages}, argv);
   return tandem::coordinator::run_main(argc, argv);
 }

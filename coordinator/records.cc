@@ -1,5 +1,6 @@
 #include "coordinator/records.h"
 
+#include <algorithm>
 #include <optional>
 
 namespace tandem::coordinator {
@@ -90,32 +91,23 @@ struct Apply {
 
 }  // namespace
 
+protocol::JobState stored_state(JobState state) {
+  constexpr int kFirst = static_cast<int>(JobState::kQueued);
+  static_assert(static_cast<int>(protocol::JobState::kQueued) == 0 &&
+                static_cast<int>(protocol::JobState::kCancelled) + kFirst ==
+                    static_cast<int>(JobState::kCancelled));
+  return protocol::JobState(std::max(0, static_cast<int>(state) - kFirst));
+}
+
+JobState loaded_state(protocol::JobState state, bool estimated) {
+  if (state > protocol::JobState::kCancelled) return JobState::kFailed;
+  if (state == protocol::JobState::kQueued && !estimated) return JobState::kSubmitted;
+  return JobState(static_cast<int>(state) + static_cast<int>(JobState::kQueued));
+}
+
 const char* job_state_name(JobState state) {
-  switch (state) {
-    case JobState::kSubmitted:
-      return "estimating";  // for a user the same wait
-    case JobState::kEstimating:
-      return "estimating";
-    case JobState::kQueued:
-      return "queued";
-    case JobState::kStarting:
-      return "starting";
-    case JobState::kRunning:
-      return "running";
-    case JobState::kPausing:
-      return "pausing";
-    case JobState::kPaused:
-      return "paused";
-    case JobState::kCancelling:
-      return "cancelling";
-    case JobState::kSucceeded:
-      return "done";
-    case JobState::kFailed:
-      return "failed";
-    case JobState::kCancelled:
-      return "cancelled";
-  }
-  return "unknown";
+  // For a user the wait before the queue is one.
+  return state < JobState::kQueued ? "estimating" : protocol::job_state_name(stored_state(state));
 }
 
 bool is_terminal(JobState state) {

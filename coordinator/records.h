@@ -40,7 +40,8 @@ struct Dataset {
 };
 
 /// submitted -> estimating -> queued -> starting -> running -> (pausing -> paused, cancelling) ->
-/// succeeded | failed | cancelled. A job whose engine dies goes back to queued.
+/// succeeded | failed | cancelled. A job whose engine dies goes back to queued. From queued on
+/// these are the registry's states, two numbers further; what comes before is queued there.
 enum class JobState : std::uint8_t {
   kSubmitted = 0,   ///< no engine was there for the dry run yet
   kEstimating = 1,  ///< an engine does the dry run
@@ -54,6 +55,10 @@ enum class JobState : std::uint8_t {
   kFailed = 9,
   kCancelled = 10
 };
+[[nodiscard]] protocol::JobState stored_state(JobState state);
+/// `estimated`: whether a queued job's dry run is known.
+[[nodiscard]] JobState loaded_state(protocol::JobState state, bool estimated);
+/// For people: the registry's name, "estimating" before a job is queued.
 const char* job_state_name(JobState state);
 [[nodiscard]] bool is_terminal(JobState state);
 /// Starting, running, pausing or cancelling: an engine holds it.

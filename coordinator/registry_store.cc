@@ -12,56 +12,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 using storage::RegistryTxn;
 
-protocol::JobState stored_state(JobState state) {
-  switch (state) {
-    case JobState::kSubmitted:
-    case JobState::kEstimating:
-    case JobState::kQueued:
-      return protocol::JobState::kQueued;
-    case JobState::kStarting:
-      return protocol::JobState::kStarting;
-    case JobState::kRunning:
-      return protocol::JobState::kRunning;
-    case JobState::kPausing:
-      return protocol::JobState::kPausing;
-    case JobState::kPaused:
-      return protocol::JobState::kPaused;
-    case JobState::kCancelling:
-      return protocol::JobState::kCancelling;
-    case JobState::kSucceeded:
-      return protocol::JobState::kDone;
-    case JobState::kFailed:
-      return protocol::JobState::kFailed;
-    case JobState::kCancelled:
-      return protocol::JobState::kCancelled;
-  }
-  return protocol::JobState::kFailed;
-}
-
-JobState loaded_state(protocol::JobState state, bool estimated) {
-  switch (state) {
-    case protocol::JobState::kQueued:
-      return estimated ? JobState::kQueued : JobState::kSubmitted;
-    case protocol::JobState::kStarting:
-      return JobState::kStarting;
-    case protocol::JobState::kRunning:
-      return JobState::kRunning;
-    case protocol::JobState::kPausing:
-      return JobState::kPausing;
-    case protocol::JobState::kPaused:
-      return JobState::kPaused;
-    case protocol::JobState::kCancelling:
-      return JobState::kCancelling;
-    case protocol::JobState::kDone:
-      return JobState::kSucceeded;
-    case protocol::JobState::kFailed:
-      return JobState::kFailed;
-    case protocol::JobState::kCancelled:
-      return JobState::kCancelled;
-  }
-  return JobState::kFailed;
-}
-
 std::string hex_or_none(const Digest& digest) {
   return digest.empty() ? "" : digest.hex();
 }

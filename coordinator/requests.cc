@@ -117,14 +117,10 @@ void Requests::generate(const std::string& peer, const std::string& user,
   }
   ++stats_.accepted;
   if (share(subscriber, execution)) return;
-  if (queue_.size() >= context_.limits().queue_max) {
+  if (Status status = may_queue(user); !status.ok()) {
     --stats_.accepted;
     ++stats_.refused_busy;
-    const std::int64_t after = retry_after();
-    return refuse(peer, request.id,
-                  busy_error(str("all ", context_.limits().queue_max,
-                                 " places in the queue are taken; retry after ", after, " ms")),
-                  after);
+    return refuse(peer, request.id, status, retry_after());
   }
   execution.prefixes = prefix_chain(execution.target.model.digest, execution.target.adapter,
                                     request.input, context_.limits().prefix_depth_max);
@@ -253,6 +249,23 @@ Status Requests::admit(const std::string& user) const {
   const std::size_t max = context_.limits().requests_per_user_max;
   if (count == per_user_.end() || count->second < max) return {};
   return busy_error(str("this user has ", count->second, " requests of at most ", max,
+                        "; retry after ", retry_after(), " ms"));
+}
+
+Status Requests::may_queue(const std::string& user) const {
+  const std::size_t all_max = context_.limits().queue_max,
+                    user_max = context_.limits().queue_per_user_max;
+  if (queue_.size() >= all_max)
+    return busy_error(
+        str("all ", all_max, " places in the queue are taken; retry after ", retry_after(), " ms"));
+  if (user.empty() || queue_.size() < user_max) return {};
+  const auto mine = std::count_if(queue_.begin(), queue_.end(), [&](const auto& waiting) {
+    const auto& subscribers = executions_.at(waiting.second).subscribers;
+    return std::any_of(subscribers.begin(), subscribers.end(),
+                       [&](const Subscriber& one) { return one.user == user; });
+  });
+  if (static_cast<std::size_t>(mine) < user_max) return {};
+  return busy_error(str("this user has ", mine, " requests in the queue of at most ", user_max,
                         "; retry after ", retry_after(), " ms"));
 }
 

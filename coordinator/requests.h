@@ -104,6 +104,8 @@ class Requests {
   bool share(const Subscriber& subscriber, const Execution& asked);
   void subscribe(Execution& execution, Subscriber subscriber);
   Status admit(const std::string& user) const;
+  /// Ok while the queue has a place for one more request of this user.
+  Status may_queue(const std::string& user) const;
   void enqueue(Execution execution);
   void forget(const RequestId& execution);
   void unsubscribe(const Subscriber& subscriber);

@@ -174,6 +174,22 @@ void WorkerTable::set_draining(const WorkerId& id, bool draining) {
     context_.put(EraseSetting{kDrainPrefix + id.value});
 }
 
+void WorkerTable::restart(Worker& worker) {
+  worker.restarting = worker.engine.incarnation;
+  worker.restart_sent_ms = context_.now().ms;
+  context_.send_worker(worker.agent.peer,
+                       protocol::AgentCommand{protocol::AgentAction::kRestartEngine});
+}
+
+void WorkerTable::tick() {
+  for (auto& [id, worker] : workers_) {
+    if (worker.restarting != worker.engine.incarnation) worker.restarting = 0;
+    if (worker.restarting != 0 && worker.agent.alive &&
+        context_.now().ms - worker.restart_sent_ms >= context_.limits().resend_ms)
+      restart(worker);
+  }
+}
+
 std::size_t WorkerTable::engines_alive() const {
   return static_cast<std::size_t>(std::count_if(
       workers_.begin(), workers_.end(), [](const auto& w) { return w.second.engine.alive; }));

@@ -50,6 +50,8 @@ struct Worker {
   std::int64_t memory_bytes = 0;
   Process agent;
   Engine engine;
+  Incarnation restarting = 0;  ///< the engine that its agent was told to end; 0: none
+  TimeMs restart_sent_ms = 0;
   [[nodiscard]] bool holds(const Digest& model) const {
     return engine.alive && engine.model == model;
   }
@@ -88,6 +90,10 @@ class WorkerTable {
   /// Draining is a wish of the operator and outlives restarts.
   [[nodiscard]] bool draining(const WorkerId& id) const;
   void set_draining(const WorkerId& id, bool draining);
+  /// Tells the worker's agent to end its engine and start another, again and again until there is
+  /// another.
+  void restart(Worker& worker);
+  void tick();  ///< repeats restarts
   [[nodiscard]] std::size_t engines_alive() const;
 
  private:

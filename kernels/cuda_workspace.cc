@@ -17,28 +17,69 @@ bool has_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {
   return rows != nullptr && rows->rank_max > 0 && !sites.empty();
 }
 
+/// Widest u of one pass over a matrix, whole 16-byte rows everywhere, clusters.
+constexpr std::int64_t kThinRankMax = 128, kThinAlignment = 8, kThinSitesMax = 4;
+constexpr std::int64_t kThinRowsMax = std::int64_t{128} * 65535;
+
+bool is_thin(const std::vector<LoraSite>& sites, const AdapterRows& rows, const Tensor& x,
+             std::int64_t outputs, const DeviceProfile& profile) {
+  const auto aligned = [](std::int64_t size) { return size % kThinAlignment == 0; };
+  if (x.dtype != DType::kBF16 || profile.compute_capability < 90) return false;
+  if (rows.segments_max != 1 || !aligned(rows.rank_max) || rows.rank_max > kThinRankMax)
+    return false;
+  if (!aligned(x.dim(1)) || !aligned(outputs) || x.dim(0) > kThinRowsMax) return false;
+  return sites.size() <= kThinSitesMax &&
+         std::all_of(sites.begin(), sites.end(),
+                     [&](const LoraSite& s) { return aligned(s.n_begin) && aligned(s.n); });
+}
+
+/// Blocks that fill a Hopper GPU once, or twice where two fit a multiprocessor.
+constexpr std::int64_t kPairBlocks = 132;
+constexpr std::int64_t kPairRowsMin = 64;  ///< of a part
+
+ThinPairLayout thin_pair_layout(const std::vector<LoraSite>& sites, std::int64_t rank_max,
+                                std::int64_t t, std::int64_t outputs, ScratchLayout& layout) {
+  ThinPairLayout l;
+  if (rank_max > 64) return l;
+  std::int64_t widest = 0;
+  for (const LoraSite& s : sites) widest = std::max(widest, s.n);
+  l.columns = rank_max <= 16 ? 16 : rank_max <= 32 ? 32 : 64;
+  // Sums of a warp's columns of dB, rank by rank, stay in its registers.
+  const std::int64_t width_max = (std::int64_t{1} << 14) / l.columns;
+  l.width = std::min(width_max, widest >= 2048 ? 1024 : widest >= 1024 ? 512 : std::int64_t{256});
+  for (const LoraSite& s : sites) l.blocks += (s.n + l.width - 1) / l.width;
+  const std::int64_t fill = l.width == width_max ? kPairBlocks : 2 * kPairBlocks;
+  l.parts = std::clamp<std::int64_t>(fill / std::max<std::int64_t>(l.blocks, 1), 1,
+                                     std::max<std::int64_t>(1, t / kPairRowsMin));
+  l.du = layout.add(l.blocks * t * rank_max * 4);
+  l.db = layout.add(l.parts * outputs * rank_max * 4);
+  return l;
+}
+
 }  // namespace
 
-LinearForwardLayout linear_forward_layout(const LinearArgs& a) {
+LinearForwardLayout linear_forward_layout(const LinearArgs& a, const DeviceProfile& profile) {
   LinearForwardLayout l;
   ScratchLayout layout;
   if (has_adapters(a.sites, a.adapters)) {
     const std::int64_t t = a.x.dim(0), i = a.x.dim(1), size = dtype_bytes(a.x.dtype);
     l.columns = static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max;
     l.single = a.adapters->segments_max == 1;
+    l.thin = is_thin(a.sites, *a.adapters, a.x, a.weight->n, profile);
     if (!a.u.defined()) l.u = layout.add(t * l.columns * size);
-    if (l.single) {
+    if (l.single) l.b = layout.add(a.weight->n * l.columns * size);
+    if (l.single && !l.thin) {
       l.a = layout.add(l.columns * i * size);
-      l.b = layout.add(a.weight->n * l.columns * size);
+      if (a.adapters->dropout > 0.0f) l.dropped = layout.add(t * i * size);
     }
-    if (a.adapters->dropout > 0.0f) l.dropped = layout.add(t * i * size);
   }
   l.gemm = layout.add(kGemmWorkspaceBytes);
   l.bytes = layout.bytes();
   return l;
 }
 
-LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a) {
+LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
+                                            const DeviceProfile& profile) {
   LinearBackwardLayout l;
   ScratchLayout layout;
   if (has_adapters(a.sites, a.adapters)) {
@@ -46,16 +87,18 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a) {
     const std::int64_t size = dtype_bytes(a.x.dtype);
     l.columns = static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max;
     l.single = a.adapters->segments_max == 1;
+    l.thin = is_thin(a.sites, *a.adapters, a.x, n, profile);
     if (!a.u.defined()) l.u = layout.add(t * l.columns * size);
     l.du = layout.add(t * l.columns * size);
-    if (l.single) {
-      l.a = layout.add(l.columns * i * size);
+    if (l.single) l.a = layout.add(l.columns * i * size);
+    if (l.thin) l.pair = thin_pair_layout(a.sites, a.adapters->rank_max, t, n, layout);
+    if (l.single && !l.thin) {
       if (!a.u.defined()) l.a_scaled = layout.add(l.columns * i * size);
       l.b = layout.add(n * l.columns * size);
       l.da = layout.add(l.columns * i * 4);
       l.db = layout.add(n * l.columns * 4);
+      if (a.adapters->dropout > 0.0f) l.dropped = layout.add(t * i * size);
     }
-    if (a.adapters->dropout > 0.0f) l.dropped = layout.add(t * i * size);
   }
   l.gemm = layout.add(kGemmWorkspaceBytes);
   l.bytes = layout.bytes();

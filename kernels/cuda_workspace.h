@@ -12,36 +12,52 @@ namespace tandem::kernels::cuda {
 /// What cuBLASLt may use for one product; on Hopper its fastest algorithms want 32 MiB.
 inline constexpr std::int64_t kGemmWorkspaceBytes = 32 << 20;
 
-/// Adapters of a batch in which one adapter at most can appear (one segment): their factors are
-/// gathered into two plain matrices, block-diagonal over the sites, and everything is a product.
-/// `columns` = sites * rank_max.
+/// Adapters of a batch in which one adapter at most can appear (one segment): factors are gathered
+/// into plain matrices, block-diagonal over the sites, and everything is a product. Where the
+/// kernels of lora_thin.h fit, the thin products read the adapters' own memory and only the factor
+/// of the product with u or du is gathered. `columns` = sites * rank_max.
 struct LinearForwardLayout {
   std::int64_t columns = 0;
   bool single = false;       ///< one segment; else rows of any adapters, by the segmented kernels
+  bool thin = false;         ///< single, by lora_thin.h
   std::int64_t u = 0;        ///< [T, columns] cd, where the caller keeps none
-  std::int64_t a = 0;        ///< single: [columns, I] cd: s A
+  std::int64_t a = 0;        ///< single, not thin: [columns, I] cd: s A
   std::int64_t b = 0;        ///< single: [N, columns] cd
-  std::int64_t dropped = 0;  ///< [T, I] cd: dropout(x) of one site; only with dropout
+  std::int64_t dropped = 0;  ///< single, not thin: [T, I] cd: dropout(x) of one site
   std::int64_t gemm = 0;     ///< kGemmWorkspaceBytes
   std::int64_t bytes = 0;
 };
-LinearForwardLayout linear_forward_layout(const LinearArgs& args);
+LinearForwardLayout linear_forward_layout(const LinearArgs& args, const DeviceProfile& profile);
+
+/// du and dB in one pass over dy (lora_thin_pair.cu): what its blocks leave to be added up.
+struct ThinPairLayout {
+  std::int64_t columns = 0;  ///< of the kernel, at least rank_max; 0: two passes instead
+  std::int64_t width = 0;    ///< columns of dy a block takes
+  std::int64_t blocks = 0;   ///< of columns, over all sites
+  std::int64_t parts = 0;    ///< of the rows
+  std::int64_t du = 0;       ///< [blocks, T, rank_max] f32
+  std::int64_t db = 0;       ///< [parts, N, rank_max] f32
+};
 
 struct LinearBackwardLayout {
   std::int64_t columns = 0;
   bool single = false;
-  std::int64_t u = 0;         ///< [T, columns] cd, where forward kept none
-  std::int64_t du = 0;        ///< [T, columns] cd: s dy B
-  std::int64_t a = 0;         ///< single: [columns, I] cd
-  std::int64_t a_scaled = 0;  ///< single, without u: [columns, I] cd: s A
-  std::int64_t b = 0;         ///< single: [N, columns] cd: s B
-  std::int64_t da = 0;        ///< single: [columns, I] f32
-  std::int64_t db = 0;        ///< single: [N, columns] f32
+  bool thin = false;
+  ThinPairLayout pair;  ///< thin
+  std::int64_t u = 0;   ///< [T, columns] cd, where forward kept none
+  std::int64_t du = 0;  ///< [T, columns] cd: s dy B
+  std::int64_t a = 0;   ///< single: [columns, I] cd
+  // Single, not thin:
+  std::int64_t a_scaled = 0;  ///< without u: [columns, I] cd: s A
+  std::int64_t b = 0;         ///< [N, columns] cd: s B
+  std::int64_t da = 0;        ///< [columns, I] f32
+  std::int64_t db = 0;        ///< [N, columns] f32
   std::int64_t dropped = 0;   ///< [T, I] cd: dropout(x), then du A; only with dropout
   std::int64_t gemm = 0;
   std::int64_t bytes = 0;
 };
-LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args);
+LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
+                                            const DeviceProfile& profile);
 
 struct LinearCrossEntropyLayout {
   std::int64_t chunk_rows = 0;

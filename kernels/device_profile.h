@@ -16,6 +16,7 @@ struct DeviceProfile {
   bool has_avx2 = false, has_avx512 = false, has_avx512_bf16 = false, has_amx_bf16 = false;
   int sm_count = 0;               ///< CUDA
   int compute_capability = 0;     ///< CUDA: 90 for sm_90
+  bool records_graphs = false;    ///< see Ops::replay: few distinct shapes pay
   std::int64_t memory_bytes = 0;  ///< device memory (CPU: physical memory)
 };
 

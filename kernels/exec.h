@@ -18,6 +18,8 @@ struct Exec {
   Arena& workspace;  ///< scratch: an op allocates inside its own ArenaScope and leaves nothing
   Stream stream{};
   Numerics numerics = Numerics::kReplay;
+  /// A host backend leaves half of its threads to others. Changes no bit.
+  bool background = false;
 };
 
 }  // namespace tandem::kernels

@@ -19,6 +19,9 @@
 
 namespace tandem::kernels {
 
+/// Points that Ops::mark() keeps at once.
+inline constexpr std::uint64_t kMarksMax = 64;
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -33,6 +36,22 @@ class Ops {
   void copy(Exec& exec, Tensor from, Tensor to);  ///< same shape; dtype may differ (converts)
   void fill_zero(Exec& exec, Tensor x);
   virtual void synchronize(Exec& exec) = 0;
+  /// Runs `body`, which issues ops on `exec` and nothing else. Everything the host puts into them
+  /// (shapes, bounds, addresses, numbers) must be a function of `key`; what device tensors hold may
+  /// differ. A device with profile().records_graphs records the ops of a key that comes back and
+  /// from then on only replays them.
+  virtual void replay(Exec& /*exec*/, std::uint64_t /*key*/, const std::function<void()>& body) {
+    body();
+  }
+
+  // -- order of work ------------------------------------------------------------------------------
+  /// A queue of its own, alive as long as this Ops. Work of an urgent one goes first where both
+  /// have some. A device that does everything at once has only the null stream.
+  virtual Stream make_stream(bool /*urgent*/) { return {}; }
+  /// A point behind everything issued on `exec` so far, and whether the device has passed it. At
+  /// most kMarksMax are kept; the device has passed what is older.
+  virtual std::uint64_t mark(Exec& /*exec*/) { return 0; }
+  virtual bool passed(std::uint64_t /*mark*/) { return true; }
 
   // -- weights ----------------------------------------------------------------------------------
   /// Bytes pack_weight takes from its arena: pure.
@@ -96,6 +115,9 @@ class Ops {
 
 /// A device as the worker's main hands it to the engine: where memory comes from and what runs.
 struct Backend {
+  /// Device memory that is taken now, by whatever the driver counts: this engine's arenas, its
+  /// context, its libraries, other processes. A CPU: resident bytes of this process.
+  std::function<std::int64_t()> bytes_in_use;
   std::unique_ptr<Allocator> allocator;
   std::unique_ptr<MemoryLedger> ledger;
   std::unique_ptr<Ops> ops;

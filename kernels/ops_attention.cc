@@ -26,9 +26,24 @@ void check_cache(const OpCheck& check, const KvCache& cache, DType cd, std::int6
   check.tensor("cache.v", cache.v, cd, shape);
 }
 
-/// Columns of qkv for these heads.
-std::int64_t qkv_width(std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim) {
-  return (heads + 2 * kv_heads) * head_dim;
+/// qkv [T, (H + 2K) * D]; gives its dtype.
+DType check_qkv(const OpCheck& check, const char* name, const Tensor& qkv, std::int64_t heads,
+                std::int64_t kv_heads, std::int64_t head_dim) {
+  check.rank(name, qkv, 2);
+  const DType cd = check.compute_dtype(name, qkv);
+  check.tensor(name, qkv, cd, Shape{qkv.dim(0), (heads + 2 * kv_heads) * head_dim});
+  return cd;
+}
+DType check_qkv(const OpCheck& check, const AttentionSpec& spec, const Tensor& qkv) {
+  check_spec(check, spec);
+  return check_qkv(check, "qkv", qkv, spec.heads, spec.kv_heads, spec.head_dim);
+}
+
+void check_sequences(const OpCheck& check, const Tensor& seq_offsets, std::int64_t seq_len_max) {
+  check.rank("seq_offsets", seq_offsets, 1);
+  check.that(seq_offsets.dim(0) >= 1, "seq_offsets: empty, expected [S + 1]");
+  check.tensor("seq_offsets", seq_offsets, DType::kI32, seq_offsets.shape);
+  check.that(seq_len_max >= 0, str("seq_len_max: expected >= 0, got ", seq_len_max));
 }
 
 }  // namespace
@@ -37,10 +52,8 @@ void Ops::rope_forward(Exec& exec, const RopeArgs& a) {
   const OpCheck check("rope_forward");
   check_heads(check, a.heads, a.kv_heads, a.head_dim);
   check.that(a.head_dim % 2 == 0, str("head_dim: expected even, got ", a.head_dim));
-  check.rank("qkv", a.qkv, 2);
-  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const DType cd = check_qkv(check, "qkv", a.qkv, a.heads, a.kv_heads, a.head_dim);
   const std::int64_t t = a.qkv.dim(0);
-  check.tensor("qkv", a.qkv, cd, Shape{t, qkv_width(a.heads, a.kv_heads, a.head_dim)});
   check.tensor("positions", a.positions, DType::kI32, Shape{t});
   check.tensor("inv_freq", a.inv_freq, DType::kF32, Shape{a.head_dim / 2});
   if (a.cache != nullptr) {
@@ -57,10 +70,8 @@ void Ops::rope_backward(Exec& exec, const RopeBackwardArgs& a) {
   const OpCheck check("rope_backward");
   check_heads(check, a.heads, a.kv_heads, a.head_dim);
   check.that(a.head_dim % 2 == 0, str("head_dim: expected even, got ", a.head_dim));
-  check.rank("dqkv", a.dqkv, 2);
-  const DType cd = check.compute_dtype("dqkv", a.dqkv);
+  check_qkv(check, "dqkv", a.dqkv, a.heads, a.kv_heads, a.head_dim);
   const std::int64_t t = a.dqkv.dim(0);
-  check.tensor("dqkv", a.dqkv, cd, Shape{t, qkv_width(a.heads, a.kv_heads, a.head_dim)});
   check.tensor("positions", a.positions, DType::kI32, Shape{t});
   check.tensor("inv_freq", a.inv_freq, DType::kF32, Shape{a.head_dim / 2});
   if (t == 0) return;
@@ -69,16 +80,9 @@ void Ops::rope_backward(Exec& exec, const RopeBackwardArgs& a) {
 
 void Ops::attention_forward(Exec& exec, const AttentionArgs& a) {
   const OpCheck check("attention_forward");
-  check_spec(check, a.spec);
-  check.rank("qkv", a.qkv, 2);
-  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const DType cd = check_qkv(check, a.spec, a.qkv);
   const std::int64_t t = a.qkv.dim(0);
-  check.tensor("qkv", a.qkv, cd,
-               Shape{t, qkv_width(a.spec.heads, a.spec.kv_heads, a.spec.head_dim)});
-  check.rank("seq_offsets", a.seq_offsets, 1);
-  check.that(a.seq_offsets.dim(0) >= 1, "seq_offsets: empty, expected [S + 1]");
-  check.tensor("seq_offsets", a.seq_offsets, DType::kI32, a.seq_offsets.shape);
-  check.that(a.seq_len_max >= 0, str("seq_len_max: expected >= 0, got ", a.seq_len_max));
+  check_sequences(check, a.seq_offsets, a.seq_len_max);
   check.tensor("out", a.out, cd, Shape{t, a.spec.heads * a.spec.head_dim});
   check.optional("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
   check.disjoint("out", a.out, "qkv", a.qkv);
@@ -88,21 +92,14 @@ void Ops::attention_forward(Exec& exec, const AttentionArgs& a) {
 
 void Ops::attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
   const OpCheck check("attention_backward");
-  check_spec(check, a.spec);
-  check.rank("qkv", a.qkv, 2);
-  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const DType cd = check_qkv(check, a.spec, a.qkv);
   const std::int64_t t = a.qkv.dim(0);
-  const Shape wide{t, qkv_width(a.spec.heads, a.spec.kv_heads, a.spec.head_dim)};
   const Shape narrow{t, a.spec.heads * a.spec.head_dim};
-  check.tensor("qkv", a.qkv, cd, wide);
-  check.tensor("dqkv", a.dqkv, cd, wide);
+  check.tensor("dqkv", a.dqkv, cd, a.qkv.shape);
   check.tensor("dout", a.dout, cd, narrow);
   check.tensor("out", a.out, cd, narrow);
   check.tensor("lse", a.lse, DType::kF32, Shape{t, a.spec.heads});
-  check.rank("seq_offsets", a.seq_offsets, 1);
-  check.that(a.seq_offsets.dim(0) >= 1, "seq_offsets: empty, expected [S + 1]");
-  check.tensor("seq_offsets", a.seq_offsets, DType::kI32, a.seq_offsets.shape);
-  check.that(a.seq_len_max >= 0, str("seq_len_max: expected >= 0, got ", a.seq_len_max));
+  check_sequences(check, a.seq_offsets, a.seq_len_max);
   check.disjoint("dqkv", a.dqkv, "qkv", a.qkv);
   check.disjoint("dqkv", a.dqkv, "dout", a.dout);
   check.disjoint("dqkv", a.dqkv, "out", a.out);
@@ -112,12 +109,8 @@ void Ops::attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
 
 void Ops::paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) {
   const OpCheck check("paged_attention_forward");
-  check_spec(check, a.spec);
-  check.rank("qkv", a.qkv, 2);
-  const DType cd = check.compute_dtype("qkv", a.qkv);
+  const DType cd = check_qkv(check, a.spec, a.qkv);
   const std::int64_t t = a.qkv.dim(0);
-  check.tensor("qkv", a.qkv, cd,
-               Shape{t, qkv_width(a.spec.heads, a.spec.kv_heads, a.spec.head_dim)});
   check.rank("kv_lens", a.kv_lens, 1);
   const std::int64_t s = a.kv_lens.dim(0);
   check.tensor("kv_lens", a.kv_lens, DType::kI32, Shape{s});

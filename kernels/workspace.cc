@@ -200,12 +200,12 @@ bool on_cuda(const DeviceProfile& profile) {
 }  // namespace
 
 std::int64_t workspace_bytes(const LinearArgs& a, const DeviceProfile& profile) {
-  return on_cuda(profile) ? cuda::linear_forward_layout(a).bytes
+  return on_cuda(profile) ? cuda::linear_forward_layout(a, profile).bytes
                           : linear_forward_workspace(a, profile).bytes;
 }
 
 std::int64_t workspace_bytes(const LinearBackwardArgs& a, const DeviceProfile& profile) {
-  return on_cuda(profile) ? cuda::linear_backward_layout(a).bytes
+  return on_cuda(profile) ? cuda::linear_backward_layout(a, profile).bytes
                           : linear_backward_workspace(a, profile).bytes;
 }
 

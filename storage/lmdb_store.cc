@@ -30,7 +30,7 @@ namespace fs = std::filesystem;
 constexpr unsigned kReadersMax = 510;
 constexpr std::int64_t kLockFileBytes = 64 << 10;
 constexpr std::int64_t kSpareBytes =
-    4 << 20;  // what must be free beyond the map before anything is opened
+    4 << 20;  // what must be free beyond the map before a store is made or enlarged
 constexpr TimeMs kProbeMs = 120'000;
 constexpr const char* kMarkerTable = "_store";
 constexpr const char* kMarkerKey = "kind";
@@ -280,12 +280,10 @@ Result<int> take_lock(const std::string& directory) {
         directory, " is in use by process ", pid,
         "; one coordinator owns a registry: stop that one first, or choose another --data-dir"));
   }
+  // Who holds it is only told; the lock itself needs no byte of a disk that may be full.
   const std::string pid = str(::getpid(), "\n");
-  if (::ftruncate(fd, 0) != 0 ||
-      ::pwrite(fd, pid.data(), pid.size(), 0) != static_cast<ssize_t>(pid.size())) {
-    ::close(fd);
-    return internal_error("disk full: cannot write " + path);
-  }
+  const ssize_t written = ::pwrite(fd, pid.data(), pid.size(), 0);
+  if (written > 0) (void)!::ftruncate(fd, written);
   return fd;
 }
 
@@ -527,7 +525,9 @@ Result<std::unique_ptr<Store>> open_lmdb_store(const LmdbOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t existing, data_file_bytes(directory));
   const std::int64_t missing =
       options.preallocate ? std::max<std::int64_t>(0, options.map_bytes - existing) : 0;
-  TANDEM_RETURN_IF_ERROR(require_free_space(directory, missing + kSpareBytes));
+  // What is complete opens on a full disk too: it can be read, and garbage can be collected.
+  if (existing == 0 || missing > 0)
+    TANDEM_RETURN_IF_ERROR(require_free_space(directory, missing + kSpareBytes));
   TANDEM_RETURN_IF_ERROR(allocate(directory + "/lock.mdb", kLockFileBytes));
   if (existing == 0) TANDEM_RETURN_IF_ERROR(create_data_file(options));
   const std::int64_t map_bytes = std::max(options.map_bytes, round_up(existing, 1 << 16));

@@ -30,7 +30,7 @@ struct Options {
   int threads = 2;
   std::vector<std::int64_t> batches{1, 4, 16};
   std::int64_t prompt = 128, tokens = 64, prefill = 512, chunk = 512, adapters = 0, rank = 16,
-               repeats = 3;
+               repeats = 3, kv_gib = 0;
 };
 
 /// An engine and everything under it.
@@ -61,6 +61,7 @@ struct Rig {
     options.max_running = *std::max_element(o.batches.begin(), o.batches.end());
     options.max_batch_tokens = std::max(o.chunk, options.max_running + 1);
     options.prefix_cache = false;
+    if (o.kv_gib > 0) options.kv_bytes_max = o.kv_gib << 30;
     engine = serve::ServeEngine::create({.allocator = *backend.allocator,
                                          .ledger = *backend.ledger,
                                          .context = context,
@@ -219,7 +220,8 @@ Status run(const Options& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  tandem::kernels::cpu::limit_openmp_spin(argv);
+  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+                                 argv);
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");
   app.add_option("--model", o.model, "GGUF file or Hugging Face folder");
@@ -237,6 +239,8 @@ int main(int argc, char** argv) {
   app.add_option("--adapters", o.adapters, "sequences carry so many adapters in turn; 0: base");
   app.add_option("--rank", o.rank, "of each adapter");
   app.add_option("--repeats", o.repeats);
+  app.add_option("--kv-gib", o.kv_gib, "memory of the KV cache; 0: the engine's default")
+      ->check(CLI::Range(0, 1024));
   CLI11_PARSE(app, argc, argv);
   const Status status = run(o);
   if (!status.ok()) {

@@ -135,6 +135,7 @@ Status run(const Options& options) {
   const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
   TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
                           tools::open_bench_device(options.device, options.threads));
+  const std::int64_t context_bytes = backend.bytes_in_use();
   constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
   const auto arena = [&](kernels::MemoryKind kind, const char* name) {
     return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
@@ -197,6 +198,8 @@ Status run(const Options& options) {
   const double median = step_seconds[step_seconds.size() / 2];
   const double tokens = static_cast<double>(options.rows * options.length);
   const std::int64_t peak = backend.ledger->peak_total(), resident = resident_bytes_max();
+  // Arenas keep what they have mapped: what is in use at the end is the peak.
+  const std::int64_t driver = backend.bytes_in_use() - context_bytes;
   const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
   const nlohmann::ordered_json report{
       {"bench", "train"},
@@ -226,6 +229,8 @@ Status run(const Options& options) {
       {"floor_tokens_per_second", tokens / (flops / rate)},
       {"estimate_bytes", estimate.peak_total},
       {"ledger_peak_bytes", peak},
+      {"context_bytes", context_bytes},
+      {"driver_peak_bytes", driver},
       {"resident_peak_bytes", resident},
       {"last_loss", loss}};
   std::cout << report.dump(2) << std::endl;
@@ -235,7 +240,8 @@ Status run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  tandem::kernels::cpu::limit_openmp_spin(argv);
+  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+                                 argv);
   Options options;
   CLI::App app("LoRA training throughput, as JSON");
   app.add_option("--model", options.model, "Hugging Face folder or GGUF file");

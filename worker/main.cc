@@ -246,7 +246,8 @@ Result<int> start(int argc, char** argv) {
 }  // namespace tandem::worker
 
 int main(int argc, char** argv) {
-  tandem::kernels::cpu::limit_openmp_spin(argv);
+  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+                                 argv);
   const auto code = tandem::worker::start(argc, argv);
   if (code.ok()) return *code;
   tandem::log_error(code.status().to_string());

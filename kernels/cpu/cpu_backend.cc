@@ -33,8 +33,8 @@ std::string processor_name() {
 
 }  // namespace
 
-void cpu::CpuOps::use_threads() const {
-  omp_set_num_threads(profile_.threads);
+void cpu::CpuOps::use_threads(const Exec& exec) const {
+  omp_set_num_threads(exec.background ? std::max(1, profile_.threads / 2) : profile_.threads);
 }
 
 DeviceProfile cpu_profile(const CpuOptions& options) {
@@ -51,12 +51,21 @@ DeviceProfile cpu_profile(const CpuOptions& options) {
   return p;
 }
 
+namespace {
+std::int64_t resident_bytes() {
+  std::ifstream statm("/proc/self/statm");
+  std::int64_t pages = 0, resident = 0;
+  statm >> pages >> resident;
+  return resident * ::sysconf(_SC_PAGESIZE);
+}
+}  // namespace
+
 Backend make_cpu_backend(const CpuOptions& options) {
   const DeviceProfile profile = cpu_profile(options);
   const std::int64_t limit =
       options.memory_bytes_max > 0 ? options.memory_bytes_max : profile.memory_bytes;
-  return {std::make_unique<cpu::CpuAllocator>(limit), std::make_unique<MemoryLedger>(),
-          std::make_unique<cpu::CpuOps>(profile)};
+  return {resident_bytes, std::make_unique<cpu::CpuAllocator>(limit),
+          std::make_unique<MemoryLedger>(), std::make_unique<cpu::CpuOps>(profile)};
 }
 
 }  // namespace tandem::kernels

@@ -45,7 +45,7 @@ class CpuOps final : public Ops {
   void do_adamw(Exec&, const AdamWArgs&) override;
 
   /// The products of kernels/cpu/gemm.h run on the calling thread's OpenMP setting.
-  void use_threads() const;
+  void use_threads(const Exec& exec) const;
 
   const DeviceProfile profile_;
 };

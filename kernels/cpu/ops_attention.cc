@@ -52,7 +52,7 @@ void check_tables(const PagedAttentionArgs& a) {
 }  // namespace
 
 void CpuOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
-  use_threads();
+  use_threads(exec);
   const std::int64_t t = a.qkv.dim(0), bytes = attention_forward_workspace(a, profile_);
   check_offsets("attention_forward: seq_offsets", a.seq_offsets, t, a.seq_len_max);
   const Scratch scratch(exec, bytes);
@@ -65,7 +65,7 @@ void CpuOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
 }
 
 void CpuOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
-  use_threads();
+  use_threads(exec);
   const std::int64_t t = a.qkv.dim(0), bytes = attention_backward_workspace(a, profile_);
   check_offsets("attention_backward: seq_offsets", a.seq_offsets, t, a.seq_len_max);
   const Scratch scratch(exec, bytes);
@@ -75,7 +75,7 @@ void CpuOps::do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) {
 }
 
 void CpuOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) {
-  use_threads();
+  use_threads(exec);
   const std::int64_t t = a.qkv.dim(0), bytes = paged_attention_forward_workspace(a, profile_);
   check_offsets("paged_attention_forward: q_offsets", a.q_offsets, t, t);
   check_tables(a);

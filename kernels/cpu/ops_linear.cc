@@ -213,18 +213,18 @@ void CpuOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
   }
 }
 
-void CpuOps::do_embedding_forward(Exec&, const EmbeddingArgs& a) {
+void CpuOps::do_embedding_forward(Exec& exec, const EmbeddingArgs& a) {
   const auto* ids = a.ids.as<std::int32_t>();
   const std::int64_t t = a.out.dim(0);
   for (std::int64_t row = 0; row < t; ++row)
     TANDEM_CHECK(ids[row] >= 0 && ids[row] < a.table->n, "embedding_forward: ids[", row,
                  "] = ", ids[row], ": expected 0 .. ", a.table->n - 1);
-  use_threads();
+  use_threads(exec);
   read_rows(packed(*a.table), {ids, static_cast<std::size_t>(t)}, part_of(a.out, 0, 0));
 }
 
 void CpuOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
-  use_threads();
+  use_threads(exec);
   const LinearForwardWorkspace layout = linear_forward_workspace(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   const auto gemm = scratch.span(layout.gemm, layout.gemm_bytes);
@@ -238,7 +238,7 @@ void CpuOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
 }
 
 void CpuOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
-  use_threads();
+  use_threads(exec);
   const LinearBackwardWorkspace layout = linear_backward_workspace(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   const auto gemm = scratch.span(layout.gemm, layout.gemm_bytes);

@@ -79,7 +79,7 @@ static_assert(kVocabularyBlock % kPackRows == 0, "a block begins at a panel");
 }  // namespace
 
 void CpuOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) {
-  use_threads();
+  use_threads(exec);
   const std::int64_t c = a.x.dim(1), v = a.weight->n;
   const DType cd = a.x.dtype;
   const auto row_bytes = static_cast<std::size_t>(c * dtype_bytes(cd));

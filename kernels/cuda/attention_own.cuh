@@ -13,7 +13,7 @@ using Bf16 = __nv_bfloat16;
 
 inline constexpr int kThreads = 384;
 inline constexpr int kTileRows = 128;  ///< of a work item, 64 for each multiplying warpgroup
-inline constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 inline constexpr int kConsumerWarps = 8;
 static_assert(kTileRows == kAttentionTileRows);
 

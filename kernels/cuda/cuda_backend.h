@@ -29,6 +29,9 @@ struct CudaDevice {
 /// device.
 Result<CudaDevice> probe_cuda_device(int device);
 
+/// Whether this program could open a GPU at all: the module is there and finds its libraries.
+Status check_cuda_module();
+
 /// Creates a context. unavailable_error says what is missing: the module (a build without CUDA),
 /// the driver, a library or the device; refused_error for a GPU older than this build knows.
 Result<Backend> make_cuda_backend(const CudaOptions& options);

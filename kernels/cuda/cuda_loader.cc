@@ -48,6 +48,10 @@ Result<const cuda::Module*> module() {
 
 }  // namespace
 
+Status check_cuda_module() {
+  return module().status();
+}
+
 Result<Backend> make_cuda_backend(const CudaOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const cuda::Module* loaded, module());
   return loaded->make(options);

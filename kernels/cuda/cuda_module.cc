@@ -22,6 +22,7 @@ Result<DeviceProfile> open_device(int index) {
   DeviceProfile profile;
   profile.type = DeviceType::kCuda;
   profile.name = prop.name;
+  profile.records_graphs = true;
   profile.sm_count = prop.multiProcessorCount;
   profile.compute_capability = prop.major * 10 + prop.minor;
   profile.memory_bytes = static_cast<std::int64_t>(prop.totalGlobalMem);
@@ -35,7 +36,13 @@ Result<DeviceProfile> open_device(int index) {
 Result<Backend> make(const CudaOptions& options) {
   try {
     TANDEM_ASSIGN_OR_RETURN(const DeviceProfile profile, open_device(options.device));
-    return Backend{std::make_unique<CudaAllocator>(options.device, options.memory_bytes_max),
+    const auto bytes_in_use = [] {
+      std::size_t free = 0, total = 0;
+      TANDEM_CUDA(cudaMemGetInfo(&free, &total));
+      return static_cast<std::int64_t>(total - free);
+    };
+    return Backend{bytes_in_use,
+                   std::make_unique<CudaAllocator>(options.device, options.memory_bytes_max),
                    std::make_unique<MemoryLedger>(), std::make_unique<CudaOps>(options, profile)};
   } catch (const DeviceError& error) {
     return unavailable_error(error.what());

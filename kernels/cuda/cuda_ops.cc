@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <vector>
 
 namespace tandem::kernels::cuda {
@@ -60,17 +61,95 @@ class PinnedRing {
   std::array<cudaEvent_t, kParts> used_{};
 };
 
+/// Recorded sequences of ops, by the key that their caller gave them.
+class Graphs {
+ public:
+  ~Graphs() { clear(); }
+  Graphs() = default;
+  Graphs(const Graphs&) = delete;
+  Graphs& operator=(const Graphs&) = delete;
+
+  /// The first time a key only runs: libraries set themselves up, arenas grow. The second time
+  /// records.
+  void run(cudaStream_t stream, std::uint64_t key, const std::function<void()>& body) {
+    if (graphs_.size() >= kGraphsMax && !graphs_.contains(key)) clear();
+    const auto [known, fresh] = graphs_.try_emplace(key, nullptr);
+    if (fresh) return body();
+    if (known->second == nullptr) known->second = record(stream, body);
+    TANDEM_CUDA(cudaGraphLaunch(known->second, stream));
+  }
+
+ private:
+  /// Keys beyond this many begin anew: a graph of a deep model takes about a megabyte.
+  static constexpr std::size_t kGraphsMax = 128;
+
+  static cudaGraphExec_t record(cudaStream_t stream, const std::function<void()>& body) {
+    TANDEM_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    body();
+    cudaGraph_t graph = nullptr;
+    TANDEM_CUDA(cudaStreamEndCapture(stream, &graph));
+    cudaGraphExec_t executable = nullptr;
+    TANDEM_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+    TANDEM_CUDA(cudaGraphDestroy(graph));
+    return executable;
+  }
+  void clear() {
+    for (auto& [key, executable] : graphs_)
+      if (executable != nullptr) (void)cudaGraphExecDestroy(executable);
+    graphs_.clear();
+  }
+  std::map<std::uint64_t, cudaGraphExec_t> graphs_;
+};
+
 CudaOps::CudaOps(const CudaOptions& options, const DeviceProfile& profile)
-    : options_(options), profile_(profile), ring_(std::make_unique<PinnedRing>()) {
+    : options_(options),
+      profile_(profile),
+      ring_(std::make_unique<PinnedRing>()),
+      graphs_(std::make_unique<Graphs>()) {
   TANDEM_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  for (cudaEvent_t& event : marks_)
+    TANDEM_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
 }
 
 CudaOps::~CudaOps() {
+  for (cudaEvent_t event : marks_) (void)cudaEventDestroy(event);
+  for (cudaStream_t made : made_streams_) (void)cudaStreamDestroy(made);
   (void)cudaStreamDestroy(stream_);
+}
+
+Stream CudaOps::make_stream(bool urgent) {
+  int least = 0, greatest = 0;
+  TANDEM_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  cudaStream_t made = nullptr;
+  TANDEM_CUDA(
+      cudaStreamCreateWithPriority(&made, cudaStreamNonBlocking, urgent ? greatest : least));
+  made_streams_.push_back(made);
+  return {made};
+}
+
+std::uint64_t CudaOps::mark(Exec& exec) {
+  const std::uint64_t mark = next_mark_++;
+  cudaEvent_t event = marks_[mark % kMarksMax];
+  TANDEM_CUDA(cudaEventSynchronize(event));  // of the mark that it held before
+  TANDEM_CUDA(cudaEventRecord(event, stream(exec)));
+  return mark;
+}
+
+bool CudaOps::passed(std::uint64_t mark) {
+  if (mark + kMarksMax < next_mark_) return true;  // mark() has waited for it
+  const cudaError_t code = cudaEventQuery(marks_[mark % kMarksMax]);
+  if (code == cudaErrorNotReady) return false;
+  TANDEM_CUDA(code);
+  return true;
 }
 
 void CudaOps::synchronize(Exec& exec) {
   TANDEM_CUDA(cudaStreamSynchronize(stream(exec)));
+}
+
+void CudaOps::replay(Exec& exec, std::uint64_t key, const std::function<void()>& body) {
+  if (profiler_.on()) return body();
+  graphs_->run(stream(exec), key, body);
 }
 
 void CudaOps::do_upload(Exec& exec, std::span<const std::byte> host, Tensor to) {

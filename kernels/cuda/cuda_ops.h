@@ -10,11 +10,16 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <memory>
+#include <vector>
 
 namespace tandem::kernels::cuda {
 
+struct LinearBackwardLayout;  // cuda_workspace.h
+class Scratch;
 class PinnedRing;      // cuda_ops.cc
+class Graphs;          // cuda_ops.cc
 
 class CudaOps final : public Ops {
  public:
@@ -25,6 +30,10 @@ class CudaOps final : public Ops {
 
   const DeviceProfile& profile() const override { return profile_; }
   void synchronize(Exec&) override;
+  Stream make_stream(bool urgent) override;
+  std::uint64_t mark(Exec& exec) override;
+  bool passed(std::uint64_t mark) override;
+  void replay(Exec& exec, std::uint64_t key, const std::function<void()>& body) override;
   std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i) const override {
     return kernels::packed_weight_bytes(dtype, n, i, profile_);
   }
@@ -54,6 +63,15 @@ class CudaOps final : public Ops {
   void do_squared_norm(Exec&, const SquaredNormArgs&) override;
   void do_adamw(Exec&, const AdamWArgs&) override;
 
+  // -- ops_linear.cu
+  /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
+  void extended_product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
+                        const Matrix& u, const Matrix& c, const Matrix& out, const void* bias,
+                        void* gemm);
+  void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
+                            const LinearBackwardLayout& layout, const Scratch& scratch,
+                            const Tensor& u, const Tensor& du);
+
   [[nodiscard]] cudaStream_t stream(const Exec& exec) const {
     return exec.stream.handle != nullptr ? static_cast<cudaStream_t>(exec.stream.handle) : stream_;
   }
@@ -61,9 +79,13 @@ class CudaOps final : public Ops {
   const CudaOptions options_;
   const DeviceProfile profile_;
   cudaStream_t stream_ = nullptr;  ///< of every Exec that names none
+  std::vector<cudaStream_t> made_streams_;
+  std::array<cudaEvent_t, kMarksMax> marks_{};  ///< of mark m at m % kMarksMax
+  std::uint64_t next_mark_ = 0;
   mutable Profiler profiler_;
   Blas blas_{profiler_};
   std::unique_ptr<PinnedRing> ring_;
+  std::unique_ptr<Graphs> graphs_;
 };
 
 /// An op's scratch: exactly `bytes` from the workspace for as long as this lives. Work on the
@@ -98,5 +120,8 @@ void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& site
 /// defined.
 void lora_segments_backward(cudaStream_t stream, const LinearBackwardArgs& args, Tensor u,
                             Tensor du);
+/// dx += dropout'(du A) of each site.
+void lora_segments_dx(cudaStream_t stream, const std::vector<LoraSite>& sites,
+                      const AdapterRows& rows, Tensor du, Tensor dx);
 
 }  // namespace tandem::kernels::cuda

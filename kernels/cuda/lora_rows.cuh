@@ -62,14 +62,14 @@ inline unsigned tiles_max(const SegmentsView& v, int rows) {
 }
 
 /// Consecutive rows of one segment; slot -1: without adapter. begin == end: there is none.
-struct RowTile {
+struct AdapterTile {
   int begin, end, slot;
 };
 
 /// Tile `index` of all in ascending order. Called by whole warps. Rows behind the last offset are
 /// a last segment without adapter.
 template <int kRows>
-__device__ inline RowTile find_tile(const SegmentsView& v, int index) {
+__device__ inline AdapterTile find_adapter_tile(const SegmentsView& v, int index) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   int before = 0;

@@ -1,11 +1,14 @@
 // Products with base weights and their adapters. Where one adapter at most can appear (training,
-// or serving one adapter) its factors are gathered into two matrices, block-diagonal over the
-// sites, and the low-rank part is two thin products around the base's: the second one writes the
-// output first and the base product adds to it, so that the output is rounded by the base product
-// and read while its tiles are computed. Rows of any mix of adapters go through the segmented
-// kernels.
+// or serving one adapter) the low-rank part is a thin product, u or du, and an extension of the
+// base's inner size (lora_gemm.h); the factor it multiplies is gathered into one matrix,
+// block-diagonal over the sites. Where the fast kernels do not fit, all factors are gathered and
+// everything is a product of cuBLASLt: u B^T writes the output first and the base product adds to
+// it, so that the output is rounded by the base product. Rows of any mix of adapters go through the
+// segmented kernels.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/lora_gemm.h"
+#include "kernels/cuda/lora_thin.h"
 #include "kernels/cuda_workspace.h"
 #include "protocol/base/random.h"
 
@@ -234,14 +237,79 @@ struct Single {
   }
 };
 
+/// One pass over x or dy in the profiler's table.
+Profiler::Scope pass_scope(Profiler& profiler, cudaStream_t stream, const char* name,
+                           const Tensor& wide) {
+  return {profiler, stream,
+          profiler.on() ? str("  thin ", name, " ", wide.dim(0), "x", wide.dim(1)) : std::string(),
+          static_cast<double>(wide.bytes())};
+}
+
+/// With fewer tiles of lora_gemm.h than multiprocessors, cuBLASLt, which has smaller ones and
+/// splits the inner size, fills a GPU better.
+constexpr std::int64_t kExtendedTileElements = 128 * 192;
+
 }  // namespace
+
+void CudaOps::extended_product(cudaStream_t stream, Numerics numerics, const Matrix& a,
+                               const Matrix& b, const Matrix& u, const Matrix& c, const Matrix& out,
+                               const void* bias, void* gemm) {
+  const lora_gemm::Product product{a, b, u, c, out, bias, profile_.sm_count};
+  // Which path is taken depends on the rows, and their roundings differ: not for kInvariant.
+  if (numerics != Numerics::kInvariant && lora_gemm::fits(product, profile_.compute_capability) &&
+      out.rows * out.columns / kExtendedTileElements >= profile_.sm_count) {
+    const Profiler::Scope scope(
+        profiler_, stream,
+        profiler_.on() ? str("  extended ", out.rows, "x", out.columns, "x", a.columns, "+",
+                             u.columns, b.transposed ? " tb" : "")
+                       : std::string(),
+        0.0,
+        2.0 * static_cast<double>(out.rows) * static_cast<double>(out.columns) *
+            static_cast<double>(a.columns));
+    return lora_gemm::run(stream, product);
+  }
+  blas_.product(stream, numerics, u, c, out, false, nullptr, gemm);
+  blas_.product(stream, numerics, a, b, out, true, bias, gemm);
+}
+
+void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
+                                   const LinearBackwardLayout& layout, const Scratch& scratch,
+                                   const Tensor& u, const Tensor& du) {
+  const cudaStream_t s = stream(exec);
+  const ThinSites sites{a.sites, *a.adapters};
+  const bool drops = a.adapters->dropout > 0.0f, extends = a.dx.defined() && !drops;
+  const Tensor factor_a = scratch.tensor(layout.a, a.x.dtype, Shape{layout.columns, a.x.dim(1)});
+  void* gemm = scratch.at<char>(layout.gemm);
+  if (!a.u.defined()) lora_thin_u(s, sites, a.x, u, {});
+  const Tensor gathered = extends ? factor_a : Tensor{};
+  if (layout.pair.columns > 0) {
+    const Profiler::Scope pass = pass_scope(profiler_, s, "du db", a.dy);
+    lora_thin_pair(s, sites, layout.pair, a.dy, u, du, gathered, scratch.at<float>(layout.pair.du),
+                   scratch.at<float>(layout.pair.db));
+  } else {
+    const Profiler::Scope pass = pass_scope(profiler_, s, "du, db", a.dy);
+    lora_thin_du(s, sites, a.dy, du, gathered);
+    lora_thin_db(s, sites, a.dy, u);
+  }
+  {
+    const Profiler::Scope pass = pass_scope(profiler_, s, "da", a.x);
+    lora_thin_da(s, sites, a.x, du);
+  }
+  if (!a.dx.defined()) return;
+  const Matrix w = weight_matrix(*a.weight);
+  if (extends)
+    return extended_product(s, exec.numerics, matrix(a.dy), w, matrix(du), matrix(factor_a),
+                            matrix(a.dx), nullptr, gemm);
+  blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
+  lora_segments_dx(s, a.sites, *a.adapters, du, a.dx);
+}
 
 void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   const Profiler::Scope scope(
       profiler_, stream(exec), "linear_forward",
       static_cast<double>(a.x.bytes() + a.y.bytes() + a.weight->storage.bytes()));
   const cudaStream_t s = stream(exec);
-  const LinearForwardLayout layout = linear_forward_layout(a);
+  const LinearForwardLayout layout = linear_forward_layout(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   void* gemm = scratch.at<char>(layout.gemm);
   const Matrix w = transpose(weight_matrix(*a.weight));
@@ -266,23 +334,27 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
     lora_segments_expand(s, a.sites, *a.adapters, u, a.y);
     return finish();
   }
-  const Sites sites = make_sites(a.sites, *a.adapters);
-  const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{layout.columns, i});
   const Tensor factor_b = scratch.tensor(layout.b, cd, Shape{n, layout.columns});
-  TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, true, factor_a);
-  TANDEM_CUDA_DISPATCH(cd, gather_b, s, sites, n, false, factor_b);
-  const Single single{s,
-                      exec.numerics,
-                      blas_,
-                      a.sites,
-                      *a.adapters,
-                      a.x,
-                      scratch.tensor(layout.dropped, cd, a.x.shape),
-                      gemm};
-  single.make_u(factor_a, u);
-  blas_.product(s, exec.numerics, matrix(u), transpose(matrix(factor_b)), matrix(a.y), false,
-                nullptr, gemm);
-  blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), true, bias, gemm);
+  if (layout.thin) {
+    const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
+    lora_thin_u(s, {a.sites, *a.adapters}, a.x, u, factor_b);
+  } else {
+    const Sites sites = make_sites(a.sites, *a.adapters);
+    const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{layout.columns, i});
+    TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, true, factor_a);
+    TANDEM_CUDA_DISPATCH(cd, gather_b, s, sites, n, false, factor_b);
+    const Single single{s,
+                        exec.numerics,
+                        blas_,
+                        a.sites,
+                        *a.adapters,
+                        a.x,
+                        scratch.tensor(layout.dropped, cd, a.x.shape),
+                        gemm};
+    single.make_u(factor_a, u);
+  }
+  extended_product(s, exec.numerics, matrix(a.x), w, matrix(u), transpose(matrix(factor_b)),
+                   matrix(a.y), bias, gemm);
   finish();
 }
 
@@ -291,7 +363,7 @@ void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
       profiler_, stream(exec), "linear_backward",
       static_cast<double>(a.x.bytes() + a.dy.bytes() + a.weight->storage.bytes()));
   const cudaStream_t s = stream(exec);
-  const LinearBackwardLayout layout = linear_backward_layout(a);
+  const LinearBackwardLayout layout = linear_backward_layout(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   void* gemm = scratch.at<char>(layout.gemm);
   const Matrix w = weight_matrix(*a.weight);
@@ -310,6 +382,7 @@ void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
       blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
     return lora_segments_backward(s, a, u, du);
   }
+  if (layout.thin) return linear_backward_thin(exec, a, layout, scratch, u, du);
   const Sites sites = make_sites(a.sites, *a.adapters);
   const Single single{s,
                       exec.numerics,
@@ -352,11 +425,9 @@ void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
   if (!a.dx.defined()) return;
   const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{columns, i});
   TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, false, factor_a);
-  if (!single.drops()) {
-    blas_.product(s, exec.numerics, matrix(du), matrix(factor_a), matrix(a.dx), false, nullptr,
-                  gemm);
-    return blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), true, nullptr, gemm);
-  }
+  if (!single.drops())
+    return extended_product(s, exec.numerics, matrix(a.dy), w, matrix(du), matrix(factor_a),
+                            matrix(a.dx), nullptr, gemm);
   blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
   for (std::int64_t site = 0; site < single.count(); ++site) {
     blas_.product(s, exec.numerics, site_columns(du, site, sites.rank_max),

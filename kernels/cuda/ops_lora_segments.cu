@@ -24,7 +24,7 @@ constexpr int kClusterMax = 8;
 unsigned shrink_blocks(std::int64_t i, int capability) {
   if (capability < 90) return 1;
   unsigned blocks = 1;
-  while (blocks < kClusterMax && blocks * kWarps * kPiece < i) blocks *= 2;
+  while (blocks < kClusterMax && 2 * blocks * kWarps * kPiece < i) blocks *= 2;
   return blocks;
 }
 
@@ -44,16 +44,19 @@ __device__ uint4 drop_8(uint4 x, const DropoutMask& mask, std::int64_t row, int 
 /// u of kTiles * 8 rows of one segment and kRanks of one site. Block (part of I, tile, site and
 /// ranks); blocks of a cluster are the parts. A is the tensor cores' A, rows their columns.
 template <int kTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1)
     shrink_kernel(const SegmentsView v, const bf16_t* x, int columns, bf16_t* u) {
   constexpr int kRows = 8 * kTiles, kOut = kRows * kRanks;
   __shared__ float parts[kWarps][kOut];
   __shared__ float sums[kOut];
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // see small_product.cuh
+#endif
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
   const SiteView& site = v.site[blockIdx.z % v.sites];
   const int first_rank = static_cast<int>(blockIdx.z) / v.sites * kRanks;
-  const RowTile tile = find_tile<kRows>(v, static_cast<int>(blockIdx.y));
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.y));
   if (tile.begin == tile.end) return;
   const LoraEntry entry = find_entry(v, site, tile.slot);
   bf16_t* out = u + static_cast<std::int64_t>(tile.begin) * v.columns + site.column + first_rank;
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
     shrink_f32_kernel(const SegmentsView v, const float* x, int columns, float* u) {
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(blockIdx.x);
   const SiteView& site = v.site[blockIdx.y];
-  const LoraEntry entry = find_entry(v, site, find_tile<1>(v, row).slot);
+  const LoraEntry entry = find_entry(v, site, find_adapter_tile<1>(v, row).slot);
   const DropoutMask mask(v, site, columns);
   x += static_cast<std::int64_t>(row) * columns;
   u += static_cast<std::int64_t>(row) * v.columns + site.column;
@@ -162,31 +165,46 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kOutputs = 64;  ///< that a warp of the expansion computes at a time
 constexpr int kTileRows = 16;
 
-/// y[0 .. 8) += sum, rounded once.
+/// Eight neighbouring outputs of a row.
 template <class Y>
-__device__ void add_8(Y* y, const float (&sum)[8], int n, bool vectors) {
-  if (n <= 0) return;
-  if (vectors && n >= 8) {
-    constexpr int kSize = Vec<Y>::kSize;
+struct Outputs {
+  Vec<Y> at[8 / Vec<Y>::kSize];
+  __device__ void load(const Y* y, int n, bool vectors) {
 #pragma unroll
-    for (int j = 0; j < 8; j += kSize) {
-      Vec<Y> at = load_vec(y + j);
+    for (int j = 0; j < 8 / Vec<Y>::kSize; ++j) {
+      if (vectors && n >= 8) {
+        at[j] = load_vec(y + j * Vec<Y>::kSize);
+        continue;
+      }
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) at.at[e] = store_as<Y>(load_f32(at.at[e]) + sum[j + e]);
-      store_vec(y + j, at);
+      for (int e = 0; e < Vec<Y>::kSize; ++e)
+        at[j].at[e] = j * Vec<Y>::kSize + e < n ? y[j * Vec<Y>::kSize + e] : store_as<Y>(0.0f);
     }
-    return;
   }
+  /// Rounded once.
+  __device__ void add(int j, float x) {
+    Y& to = at[j / Vec<Y>::kSize].at[j % Vec<Y>::kSize];
+    to = store_as<Y>(load_f32(to) + x);
+  }
+  __device__ void store(Y* y, int n, bool vectors) const {
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
-    if (j < n) y[j] = store_as<Y>(load_f32(y[j]) + sum[j]);
-}
+    for (int j = 0; j < 8 / Vec<Y>::kSize; ++j) {
+      if (vectors && n >= 8) {
+        store_vec(y + j * Vec<Y>::kSize, at[j]);
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < Vec<Y>::kSize; ++e)
+        if (j * Vec<Y>::kSize + e < n) y[j * Vec<Y>::kSize + e] = at[j].at[e];
+    }
+  }
+};
 
 /// Each warp: one tile of rows and kOutputs outputs. Block (outputs, warps' tiles). Rows are the
 /// tensor cores' A. Column g of product j is output 32 (j / 4) + 8 (g / 2) + 2 (j % 4) + g % 2, so
 /// that a lane ends with 8 neighbours.
 template <class Y>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     expand_kernel(const SegmentsView v, const bf16_t* u, Y* y, int width, int tiles) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
@@ -201,9 +219,10 @@ __global__ void __launch_bounds__(kThreads)
                          reinterpret_cast<std::uintptr_t>(y) % 16 == 0;
   const bool u_vectors =
       v.columns % 4 == 0 && site.column % 4 == 0 && reinterpret_cast<std::uintptr_t>(u) % 8 == 0;
-  for (int index = static_cast<int>(blockIdx.y) * kWarps + warp; index < tiles;
+  // Few tiles spread over all blocks of a column.
+  for (int index = warp * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y); index < tiles;
        index += static_cast<int>(gridDim.y) * kWarps) {
-    const RowTile tile = find_tile<kTileRows>(v, index);
+    const AdapterTile tile = find_adapter_tile<kTileRows>(v, index);
     if (tile.begin == tile.end) return;
     const LoraEntry entry = find_entry(v, site, tile.slot);
     const int rank = entry.rank, rows = tile.end - tile.begin;
@@ -212,6 +231,15 @@ __global__ void __launch_bounds__(kThreads)
     const bool b_vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(entry.b) % 8 == 0;
     const bf16_t* u_low = u + static_cast<std::int64_t>(tile.begin + g) * v.columns + site.column;
     const bf16_t* u_high = u_low + static_cast<std::int64_t>(8) * v.columns;
+    Y* y_low = y + static_cast<std::int64_t>(tile.begin + g) * width + site.n_begin + n0 + 8 * q;
+    const int n_left = site.n - n0 - 8 * q;
+    Outputs<Y> out[2][2];  // rows g and g + 8, outputs 8 q and 32 + 8 q
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+        out[half][part].load(y_low + static_cast<std::int64_t>(8 * half) * width + 32 * part,
+                             g + 8 * half < rows ? n_left - 32 * part : 0, y_vectors);
     float c[8][4] = {};
     for (int k = 0; k < rank; k += 16) {
       uint2 in[8];
@@ -229,13 +257,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        if (g + 8 * half >= rows) continue;
-        float sum[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[j] = c[4 * part + j / 2][2 * half + j % 2];
-        const int n = n0 + 32 * part + 8 * q;
-        add_8(y + static_cast<std::int64_t>(tile.begin + g + 8 * half) * width + site.n_begin + n,
-              sum, site.n - n, y_vectors);
+        for (int j = 0; j < 8; ++j) out[half][part].add(j, c[4 * part + j / 2][2 * half + j % 2]);
+        out[half][part].store(y_low + static_cast<std::int64_t>(8 * half) * width + 32 * part,
+                              g + 8 * half < rows ? n_left - 32 * part : 0, y_vectors);
       }
   }
 }
@@ -245,7 +270,7 @@ __global__ void __launch_bounds__(kThreads)
     expand_f32_kernel(const SegmentsView v, const float* u, float* y, int width) {
   const int row = static_cast<int>(blockIdx.x);
   const SiteView& site = v.site[blockIdx.z];
-  const LoraEntry entry = find_entry(v, site, find_tile<1>(v, row).slot);
+  const LoraEntry entry = find_entry(v, site, find_adapter_tile<1>(v, row).slot);
   const int n = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
   if (n >= site.n || entry.rank == 0) return;
   const float* b = static_cast<const float*>(entry.b) + static_cast<std::int64_t>(n) * entry.rank;
@@ -320,7 +345,9 @@ void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& site
       continue;
     }
     const unsigned tiles = tiles_max(v, kTileRows);
-    const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, 64u));
+    // Enough blocks to fill the device once; warps walk over what tiles there are.
+    const unsigned most = v.t <= 128 ? 396 / blocks + 1 : 64;
+    const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, most));
     if (y.dtype == DType::kF32)
       expand_kernel<<<grid, kThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<float>(), width,
                                                    static_cast<int>(tiles));

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const SiteView& site = v.site[blockIdx.y];
   const int first = static_cast<int>(blockIdx.z) * kRanks;
-  const RowTile tile = find_tile<kRows>(v, static_cast<int>(blockIdx.x));
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.x));
   const LoraEntry entry = find_entry(v, site, tile.slot);
   const int rows = tile.end - tile.begin, ranks = min(kRanks, entry.rank - first);
   float sum[kRows][kRanks] = {};
@@ -97,7 +97,7 @@ static_assert(kWarps == kRanks);
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dx_kernel(const SegmentsView v, const T* du, T* dx, int columns) {
-  const RowTile tile = find_tile<kRows>(v, static_cast<int>(blockIdx.x));
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.x));
   const int rows = tile.end - tile.begin;
   const int i = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
   if (tile.slot < 0 || i >= columns) return;
@@ -128,6 +128,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
+void add_dx(cudaStream_t stream, const SegmentsView& v, const Tensor& du, const Tensor& dx) {
+  const auto columns = static_cast<int>(dx.dim(1));
+  const auto parts = static_cast<unsigned>((columns + kThreads - 1) / kThreads);
+  dx_kernel<T><<<dim3(tiles_max(v, kRows), parts), kThreads, 0, stream>>>(v, du.as<T>(), dx.as<T>(),
+                                                                          columns);
+  TANDEM_LAUNCHED("dx_kernel");
+}
+
+template <class T>
 void backward(cudaStream_t stream, const LinearBackwardArgs& a, const SegmentsView& v,
               const Tensor& u, const Tensor& du) {
   const int width = static_cast<int>(a.dy.dim(1)), columns = static_cast<int>(a.x.dim(1));
@@ -149,10 +158,7 @@ void backward(cudaStream_t stream, const LinearBackwardArgs& a, const SegmentsVi
   factor_grad_kernel<T, false><<<dim3(outputs, slots, ranks * sites), kThreads, 0, stream>>>(
       v, u.as<T>(), a.dy.as<T>(), width);
   TANDEM_LAUNCHED("factor_grad_kernel");
-  if (!a.dx.defined()) return;
-  const auto parts = static_cast<unsigned>((columns + kThreads - 1) / kThreads);
-  dx_kernel<T><<<dim3(tiles, parts), kThreads, 0, stream>>>(v, du.as<T>(), a.dx.as<T>(), columns);
-  TANDEM_LAUNCHED("dx_kernel");
+  if (a.dx.defined()) add_dx<T>(stream, v, du, a.dx);
 }
 
 }  // namespace
@@ -161,6 +167,14 @@ void lora_segments_backward(cudaStream_t stream, const LinearBackwardArgs& a, Te
   for (std::size_t first = 0; first < a.sites.size(); first += kSitesMax) {
     const SegmentsView v = segments_view(a.sites, first, *a.adapters, a.x.dim(0));
     TANDEM_CUDA_DISPATCH(a.x.dtype, backward, stream, a, v, u, du);
+  }
+}
+
+void lora_segments_dx(cudaStream_t stream, const std::vector<LoraSite>& sites,
+                      const AdapterRows& rows, Tensor du, Tensor dx) {
+  for (std::size_t first = 0; first < sites.size(); first += kSitesMax) {
+    const SegmentsView v = segments_view(sites, first, rows, dx.dim(0));
+    TANDEM_CUDA_DISPATCH(dx.dtype, add_dx, stream, v, du, dx);
   }
 }
 

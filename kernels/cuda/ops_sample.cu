@@ -1,10 +1,12 @@
-// Sampling and log-probabilities: one block a row, everything decided on the device.
+// Sampling and log-probabilities: a block a row, or several where rows are few; everything decided
+// on the device.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/row_select.cuh"
 #include "kernels/cuda/row_statistics.cuh"
 #include "kernels/cuda_workspace.h"
 #include "protocol/base/random.h"
 
+#include <algorithm>
 #include <climits>
 
 namespace tandem::kernels::cuda {
@@ -27,6 +29,7 @@ __global__ void __launch_bounds__(kThreads)
 struct SampleCall {
   float* logits;
   int v;
+  std::int64_t first_row;  ///< of the launch: blockIdx.y 0
   const float *temperature, *top_p, *min_p;
   const std::int32_t* top_k;
   const std::int64_t *seed, *position;
@@ -54,24 +57,25 @@ struct CountEach {
 
 /// Those of a selection's equals that stay are the ones with the lowest ids: the last such id.
 template <class Key>
-__device__ int last_kept(const float* x, int v, const Selection& s, SelectMemory& m,
-                         const Key& key) {
+__device__ int last_kept(const Team& team, const float* x, int v, const Selection& s,
+                         SelectMemory& m, const Key& key) {
   if (s.kept >= s.ties) return INT_MAX;
   return first_exceeding(
-      x, v, m, [&](int, float value) { return std::uint64_t{key(value) == s.key}; },
+      team, x, v, m, [&](int, float value) { return std::uint64_t{key(value) == s.key}; },
       [&](std::uint64_t) { return s.kept - 1; });
 }
 
-__device__ void write_top_logprobs(const SampleCall& c, std::int64_t row, const float* x, float lse,
-                                   SelectMemory& m) {
+__device__ void write_top_logprobs(const Team& team, const SampleCall& c, std::int64_t row,
+                                   const float* x, float lse, SelectMemory& m) {
   const auto key = [](float value) { return key_of_logit(value); };
   const auto n = static_cast<std::uint64_t>(c.top);
-  const Selection s = select_highest(x, c.v, n, m, key, CountEach{});
-  const int last = last_kept(x, c.v, s, m, key);
+  const Selection s = select_highest(team, x, c.v, n, m, key, CountEach{});
+  const int last = last_kept(team, x, c.v, s, m, key);
+  if (team.rank != 0) return;
   std::int32_t* candidates = c.candidates + row * c.top;
   if (threadIdx.x == 0) m.found = 0;
   __syncthreads();
-  for_each_value(x, c.v, [&](int j, float value) {
+  for_each_value(x, c.v, 0, 1, [&](int j, float value) {
     const std::uint32_t k = key(value);
     if (k > s.key || (k == s.key && j <= last)) candidates[atomicAdd(&m.found, 1)] = j;
   });
@@ -132,25 +136,26 @@ __device__ std::uint64_t share_of(float p, std::uint64_t total) {
 }
 
 /// The sum over what a selection keeps; all of it where nothing was selected yet.
-__device__ std::uint64_t selected_weight(const float* x, int v, const WeightKey& key,
-                                         const Selection& s, SelectMemory& m) {
+__device__ std::uint64_t selected_weight(const Team& team, const float* x, int v,
+                                         const WeightKey& key, const Selection& s,
+                                         SelectMemory& m) {
   std::uint64_t sum = 0;
-  for_each_value(x, v, [&](int, float value) {
+  for_each_value(x, v, team.rank, team.size, [&](int, float value) {
     const std::uint32_t k = key(value);
     if (k > s.key) sum += WeightAmount{}(k);
   });
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) m.parts[threadIdx.x / 32] = sum;
-  __syncthreads();
+  team.gather_parts(m);
   std::uint64_t total = s.kept * WeightAmount{}(s.key);
-  for (int w = 0; w < kSelectWarps; ++w) total += m.parts[w];
+  for (int w = 0; w < team.size * kSelectWarps; ++w) total += m.all[w];
   __syncthreads();
   return total;
 }
 
 /// Top-k, then top-p of what it leaves, then min-p, then the draw, by id.
-__device__ int draw(const SampleCall& c, std::int64_t row, const float* x, const WeightKey& key,
-                    SelectMemory& m) {
+__device__ int draw(const Team& team, const SampleCall& c, std::int64_t row, const float* x,
+                    const WeightKey& key, SelectMemory& m) {
   const int v = c.v, top_k = c.top_k[row];
   const float p = c.top_p[row], min_p = c.min_p[row];
   const bool by_k = top_k > 0 && top_k < v, by_p = p < 1.0f;
@@ -158,13 +163,14 @@ __device__ int draw(const SampleCall& c, std::int64_t row, const float* x, const
   int last = INT_MAX;
   if (by_k || by_p) {
     Selection s{};
-    if (by_k) s = select_highest(x, v, static_cast<std::uint64_t>(top_k), m, key, CountEach{});
+    if (by_k)
+      s = select_highest(team, x, v, static_cast<std::uint64_t>(top_k), m, key, CountEach{});
     if (by_p) {
-      const std::uint64_t limit = share_of(p, selected_weight(x, v, key, s, m));
-      s = select_highest(x, v, limit, m, key, WeightAmount{});
+      const std::uint64_t limit = share_of(p, selected_weight(team, x, v, key, s, m));
+      s = select_highest(team, x, v, limit, m, key, WeightAmount{});
     }
     lightest = s.key;
-    last = last_kept(x, v, s, m, key);
+    last = last_kept(team, x, v, s, m, key);
   }
   // The heaviest weighs 1: min-p never removes everything.
   const std::uint32_t least = __float_as_uint(fminf(fmaxf(min_p, 0.0f), 1.0f));
@@ -172,7 +178,7 @@ __device__ int draw(const SampleCall& c, std::int64_t row, const float* x, const
                                       static_cast<std::uint64_t>(c.position[row])) >>
                           40;
   return first_exceeding(
-      x, v, m,
+      team, x, v, m,
       [&](int j, float value) {
         const std::uint32_t k = key(value);
         const bool kept = k >= least && (k > lightest || (k == lightest && j <= last));
@@ -184,22 +190,29 @@ __device__ int draw(const SampleCall& c, std::int64_t row, const float* x, const
 __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleCall c) {
   __shared__ SelectMemory m;
   __shared__ float original;
-  const std::int64_t row = blockIdx.x;
+  const Team team;
+  const std::int64_t row = c.first_row + blockIdx.y;
   float* x = c.logits + row * c.v;
-  RowStatistics s = row_statistics<kThreads>(x, c.v);
-  const float lse = s.lse();
-  if (c.top > 0) write_top_logprobs(c, row, x, lse, m);
   int begin = 0, end = 0;
-  if (c.history_offsets != nullptr)
-    begin = c.history_offsets[row], end = c.history_offsets[row + 1];
-  if (begin != end) {
-    apply_penalties(c, row, x, begin, end);
-    s = row_statistics<kThreads>(x, c.v);
+  if (c.history_offsets != nullptr) {
+    begin = c.history_offsets[row];
+    end = c.history_offsets[row + 1];
   }
   const float temperature = c.temperature[row];
+  if (team.rank != 0 && temperature <= 0.0f && c.top == 0 && begin == end) return;  // one is enough
+  RowStatistics s = row_statistics<kThreads>(x, c.v);
+  const float lse = s.lse();
+  if (c.top > 0) write_top_logprobs(team, c, row, x, lse, m);
+  if (begin != end) {
+    team.sync();
+    if (team.rank == 0) apply_penalties(c, row, x, begin, end);
+    team.sync();
+    s = row_statistics<kThreads>(x, c.v);
+  }
   int id = s.argmax < c.v ? static_cast<int>(s.argmax) : 0;  // all NaN: any token
   // Bounded, so that 0 times it stays 0 at the tiniest temperature.
-  if (temperature > 0.0f) id = draw(c, row, x, {s.top, fminf(1.0f / temperature, 1e30f)}, m);
+  if (temperature > 0.0f) id = draw(team, c, row, x, {s.top, fminf(1.0f / temperature, 1e30f)}, m);
+  if (team.rank != 0) return;
   if (threadIdx.x == 0) original = x[id];
   __syncthreads();
   for (int e = begin + static_cast<int>(threadIdx.x); e < end; e += kThreads)
@@ -210,6 +223,33 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleCall c) {
   c.logprob[row] = -(lse - original);
 }
 
+/// Blocks of a row: as many as one round over the device holds. The result does not depend on it.
+unsigned team_size(std::int64_t rows, const DeviceProfile& profile) {
+  if (profile.compute_capability < 90) return 1;
+  unsigned size = 1;
+  while (size < kTeamMax && 2 * size * rows <= profile.sm_count) size *= 2;
+  return size;
+}
+
+void launch_sample(cudaStream_t stream, const SampleCall& c, std::int64_t rows, unsigned team) {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = team > 1 ? 1 : 0;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = team;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  constexpr std::int64_t kGridMax = 65535;
+  for (std::int64_t first = 0; first < rows; first += kGridMax) {
+    SampleCall part = c;
+    part.first_row = first;
+    config.gridDim = dim3(team, static_cast<unsigned>(std::min(kGridMax, rows - first)));
+    TANDEM_CUDA(cudaLaunchKernelEx(&config, sample_kernel, part));
+  }
+}
+
 template <class T>
 T* pointer(const Tensor& t) {
   return t.defined() ? t.as<T>() : nullptr;
@@ -218,12 +258,16 @@ T* pointer(const Tensor& t) {
 }  // namespace
 
 void CudaOps::do_logprob(Exec& exec, const LogprobArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "logprob",
+                              static_cast<double>(a.logits.bytes()));
   logprob_kernel<<<static_cast<unsigned>(a.logits.dim(0)), kThreads, 0, stream(exec)>>>(
       a.logits.as<float>(), a.logits.dim(1), a.ids.as<std::int32_t>(), a.logprob.as<float>());
   TANDEM_LAUNCHED("logprob_kernel");
 }
 
 void CudaOps::do_sample(Exec& exec, const SampleArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "sample",
+                              static_cast<double>(a.logits.bytes()));
   const SampleLayout layout = sample_layout(a);
   const Scratch scratch(exec, layout.bytes);
   SampleCall c{};
@@ -254,8 +298,7 @@ void CudaOps::do_sample(Exec& exec, const SampleArgs& a) {
     c.top_ids = a.top_ids.as<std::int32_t>();
     c.top_logprob = a.top_logprob.as<float>();
   }
-  sample_kernel<<<static_cast<unsigned>(a.logits.dim(0)), kThreads, 0, stream(exec)>>>(c);
-  TANDEM_LAUNCHED("sample_kernel");
+  launch_sample(stream(exec), c, a.logits.dim(0), team_size(a.logits.dim(0), profile_));
 }
 
 }  // namespace tandem::kernels::cuda

@@ -1,37 +1,74 @@
-// Private to kernels/cuda: exact selection in one row of logits by one block, without sorting it.
-// Sums are integers, so neither the order of threads nor that of atomics shows in a result.
+// Private to kernels/cuda: exact selection in one row of logits, without sorting it, by a team: one
+// block, or the blocks of a cluster. Sums are integers, so neither the order of threads, nor that
+// of atomics, nor the size of the team shows in a result. All threads of a team call what is here.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/row_statistics.cuh"
+
+#include <cooperative_groups.h>
 
 namespace tandem::kernels::cuda {
 
 inline constexpr int kSelectThreads = kStatisticsThreads;
 inline constexpr int kSelectWarps = kSelectThreads / 32;
 inline constexpr int kSelectBuckets = 2048;
+inline constexpr int kTeamMax = 8;
 
 /// Shared memory of one block's selections.
 struct SelectMemory {
   std::uint32_t low[kSelectBuckets], high[kSelectBuckets];  ///< halves of each bucket's sum
-  std::uint64_t parts[kSelectWarps];
+  std::uint64_t parts[kSelectWarps];                        ///< this block's, for the team
+  std::uint64_t all[kTeamMax * kSelectWarps];               ///< the team's
   std::uint64_t above, here;
   std::int32_t found;
 };
 
-/// f(j, x[j]) for all j of this thread, several loads at once.
+struct Team {
+  int rank = 0, size = 1;
+  __device__ Team() {
+#if __CUDA_ARCH__ >= 900
+    rank = static_cast<int>(cooperative_groups::this_cluster().block_rank());
+    size = static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+#endif
+  }
+  __device__ void sync() const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) return cooperative_groups::this_cluster().sync();
+#endif
+    __syncthreads();
+  }
+  /// The same shared object of another block.
+  __device__ SelectMemory& of(SelectMemory& m, int block) const {
+#if __CUDA_ARCH__ >= 900
+    return *cooperative_groups::this_cluster().map_shared_rank(&m, static_cast<unsigned>(block));
+#else
+    return m;
+#endif
+  }
+  /// m.all = the parts of all blocks, in order.
+  __device__ void gather_parts(SelectMemory& m) const {
+    sync();
+    const int e = static_cast<int>(threadIdx.x);
+    if (e < size * kSelectWarps) m.all[e] = of(m, e / kSelectWarps).parts[e % kSelectWarps];
+    sync();
+  }
+};
+
+/// f(j, x[j]) for all j of this thread, one of `blocks` blocks of them, several loads at once.
 template <class F>
-__device__ inline void for_each_value(const float* x, int n, const F& f) {
+__device__ inline void for_each_value(const float* x, int n, int block, int blocks, const F& f) {
   constexpr int kUnroll = 8;
-  int j = static_cast<int>(threadIdx.x);
-  for (; j + (kUnroll - 1) * kSelectThreads < n; j += kUnroll * kSelectThreads) {
+  const int stride = blocks * kSelectThreads;
+  int j = block * kSelectThreads + static_cast<int>(threadIdx.x);
+  for (; j + (kUnroll - 1) * stride < n; j += kUnroll * stride) {
     float v[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) v[u] = x[j + u * kSelectThreads];
+    for (int u = 0; u < kUnroll; ++u) v[u] = x[j + u * stride];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) f(j + u * kSelectThreads, v[u]);
+    for (int u = 0; u < kUnroll; ++u) f(j + u * stride, v[u]);
   }
-  for (; j < n; j += kSelectThreads) f(j, x[j]);
+  for (; j < n; j += stride) f(j, x[j]);
 }
 
 __device__ inline std::uint64_t warp_sum(std::uint64_t x) {
@@ -65,24 +102,27 @@ __device__ inline void add_to_bucket(SelectMemory& m, std::uint32_t bucket, std:
   if (high + carry != 0) atomicAdd(&m.high[bucket], high + carry);
 }
 
-/// The highest bucket at which the sum of it and all higher ones reaches `limit`: m.found, with
-/// m.above the sum of the higher ones and m.here its own.
-__device__ inline void find_bucket(SelectMemory& m, std::uint64_t limit) {
+/// The highest bucket at which the team's sum of it and all higher ones reaches `limit`: m.found,
+/// with m.above the sum of the higher ones and m.here its own.
+__device__ inline void find_bucket(const Team& team, SelectMemory& m, std::uint64_t limit) {
   constexpr int kEach = kSelectBuckets / kSelectThreads;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int first = kSelectBuckets - 1 - kEach * static_cast<int>(threadIdx.x);
-  std::uint64_t own[kEach], sum = 0;
+  std::uint64_t own[kEach] = {}, sum = 0;
+  for (int r = 0; r < team.size; ++r) {
+    const SelectMemory& other = team.of(m, r);
 #pragma unroll
-  for (int b = 0; b < kEach; ++b) {
-    own[b] = (static_cast<std::uint64_t>(m.high[first - b]) << 32) | m.low[first - b];
-    sum += own[b];
+    for (int b = 0; b < kEach; ++b)
+      own[b] += (static_cast<std::uint64_t>(other.high[first - b]) << 32) | other.low[first - b];
   }
+#pragma unroll
+  for (int b = 0; b < kEach; ++b) sum += own[b];
   const std::uint64_t running = warp_running_sum(sum);
-  if (threadIdx.x % 32 == 31) m.parts[warp] = running;
+  if (threadIdx.x % 32 == 31) m.all[warp] = running;
   if (threadIdx.x == 0) m.found = 0, m.above = 0, m.here = 0;
   __syncthreads();
   std::uint64_t above = running - sum;
-  for (int w = 0; w < warp; ++w) above += m.parts[w];
+  for (int w = 0; w < warp; ++w) above += m.all[w];
   if (above < limit && above + sum >= limit) {  // one thread of all
 #pragma unroll
     for (int b = 0; b < kEach; ++b) {
@@ -95,14 +135,15 @@ __device__ inline void find_bucket(SelectMemory& m, std::uint64_t limit) {
       above += own[b];
     }
   }
-  __syncthreads();
+  team.sync();
 }
 
 /// The fewest elements with the highest keys whose amounts reach `limit` (1 .. their sum).
 /// key(value) is what orders them, amount(key) what each counts.
 template <class Key, class Amount>
-__device__ inline Selection select_highest(const float* x, int n, std::uint64_t limit,
-                                           SelectMemory& m, const Key& key, const Amount& amount) {
+__device__ inline Selection select_highest(const Team& team, const float* x, int n,
+                                           std::uint64_t limit, SelectMemory& m, const Key& key,
+                                           const Amount& amount) {
   std::uint32_t prefix = 0, mask = 0;
   for (int level = 0; level < 3; ++level) {
     const int shift = level == 0 ? 21 : level == 1 ? 10 : 0;
@@ -110,14 +151,14 @@ __device__ inline Selection select_highest(const float* x, int n, std::uint64_t 
     for (int b = static_cast<int>(threadIdx.x); b < kSelectBuckets; b += kSelectThreads)
       m.low[b] = m.high[b] = 0;
     __syncthreads();
-    for_each_value(x, n, [&](int, float value) {
+    for_each_value(x, n, team.rank, team.size, [&](int, float value) {
       const std::uint32_t k = key(value);
       if ((k & mask) != prefix) return;
       const std::uint64_t a = amount(k);
       if (a != 0) add_to_bucket(m, (k >> shift) & digits, a);
     });
-    __syncthreads();
-    find_bucket(m, limit);
+    team.sync();
+    find_bucket(team, m, limit);
     prefix |= static_cast<std::uint32_t>(m.found) << shift;
     mask |= digits << shift;
     limit -= m.above;
@@ -128,38 +169,50 @@ __device__ inline Selection select_highest(const float* x, int n, std::uint64_t 
   return selected;
 }
 
+/// The sum of amount(j, x[j]) over this lane's share of [from, to).
+template <class Amount>
+__device__ inline std::uint64_t lane_sum(const float* x, int from, int to, const Amount& amount) {
+  constexpr int kUnroll = 8;
+  std::uint64_t sum = 0;
+  int j = from + static_cast<int>(threadIdx.x) % 32;
+  for (; j + (kUnroll - 1) * 32 < to; j += kUnroll * 32) {
+    float v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) v[u] = x[j + u * 32];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sum += amount(j + u * 32, v[u]);
+  }
+  for (; j < to; j += 32) sum += amount(j, x[j]);
+  return sum;
+}
+
 /// The lowest j at which the running sum of amount(j, x[j]) exceeds target(sum over all); n - 1
-/// when it never does.
+/// when it never does. Each round finds the part that it falls in: of all warps of the team, then,
+/// in every block alike, of a block's.
 template <class Amount, class Target>
-__device__ inline int first_exceeding(const float* x, int n, SelectMemory& m, const Amount& amount,
-                                      const Target& target) {
+__device__ inline int first_exceeding(const Team& team, const float* x, int n, SelectMemory& m,
+                                      const Amount& amount, const Target& target) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   constexpr int kScanned = 512;
   int begin = 0, end = n;
   std::uint64_t left = 0;
   for (bool whole = true; whole || end - begin > kScanned; whole = false) {
-    const int each = (end - begin + kSelectWarps - 1) / kSelectWarps;
-    const int from = min(end, begin + warp * each), to = min(end, from + each);
-    std::uint64_t sum = 0;
-    int j = from + lane;
-    for (; j + 7 * 32 < to; j += 8 * 32) {
-      float v[8];
-#pragma unroll
-      for (int u = 0; u < 8; ++u) v[u] = x[j + u * 32];
-#pragma unroll
-      for (int u = 0; u < 8; ++u) sum += amount(j + u * 32, v[u]);
-    }
-    for (; j < to; j += 32) sum += amount(j, x[j]);
-    sum = warp_sum(sum);
-    if (lane == 0) m.parts[warp] = sum;
-    __syncthreads();
+    const int parts = whole ? team.size * kSelectWarps : kSelectWarps;
+    const int own = whole ? team.rank * kSelectWarps + warp : warp;
+    const int each = (end - begin + parts - 1) / parts;
+    const int from = min(end, begin + own * each), to = min(end, from + each);
+    const std::uint64_t sum = warp_sum(lane_sum(x, from, to, amount));
+    if (lane == 0) (whole ? m.parts : m.all)[warp] = sum;
     if (whole) {
+      team.gather_parts(m);
       std::uint64_t total = 0;
-      for (int w = 0; w < kSelectWarps; ++w) total += m.parts[w];
+      for (int w = 0; w < parts; ++w) total += m.all[w];
       left = target(total);
+    } else {
+      __syncthreads();
     }
     int w = 0;
-    for (; w < kSelectWarps - 1 && m.parts[w] <= left; ++w) left -= m.parts[w];
+    for (; w < parts - 1 && m.all[w] <= left; ++w) left -= m.all[w];
     begin = min(end, begin + w * each);
     end = min(end, begin + each);
     __syncthreads();

@@ -27,15 +27,24 @@ __device__ inline RowStatistics row_statistics(const float* x, std::int64_t n) {
   __shared__ std::int64_t indices[kWarps];
   float top = -INFINITY, sum = 0.0f;
   std::int64_t argmax = n;
-  for (std::int64_t j = threadIdx.x; j < n; j += kThreads) {
-    const float v = x[j];
+  const auto add = [&](std::int64_t j, float v) {
     if (v > top) {
       sum *= expf(top - v);  // 0 for the first: exp(-inf)
       top = v;
       argmax = j;
     }
     sum += top == -INFINITY ? 0.0f : expf(v - top);
+  };
+  constexpr int kUnroll = 8;  // loads in flight; the order stays
+  std::int64_t j = threadIdx.x;
+  for (; j + (kUnroll - 1) * kThreads < n; j += kUnroll * kThreads) {
+    float v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) v[u] = x[j + u * kThreads];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) add(j + u * kThreads, v[u]);
   }
+  for (; j < n; j += kThreads) add(j, x[j]);
   const auto merge = [&](float other_top, float other_sum, std::int64_t other_index) {
     const float both = fmaxf(top, other_top);
     sum = (top == -INFINITY ? 0.0f : sum * expf(top - both)) +

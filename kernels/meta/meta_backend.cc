@@ -97,7 +97,7 @@ class MetaOps final : public Ops {
 }  // namespace
 
 Backend make_meta_backend(const DeviceProfile& profile) {
-  return {std::make_unique<MetaAllocator>(), std::make_unique<MemoryLedger>(),
+  return {[] { return std::int64_t{0}; }, std::make_unique<MetaAllocator>(), std::make_unique<MemoryLedger>(),
           std::make_unique<MetaOps>(profile)};
 }
 

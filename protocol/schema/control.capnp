@@ -204,14 +204,14 @@ struct HeartbeatReply {
 
 enum AgentAction {
   restartEngine @0;
-  drain @1;
-  resume @2;
+  drain @1;        # not sent: placement gives a draining worker nothing new
+  resume @2;       # not sent
   shutdown @3;
   upgrade @4;      # drain, then exec the binary that is in place now
 }
 
 struct AgentCommand {
-  # To an agent. Its next Heartbeats show the effect; the coordinator repeats it until they do.
+  # To an agent. Its worker's next hello or Heartbeats show the effect; the coordinator repeats it until they do.
   # Doing it twice is doing it once (a restart is repeated only when the engine's incarnation stayed).
   action @0 :AgentAction;
 }

@@ -133,6 +133,23 @@ TEST(Workers, AReplacedIncarnationIsToldToEnd) {
   EXPECT_EQ(h.core().workers().find(CoreHarness::worker(0))->engine.incarnation, 6u);
 }
 
+TEST(Workers, ARestartIsRepeatedUntilAnotherEngineIsHere) {
+  CoreHarness h;
+  const auto ask = [&] {
+    return h.call("worker.restart", {{"worker", CoreHarness::worker(0).value}}).status.code();
+  };
+  h.engine(0, 5);
+  EXPECT_EQ(ask(), StatusCode::kUnavailable) << "no agent is there to do it";
+  h.agent(0);
+  EXPECT_EQ(ask(), StatusCode::kOk);
+  EXPECT_EQ(h.to_agent<protocol::AgentCommand>(0).size(), 1u);
+  h.advance(1100);  // the command was lost
+  EXPECT_EQ(h.to_agent<protocol::AgentCommand>(0).size(), 1u);
+  h.engine(0, 6);
+  h.advance(3000);
+  EXPECT_TRUE(h.to_agent<protocol::AgentCommand>(0).empty());
+}
+
 TEST(Workers, AnEngineWithoutABaseGetsOneAndAFailedLoadIsRepeatedLaterAndShown) {
   CoreHarness h;
   h.engine(0);

@@ -103,6 +103,14 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   from_engine(slot, hello);
 }
 
+void CoreHarness::agent(int slot) {
+  protocol::WorkerHello hello;
+  hello.role = protocol::WorkerRole::kAgent;
+  hello.worker = worker(slot);
+  hello.incarnation = 1;
+  step(WorkerInput{agent_peer(slot), "", hello});
+}
+
 void CoreHarness::beat(int slot, std::vector<protocol::RunningJob> jobs, int running,
                        std::vector<Digest> adapters) {
   protocol::Heartbeat beat;

@@ -172,6 +172,28 @@ TEST_F(SmallQueue, AFullQueueAnswersBusyWithATimeAndAnEngineNeverGetsMoreThanIts
   EXPECT_EQ(h.to_engine<Infer>(0).at(0).request.id, RequestId("r2"));
 }
 
+struct SmallShare : RequestsTest {
+  static Limits limits() {
+    Limits limits;
+    limits.queue_per_user_max = 2;
+    return limits;
+  }
+  SmallShare() : RequestsTest(limits()) {}
+};
+
+TEST_F(SmallShare, AUserWhoFillsItsShareOfTheQueueKeepsNobodyElseOut) {
+  h.client("a", "anna");
+  h.client("b", "bert");
+  for (int i = 0; i < 6; ++i) h.generate(str("a", i), "base", str("prompt ", i), "a");
+  EXPECT_EQ(h.to_engine<Infer>(0).size(), 2u);
+  const auto refused = h.to_client<GenerateChunk>("a");
+  ASSERT_EQ(refused.size(), 2u);  // two run, two wait
+  EXPECT_EQ(refused[0].status.code(), StatusCode::kBusy);
+  EXPECT_GT(refused[0].retry_after_ms, 0);
+  h.generate("b0", "base", "hello", "b");
+  EXPECT_TRUE(h.to_client<GenerateChunk>("b").empty());
+}
+
 TEST_F(RequestsTest, ADeadlineEndsTheRequestAndFreesTheEngine) {
   protocol::Generate request;
   request.id = RequestId("r");

@@ -16,15 +16,17 @@ struct AttentionRow {
   float soft_cap;
 };
 const AttentionRow kAttention[] = {
-    {1, 1, 2, {0}, 0, 0, 0.0f},             // no rows
-    {1, 1, 8, {0}, 3, 0, 0.0f},             // inert rows only
-    {1, 1, 4, {0, 1}, 0, 0, 0.0f},          // one token
-    {3, 1, 12, {0, 5, 5, 12}, 2, 0, 0.0f},  // an empty sequence, odd sizes
-    {9, 3, 64, {0, 33, 50}, 1, 0, 0.0f},    // SmolLM2's heads
-    {4, 2, 32, {0, 70}, 0, 17, 0.0f},       // a window
-    {4, 4, 16, {0, 20, 37}, 0, 0, 3.0f},    // a soft cap
-    {2, 1, 128, {0, 150}, 0, 0, 0.0f},      // several blocks of keys
-    {4, 2, 80, {0, 67, 131}, 5, 40, 5.0f},  // everything
+    {1, 1, 2, {0}, 0, 0, 0.0f},                      // no rows
+    {1, 1, 8, {0}, 3, 0, 0.0f},                      // inert rows only
+    {1, 1, 4, {0, 1}, 0, 0, 0.0f},                   // one token
+    {3, 1, 12, {0, 5, 5, 12}, 2, 0, 0.0f},           // an empty sequence, odd sizes
+    {9, 3, 64, {0, 33, 50}, 1, 0, 0.0f},             // SmolLM2's heads
+    {4, 2, 32, {0, 70}, 0, 17, 0.0f},                // a window
+    {4, 4, 16, {0, 20, 37}, 0, 0, 3.0f},             // a soft cap
+    {2, 1, 128, {0, 150}, 0, 0, 0.0f},               // several blocks of keys
+    {4, 2, 80, {0, 67, 131}, 5, 40, 5.0f},           // everything
+    {16, 2, 64, {0, 1, 90, 300, 303}, 3, 70, 4.0f},  // the same in a head dim with fast kernels
+    {12, 1, 128, {0, 40, 333}, 0, 0, 0.0f},          // a group wider than a tile of columns
 };
 
 class Attention : public OpTest {
@@ -129,7 +131,7 @@ constexpr std::int64_t kBlockSize = 16;
 /// blocks in scattered order.
 Outputs paged(const std::string& backend, DType dtype, const AttentionSpec& spec, const Values& qkv,
               const std::vector<std::int32_t>& offsets, const std::vector<std::int32_t>& first_new,
-              std::int64_t inert) {
+              std::int64_t inert, Numerics numerics = Numerics::kInvariant) {
   const std::int64_t d = spec.head_dim, width = (spec.heads + 2 * spec.kv_heads) * d;
   const std::size_t sequences = offsets.size() - 1;
   std::vector<std::int32_t> q_offsets{0}, lens, table;
@@ -167,6 +169,7 @@ Outputs paged(const std::string& backend, DType dtype, const AttentionSpec& spec
   q.resize(static_cast<std::size_t>(t * width), 1.0);
   const Shape table_shape{static_cast<std::int64_t>(sequences), blocks_max};
   return run_op(backend, [&](TestDevice& device) {
+    device.exec().numerics = numerics;
     const KvCache cache{device.input(k, dtype, cache_shape), device.input(v, dtype, cache_shape),
                         kBlockSize};
     device.ops().paged_attention_forward(
@@ -201,6 +204,13 @@ TEST_P(Attention, PagedMatchesTheReferenceWhateverTheChunk) {
     for (std::size_t j = expected.size(); j < out.size(); ++j) ASSERT_EQ(out[j], 0.0) << "inert";
     out.resize(expected.size());
     expect_close("paged out", out, expected, out_tolerance(s));
+    const Outputs replay =
+        paged(backend(), dtype(), spec(s), x, s.offsets, first_new, s.inert, Numerics::kReplay);
+    Values replayed = replay.at("out").values();
+    for (std::size_t j = expected.size(); j < replayed.size(); ++j)
+      ASSERT_EQ(replayed[j], 0.0) << "inert";
+    replayed.resize(expected.size());
+    expect_close("paged out, replay", replayed, expected, out_tolerance(s));
     if (dtype() != DType::kF32) continue;  // Invariant is promised in f32
     std::vector<std::byte> got_bits = got.at("out").bytes;
     got_bits.resize(bits.size());

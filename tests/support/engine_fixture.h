@@ -2,8 +2,8 @@
 // the order in which the runtime builds them.
 #pragma once
 
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/meta/meta_backend.h"
+#include "tests/support/test_device.h"
 #include "worker/model/adapter.h"
 #include "worker/model/base_weights.h"
 #include "worker/model/context.h"
@@ -90,9 +90,7 @@ struct Engine {
 
 inline std::unique_ptr<Engine> cpu_engine(const worker::model::ModelConfig& config, DType dtype,
                                           std::uint64_t seed = 7, int threads = 2) {
-  kernels::CpuOptions options;
-  options.threads = threads;
-  return std::make_unique<Engine>(kernels::make_cpu_backend(options), config, dtype,
+  return std::make_unique<Engine>(make_test_backend(threads), config, dtype,
                                   *worker::model::make_random_source(config, seed));
 }
 

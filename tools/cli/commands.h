@@ -34,6 +34,9 @@ Status run_data_check(Session& session, const std::string& path, const std::stri
 Status run_adapter_export(Session& session, const std::string& name, const std::string& directory);
 Status run_adapter_import(Session& session, const std::string& name, const std::string& directory,
                           const std::string& model);
+/// Writes a Hugging Face folder (commands_merge.cc); `dtype` is "bf16" or "f32".
+Status run_adapter_merge(Session& session, const std::string& name, const std::string& directory,
+                         const std::string& dtype);
 Status run_adapter_alias(Session& session, const std::string& alias, const std::string& target);
 Status run_adapter_rollback(Session& session, const std::string& alias);
 

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 #include <filesystem>
 #include <iostream>
@@ -84,16 +85,29 @@ Status run_key(Session& session, const std::string& action, const std::string& n
   return {};
 }
 
-Status run_bench(Session&, const std::string& name, const std::vector<std::string>& arguments) {
+Status run_bench(Session& session, const std::string& name,
+                 const std::vector<std::string>& arguments) {
+  static const std::vector<std::string> known{"serve", "train", "ops", "registry"};
+  if (std::find(known.begin(), known.end(), name) == known.end())
+    return invalid_error(str("no bench \"", name, "\"; there are serve, train, ops and registry"));
   char self[PATH_MAX] = {};
   if (::readlink("/proc/self/exe", self, sizeof self - 1) < 0)
     return internal_error("cannot find this program's folder");
   const std::string program =
       (std::filesystem::path(self).parent_path() / ("bench_" + name)).string();
-  if (!std::filesystem::exists(program)) return not_found_error(str("no bench program ", program));
-  std::vector<char*> argv{const_cast<char*>(program.c_str())};
-  for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  if (!std::filesystem::exists(program))
+    return not_found_error(
+        str("no bench program ", program, "; tools/dev build bench_", name, " makes it"));
+  std::vector<std::string> words{program};
+  if (name == "serve") {  // it measures this platform
+    words.emplace_back("--data-dir");
+    words.push_back(session.settings().data_dir());
+  }
+  words.insert(words.end(), arguments.begin(), arguments.end());
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
+  std::cout.flush();
   ::execv(program.c_str(), argv.data());
   return internal_error(str("cannot start ", program));
 }

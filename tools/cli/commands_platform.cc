@@ -1,3 +1,4 @@
+#include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/units.h"
 #include "tools/cli/commands.h"
@@ -285,6 +286,14 @@ Finding check_program(const std::string& program) {
   return {program, "fail", program + " is not on the PATH (Debian: openmpi-bin)"};
 }
 
+Finding check_gpu() {
+  const auto gpu = kernels::probe_cuda_device(0);
+  if (!gpu.ok()) return {"gpu", "ok", str("none (", gpu.status().message(), ")")};
+  if (Status module = kernels::check_cuda_module(); !module.ok())
+    return {"gpu", "fail", str(gpu->name, " found, but ", module.message())};
+  return {"gpu", "ok", str(gpu->name, ", ", format_bytes(gpu->memory_bytes))};
+}
+
 }  // namespace
 
 Status run_doctor(Session& session) {
@@ -306,8 +315,7 @@ Status run_doctor(Session& session) {
                       amx    ? "AMX"
                       : bf16 ? "AVX512-BF16"
                              : "none: f32 is used"});
-  findings.push_back(
-      {"gpu", "ok", fs::exists("/dev/nvidiactl") ? "found, but this version runs on CPU" : "none"});
+  findings.push_back(check_gpu());
   const bool reachable = session.call("status", Json::object()).ok();
   findings.push_back({"coordinator", reachable ? "ok" : "warn",
                       reachable

@@ -18,7 +18,7 @@ struct Invocation {
   bool json = false;
   std::function<Status(Session&)> run;
 
-  std::string name, target, path, model, role = "client";
+  std::string name, target, path, model, role = "client", dtype = "bf16";
   bool shared = false, offline = false, follow = false, origin = false;
   std::int64_t max_length = 2048;
   int samples = 3, lines = 20;
@@ -130,6 +130,13 @@ void add_objects(CLI::App& app, Invocation& in) {
   });
   import->add_option("directory", in.path, "folder with adapter_config.json")->required();
   import->add_option("--model", in.model, "its base model")->required();
+  CLI::App* merge =
+      named(*adapter, in, "merge",
+            "write base and adapter as one Hugging Face folder (W + s B A, in f32)",
+            [&in](Session& s) { return run_adapter_merge(s, in.name, in.path, in.dtype); });
+  merge->add_option("directory", in.path, "empty folder to write")->required();
+  merge->add_option("--dtype", in.dtype, "of the weights that are written [bf16]")
+      ->check(CLI::IsMember({"bf16", "f32"}));
   named(*adapter, in, "alias", "point a name at an adapter's version",
         [&in](Session& s) { return run_adapter_alias(s, in.name, in.target); })
       ->add_option("target", in.target, "adapter, adapter@version or digest")
@@ -257,10 +264,11 @@ void add_operations(CLI::App& app, Invocation& in) {
   })->add_option("--role", in.role, "client, worker or admin [client]");
   named(*key, in, "revoke", "refuse a key from now on",
         [&in](Session& s) { return run_key(s, "revoke", in.name, ""); });
-  CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry",
-                         [&in](Session& s) { return run_bench(s, in.name, in.arguments); });
-  bench->add_option("name", in.name, "which")->required();
-  bench->prefix_command();
+  CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry; prints JSON", {},
+                         "tandem bench serve --model smol --data train.jsonl");
+  bench->add_option("name", in.name, "which; what follows is its own (--help shows it)")
+      ->required();
+  bench->fallthrough(false)->prefix_command();
   bench->callback([&in, bench] {
     in.arguments = bench->remaining();
     in.run = [&in](Session& s) { return run_bench(s, in.name, in.arguments); };

@@ -2,6 +2,8 @@
 # with AUTO the build has the CPU backend only and says why.
 set(TANDEM_CUDA AUTO CACHE STRING "build the CUDA backend: AUTO, ON or OFF")
 set(TANDEM_CUDA_ARCHITECTURES "90a" CACHE STRING "compute capabilities, as 80;89;90a")
+set(TANDEM_CUTLASS_INCLUDE "${PROJECT_SOURCE_DIR}/build/cutlass/cutlass_library/source/include"
+  CACHE PATH "folder of cutlass/ and cute/; without it adapters are added by products of their own")
 set(TANDEM_CUDA_FOUND OFF)
 
 function(tandem_no_cuda why)
@@ -47,5 +49,11 @@ set(TANDEM_CUDA_FLAGS -O3 --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wsh
 foreach(arch IN LISTS TANDEM_CUDA_ARCHITECTURES)
   list(APPEND TANDEM_CUDA_FLAGS -gencode=arch=compute_${arch},code=sm_${arch})
 endforeach()
+set(TANDEM_CUTLASS_FOUND OFF)
+if(EXISTS ${TANDEM_CUTLASS_INCLUDE}/cutlass/cutlass.h AND "90a" IN_LIST TANDEM_CUDA_ARCHITECTURES)
+  set(TANDEM_CUTLASS_FOUND ON)
+else()
+  message(STATUS "no CUTLASS products: ${TANDEM_CUTLASS_INCLUDE}/cutlass/cutlass.h not found, or no sm_90a")
+endif()
 set(TANDEM_CUDA_FOUND ON)
 message(STATUS "CUDA backend: nvcc ${CUDAToolkit_VERSION}, sm ${TANDEM_CUDA_ARCHITECTURES}")

@@ -40,16 +40,12 @@ Status check_bounds(const train::BatchBounds& bounds) {
 
 /// What the runtime does when a job ends: a snapshot serves while the adapter as published is
 /// loaded and probed.
-Status publish(DryEngine& engine, train::TrainSession& session, DType dtype) {
+void publish(DryEngine& engine, train::TrainSession& session, DType dtype) {
   const auto snapshot = session.snapshot_adapter();
-  TANDEM_ASSIGN_OR_RETURN(
-      auto reloaded,
+  auto reloaded =
       model::build_adapter(engine.context.ops, engine.exec(), engine.allocator(), engine.ledger(),
-                           engine.base->config(), dtype, session.host_adapter(DType::kF32)));
-  const std::int64_t tokens = std::min(kProbeTokens, engine.base->config().context_max);
-  session.probe(std::vector<std::int32_t>(static_cast<std::size_t>(tokens), 0),
-                std::move(reloaded));
-  return {};
+                           engine.base->config(), dtype, session.flat_adapter(dtype));
+  session.probe(std::vector<std::int32_t>(train::kProbeTokens, 0), std::move(reloaded));
 }
 
 }  // namespace
@@ -101,7 +97,7 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
     TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
     static_cast<void>(event);
   }
-  if (plan.publish) TANDEM_RETURN_IF_ERROR(publish(*engine, *session, dtype));
+  if (plan.publish) publish(*engine, *session, dtype);
   return read_ledger(engine->ledger());
 }
 

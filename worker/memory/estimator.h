@@ -42,9 +42,6 @@ struct TrainingPlan {
   bool publish = false;
 };
 
-/// Prompt tokens of the probe at most.
-inline constexpr std::int64_t kProbeTokens = 64;
-
 /// One LoRA job on an engine of its own: base weights, slots, the session, one step of the largest
 /// micro-batch, and what the plan says. Errors as TrainSession::create.
 Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,

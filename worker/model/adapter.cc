@@ -99,6 +99,21 @@ kernels::Tensor pair_b(const AdapterLayout::Pair& pair, const kernels::Tensor& f
   return flat_view(flat, pair.b_begin, {pair.n, pair.rank});
 }
 
+FlatAdapter FlatAdapter::in(DType other) const {
+  const auto count = static_cast<std::size_t>(layout.elements);
+  FlatAdapter to{layout, other, std::vector<std::byte>(count * dtype_bytes(other))};
+  if (other == DType::kF32) {
+    const auto* from = reinterpret_cast<const bf16*>(bytes.data());
+    auto* out = reinterpret_cast<float*>(to.bytes.data());
+    for (std::size_t e = 0; e < count; ++e) out[e] = to_f32(from[e]);
+  } else {
+    const auto* from = reinterpret_cast<const float*>(bytes.data());
+    auto* out = reinterpret_cast<bf16*>(to.bytes.data());
+    for (std::size_t e = 0; e < count; ++e) out[e] = to_bf16(from[e]);
+  }
+  return to;
+}
+
 // -- building
 // --------------------------------------------------------------------------------------
 
@@ -152,7 +167,23 @@ Result<std::shared_ptr<const AdapterWeights>> build_adapter(
   auto own = std::make_shared<OwnArena>(allocator, ledger, static_cast<std::int64_t>(host.size()));
   const kernels::Tensor flat = own->arena.alloc({layout.elements}, dtype);
   ops.upload(exec, host, flat);
+  ops.synchronize(exec);  // training, which probes it, and serving have queues of their own
   return layout.view(config, flat, std::move(own));
+}
+
+std::shared_ptr<const AdapterWeights> build_adapter(kernels::Ops& ops, kernels::Exec& exec,
+                                                    kernels::Allocator& allocator,
+                                                    kernels::MemoryLedger& ledger,
+                                                    const ModelConfig& config, DType dtype,
+                                                    const FlatAdapter& adapter) {
+  const std::int64_t elements = adapter.layout.elements;
+  auto own = std::make_shared<OwnArena>(allocator, ledger, elements * dtype_bytes(dtype));
+  const kernels::Tensor flat = own->arena.alloc({elements}, dtype);
+  if (adapter.dtype == dtype)
+    ops.upload(exec, adapter.bytes, flat);
+  else
+    ops.upload(exec, adapter.in(dtype).bytes, flat);
+  return adapter.layout.view(config, flat, std::move(own));
 }
 
 // -- table

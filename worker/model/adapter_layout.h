@@ -4,6 +4,7 @@
 
 #include "worker/model/adapter.h"
 
+#include <span>
 #include <vector>
 
 namespace tandem::worker::model {
@@ -31,6 +32,29 @@ struct AdapterLayout {
                                                            kernels::Tensor flat,
                                                            std::shared_ptr<void> storage) const;
 };
+
+/// An adapter on the host as it is published: a layout's tensors in one buffer of `dtype` (kF32 or
+/// kBF16), so that packing and loading it are one copy each.
+struct FlatAdapter {
+  AdapterLayout layout;
+  DType dtype = DType::kF32;
+  std::vector<std::byte> bytes;
+  /// The same values in the other dtype.
+  [[nodiscard]] FlatAdapter in(DType other) const;
+  /// The bytes of `count` elements from element `begin` on.
+  [[nodiscard]] std::span<const std::byte> part(std::int64_t begin, std::int64_t count) const {
+    const auto size = static_cast<std::size_t>(dtype_bytes(dtype));
+    return std::span(bytes).subspan(static_cast<std::size_t>(begin) * size,
+                                    static_cast<std::size_t>(count) * size);
+  }
+};
+
+/// As build_adapter of host tensors: on the device in compute dtype `dtype`.
+std::shared_ptr<const AdapterWeights> build_adapter(kernels::Ops& ops, kernels::Exec& exec,
+                                                    kernels::Allocator& allocator,
+                                                    kernels::MemoryLedger& ledger,
+                                                    const ModelConfig& config, DType dtype,
+                                                    const FlatAdapter& adapter);
 
 /// A [rank, I] or B [n, rank] of a pair inside a flat tensor of the layout, whatever its dtype.
 kernels::Tensor pair_a(const AdapterLayout::Pair& pair, const kernels::Tensor& flat);

@@ -1,5 +1,7 @@
 #include "worker/runtime/adapter_codec.h"
 
+#include "worker/model/peft.h"
+
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
@@ -13,18 +15,6 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr const char* kPeftPrefix = "base_model.model.";
-
-std::vector<std::byte> to_bytes(std::span<const float> values, DType dtype) {
-  std::vector<std::byte> bytes(values.size() * static_cast<std::size_t>(dtype_bytes(dtype)));
-  if (dtype == DType::kF32) {
-    std::memcpy(bytes.data(), values.data(), bytes.size());
-    return bytes;
-  }
-  TANDEM_CHECK(dtype == DType::kBF16, dtype_name(dtype));
-  auto* out = reinterpret_cast<bf16*>(bytes.data());
-  for (std::size_t i = 0; i < values.size(); ++i) out[i] = to_bf16(values[i]);
-  return bytes;
-}
 
 Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std::string& dtype,
                                      const std::string& name) {
@@ -42,11 +32,9 @@ Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std
   return values;
 }
 
-/// Adds a tensor to a manifest and its chunks to the object, which keeps the bytes.
+/// Adds a tensor to a manifest and its chunks to the object.
 void add_tensor(PackedObject& object, storage::Manifest& manifest, const std::string& name,
-                DType dtype, std::vector<std::int64_t> shape, std::vector<std::byte> data) {
-  object.buffers.push_back(std::move(data));
-  const std::span<const std::byte> bytes = object.buffers.back();
+                DType dtype, std::vector<std::int64_t> shape, std::span<const std::byte> bytes) {
   manifest.tensors.push_back(
       storage::describe_tensor(name, dtype_name(dtype), std::move(shape), bytes));
   const auto& chunks = manifest.tensors.back().chunks;
@@ -151,18 +139,6 @@ FetchBlobs PackedObject::fetch() const {
   };
 }
 
-std::optional<SitePlace> parse_site_path(const std::string& path) {
-  constexpr const char* kPrefix = "model.layers.";
-  if (!path.starts_with(kPrefix)) return std::nullopt;
-  char* end = nullptr;
-  const std::int64_t layer = std::strtoll(path.c_str() + std::strlen(kPrefix), &end, 10);
-  for (int i = 0; i < model::kSiteCount; ++i)
-    if (const auto site = static_cast<model::Site>(i);
-        layer >= 0 && model::site_path(layer, site) == path)
-      return SitePlace{layer, site};
-  return std::nullopt;
-}
-
 storage::PeftConfig peft_config(const model::LoraConfig& lora) {
   storage::PeftConfig config;
   config.r = lora.r;
@@ -176,31 +152,34 @@ storage::PeftConfig peft_config(const model::LoraConfig& lora) {
 }
 
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
-                                  std::span<const model::HostAdapterTensor> tensors, DType dtype) {
+                                  std::shared_ptr<const model::FlatAdapter> adapter,
+                                  const std::function<void(const BlobView&)>& on_blob) {
   PackedObject object;
+  std::size_t told = 0;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kAdapter;
-  for (const auto& t : tensors) {
-    const std::string site = kPeftPrefix + model::site_path(t.layer, t.site);
-    const auto inputs = static_cast<std::int64_t>(t.a.size()) / t.rank,
-               outputs = static_cast<std::int64_t>(t.b.size()) / t.rank;
-    add_tensor(object, manifest, site + ".lora_A.weight", dtype, {t.rank, inputs},
-               to_bytes(t.a, dtype));
-    add_tensor(object, manifest, site + ".lora_B.weight", dtype, {outputs, t.rank},
-               to_bytes(t.b, dtype));
+  for (const auto& pair : adapter->layout.pairs) {
+    const std::string site = kPeftPrefix + model::site_path(pair.layer, pair.site);
+    add_tensor(object, manifest, site + ".lora_A.weight", adapter->dtype, {pair.rank, pair.i},
+               adapter->part(pair.a_begin, pair.rank * pair.i));
+    add_tensor(object, manifest, site + ".lora_B.weight", adapter->dtype, {pair.n, pair.rank},
+               adapter->part(pair.b_begin, pair.n * pair.rank));
+    for (; on_blob && told < object.blobs.size(); ++told) on_blob(object.blobs[told]);
   }
+  object.storage = std::move(adapter);
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
 
 Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
-                                     const train::TrainState& state) {
+                                     std::shared_ptr<const train::TrainState> state) {
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kCheckpoint;
-  for (const auto& t : state.tensors)
-    add_tensor(object, manifest, t.name, DType::kF32, t.shape, to_bytes(t.values, DType::kF32));
+  for (const auto& t : state->tensors)
+    add_tensor(object, manifest, t.name, DType::kF32, t.shape, std::as_bytes(std::span(t.values)));
   Json settings = lora_settings(base_model, config);
-  settings["state"] = state.json;
+  settings["state"] = state->json;
+  object.storage = std::move(state);
   return finish(std::move(object), manifest, settings);
 }
 
@@ -215,8 +194,7 @@ Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdap
     modules.insert(site.site.substr(site.site.rfind('.') + 1));
     for (const auto& [half, tensor] :
          {std::pair{".lora_A.weight", &site.a}, {".lora_B.weight", &site.b}})
-      add_tensor(object, manifest, path + half, tensor->dtype, tensor->shape,
-                 std::vector<std::byte>(tensor->bytes.begin(), tensor->bytes.end()));
+      add_tensor(object, manifest, path + half, tensor->dtype, tensor->shape, tensor->bytes);
   }
   config.target_modules.assign(modules.begin(), modules.end());
   return finish(std::move(object), manifest, lora_settings(base_model, config));
@@ -257,14 +235,14 @@ Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& 
   for (std::size_t i = 0; i < manifest.tensors.size(); ++i) {
     const auto& tensor = manifest.tensors[i];
     const auto name = split_name(tensor.name, manifest.kind);
-    const auto place = name ? parse_site_path(name->first) : std::nullopt;
-    if (!place || place->layer >= model.layers)
+    const auto place = name ? model::parse_site_path(name->first) : std::nullopt;
+    if (!place || place->first >= model.layers)
       return conflict_error(str("adapter tensor ", tensor.name, " matches no site of this model (",
                                 model.layers, " layers)"));
-    const auto shape = model::site_shape(model, place->site);
-    auto& site = sites[{place->layer, place->site}];
-    site.layer = place->layer;
-    site.site = place->site;
+    const auto shape = model::site_shape(model, place->second);
+    auto& site = sites[{place->first, place->second}];
+    site.layer = place->first;
+    site.site = place->second;
     const std::int64_t rank =
         tensor.shape.size() == 2 ? tensor.shape[name->second == 'A' ? 0 : 1] : -1;
     if (rank < 1 || (site.rank && site.rank != rank))

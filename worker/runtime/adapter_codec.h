@@ -6,11 +6,12 @@
 #include "protocol/base/digest.h"
 #include "storage/manifest.h"
 #include "storage/peft.h"
-#include "worker/model/adapter.h"
+#include "worker/model/adapter_layout.h"
 #include "worker/runtime/bulk_client.h"
 #include "worker/train/train_session.h"
 
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -22,26 +23,26 @@ namespace tandem::worker::runtime {
 using FetchBlobs =
     std::function<Result<std::vector<std::vector<std::byte>>>(std::span<const Digest>)>;
 
-/// A manifest with the bytes it names, ready for BulkClient::put. Move-only in spirit: blobs point
-/// into buffers.
+/// A manifest with the bytes it names, ready for BulkClient::put.
 struct PackedObject {
-  std::string manifest;  ///< canonical text
-  Digest digest;         ///< its identity
-  std::vector<std::vector<std::byte>> buffers;
-  std::vector<BlobView> blobs;
+  std::string manifest;                 ///< canonical text
+  Digest digest;                        ///< its identity
+  std::vector<BlobView> blobs;          ///< into what was packed
+  std::shared_ptr<const void> storage;  ///< keeps that alive
 
   /// Reads the chunks from this object itself; valid while it lives.
   [[nodiscard]] FetchBlobs fetch() const;
 };
 
-/// `config` gives r, lora_alpha, use_rslora, patterns and target_modules; tensors are stored as
-/// `dtype`.
+/// `config` gives r, lora_alpha, use_rslora, patterns and target_modules. Nothing is copied.
+/// `on_blob` gets each chunk as soon as it has its name.
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
-                                  std::span<const model::HostAdapterTensor> tensors, DType dtype);
+                                  std::shared_ptr<const model::FlatAdapter> adapter,
+                                  const std::function<void(const BlobView&)>& on_blob = {});
 Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
-                                     const train::TrainState& state);
+                                     std::shared_ptr<const train::TrainState> state);
 
-/// A PEFT folder's adapter, bit for bit in the dtypes it has.
+/// A PEFT folder's adapter, bit for bit in the dtypes it has. The adapter outlives what comes back.
 Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdapter& adapter);
 
 /// Adapter tensors of an adapter's or a checkpoint's manifest, checked against the model:
@@ -59,12 +60,5 @@ Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest);
 
 /// PEFT's configuration of a training run.
 storage::PeftConfig peft_config(const model::LoraConfig& lora);
-
-/// Inverse of model::site_path; nothing for any other text.
-struct SitePlace {
-  std::int64_t layer = 0;
-  model::Site site = model::Site::kQ;
-};
-std::optional<SitePlace> parse_site_path(const std::string& path);
 
 }  // namespace tandem::worker::runtime

@@ -113,6 +113,7 @@ class Agent {
     if (!command) return;
     switch (command->action) {
       case protocol::AgentAction::kRestartEngine:
+        if (kill_at_ms_ != 0) break;  // repeated; a second signal would end it without a checkpoint
         log_info("asked to restart the engine");
         kill_engine(SIGTERM);
         break;
@@ -127,7 +128,7 @@ class Agent {
         break;
       case protocol::AgentAction::kDrain:
       case protocol::AgentAction::kResume:
-        break;  // placement's business: the coordinator gives a draining worker nothing new
+        break;  // not sent: the coordinator gives a draining worker nothing new
     }
   }
 

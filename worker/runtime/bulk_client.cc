@@ -14,8 +14,10 @@ constexpr std::size_t kInFlightMax = 256;             ///< calls sent and not an
 constexpr std::int64_t kInFlightBytesMax = 64 << 20;  ///< payload of those
 constexpr TimeMs kResendMs = 5000, kPollMs = 100;
 constexpr std::size_t kHasBatch = 4096;
-constexpr std::size_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
-constexpr std::size_t kGroupBytesMax = 8 << 20;
+constexpr std::int64_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
+/// Small enough that storing one group and sending the next overlap.
+constexpr std::int64_t kGroupBytesMax = 4 << 20;
+constexpr std::size_t kAskBytesMin = 16 << 20;  ///< less is sent without asking what is there
 
 std::uint64_t& call_id(protocol::BulkRequest& request) {
   return std::visit([](auto& r) -> std::uint64_t& { return r.call; }, request);
@@ -26,35 +28,39 @@ std::uint64_t& call_id(protocol::BulkRequest& request) {
 BulkClient::BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock)
     : endpoint_(std::move(endpoint)), clock_(clock) {}
 
-void BulkClient::send_due(std::vector<Call>& calls, std::size_t& in_flight) {
+void BulkClient::send_due(std::span<Call> calls) {
   const TimeMs now = clock_.now_ms();
-  in_flight = 0;
+  std::size_t in_flight = 0;
   std::int64_t bytes = 0;
   for (Call& call : calls) {
     if (call.done) continue;
     const bool due = call.sent_ms < 0 || now - call.sent_ms > scaled_ms(kResendMs);
     if (due) {
-      const protocol::Bytes payload(call.payload.begin(), call.payload.end());
+      protocol::Bytes payload;
+      payload.reserve(static_cast<std::size_t>(call.bytes));
+      for (const auto& part : call.parts) payload.insert(payload.end(), part.begin(), part.end());
       if (!endpoint_->send(protocol::encode(call.request), payload).ok())
         return;  // full or away: later
       call.sent_ms = now;
     }
-    bytes += static_cast<std::int64_t>(call.payload.size());
+    bytes += call.bytes;
     if (++in_flight >= kInFlightMax || bytes >= kInFlightBytesMax) return;
   }
 }
 
-Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
-  const std::uint64_t first = next_call_;
+void BulkClient::number(std::vector<Call>& calls) {
   for (Call& call : calls) call_id(call.request) = next_call_++;
+}
+
+Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
+  const std::uint64_t first = next_call_ - calls.size();
   const TimeMs end = clock_.now_ms() + scaled_ms(deadline_ms);
   for (std::size_t done = 0; done < calls.size();) {
     if (cancelled_) return cancelled_error("the transfer was cancelled");
     if (deadline_ms > 0 && clock_.now_ms() > end)
       return timeout_error(
           str("no answer from the coordinator's bulk socket for ", deadline_ms, " ms"));
-    std::size_t in_flight = 0;
-    send_due(calls, in_flight);
+    send_due(calls);
     auto envelope = endpoint_->receive(kPollMs);
     if (!envelope) continue;
     auto reply = protocol::decode_blob_reply(envelope->frame);
@@ -70,53 +76,63 @@ Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
   return {};
 }
 
-Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
-                       TimeMs deadline_ms) {
+Result<std::vector<bool>> BulkClient::ask(std::span<const BlobView> blobs, TimeMs deadline_ms) {
   std::vector<Call> questions;
   for (std::size_t i = 0; i < blobs.size(); i += kHasBatch) {
     protocol::BlobHas has;
     for (const auto& blob : blobs.subspan(i, std::min(kHasBatch, blobs.size() - i)))
       has.digests.push_back(blob.digest);
-    questions.push_back({.request = std::move(has), .payload = {}, .reply = {}, .data = {}});
+    questions.push_back({.request = std::move(has), .parts = {}, .reply = {}, .data = {}});
   }
+  number(questions);
   TANDEM_RETURN_IF_ERROR(run(questions, deadline_ms));
-  // Small blobs travel together: one message and one commit for an adapter, not one for each
-  // tensor.
-  std::vector<Call> puts;
-  std::vector<std::vector<std::byte>> payloads;
-  protocol::BlobPut group{0, {}, pin, {}};
-  std::vector<std::byte> bytes;
-  auto send_group = [&] {
-    if (group.parts.empty()) return;
-    payloads.push_back(std::move(bytes));
-    puts.push_back({.request = std::exchange(group, {0, {}, pin, {}}),
-                    .payload = payloads.back(),
-                    .reply = {},
-                    .data = {}});
-    bytes.clear();
-  };
-  std::size_t index = 0;
+  std::vector<bool> known;
   for (const Call& question : questions) {
     TANDEM_RETURN_IF_ERROR(question.reply.status);
-    for (bool has : question.reply.has) {
-      const BlobView& blob = blobs[index++];
-      if (has) continue;
-      if (blob.bytes.size() <= kGroupedBytesMax) {
-        if (bytes.size() + blob.bytes.size() > kGroupBytesMax || group.parts.size() >= kHasBatch)
-          send_group();
-        bytes.insert(bytes.end(), blob.bytes.begin(), blob.bytes.end());
-        group.parts.push_back({blob.digest, static_cast<std::int64_t>(blob.bytes.size())});
-        continue;
-      }
-      puts.push_back({.request = protocol::BlobPut{0, blob.digest, pin, {}},
-                      .payload = blob.bytes,
-                      .reply = {},
-                      .data = {}});
-    }
+    known.insert(known.end(), question.reply.has.begin(), question.reply.has.end());
   }
-  send_group();
-  TANDEM_RETURN_IF_ERROR(run(puts, deadline_ms));
-  for (const Call& call : puts) TANDEM_RETURN_IF_ERROR(call.reply.status);
+  known.resize(blobs.size());
+  return known;
+}
+
+Status BulkClient::put(std::span<const BlobView> blobs, const std::string& pin,
+                       TimeMs deadline_ms) {
+  std::size_t total = 0;
+  for (const BlobView& blob : blobs) total += blob.bytes.size();
+  std::vector<bool> known(blobs.size(), false);
+  if (total > kAskBytesMin) {
+    TANDEM_ASSIGN_OR_RETURN(known, ask(blobs, deadline_ms));
+  }
+  Upload upload(*this, pin);
+  for (std::size_t i = 0; i < blobs.size(); ++i)
+    if (!known[i]) upload.add(blobs[i]);
+  return upload.finish(deadline_ms);
+}
+
+void BulkClient::Upload::add(const BlobView& blob) {
+  const auto bytes = static_cast<std::int64_t>(blob.bytes.size());
+  const bool small = bytes <= kGroupedBytesMax;
+  const bool joins = open_ && small && calls_.back().bytes + bytes <= kGroupBytesMax &&
+                     calls_.back().parts.size() < kHasBatch;
+  if (!joins) {
+    client_.send_due(calls_);  // none of these takes more
+    calls_.push_back(
+        {.request =
+             protocol::BlobPut{client_.next_call_++, small ? Digest{} : blob.digest, pin_, {}},
+         .parts = {},
+         .reply = {},
+         .data = {}});
+  }
+  open_ = small;
+  Call& call = calls_.back();
+  if (small) std::get<protocol::BlobPut>(call.request).parts.push_back({blob.digest, bytes});
+  call.parts.push_back(blob.bytes);
+  call.bytes += bytes;
+}
+
+Status BulkClient::Upload::finish(TimeMs deadline_ms) {
+  TANDEM_RETURN_IF_ERROR(client_.run(calls_, deadline_ms));
+  for (const Call& call : calls_) TANDEM_RETURN_IF_ERROR(call.reply.status);
   return {};
 }
 
@@ -125,7 +141,8 @@ Result<std::vector<std::vector<std::byte>>> BulkClient::get(std::span<const Dige
   std::vector<Call> calls;
   for (const Digest& digest : digests)
     calls.push_back(
-        {.request = protocol::BlobGet{0, digest, 0, 0}, .payload = {}, .reply = {}, .data = {}});
+        {.request = protocol::BlobGet{0, digest, 0, 0}, .parts = {}, .reply = {}, .data = {}});
+  number(calls);
   TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
   std::vector<std::vector<std::byte>> blobs;
   for (std::size_t i = 0; i < calls.size(); ++i) {
@@ -146,6 +163,7 @@ Status BulkClient::fetch_file(const Digest& root, const std::string& path, TimeM
   for (std::int64_t offset = 0, total = 1; offset < total; offset += kDigestLeafBytes) {
     std::vector<Call> calls(1);
     calls[0].request = protocol::BlobGet{0, root, offset, kDigestLeafBytes};
+    number(calls);
     TANDEM_RETURN_IF_ERROR(run(calls, deadline_ms));
     TANDEM_RETURN_IF_ERROR(calls[0].reply.status);
     total = calls[0].reply.total_bytes;

@@ -13,6 +13,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace tandem::worker::runtime {
@@ -25,9 +26,11 @@ struct BlobView {
 
 class BulkClient {
  public:
+  class Upload;
   BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock);
 
-  /// Makes every blob durable at the coordinator: asks which are missing, sends those.
+  /// Makes every blob durable at the coordinator. What is large asks first which are missing; what
+  /// is small is sent at once, which takes no longer than the answer.
   /// `deadline_ms` 0: for as long as it takes. Errors: kTimeout, kCancelled, or what the
   /// coordinator said (full disk).
   Status put(std::span<const BlobView> blobs, const std::string& pin, TimeMs deadline_ms = 0);
@@ -43,19 +46,43 @@ class BulkClient {
  private:
   struct Call {
     protocol::BulkRequest request;
-    std::span<const std::byte> payload;
+    std::vector<std::span<const std::byte>> parts;  ///< of the payload, one after another
+    std::int64_t bytes = 0;                         ///< of all parts
     protocol::BlobReply reply;
     std::vector<std::byte> data;
     bool done = false;
     TimeMs sent_ms = -1;
   };
+  /// Gives the calls their numbers, one after another.
+  void number(std::vector<Call>& calls);
+  /// Until every call is answered. Their numbers are the newest.
   Status run(std::vector<Call>& calls, TimeMs deadline_ms);
-  void send_due(std::vector<Call>& calls, std::size_t& in_flight);
+  /// For each blob whether the coordinator has it.
+  Result<std::vector<bool>> ask(std::span<const BlobView> blobs, TimeMs deadline_ms);
+  void send_due(std::span<Call> calls);
 
   std::unique_ptr<protocol::ClientEndpoint> endpoint_;
   const Clock& clock_;
   std::uint64_t next_call_ = 1;
   std::atomic<bool> cancelled_{false};
+};
+
+/// A put whose first bytes travel while the last are still being made. The client does nothing else
+/// until finish(); blobs live until then.
+class BulkClient::Upload {
+ public:
+  Upload(BulkClient& client, std::string pin) : client_(client), pin_(std::move(pin)) {}
+  /// Small blobs travel together: one message and one commit for a stretch of an adapter, not one
+  /// for each tensor. Sends what is complete; never waits.
+  void add(const BlobView& blob);
+  /// Sends the rest and waits until all of it is durable. Errors as put().
+  Status finish(TimeMs deadline_ms = 0);
+
+ private:
+  BulkClient& client_;
+  const std::string pin_;
+  std::vector<Call> calls_;
+  bool open_ = false;  ///< the last call takes more
 };
 
 }  // namespace tandem::worker::runtime

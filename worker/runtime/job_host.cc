@@ -12,7 +12,6 @@ namespace tandem::worker::runtime {
 namespace {
 
 using Json = nlohmann::json;
-constexpr std::size_t kProbeTokens = 8;
 
 /// A data set by its manifest's (or, when it is one chunk, its own) digest.
 Result<std::string> fetch_text(BulkClient& bulk, const Digest& digest) {
@@ -102,9 +101,10 @@ void JobHost::begin(Prepared prepared) {
     TANDEM_RETURN_IF_ERROR(prepared.status);
     for (const auto& example : prepared.train->examples)
       if (probe_prompt_.empty())
-        probe_prompt_.assign(example.tokens.begin(),
-                             example.tokens.begin() + static_cast<std::ptrdiff_t>(std::min(
-                                                          kProbeTokens, example.tokens.size())));
+        probe_prompt_.assign(
+            example.tokens.begin(),
+            example.tokens.begin() +
+                std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
     TANDEM_ASSIGN_OR_RETURN(auto batches,
                             train::make_packed_batches(prepared.train, prepared.eval, spec_.train));
     train::SessionOptions options;
@@ -207,7 +207,7 @@ void JobHost::checkpoint() {
   auto outcome = std::make_shared<Result<PackedObject>>(internal_error("not run"));
   const auto config = peft_config(session_->lora());
   auto task = [state, outcome, config, &bulk = parts_.bulk, start = start_] {
-    *outcome = pack_checkpoint(start.model.digest, config, *state);
+    *outcome = pack_checkpoint(start.model.digest, config, state);
     if (!outcome->ok()) return;
     const Status put = bulk.put((*outcome)->blobs, str(start.job, "/", start.epoch));
     if (!put.ok()) *outcome = put;
@@ -234,24 +234,22 @@ void JobHost::checkpoint() {
 
 void JobHost::publish() {
   phase_ = Phase::kPublishing;
-  const auto tensors = std::make_shared<const std::vector<model::HostAdapterTensor>>(
-      session_->host_adapter(adapter_dtype_));
+  const auto adapter =
+      std::make_shared<const model::FlatAdapter>(session_->flat_adapter(adapter_dtype_));
   packed_ = std::make_shared<PackedObject>();
   auto failure = std::make_shared<Status>();
   auto times = std::make_shared<PublishTimes>();
   const auto config = peft_config(session_->lora());
-  auto task = [packed = packed_, failure, times, tensors, config, dtype = adapter_dtype_,
-               &bulk = parts_.bulk, start = start_] {
+  auto task = [packed = packed_, failure, times, adapter, config, &bulk = parts_.bulk,
+               start = start_] {
     const std::int64_t begin = steady_ns();
-    auto object = pack_adapter(start.model.digest, config, *tensors, dtype);
+    BulkClient::Upload upload(bulk, str(start.job, "/", start.epoch));
+    auto object = pack_adapter(start.model.digest, config, adapter,
+                               [&](const BlobView& blob) { upload.add(blob); });
     times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
-    if (object.ok()) {
-      *packed = std::move(*object);
-      *failure = bulk.put(packed->blobs, str(start.job, "/", start.epoch));
-      times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
-    } else {
-      *failure = object.status();
-    }
+    *failure = object.ok() ? upload.finish() : object.status();
+    if (object.ok()) *packed = std::move(*object);
+    times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
   };
   in_background(task, [this, failure, times] {
     if (!failure->ok()) return end(*failure);
@@ -262,9 +260,8 @@ void JobHost::publish() {
   });
   // Meanwhile, on the device: what was trained must be what is served after loading it again.
   const std::int64_t probe_begin = steady_ns();
-  auto reloaded = model_.build_adapter(*tensors);
-  if (!reloaded.ok()) return end(reloaded.status());
-  probe_difference_ = session_->probe(probe_prompt_, *reloaded);
+  served_ = model_.build_adapter(*adapter);
+  probe_difference_ = session_->probe(probe_prompt_, served_);
   const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.options().dtype);
   if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
     return end(internal_error(
@@ -272,7 +269,6 @@ void JobHost::publish() {
             probe_difference_)));
   publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
   probed_ = true;
-  served_ = *reloaded;
   publish_when_ready();
 }
 

@@ -5,27 +5,41 @@
 #include "worker/runtime/encoder.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 namespace tandem::worker::runtime {
 namespace {
 
 constexpr std::int64_t kAdapterTableBytesMax = kGiB;
 
-/// Training's view of the weights: lets requests run between two blocks of a pass.
+/// Training's view of the weights: between two blocks of a pass it lets requests run, and it issues
+/// no block before the device has finished the one before the last. A device that works behind this
+/// thread's back is thereby never idle, and a request never waits for more than a block or two.
 class YieldingWeights final : public model::WeightSource {
  public:
-  YieldingWeights(model::WeightSource& weights, std::function<void()> yield)
-      : weights_(weights), yield_(std::move(yield)) {}
+  YieldingWeights(model::WeightSource& weights, model::Context& context,
+                  std::function<void()> yield)
+      : weights_(weights), context_(context), yield_(std::move(yield)) {}
   const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
+    const std::uint64_t here = context_.ops.mark(context_.exec);
     yield_();
+    while (!context_.ops.passed(before_)) {
+      std::this_thread::sleep_for(kPoll);
+      yield_();
+    }
+    before_ = here;
     return weights_.acquire(layer, phase);
   }
   void release(std::int64_t layer, model::Phase phase) override { weights_.release(layer, phase); }
   [[nodiscard]] const model::BaseWeights& base() const override { return weights_.base(); }
 
  private:
+  static constexpr std::chrono::microseconds kPoll{20};
   model::WeightSource& weights_;
+  model::Context& context_;
   std::function<void()> yield_;
+  std::uint64_t before_ = 0;
 };
 
 }  // namespace
@@ -46,8 +60,8 @@ struct ModelHost::Memory {
                           "training activations", limit),
         train_workspace(*b.allocator, *b.ledger, kernels::MemoryKind::kWorkspace,
                         "training workspace", limit),
-        serve_exec{serve_workspace, {}, numerics},
-        train_exec{train_workspace, {}, numerics},
+        serve_exec{serve_workspace, b.ops->make_stream(true), numerics},
+        train_exec{train_workspace, b.ops->make_stream(false), numerics},
         serve{*b.ops, serve_exec, comm, serve_activations, dtype},
         train{*b.ops, train_exec, comm, train_activations, dtype} {}
   kernels::Arena weights, adapters, serve_activations, serve_workspace, train_activations,
@@ -91,7 +105,9 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
   TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded_, path));
   encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
   weights_ = model::make_resident_weights(base_);
-  yielding_weights_ = std::make_unique<YieldingWeights>(*weights_, std::move(yield));
+  ops.synchronize(memory_->serve_exec);  // training reads the weights in another queue
+  yielding_weights_ =
+      std::make_unique<YieldingWeights>(*weights_, memory_->train, std::move(yield));
   adapters_ = std::make_unique<model::AdapterTable>(ops, memory_->serve_exec, memory_->adapters,
                                                     loaded_.config, options_.adapter_slots + 1);
   serve::ServeOptions serve;
@@ -120,6 +136,12 @@ Result<std::shared_ptr<const model::AdapterWeights>> ModelHost::build_adapter(
     const std::vector<model::HostAdapterTensor>& tensors) {
   return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
                               *backend_.ledger, loaded_.config, options_.dtype, tensors);
+}
+
+std::shared_ptr<const model::AdapterWeights> ModelHost::build_adapter(
+    const model::FlatAdapter& adapter) {
+  return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
+                              *backend_.ledger, loaded_.config, options_.dtype, adapter);
 }
 
 Result<std::vector<std::int32_t>> ModelHost::tokenize(const protocol::PromptInput& input) const {

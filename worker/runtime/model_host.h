@@ -55,6 +55,7 @@ class ModelHost {
   /// Frozen device tensors from host ones. Errors: shapes that do not fit the model.
   Result<std::shared_ptr<const model::AdapterWeights>> build_adapter(
       const std::vector<model::HostAdapterTensor>& tensors);
+  std::shared_ptr<const model::AdapterWeights> build_adapter(const model::FlatAdapter& adapter);
 
   /// Token ids of a request's input: tokens as they are, messages (or a plain prompt as one user
   /// message) through the chat template, raw prompts encoded alone. Errors name what is missing.

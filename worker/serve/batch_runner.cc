@@ -1,6 +1,9 @@
 #include "worker/serve/batch_runner.h"
 
+#include "protocol/base/random.h"
+
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 namespace tandem::worker::serve {
@@ -83,8 +86,26 @@ BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int6
   e.sequences = std::min(e.tokens, limits_.sequences_max);
   e.samples = samples > 0 ? e.sequences : 0;
   e.segments = limits_.slots + 2;
-  e.blocks = (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
+  const std::int64_t blocks_max =
+      (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
+  e.blocks = std::min(
+      blocks_max, static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(e.blocks))));
   return e;
+}
+
+bool BatchRunner::replays(const Extent& e) const {
+  return !limits_.token_buckets.empty() && e.tokens <= kReplayTokensMax &&
+         !sample_args_.history_offsets.defined();
+}
+
+std::uint64_t BatchRunner::replay_key(const Extent& e) const {
+  std::uint64_t key = 0;
+  for (const std::int64_t part :
+       {e.tokens, e.sequences, e.segments, e.blocks, e.samples, batch_.adapters.rank_max,
+        paged_.kv_len_max, sample_args_.top_logprobs, context_.activations.mark(),
+        context_.exec.workspace.mark()})
+    key = mix64(key ^ static_cast<std::uint64_t>(part));
+  return key;
 }
 
 void BatchRunner::stage_rows(std::span<const RunRows> rows, const Extent& e,
@@ -116,6 +137,8 @@ void BatchRunner::stage_rows(std::span<const RunRows> rows, const Extent& e,
               0);
     ++s;
   }
+  // With buckets a bound, so that few differ.
+  if (!limits_.token_buckets.empty()) paged_.kv_len_max = e.blocks * limits_.block_size;
   std::fill(ids.begin() + static_cast<std::ptrdiff_t>(t), ids.end(), 0);
   std::fill(positions.begin() + static_cast<std::ptrdiff_t>(t), positions.end(), 0);
   std::fill(slots.begin() + static_cast<std::ptrdiff_t>(t), slots.end(), -1);
@@ -240,22 +263,33 @@ void BatchRunner::ban(std::span<const RunRows> rows) {
   }
 }
 
-void BatchRunner::sample(const Extent& e, std::int64_t real, RunResult& result) {
+void BatchRunner::sample(const Extent& e) {
   kernels::SampleArgs& a = sample_args_;
   a.logits = logits_.rows(0, e.samples);
   outputs_.clear();
-  const auto ids = outputs_.take<std::int32_t>(Shape{e.samples}, a.ids);
-  const auto logprobs = outputs_.take<float>(Shape{e.samples}, a.logprob);
-  const std::int64_t n = a.top_logprobs;
-  const auto top_ids = outputs_.take<std::int32_t>(Shape{e.samples, n}, a.top_ids);
-  const auto top = outputs_.take<float>(Shape{e.samples, n}, a.top_logprob);
+  sampled_ids_ = outputs_.take<std::int32_t>(Shape{e.samples}, a.ids);
+  sampled_logprobs_ = outputs_.take<float>(Shape{e.samples}, a.logprob);
+  top_ids_ = outputs_.take<std::int32_t>(Shape{e.samples, a.top_logprobs}, a.top_ids);
+  top_logprobs_ = outputs_.take<float>(Shape{e.samples, a.top_logprobs}, a.top_logprob);
   context_.ops.sample(context_.exec, a);
+}
+
+void BatchRunner::download_samples(std::int64_t real, RunResult& result) {
   outputs_.download(context_.ops, context_.exec);
-  result.ids.assign(ids.begin(), ids.begin() + real);
-  result.logprobs.assign(logprobs.begin(), logprobs.begin() + real);
+  const std::int64_t n = sample_args_.top_logprobs;
+  result.ids.assign(sampled_ids_.begin(), sampled_ids_.begin() + real);
+  result.logprobs.assign(sampled_logprobs_.begin(), sampled_logprobs_.begin() + real);
   result.top_count = n;
-  result.top_ids.assign(top_ids.begin(), top_ids.begin() + real * n);
-  result.top_logprobs.assign(top.begin(), top.begin() + real * n);
+  result.top_ids.assign(top_ids_.begin(), top_ids_.begin() + real * n);
+  result.top_logprobs.assign(top_logprobs_.begin(), top_logprobs_.begin() + real * n);
+}
+
+void BatchRunner::forward_and_sample(const Extent& e) {
+  forward();
+  const Tensor gathered = gathered_.rows(0, e.samples);
+  context_.ops.gather_rows(context_.exec, {hidden_.rows(0, e.tokens), sample_index_, gathered});
+  transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
+  sample(e);
 }
 
 // As many rows at once as there are logits rows; after the sampler is done with them.
@@ -303,17 +337,24 @@ void BatchRunner::run(std::span<const RunRows> rows, std::int64_t rank_max, RunR
   stage_rows(rows, e, rank_max);
   stage_sampling(rows, e);
   inputs_.upload(context_.ops, context_.exec);
-  forward();
   result.ids.clear();
   result.scores.clear();
   result.top_count = 0;
-  if (samples > 0) {
+  if (samples == 0) {
+    forward();
+  } else if (banned) {
+    forward();
     const Tensor gathered = gathered_.rows(0, e.samples);
     context_.ops.gather_rows(context_.exec, {hidden_.rows(0, e.tokens), sample_index_, gathered});
     transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
-    if (banned) ban(rows);
-    sample(e, samples, result);
+    ban(rows);
+    sample(e);
+  } else if (replays(e)) {
+    context_.ops.replay(context_.exec, replay_key(e), [&] { forward_and_sample(e); });
+  } else {
+    forward_and_sample(e);
   }
+  if (samples > 0) download_samples(samples, result);
   if (scored) score(rows, result);
 }
 
@@ -322,7 +363,7 @@ void BatchRunner::run_worst_case() {
   const Extent e{limits_.tokens_max, limits_.sequences_max, limits_.slots + 2, blocks,
                  limits_.sequences_max};
   stage_rows({}, e, limits_.rank_max);
-  paged_.kv_len_max = limits_.context_max;
+  paged_.kv_len_max = blocks * limits_.block_size;
   stage_sampling({}, e);
   stage_history({}, e);
   sample_args_.top_logprobs = limits_.top_logprobs_max;
@@ -332,7 +373,8 @@ void BatchRunner::run_worst_case() {
   context_.ops.gather_rows(context_.exec, {hidden_, sample_index_, gathered});
   transformer_.logits(context_, gathered, logits_);
   RunResult result;
-  sample(e, e.samples, result);
+  sample(e);
+  download_samples(e.samples, result);
   Tensor ids, logprob;
   inputs_.clear();
   outputs_.clear();

@@ -13,6 +13,9 @@
 
 namespace tandem::worker::serve {
 
+/// Batches of at most this many rows are recorded and replayed where the device can.
+inline constexpr std::int64_t kReplayTokensMax = 256;
+
 struct RunnerLimits {
   std::int64_t tokens_max = 0, sequences_max = 0, slots = 0, context_max = 0, block_size = 0,
                rank_max = 0, history_max = 0, top_logprobs_max = 0;
@@ -67,13 +70,21 @@ class BatchRunner {
     std::int64_t tokens, sequences, segments, blocks, samples;
   };
   Extent extent(std::span<const RunRows> rows, std::int64_t tokens, std::int64_t samples) const;
+  /// True for a batch that is worth recording: few rows, so that issuing its ops takes longer than
+  /// running them, and shapes that come back.
+  [[nodiscard]] bool replays(const Extent& e) const;
+  /// All that the host puts into the ops of forward_and_sample().
+  [[nodiscard]] std::uint64_t replay_key(const Extent& e) const;
   void stage_rows(std::span<const RunRows> rows, const Extent& e, std::int64_t rank_max);
   void stage_segments(std::span<const RunRows> rows, const Extent& e, std::int64_t rank_max);
   void stage_sampling(std::span<const RunRows> rows, const Extent& e);
   void stage_history(std::span<const RunRows> rows, const Extent& e);
   void forward();
+  /// Forward, the sampled rows' logits and the draw; the results are on the device then.
+  void forward_and_sample(const Extent& e);
   void ban(std::span<const RunRows> rows);
-  void sample(const Extent& e, std::int64_t real, RunResult& result);
+  void sample(const Extent& e);
+  void download_samples(std::int64_t real, RunResult& result);
   void score(std::span<const RunRows> rows, RunResult& result);
 
   model::Context& context_;
@@ -87,6 +98,9 @@ class BatchRunner {
   model::PagedKv paged_;
   kernels::Tensor sample_index_;  ///< [samples] i32
   kernels::SampleArgs sample_args_;
+  /// Host sides of what sample() left.
+  std::span<const std::int32_t> sampled_ids_, top_ids_;
+  std::span<const float> sampled_logprobs_, top_logprobs_;
 };
 
 }  // namespace tandem::worker::serve

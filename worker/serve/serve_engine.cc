@@ -65,6 +65,23 @@ Status check_options(const model::ModelConfig& config, DType dtype, const ServeP
   return {};
 }
 
+/// Few enough for one recording each, close enough that inert rows cost little.
+std::vector<std::int64_t> default_token_buckets(std::int64_t most) {
+  std::vector<std::int64_t> buckets;
+  const auto step = [](std::int64_t at) -> std::int64_t {
+    return at < 2      ? 1
+           : at < 4    ? 2
+           : at < 8    ? 4
+           : at < 64   ? 8
+           : at < 256  ? 32
+           : at < 1024 ? 64
+                       : 256;
+  };
+  for (std::int64_t at = 1; at < most; at += step(at)) buckets.push_back(at);
+  buckets.push_back(most);
+  return buckets;
+}
+
 RunnerLimits runner_limits(const model::ModelConfig& config, const ServeParts& parts,
                            const ServeOptions& o) {
   RunnerLimits l;
@@ -163,7 +180,10 @@ Result<std::unique_ptr<ServeEngine>> ServeEngine::create(const ServeParts& parts
   TANDEM_CHECK(base.dtype() == parts.context.compute_dtype, dtype_name(base.dtype()),
                " weights in ", dtype_name(parts.context.compute_dtype), " context");
   TANDEM_RETURN_IF_ERROR(check_options(base.config(), base.dtype(), parts, options));
-  return std::unique_ptr<ServeEngine>(new ServeEngine(std::make_unique<Impl>(parts, options)));
+  ServeOptions filled = options;
+  if (filled.token_buckets.empty() && parts.context.ops.profile().records_graphs)
+    filled.token_buckets = default_token_buckets(filled.max_batch_tokens);
+  return std::unique_ptr<ServeEngine>(new ServeEngine(std::make_unique<Impl>(parts, filled)));
 }
 
 ServeEngine::ServeEngine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}

@@ -86,6 +86,7 @@ class Parser {
   ExpressionPtr parse_filters(ExpressionPtr node);
   ExpressionPtr parse_test(ExpressionPtr node);
   ExpressionPtr parse_attribute(ExpressionPtr node);
+  ExpressionPtr parse_call(ExpressionPtr function);
   ExpressionPtr parse_subscript(ExpressionPtr node);
   ExpressionPtr parse_list();
   ExpressionPtr parse_dict();
@@ -551,14 +552,18 @@ ExpressionPtr Parser::parse_postfix(ExpressionPtr node) {
     } else if (is_op("[")) {
       node = parse_subscript(std::move(node));
     } else if (is_op("(")) {
-      auto call = make(ExpressionKind::kCall);
-      adopt(*call, std::move(node));
-      parse_arguments(*call);
-      node = std::move(call);
+      node = parse_call(std::move(node));
     } else {
       return node;
     }
   }
+}
+
+ExpressionPtr Parser::parse_call(ExpressionPtr function) {
+  auto call = make(ExpressionKind::kCall);
+  adopt(*call, std::move(function));
+  parse_arguments(*call);
+  return call;
 }
 
 ExpressionPtr Parser::parse_attribute(ExpressionPtr object) {
@@ -628,10 +633,7 @@ ExpressionPtr Parser::parse_filters(ExpressionPtr node) {
     } else if (skip_name("is")) {
       node = parse_test(std::move(node));
     } else if (is_op("(")) {
-      auto call = make(ExpressionKind::kCall);
-      adopt(*call, std::move(node));
-      parse_arguments(*call);
-      node = std::move(call);
+      node = parse_call(std::move(node));
     } else {
       return node;
     }

@@ -86,4 +86,12 @@ class Tokenizer {
   std::shared_ptr<const Impl> impl_;
 };
 
+/// A GGUF file's tokenizer as a Hugging Face folder has it: same ids for every text. Errors as
+/// Tokenizer::from_gguf.
+struct HfTokenizerFiles {
+  std::string tokenizer_json;
+  std::string tokenizer_config_json;  ///< with the chat template, when there is one
+};
+Result<HfTokenizerFiles> hf_tokenizer_files(const storage::GgufTokenizer& data);
+
 }  // namespace tandem::worker::text

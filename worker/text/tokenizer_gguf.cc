@@ -4,10 +4,15 @@
 #include "worker/text/tokenizer.h"
 #include "worker/text/tokenizer_impl.h"
 
+#include <nlohmann/json.hpp>
+
 #include <array>
+#include <map>
 
 namespace tandem::worker::text {
 namespace {
+
+using Json = nlohmann::json;
 
 /// tokenizer.ggml.token_type, as llama.cpp numbers them.
 constexpr std::int32_t kTypeControl = 3;
@@ -87,6 +92,57 @@ Status add_rules(Rules rules, bool add_prefix_space, Tokenizer::Impl& impl) {
   return Status::ok_status();
 }
 
+/// The rules of add_rules as tokenizer.json's components.
+void rules_json(Rules rules, bool add_prefix_space, Json& json) {
+  const auto byte_level = [](bool prefix_space, bool regex) {
+    return Json{{"type", "ByteLevel"},
+                {"add_prefix_space", prefix_space},
+                {"trim_offsets", true},
+                {"use_regex", regex}};
+  };
+  const auto sequence = [&](Json first, Json second) {
+    json["pre_tokenizer"] = {{"type", "Sequence"},
+                             {"pretokenizers", {std::move(first), std::move(second)}}};
+  };
+  json["normalizer"] = nullptr;
+  json["decoder"] = byte_level(true, true);
+  if (rules == Rules::kGpt2) {
+    json["pre_tokenizer"] = byte_level(add_prefix_space, true);
+  } else if (rules == Rules::kDigitsThenGpt2) {
+    sequence({{"type", "Digits"}, {"individual_digits", true}}, byte_level(add_prefix_space, true));
+  } else {
+    if (rules == Rules::kQwen2) json["normalizer"] = {{"type", "NFC"}};
+    sequence({{"type", "Split"},
+              {"pattern", {{"Regex", rules == Rules::kQwen2 ? kQwen2Pattern : kLlama3Pattern}}},
+              {"behavior", "Isolated"},
+              {"invert", false}},
+             byte_level(false, false));
+  }
+}
+
+/// Writes bos before (and eos after) every text, where the file says so.
+Json template_json(const std::vector<std::string>& before, const std::vector<std::string>& after,
+                   const std::map<std::string, std::uint32_t>& ids) {
+  if (before.empty() && after.empty()) return nullptr;
+  Json single = Json::array(), pair, tokens = Json::object();
+  const auto special = [&](const std::string& name, int type) {
+    tokens[name] = {{"id", name}, {"ids", {ids.at(name)}}, {"tokens", {name}}};
+    return Json{{"SpecialToken", {{"id", name}, {"type_id", type}}}};
+  };
+  const auto add = [&](Json& to, const char* sequence, int type) {
+    for (const auto& name : before) to.push_back(special(name, type));
+    to.push_back({{"Sequence", {{"id", sequence}, {"type_id", type}}}});
+    for (const auto& name : after) to.push_back(special(name, type));
+  };
+  add(single, "A", 0);
+  pair = single;
+  add(pair, "B", 1);
+  return {{"type", "TemplateProcessing"},
+          {"single", std::move(single)},
+          {"pair", std::move(pair)},
+          {"special_tokens", std::move(tokens)}};
+}
+
 Status parse_tokens(const storage::GgufTokenizer& data, TokenizerParts& parts) {
   if (!data.token_types.empty() && data.token_types.size() != data.tokens.size())
     return invalid_error(
@@ -146,6 +202,56 @@ Result<Tokenizer> Tokenizer::from_gguf(const storage::GgufTokenizer& data) {
   TANDEM_RETURN_IF_ERROR(build_vocabulary(std::move(parts), *impl));
   TANDEM_RETURN_IF_ERROR(take_ids(data, pre.adds_bos, *impl));
   return Tokenizer(std::move(impl));
+}
+
+Result<HfTokenizerFiles> hf_tokenizer_files(const storage::GgufTokenizer& data) {
+  TANDEM_RETURN_IF_ERROR(Tokenizer::from_gguf(data).status());  // every error is found there
+  TANDEM_ASSIGN_OR_RETURN(const PreName pre, find_pre(data.pre));
+  Json json{{"version", "1.0"}, {"truncation", nullptr}, {"padding", nullptr}};
+  rules_json(pre.rules, data.add_space_prefix.value_or(false), json);
+  Json added = Json::array(), vocabulary = Json::object();
+  for (std::size_t id = 0; id < data.tokens.size(); ++id) {
+    vocabulary[data.tokens[id]] = id;
+    const std::int32_t type = data.token_types.empty() ? 1 : data.token_types[id];
+    if (type == kTypeControl || type == kTypeUserDefined)
+      added.push_back({{"id", id},
+                       {"content", data.tokens[id]},
+                       {"single_word", false},
+                       {"lstrip", false},
+                       {"rstrip", false},
+                       {"normalized", false},
+                       {"special", type == kTypeControl}});
+  }
+  json["added_tokens"] = std::move(added);
+  json["model"] = {{"type", "BPE"},
+                   {"dropout", nullptr},
+                   {"unk_token", nullptr},
+                   {"continuing_subword_prefix", nullptr},
+                   {"end_of_word_suffix", nullptr},
+                   {"fuse_unk", false},
+                   {"byte_fallback", false},
+                   {"ignore_merges", pre.rules == Rules::kLlama3},
+                   {"vocab", std::move(vocabulary)},
+                   {"merges", data.merges}};
+  Json config{{"tokenizer_class", "PreTrainedTokenizerFast"},
+              {"clean_up_tokenization_spaces", false}};
+  std::map<std::string, std::uint32_t> ids;
+  const auto name = [&](const char* key, std::optional<std::uint32_t> id) {
+    if (!id) return;
+    config[key] = data.tokens[*id];
+    ids[data.tokens[*id]] = *id;
+  };
+  name("bos_token", data.bos_id);
+  name("eos_token", data.eos_id);
+  name("unk_token", data.unk_id);
+  name("pad_token", data.pad_id);
+  std::vector<std::string> before, after;
+  if (data.add_bos.value_or(pre.adds_bos) && data.bos_id)
+    before.push_back(data.tokens[*data.bos_id]);
+  if (data.add_eos.value_or(false) && data.eos_id) after.push_back(data.tokens[*data.eos_id]);
+  json["post_processor"] = template_json(before, after, ids);
+  if (!data.chat_template.empty()) config["chat_template"] = data.chat_template;
+  return HfTokenizerFiles{json.dump(), config.dump(2) + "\n"};
 }
 
 }  // namespace tandem::worker::text

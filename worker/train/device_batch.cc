@@ -3,7 +3,6 @@
 #include "protocol/base/units.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace tandem::worker::train {
 
@@ -46,13 +45,25 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
   return device;
 }
 
-data::MicroBatch whole_sequence(const std::vector<std::int32_t>& tokens) {
-  data::MicroBatch batch;
-  batch.tokens = tokens;
-  batch.labels.assign(tokens.size(), data::kIgnore);
-  batch.positions.resize(tokens.size());
-  std::iota(batch.positions.begin(), batch.positions.end(), 0);
-  batch.cu_seqlens = {0, static_cast<std::int32_t>(tokens.size())};
+model::TokenBatch upload_twice(model::Context& ctx, const std::vector<std::int32_t>& tokens,
+                               std::int64_t rank_max) {
+  const auto count = static_cast<std::int32_t>(tokens.size());
+  const std::int64_t rows = 2 * count;
+  std::vector<std::int32_t> ids, positions;
+  for (int copy = 0; copy < 2; ++copy)
+    for (std::int32_t at = 0; at < count; ++at) {
+      ids.push_back(tokens[static_cast<std::size_t>(at)]);
+      positions.push_back(at);
+    }
+  model::TokenBatch batch;
+  batch.ids = upload_padded(ctx, std::move(ids), rows, 0);
+  batch.positions = upload_padded(ctx, std::move(positions), rows, 0);
+  batch.seq_offsets = upload_padded(ctx, {0, count, 2 * count}, 3, 0);
+  batch.seq_len_max = count;
+  batch.adapters.segments_max = 2;
+  batch.adapters.rank_max = rank_max;
+  batch.adapters.segment_offsets = batch.seq_offsets;
+  batch.adapters.segment_slots = upload_padded(ctx, {0, 1}, 2, -1);
   return batch;
 }
 

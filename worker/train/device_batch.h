@@ -9,8 +9,8 @@ namespace tandem::worker::train {
 /// Tokens of a micro-batch are rounded up to a multiple of this with inert rows, so that few
 /// different shapes exist (products are set up once per shape).
 inline constexpr std::int64_t kTokenBucket = 64;
-inline constexpr std::int64_t kSmallBucket =
-    16;  ///< of batches that are bounded below kTokenBucket: probes
+/// Of batches that are bounded below kTokenBucket.
+inline constexpr std::int64_t kSmallBucket = 16;
 
 struct DeviceBatch {
   model::TokenBatch tokens;  ///< T rows, all in one slot
@@ -23,8 +23,9 @@ struct DeviceBatch {
 DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
                          const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max);
 
-/// One document without labels.
-data::MicroBatch whole_sequence(const std::vector<std::int32_t>& tokens);
+/// The same document twice, without labels: its first copy in slot 0, its second in slot 1.
+model::TokenBatch upload_twice(model::Context& ctx, const std::vector<std::int32_t>& tokens,
+                               std::int64_t rank_max);
 
 /// The sum of an f32 vector, in order, in f64. Waits for the device.
 double sum_rows(model::Context& ctx, const kernels::Tensor& x);

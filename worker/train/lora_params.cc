@@ -154,7 +154,7 @@ void LoraParams::update(const protocol::TrainSettings& settings, double learning
   parts_.context.ops.adamw(parts_.context.exec, args);
 }
 
-void LoraParams::attach() {
+void LoraParams::attach(model::AdapterTable& table, std::int64_t slot) {
   const auto layers = static_cast<std::size_t>(parts_.weights.base().config().layers);
   std::vector<std::array<std::optional<model::AdapterTable::TrainablePair>, model::kSiteCount>>
       pairs(layers);
@@ -165,7 +165,7 @@ void LoraParams::attach() {
              static_cast<std::int32_t>(pair.rank)},
             model::pair_a(pair, gradient_),
             model::pair_b(pair, gradient_)};
-  parts_.adapters.set_trainable(parts_.context.exec, parts_.slot, pairs);
+  table.set_trainable(parts_.context.exec, slot, pairs);
 }
 
 // -- host copies
@@ -231,6 +231,7 @@ std::shared_ptr<const model::AdapterWeights> LoraParams::snapshot() const {
                                                 flat_bytes(layout_.elements, compute_.dtype));
   const Tensor flat = arena->alloc(compute_.shape, compute_.dtype);
   parts_.context.ops.copy(parts_.context.exec, compute_, flat);
+  parts_.context.ops.synchronize(parts_.context.exec);  // whoever serves it has a queue of its own
   return layout_.view(parts_.weights.base().config(), flat, std::move(arena));
 }
 
@@ -247,6 +248,17 @@ std::vector<model::HostAdapterTensor> LoraParams::host_adapter(DType dtype) cons
                        std::vector<float>(b, b + pair.n * pair.rank)});
   }
   return tensors;
+}
+
+model::FlatAdapter LoraParams::flat_adapter(DType dtype) const {
+  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  // The compute copy is the masters rounded, so it can be taken as it is; the probe holds it to
+  // that.
+  const Tensor& from = dtype == compute_.dtype ? compute_ : master_;
+  model::FlatAdapter adapter{layout_, from.dtype, {}};
+  adapter.bytes.resize(static_cast<std::size_t>(from.bytes()));
+  parts_.context.ops.download(parts_.context.exec, from, adapter.bytes);
+  return from.dtype == dtype ? adapter : adapter.in(dtype);
 }
 
 }  // namespace tandem::worker::train

@@ -31,14 +31,15 @@ class LoraParams {
   /// One AdamW update of everything; `step` counts from 1.
   void update(const protocol::TrainSettings& settings, double learning_rate, std::int64_t step);
 
-  /// Points the slot's entries at these parameters and gradients.
-  void attach();
+  /// Points a slot's entries at these parameters and gradients.
+  void attach(model::AdapterTable& table, std::int64_t slot);
   [[nodiscard]] std::int64_t rank_max() const { return layout_.rank_max; }
 
   [[nodiscard]] std::vector<StateTensor> export_tensors() const;
   Status import_tensors(const std::vector<StateTensor>& tensors);
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
+  [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const;
 
  private:
   [[nodiscard]] std::vector<float> download(const kernels::Tensor& flat) const;

@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include <cmath>
+#include <limits>
 #include <set>
 
 namespace tandem::worker::train {
@@ -25,8 +26,6 @@ constexpr int kStateVersion = 1;
 constexpr std::uint64_t kDropoutStream = 0x64726f70;  // "drop"
 /// gradient_accumulation_steps never exceeds it, so (step, micro-batch) is one number.
 constexpr std::int64_t kMicroBatchesMax = 4096;
-/// Rows of logits that a probe holds at once.
-constexpr std::int64_t kProbeRows = 64;
 
 /// Settings that may differ between a checkpoint and the job that continues from it: they change
 /// what is reported or kept, not one bit of the result.
@@ -107,7 +106,7 @@ class TrainSession::Impl {
       params_.initialise(static_cast<std::uint64_t>(options_.settings.seed));
     }
     options_.initial = nullptr;
-    params_.attach();
+    params_.attach(parts_.adapters, parts_.slot);
     return {};
   }
 
@@ -159,7 +158,6 @@ class TrainSession::Impl {
   Result<SliceEvent> eval_slice();
   Status begin_step();
   double run_micro_batch(const data::MicroBatch& batch);
-  [[nodiscard]] std::vector<float> probe_hidden(const DeviceBatch& batch);
   void phase_after_step();
 
   // The step in progress.
@@ -368,43 +366,34 @@ Status TrainSession::Impl::import_state(const TrainState& state) {
 // -- probe
 // -----------------------------------------------------------------------------------------
 
-std::vector<float> TrainSession::Impl::probe_hidden(const DeviceBatch& batch) {
-  model::Context& ctx = parts_.context;
-  const std::int64_t tokens = batch.real_tokens, vocab = transformer_.config().vocab;
-  const Tensor hidden = ctx.activations.alloc({batch.tokens.tokens(), transformer_.config().width},
-                                              ctx.compute_dtype);
-  transformer_.forward(ctx, batch.tokens, {}, hidden, nullptr, recompute_);
-  std::vector<float> logits(static_cast<std::size_t>(tokens * vocab));
-  for (std::int64_t row = 0; row < tokens; row += kProbeRows) {
-    ArenaScope scope(ctx.activations);
-    const std::int64_t rows = std::min(kProbeRows, tokens - row);
-    const Tensor chunk = ctx.activations.alloc({rows, vocab}, DType::kF32);
-    transformer_.logits(ctx, hidden.rows(row, rows), chunk);
-    ctx.ops.download(
-        ctx.exec, chunk,
-        std::as_writable_bytes(std::span(logits).subspan(static_cast<std::size_t>(row * vocab),
-                                                         static_cast<std::size_t>(rows * vocab))));
-  }
-  return logits;
-}
-
 double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
                                  std::shared_ptr<const model::AdapterWeights> other) {
   const auto tokens = static_cast<std::int64_t>(prompt.size());
-  TANDEM_CHECK(tokens >= 1 && tokens <= transformer_.config().context_max, tokens, " tokens");
-  model::Context& ctx = parts_.context;
-  const data::MicroBatch batch = whole_sequence(prompt);
-  const BatchBounds bounds{tokens, 1, tokens};
+  TANDEM_CHECK(tokens >= 1 && tokens <= kProbeTokens, tokens, " tokens");
+  kernels::Exec exec = parts_.context.exec;
+  exec.background = true;  // beside it, the adapter is hashed and uploaded
+  model::Context ctx{parts_.context.ops, exec, parts_.context.comm, parts_.context.activations,
+                     parts_.context.compute_dtype};
   ArenaScope scope(ctx.activations);
-  const DeviceBatch device =
-      upload_batch(ctx, batch, bounds, parts_.slot, std::max(params_.rank_max(), other->rank_max));
-  const std::vector<float> trained = probe_hidden(device);
-  parts_.adapters.set(ctx.exec, parts_.slot, std::move(other));
-  const std::vector<float> reloaded = probe_hidden(device);
-  params_.attach();
+  // One pass for both: the prompt twice in a batch, once under each adapter of a table of our own.
+  const std::int64_t rank_max = std::max(params_.rank_max(), other->rank_max);
+  model::AdapterTable table(ctx.ops, ctx.exec, ctx.activations, transformer_.config(), 2);
+  params_.attach(table, 0);
+  table.set(ctx.exec, 1, std::move(other));
+  const model::Transformer both(parts_.weights, &table, {0, transformer_.config().layers});
+  const model::TokenBatch batch = upload_twice(ctx, prompt, rank_max);
+  const Tensor hidden =
+      ctx.activations.alloc({batch.tokens(), transformer_.config().width}, ctx.compute_dtype);
+  both.forward(ctx, batch, {}, hidden, nullptr, recompute_);
+  const Tensor device =
+      ctx.activations.alloc({2 * tokens, transformer_.config().vocab}, DType::kF32);
+  both.logits(ctx, hidden.rows(0, 2 * tokens), device);
+  std::vector<float> logits(static_cast<std::size_t>(device.elements()));
+  ctx.ops.download(ctx.exec, device, std::as_writable_bytes(std::span(logits)));
+  const std::size_t half = logits.size() / 2;
   double worst = 0.0;
-  for (std::size_t e = 0; e < trained.size(); ++e) {
-    const double difference = std::fabs(static_cast<double>(trained[e]) - reloaded[e]);
+  for (std::size_t e = 0; e < half; ++e) {
+    const double difference = std::fabs(static_cast<double>(logits[e]) - logits[half + e]);
     // A NaN on one side only must not look like agreement.
     worst = std::isnan(difference) ? std::numeric_limits<double>::infinity()
                                    : std::max(worst, difference);
@@ -464,6 +453,9 @@ std::shared_ptr<const model::AdapterWeights> TrainSession::snapshot_adapter() co
 }
 std::vector<model::HostAdapterTensor> TrainSession::host_adapter(DType dtype) const {
   return impl_->params_.host_adapter(dtype);
+}
+model::FlatAdapter TrainSession::flat_adapter(DType dtype) const {
+  return impl_->params_.flat_adapter(dtype);
 }
 double TrainSession::probe(const std::vector<std::int32_t>& prompt,
                            std::shared_ptr<const model::AdapterWeights> other) {

@@ -11,7 +11,7 @@
 
 #include "kernels/ops.h"
 #include "protocol/job_spec.h"
-#include "worker/model/adapter.h"
+#include "worker/model/adapter_layout.h"
 #include "worker/model/context.h"
 #include "worker/model/transformer.h"
 #include "worker/train/batch_source.h"
@@ -88,6 +88,10 @@ struct SessionOptions {
   const std::vector<model::HostAdapterTensor>* initial = nullptr;
 };
 
+/// Tokens of a probe's prompt at most. Few are enough: each token passes every tensor of the
+/// adapter. All logits are held at once.
+inline constexpr std::int64_t kProbeTokens = 4;
+
 class TrainSession {
  public:
   /// Allocates and initialises. A is kaiming-uniform(a = sqrt(5)), i.e. uniform in +-1/sqrt(I), as
@@ -121,12 +125,14 @@ class TrainSession {
   /// A frozen copy of the adapter as of the last step, in compute dtype, made on the device (no
   /// host copy): what serving shows as the job's latest and what is served after the publish.
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot_adapter() const;
-  /// The adapter on the host for publishing: masters rounded to `dtype` (kF32 or kBF16).
+  /// The adapter on the host: masters rounded to `dtype` (kF32 or kBF16).
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
+  /// The same values for publishing: one buffer of `dtype`, as few copies as the device allows.
+  [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const;
 
-  /// Largest absolute difference between the logits of every position of `prompt` (1..context
-  /// tokens) with the trained slot and with `other`; 0 when the published dtype keeps the compute
-  /// dtype's bits.
+  /// Largest absolute difference between the logits of every position of `prompt` (1 to
+  /// kProbeTokens tokens) with the trained adapter and with `other`, in one pass over both; 0
+  /// when the published dtype keeps the compute dtype's bits.
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
 

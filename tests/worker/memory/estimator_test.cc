@@ -102,7 +102,7 @@ model::ModelConfig config_of(const Case& c) {
 /// The same job for real: two steps, the smaller micro-batch first.
 Estimate run_for_real(const Case& c, train::BatchBounds& bounds) {
   const model::ModelConfig config = config_of(c);
-  test::Engine engine(kernels::make_cpu_backend({c.threads, 0}), config, c.dtype,
+  test::Engine engine(test::make_test_backend(c.threads), config, c.dtype,
                       *model::make_random_source(config, 1), c.slots);
   const data::MicroBatch large = random_batch(c.lengths, config.vocab);
   const data::MicroBatch small = random_batch({2}, config.vocab);
@@ -122,9 +122,8 @@ Estimate run_for_real(const Case& c, train::BatchBounds& bounds) {
     const auto snapshot = session->snapshot_adapter();
     auto reloaded = model::build_adapter(*engine.backend.ops, engine.exec,
                                          *engine.backend.allocator, *engine.backend.ledger, config,
-                                         c.dtype, session->host_adapter(c.dtype))
-                        .value();
-    session->probe(std::vector<std::int32_t>(kProbeTokens, 1), std::move(reloaded));
+                                         c.dtype, session->flat_adapter(c.dtype));
+    session->probe(std::vector<std::int32_t>(train::kProbeTokens, 1), std::move(reloaded));
   }
   return read_ledger(*engine.backend.ledger);
 }
@@ -133,11 +132,9 @@ TEST_P(TrainingEstimate, EqualsTheRealLedgerByteForByte) {
   const Case& c = GetParam();
   train::BatchBounds bounds;
   const Estimate real = run_for_real(c, bounds);
-  kernels::CpuOptions cpu;
-  cpu.threads = c.threads;
   const Estimate dry =
-      estimate_training(kernels::cpu_profile(cpu), config_of(c), c.dtype, settings_of(c), bounds,
-                        TrainingPlan{c.slots, c.eval, c.publish})
+      estimate_training(test::make_test_backend(c.threads).ops->profile(), config_of(c), c.dtype,
+                        settings_of(c), bounds, TrainingPlan{c.slots, c.eval, c.publish})
           .value();
   EXPECT_EQ(dry.to_json(), real.to_json());
   EXPECT_GT(real.of(kernels::MemoryKind::kActivations), 0);
@@ -202,7 +199,7 @@ TEST(ServingEstimate, EqualsTheRealLedgerByteForByte) {
     options.max_batch_tokens = 200;
     options.max_running = 8;
     const model::ModelConfig config = medium_config();
-    test::Engine engine(kernels::make_cpu_backend({2, 0}), config, dtype,
+    test::Engine engine(test::make_test_backend(2), config, dtype,
                         *model::make_random_source(config, 1), 4);
     const ManualClock clock;
     auto serving = serve::ServeEngine::create(
@@ -212,7 +209,7 @@ TEST(ServingEstimate, EqualsTheRealLedgerByteForByte) {
                        .value();
     serving->reserve_worst_case();
     const Estimate dry =
-        estimate_serving(kernels::cpu_profile({2, 0}), config, dtype, options, 4).value();
+        estimate_serving(engine.backend.ops->profile(), config, dtype, options, 4).value();
     EXPECT_EQ(dry.to_json(), read_ledger(*engine.backend.ledger).to_json());
     EXPECT_GT(dry.of(kernels::MemoryKind::kKv), 0);
   }

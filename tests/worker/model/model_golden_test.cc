@@ -1,12 +1,16 @@
 // Against transformers and PEFT: same tiny models, same numbers (see
 // tests/golden/model_goldens.py).
 #include "tests/support/model_golden.h"
+#include "protocol/base/ids.h"
 #include "tests/support/engine_fixture.h"
 #include "worker/model/adapter_layout.h"
+#include "worker/model/merge.h"
 #include "worker/train/device_batch.h"
 #include "worker/train/train_session.h"
 
 #include <gtest/gtest.h>
+
+#include <filesystem>
 
 namespace tandem::test {
 namespace {
@@ -52,7 +56,7 @@ class ModelGoldens : public testing::TestWithParam<std::string> {
  protected:
   ModelGoldens()
       : golden(GetParam()),
-        engine(kernels::make_cpu_backend({2, 0}), golden.config(), DType::kF32,
+        engine(make_test_backend(2), golden.config(), DType::kF32,
                *worker::model::make_safetensors_source(golden.weights())),
         transformer(*engine.weights, &engine.adapters, {0, golden.config().layers}),
         batch(golden.pack("", 0, 4)) {
@@ -91,6 +95,38 @@ TEST_P(ModelGoldens, LogitsWithAnImportedPeftAdapterAreThoseOfPeft) {
   EXPECT_LT(relative_error(logits(1), golden.get("logits")), kTolerance);
   EXPECT_LT(relative_error(logits(-1), golden.get("logits_base")), kTolerance);
   engine.adapters.clear(engine.exec, 1);
+}
+
+TEST_P(ModelGoldens, AMergedModelGivesTheLogitsOfBaseAndAdapter) {
+  const std::string folder =
+      str(std::filesystem::temp_directory_path().string(), "/", random_id("merge-", 12));
+  std::filesystem::create_directory(folder);
+  worker::model::LoadedModel base;
+  base.config = golden.config();
+  base.source = worker::model::make_safetensors_source(golden.weights());
+  const Status written =
+      worker::model::write_merged_weights(base, golden_adapter(golden), DType::kF32, folder);
+  ASSERT_TRUE(written.ok()) << written.to_string();
+  // What config.json of ours says reads back as the same model.
+  const auto text = worker::model::hf_config_json(golden.config(), DType::kF32);
+  ASSERT_TRUE(text.ok()) << text.status().to_string();
+  auto config = worker::model::ModelConfig::from_hf_json(*text);
+  ASSERT_TRUE(config.ok()) << config.status().to_string();
+  EXPECT_EQ(config->canonical_json(), golden.config().canonical_json());
+  Engine merged(kernels::make_cpu_backend({2, 0}), *config, DType::kF32,
+                *worker::model::make_safetensors_source(
+                    storage::Safetensors::open(folder + "/model.safetensors").value()));
+  const Transformer plain(*merged.weights, &merged.adapters, {0, config->layers});
+  kernels::ArenaScope scope(merged.activation_arena);
+  const auto device = worker::train::upload_batch(merged.context, batch, bounds, -1, 0);
+  const auto rows = device.tokens.tokens();
+  const auto hidden = merged.activation_arena.alloc({rows, config->width}, DType::kF32);
+  const auto out = merged.activation_arena.alloc({rows, config->vocab}, DType::kF32);
+  plain.forward(merged.context, device.tokens, {}, hidden, nullptr, Recompute::kNone);
+  plain.logits(merged.context, hidden, out);
+  EXPECT_LT(relative_error(merged.download(out.rows(0, device.real_tokens)), golden.get("logits")),
+            kTolerance);
+  std::filesystem::remove_all(folder);
 }
 
 /// Loss and gradients of the golden's batch with trainable copies of the golden's adapter.
@@ -187,7 +223,7 @@ class TrainedGoldens : public testing::TestWithParam<std::string> {};
 
 TEST_P(TrainedGoldens, FiftyStepsFollowPeft) {
   const ModelGolden golden(GetParam());
-  Engine engine(kernels::make_cpu_backend({2, 0}), golden.config(), DType::kF32,
+  Engine engine(make_test_backend(2), golden.config(), DType::kF32,
                 *worker::model::make_safetensors_source(golden.weights()));
   const auto micro = golden.get<std::int32_t>("train_micro");
   std::vector<worker::data::OptimizerStep> steps;

@@ -2,10 +2,10 @@
 // plainest possible oracle beside it.
 #pragma once
 
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/meta/meta_backend.h"
 #include "protocol/base/random.h"
 #include "storage/gguf.h"
+#include "tests/support/test_device.h"
 #include "worker/model/tensor_source.h"
 #include "worker/serve/serve_engine.h"
 
@@ -82,11 +82,7 @@ struct ServeBench {
         weights(model::make_resident_weights(base)),
         table(*backend.ops, exec, adapters_arena, config, slots) {}
 
-  static kernels::Backend cpu(int threads = 1) {
-    kernels::CpuOptions options;
-    options.threads = threads;
-    return kernels::make_cpu_backend(options);
-  }
+  static kernels::Backend cpu(int threads = 1) { return test::make_test_backend(threads); }
 
   /// A strong random adapter; `sites` from the seed, so ranks and places differ.
   std::shared_ptr<const model::AdapterWeights> adapter(std::uint64_t seed, float scale = 1.0f) {

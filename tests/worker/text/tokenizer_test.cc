@@ -230,7 +230,12 @@ TEST(GgufTokenizer, GivesTheIdsOfTheSameVocabularyInTokenizerJson) {
     const auto gguf = Tokenizer::from_gguf(gguf_of(kind, pre));
     ASSERT_TRUE(gguf.ok()) << gguf.status().to_string();
     const Tokenizer json = golden_tokenizer(kind);
+    const auto files = hf_tokenizer_files(gguf_of(kind, pre));
+    ASSERT_TRUE(files.ok()) << files.status().to_string();
+    const auto exported = Tokenizer::from_json(files->tokenizer_json, files->tokenizer_config_json);
+    ASSERT_TRUE(exported.ok()) << exported.status().to_string();
     for (const std::string& text : texts) {
+      EXPECT_EQ(encode_ok(*exported, text), encode_ok(*gguf, text)) << kind << ": " << text;
       // The goldens' non-special added tokens are plain tokens in this GGUF.
       if (text.find("word") != std::string::npos || text.find('<') != std::string::npos ||
           text.find("    ") != std::string::npos)
@@ -238,6 +243,8 @@ TEST(GgufTokenizer, GivesTheIdsOfTheSameVocabularyInTokenizerJson) {
       EXPECT_EQ(encode_ok(*gguf, text), encode_ok(json, text)) << kind << ": " << text;
     }
     EXPECT_EQ(gguf->eos_token(), "<|end|>");
+    EXPECT_EQ(exported->eos_token(), "<|end|>");
+    EXPECT_EQ(exported->adds_bos(), gguf->adds_bos());
     EXPECT_EQ(gguf->adds_bos(), std::string_view(pre) == "llama-bpe");
   }
 }

@@ -1,0 +1,85 @@
+// Private to lora_thin*.cu: tiles of bf16 that come through shared memory while others are
+// computed.
+#pragma once
+
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/lora_rows.cuh"
+#include "kernels/cuda/lora_thin.h"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/shared_tiles.cuh"
+
+#include <cooperative_groups.h>
+
+namespace tandem::kernels::cuda::thin {
+
+using bf16_t = __nv_bfloat16;
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kStages = 4;
+constexpr int kChunk = 8;  ///< elements of one 16-byte copy
+
+__device__ inline void commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+template <int kPending>
+__device__ inline void wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+/// Chunk `chunk` of a row whose chunks are a multiple of 8: rows that ldmatrix reads together lie
+/// in different banks.
+__device__ inline int swizzled(int row, int chunk) {
+  return (chunk ^ (row & 7)) * kChunk;
+}
+
+/// Consecutive sites that a pass takes together.
+struct Group {
+  int first, count;
+  int column, columns;  ///< of u and du
+};
+__device__ inline Group find_group(const SegmentsView& v, bool by_site, int index) {
+  if (!by_site) return {0, v.sites, 0, v.columns};
+  return {index, 1, index * v.rank_max, v.rank_max};
+}
+
+/// x of eight columns, masked.
+__device__ inline void drop_8(const DropoutMask& mask, int row, int column, bf16_t* x) {
+  uint4 bits = *reinterpret_cast<uint4*>(x);
+  std::uint32_t* pair = reinterpret_cast<std::uint32_t*>(&bits);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float four[4] = {low_f32(pair[2 * half]), high_f32(pair[2 * half]), low_f32(pair[2 * half + 1]),
+                     high_f32(pair[2 * half + 1])};
+    mask.apply_group(row, column + 4 * half, four);
+    pair[2 * half] = pack_bf16(four[0], four[1]);
+    pair[2 * half + 1] = pack_bf16(four[2], four[3]);
+  }
+  *reinterpret_cast<uint4*>(x) = bits;
+}
+
+/// A launch of clusters of `cluster` blocks along x.
+template <class... Parameters, class... Args>
+void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
+            std::size_t shared, Args... args) {
+  TANDEM_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  TANDEM_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
+}
+
+/// The power of two in [1, 8] next below parts.
+inline unsigned cluster_size(std::int64_t parts) {
+  return parts >= 8 ? 8 : parts >= 4 ? 4 : parts >= 2 ? 2 : 1;
+}
+
+}  // namespace tandem::kernels::cuda::thin

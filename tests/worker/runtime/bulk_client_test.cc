@@ -1,0 +1,84 @@
+// The worker's side of the bulk socket against the coordinator's.
+#include "worker/runtime/bulk_client.h"
+
+#include "coordinator/bulk_server.h"
+#include "coordinator/model_files.h"
+#include "protocol/inproc_transport.h"
+#include "storage/registry.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <deque>
+#include <thread>
+
+namespace tandem::worker::runtime {
+namespace {
+
+struct BulkClientTest : testing::Test {
+  std::vector<std::byte> bytes(std::size_t count, int seed) {
+    std::vector<std::byte> made(count);
+    for (std::size_t i = 0; i < count; ++i)
+      made[i] = static_cast<std::byte>((i * 31 + i / 251 + static_cast<std::size_t>(seed)) & 255);
+    return made;
+  }
+  BlobView keep(std::size_t count) {
+    kept.push_back(bytes(count, static_cast<int>(kept.size())));
+    return {sha256(kept.back()), kept.back()};
+  }
+
+  SystemClock clock;
+  protocol::InprocNetwork network{clock};
+  std::unique_ptr<storage::Registry> registry = storage::Registry::in_memory(clock);
+  coordinator::ServedFiles files;
+  coordinator::BulkServer server{network.listen("bulk").value(), *registry, files};
+  BulkClient client{network.connect("bulk", "worker"), clock};
+  std::deque<std::vector<std::byte>> kept;
+};
+
+TEST_F(BulkClientTest, AnUploadArrivesWholeInFewMessagesWhileItIsMade) {
+  const BlobView first = keep(10);
+  ASSERT_TRUE(client.put(std::span(&first, 1), "pin", 10'000).ok());  // connected
+  std::vector<BlobView> blobs;
+  for (int i = 0; i < 30; ++i) blobs.push_back(keep(300'000));
+  blobs.push_back(keep(3 << 20));  // alone in its message
+  blobs.push_back(keep(5));
+  BulkClient::Upload upload(client, "pin");
+  const auto before = network.counters().sent;
+  for (const BlobView& blob : blobs) upload.add(blob);
+  // What was complete travels before anyone waits for the rest.
+  for (int wait = 0; wait < 2000 && !registry->blobs().has(blobs[0].digest).value(); ++wait)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_TRUE(registry->blobs().has(blobs[0].digest).value());
+  EXPECT_FALSE(registry->blobs().has(blobs.back().digest).value());
+  const Status status = upload.finish(10'000);
+  ASSERT_TRUE(status.ok()) << status.to_string();
+  EXPECT_LE(network.counters().sent - before, 10u) << "five messages and their answers";
+  std::vector<Digest> digests;
+  for (const BlobView& blob : blobs) digests.push_back(blob.digest);
+  const auto back = client.get(digests, 10'000);
+  ASSERT_TRUE(back.ok()) << back.status().to_string();
+  for (std::size_t i = 0; i < blobs.size(); ++i)
+    EXPECT_TRUE(std::equal((*back)[i].begin(), (*back)[i].end(), blobs[i].bytes.begin(),
+                           blobs[i].bytes.end()));
+}
+
+TEST_F(BulkClientTest, WhatIsLargeAndThereAlreadyIsNotSentAgain) {
+  std::vector<BlobView> blobs;
+  for (int i = 0; i < 5; ++i) blobs.push_back(keep(4 << 20));
+  ASSERT_TRUE(client.put(blobs, "pin", 10'000).ok());
+  const auto before = network.counters().sent;
+  ASSERT_TRUE(client.put(blobs, "pin", 10'000).ok());
+  EXPECT_EQ(network.counters().sent - before, 2u) << "a question and its answer";
+}
+
+TEST_F(BulkClientTest, ADamagedBlobIsTheUploadsError) {
+  BlobView blob = keep(1000);
+  blob.digest = sha256("another");
+  BulkClient::Upload upload(client, "pin");
+  upload.add(blob);
+  EXPECT_EQ(upload.finish(10'000).code(), StatusCode::kInvalid);
+}
+
+}  // namespace
+}  // namespace tandem::worker::runtime

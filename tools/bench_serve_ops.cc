@@ -1,0 +1,352 @@
+// bench_serve_ops: times what a decode step is made of (products with adapters, paged attention,
+// sampling) at the shapes of Llama-3-8B, and prefill attention, on one device; each case is also
+// run on the CPU backend and the outputs compared. Prints one JSON value: per case microseconds,
+// the bytes it must move and GB/s, and the relative error (for sampled ids: the share that
+// differs).
+//   bench_serve_ops [--device cpu|cuda] [--threads N] [--only NAME] [--check no]
+#include "kernels/cpu/cpu_backend.h"
+#include "protocol/base/clock.h"
+#include "protocol/base/random.h"
+#include "tools/bench_device.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <iostream>
+#include <string>
+#include <vector>
+
+namespace tandem::tools {
+namespace {
+
+using namespace kernels;
+using nlohmann::json;
+
+constexpr std::int64_t kC = 4096, kF = 14336, kHeads = 32, kKvHeads = 8, kD = 128, kV = 128256;
+constexpr std::int64_t kRank = 16, kBlockSize = 16;
+constexpr std::int64_t kArenaBytes = std::int64_t{1} << 36;
+/// Calls of one replay go round copies of what a step reads once, so that no cache holds it.
+constexpr int kCalls = 16;
+constexpr double kCopyBytes = 400e6;
+constexpr int kRepeats = 5;
+
+/// One case on one device: `call(i)` issues the op on copy i, `output` is what it wrote.
+struct Prepared {
+  std::function<void(int)> call;
+  Tensor output;
+  double bytes = 0.0;  ///< that a call must read and write at least
+};
+
+class Device {
+ public:
+  explicit Device(Backend backend)
+      : backend_(std::move(backend)),
+        tensors_(*backend_.allocator, *backend_.ledger, MemoryKind::kActivations, "tensors",
+                 kArenaBytes),
+        workspace_(*backend_.allocator, *backend_.ledger, MemoryKind::kWorkspace, "workspace",
+                   kArenaBytes),
+        exec_{workspace_},
+        table_(std::size_t{1} << 20) {
+    Random random(7);
+    for (float& x : table_) x = random.normal();
+  }
+
+  Ops& ops() { return *backend_.ops; }
+  Exec& exec() { return exec_; }
+  Arena& tensors() { return tensors_; }
+
+  /// Numbers that depend on the seed alone.
+  Tensor random(DType dtype, const Shape& shape, std::uint64_t seed, float scale) {
+    const Tensor t = tensors_.alloc(shape, dtype);
+    std::vector<std::byte> bytes(static_cast<std::size_t>(t.bytes()));
+    for (std::int64_t j = 0; j < shape.elements(); ++j) {
+      const float x = scale * value(seed, j);
+      if (dtype == DType::kF32)
+        reinterpret_cast<float*>(bytes.data())[j] = x;
+      else
+        reinterpret_cast<bf16*>(bytes.data())[j] = to_bf16(x);
+    }
+    ops().upload(exec_, bytes, t);
+    return t;
+  }
+  template <class T>
+  Tensor list(const std::vector<T>& values, DType dtype) {
+    const Tensor t = tensors_.alloc({static_cast<std::int64_t>(values.size())}, dtype);
+    ops().upload(exec_, std::as_bytes(std::span(values)), t);
+    return t;
+  }
+  Tensor ints(const std::vector<std::int32_t>& values) { return list(values, DType::kI32); }
+  PackedWeight weight(std::int64_t n, std::int64_t i, std::uint64_t seed) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(i));
+    return ops().pack_weight(exec_, tensors_, DType::kBF16, n, i,
+                             [&](std::int64_t row, std::int64_t rows, float* out) {
+                               for (std::int64_t j = 0; j < rows * i; ++j)
+                                 out[j] = scale * value(seed, row * i + j);
+                             });
+  }
+  std::vector<double> values(const Tensor& t) {
+    std::vector<std::byte> bytes(static_cast<std::size_t>(t.bytes()));
+    ops().download(exec_, t, bytes);
+    std::vector<double> out(static_cast<std::size_t>(t.elements()));
+    for (std::size_t j = 0; j < out.size(); ++j)
+      out[j] = t.dtype == DType::kF32    ? reinterpret_cast<const float*>(bytes.data())[j]
+               : t.dtype == DType::kBF16 ? to_f32(reinterpret_cast<const bf16*>(bytes.data())[j])
+                                         : reinterpret_cast<const std::int32_t*>(bytes.data())[j];
+    return out;
+  }
+
+  /// Microseconds of a call, the best of several replays.
+  double time(const Prepared& p) {
+    double best = INFINITY;
+    ++key_;
+    for (int r = 0; r < kRepeats + 2; ++r) {
+      ops().synchronize(exec_);
+      const auto begin = SteadyClock::now();
+      ops().replay(exec_, key_, [&] {
+        for (int i = 0; i < kCalls; ++i) p.call(i);
+      });
+      ops().synchronize(exec_);
+      const std::chrono::duration<double, std::micro> took = SteadyClock::now() - begin;
+      if (r >= 2) best = std::min(best, took.count() / kCalls);  // two to record
+    }
+    return best;
+  }
+
+ private:
+  [[nodiscard]] float value(std::uint64_t seed, std::int64_t j) const {
+    const auto row = static_cast<std::uint64_t>(j) / 4096,
+               at = static_cast<std::uint64_t>(j) % 4096;
+    return table_[(mix64(seed + (row << 20)) + at) % table_.size()];
+  }
+
+  Backend backend_;
+  Arena tensors_, workspace_;
+  Exec exec_;
+  std::vector<float> table_;
+  std::uint64_t key_ = 0;
+};
+
+int copies_of(double bytes, bool timed) {
+  return timed ? std::clamp(static_cast<int>(kCopyBytes / bytes) + 1, 1, kCalls) : 1;
+}
+
+/// y of a fused linear whose rows carry `adapters` in turn, each the same number of rows.
+Prepared linear(Device& d, bool timed, std::int64_t t, std::int64_t i,
+                const std::vector<std::int64_t>& outputs, std::int64_t adapters) {
+  std::int64_t n = 0;
+  for (const std::int64_t o : outputs) n += o;
+  Prepared p;
+  p.bytes = 2.0 * static_cast<double>(n * i);
+  for (const std::int64_t o : outputs)
+    p.bytes += 2.0 * static_cast<double>(adapters * kRank * (i + o));
+  const int copies = copies_of(p.bytes, timed);
+  auto weights = std::make_shared<std::vector<PackedWeight>>();
+  auto sites = std::make_shared<std::vector<std::vector<LoraSite>>>();
+  auto rows = std::make_shared<AdapterRows>();
+  std::vector<std::int32_t> offsets, slots;
+  rows->segments_max = std::max<std::int64_t>(adapters, 1) + 2;  // as serving's bounds
+  for (std::int64_t s = 0; s <= rows->segments_max; ++s)
+    offsets.push_back(static_cast<std::int32_t>(s < adapters ? t * s / adapters : t));
+  for (std::int64_t s = 0; s < rows->segments_max; ++s)
+    slots.push_back(s < adapters ? static_cast<std::int32_t>(s) : -1);
+  rows->segment_offsets = d.ints(offsets);
+  rows->segment_slots = d.ints(slots);
+  rows->rank_max = adapters > 0 ? kRank : 0;
+  for (int c = 0; c < copies; ++c) {
+    const auto seed = static_cast<std::uint64_t>(100 * c);
+    weights->push_back(d.weight(n, i, seed));
+    sites->emplace_back();
+    std::int64_t begin = 0;
+    for (const std::int64_t o : outputs) {
+      std::vector<LoraEntry> entries;
+      for (std::int64_t k = 0; k < adapters; ++k) {
+        LoraEntry e;
+        const auto own = seed + static_cast<std::uint64_t>(k + begin);
+        e.a = d.random(DType::kBF16, {kRank, i}, own + 1, 1.0f / 64).data;
+        e.b = d.random(DType::kBF16, {o, kRank}, own + 2, 1.0f).data;
+        e.rank = kRank;
+        e.scale = 0.5f;
+        entries.push_back(e);
+      }
+      const auto bytes = static_cast<std::int64_t>(entries.size() * sizeof(LoraEntry));
+      const Tensor list = d.tensors().alloc({bytes}, DType::kU8);
+      if (bytes > 0) d.ops().upload(d.exec(), std::as_bytes(std::span(entries)), list);
+      sites->back().push_back({begin, o, list, 0});
+      begin += o;
+    }
+    if (adapters == 0) sites->back().clear();
+  }
+  const Tensor x = d.random(DType::kBF16, {t, i}, 5, 1.0f);
+  p.output = d.tensors().alloc({t, n}, n == kV ? DType::kF32 : DType::kBF16);
+  p.call = [&d, weights, sites, rows, x, y = p.output, copies, adapters](int at) {
+    const auto c = static_cast<std::size_t>(at % copies);
+    d.ops().linear_forward(
+        d.exec(), {x, &(*weights)[c], {}, (*sites)[c], adapters > 0 ? rows.get() : nullptr, y, {}});
+  };
+  return p;
+}
+
+/// `rows` new rows of each of `sequences`, the last at key `length` - 1.
+Prepared attention(Device& d, std::int64_t sequences, std::int64_t rows, std::int64_t length) {
+  const std::int64_t t = sequences * rows, each = (length + kBlockSize - 1) / kBlockSize;
+  const std::int64_t width = (kHeads + 2 * kKvHeads) * kD;
+  const Shape cache{sequences * each, kKvHeads, kBlockSize, kD};
+  auto kv = std::make_shared<KvCache>();
+  kv->k = d.random(DType::kBF16, cache, 1, 1.0f);
+  kv->v = d.random(DType::kBF16, cache, 2, 1.0f);
+  kv->block_size = kBlockSize;
+  std::vector<std::int32_t> offsets, lens, table;
+  for (std::int64_t s = 0; s <= sequences; ++s)
+    offsets.push_back(static_cast<std::int32_t>(s * rows));
+  for (std::int64_t s = 0; s < sequences; ++s) lens.push_back(static_cast<std::int32_t>(length));
+  for (std::int64_t b = 0; b < sequences * each; ++b)  // scattered
+    table.push_back(static_cast<std::int32_t>(b * 7919 % (sequences * each)));
+  const PagedAttentionArgs args{{kHeads, kKvHeads, kD, 1.0f / std::sqrt(static_cast<float>(kD))},
+                                d.random(DType::kBF16, {t, width}, 3, 1.5f),
+                                d.ints(offsets),
+                                d.ints(lens),
+                                d.ints(table).reshaped({sequences, each}),
+                                kv.get(),
+                                length,
+                                d.tensors().alloc({t, kHeads * kD}, DType::kBF16)};
+  Prepared p;
+  p.output = args.out;
+  p.bytes = 4.0 * static_cast<double>(sequences * length * kKvHeads * kD);
+  p.call = [&d, args, kv](int) { d.ops().paged_attention_forward(d.exec(), args); };
+  return p;
+}
+
+Prepared sampling(Device& d, std::int64_t s, float temperature, std::int32_t k, float top_p,
+                  std::int64_t top) {
+  const auto count = static_cast<std::size_t>(s);
+  SampleArgs a;
+  a.logits = d.random(DType::kF32, {s, kV}, 9, 3.0f);
+  a.temperature = d.list(std::vector<float>(count, temperature), DType::kF32);
+  a.top_k = d.ints(std::vector<std::int32_t>(count, k));
+  a.top_p = d.list(std::vector<float>(count, top_p), DType::kF32);
+  a.min_p = d.list(std::vector<float>(count, 0.0f), DType::kF32);
+  std::vector<std::int64_t> seeds;
+  for (std::int64_t r = 0; r < s; ++r) seeds.push_back(r);
+  a.seed = a.position = d.list(seeds, DType::kI64);
+  a.ids = d.tensors().alloc({s}, DType::kI32);
+  a.logprob = d.tensors().alloc({s}, DType::kF32);
+  a.top_logprobs = top;
+  a.top_ids = d.tensors().alloc({s, top}, DType::kI32);
+  a.top_logprob = d.tensors().alloc({s, top}, DType::kF32);
+  Prepared p;
+  p.output = a.ids;
+  p.bytes = 4.0 * static_cast<double>(s * kV);
+  p.call = [&d, a](int) { d.ops().sample(d.exec(), a); };
+  return p;
+}
+
+struct Case {
+  std::string name;
+  std::function<Prepared(Device&, bool timed)> prepare;
+  bool check = true;
+};
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  const auto add = [&](const std::string& name, auto prepare, bool check = true) {
+    all.push_back({name, prepare, check});
+  };
+  struct Site {
+    const char* name;
+    std::int64_t i;
+    std::vector<std::int64_t> outputs;
+  };
+  const std::vector<Site> sites{{"qkv", kC, {kHeads * kD, kKvHeads * kD, kKvHeads * kD}},
+                                {"o", kHeads * kD, {kC}},
+                                {"gate_up", kC, {kF, kF}},
+                                {"down", kF, {kC}},
+                                {"logits", kC, {kV}}};
+  for (const Site& s : sites)
+    for (const auto& [t, adapters] : {std::pair{1, 0}, {1, 1}, {8, 0}, {64, 0}, {64, 8}, {64, 64}})
+      if (adapters == 0 || s.i != kC || s.outputs[0] != kV)
+        add(str("linear_", s.name, "_", t, "_rows_", adapters, "_adapters"),
+            [=, t = t, adapters = adapters](Device& d, bool timed) {
+              return linear(d, timed, t, s.i, s.outputs, adapters);
+            });
+  for (const auto& [n, length] : {std::pair{1, 512}, {1, 8192}, {64, 1024}})
+    add(str("decode_attention_", n, "_x_", length),
+        [=, n = n, length = length](Device& d, bool) { return attention(d, n, 1, length); });
+  add("prefill_attention_4_x_2048", [](Device& d, bool) { return attention(d, 4, 2048, 2048); });
+  add(
+      "prefill_attention_1_x_8192", [](Device& d, bool) { return attention(d, 1, 8192, 8192); },
+      false);
+  for (const int s : {1, 64}) {
+    add(str("greedy_", s), [=](Device& d, bool) { return sampling(d, s, 0.0f, 0, 1.0f, 0); });
+    add(str("top_p_", s), [=](Device& d, bool) { return sampling(d, s, 0.8f, 0, 0.9f, 0); });
+    add(str("top_k_p_", s), [=](Device& d, bool) { return sampling(d, s, 0.8f, 40, 0.9f, 0); });
+    add(str("top_20_", s), [=](Device& d, bool) { return sampling(d, s, 0.0f, 0, 1.0f, 20); });
+  }
+  return all;
+}
+
+/// Relative L2 error; of integers the share that differs.
+double difference(const std::vector<double>& got, const std::vector<double>& want, bool integers) {
+  double sum = 0.0, reference = 0.0, different = 0.0;
+  for (std::size_t j = 0; j < got.size(); ++j) {
+    sum += (got[j] - want[j]) * (got[j] - want[j]);
+    reference += want[j] * want[j];
+    different += got[j] != want[j] ? 1.0 : 0.0;
+  }
+  return integers ? different / static_cast<double>(got.size()) : std::sqrt(sum / reference);
+}
+
+json run(const std::string& device, int threads, const std::string& only, bool check) {
+  json rows = json::array();
+  auto opened = open_bench_device(device, threads);
+  if (!opened.ok()) throw std::runtime_error(opened.status().to_string());
+  Device timed(std::move(*opened)), reference(make_cpu_backend({.threads = threads}));
+  for (const Case& c : cases()) {
+    if (c.name.find(only) == std::string::npos) continue;
+    const ArenaScope scope(timed.tensors()), other(reference.tensors());
+    const Prepared p = c.prepare(timed, true);
+    const double us = timed.time(p);
+    json row{
+        {"case", c.name}, {"us", us}, {"bytes", p.bytes}, {"gbytes_per_s", p.bytes / us / 1e3}};
+    if (check && c.check) {
+      const Prepared q = c.prepare(reference, false);
+      p.call(0);
+      q.call(0);
+      row["error"] = difference(timed.values(p.output), reference.values(q.output),
+                                p.output.dtype == DType::kI32);
+    }
+    rows.push_back(row);
+    std::cerr << row.dump() << "\n";
+  }
+  return {{"machine", timed.ops().profile().name}, {"cases", rows}};
+}
+
+}  // namespace
+}  // namespace tandem::tools
+
+int main(int argc, char** argv) {
+  std::string device = "cuda", only;
+  int threads = 0;
+  bool check = true;
+  const std::vector<std::string> args(argv + 1, argv + argc);
+  for (std::size_t j = 0; j + 1 < args.size(); j += 2) {
+    if (args[j] == "--device")
+      device = args[j + 1];
+    else if (args[j] == "--threads")
+      threads = std::stoi(args[j + 1]);
+    else if (args[j] == "--only")
+      only = args[j + 1];
+    else if (args[j] == "--check")
+      check = args[j + 1] != "no";
+    else
+      return std::cerr << "bench_serve_ops: unknown setting " << args[j] << "\n", 2;
+  }
+  try {
+    std::cout << tandem::tools::run(device, threads, only, check).dump(1) << std::endl;
+    return 0;
+  } catch (const std::exception& e) {
+    std::cerr << "bench_serve_ops: " << e.what() << "\n";
+    return 1;
+  }
+}
