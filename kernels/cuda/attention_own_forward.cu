@@ -319,6 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
+  wait_for_previous();
   if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x < (kPaged ? 32 : 1)) produce<kDim, kPaged>(maps, p, shared, bars);
