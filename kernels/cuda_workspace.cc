@@ -105,10 +105,6 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
   return l;
 }
 
-std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs&) {
-  return kGemmWorkspaceBytes;
-}
-
 LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& a) {
   LinearCrossEntropyLayout l;
   const std::int64_t t = a.x.dim(0), v = a.weight->n;
@@ -119,6 +115,10 @@ LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArg
   l.gemm = layout.add(kGemmWorkspaceBytes);
   l.bytes = layout.bytes();
   return l;
+}
+
+std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs&) {
+  return kGemmWorkspaceBytes;
 }
 
 }  // namespace tandem::kernels::cuda

@@ -5,19 +5,12 @@
 #include "kernels/cuda/attention_own.cuh"
 
 #include <cmath>
-#include <cstdlib>
 
 namespace tandem::kernels::cuda {
 namespace own {
 namespace {
 
-/// Named barriers 1 and 2 are zeroed()'s.
-constexpr int kTurn = 3;
 constexpr float kLog2E = 1.44269504088896340736f;
-
-CUtensorMap map_of(const Tensor& x, int box_rows) {
-  return make_map(x.data, x.dim(0), x.dim(1), box_rows);
-}
 
 struct BackwardParams {
   const RowTile* tiles;
@@ -30,43 +23,29 @@ struct BackwardParams {
   __device__ int width(int dim) const { return (heads + 2 * kv_heads) * dim; }
 };
 
-/// The two multiplying groups use the tensor cores in turns: one exponentiates while the other
-/// multiplies. Both take and pass equally often.
-template <int kMode>
-__device__ inline void take_turn(int group) {
-  if (kMode > 0) named_sync(kTurn + group, 256);
-}
-template <int kMode>
-__device__ inline void pass_turn(int group) {
-  if (kMode > 0) named_arrive(kTurn + 1 - group, 256);
-}
-
 // -- dq
 // ---------------------------------------------------------------------------------------------
 
 template <int kDim>
 struct DqShape {
-  /// Keys stay until dq has them, values only until their products with dout.
-  static constexpr int kKeys = 128, kKStages = kDim == 128 ? 3 : 4, kVStages = kDim == 128 ? 2 : 4;
+  static constexpr int kKeys = 128, kStages = kDim == 128 ? 2 : 4;
   using Q = SharedTile<kTileRows, kDim>;
   using K = SharedTile<kKeys, kDim>;
-  static constexpr int kDout = Q::kBytes, kK = 2 * Q::kBytes, kV = kK + kKStages * K::kBytes;
-  static constexpr int kBytes = kV + kVStages * K::kBytes + 1024;
+  static constexpr int kDout = Q::kBytes, kK = 2 * Q::kBytes, kV = kK + kStages * K::kBytes;
+  static constexpr int kBytes = kV + kStages * K::kBytes + 1024;
 };
-template <int kDim>
+template <int kStages>
 struct DqBarriers {
-  std::uint64_t q_full, q_empty;
-  std::uint64_t k_full[DqShape<kDim>::kKStages], k_empty[DqShape<kDim>::kKStages];
-  std::uint64_t v_full[DqShape<kDim>::kVStages], v_empty[DqShape<kDim>::kVStages];
+  std::uint64_t q_full, q_empty, full[kStages], empty[kStages];
 };
 
 template <int kDim>
 __device__ void dq_produce(const CUtensorMap* qkv_map, const CUtensorMap* dout_map,
-                           const BackwardParams& p, std::uint32_t shared, DqBarriers<kDim>& bars) {
+                           const BackwardParams& p, std::uint32_t shared,
+                           DqBarriers<DqShape<kDim>::kStages>& bars) {
   using S = DqShape<kDim>;
   const int items = *p.tile_count * p.heads;
-  Ring<S::kKStages> k_ring;
-  Ring<S::kVStages> v_ring;
+  Ring<S::kStages> ring;
   std::uint32_t q_phase = 0;
   for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
     const int item = item_of(round);
@@ -82,39 +61,30 @@ __device__ void dq_produce(const CUtensorMap* qkv_map, const CUtensorMap* dout_m
     copy_tile<kTileRows, kDim>(shared + S::kDout, dout_map, &bars.q_full, head * kDim, row0);
     const int low = p.window == 0 ? 0 : max(0, tile.begin - p.window + 1) / S::kKeys;
     for (int n = (tile.begin + tile.rows - 1) / S::kKeys; n >= low; --n) {
-      const int row = tile.sequence + n * S::kKeys, k = k_ring.stage, v = v_ring.stage;
-      barrier_wait(&bars.k_empty[k], k_ring.phase ^ 1);
-      barrier_expect(&bars.k_full[k], S::K::kBytes);
-      copy_tile<S::kKeys, kDim>(shared + S::kK + k * S::K::kBytes, qkv_map, &bars.k_full[k],
-                                k_column, row);
-      barrier_wait(&bars.v_empty[v], v_ring.phase ^ 1);
-      barrier_expect(&bars.v_full[v], S::K::kBytes);
-      copy_tile<S::kKeys, kDim>(shared + S::kV + v * S::K::kBytes, qkv_map, &bars.v_full[v],
-                                v_column, row);
-      k_ring.next();
-      v_ring.next();
+      const int row = tile.sequence + n * S::kKeys, s = ring.stage;
+      barrier_wait(&bars.empty[s], ring.phase ^ 1);
+      barrier_expect(&bars.full[s], 2 * S::K::kBytes);
+      copy_tile<S::kKeys, kDim>(shared + S::kK + s * S::K::kBytes, qkv_map, &bars.full[s], k_column,
+                                row);
+      copy_tile<S::kKeys, kDim>(shared + S::kV + s * S::K::kBytes, qkv_map, &bars.full[s], v_column,
+                                row);
+      ring.next();
     }
   }
 }
 
-template <int kDim, int kMode>
-__device__ void dq_consume(const BackwardParams& p, std::uint32_t shared, DqBarriers<kDim>& bars) {
+template <int kDim>
+__device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
+                           DqBarriers<DqShape<kDim>::kStages>& bars) {
   using S = DqShape<kDim>;
-  constexpr int kCount = S::kKeys / 2;
   const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int row = group * 64 + static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
   const float scale_log2 = p.scale * kLog2E;
   const std::uint32_t q = shared + group * 64 * 128, dout = q + S::kDout;
   const int items = *p.tile_count * p.heads;
-  const auto release = [&](std::uint64_t* barrier) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
-  };
-  Ring<S::kKStages> k_ring;
-  Ring<S::kVStages> v_ring;
+  Ring<S::kStages> ring;
   std::uint32_t q_phase = 0;
-  if (group == 1) pass_turn<kMode>(group);
   for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
     const int item = item_of(round);
     if (item >= items) continue;
@@ -130,73 +100,66 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared, DqBarr
       offset[h] = lives ? p.lse[at] * kLog2E : INFINITY;
       delta[h] = lives ? p.delta[at] : 0.0f;
     }
-    float dq[kDim / 2], s[kCount], dp[kCount];
+    float dq[kDim / 2];
     const int low = p.window == 0 ? 0 : max(0, tile.begin - p.window + 1) / S::kKeys;
     const int high = (tile.begin + tile.rows - 1) / S::kKeys;
-    /// Issues the scores of key block n and dout v^T.
-    const auto scores = [&](int n) {
-      const std::uint32_t k = shared + S::kK + k_ring.stage * S::K::kBytes,
-                          v = shared + S::kV + v_ring.stage * S::K::kBytes;
-      const int mine = tile.length - n * S::kKeys;
-      barrier_wait(&bars.k_full[k_ring.stage], k_ring.phase);
-      if (mine < S::kKeys) {
-        barrier_wait(&bars.v_full[v_ring.stage], v_ring.phase);
-        zero_rows<S::kKeys, kDim>(k, mine);
-        zero_rows<S::kKeys, kDim>(v, mine);
+    barrier_wait(&bars.q_full, q_phase);
+    q_phase ^= 1;
+    for (int n = high; n >= low; --n) {
+      const std::uint32_t k = shared + S::kK + ring.stage * S::K::kBytes,
+                          v = shared + S::kV + ring.stage * S::K::kBytes;
+      barrier_wait(&bars.full[ring.stage], ring.phase);
+      if ((n + 1) * S::kKeys > tile.length) {
+        zero_rows<S::kKeys, kDim>(k, tile.length - n * S::kKeys);
         zeroed(group);
       }
+      float s[S::kKeys / 2], dp[S::kKeys / 2];
       wgmma_fence();
       product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q, k);
       wgmma_commit();
-      barrier_wait(&bars.v_full[v_ring.stage], v_ring.phase);
       product_rows<kDim, S::Q::kPanel, S::K::kPanel>(dp, dout, v);
       wgmma_commit();
-    };
-    barrier_wait(&bars.q_full, q_phase);
-    q_phase ^= 1;
-    take_turn<kMode>(group);
-    scores(high);
-    for (int n = high; n >= low; --n) {
+      const bool partly = (n + 1) * S::kKeys - 1 > first ||
+                          (p.window != 0 && first + 63 - n * S::kKeys >= p.window);
       wgmma_wait<1>();
       pin(s);
-      pass_turn<kMode>(group);
-      if ((n + 1) * S::kKeys - 1 > first ||
-          (p.window != 0 && first + 63 - n * S::kKeys >= p.window)) {
+      if (partly) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
+        for (int i = 0; i < S::kKeys / 2; ++i) {
           const int at = query + i % 4 / 2 * 8,
                     key = n * S::kKeys + 2 * (lane % 4) + i / 4 * 8 + i % 2;
           if (key > at || (p.window != 0 && at - key >= p.window)) s[i] = -INFINITY;
         }
       }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) s[i] = exp2_fast(fmaf(s[i], scale_log2, -offset[i % 4 / 2]));
+      for (int i = 0; i < S::kKeys / 2; ++i)
+        s[i] = exp2_fast(fmaf(s[i], scale_log2, -offset[i % 4 / 2]));
       wgmma_wait<0>();
       pin(dp);
-      release(&bars.v_empty[v_ring.stage]);
-      v_ring.next();
-      if (n == low) release(&bars.q_empty);
+      if (n == low) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&bars.q_empty);
+      }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) s[i] *= dp[i] - delta[i % 4 / 2];
+      for (int i = 0; i < S::kKeys / 2; ++i) s[i] *= dp[i] - delta[i % 4 / 2];
+      if (partly) {  // dp may be NaN where the keys are not ours
+#pragma unroll
+        for (int i = 0; i < S::kKeys / 2; ++i) {
+          const int at = query + i % 4 / 2 * 8,
+                    key = n * S::kKeys + 2 * (lane % 4) + i / 4 * 8 + i % 2;
+          if (key > at) s[i] = 0.0f;
+        }
+      }
       std::uint32_t ds[S::kKeys / 16][4];
       as_operand<S::kKeys>(s, ds);
-      const int stage = k_ring.stage;
-      k_ring.next();
-      take_turn<kMode>(group);
       wgmma_fence();
-      product_columns<S::kKeys, S::K::kPanel>(dq, ds, shared + S::kK + stage * S::K::kBytes,
-                                              n < high);
+      product_columns<S::kKeys, S::K::kPanel>(dq, ds, k, n < high);
       wgmma_commit();
-      if (kMode == 2 && n > low) {
-        scores(n - 1);
-        wgmma_wait<2>();
-      } else {
-        if (n == low) pass_turn<kMode>(group);
-        wgmma_wait<0>();
-      }
+      wgmma_wait<0>();
       pin(dq);
-      release(&bars.k_empty[stage]);
-      if (kMode != 2 && n > low) scores(n - 1);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&bars.empty[ring.stage]);
+      ring.next();
     }
     const std::int64_t stride = p.width(kDim);
     store_rows<kDim>(dq, p.scale, p.scale, p.dqkv + (tile.sequence + first) * stride + head * kDim,
@@ -204,42 +167,40 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared, DqBarr
   }
 }
 
-template <int kDim, int kMode>
+template <int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     dq_kernel(const __grid_constant__ CUtensorMap qkv_map,
               const __grid_constant__ CUtensorMap dout_map, const BackwardParams p) {
   extern __shared__ std::uint8_t dynamic[];
-  __shared__ DqBarriers<kDim> bars;
+  __shared__ DqBarriers<DqShape<kDim>::kStages> bars;
   const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
     prefetch_map(&qkv_map);
     prefetch_map(&dout_map);
     barrier_init(&bars.q_full, 1);
     barrier_init(&bars.q_empty, kConsumerWarps);
-    for (std::uint64_t& b : bars.k_full) barrier_init(&b, 1);
-    for (std::uint64_t& b : bars.v_full) barrier_init(&b, 1);
-    for (std::uint64_t& b : bars.k_empty) barrier_init(&b, kConsumerWarps);
-    for (std::uint64_t& b : bars.v_empty) barrier_init(&b, kConsumerWarps);
+    for (int s = 0; s < DqShape<kDim>::kStages; ++s) {
+      barrier_init(&bars.full[s], 1);
+      barrier_init(&bars.empty[s], kConsumerWarps);
+    }
     barrier_init_done();
   }
   __syncthreads();
-  wait_for_previous();
-  let_next_start();  // it needs what this one waited for, and nothing of this one
   if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x == 0) dq_produce<kDim>(&qkv_map, &dout_map, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    dq_consume<kDim, kMode>(p, shared, bars);
+    dq_consume<kDim>(p, shared, bars);
   }
 }
 
 // -- dk and dv
 // --------------------------------------------------------------------------------------
 
-template <int kDim, int kBlock>
+template <int kDim>
 struct DkvShape {
-  static constexpr int kQueries = kBlock, kStages = 4;
+  static constexpr int kQueries = 64, kStages = 3;
   using K = SharedTile<kTileRows, kDim>;
   using Q = SharedTile<kQueries, kDim>;
   static constexpr int kV = K::kBytes, kQ = 2 * K::kBytes, kDout = kQ + kStages * Q::kBytes;
@@ -251,8 +212,8 @@ struct DkvBarriers {
   /// Per query: its lse in base 2 and its delta.
   alignas(16) float2 statistics[kStages][kQueries];
 };
-template <int kDim, int kBlock>
-using DkvBarriersOf = DkvBarriers<kBlock, DkvShape<kDim, kBlock>::kStages>;
+template <int kDim>
+using DkvBarriersOf = DkvBarriers<DkvShape<kDim>::kQueries, DkvShape<kDim>::kStages>;
 
 /// Blocks of queries [first, last) that see some key of the tile.
 __device__ inline int2 query_blocks(const RowTile& tile, int window, int queries) {
@@ -261,11 +222,11 @@ __device__ inline int2 query_blocks(const RowTile& tile, int window, int queries
 }
 
 /// By one whole warp.
-template <int kDim, int kBlock>
+template <int kDim>
 __device__ void dkv_produce(const CUtensorMap* kv_map, const CUtensorMap* q_map,
                             const CUtensorMap* dout_map, const BackwardParams& p,
-                            std::uint32_t shared, DkvBarriersOf<kDim, kBlock>& bars) {
-  using S = DkvShape<kDim, kBlock>;
+                            std::uint32_t shared, DkvBarriersOf<kDim>& bars) {
+  using S = DkvShape<kDim>;
   const int lane = static_cast<int>(threadIdx.x);
   const int items = *p.tile_count * p.kv_heads, group = p.heads / p.kv_heads;
   Ring<S::kStages> ring;
@@ -309,10 +270,10 @@ __device__ void dkv_produce(const CUtensorMap* kv_map, const CUtensorMap* q_map,
   }
 }
 
-template <int kDim, int kBlock, int kMode>
+template <int kDim>
 __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
-                            DkvBarriersOf<kDim, kBlock>& bars) {
-  using S = DkvShape<kDim, kBlock>;
+                            DkvBarriersOf<kDim>& bars) {
+  using S = DkvShape<kDim>;
   constexpr int kCount = S::kQueries / 2;
   const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32), column = 2 * (lane % 4);
@@ -322,11 +283,11 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
   const int items = *p.tile_count * p.kv_heads, heads = p.heads / p.kv_heads;
   Ring<S::kStages> ring;
   std::uint32_t kv_phase = 0;
-  const auto release = [&](int stage) {
+  const auto release = [&] {
     __syncwarp();
-    if (lane == 0) barrier_arrive(&bars.empty[stage]);
+    if (lane == 0) barrier_arrive(&bars.empty[ring.stage]);
+    ring.next();
   };
-  if (group == 1) pass_turn<kMode>(group);
   for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
     const int item = item_of(round);
     if (item >= items) continue;
@@ -339,95 +300,67 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
     for (int i = 0; i < kDim / 2; ++i) dk[i] = dv[i] = 0.0f;
     barrier_wait(&bars.kv_full, kv_phase);
     kv_phase ^= 1;
-    float s[kCount], dp[kCount];
-    const auto skipped = [&](int b) { return (b + 1) * S::kQueries <= first; };
-    /// Scores of query block b, whose stage is the ring's; none where no query sees the group's
-    /// keys.
-    const auto scores = [&](int b) {
+    int next = blocks.x;
+    for (int step = heads * (blocks.y - blocks.x); step > 0; --step) {
+      const int query0 = next * S::kQueries;
+      next = next + 1 == blocks.y ? blocks.x : next + 1;
+      barrier_wait(&bars.full[ring.stage], ring.phase);
+      if (query0 + S::kQueries <= first) {  // no query sees this group's keys
+        release();
+        continue;
+      }
       const std::uint32_t q = shared + S::kQ + ring.stage * S::Q::kBytes,
                           dout = shared + S::kDout + ring.stage * S::Q::kBytes;
-      const int query0 = b * S::kQueries;
-      barrier_wait(&bars.full[ring.stage], ring.phase);
-      if (skipped(b)) return;
       if (query0 + S::kQueries > tile.length) {
         zero_rows<S::kQueries, kDim>(q, tile.length - query0);
         zero_rows<S::kQueries, kDim>(dout, tile.length - query0);
         zeroed(group);
       }
+      float s[kCount], dp[kCount];
       wgmma_fence();
       product_rows<kDim, S::K::kPanel, S::Q::kPanel>(s, k, q);
       wgmma_commit();
       product_rows<kDim, S::K::kPanel, S::Q::kPanel>(dp, v, dout);
       wgmma_commit();
-    };
-    int b = blocks.x;
-    take_turn<kMode>(group);
-    scores(b);
-    for (int step = heads * (blocks.y - blocks.x); step > 0; --step) {
-      const int stage = ring.stage, query0 = b * S::kQueries;
-      const bool skip = skipped(b);
-      b = b + 1 == blocks.y ? blocks.x : b + 1;
-      ring.next();
-      if (skip) {
-        pass_turn<kMode>(group);
-        take_turn<kMode>(group);
-      } else {
-        const float4* statistics = reinterpret_cast<const float4*>(&bars.statistics[stage][column]);
-        wgmma_wait<1>();
-        pin(s);
-        pass_turn<kMode>(group);
+      const float4* statistics =
+          reinterpret_cast<const float4*>(&bars.statistics[ring.stage][column]);
+      float delta[kCount / 2];
+      wgmma_wait<1>();
+      pin(s);
 #pragma unroll
-        for (int j = 0; j < kCount / 4; ++j) {
-          const float4 t = statistics[4 * j];  // of columns 8j + column, + 1
+      for (int j = 0; j < kCount / 4; ++j) {
+        const float4 t = statistics[4 * j];  // of columns 8j + column, + 1
+        delta[2 * j] = t.y;
+        delta[2 * j + 1] = t.w;
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            s[4 * j + i] = exp2_fast(fmaf(s[4 * j + i], scale_log2, -(i % 2 == 0 ? t.x : t.z)));
-        }
-        if (query0 < first + 63 ||
-            (p.window != 0 && query0 + S::kQueries - 1 - first >= p.window)) {
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const int at = query0 + column + i / 4 * 8 + i % 2, own_key = key + i % 4 / 2 * 8;
-            if (own_key > at || (p.window != 0 && at - own_key >= p.window)) s[i] = 0.0f;
-          }
-        }
-        std::uint32_t weights[S::kQueries / 16][4];
-        as_operand<S::kQueries>(s, weights);
-        wgmma_wait<0>();
-        pin(dp);
-#pragma unroll
-        for (int j = 0; j < kCount / 4; ++j) {
-          const float4 t = statistics[4 * j];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[4 * j + i] *= dp[4 * j + i] - (i % 2 == 0 ? t.y : t.w);
-        }
-        std::uint32_t ds[S::kQueries / 16][4];
-        as_operand<S::kQueries>(s, ds);
-        take_turn<kMode>(group);
-        wgmma_fence();
-        product_columns<S::kQueries, S::Q::kPanel>(dv, weights,
-                                                   shared + S::kDout + stage * S::Q::kBytes, 1);
-        product_columns<S::kQueries, S::Q::kPanel>(dk, ds, shared + S::kQ + stage * S::Q::kBytes,
-                                                   1);
-        wgmma_commit();
-        if (kMode == 2 && step > 1 && !skipped(b)) {
-          scores(b);
-          wgmma_wait<2>();
-          pin(dk);
-          pin(dv);
-          release(stage);
-          continue;
-        }
-        if (step == 1) pass_turn<kMode>(group);
-        wgmma_wait<0>();
-        pin(dk);
-        pin(dv);
+        for (int i = 0; i < 4; ++i)
+          s[4 * j + i] = exp2_fast(fmaf(s[4 * j + i], scale_log2, -(i % 2 == 0 ? t.x : t.z)));
       }
-      release(stage);
-      if (step > 1)
-        scores(b);
-      else if (skip)
-        pass_turn<kMode>(group);
+      if (query0 < first + 63 || (p.window != 0 && query0 + S::kQueries - 1 - first >= p.window)) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int at = query0 + column + i / 4 * 8 + i % 2, own_key = key + i % 4 / 2 * 8;
+          if (own_key > at || (p.window != 0 && at - own_key >= p.window)) s[i] = 0.0f;
+        }
+      }
+      std::uint32_t weights[S::kQueries / 16][4];
+      as_operand<S::kQueries>(s, weights);
+      wgmma_fence();
+      product_columns<S::kQueries, S::Q::kPanel>(dv, weights, dout, 1);
+      wgmma_commit();
+      wgmma_wait<1>();
+      pin(dp);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) s[i] *= dp[i] - delta[i / 4 * 2 + i % 2];
+      std::uint32_t ds[S::kQueries / 16][4];
+      as_operand<S::kQueries>(s, ds);
+      wgmma_fence();
+      product_columns<S::kQueries, S::Q::kPanel>(dk, ds, q, 1);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(dk);
+      pin(dv);
+      release();
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(&bars.kv_empty);
@@ -438,18 +371,18 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
   }
 }
 
-template <int kDim, int kBlock, int kMode>
+template <int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     dkv_kernel(const __grid_constant__ CUtensorMap kv_map,
                const __grid_constant__ CUtensorMap q_map,
                const __grid_constant__ CUtensorMap dout_map, const BackwardParams p) {
   extern __shared__ std::uint8_t dynamic[];
-  __shared__ DkvBarriersOf<kDim, kBlock> bars;
+  __shared__ DkvBarriersOf<kDim> bars;
   const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
     barrier_init(&bars.kv_full, 1);
     barrier_init(&bars.kv_empty, kConsumerWarps);
-    for (int s = 0; s < DkvShape<kDim, kBlock>::kStages; ++s) {
+    for (int s = 0; s < DkvShape<kDim>::kStages; ++s) {
       barrier_init(&bars.full[s], 1 + 32);
       barrier_init(&bars.empty[s], kConsumerWarps);
     }
@@ -458,48 +391,57 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
-    if (threadIdx.x < 32) dkv_produce<kDim, kBlock>(&kv_map, &q_map, &dout_map, p, shared, bars);
+    if (threadIdx.x < 32) dkv_produce<kDim>(&kv_map, &q_map, &dout_map, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    dkv_consume<kDim, kBlock, kMode>(p, shared, bars);
+    dkv_consume<kDim>(p, shared, bars);
   }
-  wait_for_previous();  // what follows in the stream relies on dq too
 }
 
-int experiment() {
-  const char* x = std::getenv("TANDEM_ATTN_X");
-  return x == nullptr ? 0 : std::atoi(x);
-}
-
-template <int kDim, int kMode>
-void run_dq(cudaStream_t stream, const AttentionBackwardArgs& a, const BackwardParams& p) {
-  launch(dq_kernel<kDim, kMode>, DqShape<kDim>::kBytes, stream, "attention dq",
-         map_of(a.qkv, kTileRows), map_of(a.dout, kTileRows), p);
-}
-template <int kDim, int kBlock, int kMode>
-void run_dkv(cudaStream_t stream, const AttentionBackwardArgs& a, const BackwardParams& p) {
-  launch(dkv_kernel<kDim, kBlock, kMode>, DkvShape<kDim, kBlock>::kBytes, stream, "attention dk dv",
-         map_of(a.qkv, kTileRows), map_of(a.qkv, kBlock), map_of(a.dout, kBlock), p);
+/// delta [rows] = the sum over kDim of dout * out, 16 bytes a thread.
+template <int kDim>
+__global__ void row_delta_kernel(const Bf16* dout, const Bf16* out, std::int64_t rows,
+                                 float* delta) {
+  constexpr int kLanes = kDim / 8;
+  const std::int64_t row =
+      (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  float sum = 0.0f;
+  if (row < rows) {
+    const uint4 x = __ldg(reinterpret_cast<const uint4*>(dout + row * kDim) + lane),
+                y = __ldg(reinterpret_cast<const uint4*>(out + row * kDim) + lane);
+    const auto* a = reinterpret_cast<const __nv_bfloat162*>(&x);
+    const auto* b = reinterpret_cast<const __nv_bfloat162*>(&y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = __bfloat1622float2(a[i]), g = __bfloat1622float2(b[i]);
+      sum = fmaf(f.x, g.x, fmaf(f.y, g.y, sum));
+    }
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (row < rows && lane == 0) delta[row] = sum;
 }
 
 template <int kDim>
 void backward(cudaStream_t stream, const AttentionBackwardArgs& a, BackwardParams p,
-              const RowTile* by_prefix, const RowTile* by_suffix) {
+              const RowTile* by_prefix, const RowTile* by_suffix, float* delta) {
+  const std::int64_t rows = a.qkv.dim(0) * a.spec.heads;
+  row_delta_kernel<kDim>
+      <<<static_cast<unsigned>((rows * (kDim / 8) + 255) / 256), 256, 0, stream>>>(
+          static_cast<const Bf16*>(a.dout.data), static_cast<const Bf16*>(a.out.data), rows, delta);
+  TANDEM_LAUNCHED("row_delta_kernel");
+  const auto map = [](const Tensor& x, int box) {
+    return make_map(x.data, x.dim(0), x.dim(1), box);
+  };
+  const CUtensorMap qkv = map(a.qkv, kTileRows), dout = map(a.dout, kTileRows);
   static_assert(DqShape<kDim>::kKeys == kTileRows, "one map serves both");
-  const int x = experiment();
   p.tiles = by_prefix;
-  if (!(x & 64)) {
-    if ((x & 3) == 0) run_dq<kDim, 1>(stream, a, p);
-    if ((x & 3) == 1) run_dq<kDim, 0>(stream, a, p);
-    if ((x & 3) == 2) run_dq<kDim, 2>(stream, a, p);
-  }
+  launch(dq_kernel<kDim>, DqShape<kDim>::kBytes, stream, "attention dq", qkv, dout, p);
+  constexpr int kQueries = DkvShape<kDim>::kQueries;
   p.tiles = by_suffix;
-  if (!(x & 128)) {
-    if ((x & 12) == 0) run_dkv<kDim, 64, 1>(stream, a, p);
-    if ((x & 12) == 4) run_dkv<kDim, 64, 0>(stream, a, p);
-    if ((x & 12) == 8) run_dkv<kDim, 64, 2>(stream, a, p);
-    if ((x & 12) == 12) run_dkv<kDim, kDim == 64 ? 128 : 64, 1>(stream, a, p);
-  }
+  launch(dkv_kernel<kDim>, DkvShape<kDim>::kBytes, stream, "attention dk dv", qkv,
+         map(a.qkv, kQueries), map(a.dout, kQueries), p);
 }
 
 }  // namespace
@@ -520,11 +462,6 @@ void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
   prepare.tokens = a.qkv.dim(0);
   prepare.zero0 = static_cast<char*>(a.dqkv.data);
   prepare.zero0_bytes = a.dqkv.dim(1) * dtype_bytes(a.dqkv.dtype);
-  prepare.delta_rows = a.qkv.dim(0) * a.spec.heads;
-  prepare.lanes = static_cast<int>(a.spec.head_dim / 8);
-  prepare.dout = static_cast<const own::Bf16*>(a.dout.data);
-  prepare.out = static_cast<const own::Bf16*>(a.out.data);
-  prepare.delta = delta;
   own::prepare(stream, prepare, a.seq_len_max);
   own::BackwardParams p{};
   p.tile_count = count;
@@ -536,9 +473,9 @@ void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
   p.window = static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30));
   p.scale = a.spec.scale;
   if (a.spec.head_dim == 128)
-    own::backward<128>(stream, a, p, by_prefix, by_suffix);
+    own::backward<128>(stream, a, p, by_prefix, by_suffix, delta);
   else
-    own::backward<64>(stream, a, p, by_prefix, by_suffix);
+    own::backward<64>(stream, a, p, by_prefix, by_suffix, delta);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -78,17 +78,6 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// -- kernels of one stream that overlap (programmatic dependent launch)
-/// Waits until the kernels before this one have ended and what they wrote is visible. Without it
-/// this kernel may run beside them.
-__device__ inline void wait_for_previous() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-/// The next kernel may be started once all blocks said so.
-__device__ inline void let_next_start() {
-  asm volatile("griddepcontrol.launch_dependents;");
-}
-
 // -- registers
 // --------------------------------------------------------------------------------------
 
