@@ -51,7 +51,8 @@ struct Identity {
 Result<std::string> resolve_device(const std::string& asked, int slot) {
   if (asked != "auto" && asked != "cpu" && asked != "cuda")
     return invalid_error(str("device must be auto, cpu or cuda, not \"", asked, "\""));
-  if (asked == "cpu" || (asked == "auto" && !kernels::probe_cuda_device(0).ok())) return std::string("cpu");
+  if (asked == "cpu" || (asked == "auto" && !kernels::probe_cuda_device(0).ok()))
+    return std::string("cpu");
   TANDEM_RETURN_IF_ERROR(kernels::probe_cuda_device(slot).status());
   return std::string("cuda");
 }

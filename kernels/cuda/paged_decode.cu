@@ -282,8 +282,8 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
 
 }  // namespace
 
-// Enough blocks for two rounds over the device (more cost more than they balance), each with at least one block of keys a warp. A
-// function of bounds alone.
+// Enough blocks for two rounds over the device (more cost more than they balance), each with at
+// least one block of keys a warp. A function of bounds alone.
 int paged_decode_splits(const PagedView& v, std::int64_t kv_len_max, const DeviceProfile& profile) {
   if (profile.compute_capability < 90) return 1;
   const std::int64_t blocks = std::int64_t{decode_tiles(v)} * head_parts(v);
