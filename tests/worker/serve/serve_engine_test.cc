@@ -191,6 +191,7 @@ TEST(ServeStops, EosEndsARequestUnlessIgnoredAndMinTokensPostponesIt) {
   auto engine = f.engine();
   GenerateRequest r = request("free", f.prompt(10), 20);
   const Outcome whole = run_alone(*engine, r);
+  ASSERT_GE(whole.ids.size(), 6u) << "ended by " << static_cast<int>(whole.finish);
   // What greedy draws at index 5 (where first drawn) serves as the stop token.
   const std::int32_t stop = whole.ids[5];
   const auto first = std::find(whole.ids.begin(), whole.ids.end(), stop) - whole.ids.begin();
