@@ -46,13 +46,17 @@ struct Identity {
   std::string device = "cpu";
 };
 
-/// "auto" is the GPU where the driver shows one: a slot is then a GPU, and one too many is an error
-/// rather than a slow worker.
+/// "auto" is the GPU where the driver shows one and this build can open it: a slot is then a GPU,
+/// and one too many is an error rather than a slow worker.
 Result<std::string> resolve_device(const std::string& asked, int slot) {
   if (asked != "auto" && asked != "cpu" && asked != "cuda")
     return invalid_error(str("device must be auto, cpu or cuda, not \"", asked, "\""));
   if (asked == "cpu" || (asked == "auto" && !kernels::probe_cuda_device(0).ok()))
     return std::string("cpu");
+  if (const Status module = kernels::check_cuda_module(); asked == "auto" && !module.ok()) {
+    log_warn("a GPU is here, but this worker runs on the CPU: ", module.message());
+    return std::string("cpu");
+  }
   TANDEM_RETURN_IF_ERROR(kernels::probe_cuda_device(slot).status());
   return std::string("cuda");
 }

@@ -28,7 +28,7 @@ bool aligned(std::initializer_list<const void*> pointers, std::int64_t row_bytes
 // -- lookup
 // ---------------------------------------------------------------------------------------
 
-/// out[j] = table[index[j]], rows of `words` 16-byte words or, with kWord = 1 byte, of bytes.
+/// out[j] = table[index[j]], rows of `words` words of 16 bytes or of 2.
 template <class Word>
 __global__ void lookup_kernel(const Word* table, const std::int32_t* index, std::int64_t first,
                               std::int64_t whole, std::int64_t rows, std::int64_t words,
