@@ -14,8 +14,6 @@ struct CudaOptions {
   int device = 0;
   /// map() refuses beyond this many bytes; 0: what the driver gives.
   std::int64_t memory_bytes_max = 0;
-  /// Bits do not depend on the order in which thread blocks finish.
-  bool deterministic = false;
 };
 
 /// A GPU as the driver names it, found through NVML: no context, none of CUDA's libraries.
