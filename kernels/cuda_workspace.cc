@@ -10,7 +10,7 @@ namespace {
 
 /// Logits of one chunk of rows are at most this many bytes of f32, or kLogitsChunkRowsMin rows:
 /// enough rows to keep the product at full speed, few enough to be a small part of the memory.
-constexpr std::int64_t kLogitsChunkBytes = std::int64_t{512} << 20;
+constexpr std::int64_t kLogitsChunkBytes = std::int64_t{1} << 30;
 constexpr std::int64_t kLogitsChunkRowsMin = 128;
 
 bool has_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {
@@ -105,6 +105,10 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
   return l;
 }
 
+std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs&) {
+  return kGemmWorkspaceBytes;
+}
+
 LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& a) {
   LinearCrossEntropyLayout l;
   const std::int64_t t = a.x.dim(0), v = a.weight->n;
@@ -115,10 +119,6 @@ LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArg
   l.gemm = layout.add(kGemmWorkspaceBytes);
   l.bytes = layout.bytes();
   return l;
-}
-
-std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs&) {
-  return kGemmWorkspaceBytes;
 }
 
 }  // namespace tandem::kernels::cuda

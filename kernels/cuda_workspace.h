@@ -59,6 +59,9 @@ struct LinearBackwardLayout {
 LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
                                             const DeviceProfile& profile);
 
+/// Of the ops of full fine-tuning: one product into dW; the others take nothing.
+std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);
+
 struct LinearCrossEntropyLayout {
   std::int64_t chunk_rows = 0;
   std::int64_t logits = 0;  ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place
@@ -104,6 +107,15 @@ std::int64_t attention_backward_bytes(const AttentionBackwardArgs& args,
 std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& args,
                                            const DeviceProfile& profile);
 std::int64_t sample_bytes(const SampleArgs& args, const DeviceProfile& profile);
+
+struct PagedAttentionLayout {
+  bool fast = false;       ///< attention_own_forward.cu takes the sequences with many new rows
+  std::int64_t count = 0;  ///< fast: i32, the number of entries
+  std::int64_t tiles = 0;  ///< fast: [T / kAttentionTileRows + 2 S] entries
+  std::int64_t bytes = 0;
+};
+PagedAttentionLayout paged_attention_layout(const PagedAttentionArgs& args,
+                                            const DeviceProfile& profile);
 
 struct SampleLayout {
   std::int64_t originals = 0;   ///< f32 [history entries]: logits before penalties

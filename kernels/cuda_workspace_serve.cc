@@ -3,8 +3,24 @@
 
 namespace tandem::kernels::cuda {
 
-std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs&, const DeviceProfile&) {
-  return 0;
+PagedAttentionLayout paged_attention_layout(const PagedAttentionArgs& a,
+                                            const DeviceProfile& profile) {
+  PagedAttentionLayout l;
+  ScratchLayout layout;
+  const std::int64_t t = a.qkv.dim(0), s = a.kv_lens.dim(0), block = a.cache->block_size;
+  l.fast = attention_is_fast(a.spec, a.qkv.dtype, profile) && block % 16 == 0 &&
+           kAttentionTileRows % block == 0 && t > s;
+  if (l.fast) {
+    l.count = layout.add(4);
+    l.tiles = layout.add((t / kAttentionTileRows + 2 * s) * kAttentionTileBytes);
+  }
+  l.bytes = layout.bytes();
+  return l;
+}
+
+std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& a,
+                                           const DeviceProfile& profile) {
+  return paged_attention_layout(a, profile).bytes;
 }
 
 SampleLayout sample_layout(const SampleArgs& a) {

@@ -38,8 +38,9 @@ class Ops {
   virtual void synchronize(Exec& exec) = 0;
   /// Runs `body`, which issues ops on `exec` and nothing else. Everything the host puts into them
   /// (shapes, bounds, addresses, numbers) must be a function of `key`; what device tensors hold may
-  /// differ. A device with profile().records_graphs records the ops of a key that comes back and
-  /// from then on only replays them.
+  /// differ; keys of two users of this Ops must differ too. A device with
+  /// profile().records_graphs records the ops of a key that comes back and from then on only
+  /// replays them.
   virtual void replay(Exec& /*exec*/, std::uint64_t /*key*/, const std::function<void()>& body) {
     body();
   }

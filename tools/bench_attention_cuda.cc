@@ -94,6 +94,10 @@ class Device {
     lse = tensors_.alloc(Shape{t, c.spec.heads}, DType::kF32);
     offsets = tensors_.alloc(Shape{static_cast<std::int64_t>(c.offsets.size())}, DType::kI32);
     ops().upload(exec_, std::as_bytes(std::span(c.offsets)), offsets);
+    positions = tensors_.alloc(Shape{t}, DType::kI32);
+    inv_freq = tensors_.alloc(Shape{c.spec.head_dim / 2}, DType::kF32);
+    ops().fill_zero(exec_, positions);
+    ops().fill_zero(exec_, inv_freq);
   }
   [[nodiscard]] Ops& ops() { return *backend_.ops; }
   [[nodiscard]] Exec& exec() { return exec_; }
@@ -138,6 +142,15 @@ class Device {
     ops().attention_backward(exec_,
                              {case_.spec, dout, qkv, out, lse, offsets, case_.longest(), dqkv});
   }
+  void rope(bool back) {
+    const AttentionSpec& a = case_.spec;
+    if (back)
+      ops().rope_backward(exec_,
+                          {dqkv, positions, inv_freq, 1.0f, a.heads, a.kv_heads, a.head_dim});
+    else
+      ops().rope_forward(
+          exec_, {qkv, positions, inv_freq, 1.0f, a.heads, a.kv_heads, a.head_dim, nullptr, {}});
+  }
   double milliseconds(const std::function<void()>& run) {
     using Clock = std::chrono::steady_clock;
     const auto timed = [&](int count) {
@@ -155,7 +168,7 @@ class Device {
   }
   std::int64_t workspace_peak() const { return workspace_.peak_used(); }
 
-  Tensor qkv, dqkv, out, dout, lse, offsets;
+  Tensor qkv, dqkv, out, dout, lse, offsets, positions, inv_freq;
 
  private:
   Backend backend_;
@@ -263,6 +276,8 @@ json time(const Case& c, const std::string& path) {
           {"sum_ms", rounded(forward + backward, 1e4)},
           {"fwd_tflops", rounded(2 * flop / forward, 1)},
           {"bwd_tflops", rounded(5 * flop / backward, 1)},
+          {"rope_us", rounded(1e3 * gpu.milliseconds([&] { gpu.rope(false); }), 10)},
+          {"rope_bwd_us", rounded(1e3 * gpu.milliseconds([&] { gpu.rope(true); }), 10)},
           {"ws_mib", gpu.workspace_peak() >> 20}};
 }
 
@@ -292,6 +307,7 @@ std::vector<Case> timed_cases() {
           {"llama8b_8x2048", make_spec(32, 8, 128), offsets_of(std::vector<int>(8, 2048))},
           {"llama8b_4x4096", make_spec(32, 8, 128), offsets_of(std::vector<int>(4, 4096))},
           {"llama8b_1x8192", make_spec(32, 8, 128), offsets_of({8192})},
+          {"llama8b_1x32768", make_spec(32, 8, 128), offsets_of({32768})},
           {"llama1b_4x4096", make_spec(32, 8, 64), offsets_of(std::vector<int>(4, 4096))},
           {"smollm_16x1024", make_spec(9, 3, 64), offsets_of(std::vector<int>(16, 1024))}};
 }

@@ -1,13 +1,14 @@
-// bench_collectives: times of the gang's collectives over MPI by size, as one JSON object from rank
-// 0. Run as: mpirun -np N bench_collectives [--bytes-max B].
-#include "kernels/cpu/cpu_backend.h"
+// bench_collectives: times of the gang's collectives by size, as one JSON object from rank 0. Run
+// as: mpirun -np N bench_collectives [--device cuda] [--bytes-max B]. CPUs talk MPI, GPUs NCCL.
 #include "protocol/base/clock.h"
-#include "worker/comm/mpi_communicator.h"
+#include "tools/bench_device.h"
+#include "tools/bench_gang.h"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cstdlib>
 #include <functional>
 #include <iostream>
 
@@ -18,6 +19,7 @@ using Json = nlohmann::ordered_json;
 
 struct Gang {
   worker::comm::Communicator& comm;
+  kernels::Ops& ops;
   kernels::Exec& exec;
   kernels::Arena& arena;
 };
@@ -44,8 +46,8 @@ Json measure(Gang& gang, std::int64_t bytes) {
   const std::int64_t part = bytes / 4 / n, elements = part * n;
   const kernels::Tensor x = gang.arena.alloc({elements}, DType::kF32);
   const kernels::Tensor mine = gang.arena.alloc({part}, DType::kF32);
-  std::fill_n(x.as<float>(), elements, 1.0f);
-  std::fill_n(mine.as<float>(), part, 1.0f);
+  gang.ops.fill_zero(gang.exec, x);
+  gang.ops.fill_zero(gang.exec, mine);
   const double share = static_cast<double>(n - 1) / n * static_cast<double>(elements) * 4.0;
   const auto entry = [](double seconds, double link_bytes) {
     return Json{{"microseconds", seconds * 1e6}, {"bus_gb_per_s", link_bytes / seconds * 1e-9}};
@@ -66,24 +68,29 @@ Json measure(Gang& gang, std::int64_t bytes) {
   return sizes;
 }
 
-Status run(std::int64_t bytes_max) {
-  TANDEM_ASSIGN_OR_RETURN(const auto comm, worker::comm::make_mpi_communicator());
-  kernels::Backend backend = kernels::make_cpu_backend({1, 0});
+Status run(const std::string& device, std::int64_t bytes_max) {
+  const char* ranks = std::getenv("OMPI_COMM_WORLD_SIZE");
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
+                          tools::open_bench_device(device, 1, tools::local_rank()));
   constexpr std::int64_t kReserve = std::int64_t{1} << 36;
   kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kActivations,
                        "tensors", kReserve);
   kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
                            "workspace", kReserve);
   kernels::Exec exec{workspace};
-  Gang gang{*comm, exec, arena};
+  TANDEM_ASSIGN_OR_RETURN(auto made, tools::make_bench_gang(
+                                         ranks == nullptr ? 1 : std::atoi(ranks), *backend.ops,
+                                         exec));
+  worker::comm::Communicator& comm = made.comm();
+  Gang gang{comm, *backend.ops, exec, arena};
   Json sizes = Json::array();
   for (std::int64_t bytes = 4096; bytes <= bytes_max; bytes *= 8)
     sizes.push_back(measure(gang, bytes));
-  if (comm->rank() == 0)
+  if (comm.rank() == 0)
     std::cout << Json{{"bench", "collectives"},
                       {"device", backend.ops->profile().name},
-                      {"transport", "mpi"},
-                      {"ranks", comm->size()},
+                      {"transport", device == "cuda" ? "nccl" : "mpi"},
+                      {"ranks", comm.size()},
                       {"sizes", sizes}}
                      .dump(2)
               << std::endl;
@@ -94,10 +101,12 @@ Status run(std::int64_t bytes_max) {
 
 int main(int argc, char** argv) {
   std::int64_t bytes_max = 64 << 20;
-  CLI::App app("Collectives of a gang over MPI, as JSON; run under mpirun");
+  std::string device = "cpu";
+  CLI::App app("Collectives of a gang, as JSON; run under mpirun");
+  app.add_option("--device", device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--bytes-max", bytes_max)->check(CLI::Range(4096, 1 << 30));
   CLI11_PARSE(app, argc, argv);
-  const Status status = run(bytes_max);
+  const Status status = run(device, bytes_max);
   if (status.ok()) return 0;
   std::cerr << "bench_collectives: " << status.to_string() << std::endl;
   return exit_code(status.code());

@@ -96,6 +96,13 @@ struct Rig {
   std::unique_ptr<serve::ServeEngine> engine;
 };
 
+/// Random numbers; many of them repeat a block whose length is prime, so that rows differ.
+void fill_random(Random& random, std::vector<float>& x) {
+  constexpr std::size_t kBlock = 65537;
+  for (std::size_t e = 0; e < x.size(); ++e)
+    x[e] = e < kBlock ? 0.01f * random.normal() : x[e - kBlock];
+}
+
 /// Adapters on every linear site.
 Status install_adapters(Rig& rig, const Options& o) {
   for (std::int64_t a = 0; a < o.adapters; ++a) {
@@ -107,8 +114,8 @@ Status install_adapters(Rig& rig, const Options& o) {
         model::HostAdapterTensor t{layer, model::Site{s}, o.rank, 2.0f, {}, {}};
         t.a.resize(static_cast<std::size_t>(o.rank * shape.i));
         t.b.resize(static_cast<std::size_t>(o.rank * shape.n));
-        for (float& x : t.a) x = 0.01f * random.normal();
-        for (float& x : t.b) x = 0.01f * random.normal();
+        fill_random(random, t.a);
+        fill_random(random, t.b);
         tensors.push_back(std::move(t));
       }
     TANDEM_ASSIGN_OR_RETURN(

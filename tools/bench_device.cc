@@ -77,8 +77,8 @@ class TableSource final : public worker::model::TensorSource {
 
 }  // namespace
 
-Result<kernels::Backend> open_bench_device(const std::string& device, int threads) {
-  if (device == "cuda") return kernels::make_cuda_backend({});
+Result<kernels::Backend> open_bench_device(const std::string& device, int threads, int index) {
+  if (device == "cuda") return kernels::make_cuda_backend({index, 0});
   kernels::CpuOptions options;
   options.threads = threads;
   return kernels::make_cpu_backend(options);

@@ -10,8 +10,8 @@
 
 namespace tandem::tools {
 
-/// "cpu" (with so many threads) or "cuda" (GPU 0).
-Result<kernels::Backend> open_bench_device(const std::string& device, int threads);
+/// "cpu" (with so many threads) or "cuda" (GPU `index`).
+Result<kernels::Backend> open_bench_device(const std::string& device, int threads, int index = 0);
 
 /// Names that load_bench_model takes for `shape`.
 std::vector<std::string> bench_shapes();

@@ -6,7 +6,7 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "tools/bench_device.h"
-#include "worker/comm/mpi_communicator.h"
+#include "tools/bench_gang.h"
 #include "worker/memory/estimator.h"
 #include "worker/model/gathered_weights.h"
 #include "worker/model/model_loader.h"
@@ -123,23 +123,6 @@ double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
   return best;
 }
 
-/// The gang of this mpirun, or one rank alone.
-Result<std::unique_ptr<worker::comm::Communicator>> make_gang(const Options& options,
-                                                              kernels::Ops& ops) {
-  TANDEM_RETURN_IF_ERROR(options.layout.validate());
-  if (options.layout.ranks() == 1)
-    return worker::comm::make_single_communicator(
-        [&ops](kernels::Exec& exec, kernels::Tensor from, kernels::Tensor to) {
-          ops.copy(exec, from, to);
-        });
-  if (options.device != "cpu") return refused_error("a gang over MPI is of CPU ranks");
-  TANDEM_ASSIGN_OR_RETURN(auto comm, worker::comm::make_mpi_communicator());
-  if (comm->size() != options.layout.ranks())
-    return invalid_error(str("layout ", options.layout.to_string(), " has ", options.layout.ranks(),
-                             " ranks; mpirun started ", comm->size()));
-  return comm;
-}
-
 /// Every rank's number, in rank order.
 std::vector<double> of_all_ranks(worker::comm::Communicator& comm, worker::model::Context& ctx,
                                  double mine) {
@@ -173,7 +156,7 @@ Status run(const Options& options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
   const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
   TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
-                          tools::open_bench_device(options.device, options.threads));
+                          tools::open_bench_device(options.device, options.threads, tools::local_rank()));
   const std::int64_t context_bytes = backend.bytes_in_use();
   constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
   const auto arena = [&](kernels::MemoryKind kind, const char* name) {
@@ -185,8 +168,11 @@ Status run(const Options& options) {
   const auto activations = arena(kernels::MemoryKind::kActivations, "activations");
   const auto workspace = arena(kernels::MemoryKind::kWorkspace, "workspace");
   kernels::Exec exec{*workspace};
-  TANDEM_ASSIGN_OR_RETURN(const auto comm, make_gang(options, *backend.ops));
-  const worker::train::Ranks ranks = worker::train::make_ranks(*comm, options.layout);
+  TANDEM_RETURN_IF_ERROR(options.layout.validate());
+  TANDEM_ASSIGN_OR_RETURN(
+      auto gang, tools::make_bench_gang(options.layout.ranks(), *backend.ops, exec));
+  worker::comm::Communicator& comm = gang.comm();
+  const worker::train::Ranks ranks = worker::train::make_ranks(comm, options.layout);
   const bool full = options.method == "full", gather = options.layout.zero == 3 && !full;
   TANDEM_RETURN_IF_ERROR(
       worker::model::check_shard(loaded.config, options.layout.tp, options.layout.pp));
@@ -217,7 +203,7 @@ Status run(const Options& options) {
   auto batches = worker::train::make_fixed_batches(random_steps(options, loaded.config.vocab), {});
   worker::memory::TrainingPlan plan;
   plan.layout = options.layout;
-  plan.rank = comm->rank();
+  plan.rank = comm.rank();
   TANDEM_ASSIGN_OR_RETURN(const auto estimate, worker::memory::estimate_training(
                                                    backend.ops->profile(), loaded.config, dtype,
                                                    settings, batches->bounds(), plan));
@@ -253,7 +239,7 @@ Status run(const Options& options) {
   const std::int64_t peak = backend.ledger->peak_total(), resident = resident_bytes_max();
   // Arenas keep what they have mapped: what is in use at the end is the peak.
   const std::int64_t driver = backend.bytes_in_use() - context_bytes;
-  const auto peaks = of_all_ranks(*comm, context, static_cast<double>(peak));
+  const auto peaks = of_all_ranks(comm, context, static_cast<double>(peak));
   const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
   const nlohmann::ordered_json report{
       {"bench", "train"},
@@ -292,7 +278,7 @@ Status run(const Options& options) {
       {"resident_peak_bytes", resident},
       {"peak_bytes_of_ranks", peaks},
       {"last_loss", loss}};
-  if (comm->rank() == 0) std::cout << report.dump(2) << std::endl;
+  if (comm.rank() == 0) std::cout << report.dump(2) << std::endl;
   return {};
 }
 

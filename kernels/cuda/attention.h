@@ -28,6 +28,11 @@ void own_attention_forward(cudaStream_t stream, const AttentionArgs& args,
 void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& args,
                             const AttentionBackwardLayout& layout, char* scratch);
 
+/// The forward kernel over the cache, for the sequences with at least `rows_min` new rows; inert
+/// rows become zero. `layout` is `fast`.
+void own_paged_forward(cudaStream_t stream, const PagedAttentionArgs& args,
+                       const PagedAttentionLayout& layout, char* scratch, int rows_min);
+
 /// delta [T, H] f32: the sum over the head of dout * out.
 void attention_delta(cudaStream_t stream, const AttentionBackwardArgs& args, float* delta);
 /// Zeroes rows [seq_offsets[S], T) of a [T, columns] tensor.

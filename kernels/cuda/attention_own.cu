@@ -19,10 +19,16 @@ __device__ void sort_tiles(const Prepare& a, bool suffix, RowTile* to) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const auto for_tiles = [&](const auto& f) {
     for (int s = warp; s < a.sequences; s += kSortThreads / 32) {
-      const int begin = a.offsets[s], length = a.offsets[s + 1] - begin;
-      for (int t = lane * kTileRows; t < length; t += 32 * kTileRows) {
-        const int rows = min(kTileRows, length - t), work = suffix ? length - t : t + rows;
-        f(RowTile{begin, length, t, rows}, kBuckets - 1 - min(work >> a.shift, kBuckets - 1));
+      // Tiles end at multiples of kTileRows of the position, so that a tile's rows see their own
+      // keys in one block.
+      const int begin = a.offsets[s], rows = a.offsets[s + 1] - begin;
+      const int length = a.kv_lens != nullptr ? a.kv_lens[s] : rows, before = length - rows;
+      if (rows < a.rows_min) continue;
+      for (int t = (before / kTileRows + lane) * kTileRows; t < length; t += 32 * kTileRows) {
+        const int first = max(before, t), end = min(length, t + kTileRows);
+        const int work = suffix ? length - first : end;
+        f(RowTile{begin - before, length, first, (end - first) | s << kTileRowsBits},
+          kBuckets - 1 - min(work >> a.shift, kBuckets - 1));
       }
     }
   };
@@ -53,18 +59,42 @@ __device__ void zero_from(char* base, std::int64_t first, std::int64_t rows, std
     reinterpret_cast<std::uint32_t*>(base)[i] = 0;
 }
 
-/// Blocks 0 and 1 sort, the others zero.
-constexpr int kZeroBlocks = 30;
+/// 16 bytes a thread, `lanes` threads a row.
+__device__ void row_deltas(const Prepare& a, int block, int blocks) {
+  const int lane = static_cast<int>(threadIdx.x) % a.lanes;
+  const std::int64_t step = std::int64_t{blocks} * kSortThreads / a.lanes;
+  for (std::int64_t row = (std::int64_t{block} * kSortThreads + threadIdx.x) / a.lanes;
+       row < (a.delta_rows + 31) / 32 * 32; row += step) {  // whole warps, for the shuffles
+    float sum = 0.0f;
+    if (row < a.delta_rows) {
+      const uint4 x = __ldg(reinterpret_cast<const uint4*>(a.dout) + row * a.lanes + lane),
+                  y = __ldg(reinterpret_cast<const uint4*>(a.out) + row * a.lanes + lane);
+      const auto* f = reinterpret_cast<const __nv_bfloat162*>(&x);
+      const auto* g = reinterpret_cast<const __nv_bfloat162*>(&y);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 u = __bfloat1622float2(f[i]), w = __bfloat1622float2(g[i]);
+        sum = fmaf(u.x, w.x, fmaf(u.y, w.y, sum));
+      }
+    }
+    for (int to = a.lanes / 2; to > 0; to /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, to);
+    if (row < a.delta_rows && lane == 0) a.delta[row] = sum;
+  }
+}
+
+/// Blocks 0 and 1 sort, the others zero and sum.
 __global__ void __launch_bounds__(kSortThreads) prepare_kernel(Prepare a) {
+  launch_dependents();
   if (blockIdx.x == 0) return sort_tiles(a, false, a.by_prefix);
   if (blockIdx.x == 1) {
     if (a.by_suffix != nullptr) sort_tiles(a, true, a.by_suffix);
     return;
   }
   const std::int64_t first = a.offsets[a.sequences];
-  const int block = static_cast<int>(blockIdx.x) - 2;
-  if (a.zero0 != nullptr) zero_from(a.zero0, first, a.tokens, a.zero0_bytes, block, kZeroBlocks);
-  if (a.zero1 != nullptr) zero_from(a.zero1, first, a.tokens, a.zero1_bytes, block, kZeroBlocks);
+  const int block = static_cast<int>(blockIdx.x) - 2, blocks = static_cast<int>(gridDim.x) - 2;
+  if (a.zero0 != nullptr) zero_from(a.zero0, first, a.tokens, a.zero0_bytes, block, blocks);
+  if (a.zero1 != nullptr) zero_from(a.zero1, first, a.tokens, a.zero1_bytes, block, blocks);
+  if (a.delta != nullptr) row_deltas(a, block, blocks);
 }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
@@ -88,7 +118,8 @@ void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max)
   // Lengths beyond the last bucket share it.
   a.shift = std::max(
       0, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(seq_len_max) / kBuckets)));
-  prepare_kernel<<<2 + kZeroBlocks, kSortThreads, 0, stream>>>(a);
+  const int blocks = a.delta != nullptr ? 2 * multiprocessors() : 32;
+  prepare_kernel<<<static_cast<unsigned>(2 + blocks), kSortThreads, 0, stream>>>(a);
   TANDEM_LAUNCHED("attention prepare_kernel");
 }
 

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/hopper.cuh"
 
 namespace tandem::kernels::cuda::own {
@@ -79,9 +80,14 @@ __device__ inline int item_of(int round) {
   return round * blocks + (round % 2 == 0 ? b : blocks - 1 - b);
 }
 
+/// A list's entry holds its sequence's number above the rows.
+inline constexpr int kTileRowsBits = 8;
 __device__ inline RowTile load_tile_entry(const RowTile* tiles, int index) {
   const int4 v = __ldg(reinterpret_cast<const int4*>(tiles) + index);
-  return {v.x, v.y, v.z, v.w};
+  return {v.x, v.y, v.z, v.w & ((1 << kTileRowsBits) - 1)};
+}
+__device__ inline int load_tile_sequence(const RowTile* tiles, int index) {
+  return __ldg(&tiles[index].rows) >> kTileRowsBits;
 }
 
 /// One accumulator [64, kDim] of a warpgroup, times per-row factors, to rows of `to` (the address
@@ -111,15 +117,23 @@ __device__ inline void store_rows(const float (&acc)[kDim / 2], float factor0, f
   }
 }
 
-/// Work lists and zeroed inert rows; see attention_own.cu.
+/// Work lists, zeroed inert rows and, for backward, delta; see attention_own.cu.
 struct Prepare {
   const std::int32_t* offsets;
+  /// Paged: keys of each sequence, of which its rows are the last; null: rows are all.
+  const std::int32_t* kv_lens;
+  int rows_min;  ///< shorter sequences are left out
   int sequences, shift;
   /// Sorted by rows up to the tile's end (queries) and from its start (keys); null: not wanted.
   RowTile *by_prefix, *by_suffix;
   std::int32_t* count;
   char *zero0, *zero1;  ///< rows to zero, of these bytes; null: none
   std::int64_t tokens, zero0_bytes, zero1_bytes;
+  /// delta [delta_rows] f32 = sums of dout * out over rows of 8 * lanes; null: not wanted.
+  const Bf16 *dout, *out;
+  float* delta;
+  std::int64_t delta_rows;
+  int lanes;
 };
 void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max);
 
@@ -127,14 +141,15 @@ void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max)
 CUtensorMap make_map(const void* data, std::int64_t rows, std::int64_t columns, int box_rows);
 int multiprocessors();
 
+/// One block on each multiprocessor, which may start while the kernel before it still runs: the
+/// kernel calls wait_for_inputs().
 template <class Kernel, class... Args>
 void launch(Kernel* kernel, int shared_bytes, cudaStream_t stream, const char* name,
             const Args&... args) {
   TANDEM_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<static_cast<unsigned>(multiprocessors()), kThreads,
-           static_cast<std::size_t>(shared_bytes), stream>>>(args...);
-  check_cuda(cudaGetLastError(), name);
+  launch_early(name, kernel, dim3(static_cast<unsigned>(multiprocessors())), dim3(kThreads),
+               static_cast<std::size_t>(shared_bytes), stream, args...);
 }
 
 }  // namespace tandem::kernels::cuda::own

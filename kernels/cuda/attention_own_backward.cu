@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
+  wait_for_inputs();
   if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x == 0) dq_produce<kDim>(&qkv_map, &dout_map, p, shared, bars);
@@ -389,6 +390,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
+  wait_for_inputs();
   if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
     if (threadIdx.x < 32) dkv_produce<kDim>(&kv_map, &q_map, &dout_map, p, shared, bars);
@@ -398,39 +400,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-/// delta [rows] = the sum over kDim of dout * out, 16 bytes a thread.
-template <int kDim>
-__global__ void row_delta_kernel(const Bf16* dout, const Bf16* out, std::int64_t rows,
-                                 float* delta) {
-  constexpr int kLanes = kDim / 8;
-  const std::int64_t row =
-      (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
-  const int lane = static_cast<int>(threadIdx.x % kLanes);
-  float sum = 0.0f;
-  if (row < rows) {
-    const uint4 x = __ldg(reinterpret_cast<const uint4*>(dout + row * kDim) + lane),
-                y = __ldg(reinterpret_cast<const uint4*>(out + row * kDim) + lane);
-    const auto* a = reinterpret_cast<const __nv_bfloat162*>(&x);
-    const auto* b = reinterpret_cast<const __nv_bfloat162*>(&y);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 f = __bfloat1622float2(a[i]), g = __bfloat1622float2(b[i]);
-      sum = fmaf(f.x, g.x, fmaf(f.y, g.y, sum));
-    }
-  }
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  if (row < rows && lane == 0) delta[row] = sum;
-}
-
 template <int kDim>
 void backward(cudaStream_t stream, const AttentionBackwardArgs& a, BackwardParams p,
-              const RowTile* by_prefix, const RowTile* by_suffix, float* delta) {
-  const std::int64_t rows = a.qkv.dim(0) * a.spec.heads;
-  row_delta_kernel<kDim>
-      <<<static_cast<unsigned>((rows * (kDim / 8) + 255) / 256), 256, 0, stream>>>(
-          static_cast<const Bf16*>(a.dout.data), static_cast<const Bf16*>(a.out.data), rows, delta);
-  TANDEM_LAUNCHED("row_delta_kernel");
+              const RowTile* by_prefix, const RowTile* by_suffix) {
   const auto map = [](const Tensor& x, int box) {
     return make_map(x.data, x.dim(0), x.dim(1), box);
   };
@@ -462,6 +434,11 @@ void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
   prepare.tokens = a.qkv.dim(0);
   prepare.zero0 = static_cast<char*>(a.dqkv.data);
   prepare.zero0_bytes = a.dqkv.dim(1) * dtype_bytes(a.dqkv.dtype);
+  prepare.delta_rows = a.qkv.dim(0) * a.spec.heads;
+  prepare.lanes = static_cast<int>(a.spec.head_dim / 8);
+  prepare.dout = static_cast<const own::Bf16*>(a.dout.data);
+  prepare.out = static_cast<const own::Bf16*>(a.out.data);
+  prepare.delta = delta;
   own::prepare(stream, prepare, a.seq_len_max);
   own::BackwardParams p{};
   p.tile_count = count;
@@ -473,9 +450,9 @@ void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
   p.window = static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30));
   p.scale = a.spec.scale;
   if (a.spec.head_dim == 128)
-    own::backward<128>(stream, a, p, by_prefix, by_suffix, delta);
+    own::backward<128>(stream, a, p, by_prefix, by_suffix);
   else
-    own::backward<64>(stream, a, p, by_prefix, by_suffix, delta);
+    own::backward<64>(stream, a, p, by_prefix, by_suffix);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -16,6 +16,13 @@ struct ForwardParams {
   float* lse;  ///< may be null
   int heads, kv_heads, window;
   float scale;
+  /// Paged: keys of sequence s lie in the cache's blocks tables[s][0 .. blocks_max).
+  const std::int32_t* tables;
+  int blocks_max, block_size;
+};
+/// Where queries, keys and values come from; packed: all from q's matrix.
+struct ForwardMaps {
+  CUtensorMap q, k, v;
 };
 
 constexpr int kKeys = 128;  ///< of one block
@@ -45,8 +52,56 @@ __device__ inline KeyBlocks key_blocks(const RowTile& tile, int window, int keys
           (tile.begin + tile.rows - 1) / keys};
 }
 
-template <int kDim>
-__device__ void produce(const CUtensorMap* map, const ForwardParams& p, std::uint32_t shared,
+/// One block of keys or values of a sequence as the copy engine's lanes bring it: by one lane from
+/// the packed rows, or box by box, a lane each, from the cache.
+template <int kDim, bool kPaged>
+class KeySource {
+ public:
+  using Tile = SharedTile<kKeys, kDim>;
+  __device__ KeySource(const ForwardParams& p, const RowTile& tile, int sequence, int kv_head)
+      : p_(p),
+        tile_(tile),
+        table_(kPaged ? p.tables + static_cast<std::int64_t>(sequence) * p.blocks_max : nullptr),
+        kv_head_(kv_head) {}
+  /// Block n comes next.
+  __device__ void seek(int n) {
+    n_ = n;
+    if (!kPaged) return;
+    const int lane = static_cast<int>(threadIdx.x);
+    const int box = lane / Tile::kPanels, key = n * kKeys + box * p_.block_size;
+    present_ = box * p_.block_size < kKeys && key < tile_.length;
+    if (present_) row_ = (table_[key / p_.block_size] * p_.kv_heads + kv_head_) * p_.block_size;
+    bytes_ = __popc(__ballot_sync(0xffffffffu, present_)) * p_.block_size * 128;
+  }
+  /// `column`: of the packed rows.
+  __device__ void copy(std::uint32_t to, const CUtensorMap* map, std::uint64_t* barrier,
+                       int column) const {
+    const int lane = static_cast<int>(threadIdx.x);
+    if (!kPaged) {
+      barrier_expect(barrier, Tile::kBytes);
+      copy_tile<kKeys, kDim>(to, map, barrier, column, tile_.sequence + n_ * kKeys);
+      return;
+    }
+    if (lane == 0) barrier_expect(barrier, bytes_);
+    __syncwarp();
+    const int panel = lane % Tile::kPanels, box = lane / Tile::kPanels;
+    if (present_)
+      copy_box(to + panel * Tile::kPanel + box * p_.block_size * 128, map, barrier, panel * 64,
+               row_);
+  }
+
+ private:
+  const ForwardParams& p_;
+  const RowTile tile_;
+  const std::int32_t* table_;
+  const int kv_head_;
+  int n_ = 0, row_ = 0, bytes_ = 0;
+  bool present_ = false;
+};
+
+/// Called by one lane, paged by a whole warp.
+template <int kDim, bool kPaged>
+__device__ void produce(const ForwardMaps& maps, const ForwardParams& p, std::uint32_t shared,
                         ForwardBarriers& bars) {
   using S = ForwardShared<kDim>;
   const int items = *p.tile_count * p.heads;
@@ -58,21 +113,24 @@ __device__ void produce(const CUtensorMap* map, const ForwardParams& p, std::uin
     const RowTile tile = load_tile_entry(p.tiles, item / p.heads);
     const int head = item % p.heads, kv_head = head / (p.heads / p.kv_heads);
     const int k_column = (p.heads + kv_head) * kDim, v_column = k_column + p.kv_heads * kDim;
+    KeySource<kDim, kPaged> keys(p, tile, load_tile_sequence(p.tiles, item / p.heads), kv_head);
     barrier_wait(&bars.q_empty, q_phase ^ 1);
     q_phase ^= 1;
-    barrier_expect(&bars.q_full, S::Q::kBytes);
-    copy_tile<kTileRows, kDim>(shared, map, &bars.q_full, head * kDim, tile.sequence + tile.begin);
+    if (!kPaged || threadIdx.x == 0) {
+      barrier_expect(&bars.q_full, S::Q::kBytes);
+      copy_tile<kTileRows, kDim>(shared, &maps.q, &bars.q_full, head * kDim,
+                                 tile.sequence + tile.begin);
+    }
     const KeyBlocks blocks = key_blocks(tile, p.window, kKeys);
     for (int n = blocks.high; n >= blocks.low; --n) {
-      const int row = tile.sequence + n * kKeys, s = ring.stage;
+      const int s = ring.stage;
+      keys.seek(n);
       barrier_wait(&bars.k_empty[s], ring.phase ^ 1);
-      barrier_expect(&bars.k_full[s], S::K::kBytes);
-      copy_tile<kKeys, kDim>(shared + S::kK + s * S::K::kBytes, map, &bars.k_full[s], k_column,
-                             row);
+      keys.copy(shared + S::kK + s * S::K::kBytes, kPaged ? &maps.k : &maps.q, &bars.k_full[s],
+                k_column);
       barrier_wait(&bars.v_empty[s], ring.phase ^ 1);
-      barrier_expect(&bars.v_full[s], S::K::kBytes);
-      copy_tile<kKeys, kDim>(shared + S::kV + s * S::K::kBytes, map, &bars.v_full[s], v_column,
-                             row);
+      keys.copy(shared + S::kV + s * S::K::kBytes, kPaged ? &maps.v : &maps.q, &bars.v_full[s],
+                v_column);
       ring.next();
     }
   }
@@ -242,14 +300,14 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
   }
 }
 
-template <int kDim, bool kTurns>
+template <int kDim, bool kTurns, bool kPaged>
 __global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(const __grid_constant__ CUtensorMap map, const ForwardParams p) {
+    forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p) {
   extern __shared__ std::uint8_t dynamic[];
   __shared__ ForwardBarriers bars;
   const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
-    prefetch_map(&map);
+    prefetch_map(&maps.q);
     barrier_init(&bars.q_full, 1);
     barrier_init(&bars.q_empty, kConsumerWarps);
     for (int s = 0; s < kStages; ++s) {
@@ -261,9 +319,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
+  wait_for_inputs();
   if (warpgroup() == 0) {
     registers_down<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(&map, p, shared, bars);
+    if (threadIdx.x < (kPaged ? 32 : 1)) produce<kDim, kPaged>(maps, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
     consume<kDim, kTurns>(p, shared, bars);
@@ -272,10 +331,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <int kDim>
 void forward(cudaStream_t stream, const AttentionArgs& a, const ForwardParams& p) {
-  const CUtensorMap map = make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows);
   static_assert(kTileRows == kKeys, "one map serves both");
-  launch(forward_kernel<kDim, true>, ForwardShared<kDim>::kBytes, stream, "attention forward", map,
-         p);
+  const ForwardMaps maps{make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
+  launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, stream,
+         "attention forward", maps, p);
+}
+
+template <int kDim>
+void paged_forward(cudaStream_t stream, const PagedAttentionArgs& a, const ForwardParams& p) {
+  const std::int64_t rows = a.cache->k.elements() / kDim;
+  const ForwardMaps maps{make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+                         make_map(a.cache->k.data, rows, kDim, p.block_size),
+                         make_map(a.cache->v.data, rows, kDim, p.block_size)};
+  launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, stream,
+         "paged attention forward", maps, p);
 }
 
 }  // namespace
@@ -303,11 +372,46 @@ void own_attention_forward(cudaStream_t stream, const AttentionArgs& a,
                              static_cast<int>(a.spec.heads),
                              static_cast<int>(a.spec.kv_heads),
                              static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30)),
-                             a.spec.scale};
+                             a.spec.scale,
+                             nullptr,
+                             0,
+                             0};
   if (a.spec.head_dim == 128)
     own::forward<128>(stream, a, p);
   else
     own::forward<64>(stream, a, p);
+}
+
+void own_paged_forward(cudaStream_t stream, const PagedAttentionArgs& a,
+                       const PagedAttentionLayout& layout, char* scratch, int rows_min) {
+  auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
+  auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
+  own::Prepare prepare{};
+  prepare.offsets = static_cast<const std::int32_t*>(a.q_offsets.data);
+  prepare.kv_lens = static_cast<const std::int32_t*>(a.kv_lens.data);
+  prepare.rows_min = rows_min;
+  prepare.sequences = static_cast<int>(a.kv_lens.dim(0));
+  prepare.by_prefix = tiles;
+  prepare.count = count;
+  prepare.tokens = a.qkv.dim(0);
+  prepare.zero0 = static_cast<char*>(a.out.data);
+  prepare.zero0_bytes = a.out.dim(1) * dtype_bytes(a.out.dtype);
+  own::prepare(stream, prepare, a.kv_len_max);
+  const own::ForwardParams p{tiles,
+                             count,
+                             static_cast<own::Bf16*>(a.out.data),
+                             nullptr,
+                             static_cast<int>(a.spec.heads),
+                             static_cast<int>(a.spec.kv_heads),
+                             static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30)),
+                             a.spec.scale,
+                             static_cast<const std::int32_t*>(a.block_tables.data),
+                             static_cast<int>(a.block_tables.dim(1)),
+                             static_cast<int>(a.cache->block_size)};
+  if (a.spec.head_dim == 128)
+    own::paged_forward<128>(stream, a, p);
+  else
+    own::paged_forward<64>(stream, a, p);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -1,5 +1,4 @@
-// Private to kernels/cuda: what the loader calls in the module. C names, C++ types: both sides are
-// built by one compiler from one tree, which `version` checks.
+// Private to kernels/cuda: what the loader calls in the module (kernels/module.h).
 #pragma once
 
 #include "kernels/cuda/cuda_backend.h"

@@ -18,8 +18,40 @@ namespace tandem::kernels::cuda {
 
 struct LinearBackwardLayout;  // cuda_workspace.h
 class Scratch;
-class PinnedRing;  // cuda_ops.cc
-class Graphs;      // cuda_ops.cc
+class PinnedRing;      // cuda_ops.cc
+class Graphs;          // cuda_ops.cc
+
+/// A second queue, for a small kernel that an op's large one does not depend on.
+class SideStream {
+ public:
+  SideStream() {
+    TANDEM_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    for (cudaEvent_t* event : {&forked_, &joined_})
+      TANDEM_CUDA(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+  }
+  ~SideStream() {
+    (void)cudaEventDestroy(forked_);
+    (void)cudaEventDestroy(joined_);
+    (void)cudaStreamDestroy(stream_);
+  }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  /// The queue, behind all that `main` holds now.
+  cudaStream_t fork(cudaStream_t main) {
+    TANDEM_CUDA(cudaEventRecord(forked_, main));
+    TANDEM_CUDA(cudaStreamWaitEvent(stream_, forked_));
+    return stream_;
+  }
+  /// What comes next on `main` waits for what was put on the queue.
+  void join(cudaStream_t main) {
+    TANDEM_CUDA(cudaEventRecord(joined_, stream_));
+    TANDEM_CUDA(cudaStreamWaitEvent(main, joined_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t forked_ = nullptr, joined_ = nullptr;
+};
 
 class CudaOps final : public Ops {
  public:
@@ -45,10 +77,14 @@ class CudaOps final : public Ops {
   void do_fill_zero(Exec&, Tensor) override;
   void do_pack_weight(Exec&, PackedWeight&, const FillRows&) override;
   void do_embedding_forward(Exec&, const EmbeddingArgs&) override;
+  void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override;
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override;
   void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override;
+  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override;
   void do_linear_forward(Exec&, const LinearArgs&) override;
   void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
+  void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) override;
+  void do_repack_weight(Exec&, const RepackWeightArgs&) override;
   void do_rope_forward(Exec&, const RopeArgs&) override;
   void do_rope_backward(Exec&, const RopeBackwardArgs&) override;
   void do_attention_forward(Exec&, const AttentionArgs&) override;
@@ -58,16 +94,12 @@ class CudaOps final : public Ops {
   void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override;
   void do_gather_rows(Exec&, const GatherRowsArgs&) override;
   void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) override;
+  void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) override;
+  void do_cross_entropy(Exec&, const CrossEntropyArgs&) override;
   void do_logprob(Exec&, const LogprobArgs&) override;
   void do_sample(Exec&, const SampleArgs&) override;
   void do_squared_norm(Exec&, const SquaredNormArgs&) override;
   void do_adamw(Exec&, const AdamWArgs&) override;
-  void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override;
-  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override;
-  void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) override;
-  void do_repack_weight(Exec&, const RepackWeightArgs&) override;
-  void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) override;
-  void do_cross_entropy(Exec&, const CrossEntropyArgs&) override;
 
   // -- ops_linear.cu
   /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
@@ -86,6 +118,7 @@ class CudaOps final : public Ops {
   const DeviceProfile profile_;
   cudaStream_t stream_ = nullptr;  ///< of every Exec that names none
   std::vector<cudaStream_t> made_streams_;
+  SideStream side_;
   std::array<cudaEvent_t, kMarksMax> marks_{};  ///< of mark m at m % kMarksMax
   std::uint64_t next_mark_ = 0;
   mutable Profiler profiler_;
@@ -113,6 +146,9 @@ class Scratch {
   ArenaScope scope_;
   char* base_;
 };
+
+/// Rows up to which a batch counts as a decode step: its kernels are bound by bytes and launches.
+inline constexpr std::int64_t kFewRows = 256;
 
 /// What the segmented LoRA kernels (ops_lora_segments.cu) do: rows of any mix of adapters, slots
 /// and ranks read on the device. `column` of a site in u and du is site * rank_max.

@@ -2,6 +2,7 @@
 // stored in; vectors are 16 bytes, the widest access of a thread.
 #pragma once
 
+#include "kernels/cuda/cuda_check.h"
 #include "protocol/base/dtype.h"
 
 #include <cuda_bf16.h>
@@ -41,6 +42,38 @@ __device__ inline Vec<T> load_vec(const T* p) {
 template <class T>
 __device__ inline void store_vec(T* p, const Vec<T>& v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
+}
+
+/// The next kernel of the queue may take its place on the device now; it waits for this one's
+/// results in wait_for_inputs(). Together they hide what starting a kernel costs, which is much of
+/// a decode step. A kernel started by launch_early() calls both, the second before it reads or
+/// writes what other kernels touch.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// kernel<<<grid, block, shared, stream>>>(args...), begun while the kernel before it still runs.
+template <class... Params, class... Args>
+void launch_early(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                  std::size_t shared, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
 }
 
 __device__ inline float warp_sum(float x) {

@@ -7,6 +7,7 @@
 // segmented kernels.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/gemv.cuh"
 #include "kernels/cuda/lora_gemm.h"
 #include "kernels/cuda/lora_thin.h"
 #include "kernels/cuda_workspace.h"
@@ -322,15 +323,21 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
     TANDEM_LAUNCHED("add_bias_kernel");
   };
   if (layout.columns == 0) {
+    if (exec.numerics == Numerics::kReplay && gemv_fits(a.x, *a.weight))
+      return gemv(s, a.x, *a.weight, a.bias, a.y);
     blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
     return finish();
   }
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
   const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, layout.columns});
-  if (!layout.single) {
-    lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
+  const bool few = t <= kFewRows;
+  // In f32 one order of sums whatever the bounds are: that is where Invariant is promised.
+  if (!layout.single || few || (cd == DType::kF32 && exec.numerics == Numerics::kInvariant)) {
+    // The base product does not wait for u.
+    lora_segments_shrink(few ? side_.fork(s) : s, a.sites, *a.adapters, a.x, u);
     blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
+    if (few) side_.join(s);
     lora_segments_expand(s, a.sites, *a.adapters, u, a.y);
     return finish();
   }

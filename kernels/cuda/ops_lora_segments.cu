@@ -43,15 +43,12 @@ __device__ uint4 drop_8(uint4 x, const DropoutMask& mask, std::int64_t row, int 
 
 /// u of kTiles * 8 rows of one segment and kRanks of one site. Block (part of I, tile, site and
 /// ranks); blocks of a cluster are the parts. A is the tensor cores' A, rows their columns.
-template <int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1)
+template <int kTiles, bool kDrops>
+__global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
     shrink_kernel(const SegmentsView v, const bf16_t* x, int columns, bf16_t* u) {
   constexpr int kRows = 8 * kTiles, kOut = kRows * kRanks;
   __shared__ float parts[kWarps][kOut];
   __shared__ float sums[kOut];
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // see small_product.cuh
-#endif
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
   const SiteView& site = v.site[blockIdx.z % v.sites];
@@ -99,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 1)
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          if (mask.drops())
+          if (kDrops)
             in[s][t] =
                 drop_8(in[s][t], mask, tile.begin + g + 8 * t, piece + (step + s) * 32 + 8 * q);
           mma_bf16(c[t], low[s].x, high[s].x, low[s].y, high[s].y, in[s][t].x, in[s][t].y);
@@ -165,62 +162,56 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kOutputs = 64;  ///< that a warp of the expansion computes at a time
 constexpr int kTileRows = 16;
 
-/// Eight neighbouring outputs of a row.
+/// y[0 .. 8) += sum, rounded once.
 template <class Y>
+__device__ void add_8(Y* y, const float (&sum)[8], int n, bool vectors) {
+  if (n <= 0) return;
+  if (vectors && n >= 8) {
+    constexpr int kSize = Vec<Y>::kSize;
+#pragma unroll
+    for (int j = 0; j < 8; j += kSize) {
+      Vec<Y> at = load_vec(y + j);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) at.at[e] = store_as<Y>(load_f32(at.at[e]) + sum[j + e]);
+      store_vec(y + j, at);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    if (j < n) y[j] = store_as<Y>(load_f32(y[j]) + sum[j]);
+}
+
+/// Site and first output of it of a block that computes `each` outputs.
 struct Outputs {
-  Vec<Y> at[8 / Vec<Y>::kSize];
-  __device__ void load(const Y* y, int n, bool vectors) {
-#pragma unroll
-    for (int j = 0; j < 8 / Vec<Y>::kSize; ++j) {
-      if (vectors && n >= 8) {
-        at[j] = load_vec(y + j * Vec<Y>::kSize);
-        continue;
-      }
-#pragma unroll
-      for (int e = 0; e < Vec<Y>::kSize; ++e)
-        at[j].at[e] = j * Vec<Y>::kSize + e < n ? y[j * Vec<Y>::kSize + e] : store_as<Y>(0.0f);
-    }
-  }
-  /// Rounded once.
-  __device__ void add(int j, float x) {
-    Y& to = at[j / Vec<Y>::kSize].at[j % Vec<Y>::kSize];
-    to = store_as<Y>(load_f32(to) + x);
-  }
-  __device__ void store(Y* y, int n, bool vectors) const {
-#pragma unroll
-    for (int j = 0; j < 8 / Vec<Y>::kSize; ++j) {
-      if (vectors && n >= 8) {
-        store_vec(y + j * Vec<Y>::kSize, at[j]);
-        continue;
-      }
-#pragma unroll
-      for (int e = 0; e < Vec<Y>::kSize; ++e)
-        if (j * Vec<Y>::kSize + e < n) y[j * Vec<Y>::kSize + e] = at[j].at[e];
-    }
-  }
+  int site, first;
 };
+__device__ Outputs find_outputs(const SegmentsView& v, int each) {
+  Outputs o{0, static_cast<int>(blockIdx.x) * each};
+  for (; o.site + 1 < v.sites; ++o.site) {
+    const int padded = (v.site[o.site].n + each - 1) / each * each;
+    if (o.first < padded) break;
+    o.first -= padded;
+  }
+  return o;
+}
 
 /// Each warp: one tile of rows and kOutputs outputs. Block (outputs, warps' tiles). Rows are the
 /// tensor cores' A. Column g of product j is output 32 (j / 4) + 8 (g / 2) + 2 (j % 4) + g % 2, so
 /// that a lane ends with 8 neighbours.
 template <class Y>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     expand_kernel(const SegmentsView v, const bf16_t* u, Y* y, int width, int tiles) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
-  int s = 0, n0 = static_cast<int>(blockIdx.x) * kOutputs;
-  for (; s + 1 < v.sites; ++s) {
-    const int padded = (v.site[s].n + kOutputs - 1) / kOutputs * kOutputs;
-    if (n0 < padded) break;
-    n0 -= padded;
-  }
-  const SiteView& site = v.site[s];
+  const Outputs own = find_outputs(v, kOutputs);
+  const SiteView& site = v.site[own.site];
+  const int n0 = own.first;
   const bool y_vectors = width % 8 == 0 && (site.n_begin + n0) % 8 == 0 &&
                          reinterpret_cast<std::uintptr_t>(y) % 16 == 0;
   const bool u_vectors =
       v.columns % 4 == 0 && site.column % 4 == 0 && reinterpret_cast<std::uintptr_t>(u) % 8 == 0;
-  // Few tiles spread over all blocks of a column.
-  for (int index = warp * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y); index < tiles;
+  for (int index = static_cast<int>(blockIdx.y) * kWarps + warp; index < tiles;
        index += static_cast<int>(gridDim.y) * kWarps) {
     const AdapterTile tile = find_adapter_tile<kTileRows>(v, index);
     if (tile.begin == tile.end) return;
@@ -231,15 +222,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool b_vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(entry.b) % 8 == 0;
     const bf16_t* u_low = u + static_cast<std::int64_t>(tile.begin + g) * v.columns + site.column;
     const bf16_t* u_high = u_low + static_cast<std::int64_t>(8) * v.columns;
-    Y* y_low = y + static_cast<std::int64_t>(tile.begin + g) * width + site.n_begin + n0 + 8 * q;
-    const int n_left = site.n - n0 - 8 * q;
-    Outputs<Y> out[2][2];  // rows g and g + 8, outputs 8 q and 32 + 8 q
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int part = 0; part < 2; ++part)
-        out[half][part].load(y_low + static_cast<std::int64_t>(8 * half) * width + 32 * part,
-                             g + 8 * half < rows ? n_left - 32 * part : 0, y_vectors);
     float c[8][4] = {};
     for (int k = 0; k < rank; k += 16) {
       uint2 in[8];
@@ -257,11 +239,111 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
+        if (g + 8 * half >= rows) continue;
+        float sum[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) out[half][part].add(j, c[4 * part + j / 2][2 * half + j % 2]);
-        out[half][part].store(y_low + static_cast<std::int64_t>(8 * half) * width + 32 * part,
-                              g + 8 * half < rows ? n_left - 32 * part : 0, y_vectors);
+        for (int j = 0; j < 8; ++j) sum[j] = c[4 * part + j / 2][2 * half + j % 2];
+        const int n = n0 + 32 * part + 8 * q;
+        add_8(y + static_cast<std::int64_t>(tile.begin + g + 8 * half) * width + site.n_begin + n,
+              sum, site.n - n, y_vectors);
       }
+  }
+}
+
+constexpr int kFewThreads = 128;
+constexpr int kFewOutputs = 16 * kFewThreads / 32;  ///< of a block
+constexpr int kTogether = 4;                        ///< items whose loads are in flight
+
+/// Of the rows of a decode step: who carries what at one site, and the items of work: the first row
+/// of each eight that carries an adapter.
+struct FewRows {
+  int slot[kFewRows], rank[kFewRows], item[kFewRows];
+  const bf16_t* b[kFewRows];
+  bool leads[kFewRows];
+  int items;
+
+  __device__ void load(const SegmentsView& v, const SiteView& site) {
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int t = thread; t < kFewRows; t += kFewThreads) slot[t] = -1;
+    __syncthreads();
+    for (int s = thread; s < v.segments; s += kFewThreads) {
+      const int begin = v.offsets[s], end = v.offsets[s + 1], own = v.slots[s];
+      if (begin < 0 || end > v.t) __trap();
+      for (int t = begin; t < end; ++t) slot[t] = own;
+    }
+    __syncthreads();
+    for (int t = thread; t < kFewRows; t += kFewThreads) {
+      const LoraEntry entry = t < v.t ? find_entry(v, site, slot[t]) : LoraEntry{};
+      rank[t] = entry.rank;
+      b[t] = static_cast<const bf16_t*>(entry.b);
+      leads[t] = entry.rank > 0;
+      for (int other = t / 8 * 8; other < t; ++other)
+        leads[t] = leads[t] && slot[other] != slot[t];
+    }
+    __syncthreads();
+    if (thread >= 32) return;
+    // In the order of the rows, so that all blocks count alike.
+    int count = 0;
+    for (int t = thread; t < kFewRows; t += 32) {
+      const unsigned leading = __ballot_sync(0xffffffffu, leads[t]);
+      if (leads[t]) item[count + __popc(leading & ((1u << thread) - 1))] = t;
+      count += __popc(leading);
+    }
+    if (thread == 0) items = count;
+  }
+};
+
+/// Each warp: 16 outputs, which are the tensor cores' rows, of its part of the items, whose eights
+/// of rows are the columns. A row takes nothing from other rows' adapters, infinite ones included.
+template <class Y>
+__global__ void __launch_bounds__(kFewThreads, 5)
+    expand_few_kernel(const SegmentsView v, const bf16_t* u, Y* y, int width) {
+  __shared__ FewRows rows;
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
+  const Outputs own = find_outputs(v, kFewOutputs);
+  const SiteView& site = v.site[own.site];
+  const int n0 = own.first + static_cast<int>(threadIdx.x) / 32 * 16;
+  rows.load(v, site);
+  __syncthreads();
+  for (int i = static_cast<int>(blockIdx.y) * kTogether; i < rows.items;
+       i += static_cast<int>(gridDim.y) * kTogether) {
+    float c[kTogether][4] = {}, old[kTogether][4];
+    int at[kTogether][4];  // of y; -1: not this item's
+    for (int k = 0; k < v.rank_max; k += 16) {
+      uint2 low[kTogether], high[kTogether], in[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int t = i + j < rows.items ? rows.item[i + j] : -1;
+        const int rank = t >= 0 ? rows.rank[t] : 0, n = n0 + g;
+        const bf16_t* b = t >= 0 ? rows.b[t] : nullptr;
+        const bool vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(b) % 8 == 0;
+        low[j] = load_4(b + static_cast<std::int64_t>(n) * rank, k + 4 * q, n < site.n ? rank : 0,
+                        vectors);
+        high[j] = load_4(b + static_cast<std::int64_t>(n + 8) * rank, k + 4 * q,
+                         n + 8 < site.n ? rank : 0, vectors);
+        const int column = t / 8 * 8 + g;
+        const int own_rank = t >= 0 && column < v.t ? rows.rank[column] : 0;
+        const bf16_t* own_u = u + static_cast<std::int64_t>(column) * v.columns + site.column;
+        in[j] = load_4(own_u, k + 4 * q, own_rank,
+                       own_rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(own_u) % 8 == 0);
+        if (k > 0) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = t / 8 * 8 + 2 * q + e % 2, m = n + 8 * (e / 2);
+          const bool is = t >= 0 && row < v.t && m < site.n && rows.slot[row] == rows.slot[t];
+          at[j][e] = is ? row * width + site.n_begin + m : -1;
+          if (is) old[j][e] = load_f32(y[at[j][e]]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+        mma_bf16(c[j], low[j].x, high[j].x, low[j].y, high[j].y, in[j].x, in[j].y);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (at[j][e] >= 0) y[at[j][e]] = store_as<Y>(old[j][e] + c[j][e]);
   }
 }
 
@@ -291,7 +373,7 @@ int device_capability() {
   return capability;
 }
 
-template <int kTiles>
+template <int kTiles, bool kDrops>
 void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, const Tensor& u) {
   const auto ranks = static_cast<unsigned>((v.rank_max + kRanks - 1) / kRanks);
   cudaLaunchConfig_t config{};
@@ -305,8 +387,31 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = device_capability() >= 90 ? 1 : 0;
-  TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<kTiles>, v, x.as<const bf16_t>(),
+  TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<kTiles, kDrops>, v, x.as<const bf16_t>(),
                                  static_cast<int>(x.dim(1)), u.as<bf16_t>()));
+}
+
+template <class Y>
+void launch_expand(cudaStream_t stream, dim3 grid, const SegmentsView& v, const Tensor& u,
+                   const Tensor& y, int tiles) {
+  expand_kernel<<<grid, kThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<Y>(),
+                                               static_cast<int>(y.dim(1)), tiles);
+  TANDEM_LAUNCHED("expand_kernel");
+}
+
+template <class Y>
+void launch_expand_few(cudaStream_t stream, const SegmentsView& v, const Tensor& u,
+                       const Tensor& y) {
+  unsigned blocks = 0;
+  for (int s = 0; s < v.sites; ++s)
+    blocks += static_cast<unsigned>((v.site[s].n + kFewOutputs - 1) / kFewOutputs);
+  // Enough blocks to fill the device, as long as there are items for them.
+  constexpr unsigned kWanted = 264;
+  const unsigned groups = static_cast<unsigned>((v.t + kTogether - 1) / kTogether);
+  const dim3 grid(blocks, std::clamp(kWanted / std::max(blocks, 1u), 1u, groups));
+  expand_few_kernel<<<grid, kFewThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<Y>(),
+                                                      static_cast<int>(y.dim(1)));
+  TANDEM_LAUNCHED("expand_few_kernel");
 }
 
 }  // namespace
@@ -320,10 +425,12 @@ void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& site
                           kThreads, 0, stream>>>(v, x.as<float>(), static_cast<int>(x.dim(1)),
                                                  u.as<float>());
       TANDEM_LAUNCHED("shrink_f32_kernel");
-    } else if (v.t <= 128) {
-      launch_shrink<1>(stream, v, x, u);
+    } else if (v.dropout_threshold > 0) {
+      launch_shrink<8, true>(stream, v, x, u);
+    } else if (v.t <= kFewRows) {
+      launch_shrink<1, false>(stream, v, x, u);
     } else {
-      launch_shrink<8>(stream, v, x, u);
+      launch_shrink<8, false>(stream, v, x, u);
     }
   }
 }
@@ -344,17 +451,13 @@ void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& site
       TANDEM_LAUNCHED("expand_f32_kernel");
       continue;
     }
+    if (v.t <= kFewRows) {
+      TANDEM_CUDA_DISPATCH(y.dtype, launch_expand_few, stream, v, u, y);
+      continue;
+    }
     const unsigned tiles = tiles_max(v, kTileRows);
-    // Enough blocks to fill the device once; warps walk over what tiles there are.
-    const unsigned most = v.t <= 128 ? 396 / blocks + 1 : 64;
-    const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, most));
-    if (y.dtype == DType::kF32)
-      expand_kernel<<<grid, kThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<float>(), width,
-                                                   static_cast<int>(tiles));
-    else
-      expand_kernel<<<grid, kThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<bf16_t>(), width,
-                                                   static_cast<int>(tiles));
-    TANDEM_LAUNCHED("expand_kernel");
+    const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, 64u));
+    TANDEM_CUDA_DISPATCH(y.dtype, launch_expand, stream, grid, v, u, y, static_cast<int>(tiles));
   }
 }
 

@@ -102,7 +102,10 @@ void CudaOps::do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& 
     const std::int64_t rows = std::min(layout.chunk_rows, t - begin);
     blas_.product(s, exec.numerics, matrix(a.x.rows(begin, rows)), transpose(w),
                   {logits, DType::kF32, rows, v, v, false}, false, nullptr, gemm);
-    TANDEM_CUDA_DISPATCH(cd, row_loss, s, a, begin, rows, logits);
+    {
+      const Profiler::Scope pass(profiler_, s, "  row loss", static_cast<double>(rows * v) * 10.0);
+      TANDEM_CUDA_DISPATCH(cd, row_loss, s, a, begin, rows, logits);
+    }
     if (!a.dx.defined()) continue;
     // A row of gradients begins where its logits began: in bf16 rows are 2 V elements apart.
     const Matrix dlogits{logits, cd, rows, v, v * 4 / dtype_bytes(cd), false};

@@ -1,4 +1,5 @@
 // Attention of new rows against the paged cache: which kernel runs, and the simple one.
+#include "kernels/cuda/attention.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/paged_attention.cuh"
 
@@ -107,14 +108,20 @@ void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a
   const cudaStream_t s = stream(exec);
   const Profiler::Scope scope(profiler_, s, "paged_attention",
                               static_cast<double>(a.qkv.bytes() + a.out.bytes()));
+  const PagedAttentionLayout layout = paged_attention_layout(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
   PagedView v = paged_view(a);
   if (!is_fast(v, a.qkv.dtype)) return paged_simple(s, v, a.qkv.dtype);
   // One kernel for all rows: their bits do not depend on what else a chunk holds.
   if (exec.numerics == Numerics::kInvariant) return paged_tiles(s, v);
   const int splits = paged_decode_splits(v, a.kv_len_max, profile_);
   if (v.t <= v.sequences) return paged_decode(s, v, splits);
-  v.rows_min = kDecodeRowsMax + 1;
-  paged_tiles(s, v);
+  if (layout.fast) {
+    own_paged_forward(s, a, layout, scratch.at<char>(0), kDecodeRowsMax + 1);
+  } else {
+    v.rows_min = kDecodeRowsMax + 1;
+    paged_tiles(s, v);
+  }
   v.rows_min = 1;
   v.rows_max = kDecodeRowsMax;
   paged_decode(s, v, splits);

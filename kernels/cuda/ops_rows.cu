@@ -103,6 +103,8 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     add_rms_norm_kernel(T* residual, const T* delta, const T* weight, std::int64_t columns,
                         float eps, T* y, float* rstd) {
+  launch_dependents();
+  wait_for_inputs();
   const std::int64_t row = blockIdx.x, base = row * columns;
   using C = Chunk<T, kVector>;
   float sum = 0.0f;
@@ -167,11 +169,10 @@ void add_rms_norm(cudaStream_t stream, const AddRmsNormArgs& a) {
   const bool vector = aligned({a.residual.data, a.delta.data, a.weight.data, a.y.data},
                               columns * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel = vector ? add_rms_norm_kernel<T, true> : add_rms_norm_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(a.y.dim(0)), kThreads, 0, stream>>>(
-      static_cast<T*>(a.residual.data), static_cast<const T*>(a.delta.data),
-      static_cast<const T*>(a.weight.data), columns, a.eps, static_cast<T*>(a.y.data),
-      static_cast<float*>(a.rstd.data));
-  TANDEM_LAUNCHED("add_rms_norm_kernel");
+  launch_early("add_rms_norm_kernel", kernel, dim3(static_cast<unsigned>(a.y.dim(0))), dim3(kThreads), 0, stream,
+               static_cast<T*>(a.residual.data), static_cast<const T*>(a.delta.data),
+               static_cast<const T*>(a.weight.data), columns, a.eps, static_cast<T*>(a.y.data),
+               static_cast<float*>(a.rstd.data));
 }
 
 template <class T>
@@ -198,24 +199,33 @@ struct CacheTarget {
   std::int64_t blocks = 0, block_size = 1;
 };
 
-/// One block a row. The angles of a row are computed once and serve all its heads; `sign` -1 turns
-/// back.
-template <class T>
+/// One block a row. The angles of a row are computed once and serve all its heads, while the first
+/// elements are on their way; `sign` -1 turns back.
+template <class T, bool kVector>
 __global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* inv_freq,
                             float factor, float sign, int heads, int kv_heads, int half,
                             CacheTarget cache) {
+  using C = Chunk<T, kVector>;
   extern __shared__ float angles[];  // [half] cosines, [half] sines
   const std::int64_t row = blockIdx.x;
-  const int dim = 2 * half;
+  const int dim = 2 * half, per_head = half / C::kSize, pairs = (heads + kv_heads) * per_head;
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  T* q = qkv + row * (heads + 2 * kv_heads) * dim;
+  const auto low_of = [&](int p) { return q + p / per_head * dim + p % per_head * C::kSize; };
+  C x{}, y{};
+  const auto load = [&](int p) {
+    x = C::load(low_of(p));
+    y = C::load(low_of(p) + half);
+  };
+  if (thread < pairs) load(thread);
   const float position = static_cast<float>(positions[row]);
-  for (int d = static_cast<int>(threadIdx.x); d < half; d += static_cast<int>(blockDim.x)) {
+  for (int d = thread; d < half; d += threads) {
     float s, c;
     sincosf(position * inv_freq[d], &s, &c);
     angles[d] = c * factor;
     angles[half + d] = s * factor * sign;
   }
   __syncthreads();
-  T* q = qkv + row * (heads + 2 * kv_heads) * dim;
   const std::int32_t slot = cache.k == nullptr ? -1 : cache.slots[row];
   if (slot >= 0 && slot / cache.block_size >= cache.blocks) __trap();
   // Of head h of the cache's block: where this row's vector begins.
@@ -223,25 +233,29 @@ __global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* 
     const std::int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
     return static_cast<T*>(base) + ((block * kv_heads + h) * cache.block_size + offset) * dim;
   };
-  for (int p = static_cast<int>(threadIdx.x); p < (heads + kv_heads) * half;
-       p += static_cast<int>(blockDim.x)) {
-    const int h = p / half, d = p % half;
-    T* head = q + h * dim;
-    const float x = load_f32(head[d]), y = load_f32(head[half + d]);
-    const float c = angles[d], s = angles[half + d];
-    const T low = store_as<T>(x * c - y * s), high = store_as<T>(y * c + x * s);
-    head[d] = low;
-    head[half + d] = high;
+  for (int p = thread; p < pairs; p += threads) {
+    if (p != thread) load(p);
+    const int h = p / per_head, d = p % per_head * C::kSize;
+    C low, high;
+#pragma unroll
+    for (int i = 0; i < C::kSize; ++i) {
+      const float c = angles[d + i], s = angles[half + d + i];
+      const float u = load_f32(x.at[i]), v = load_f32(y.at[i]);
+      low.at[i] = store_as<T>(u * c - v * s);
+      high.at[i] = store_as<T>(v * c + u * s);
+    }
+    low.store(low_of(p));
+    high.store(low_of(p) + half);
     if (slot >= 0 && h >= heads) {
-      T* k = cached(cache.k, h - heads);
-      k[d] = low;
-      k[half + d] = high;
+      T* k = cached(cache.k, h - heads) + d;
+      low.store(k);
+      high.store(k + half);
     }
   }
   if (slot < 0) return;
   const T* v = q + (heads + kv_heads) * dim;
-  for (int p = static_cast<int>(threadIdx.x); p < kv_heads * dim; p += static_cast<int>(blockDim.x))
-    cached(cache.v, p / dim)[p % dim] = v[p];
+  for (int p = thread * C::kSize; p < kv_heads * dim; p += threads * C::kSize)
+    C::load(v + p).store(cached(cache.v, p / dim) + p % dim);
 }
 
 template <class T>
@@ -249,10 +263,12 @@ void rope(cudaStream_t stream, const Tensor& qkv, const Tensor& positions, const
           float factor, float sign, std::int64_t heads, std::int64_t kv_heads,
           std::int64_t head_dim, const CacheTarget& cache) {
   const auto half = static_cast<int>(head_dim / 2);
-  const auto pairs = static_cast<int>((heads + kv_heads) * half);
-  const int threads = std::clamp((pairs + 3) / 4 / 32 * 32, 64, 512);
-  rope_kernel<T><<<static_cast<unsigned>(qkv.dim(0)), threads,
-                   2 * static_cast<std::size_t>(half) * sizeof(float), stream>>>(
+  const bool vector = aligned({qkv.data, cache.k, cache.v}, half * std::int64_t{sizeof(T)});
+  const auto pairs = static_cast<int>((heads + kv_heads) * half / (vector ? Vec<T>::kSize : 1));
+  const int threads = std::clamp((pairs + 31) / 32 * 32, 64, 512);
+  const auto kernel = vector ? rope_kernel<T, true> : rope_kernel<T, false>;
+  kernel<<<static_cast<unsigned>(qkv.dim(0)), threads,
+           2 * static_cast<std::size_t>(half) * sizeof(float), stream>>>(
       static_cast<T*>(qkv.data), positions.as<std::int32_t>(), inv_freq.as<float>(), factor, sign,
       static_cast<int>(heads), static_cast<int>(kv_heads), half, cache);
   TANDEM_LAUNCHED("rope_kernel");
@@ -267,6 +283,8 @@ __device__ inline float sigmoid(float x) {
 
 template <class T, bool kVector>
 __global__ void silu_mul_kernel(const T* gate_up, std::int64_t rows, std::int64_t width, T* out) {
+  launch_dependents();
+  wait_for_inputs();
   using C = Chunk<T, kVector>;
   const std::int64_t per_row = width / C::kSize;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -313,10 +331,11 @@ void silu_mul(cudaStream_t stream, const SiluMulArgs& a) {
   const bool vector =
       aligned({a.gate_up.data, a.out.data}, width * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel = vector ? silu_mul_kernel<T, true> : silu_mul_kernel<T, false>;
-  kernel<<<blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads), kThreads, 0,
-           stream>>>(static_cast<const T*>(a.gate_up.data), rows, width,
-                     static_cast<T*>(a.out.data));
-  TANDEM_LAUNCHED("silu_mul_kernel");
+  launch_early("silu_mul_kernel", kernel,
+               dim3(static_cast<unsigned>(
+                   blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads))),
+               dim3(kThreads), 0, stream, static_cast<const T*>(a.gate_up.data), rows, width,
+               static_cast<T*>(a.out.data));
 }
 
 template <class T>

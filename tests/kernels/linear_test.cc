@@ -25,6 +25,12 @@ const LinearShape kLinear[] = {
     {19, 40, 50, 2, {8}, {0, 4, 15, 15}, {-1, 0, -1}, true},  // inert tail, empty segment
     {23, 96, 70, 2, {4, 0, 9, 16}, {0, 3, 4, 9, 14, 20}, {2, 0, -1, 1, 3}, false},  // mixed ranks
     {70, 128, 160, 3, {8, 16}, {0, 33, 64}, {1, 0}, false},  // over one tile of rows
+    {200, 64, 96, 3, {16, 8}, {0, 60, 170, 200}, {1, 0, 1}, false},  // a large decode step
+};
+/// Training with outputs, or inputs, wide enough for kernels that only large shapes are given to.
+const LinearShape kWide[] = {
+    {1030, 64, 3264, 3, {16}, {0, 1030}, {0}, false},
+    {1030, 3264, 96, 3, {16}, {0, 1030}, {0}, false},
 };
 
 /// A case in f64 and what it takes on a device.
@@ -127,6 +133,8 @@ double linear_tolerance(DType dtype, const LinearShape& s) {
 
 class Linear : public OpTest {
  protected:
+  void check_forward(const LinearShape& s) const;
+  void check_backward(const LinearShape& s) const;
   Outputs forward(LinearSetup& setup, bool save_u, float dropout = 0.0f,
                   DType y_dtype = dtype()) const {
     const LinearCase& c = setup.reference();
@@ -145,15 +153,23 @@ class Linear : public OpTest {
   }
 };
 TANDEM_OP_TEST(Linear, kLinear);
+class LinearWide : public Linear {};
+TANDEM_OP_TEST(LinearWide, kWide);
 
-TEST_P(Linear, ForwardMatchesTheReference) {
-  const LinearShape& s = row(kLinear);
+void Linear::check_forward(const LinearShape& s) const {
   LinearSetup setup(s, dtype());
   const Values want = linear(setup.reference(), setup.x);
   for (const bool save_u : {false, true})
     expect_close("y", forward(setup, save_u).at("y").values(), want, linear_tolerance(dtype(), s));
   expect_close("y in f32", forward(setup, false, 0.0f, DType::kF32).at("y").values(), want,
                s.sites > 0 ? linear_tolerance(dtype(), s) : tolerance(DType::kF32, s.i));
+}
+
+TEST_P(Linear, ForwardMatchesTheReference) {
+  check_forward(row(kLinear));
+}
+TEST_P(LinearWide, ForwardMatchesTheReference) {
+  check_forward(row(kWide));
 }
 
 TEST_P(Linear, SavedUIsZeroWhereNoAdapterIs) {
@@ -175,8 +191,7 @@ TEST_P(Linear, SavedUIsZeroWhereNoAdapterIs) {
     }
 }
 
-TEST_P(Linear, BackwardMatchesTheReference) {
-  const LinearShape& s = row(kLinear);
+void Linear::check_backward(const LinearShape& s) const {
   LinearSetup setup(s, dtype());
   const LinearCase& c = setup.reference();
   const LinearGrads want = linear_backward(c, setup.x, setup.dy);
@@ -209,6 +224,13 @@ TEST_P(Linear, BackwardMatchesTheReference) {
         expect_close("db" + name, got.at("db" + name).values(), db, allowed);
       }
   }
+}
+
+TEST_P(Linear, BackwardMatchesTheReference) {
+  check_backward(row(kLinear));
+}
+TEST_P(LinearWide, BackwardMatchesTheReference) {
+  check_backward(row(kWide));
 }
 
 TEST_P(Linear, TakingOtherRowsAdaptersAwayChangesNoBits) {

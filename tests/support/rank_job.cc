@@ -1,6 +1,7 @@
 #include "tests/support/rank_job.h"
 
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/random.h"
 #include "tests/support/exact_backend.h"
 #include "worker/model/gathered_weights.h"
@@ -62,13 +63,19 @@ std::unique_ptr<train::BatchSource> make_batches(const RankJob& job, std::int64_
   return train::make_fixed_batches(std::move(steps), std::move(eval));
 }
 
+kernels::Backend make_backend(const RankJob& job) {
+  if (job.exact) return make_exact_backend();
+  if (job.gpu >= 0) return kernels::make_cuda_backend({job.gpu, 0}).value();
+  return kernels::make_cpu_backend({1, 0});
+}
+
 /// One rank's engine.
 struct RankEngine {
   RankEngine(comm::Communicator& gang, const RankJob& job)
-      : backend(job.exact ? make_exact_backend() : kernels::make_cpu_backend({1, 0})),
-        ranks(train::make_ranks(gang, job.layout)) {
+      : backend(make_backend(job)), ranks(train::make_ranks(gang, job.layout)) {
+    if (job.gpu >= 0) exec.stream = backend.ops->make_stream(false);
     const model::ModelConfig config = rank_job_model(job);
-    const DType dtype = job.exact ? DType::kF64 : DType::kF32;
+    const DType dtype = job.exact ? DType::kF64 : job.dtype;
     TANDEM_CHECK(model::check_shard(config, job.layout.tp, job.layout.pp).ok());
     source = model::make_random_source(config, 7);
     const bool gather = job.layout.zero == 3 && !job.full;

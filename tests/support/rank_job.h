@@ -16,6 +16,9 @@ struct RankJob {
   worker::comm::Layout layout;
   bool full = false;   ///< full fine-tuning instead of LoRA
   bool exact = false;  ///< in f64 (tests/support/exact_backend.h) instead of f32
+  /// On this GPU of the process, over NCCL; -1: on the CPU.
+  int gpu = -1;
+  DType dtype = DType::kF32;  ///< unless exact
   bool tied = true, bias = true;
   std::int64_t steps = 30;
   double max_grad_norm = 1.0;

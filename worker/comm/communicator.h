@@ -5,9 +5,9 @@
 //
 // Every member makes the same calls in the same order. Sums are taken in rank order (f32 and bf16
 // in f32, f64 in f64; bf16 is rounded once), so they are the same bits on every rank, in every run
-// and with every implementation that runs on CPUs. Scratch comes from Exec::workspace and is a pure
-// function of sizes (collective_scratch.h), the same for every implementation: the meta
-// communicator takes it too.
+// and with every implementation that runs on CPUs; NCCL has an order of its own
+// (nccl_communicator.h). On CPUs scratch comes from Exec::workspace and is a pure function of sizes
+// (collective_scratch.h), the same for every implementation: the meta communicator takes it too.
 #pragma once
 
 #include "kernels/exec.h"
@@ -67,7 +67,8 @@ std::unique_ptr<Communicator> make_single_communicator(
 std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size);
 
 /// Rank `rank` of a gang of `size` that exists only on paper: takes every collective's scratch and
-/// moves nothing. For dry runs.
-std::unique_ptr<Communicator> make_meta_communicator(int rank, int size);
+/// moves nothing. For dry runs. Without `on_host` it stands for NCCL, which takes none from
+/// Exec::workspace.
+std::unique_ptr<Communicator> make_meta_communicator(int rank, int size, bool on_host = true);
 
 }  // namespace tandem::worker::comm

@@ -9,7 +9,8 @@ namespace {
 
 class MetaCommunicator final : public Communicator {
  public:
-  MetaCommunicator(int rank, int size) : rank_(rank), size_(size) {}
+  MetaCommunicator(int rank, int size, bool on_host)
+      : rank_(rank), size_(size), on_host_(on_host) {}
 
   [[nodiscard]] int rank() const override { return rank_; }
   [[nodiscard]] int size() const override { return size_; }
@@ -32,23 +33,24 @@ class MetaCommunicator final : public Communicator {
     const auto at = std::find(members.begin(), members.end(), rank_);
     TANDEM_CHECK(at != members.end(), "rank ", rank_, " is not among the members");
     return make_meta_communicator(static_cast<int>(at - members.begin()),
-                                  static_cast<int>(members.size()));
+                                  static_cast<int>(members.size()), on_host_);
   }
 
  private:
-  static void take(kernels::Exec& exec, const SumPlan& plan) {
-    if (plan.bytes == 0) return;
+  void take(kernels::Exec& exec, const SumPlan& plan) const {
+    if (plan.bytes == 0 || !on_host_) return;
     const kernels::ArenaScope scope(exec.workspace);
     exec.workspace.alloc_bytes(plan.bytes);
   }
   const int rank_, size_;
+  const bool on_host_;
 };
 
 }  // namespace
 
-std::unique_ptr<Communicator> make_meta_communicator(int rank, int size) {
+std::unique_ptr<Communicator> make_meta_communicator(int rank, int size, bool on_host) {
   TANDEM_CHECK(rank >= 0 && rank < size, "rank ", rank, " of ", size);
-  return std::make_unique<MetaCommunicator>(rank, size);
+  return std::make_unique<MetaCommunicator>(rank, size, on_host);
 }
 
 }  // namespace tandem::worker::comm

@@ -23,7 +23,8 @@ DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype, const D
       workspace_(*backend_.allocator, *backend_.ledger, kernels::MemoryKind::kWorkspace,
                  "workspace", kArenaBytes),
       exec_{workspace_},
-      comm_(comm::make_meta_communicator(place.rank, place.layout.ranks())),
+      comm_(comm::make_meta_communicator(place.rank, place.layout.ranks(),
+                                         profile.type != kernels::DeviceType::kCuda)),
       ranks(train::make_ranks(*comm_, place.layout)),
       context{*backend_.ops, exec_, *ranks.groups.tp, activation_arena_, dtype} {}
 

@@ -3,6 +3,7 @@
 #include "protocol/base/random.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <limits>
 
@@ -47,10 +48,18 @@ ScoredRows scored_rows(const RunRows& run) {
   return {first, std::max<std::int64_t>(0, end - first)};
 }
 
+namespace {
+std::uint64_t next_runner() {
+  static std::atomic<std::uint64_t> count{0};
+  return ++count;
+}
+}  // namespace
+
 BatchRunner::BatchRunner(model::Context& context, kernels::Arena& arena,
                          model::WeightSource& weights, const model::AdapterTable* adapters,
                          const std::vector<kernels::KvCache>& caches, const RunnerLimits& limits)
-    : context_(context),
+    : runner_(next_runner()),
+      context_(context),
       limits_(limits),
       transformer_(weights, adapters, model::Stage{0, weights.base().config().layers}),
       inputs_(arena, input_bytes(limits)),
@@ -99,7 +108,7 @@ bool BatchRunner::replays(const Extent& e) const {
 }
 
 std::uint64_t BatchRunner::replay_key(const Extent& e) const {
-  std::uint64_t key = 0;
+  std::uint64_t key = runner_;  // its tensors are nobody else's
   for (const std::int64_t part :
        {e.tokens, e.sequences, e.segments, e.blocks, e.samples, batch_.adapters.rank_max,
         paged_.kv_len_max, sample_args_.top_logprobs, context_.activations.mark(),

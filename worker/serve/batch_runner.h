@@ -87,6 +87,7 @@ class BatchRunner {
   void download_samples(std::int64_t real, RunResult& result);
   void score(std::span<const RunRows> rows, RunResult& result);
 
+  const std::uint64_t runner_;  ///< its number in this process
   model::Context& context_;
   const RunnerLimits limits_;
   const model::Transformer transformer_;

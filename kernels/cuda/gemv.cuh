@@ -1,0 +1,19 @@
+// Private to kernels/cuda: a weight times one row, the product of a decode step of one sequence. It
+// reads every weight once and is bound by that alone.
+#pragma once
+
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/op_args.h"
+
+#include <cuda_runtime.h>
+
+namespace tandem::kernels::cuda {
+
+/// One row, bf16 weights, rows of 16-byte multiples.
+bool gemv_fits(const Tensor& x, const PackedWeight& w);
+/// y [1, N] bf16 or f32 = x [1, I] W^T + bias [N] bf16 (or undefined). Every output is summed in an
+/// order of its own row alone.
+void gemv(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tensor& bias,
+          const Tensor& y);
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,188 @@
+// Gangs of GPUs over NCCL: mpirun -np N gpu_gang_test, with a GPU a rank. Collectives move and sum
+// what they should, and every layout of N ranks trains as one GPU does.
+#include "kernels/cuda/cuda_backend.h"
+#include "protocol/base/str.h"
+#include "tests/support/rank_job.h"
+#include "tools/bench_gang.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <iostream>
+#include <numeric>
+
+namespace tandem::test {
+namespace {
+
+using kernels::Tensor;
+
+/// One rank's GPU and the gang of all.
+struct Device {
+  kernels::Backend backend = kernels::make_cuda_backend({tools::local_rank(), 0}).value();
+  kernels::Arena workspace{*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
+                           "workspace", std::int64_t{1} << 30};
+  kernels::Arena tensors{*backend.allocator, *backend.ledger, kernels::MemoryKind::kActivations,
+                         "tensors", std::int64_t{1} << 32};
+  kernels::Exec exec{workspace};
+  tools::BenchGang gang;
+
+  template <class T>
+  Tensor put(const std::vector<T>& values, DType dtype) {
+    const Tensor x = tensors.alloc({static_cast<std::int64_t>(values.size())}, dtype);
+    backend.ops->upload(exec, std::as_bytes(std::span(values)), x);
+    return x;
+  }
+  template <class T>
+  std::vector<T> get(const Tensor& x) {
+    std::vector<T> values(static_cast<std::size_t>(x.elements()));
+    backend.ops->download(exec, x, std::as_writable_bytes(std::span(values)));
+    return values;
+  }
+};
+Device* device = nullptr;
+worker::comm::Communicator& gang() {
+  return *device->gang.device;
+}
+
+/// Element e of rank r: small whole numbers, whose sums are exact in every order.
+template <class T>
+std::vector<T> numbers(int r, std::int64_t n) {
+  std::vector<T> x;
+  for (std::int64_t e = 0; e < n; ++e) x.push_back(from_f32<T>(static_cast<float>(e % 7 + 3 * r)));
+  return x;
+}
+
+template <class T>
+void check_sums(DType dtype) {
+  const int size = gang().size(), rank = gang().rank();
+  const float ranks = static_cast<float>(size * (size - 1) / 2);
+  const auto want = [&](std::int64_t e) {
+    return from_f32<T>(static_cast<float>(size) * static_cast<float>(e % 7) + 3.0f * ranks);
+  };
+  for (const std::int64_t n : {0, 1, 1000, 2'500'001}) {
+    const kernels::ArenaScope scope(device->tensors);
+    const Tensor x = device->put(numbers<T>(rank, n), dtype);
+    gang().all_reduce_sum(device->exec, x);
+    const auto got = device->get<T>(x);
+    for (std::int64_t e = 0; e < n; ++e)
+      ASSERT_EQ(to_f32(got[static_cast<std::size_t>(e)]), to_f32(want(e))) << n << " " << e;
+    const Tensor whole = device->put(numbers<T>(rank, n * size), dtype);
+    const Tensor own = whole.rows(rank * n, n);  // in place
+    gang().reduce_scatter_sum(device->exec, whole, own);
+    const auto part = device->get<T>(own);
+    for (std::int64_t e = 0; e < n; ++e)
+      ASSERT_EQ(to_f32(part[static_cast<std::size_t>(e)]), to_f32(want(rank * n + e)));
+  }
+}
+
+TEST(Nccl, SumsAreThoseOfAllRanks) {
+  check_sums<float>(DType::kF32);
+  check_sums<bf16>(DType::kBF16);
+}
+
+TEST(Nccl, MovesPutEveryPartInItsPlace) {
+  const int size = gang().size(), rank = gang().rank();
+  for (const std::int64_t n : {1, 300'001}) {
+    const kernels::ArenaScope scope(device->tensors);
+    std::vector<float> all;
+    for (int r = 0; r < size; ++r) {
+      const auto part = numbers<float>(r, n);
+      all.insert(all.end(), part.begin(), part.end());
+    }
+    const Tensor mine = device->put(numbers<float>(rank, n), DType::kF32);
+    const Tensor out = device->put(std::vector<float>(all.size(), -1.0f), DType::kF32);
+    gang().all_gather(device->exec, mine, out);
+    EXPECT_EQ(device->get<float>(out), all);
+    const Tensor again = device->put(std::vector<float>(all.size(), -1.0f), DType::kF32);
+    {
+      const auto pending = gang().start_all_gather(device->exec, mine, again);
+      const Tensor ones = device->put(std::vector<float>(5, 1.0f), DType::kF32);
+      gang().all_reduce_sum(device->exec, ones);
+      EXPECT_EQ(device->get<float>(ones)[4], static_cast<float>(size));
+      pending->wait(device->exec);
+    }
+    EXPECT_EQ(device->get<float>(again), all);
+    for (int root = 0; root < size; ++root) {
+      const Tensor sent = device->put(numbers<float>(rank, n), DType::kF32);
+      gang().broadcast(device->exec, sent, root);
+      EXPECT_EQ(device->get<float>(sent), numbers<float>(root, n));
+    }
+    const int next = (rank + 1) % size, before = (rank + size - 1) % size;
+    const Tensor got = device->put(std::vector<float>(static_cast<std::size_t>(n)), DType::kF32);
+    gang().exchange(device->exec, mine, next, got, before);
+    EXPECT_EQ(device->get<float>(got), numbers<float>(before, n));
+    gang().barrier(device->exec);
+  }
+  const std::vector<int> alone{rank};
+  const auto single = gang().sub(alone);
+  EXPECT_EQ(single->size(), 1);
+  const Tensor x = device->put(numbers<float>(rank, 10), DType::kF32);
+  single->all_reduce_sum(device->exec, x);
+  EXPECT_EQ(device->get<float>(x), numbers<float>(rank, 10));
+}
+
+/// A rank's own run on one GPU, at the same time as the others'.
+RankResult alone(RankJob job) {
+  job.layout = {};
+  const std::vector<int> me{gang().rank()};
+  const auto single = gang().sub(me);
+  return run_rank(*single, job);
+}
+
+/// f32: sums in another order, 30 steps of them, in the tiny model's f32 of 2^-24: the CPU's f32
+/// layouts end within 1e-5 of one rank. bf16: the partial sums of a sharded product are rounded once
+/// more each.
+void check_layouts(DType dtype, double allowed) {
+  int jobs = 0;
+  for (const auto& layout : tested_layouts())
+    for (const bool full : {false, true}) {
+      if (layout.ranks() != gang().size()) continue;
+      SCOPED_TRACE(layout_name(layout) + (full ? " full" : " lora"));
+      RankJob job;
+      job.layout = layout;
+      job.full = full;
+      job.gpu = tools::local_rank();
+      job.dtype = dtype;
+      const RankResult want = alone(job), got = run_rank(gang(), job), again = run_rank(gang(), job);
+      ASSERT_EQ(got.losses.size(), 30u);
+      double worst = 0.0;
+      for (std::size_t s = 0; s < want.losses.size(); ++s)
+        worst = std::max(worst, std::abs(got.losses[s] - want.losses[s]) / want.losses[s]);
+      EXPECT_LE(worst, allowed);
+      EXPECT_LT(got.losses.back(), got.losses.front());
+      EXPECT_EQ(got.losses, again.losses) << "two runs differ";
+      if (gang().rank() == 0)
+        std::cout << layout_name(layout) << (full ? " full " : " lora ") << dtype_name(dtype)
+                  << " first " << want.losses.front() << " last " << got.losses.back()
+                  << " worst relative difference " << worst << std::endl;
+      ++jobs;
+    }
+  ASSERT_GT(jobs, 0) << "no layout has " << gang().size() << " ranks";
+}
+
+TEST(GpuGang, ThirtyLossesInF32AreThoseOfOneGpu) {
+  check_layouts(DType::kF32, 1e-4);
+}
+TEST(GpuGang, ThirtyLossesInBf16AreThoseOfOneGpu) {
+  check_layouts(DType::kBF16, 2e-2);
+}
+
+}  // namespace
+}  // namespace tandem::test
+
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  using namespace tandem;
+  const char* size = std::getenv("OMPI_COMM_WORLD_SIZE");
+  if (size == nullptr || std::atoi(size) < 2) {
+    std::cerr << "gpu_gang_test: start it under mpirun with at least two ranks" << std::endl;
+    return 2;
+  }
+  test::Device device;
+  auto gang = tools::make_bench_gang(std::atoi(size), *device.backend.ops, device.exec);
+  TANDEM_CHECK(gang.ok(), gang.status().to_string());
+  device.gang = std::move(*gang);
+  test::device = &device;
+  return RUN_ALL_TESTS();
+}

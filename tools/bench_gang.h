@@ -1,0 +1,23 @@
+// The gang of a bench under mpirun: ranks on CPUs talk MPI, ranks on GPUs NCCL (MPI only carries
+// NCCL's id to them).
+#pragma once
+
+#include "kernels/ops.h"
+#include "worker/comm/communicator.h"
+
+namespace tandem::tools {
+
+/// Of this rank among those that mpirun started on this host, which is also its GPU; 0 without
+/// mpirun.
+int local_rank();
+
+struct BenchGang {
+  std::unique_ptr<worker::comm::Communicator> host;    ///< over MPI; null for one rank alone
+  std::unique_ptr<worker::comm::Communicator> device;  ///< over NCCL, or of one rank
+  worker::comm::Communicator& comm() { return device ? *device : *host; }
+};
+
+/// `ranks`: as many as mpirun must have started; 1 needs no mpirun. With GPUs, gives `exec` a queue.
+Result<BenchGang> make_bench_gang(int ranks, kernels::Ops& ops, kernels::Exec& exec);
+
+}  // namespace tandem::tools

@@ -1,0 +1,289 @@
+#include "worker/comm/nccl_communicator.h"
+
+#include "kernels/device_error.h"
+#include "protocol/base/str.h"
+#include "worker/comm/nccl_module.h"
+
+#include <cuda_runtime.h>
+#include <nccl.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+namespace tandem::worker::comm {
+
+namespace {
+
+using kernels::ArenaScope;
+using kernels::DeviceError;
+using kernels::Exec;
+using kernels::Tensor;
+
+static_assert(sizeof(ncclUniqueId) == std::tuple_size_v<NcclId>);
+
+void check_cuda(cudaError_t code, const char* what) {
+  if (code != cudaSuccess)
+    throw DeviceError(str("CUDA: ", what, ": ", cudaGetErrorName(code)));
+}
+
+cudaStream_t stream_of(const Exec& exec) {
+  TANDEM_CHECK(exec.stream.handle != nullptr, "a collective needs a queue of Ops::make_stream");
+  return static_cast<cudaStream_t>(exec.stream.handle);
+}
+
+ncclDataType_t nccl_type(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return ncclFloat32;
+    case DType::kF64: return ncclFloat64;
+    case DType::kBF16: return ncclBfloat16;
+    default: TANDEM_CHECK(false, "no sums of ", dtype_name(dtype)); return ncclFloat32;
+  }
+}
+
+/// One ncclComm_t. It never blocks: every call is followed until NCCL has taken it or has failed.
+class Handle {
+ public:
+  explicit Handle(TimeMs timeout_ms) : timeout_ms_(timeout_ms) {}
+  ~Handle() {
+    if (comm_ == nullptr || failed_) return;  // after a failure even ending it can hang
+    try {
+      call("end", ncclCommFinalize(comm_));
+    } catch (const DeviceError&) {
+      return;
+    }
+    (void)ncclCommDestroy(comm_);
+  }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+
+  ncclComm_t* out() { return &comm_; }
+  operator ncclComm_t() const { return comm_; }
+  [[nodiscard]] TimeMs timeout_ms() const { return timeout_ms_; }
+
+  /// Follows what `code` says was begun.
+  void call(const char* what, ncclResult_t code) {
+    const std::int64_t deadline = steady_ns() + timeout_ms_ * 1'000'000;
+    while (code == ncclInProgress) {
+      // A new communicator's handle may appear only after the call that asked for it.
+      if (ncclComm_t made = __atomic_load_n(&comm_, __ATOMIC_ACQUIRE); made != nullptr) {
+        ncclResult_t state = ncclInProgress;
+        code = ncclCommGetAsyncError(made, &state);
+        if (code == ncclSuccess) code = state;
+      }
+      if (code != ncclInProgress) break;
+      if (steady_ns() > deadline) fail(what, str("not done within ", timeout_ms_, " ms"));
+      ::sched_yield();
+    }
+    if (code != ncclSuccess)
+      fail(what, str(ncclGetErrorString(code), ": ", ncclGetLastError(comm_)));
+  }
+  [[noreturn]] void fail(const char* what, const std::string& why) {
+    failed_ = true;
+    throw DeviceError(str("NCCL: ", what, ": ", why));
+  }
+
+ private:
+  const TimeMs timeout_ms_;
+  ncclComm_t comm_ = nullptr;
+  bool failed_ = false;
+};
+
+ncclConfig_t unblocked() {
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  return config;
+}
+
+/// What runs on a second queue until somebody waits for it.
+class Gather final : public Pending {
+ public:
+  Gather(cudaStream_t main, cudaStream_t side) : main_(main) {
+    check_cuda(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "event");
+    check_cuda(cudaEventRecord(done_, side), "event");
+  }
+  ~Gather() override {
+    if (!waited_) (void)cudaStreamWaitEvent(main_, done_);
+    (void)cudaEventDestroy(done_);
+  }
+  Gather(const Gather&) = delete;
+  Gather& operator=(const Gather&) = delete;
+  void wait(Exec& exec) override {
+    check_cuda(cudaStreamWaitEvent(stream_of(exec), done_), "wait for a gather");
+    waited_ = true;
+  }
+
+ private:
+  const cudaStream_t main_;
+  cudaEvent_t done_ = nullptr;
+  bool waited_ = false;
+};
+
+/// The queue of gathers in the background; urgent, so that they move while products run.
+class SideQueue {
+ public:
+  SideQueue() {
+    int least = 0, greatest = 0;
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "priorities");
+    check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "queue");
+    check_cuda(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "event");
+  }
+  ~SideQueue() {
+    (void)cudaEventDestroy(forked_);
+    (void)cudaStreamDestroy(stream_);
+  }
+  SideQueue(const SideQueue&) = delete;
+  SideQueue& operator=(const SideQueue&) = delete;
+  /// The queue, behind all that `main` holds now.
+  cudaStream_t fork(cudaStream_t main) {
+    check_cuda(cudaEventRecord(forked_, main), "event");
+    check_cuda(cudaStreamWaitEvent(stream_, forked_), "fork");
+    return stream_;
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t forked_ = nullptr;
+};
+
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(std::unique_ptr<Handle> handle, std::shared_ptr<SideQueue> side, int rank,
+                   int size)
+      : handle_(std::move(handle)), side_(std::move(side)), rank_(rank), size_(size) {}
+
+  [[nodiscard]] int rank() const override { return rank_; }
+  [[nodiscard]] int size() const override { return size_; }
+
+  void all_reduce_sum(Exec& exec, Tensor x) override {
+    if (x.elements() == 0) return;
+    call("all_reduce", ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum,
+                                     *handle_, stream_of(exec)));
+  }
+  void all_gather(Exec& exec, Tensor x, Tensor out) override {
+    gather(stream_of(exec), x, out);
+  }
+  std::unique_ptr<Pending> start_all_gather(Exec& exec, Tensor x, Tensor out) override {
+    const cudaStream_t side = side_->fork(stream_of(exec));
+    gather(side, x, out);
+    return std::make_unique<Gather>(stream_of(exec), side);
+  }
+  void reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
+    TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
+    TANDEM_CHECK(x.dtype == out.dtype);
+    if (out.elements() == 0) return;
+    call("reduce_scatter", ncclReduceScatter(x.data, out.data, count(out), nccl_type(x.dtype),
+                                             ncclSum, *handle_, stream_of(exec)));
+  }
+  void broadcast(Exec& exec, Tensor x, int root) override {
+    TANDEM_CHECK(root >= 0 && root < size_, "root ", root);
+    if (x.elements() == 0) return;
+    call("broadcast",
+         ncclBroadcast(x.data, x.data, bytes(x), ncclUint8, root, *handle_, stream_of(exec)));
+  }
+  void barrier(Exec& exec) override {
+    const cudaStream_t s = stream_of(exec);
+    const ArenaScope scope(exec.workspace);
+    void* word = exec.workspace.alloc_bytes(sizeof(float));
+    check_cuda(cudaMemsetAsync(word, 0, sizeof(float), s), "barrier");
+    call("barrier", ncclAllReduce(word, word, 1, ncclFloat32, ncclSum, *handle_, s));
+    const std::int64_t deadline = steady_ns() + handle_->timeout_ms() * 1'000'000;
+    for (;;) {
+      const cudaError_t code = cudaStreamQuery(s);
+      if (code == cudaSuccess) return;
+      if (code != cudaErrorNotReady) check_cuda(code, "barrier");
+      if (steady_ns() > deadline)
+        handle_->fail("barrier", str("not done within ", handle_->timeout_ms(),
+                                     " ms on rank ", rank_, " of ", size_,
+                                     ": a member of the gang is gone or hangs"));
+      ::sched_yield();
+    }
+  }
+  void exchange(Exec& exec, Tensor x, int to, Tensor y, int from) override {
+    const cudaStream_t s = stream_of(exec);
+    call("exchange", ncclGroupStart());
+    if (x.defined()) queue(ncclSend(x.data, bytes(x), ncclUint8, other(to), *handle_, s));
+    if (y.defined()) queue(ncclRecv(y.data, bytes(y), ncclUint8, other(from), *handle_, s));
+    call("exchange", ncclGroupEnd());
+  }
+
+  std::unique_ptr<Communicator> sub(std::span<const int> members) override {
+    const auto at = std::find(members.begin(), members.end(), rank_);
+    TANDEM_CHECK(at != members.end(), "rank ", rank_, " is not among the members");
+    const int key = static_cast<int>(at - members.begin());
+    auto part = std::make_unique<Handle>(handle_->timeout_ms());
+    ncclConfig_t config = unblocked();
+    const int color = *std::min_element(members.begin(), members.end());
+    const ncclResult_t code = ncclCommSplit(*handle_, color, key, part->out(), &config);
+    if (code != ncclSuccess && code != ncclInProgress) call("split", code);
+    part->call("split", ncclInProgress);
+    call("split", ncclInProgress);  // the parent has done its part, too
+    return std::make_unique<NcclCommunicator>(std::move(part), side_, key,
+                                              static_cast<int>(members.size()));
+  }
+
+ private:
+  static std::size_t count(const Tensor& x) { return static_cast<std::size_t>(x.elements()); }
+  static std::size_t bytes(const Tensor& x) { return static_cast<std::size_t>(x.bytes()); }
+  void call(const char* what, ncclResult_t code) { handle_->call(what, code); }
+  /// Inside a group: what is begun ends with the group.
+  void queue(ncclResult_t code) {
+    if (code != ncclSuccess && code != ncclInProgress) call("exchange", code);
+  }
+  [[nodiscard]] int other(int r) const {
+    TANDEM_CHECK(r >= 0 && r < size_ && r != rank_, "rank ", r, " as seen by ", rank_, " of ",
+                 size_);
+    return r;
+  }
+  void gather(cudaStream_t s, const Tensor& x, const Tensor& out) {
+    TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size_);
+    if (x.elements() == 0) return;
+    call("all_gather", ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s));
+  }
+
+  const std::unique_ptr<Handle> handle_;
+  const std::shared_ptr<SideQueue> side_;
+  const int rank_, size_;
+};
+
+Result<NcclId> make_id() {
+  ncclUniqueId id;
+  const ncclResult_t code = ncclGetUniqueId(&id);
+  if (code != ncclSuccess) return unavailable_error(str("NCCL: ", ncclGetErrorString(code)));
+  NcclId out;
+  std::memcpy(out.data(), &id, sizeof id);
+  return out;
+}
+
+Result<std::unique_ptr<Communicator>> make(const NcclOptions& options) {
+  TANDEM_CHECK(options.rank >= 0 && options.rank < options.size, "rank ", options.rank, " of ",
+               options.size);
+  // Multicast over NVLink is off unless somebody asks for it: see DESIGN on NCCL.
+  (void)::setenv("NCCL_NVLS_ENABLE", "0", 0);
+  try {
+    check_cuda(cudaSetDevice(options.device), "device");
+    auto handle = std::make_unique<Handle>(scaled_ms(options.timeout_ms));
+    ncclUniqueId id;
+    std::memcpy(&id, options.id.data(), sizeof id);
+    ncclConfig_t config = unblocked();
+    handle->call("start", ncclCommInitRankConfig(handle->out(), options.size, id, options.rank,
+                                                 &config));
+    handle->call("start", ncclInProgress);
+    return std::unique_ptr<Communicator>(std::make_unique<NcclCommunicator>(
+        std::move(handle), std::make_shared<SideQueue>(), options.rank, options.size));
+  } catch (const DeviceError& error) {
+    return unavailable_error(error.what());
+  }
+}
+
+}  // namespace
+}  // namespace tandem::worker::comm
+
+extern "C" __attribute__((visibility("default"))) const tandem::worker::comm::NcclModule*
+tandem_nccl_module() {
+  static const tandem::worker::comm::NcclModule module{
+      TANDEM_VERSION, tandem::worker::comm::make_id, tandem::worker::comm::make};
+  return &module;
+}

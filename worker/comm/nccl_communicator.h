@@ -1,0 +1,38 @@
+// The GPUs of a gang, as a Communicator over NCCL: one process and one GPU a rank. It lies in a
+// module of its own beside the program (libtandem_nccl.so), opened when a gang of GPUs is made, so
+// that nothing else needs CUDA or NCCL.
+//
+// Collectives are put on Exec::stream, which must be a queue that Ops::make_stream gave, and return
+// at once; barrier() alone waits for the device. Sums are NCCL's: the same bits on every rank and in
+// every run of one gang on one machine, bf16 rounded after each addition. Scratch is NCCL's own.
+// A rank that dies is not noticed here (see README's facts on NCCL): whoever watches the processes
+// ends the gang. What NCCL itself reports, and a start or a barrier that takes longer than
+// timeout_ms, is a DeviceError.
+#pragma once
+
+#include "protocol/base/clock.h"
+#include "protocol/base/result.h"
+#include "worker/comm/communicator.h"
+
+#include <array>
+#include <cstddef>
+
+namespace tandem::worker::comm {
+
+/// Names one gang: rank 0 makes it, every rank gets it by another way. Whoever has it can join: a
+/// secret.
+using NcclId = std::array<std::byte, 128>;
+/// unavailable_error: no module, no NCCL or no driver.
+Result<NcclId> make_nccl_id();
+
+struct NcclOptions {
+  NcclId id{};
+  int rank = 0, size = 1;
+  int device = 0;  ///< of this process, as CUDA counts
+  /// Of the start and of barrier(), times TANDEM_TIME_SCALE.
+  TimeMs timeout_ms = 120'000;
+};
+/// Called by all ranks at once. The thread that calls it is the one that communicates.
+Result<std::unique_ptr<Communicator>> make_nccl_communicator(const NcclOptions& options);
+
+}  // namespace tandem::worker::comm
