@@ -8,9 +8,7 @@
 namespace tandem::kernels::cuda {
 namespace {
 
-/// Logits of one chunk of rows are at most this many bytes of f32, or kLogitsChunkRowsMin rows:
-/// enough rows to keep the product at full speed, few enough to be a small part of the memory.
-constexpr std::int64_t kLogitsChunkBytes = std::int64_t{1} << 30;
+/// A chunk of logits has at least so many rows.
 constexpr std::int64_t kLogitsChunkRowsMin = 128;
 
 bool has_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {

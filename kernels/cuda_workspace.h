@@ -62,6 +62,9 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
 /// Of the ops of full fine-tuning: one product into dW; the others take nothing.
 std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);
 
+/// A chunk of logits in f32: enough rows to keep the product at full speed, few enough to be a
+/// small part of the memory.
+inline constexpr std::int64_t kLogitsChunkBytes = std::int64_t{1} << 30;
 struct LinearCrossEntropyLayout {
   std::int64_t chunk_rows = 0;
   std::int64_t logits = 0;  ///< [chunk_rows, V] f32; the gradient, in cd, takes each row's place

@@ -20,6 +20,8 @@ struct Exec {
   Numerics numerics = Numerics::kReplay;
   /// A host backend leaves half of its threads to others. Changes no bit.
   bool background = false;
+  /// Large products leave so many of a GPU's multiprocessors to other queues. Changes no bit.
+  int spare_multiprocessors = 0;
 };
 
 }  // namespace tandem::kernels

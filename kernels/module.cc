@@ -31,8 +31,7 @@ Result<const void*> open_module(const char* file, const char* entry, const char*
     return unavailable_error(str("no ", file, " beside the program: this build has no ", what));
   // Never closed: it holds the driver.
   void* handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (handle == nullptr)
-    return unavailable_error(str(what, " does not load: ", ::dlerror()));
+  if (handle == nullptr) return unavailable_error(str(what, " does not load: ", ::dlerror()));
   using Entry = const void* (*)();
   const auto function = reinterpret_cast<Entry>(::dlsym(handle, entry));
   if (function == nullptr) return internal_error(str(path, " has no ", entry));

@@ -19,8 +19,7 @@ std::int64_t site_outputs_max(const std::vector<LoraSite>& sites) {
   return n;
 }
 
-/// Logits of one chunk of rows are at most this many bytes of f32, or kLogitsChunkRowsMin rows.
-constexpr std::int64_t kLogitsChunkBytes = 48 << 20;
+constexpr std::int64_t kLogitsChunkBytes = 48 << 20;  ///< on a CPU
 constexpr std::int64_t kLogitsChunkRowsMin = 16;
 
 /// The largest bytes(rows) over all 1 <= rows <= t: products choose their blocking by the number of
@@ -38,9 +37,17 @@ cpu::AttentionShape attention_shape(const AttentionSpec& spec, DType dtype) {
 
 }  // namespace
 
+std::int64_t logits_chunk_bytes(const DeviceProfile& profile) {
+  return profile.type == DeviceType::kCuda ? cuda::kLogitsChunkBytes : kLogitsChunkBytes;
+}
+
+bool packs_rows(const DeviceProfile& profile) {
+  return profile.type == DeviceType::kCuda;
+}
+
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i,
                                  const DeviceProfile& profile) {
-  if (profile.type == DeviceType::kCuda) return n * i * dtype_bytes(dtype);  // row-major
+  if (packs_rows(profile)) return n * i * dtype_bytes(dtype);
   return cpu::packed_bytes(dtype, n, i);
 }
 

@@ -37,6 +37,11 @@ std::int64_t workspace_bytes(const PagedAttentionArgs& args, const DeviceProfile
 std::int64_t workspace_bytes(const SampleArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const SquaredNormArgs& args, const DeviceProfile& profile);
 
+/// How much of the logits [T, V] a loss holds at a time: a chunk of rows of at most so many bytes.
+std::int64_t logits_chunk_bytes(const DeviceProfile& profile);
+
+/// Whether a packed weight is W's rows as they are: then memory that holds rows is one already.
+bool packs_rows(const DeviceProfile& profile);
 /// Bytes of a packed weight W [n, i].
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t n, std::int64_t i,
                                  const DeviceProfile& profile);

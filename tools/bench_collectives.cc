@@ -78,9 +78,8 @@ Status run(const std::string& device, std::int64_t bytes_max) {
   kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
                            "workspace", kReserve);
   kernels::Exec exec{workspace};
-  TANDEM_ASSIGN_OR_RETURN(auto made, tools::make_bench_gang(
-                                         ranks == nullptr ? 1 : std::atoi(ranks), *backend.ops,
-                                         exec));
+  TANDEM_ASSIGN_OR_RETURN(auto made, tools::make_bench_gang(ranks == nullptr ? 1 : std::atoi(ranks),
+                                                            false, *backend.ops, exec));
   worker::comm::Communicator& comm = made.comm();
   Gang gang{comm, *backend.ops, exec, arena};
   Json sizes = Json::array();

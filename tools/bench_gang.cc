@@ -13,7 +13,7 @@ int local_rank() {
   return rank == nullptr ? 0 : std::atoi(rank);
 }
 
-Result<BenchGang> make_bench_gang(int ranks, kernels::Ops& ops, kernels::Exec& exec) {
+Result<BenchGang> make_bench_gang(int ranks, bool gathers, kernels::Ops& ops, kernels::Exec& exec) {
   BenchGang gang;
   if (ranks == 1) {
     gang.device = worker::comm::make_single_communicator(
@@ -31,13 +31,12 @@ Result<BenchGang> make_bench_gang(int ranks, kernels::Ops& ops, kernels::Exec& e
   options.rank = gang.host->rank();
   options.size = ranks;
   options.device = local_rank();
+  if (gathers) options.multiprocessors_max = worker::comm::kGatherMultiprocessors;
   if (options.rank == 0) {
     TANDEM_ASSIGN_OR_RETURN(options.id, worker::comm::make_nccl_id());
   }
-  gang.host->broadcast(exec,
-                       {options.id.data(), DType::kU8,
-                        {static_cast<std::int64_t>(options.id.size())}},
-                       0);
+  gang.host->broadcast(
+      exec, {options.id.data(), DType::kU8, {static_cast<std::int64_t>(options.id.size())}}, 0);
   TANDEM_ASSIGN_OR_RETURN(gang.device, worker::comm::make_nccl_communicator(options));
   exec.stream = ops.make_stream(false);
   return gang;

@@ -17,7 +17,8 @@ struct BenchGang {
   worker::comm::Communicator& comm() { return device ? *device : *host; }
 };
 
-/// `ranks`: as many as mpirun must have started; 1 needs no mpirun. With GPUs, gives `exec` a queue.
-Result<BenchGang> make_bench_gang(int ranks, kernels::Ops& ops, kernels::Exec& exec);
+/// `ranks`: as many as mpirun must have started; 1 needs no mpirun. `gathers`: weights are gathered
+/// in the background (ZeRO-3). With GPUs, gives `exec` a queue.
+Result<BenchGang> make_bench_gang(int ranks, bool gathers, kernels::Ops& ops, kernels::Exec& exec);
 
 }  // namespace tandem::tools

@@ -155,8 +155,9 @@ double seconds(std::int64_t ns) {
 Status run(const Options& options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
   const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
-  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
-                          tools::open_bench_device(options.device, options.threads, tools::local_rank()));
+  TANDEM_ASSIGN_OR_RETURN(
+      kernels::Backend backend,
+      tools::open_bench_device(options.device, options.threads, tools::local_rank()));
   const std::int64_t context_bytes = backend.bytes_in_use();
   constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
   const auto arena = [&](kernels::MemoryKind kind, const char* name) {
@@ -170,7 +171,8 @@ Status run(const Options& options) {
   kernels::Exec exec{*workspace};
   TANDEM_RETURN_IF_ERROR(options.layout.validate());
   TANDEM_ASSIGN_OR_RETURN(
-      auto gang, tools::make_bench_gang(options.layout.ranks(), *backend.ops, exec));
+      auto gang,
+      tools::make_bench_gang(options.layout.ranks(), options.layout.zero == 3, *backend.ops, exec));
   worker::comm::Communicator& comm = gang.comm();
   const worker::train::Ranks ranks = worker::train::make_ranks(comm, options.layout);
   const bool full = options.method == "full", gather = options.layout.zero == 3 && !full;

@@ -22,15 +22,22 @@ void simple_attention_forward(cudaStream_t stream, const AttentionArgs& args);
 void simple_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& args,
                                float* delta);
 
+/// A stream, and how many multiprocessors kernels that fill a device may take.
+struct Queue {
+  cudaStream_t stream;
+  int multiprocessors;
+  operator cudaStream_t() const { return stream; }
+};
+
 /// Scratch as the layouts say; they are `fast`. attention_own_*.cu.
-void own_attention_forward(cudaStream_t stream, const AttentionArgs& args,
+void own_attention_forward(const Queue& queue, const AttentionArgs& args,
                            const AttentionForwardLayout& layout, char* scratch);
-void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& args,
+void own_attention_backward(const Queue& queue, const AttentionBackwardArgs& args,
                             const AttentionBackwardLayout& layout, char* scratch);
 
 /// The forward kernel over the cache, for the sequences with at least `rows_min` new rows; inert
 /// rows become zero. `layout` is `fast`.
-void own_paged_forward(cudaStream_t stream, const PagedAttentionArgs& args,
+void own_paged_forward(const Queue& queue, const PagedAttentionArgs& args,
                        const PagedAttentionLayout& layout, char* scratch, int rows_min);
 
 /// delta [T, H] f32: the sum over the head of dout * out.

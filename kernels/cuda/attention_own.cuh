@@ -141,15 +141,15 @@ void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max)
 CUtensorMap make_map(const void* data, std::int64_t rows, std::int64_t columns, int box_rows);
 int multiprocessors();
 
-/// One block on each multiprocessor, which may start while the kernel before it still runs: the
-/// kernel calls wait_for_inputs().
+/// One block on each of the queue's multiprocessors, which may start while the kernel before it
+/// still runs: the kernel calls wait_for_inputs().
 template <class Kernel, class... Args>
-void launch(Kernel* kernel, int shared_bytes, cudaStream_t stream, const char* name,
+void launch(Kernel* kernel, int shared_bytes, const Queue& queue, const char* name,
             const Args&... args) {
   TANDEM_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  launch_early(name, kernel, dim3(static_cast<unsigned>(multiprocessors())), dim3(kThreads),
-               static_cast<std::size_t>(shared_bytes), stream, args...);
+  launch_early(name, kernel, dim3(static_cast<unsigned>(queue.multiprocessors)), dim3(kThreads),
+               static_cast<std::size_t>(shared_bytes), queue, args...);
 }
 
 }  // namespace tandem::kernels::cuda::own

@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int kDim>
-void backward(cudaStream_t stream, const AttentionBackwardArgs& a, BackwardParams p,
+void backward(const Queue& queue, const AttentionBackwardArgs& a, BackwardParams p,
               const RowTile* by_prefix, const RowTile* by_suffix) {
   const auto map = [](const Tensor& x, int box) {
     return make_map(x.data, x.dim(0), x.dim(1), box);
@@ -409,17 +409,17 @@ void backward(cudaStream_t stream, const AttentionBackwardArgs& a, BackwardParam
   const CUtensorMap qkv = map(a.qkv, kTileRows), dout = map(a.dout, kTileRows);
   static_assert(DqShape<kDim>::kKeys == kTileRows, "one map serves both");
   p.tiles = by_prefix;
-  launch(dq_kernel<kDim>, DqShape<kDim>::kBytes, stream, "attention dq", qkv, dout, p);
+  launch(dq_kernel<kDim>, DqShape<kDim>::kBytes, queue, "attention dq", qkv, dout, p);
   constexpr int kQueries = DkvShape<kDim>::kQueries;
   p.tiles = by_suffix;
-  launch(dkv_kernel<kDim>, DkvShape<kDim>::kBytes, stream, "attention dk dv", qkv,
+  launch(dkv_kernel<kDim>, DkvShape<kDim>::kBytes, queue, "attention dk dv", qkv,
          map(a.qkv, kQueries), map(a.dout, kQueries), p);
 }
 
 }  // namespace
 }  // namespace own
 
-void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
+void own_attention_backward(const Queue& queue, const AttentionBackwardArgs& a,
                             const AttentionBackwardLayout& layout, char* scratch) {
   auto* by_prefix = reinterpret_cast<RowTile*>(scratch + layout.query_tiles);
   auto* by_suffix = reinterpret_cast<RowTile*>(scratch + layout.key_tiles);
@@ -439,7 +439,7 @@ void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
   prepare.dout = static_cast<const own::Bf16*>(a.dout.data);
   prepare.out = static_cast<const own::Bf16*>(a.out.data);
   prepare.delta = delta;
-  own::prepare(stream, prepare, a.seq_len_max);
+  own::prepare(queue, prepare, a.seq_len_max);
   own::BackwardParams p{};
   p.tile_count = count;
   p.lse = static_cast<const float*>(a.lse.data);
@@ -450,9 +450,9 @@ void own_attention_backward(cudaStream_t stream, const AttentionBackwardArgs& a,
   p.window = static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30));
   p.scale = a.spec.scale;
   if (a.spec.head_dim == 128)
-    own::backward<128>(stream, a, p, by_prefix, by_suffix);
+    own::backward<128>(queue, a, p, by_prefix, by_suffix);
   else
-    own::backward<64>(stream, a, p, by_prefix, by_suffix);
+    own::backward<64>(queue, a, p, by_prefix, by_suffix);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -330,27 +330,27 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int kDim>
-void forward(cudaStream_t stream, const AttentionArgs& a, const ForwardParams& p) {
+void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
   const ForwardMaps maps{make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
-  launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, stream,
-         "attention forward", maps, p);
+  launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, queue, "attention forward",
+         maps, p);
 }
 
 template <int kDim>
-void paged_forward(cudaStream_t stream, const PagedAttentionArgs& a, const ForwardParams& p) {
+void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
   const ForwardMaps maps{make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
                          make_map(a.cache->k.data, rows, kDim, p.block_size),
                          make_map(a.cache->v.data, rows, kDim, p.block_size)};
-  launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, stream,
+  launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
          "paged attention forward", maps, p);
 }
 
 }  // namespace
 }  // namespace own
 
-void own_attention_forward(cudaStream_t stream, const AttentionArgs& a,
+void own_attention_forward(const Queue& queue, const AttentionArgs& a,
                            const AttentionForwardLayout& layout, char* scratch) {
   auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
@@ -364,7 +364,7 @@ void own_attention_forward(cudaStream_t stream, const AttentionArgs& a,
   prepare.zero0_bytes = a.out.dim(1) * dtype_bytes(a.out.dtype);
   prepare.zero1 = static_cast<char*>(a.lse.data);
   prepare.zero1_bytes = a.spec.heads * 4;
-  own::prepare(stream, prepare, a.seq_len_max);
+  own::prepare(queue, prepare, a.seq_len_max);
   const own::ForwardParams p{tiles,
                              count,
                              static_cast<own::Bf16*>(a.out.data),
@@ -377,12 +377,12 @@ void own_attention_forward(cudaStream_t stream, const AttentionArgs& a,
                              0,
                              0};
   if (a.spec.head_dim == 128)
-    own::forward<128>(stream, a, p);
+    own::forward<128>(queue, a, p);
   else
-    own::forward<64>(stream, a, p);
+    own::forward<64>(queue, a, p);
 }
 
-void own_paged_forward(cudaStream_t stream, const PagedAttentionArgs& a,
+void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
                        const PagedAttentionLayout& layout, char* scratch, int rows_min) {
   auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
@@ -396,7 +396,7 @@ void own_paged_forward(cudaStream_t stream, const PagedAttentionArgs& a,
   prepare.tokens = a.qkv.dim(0);
   prepare.zero0 = static_cast<char*>(a.out.data);
   prepare.zero0_bytes = a.out.dim(1) * dtype_bytes(a.out.dtype);
-  own::prepare(stream, prepare, a.kv_len_max);
+  own::prepare(queue, prepare, a.kv_len_max);
   const own::ForwardParams p{tiles,
                              count,
                              static_cast<own::Bf16*>(a.out.data),
@@ -409,9 +409,9 @@ void own_paged_forward(cudaStream_t stream, const PagedAttentionArgs& a,
                              static_cast<int>(a.block_tables.dim(1)),
                              static_cast<int>(a.cache->block_size)};
   if (a.spec.head_dim == 128)
-    own::paged_forward<128>(stream, a, p);
+    own::paged_forward<128>(queue, a, p);
   else
-    own::paged_forward<64>(stream, a, p);
+    own::paged_forward<64>(queue, a, p);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <vector>
@@ -18,8 +19,8 @@ namespace tandem::kernels::cuda {
 
 struct LinearBackwardLayout;  // cuda_workspace.h
 class Scratch;
-class PinnedRing;      // cuda_ops.cc
-class Graphs;          // cuda_ops.cc
+class PinnedRing;  // cuda_ops.cc
+class Graphs;      // cuda_ops.cc
 
 /// A second queue, for a small kernel that an op's large one does not depend on.
 class SideStream {
@@ -103,13 +104,16 @@ class CudaOps final : public Ops {
 
   // -- ops_linear.cu
   /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
-  void extended_product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
-                        const Matrix& u, const Matrix& c, const Matrix& out, const void* bias,
-                        void* gemm);
+  void extended_product(const Exec& exec, const Matrix& a, const Matrix& b, const Matrix& u,
+                        const Matrix& c, const Matrix& out, const void* bias, void* gemm);
   void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
                             const LinearBackwardLayout& layout, const Scratch& scratch,
                             const Tensor& u, const Tensor& du);
 
+  /// Multiprocessors that the exec's large kernels may take.
+  [[nodiscard]] int multiprocessors(const Exec& exec) const {
+    return std::max(1, profile_.sm_count - exec.spare_multiprocessors);
+  }
   [[nodiscard]] cudaStream_t stream(const Exec& exec) const {
     return exec.stream.handle != nullptr ? static_cast<cudaStream_t>(exec.stream.handle) : stream_;
   }

@@ -12,21 +12,45 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// One thread a column, rows ascending: a token that comes twice is added twice in order.
+/// One block a row, which adds all rows of its token, ascending, if it is the first of them.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     embedding_backward_kernel(const std::int32_t* ids, const T* dout, std::int64_t rows,
                               std::int64_t columns, std::int64_t first, std::int64_t entries,
                               float* dtable) {
-  const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= columns) return;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t id = ids[row] - first;
-    if (id >= 0 && id < entries) dtable[id * columns + c] += load_f32(dout[row * columns + c]);
+  const std::int64_t own = blockIdx.x, id = ids[own] - first;
+  if (id < 0 || id >= entries) return;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  bool earlier = false;
+  for (std::int64_t row = thread; row < own && !earlier; row += kThreads)
+    earlier = ids[row] - first == id;
+  if (__syncthreads_or(earlier) != 0) return;
+  __shared__ std::int64_t found[kThreads];
+  __shared__ int counts[kThreads / 32];
+  float* to = dtable + id * columns;
+  for (std::int64_t begin = own; begin < rows; begin += kThreads) {
+    const std::int64_t row = begin + thread;
+    const bool same = row < rows && ids[row] - first == id;
+    const unsigned mask = __ballot_sync(0xffffffffu, same);
+    if (lane == 0) counts[warp] = __popc(mask);
+    __syncthreads();
+    int at = __popc(mask & ((1u << lane) - 1)), total = 0;
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < warp) at += counts[w];
+      total += counts[w];
+    }
+    if (same) found[at] = row;
+    __syncthreads();
+    for (std::int64_t c = thread; total > 0 && c < columns; c += kThreads) {
+      float sum = to[c];
+#pragma unroll 4
+      for (int i = 0; i < total; ++i) sum += load_f32(dout[found[i] * columns + c]);
+      to[c] = sum;
+    }
   }
 }
 
-constexpr int kColumns = 32, kRowLanes = 16;
+constexpr int kColumns = 32, kRowLanes = 32;
 
 /// out[c] += sum over rows of dy * (residual * rstd), or of dy alone without `residual`. Each lane
 /// takes every kRowLanes-th row, in f64; lanes are added in order.
@@ -37,6 +61,7 @@ __global__ void __launch_bounds__(kColumns* kRowLanes)
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   double sum = 0.0;
   if (c < columns) {
+#pragma unroll 8
     for (std::int64_t row = threadIdx.y; row < rows; row += kRowLanes) {
       const float g = load_f32(dy[row * columns + c]);
       sum += residual == nullptr
@@ -67,11 +92,9 @@ void column_sums(cudaStream_t stream, const Tensor& dy, const Tensor& residual, 
 
 template <class T>
 void add_rows(cudaStream_t stream, const EmbeddingBackwardArgs& a) {
-  const std::int64_t columns = a.dout.dim(1);
-  embedding_backward_kernel<T>
-      <<<static_cast<unsigned>((columns + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-          a.ids.as<std::int32_t>(), static_cast<const T*>(a.dout.data), a.dout.dim(0), columns,
-          a.first, a.dtable.dim(0), a.dtable.as<float>());
+  embedding_backward_kernel<T><<<static_cast<unsigned>(a.dout.dim(0)), kThreads, 0, stream>>>(
+      a.ids.as<std::int32_t>(), static_cast<const T*>(a.dout.data), a.dout.dim(0), a.dout.dim(1),
+      a.first, a.dtable.dim(0), a.dtable.as<float>());
   TANDEM_LAUNCHED("embedding_backward_kernel");
 }
 
@@ -119,6 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (dlogits == nullptr) return;
   const float scale = label < 0 ? 0.0f : gradient_scale / sum;
+#pragma unroll 8
   for (std::int64_t j = threadIdx.x; j < v; j += kThreads) {
     float g = label < 0 ? 0.0f : scale * expf(logits[row * v + j] - top);
     if (label >= 0 && j == label - first) g = gradient_scale * expm1f(-own);
@@ -139,14 +163,22 @@ void run_cross_entropy(cudaStream_t stream, const CrossEntropyArgs& a) {
 }  // namespace
 
 void CudaOps::do_embedding_backward(Exec& exec, const EmbeddingBackwardArgs& a) {
+  if (a.dout.dim(0) == 0) return;
+  const Profiler::Scope scope(profiler_, stream(exec), "embedding_backward",
+                              static_cast<double>(a.dout.bytes()));
   TANDEM_CUDA_DISPATCH(a.dout.dtype, add_rows, stream(exec), a);
 }
 
 void CudaOps::do_rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "rms_norm_weight_grad",
+                              2.0 * static_cast<double>(a.dy.bytes()));
   TANDEM_CUDA_DISPATCH(a.dy.dtype, column_sums, stream(exec), a.dy, a.residual, a.rstd, a.dweight);
 }
 
 void CudaOps::do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {
+  const Profiler::Scope scope(
+      profiler_, stream(exec), "linear_weight_grad",
+      static_cast<double>(a.dy.bytes() + a.x.bytes() + 2 * a.dweight.bytes()));
   const Scratch scratch(exec, workspace_bytes(a, profile_));
   blas_.product(stream(exec), exec.numerics, transpose(matrix(a.dy)), matrix(a.x),
                 matrix(a.dweight), true, nullptr, scratch.at<char>(0));
@@ -155,10 +187,14 @@ void CudaOps::do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {
 }
 
 void CudaOps::do_repack_weight(Exec& exec, const RepackWeightArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "repack_weight",
+                              1.5 * static_cast<double>(a.rows.bytes()));
   do_copy(exec, a.rows, {a.weight->storage.data, a.weight->dtype, a.rows.shape});
 }
 
 void CudaOps::do_cross_entropy_stats(Exec& exec, const CrossEntropyStatsArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "cross_entropy_stats",
+                              static_cast<double>(a.logits.bytes()));
   stats_kernel<<<static_cast<unsigned>(a.logits.dim(0)), kStatisticsThreads, 0, stream(exec)>>>(
       a.logits.as<float>(), a.logits.dim(1), a.labels.as<std::int32_t>(), a.first,
       a.stats.as<float>());
@@ -166,6 +202,8 @@ void CudaOps::do_cross_entropy_stats(Exec& exec, const CrossEntropyStatsArgs& a)
 }
 
 void CudaOps::do_cross_entropy(Exec& exec, const CrossEntropyArgs& a) {
+  const Profiler::Scope scope(profiler_, stream(exec), "cross_entropy",
+                              1.5 * static_cast<double>(a.logits.bytes()));
   const DType cd = a.dlogits.defined() ? a.dlogits.dtype : DType::kF32;
   TANDEM_CUDA_DISPATCH(cd, run_cross_entropy, stream(exec), a);
 }

@@ -252,25 +252,26 @@ constexpr std::int64_t kExtendedTileElements = 128 * 192;
 
 }  // namespace
 
-void CudaOps::extended_product(cudaStream_t stream, Numerics numerics, const Matrix& a,
-                               const Matrix& b, const Matrix& u, const Matrix& c, const Matrix& out,
-                               const void* bias, void* gemm) {
-  const lora_gemm::Product product{a, b, u, c, out, bias, profile_.sm_count};
+void CudaOps::extended_product(const Exec& exec, const Matrix& a, const Matrix& b, const Matrix& u,
+                               const Matrix& c, const Matrix& out, const void* bias, void* gemm) {
+  const cudaStream_t s = stream(exec);
+  const lora_gemm::Product product{a, b, u, c, out, bias, multiprocessors(exec)};
   // Which path is taken depends on the rows, and their roundings differ: not for kInvariant.
-  if (numerics != Numerics::kInvariant && lora_gemm::fits(product, profile_.compute_capability) &&
+  if (exec.numerics != Numerics::kInvariant &&
+      lora_gemm::fits(product, profile_.compute_capability) &&
       out.rows * out.columns / kExtendedTileElements >= profile_.sm_count) {
     const Profiler::Scope scope(
-        profiler_, stream,
+        profiler_, s,
         profiler_.on() ? str("  extended ", out.rows, "x", out.columns, "x", a.columns, "+",
                              u.columns, b.transposed ? " tb" : "")
                        : std::string(),
         0.0,
         2.0 * static_cast<double>(out.rows) * static_cast<double>(out.columns) *
             static_cast<double>(a.columns));
-    return lora_gemm::run(stream, product);
+    return lora_gemm::run(s, product);
   }
-  blas_.product(stream, numerics, u, c, out, false, nullptr, gemm);
-  blas_.product(stream, numerics, a, b, out, true, bias, gemm);
+  blas_.product(s, exec.numerics, u, c, out, false, nullptr, gemm);
+  blas_.product(s, exec.numerics, a, b, out, true, bias, gemm);
 }
 
 void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
@@ -299,8 +300,8 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
   if (!a.dx.defined()) return;
   const Matrix w = weight_matrix(*a.weight);
   if (extends)
-    return extended_product(s, exec.numerics, matrix(a.dy), w, matrix(du), matrix(factor_a),
-                            matrix(a.dx), nullptr, gemm);
+    return extended_product(exec, matrix(a.dy), w, matrix(du), matrix(factor_a), matrix(a.dx),
+                            nullptr, gemm);
   blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
   lora_segments_dx(s, a.sites, *a.adapters, du, a.dx);
 }
@@ -360,8 +361,8 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
                         gemm};
     single.make_u(factor_a, u);
   }
-  extended_product(s, exec.numerics, matrix(a.x), w, matrix(u), transpose(matrix(factor_b)),
-                   matrix(a.y), bias, gemm);
+  extended_product(exec, matrix(a.x), w, matrix(u), transpose(matrix(factor_b)), matrix(a.y), bias,
+                   gemm);
   finish();
 }
 
@@ -433,8 +434,8 @@ void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
   const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{columns, i});
   TANDEM_CUDA_DISPATCH(cd, gather_a, s, sites, i, false, factor_a);
   if (!single.drops())
-    return extended_product(s, exec.numerics, matrix(a.dy), w, matrix(du), matrix(factor_a),
-                            matrix(a.dx), nullptr, gemm);
+    return extended_product(exec, matrix(a.dy), w, matrix(du), matrix(factor_a), matrix(a.dx),
+                            nullptr, gemm);
   blas_.product(s, exec.numerics, matrix(a.dy), w, matrix(a.dx), false, nullptr, gemm);
   for (std::int64_t site = 0; site < single.count(); ++site) {
     blas_.product(s, exec.numerics, site_columns(du, site, sites.rank_max),

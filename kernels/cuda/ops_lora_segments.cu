@@ -277,8 +277,7 @@ struct FewRows {
       rank[t] = entry.rank;
       b[t] = static_cast<const bf16_t*>(entry.b);
       leads[t] = entry.rank > 0;
-      for (int other = t / 8 * 8; other < t; ++other)
-        leads[t] = leads[t] && slot[other] != slot[t];
+      for (int other = t / 8 * 8; other < t; ++other) leads[t] = leads[t] && slot[other] != slot[t];
     }
     __syncthreads();
     if (thread >= 32) return;

@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSquaredNormChunk;
   const std::int64_t end = n < begin + kSquaredNormChunk ? n : begin + kSquaredNormChunk;
   double sum = 0.0;
+#pragma unroll 8
   for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads)
     sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   __shared__ double sums[kThreads];

@@ -117,7 +117,8 @@ void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a
   const int splits = paged_decode_splits(v, a.kv_len_max, profile_);
   if (v.t <= v.sequences) return paged_decode(s, v, splits);
   if (layout.fast) {
-    own_paged_forward(s, a, layout, scratch.at<char>(0), kDecodeRowsMax + 1);
+    own_paged_forward({s, multiprocessors(exec)}, a, layout, scratch.at<char>(0),
+                      kDecodeRowsMax + 1);
   } else {
     v.rows_min = kDecodeRowsMax + 1;
     paged_tiles(s, v);

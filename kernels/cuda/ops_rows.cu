@@ -169,10 +169,10 @@ void add_rms_norm(cudaStream_t stream, const AddRmsNormArgs& a) {
   const bool vector = aligned({a.residual.data, a.delta.data, a.weight.data, a.y.data},
                               columns * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel = vector ? add_rms_norm_kernel<T, true> : add_rms_norm_kernel<T, false>;
-  launch_early("add_rms_norm_kernel", kernel, dim3(static_cast<unsigned>(a.y.dim(0))), dim3(kThreads), 0, stream,
-               static_cast<T*>(a.residual.data), static_cast<const T*>(a.delta.data),
-               static_cast<const T*>(a.weight.data), columns, a.eps, static_cast<T*>(a.y.data),
-               static_cast<float*>(a.rstd.data));
+  launch_early("add_rms_norm_kernel", kernel, dim3(static_cast<unsigned>(a.y.dim(0))),
+               dim3(kThreads), 0, stream, static_cast<T*>(a.residual.data),
+               static_cast<const T*>(a.delta.data), static_cast<const T*>(a.weight.data), columns,
+               a.eps, static_cast<T*>(a.y.data), static_cast<float*>(a.rstd.data));
 }
 
 template <class T>
@@ -375,6 +375,7 @@ __device__ inline void assign(__half& to, float x) {
 
 template <class From, class To>
 __global__ void convert_kernel(const From* from, To* to, std::int64_t n) {
+#pragma unroll 4
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += static_cast<std::int64_t>(gridDim.x) * blockDim.x)
     assign(to[i], to_float(from[i]));

@@ -57,8 +57,8 @@ Profiler::~Profiler() {
                "best us", "TB/s", "TFLOP/s");
   for (const auto& [name, row] : sorted)
     std::fprintf(stderr, "%-44s %8zu %10.2f %9.1f %9.1f %8.2f %8.0f\n", name.c_str(), row.count,
-                 row.ms, row.ms * 1e3 / static_cast<double>(row.count), row.best_ms * 1e3, row.bytes / row.ms * 1e-9,
-                 row.flops / row.ms * 1e-9);
+                 row.ms, row.ms * 1e3 / static_cast<double>(row.count), row.best_ms * 1e3,
+                 row.bytes / row.ms * 1e-9, row.flops / row.ms * 1e-9);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -24,7 +24,7 @@ const LinearShape kLinear[] = {
     {17, 64, 96, 3, {16}, {0, 17}, {0}, false},               // training: one adapter
     {19, 40, 50, 2, {8}, {0, 4, 15, 15}, {-1, 0, -1}, true},  // inert tail, empty segment
     {23, 96, 70, 2, {4, 0, 9, 16}, {0, 3, 4, 9, 14, 20}, {2, 0, -1, 1, 3}, false},  // mixed ranks
-    {70, 128, 160, 3, {8, 16}, {0, 33, 64}, {1, 0}, false},  // over one tile of rows
+    {70, 128, 160, 3, {8, 16}, {0, 33, 64}, {1, 0}, false},          // over one tile of rows
     {200, 64, 96, 3, {16, 8}, {0, 60, 170, 200}, {1, 0, 1}, false},  // a large decode step
 };
 /// Training with outputs, or inputs, wide enough for kernels that only large shapes are given to.

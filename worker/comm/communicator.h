@@ -28,6 +28,10 @@ class Pending {
   virtual void wait(kernels::Exec& exec) = 0;
 };
 
+/// Of a GPU, what gathers in the background may take while products have the rest. Measured with
+/// ZeRO-3 of an 8B base on two H100: 8 beat 4, 12 and 16, and beat taking and sparing nothing.
+inline constexpr int kGatherMultiprocessors = 8;
+
 class Communicator {
  public:
   virtual ~Communicator() = default;

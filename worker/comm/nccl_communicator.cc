@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 namespace tandem::worker::comm {
@@ -25,8 +26,7 @@ using kernels::Tensor;
 static_assert(sizeof(ncclUniqueId) == std::tuple_size_v<NcclId>);
 
 void check_cuda(cudaError_t code, const char* what) {
-  if (code != cudaSuccess)
-    throw DeviceError(str("CUDA: ", what, ": ", cudaGetErrorName(code)));
+  if (code != cudaSuccess) throw DeviceError(str("CUDA: ", what, ": ", cudaGetErrorName(code)));
 }
 
 cudaStream_t stream_of(const Exec& exec) {
@@ -36,17 +36,23 @@ cudaStream_t stream_of(const Exec& exec) {
 
 ncclDataType_t nccl_type(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return ncclFloat32;
-    case DType::kF64: return ncclFloat64;
-    case DType::kBF16: return ncclBfloat16;
-    default: TANDEM_CHECK(false, "no sums of ", dtype_name(dtype)); return ncclFloat32;
+    case DType::kF32:
+      return ncclFloat32;
+    case DType::kF64:
+      return ncclFloat64;
+    case DType::kBF16:
+      return ncclBfloat16;
+    default:
+      TANDEM_CHECK(false, "no sums of ", dtype_name(dtype));
+      return ncclFloat32;
   }
 }
 
 /// One ncclComm_t. It never blocks: every call is followed until NCCL has taken it or has failed.
 class Handle {
  public:
-  explicit Handle(TimeMs timeout_ms) : timeout_ms_(timeout_ms) {}
+  Handle(TimeMs timeout_ms, int multiprocessors_max)
+      : timeout_ms_(timeout_ms), multiprocessors_max_(multiprocessors_max) {}
   ~Handle() {
     if (comm_ == nullptr || failed_) return;  // after a failure even ending it can hang
     try {
@@ -62,6 +68,13 @@ class Handle {
   ncclComm_t* out() { return &comm_; }
   operator ncclComm_t() const { return comm_; }
   [[nodiscard]] TimeMs timeout_ms() const { return timeout_ms_; }
+  [[nodiscard]] int multiprocessors_max() const { return multiprocessors_max_; }
+  [[nodiscard]] ncclConfig_t config() const {
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    if (multiprocessors_max_ > 0) config.maxCTAs = multiprocessors_max_;
+    return config;
+  }
 
   /// Follows what `code` says was begun.
   void call(const char* what, ncclResult_t code) {
@@ -87,15 +100,10 @@ class Handle {
 
  private:
   const TimeMs timeout_ms_;
+  const int multiprocessors_max_;
   ncclComm_t comm_ = nullptr;
   bool failed_ = false;
 };
-
-ncclConfig_t unblocked() {
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 0;
-  return config;
-}
 
 /// What runs on a second queue until somebody waits for it.
 class Gather final : public Pending {
@@ -150,9 +158,15 @@ class SideQueue {
 
 class NcclCommunicator final : public Communicator {
  public:
-  NcclCommunicator(std::unique_ptr<Handle> handle, std::shared_ptr<SideQueue> side, int rank,
+  NcclCommunicator(std::shared_ptr<Handle> handle, std::shared_ptr<SideQueue> side, int rank,
                    int size)
-      : handle_(std::move(handle)), side_(std::move(side)), rank_(rank), size_(size) {}
+      : handle_(std::move(handle)),
+        side_(std::move(side)),
+        rank_(rank),
+        size_(size),
+        all_(static_cast<std::size_t>(size)) {
+    std::iota(all_.begin(), all_.end(), 0);
+  }
 
   [[nodiscard]] int rank() const override { return rank_; }
   [[nodiscard]] int size() const override { return size_; }
@@ -162,9 +176,7 @@ class NcclCommunicator final : public Communicator {
     call("all_reduce", ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum,
                                      *handle_, stream_of(exec)));
   }
-  void all_gather(Exec& exec, Tensor x, Tensor out) override {
-    gather(stream_of(exec), x, out);
-  }
+  void all_gather(Exec& exec, Tensor x, Tensor out) override { gather(stream_of(exec), x, out); }
   std::unique_ptr<Pending> start_all_gather(Exec& exec, Tensor x, Tensor out) override {
     const cudaStream_t side = side_->fork(stream_of(exec));
     gather(side, x, out);
@@ -195,9 +207,9 @@ class NcclCommunicator final : public Communicator {
       if (code == cudaSuccess) return;
       if (code != cudaErrorNotReady) check_cuda(code, "barrier");
       if (steady_ns() > deadline)
-        handle_->fail("barrier", str("not done within ", handle_->timeout_ms(),
-                                     " ms on rank ", rank_, " of ", size_,
-                                     ": a member of the gang is gone or hangs"));
+        handle_->fail("barrier",
+                      str("not done within ", handle_->timeout_ms(), " ms on rank ", rank_, " of ",
+                          size_, ": a member of the gang is gone or hangs"));
       ::sched_yield();
     }
   }
@@ -213,13 +225,25 @@ class NcclCommunicator final : public Communicator {
     const auto at = std::find(members.begin(), members.end(), rank_);
     TANDEM_CHECK(at != members.end(), "rank ", rank_, " is not among the members");
     const int key = static_cast<int>(at - members.begin());
-    auto part = std::make_unique<Handle>(handle_->timeout_ms());
-    ncclConfig_t config = unblocked();
-    const int color = *std::min_element(members.begin(), members.end());
+    // Each communicator of NCCL's takes memory of the GPU: a group of all shares this one, and a
+    // group of one needs none.
+    if (std::equal(members.begin(), members.end(), all_.begin(), all_.end()))
+      return std::make_unique<NcclCommunicator>(handle_, side_, rank_, size_);
+    auto part = std::make_unique<Handle>(handle_->timeout_ms(), handle_->multiprocessors_max());
+    ncclConfig_t config = part->config();
+    const bool single = members.size() == 1;
+    const int color =
+        single ? NCCL_SPLIT_NOCOLOR : *std::min_element(members.begin(), members.end());
     const ncclResult_t code = ncclCommSplit(*handle_, color, key, part->out(), &config);
     if (code != ncclSuccess && code != ncclInProgress) call("split", code);
-    part->call("split", ncclInProgress);
+    if (!single) part->call("split", ncclInProgress);
     call("split", ncclInProgress);  // the parent has done its part, too
+    if (single)
+      return make_single_communicator([](Exec& exec, Tensor from, Tensor to) {
+        check_cuda(cudaMemcpyAsync(to.data, from.data, bytes(from), cudaMemcpyDeviceToDevice,
+                                   stream_of(exec)),
+                   "copy");
+      });
     return std::make_unique<NcclCommunicator>(std::move(part), side_, key,
                                               static_cast<int>(members.size()));
   }
@@ -243,9 +267,10 @@ class NcclCommunicator final : public Communicator {
     call("all_gather", ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s));
   }
 
-  const std::unique_ptr<Handle> handle_;
+  const std::shared_ptr<Handle> handle_;  ///< shared by groups of all ranks
   const std::shared_ptr<SideQueue> side_;
   const int rank_, size_;
+  std::vector<int> all_;  ///< 0 .. size - 1
 };
 
 Result<NcclId> make_id() {
@@ -264,12 +289,13 @@ Result<std::unique_ptr<Communicator>> make(const NcclOptions& options) {
   (void)::setenv("NCCL_NVLS_ENABLE", "0", 0);
   try {
     check_cuda(cudaSetDevice(options.device), "device");
-    auto handle = std::make_unique<Handle>(scaled_ms(options.timeout_ms));
+    auto handle =
+        std::make_unique<Handle>(scaled_ms(options.timeout_ms), options.multiprocessors_max);
     ncclUniqueId id;
     std::memcpy(&id, options.id.data(), sizeof id);
-    ncclConfig_t config = unblocked();
-    handle->call("start", ncclCommInitRankConfig(handle->out(), options.size, id, options.rank,
-                                                 &config));
+    ncclConfig_t config = handle->config();
+    handle->call("start",
+                 ncclCommInitRankConfig(handle->out(), options.size, id, options.rank, &config));
     handle->call("start", ncclInProgress);
     return std::unique_ptr<Communicator>(std::make_unique<NcclCommunicator>(
         std::move(handle), std::make_shared<SideQueue>(), options.rank, options.size));

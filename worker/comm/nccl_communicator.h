@@ -3,8 +3,8 @@
 // that nothing else needs CUDA or NCCL.
 //
 // Collectives are put on Exec::stream, which must be a queue that Ops::make_stream gave, and return
-// at once; barrier() alone waits for the device. Sums are NCCL's: the same bits on every rank and in
-// every run of one gang on one machine, bf16 rounded after each addition. Scratch is NCCL's own.
+// at once; barrier() alone waits for the device. Sums are NCCL's: the same bits on every rank and
+// in every run of one gang on one machine, bf16 rounded after each addition. Scratch is NCCL's own.
 // A rank that dies is not noticed here (see README's facts on NCCL): whoever watches the processes
 // ends the gang. What NCCL itself reports, and a start or a barrier that takes longer than
 // timeout_ms, is a DeviceError.
@@ -29,6 +29,9 @@ struct NcclOptions {
   NcclId id{};
   int rank = 0, size = 1;
   int device = 0;  ///< of this process, as CUDA counts
+  /// Multiprocessors that a collective may take; 0: as many as NCCL likes. For gangs that gather in
+  /// the background: kGatherMultiprocessors.
+  int multiprocessors_max = 0;
   /// Of the start and of barrier(), times TANDEM_TIME_SCALE.
   TimeMs timeout_ms = 120'000;
 };

@@ -143,6 +143,15 @@ BlockGrads block_views(const FlatLayout& layout, const Tensor& flat) {
   return views;
 }
 
+BlockWeights block_weights(const FlatLayout& layout, const Tensor& flat) {
+  const BlockGrads views = block_views(layout, flat);
+  const auto weight = [](const Tensor& x) {
+    return kernels::PackedWeight{{x.data, DType::kU8, {x.bytes()}}, x.dtype, x.dim(0), x.dim(1)};
+  };
+  return {views.attention_norm, views.mlp_norm,        weight(views.qkv), views.qkv_bias,
+          weight(views.o),      weight(views.gate_up), weight(views.down)};
+}
+
 EndGrads end_views(const FlatLayout& layout, const Tensor& flat) {
   EndGrads views;
   const auto view = [&](const char* name) {

@@ -43,6 +43,8 @@ FlatLayout ends_layout(const ModelConfig& config, const ModelShard& shard);
 /// The views of a buffer of block_layout / ends_layout, in any dtype, by their use.
 BlockGrads block_views(const FlatLayout& layout, const kernels::Tensor& flat);
 EndGrads end_views(const FlatLayout& layout, const kernels::Tensor& flat);
+/// A buffer of block_layout in cd as a block's weights, where packs_rows().
+BlockWeights block_weights(const FlatLayout& layout, const kernels::Tensor& flat);
 /// A tensor's part of a buffer, in its local shape.
 kernels::Tensor tensor_view(const FlatTensor& tensor, const kernels::Tensor& flat);
 

@@ -1,5 +1,6 @@
 #include "worker/model/gathered_weights.h"
 
+#include "kernels/workspace.h"
 #include "worker/model/host_copy.h"
 
 namespace tandem::worker::model {
@@ -12,7 +13,12 @@ std::int64_t flat_part(std::int64_t elements, int size) {
 
 GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::Communicator& group,
                                  kernels::Arena& arena, std::shared_ptr<const BaseWeights> ends)
-    : ops_(ops), exec_(exec), group_(group), ends_(std::move(ends)) {
+    : ops_(ops),
+      exec_(exec),
+      group_(group),
+      ends_(std::move(ends)),
+      plain_(kernels::packs_rows(ops.profile())) {
+  exec.spare_multiprocessors = comm::kGatherMultiprocessors;
   const Stage stage = ends_->shard().stage;
   std::int64_t part = 0;
   for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
@@ -20,9 +26,12 @@ GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::C
     part = std::max(part, flat_part(layouts_.back().elements, group_.size()));
   }
   parts_.resize(layouts_.size());
-  gather_.whole = arena.alloc({part * group_.size()}, ends_->dtype());
-  for (Slot& slot : slots_)
-    slot.block = allocate_block(ops, arena, ends_->config(), ends_->dtype());
+  const auto whole = [&] { return arena.alloc({part * group_.size()}, ends_->dtype()); };
+  if (!plain_) gather_.whole = whole();
+  for (Slot& slot : slots_) {
+    if (plain_) slot.whole = whole();
+    if (!plain_) slot.block = allocate_block(ops, arena, ends_->config(), ends_->dtype());
+  }
 }
 
 const FlatLayout& GatheredWeights::layout(std::int64_t layer) const {
@@ -57,6 +66,7 @@ void GatheredWeights::forget() {
   gather_.pending.reset();
   gather_.layer = -1;
   for (Slot& slot : slots_) slot.layer = -1;
+  current_ = nullptr;
 }
 
 GatheredWeights::Slot* GatheredWeights::resident(std::int64_t layer) {
@@ -70,6 +80,10 @@ void GatheredWeights::start(std::int64_t layer) {
   if (layer < stage.first || layer >= stage.last || resident(layer) != nullptr) return;
   const kernels::Tensor& part = parts_[static_cast<std::size_t>(layer - stage.first)];
   TANDEM_CHECK(part.defined(), "block ", layer, " has no part");
+  if (plain_) {
+    other().layer = -1;  // overwritten
+    gather_.whole = other().whole;
+  }
   gather_.pending =
       group_.start_all_gather(exec_, part, gather_.whole.rows(0, part.elements() * group_.size()));
   gather_.layer = layer;
@@ -85,11 +99,14 @@ const BlockWeights& GatheredWeights::acquire(std::int64_t layer, Phase phase) {
     if (!gather_.pending) start(layer);
     gather_.pending->wait(exec_);
     gather_.pending.reset();
-    slot = &slots_[next_];
-    next_ = (next_ + 1) % slots_.size();
-    unpack_block(ops_, exec_, layout(layer), gather_.whole, slot->block);
+    slot = &other();
+    if (plain_)
+      slot->block = block_weights(layout(layer), gather_.whole);
+    else
+      unpack_block(ops_, exec_, layout(layer), gather_.whole, slot->block);
     slot->layer = layer;
   }
+  current_ = slot;
   if (!gather_.pending) start(phase == Phase::kForward ? layer + 1 : layer - 1);
   return slot->block;
 }

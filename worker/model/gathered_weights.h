@@ -1,7 +1,8 @@
 // The ZeRO-3 door: each data-parallel rank keeps one part of every block's flat buffer. While a
 // block is in use the next one is gathered, up in forward and down in backward. Two blocks are
 // resident at most, so the last block of forward is still there when backward begins. All ranks of
-// the group acquire the same blocks in the same order. One device thread.
+// the group acquire the same blocks in the same order. Where packed weights are plain rows a block
+// is used where it was gathered; elsewhere it is packed into a place of its own. One device thread.
 #pragma once
 
 #include "worker/model/context.h"
@@ -20,7 +21,7 @@ std::int64_t flat_part(std::int64_t elements, int size);
 class GatheredWeights final : public WeightSource {
  public:
   /// `ends` holds embedding, head and norms and no blocks. Slots and the gather's target come from
-  /// `arena`, which outlives this.
+  /// `arena`, which outlives this. `exec`'s products leave room for the gathers from now on.
   GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::Communicator& group,
                   kernels::Arena& arena, std::shared_ptr<const BaseWeights> ends);
 
@@ -40,6 +41,7 @@ class GatheredWeights final : public WeightSource {
  private:
   struct Slot {
     BlockWeights block;
+    kernels::Tensor whole;  ///< plain_: [group * part] cd, what `block` views
     std::int64_t layer = -1;
   };
   kernels::Ops& ops_;
@@ -48,7 +50,7 @@ class GatheredWeights final : public WeightSource {
   const std::shared_ptr<const BaseWeights> ends_;
   std::vector<FlatLayout> layouts_;     ///< [layers of the stage]
   std::vector<kernels::Tensor> parts_;  ///< [layers of the stage]
-  /// A gather and its target [group * part] cd.
+  /// A gather and its target [group * part] cd; plain_: of the slot that is taken next.
   struct Gather {
     kernels::Tensor whole;
     std::int64_t layer = -1;
@@ -56,10 +58,13 @@ class GatheredWeights final : public WeightSource {
   };
   void start(std::int64_t layer);
   [[nodiscard]] Slot* resident(std::int64_t layer);
+  /// The slot that is not in use.
+  [[nodiscard]] Slot& other() { return current_ == slots_.data() ? slots_[1] : slots_[0]; }
 
+  const bool plain_;
   Gather gather_;
   std::array<Slot, 2> slots_;
-  std::size_t next_ = 0;  ///< the slot that is taken next
+  Slot* current_ = nullptr;  ///< the one that was acquired last
 };
 
 }  // namespace tandem::worker::model

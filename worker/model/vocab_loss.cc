@@ -1,5 +1,7 @@
 #include "worker/model/vocab_loss.h"
 
+#include "kernels/workspace.h"
+
 #include <algorithm>
 
 namespace tandem::worker::model {
@@ -16,8 +18,9 @@ void vocab_loss(Context& ctx, const BaseWeights& base, const VocabLossArgs& args
   const kernels::PackedWeight& head = base.lm_head();
   const DType sums = sum_dtype(ctx.compute_dtype);
   const std::int64_t t = args.hidden.dim(0), first = vocab_shard(base).first;
-  const std::int64_t chunk =
-      std::max(kVocabLossRowsMin, kVocabLossBytes / (dtype_bytes(sums) * head.n));
+  const std::int64_t chunk = std::max(
+      kVocabLossRowsMin, kernels::logits_chunk_bytes(ctx.ops.profile()) /
+                             (dtype_bytes(sums) * head.n) / kVocabLossRowsMin * kVocabLossRowsMin);
   for (std::int64_t row = 0; row < t; row += chunk) {
     ArenaScope scope(ctx.activations);
     const std::int64_t rows = std::min(chunk, t - row);

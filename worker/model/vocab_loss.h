@@ -14,8 +14,8 @@ struct VocabShard {
 };
 VocabShard vocab_shard(const BaseWeights& base);
 
-/// Logits of one chunk are at most this many bytes, or kVocabLossRowsMin rows.
-inline constexpr std::int64_t kVocabLossBytes = 48 << 20;
+/// A chunk of logits has at least, and a multiple of, so many rows; at most so many that it is of
+/// logits_chunk_bytes().
 inline constexpr std::int64_t kVocabLossRowsMin = 16;
 
 struct VocabLossArgs {
