@@ -211,6 +211,13 @@ struct GatherRowsArgs {
   Tensor out;    ///< [S, C] cd, overwritten
 };
 
+/// to[:, first .. first + n) = from; the other columns are left.
+struct PlaceColumnsArgs {
+  Tensor from;  ///< [T, n]
+  Tensor to;    ///< [T, N], same dtype
+  std::int64_t first = 0;
+};
+
 /// Negative log-likelihood of each row's label under softmax(x W^T), and its gradient, in chunks of
 /// rows: [T, V] never exists. Rows with label < 0 are ignored (loss 0, gradient 0).
 inline constexpr std::int64_t kIgnoreLabel = -100;

@@ -91,6 +91,19 @@ void Ops::gather_rows(Exec& exec, const GatherRowsArgs& a) {
   do_gather_rows(exec, a);
 }
 
+void Ops::place_columns(Exec& exec, const PlaceColumnsArgs& a) {
+  const OpCheck check("place_columns");
+  check.rank("from", a.from, 2);
+  check.rank("to", a.to, 2);
+  const std::int64_t n = a.from.dim(1), width = a.to.dim(1);
+  check.tensor("to", a.to, a.from.dtype, Shape{a.from.dim(0), width});
+  check.that(a.first >= 0 && a.first + n <= width,
+             str("first: columns [", a.first, ", ", a.first + n, ") of ", width));
+  check.disjoint("from", a.from, "to", a.to);
+  if (a.from.elements() == 0) return;
+  do_place_columns(exec, a);
+}
+
 void Ops::add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {
   const OpCheck check("add_rms_norm_forward");
   check.rank("residual", a.residual, 2);

@@ -83,6 +83,7 @@ class Ops {
   void silu_mul_forward(Exec& exec, const SiluMulArgs& args);
   void silu_mul_backward(Exec& exec, const SiluMulBackwardArgs& args);
   void gather_rows(Exec& exec, const GatherRowsArgs& args);
+  void place_columns(Exec& exec, const PlaceColumnsArgs& args);
   void linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& args);
   void cross_entropy_stats(Exec& exec, const CrossEntropyStatsArgs& args);
   void cross_entropy(Exec& exec, const CrossEntropyArgs& args);
@@ -117,6 +118,7 @@ class Ops {
   virtual void do_silu_mul_forward(Exec&, const SiluMulArgs&) = 0;
   virtual void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) = 0;
   virtual void do_gather_rows(Exec&, const GatherRowsArgs&) = 0;
+  virtual void do_place_columns(Exec&, const PlaceColumnsArgs&) = 0;
   virtual void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) = 0;
   virtual void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) = 0;
   virtual void do_cross_entropy(Exec&, const CrossEntropyArgs&) = 0;

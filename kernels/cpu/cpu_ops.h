@@ -42,6 +42,7 @@ class CpuOps final : public Ops {
   void do_silu_mul_forward(Exec&, const SiluMulArgs&) override;
   void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override;
   void do_gather_rows(Exec&, const GatherRowsArgs&) override;
+  void do_place_columns(Exec&, const PlaceColumnsArgs&) override;
   void do_linear_cross_entropy(Exec&, const LinearCrossEntropyArgs&) override;
   void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) override;
   void do_cross_entropy(Exec&, const CrossEntropyArgs&) override;

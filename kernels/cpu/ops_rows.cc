@@ -168,6 +168,15 @@ void CpuOps::do_gather_rows(Exec&, const GatherRowsArgs& a) {
   });
 }
 
+void CpuOps::do_place_columns(Exec&, const PlaceColumnsArgs& a) {
+  const std::int64_t width = dtype_bytes(a.from.dtype), bytes = a.from.dim(1) * width;
+  parallel_for(profile_.threads, a.from.dim(0), a.from.dim(1), [&](std::int64_t row) {
+    std::memcpy(static_cast<char*>(a.to.data) + (row * a.to.dim(1) + a.first) * width,
+                static_cast<const char*>(a.from.data) + row * bytes,
+                static_cast<std::size_t>(bytes));
+  });
+}
+
 void CpuOps::do_add_rms_norm_forward(Exec&, const AddRmsNormArgs& a) {
   TANDEM_CPU_DISPATCH(a.y.dtype, add_rms_norm, a, profile_.threads);
 }

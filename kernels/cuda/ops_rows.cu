@@ -424,6 +424,15 @@ void CudaOps::do_gather_rows(Exec& exec, const GatherRowsArgs& a) {
          a.index, a.out.data);
 }
 
+void CudaOps::do_place_columns(Exec& exec, const PlaceColumnsArgs& a) {
+  const std::int64_t width = dtype_bytes(a.from.dtype);
+  const auto row = static_cast<std::size_t>(a.from.dim(1) * width);
+  TANDEM_CUDA(cudaMemcpy2DAsync(static_cast<char*>(a.to.data) + a.first * width,
+                                static_cast<std::size_t>(a.to.dim(1) * width), a.from.data, row,
+                                row, static_cast<std::size_t>(a.from.dim(0)),
+                                cudaMemcpyDeviceToDevice, stream(exec)));
+}
+
 void CudaOps::do_add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "add_rms_norm",
                               static_cast<double>((a.delta.defined() ? 4 : 2) * a.y.bytes()));

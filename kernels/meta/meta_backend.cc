@@ -85,6 +85,7 @@ class MetaOps final : public Ops {
   void do_silu_mul_forward(Exec&, const SiluMulArgs&) override {}
   void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override {}
   void do_gather_rows(Exec&, const GatherRowsArgs&) override {}
+  void do_place_columns(Exec&, const PlaceColumnsArgs&) override {}
   void do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) override {
     take(exec, workspace_bytes(a, profile_));
   }

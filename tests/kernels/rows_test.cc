@@ -142,6 +142,25 @@ TEST_P(GatherRows, CopiesRowsByIndex) {
   EXPECT_EQ(got.at("out").values(), want);
 }
 
+class PlaceColumns : public OpTest {};
+TANDEM_OP_TEST(PlaceColumns, kRows);
+
+TEST_P(PlaceColumns, OverwritesItsColumnsAndLeavesTheOthers) {
+  const auto [t, c] = row(kRows);
+  const std::int64_t first = 3, width = c + 5;
+  const Values from = random_values(t * c, dtype(), 1),
+               before = random_values(t * width, dtype(), 2);
+  const Outputs got = run_op(backend(), [&](TestDevice& device) {
+    device.ops().place_columns(device.exec(),
+                               {device.input(from, dtype(), {t, c}),
+                                device.in_out("to", before, dtype(), {t, width}), first});
+  });
+  Values want = before;
+  for (std::int64_t r = 0; r < t; ++r)
+    std::copy_n(from.begin() + r * c, c, want.begin() + r * width + first);
+  EXPECT_EQ(got.at("to").values(), want);
+}
+
 class Embedding : public OpTest {};
 TANDEM_OP_TEST(Embedding, kRows);
 

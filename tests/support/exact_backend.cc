@@ -331,6 +331,7 @@ class ExactOps final : public Ops {
     absent("paged_attention_forward");
   }
   void do_gather_rows(Exec&, const GatherRowsArgs&) override { absent("gather_rows"); }
+  void do_place_columns(Exec&, const PlaceColumnsArgs&) override { absent("place_columns"); }
   void do_logprob(Exec&, const LogprobArgs&) override { absent("logprob"); }
   void do_sample(Exec&, const SampleArgs&) override { absent("sample"); }
 

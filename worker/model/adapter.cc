@@ -142,6 +142,29 @@ Status check_adapter(const ModelConfig& config, const std::vector<HostAdapterTen
   return {};
 }
 
+std::vector<HostAdapterTensor> shard_adapter(const ModelConfig& config, const ModelShard& shard,
+                                             const std::vector<HostAdapterTensor>& tensors) {
+  const auto cut = [](const std::vector<float>& from, std::int64_t width, const TensorSlice& s) {
+    std::vector<float> to;
+    to.reserve(static_cast<std::size_t>(s.elements()));
+    for (std::int64_t row = s.row; row < s.row + s.rows; ++row) {
+      const auto begin = from.begin() + row * width + s.column;
+      to.insert(to.end(), begin, begin + s.columns);
+    }
+    return to;
+  };
+  const Stage stage = shard.stage_of(config);
+  std::vector<HostAdapterTensor> local;
+  for (const HostAdapterTensor& t : tensors) {
+    if (t.layer < stage.first || t.layer >= stage.last) continue;
+    const SiteShape shape = site_shape(config, t.site);
+    local.push_back({t.layer, t.site, t.rank, t.scale,
+                     cut(t.a, shape.i, lora_a_slice(config, t.site, t.rank, shard)),
+                     cut(t.b, t.rank, lora_b_slice(config, t.site, t.rank, shard))});
+  }
+  return local;
+}
+
 Result<std::shared_ptr<const AdapterWeights>> build_adapter(
     kernels::Ops& ops, kernels::Exec& exec, kernels::Allocator& allocator,
     kernels::MemoryLedger& ledger, const ModelConfig& config, DType dtype,

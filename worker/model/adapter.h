@@ -66,6 +66,11 @@ Result<std::shared_ptr<const AdapterWeights>> build_adapter(
 /// Checks what build_adapter checks, without a device.
 Status check_adapter(const ModelConfig& config, const std::vector<HostAdapterTensor>& tensors);
 
+/// What a rank of a sharded model holds of an adapter: its blocks (numbered as before) and its
+/// slices, for build_adapter with the rank's local_config. `config` is the whole model's.
+std::vector<HostAdapterTensor> shard_adapter(const ModelConfig& config, const ModelShard& shard,
+                                             const std::vector<HostAdapterTensor>& tensors);
+
 /// Device slots of adapters: per (layer, site) one array of LoraEntry that ops read. Training and
 /// serving hold slots of the same table. One device thread.
 class AdapterTable {

@@ -360,8 +360,16 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
 }
 
 void Transformer::logits(Context& ctx, Tensor hidden, Tensor logits) const {
-  ctx.ops.linear_forward(ctx.exec,
-                         {hidden, &weights_.base().lm_head(), {}, {}, nullptr, logits, {}});
+  const kernels::PackedWeight& head = weights_.base().lm_head();
+  if (ctx.comm.size() == 1)
+    return ctx.ops.linear_forward(ctx.exec, {hidden, &head, {}, {}, nullptr, logits, {}});
+  // Each rank has a part of the vocabulary; a sum with zeros changes no logit.
+  const ArenaScope scope(ctx.activations);
+  const Tensor part = ctx.activations.alloc({hidden.dim(0), head.n}, logits.dtype);
+  ctx.ops.linear_forward(ctx.exec, {hidden, &head, {}, {}, nullptr, part, {}});
+  ctx.ops.fill_zero(ctx.exec, logits);
+  ctx.ops.place_columns(ctx.exec, {part, logits, vocab_shard(weights_.base()).first});
+  ctx.comm.all_reduce_sum(ctx.exec, logits);
 }
 
 void Transformer::loss(Context& ctx, Tensor hidden, Tensor labels, float gradient_scale,

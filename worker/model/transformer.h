@@ -68,7 +68,7 @@ class Transformer {
   /// trainable slots; din [T, C] cd (undefined on the first stage) receives the gradient of `in`.
   void backward(Context& ctx, const TokenBatch& batch, kernels::Tensor dhidden, const Saved& saved,
                 Recompute recompute, kernels::Tensor din, GradSink& sink) const;
-  /// logits [S, V] f32 of hidden rows [S, C].
+  /// logits [S, V] f32 of hidden rows [S, C], the whole vocabulary's on every tensor-parallel rank.
   void logits(Context& ctx, kernels::Tensor hidden, kernels::Tensor logits) const;
   /// Chunked head and loss, see LinearCrossEntropyArgs; dhidden undefined: evaluation. `sink`:
   /// where the head's gradient goes, if anywhere.

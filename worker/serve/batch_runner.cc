@@ -57,17 +57,21 @@ std::uint64_t next_runner() {
 
 BatchRunner::BatchRunner(model::Context& context, kernels::Arena& arena,
                          model::WeightSource& weights, const model::AdapterTable* adapters,
-                         const std::vector<kernels::KvCache>& caches, const RunnerLimits& limits)
+                         const std::vector<kernels::KvCache>& caches, const RunnerLimits& limits,
+                         const ReplicaRanks* ranks)
     : runner_(next_runner()),
       context_(context),
       limits_(limits),
-      transformer_(weights, adapters, model::Stage{0, weights.base().config().layers}),
+      ranks_(ranks),
+      stage_(weights.base().shard().stage_of(weights.base().whole_config())),
+      layers_(weights.base().config().layers),
+      transformer_(weights, adapters, stage_),
       inputs_(arena, input_bytes(limits)),
       outputs_(arena, output_bytes(limits)) {
   const model::ModelConfig& config = weights.base().config();
   hidden_ = arena.alloc(Shape{limits.tokens_max, config.width}, context.compute_dtype);
   gathered_ = arena.alloc(Shape{limits.sequences_max, config.width}, context.compute_dtype);
-  logits_ = arena.alloc(Shape{limits.sequences_max, config.vocab}, DType::kF32);
+  logits_ = arena.alloc(Shape{limits.sequences_max, limits.vocab}, DType::kF32);
   paged_.caches = caches;
   batch_.paged = &paged_;
 }
@@ -80,7 +84,7 @@ std::int64_t BatchRunner::bytes_needed(const model::ModelConfig& config, DType d
   return aligned(input_bytes(l)) + aligned(output_bytes(l)) +
          aligned(l.tokens_max * config.width * dtype_bytes(dtype)) +
          aligned(l.sequences_max * config.width * dtype_bytes(dtype)) +
-         aligned(l.sequences_max * config.vocab * dtype_bytes(DType::kF32));
+         aligned(l.sequences_max * l.vocab * dtype_bytes(DType::kF32));
 }
 
 BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int64_t tokens,
@@ -104,7 +108,7 @@ BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int6
 
 bool BatchRunner::replays(const Extent& e) const {
   return !limits_.token_buckets.empty() && e.tokens <= kReplayTokensMax &&
-         !sample_args_.history_offsets.defined();
+         !sample_args_.history_offsets.defined() && ranks_ == nullptr;
 }
 
 std::uint64_t BatchRunner::replay_key(const Extent& e) const {
@@ -254,8 +258,19 @@ void BatchRunner::stage_history(std::span<const RunRows> rows, const Extent& e) 
 
 void BatchRunner::forward() {
   const ArenaScope scope(context_.activations);
-  transformer_.forward(context_, batch_, Tensor{}, hidden_.rows(0, batch_.tokens()), nullptr,
-                       model::Recompute::kNone);
+  const Tensor hidden = hidden_.rows(0, batch_.tokens());
+  Tensor in;
+  if (stage_.first > 0) {
+    in = context_.activations.alloc(hidden.shape, hidden.dtype);
+    ranks_->pp.exchange(context_.exec, {}, 0, in, ranks_->pp.rank() - 1);
+  }
+  transformer_.forward(context_, batch_, in, hidden, nullptr, model::Recompute::kNone);
+  if (!has_head()) ranks_->pp.exchange(context_.exec, hidden, ranks_->pp.rank() + 1, {}, 0);
+}
+
+void BatchRunner::share_outputs() {
+  if (ranks_ == nullptr || ranks_->pp.size() == 1) return;
+  ranks_->pp.broadcast(context_.exec, outputs_.device(), ranks_->pp.size() - 1);
 }
 
 // Few values, few rows, only while min_tokens is not reached: not worth an op of its own.
@@ -280,7 +295,8 @@ void BatchRunner::sample(const Extent& e) {
   sampled_logprobs_ = outputs_.take<float>(Shape{e.samples}, a.logprob);
   top_ids_ = outputs_.take<std::int32_t>(Shape{e.samples, a.top_logprobs}, a.top_ids);
   top_logprobs_ = outputs_.take<float>(Shape{e.samples, a.top_logprobs}, a.top_logprob);
-  context_.ops.sample(context_.exec, a);
+  if (has_head()) context_.ops.sample(context_.exec, a);
+  share_outputs();
 }
 
 void BatchRunner::download_samples(std::int64_t real, RunResult& result) {
@@ -293,11 +309,14 @@ void BatchRunner::download_samples(std::int64_t real, RunResult& result) {
   result.top_logprobs.assign(top_logprobs_.begin(), top_logprobs_.begin() + real * n);
 }
 
-void BatchRunner::forward_and_sample(const Extent& e) {
+void BatchRunner::forward_and_sample(const Extent& e, std::span<const RunRows> banned) {
   forward();
-  const Tensor gathered = gathered_.rows(0, e.samples);
-  context_.ops.gather_rows(context_.exec, {hidden_.rows(0, e.tokens), sample_index_, gathered});
-  transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
+  if (has_head()) {
+    const Tensor gathered = gathered_.rows(0, e.samples);
+    context_.ops.gather_rows(context_.exec, {hidden_.rows(0, e.tokens), sample_index_, gathered});
+    transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
+    ban(banned);
+  }
   sample(e);
 }
 
@@ -323,11 +342,14 @@ void BatchRunner::score(std::span<const RunRows> rows, RunResult& result) {
     std::copy_n(index.begin() + at, count, index_part.begin());
     std::copy_n(targets.begin() + at, count, target_part.begin());
     inputs_.upload(context_.ops, context_.exec);
-    context_.ops.gather_rows(context_.exec, {hidden_, index_view, gathered_.rows(0, count)});
-    transformer_.logits(context_, gathered_.rows(0, count), logits_.rows(0, count));
     outputs_.clear();
     const auto logprobs = outputs_.take<float>(Shape{count}, logprob_view);
-    context_.ops.logprob(context_.exec, {logits_.rows(0, count), target_view, logprob_view});
+    if (has_head()) {
+      context_.ops.gather_rows(context_.exec, {hidden_, index_view, gathered_.rows(0, count)});
+      transformer_.logits(context_, gathered_.rows(0, count), logits_.rows(0, count));
+      context_.ops.logprob(context_.exec, {logits_.rows(0, count), target_view, logprob_view});
+    }
+    share_outputs();
     outputs_.download(context_.ops, context_.exec);
     result.scores.insert(result.scores.end(), logprobs.begin(), logprobs.end());
   }
@@ -352,12 +374,7 @@ void BatchRunner::run(std::span<const RunRows> rows, std::int64_t rank_max, RunR
   if (samples == 0) {
     forward();
   } else if (banned) {
-    forward();
-    const Tensor gathered = gathered_.rows(0, e.samples);
-    context_.ops.gather_rows(context_.exec, {hidden_.rows(0, e.tokens), sample_index_, gathered});
-    transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
-    ban(rows);
-    sample(e);
+    forward_and_sample(e, rows);
   } else if (replays(e)) {
     context_.ops.replay(context_.exec, replay_key(e), [&] { forward_and_sample(e); });
   } else {
@@ -377,12 +394,8 @@ void BatchRunner::run_worst_case() {
   stage_history({}, e);
   sample_args_.top_logprobs = limits_.top_logprobs_max;
   inputs_.upload(context_.ops, context_.exec);
-  forward();
-  const Tensor gathered = gathered_.rows(0, e.samples);
-  context_.ops.gather_rows(context_.exec, {hidden_, sample_index_, gathered});
-  transformer_.logits(context_, gathered, logits_);
   RunResult result;
-  sample(e);
+  forward_and_sample(e);
   download_samples(e.samples, result);
   Tensor ids, logprob;
   inputs_.clear();
@@ -391,7 +404,7 @@ void BatchRunner::run_worst_case() {
   std::fill(targets.begin(), targets.end(), 0);
   outputs_.take<float>(Shape{e.samples}, logprob);
   inputs_.upload(context_.ops, context_.exec);
-  context_.ops.logprob(context_.exec, {logits_, ids, logprob});
+  if (has_head()) context_.ops.logprob(context_.exec, {logits_, ids, logprob});
 }
 
 }  // namespace tandem::worker::serve

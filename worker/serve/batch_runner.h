@@ -5,6 +5,7 @@
 
 #include "worker/model/transformer.h"
 #include "worker/serve/batch_scheduler.h"
+#include "worker/serve/replica.h"
 #include "worker/serve/request.h"
 #include "worker/serve/staging.h"
 
@@ -19,6 +20,7 @@ inline constexpr std::int64_t kReplayTokensMax = 256;
 struct RunnerLimits {
   std::int64_t tokens_max = 0, sequences_max = 0, slots = 0, context_max = 0, block_size = 0,
                rank_max = 0, history_max = 0, top_logprobs_max = 0;
+  std::int64_t vocab = 0;                   ///< the whole one
   std::vector<std::int64_t> token_buckets;  ///< see ServeOptions
 };
 
@@ -51,10 +53,11 @@ struct RunResult {
 
 class BatchRunner {
  public:
-  /// Takes its buffers from `arena` (kActivations), which must hold at least bytes_needed().
+  /// Takes its buffers from `arena` (kActivations), which must hold at least bytes_needed(). With
+  /// `ranks` (may be null) every rank of the replica makes the same calls.
   BatchRunner(model::Context& context, kernels::Arena& arena, model::WeightSource& weights,
               const model::AdapterTable* adapters, const std::vector<kernels::KvCache>& caches,
-              const RunnerLimits& limits);
+              const RunnerLimits& limits, const ReplicaRanks* ranks);
   static std::int64_t bytes_needed(const model::ModelConfig& config, DType dtype,
                                    const RunnerLimits& limits);
 
@@ -79,17 +82,25 @@ class BatchRunner {
   void stage_segments(std::span<const RunRows> rows, const Extent& e, std::int64_t rank_max);
   void stage_sampling(std::span<const RunRows> rows, const Extent& e);
   void stage_history(std::span<const RunRows> rows, const Extent& e);
+  /// Through this rank's blocks, with the stages before and behind it.
   void forward();
-  /// Forward, the sampled rows' logits and the draw; the results are on the device then.
-  void forward_and_sample(const Extent& e);
+  /// Forward, the sampled rows' logits and the draw; the results are on the device then, of all
+  /// ranks. `banned`: rows with tokens that may not be drawn; empty: none.
+  void forward_and_sample(const Extent& e, std::span<const RunRows> banned = {});
   void ban(std::span<const RunRows> rows);
   void sample(const Extent& e);
+  /// The last stage's outputs_ to all stages.
+  void share_outputs();
+  [[nodiscard]] bool has_head() const { return stage_.last == layers_; }
   void download_samples(std::int64_t real, RunResult& result);
   void score(std::span<const RunRows> rows, RunResult& result);
 
   const std::uint64_t runner_;  ///< its number in this process
   model::Context& context_;
   const RunnerLimits limits_;
+  const ReplicaRanks* const ranks_;
+  const model::Stage stage_;
+  const std::int64_t layers_;  ///< of the whole model
   const model::Transformer transformer_;
   kernels::Tensor hidden_;    ///< [tokens_max, C] cd
   kernels::Tensor gathered_;  ///< [sequences_max, C] cd

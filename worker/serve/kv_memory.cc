@@ -12,21 +12,24 @@ std::int64_t plane_bytes(const model::ModelConfig& config, DType dtype, std::int
 
 }  // namespace
 
-KvLayout kv_layout(const model::ModelConfig& config, DType dtype, const ServeOptions& options) {
+KvLayout kv_layout(const model::ModelConfig& config, DType dtype, const ServeOptions& options,
+                   const model::Stage& stage) {
   KvLayout layout;
-  layout.block_bytes = 2 * config.layers * plane_bytes(config, dtype, options.block_size);
+  const std::int64_t layers = stage.last > 0 ? stage.last - stage.first : config.layers;
+  layout.block_bytes = 2 * layers * plane_bytes(config, dtype, options.block_size);
   layout.blocks = options.kv_bytes_max / layout.block_bytes;
   return layout;
 }
 
 KvMemory::KvMemory(kernels::Allocator& allocator, kernels::MemoryLedger& ledger,
-                   const model::ModelConfig& config, DType dtype, std::int64_t blocks,
-                   std::int64_t block_size)
+                   const model::ModelConfig& config, const model::Stage& stage, DType dtype,
+                   std::int64_t blocks, std::int64_t block_size)
     : plane_bytes_(plane_bytes(config, dtype, block_size)) {
   const kernels::Shape shape{blocks, config.kv_heads, block_size, config.head_dim};
   const std::int64_t bytes = round_up(blocks * plane_bytes_, kernels::kDeviceAlignment);
-  for (std::int64_t layer = 0; layer < config.layers; ++layer) {
-    kernels::KvCache cache;
+  caches_.resize(static_cast<std::size_t>(config.layers));
+  for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
+    kernels::KvCache& cache = caches_[static_cast<std::size_t>(layer)];
     cache.block_size = block_size;
     for (kernels::Tensor* tensor : {&cache.k, &cache.v}) {
       arenas_.push_back(std::make_unique<kernels::Arena>(
@@ -34,7 +37,6 @@ KvMemory::KvMemory(kernels::Allocator& allocator, kernels::MemoryLedger& ledger,
           str("kv layer ", layer, tensor == &cache.k ? " keys" : " values"), bytes));
       *tensor = arenas_.back()->alloc(shape, dtype);
     }
-    caches_.push_back(cache);
   }
 }
 

@@ -13,10 +13,11 @@ namespace tandem::worker::serve {
 
 class KvMemory {
  public:
-  /// Maps all blocks. Throws DeviceError when memory is out.
+  /// Of the layers of `stage`; the other layers' caches are undefined. Maps all blocks. Throws
+  /// DeviceError when memory is out.
   KvMemory(kernels::Allocator& allocator, kernels::MemoryLedger& ledger,
-           const model::ModelConfig& config, DType dtype, std::int64_t blocks,
-           std::int64_t block_size);
+           const model::ModelConfig& config, const model::Stage& stage, DType dtype,
+           std::int64_t blocks, std::int64_t block_size);
 
   /// Blocks [0, blocks) stay or become usable; the contents of those that stay are kept. Returns
   /// the bytes in use.

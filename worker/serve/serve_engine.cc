@@ -6,6 +6,7 @@
 #include "worker/serve/kv_memory.h"
 #include "worker/serve/live_request.h"
 #include "worker/serve/request_checks.h"
+#include "worker/serve/serve_options.h"
 
 #include <algorithm>
 #include <limits>
@@ -20,91 +21,8 @@ namespace {
 constexpr TimeMs kRetryAfterMinMs = 100, kRetryAfterMaxMs = 60'000;
 /// Weight of the newest value in running averages.
 constexpr double kAverageWeight = 0.1;
-/// Fewer blocks than this serve nobody.
-constexpr std::int64_t kBlocksMin = 2;
-
 void average(double& value, double sample) {
   value = value == 0.0 ? sample : (1.0 - kAverageWeight) * value + kAverageWeight * sample;
-}
-
-std::int64_t context_max(const model::ModelConfig& config, const ServeOptions& options) {
-  return options.context_max > 0 ? options.context_max : config.context_max;
-}
-
-Status check_option(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
-  if (value >= low && value <= high) return {};
-  return invalid_error(str(name, " must be between ", low, " and ", high, ", got ", value));
-}
-
-Status check_options(const model::ModelConfig& config, DType dtype, const ServeParts& parts,
-                     const ServeOptions& o) {
-  if (o.block_size != 16 && o.block_size != 32)
-    return invalid_error(str("block_size must be 16 or 32, got ", o.block_size));
-  constexpr std::int64_t kCountMax = 1 << 20;
-  TANDEM_RETURN_IF_ERROR(check_option("max_running", o.max_running, 1, kCountMax));
-  TANDEM_RETURN_IF_ERROR(
-      check_option("max_batch_tokens", o.max_batch_tokens, o.max_running + 1, kCountMax));
-  TANDEM_RETURN_IF_ERROR(check_option("prefill_chunk_max", o.prefill_chunk_max, 0, kCountMax));
-  TANDEM_RETURN_IF_ERROR(check_option("max_waiting", o.max_waiting, 1, kCountMax));
-  TANDEM_RETURN_IF_ERROR(check_option("context_max", o.context_max, 0, config.context_max));
-  TANDEM_RETURN_IF_ERROR(check_option("adapter_rank_max", o.adapter_rank_max, 1, kCountMax));
-  TANDEM_RETURN_IF_ERROR(check_option("adapters_max", o.adapters_max, 1, kCountMax));
-  const std::int64_t table = parts.adapters ? parts.adapters->slots() : 0;
-  TANDEM_RETURN_IF_ERROR(check_option("slot_begin", parts.slot_begin, 0, table));
-  TANDEM_RETURN_IF_ERROR(check_option("slot_count", parts.slot_count, 0, table - parts.slot_begin));
-  if (!std::is_sorted(o.token_buckets.begin(), o.token_buckets.end()) ||
-      (!o.token_buckets.empty() &&
-       (o.token_buckets.front() < 1 || o.token_buckets.back() < o.max_batch_tokens)))
-    return invalid_error(str("token_buckets must ascend and end at max_batch_tokens (",
-                             o.max_batch_tokens, ") or above"));
-  const KvLayout layout = kv_layout(config, dtype, o);
-  if (layout.blocks < kBlocksMin || layout.blocks > std::numeric_limits<std::int32_t>::max())
-    return invalid_error(str("kv_bytes_max of ", o.kv_bytes_max, " B holds ", layout.blocks,
-                             " blocks of ", layout.block_bytes, " B; at least ", kBlocksMin,
-                             " are needed"));
-  return {};
-}
-
-/// Few enough for one recording each, close enough that inert rows cost little.
-std::vector<std::int64_t> default_token_buckets(std::int64_t most) {
-  std::vector<std::int64_t> buckets;
-  const auto step = [](std::int64_t at) -> std::int64_t {
-    return at < 2      ? 1
-           : at < 4    ? 2
-           : at < 8    ? 4
-           : at < 64   ? 8
-           : at < 256  ? 32
-           : at < 1024 ? 64
-                       : 256;
-  };
-  for (std::int64_t at = 1; at < most; at += step(at)) buckets.push_back(at);
-  buckets.push_back(most);
-  return buckets;
-}
-
-RunnerLimits runner_limits(const model::ModelConfig& config, const ServeParts& parts,
-                           const ServeOptions& o) {
-  RunnerLimits l;
-  l.tokens_max = o.token_buckets.empty() ? o.max_batch_tokens : o.token_buckets.back();
-  l.sequences_max = o.max_running;
-  l.slots = parts.slot_count;
-  l.context_max = context_max(config, o);
-  l.block_size = o.block_size;
-  l.rank_max = parts.slot_count > 0 ? o.adapter_rank_max : 0;
-  // Distinct tokens of the longest sequence there can be, and several of the usual length.
-  l.history_max = std::max(l.context_max, std::min<std::int64_t>(config.vocab, 4096) * 8);
-  l.top_logprobs_max = std::min(kLogprobsMax, config.vocab);
-  l.token_buckets = o.token_buckets;
-  return l;
-}
-
-BatchLimits batch_limits(const ServeParts& parts, const ServeOptions& o, const RunnerLimits& l) {
-  return {.token_budget = o.max_batch_tokens,
-          .prefill_chunk_max = o.prefill_chunk_max,
-          .running_max = o.max_running,
-          .adapters_max = parts.slot_count,
-          .history_max = l.history_max,
-          .block_size = o.block_size};
 }
 
 }  // namespace
@@ -114,14 +32,15 @@ struct ServeEngine::Impl {
       : parts(p),
         options(o),
         config(p.weights.base().config()),
+        whole(p.weights.base().whole_config()),
         dtype(p.context.compute_dtype),
-        layout(kv_layout(config, dtype, o)),
-        limits(runner_limits(config, p, o)),
-        kv_memory(p.allocator, p.ledger, config, dtype, layout.blocks, o.block_size),
+        layout(kv_layout(config, dtype, o, stage_of(p))),
+        limits(runner_limits(whole, p, o)),
+        kv_memory(p.allocator, p.ledger, config, stage_of(p), dtype, layout.blocks, o.block_size),
         buffers(p.allocator, p.ledger, kernels::MemoryKind::kActivations, "serve batch buffers",
                 BatchRunner::bytes_needed(config, dtype, limits)),
         runner(p.context, buffers, p.weights, p.slot_count > 0 ? p.adapters : nullptr,
-               kv_memory.caches(), limits),
+               kv_memory.caches(), limits, p.ranks),
         blocks(layout.blocks, o.prefix_cache),
         scheduler(blocks, batch_limits(p, o, limits), o.base_digest),
         residency(p.slot_begin, p.slot_count, o.adapters_max,
@@ -135,11 +54,34 @@ struct ServeEngine::Impl {
     eos_ids.insert(eos_ids.end(), config.eos_ids.begin(), config.eos_ids.end());
   }
 
+  /// Every call begins with this: `now` is one time for all of it, on all ranks.
+  void begin() {
+    if (!follows()) now = parts.clock.now_ms();
+  }
+  /// Of a sharded replica: rank 0, and the others.
+  [[nodiscard]] bool leads() const {
+    return parts.ranks != nullptr && parts.ranks->model.rank() == 0;
+  }
+  [[nodiscard]] bool follows() const {
+    return parts.ranks != nullptr && parts.ranks->model.rank() != 0;
+  }
+  /// The others make the call when flush() has sent it.
+  void tell(EngineCall call) {
+    call.now = now;
+    encode(call, unsent);
+  }
+  void flush() {
+    parts.ranks->calls.send(unsent);
+    unsent.clear();
+  }
+  Result<std::shared_ptr<const model::AdapterWeights>> build(
+      const std::vector<model::HostAdapterTensor>& tensors);
+  Status install(const Digest& digest, std::shared_ptr<const model::AdapterWeights> weights);
   Status submit(GenerateRequest request);
   void finish(LiveRequest& live, FinishReason reason, Status error);
   void forget(LiveRequest& live);
   void expire_waits();
-  [[nodiscard]] bool wait_expired(const LiveRequest& live) const;
+  [[nodiscard]] bool wait_expired(const LiveRequest& live, TimeMs at) const;
   std::int64_t bind_adapters();
   void collect(StepOutput& out);
   void count(const StepOutput& out, std::int64_t start_ns);
@@ -148,7 +90,8 @@ struct ServeEngine::Impl {
 
   const ServeParts parts;
   const ServeOptions options;
-  const model::ModelConfig& config;
+  const model::ModelConfig& config;  ///< as this rank's ops see it
+  const model::ModelConfig& whole;   ///< as clients see it
   const DType dtype;
   const KvLayout layout;
   const RunnerLimits limits;
@@ -165,6 +108,8 @@ struct ServeEngine::Impl {
   std::int64_t arrivals = 0;
   std::int64_t unready = 0;             ///< requests that wait for their adapter
   std::vector<SequenceOutput> pending;  ///< outcomes that the next step reports
+  TimeMs now = 0;
+  std::vector<std::byte> unsent;  ///< calls that the others do not know yet
   Batch batch;
   std::vector<RunRows> runs;
   std::vector<Digest> step_adapters;
@@ -179,10 +124,8 @@ Result<std::unique_ptr<ServeEngine>> ServeEngine::create(const ServeParts& parts
   const model::BaseWeights& base = parts.weights.base();
   TANDEM_CHECK(base.dtype() == parts.context.compute_dtype, dtype_name(base.dtype()),
                " weights in ", dtype_name(parts.context.compute_dtype), " context");
-  TANDEM_RETURN_IF_ERROR(check_options(base.config(), base.dtype(), parts, options));
-  ServeOptions filled = options;
-  if (filled.token_buckets.empty() && parts.context.ops.profile().records_graphs)
-    filled.token_buckets = default_token_buckets(filled.max_batch_tokens);
+  TANDEM_RETURN_IF_ERROR(check_options(parts, options));
+  TANDEM_ASSIGN_OR_RETURN(const ServeOptions filled, fill_options(parts, options));
   return std::unique_ptr<ServeEngine>(new ServeEngine(std::make_unique<Impl>(parts, filled)));
 }
 
@@ -190,10 +133,16 @@ ServeEngine::ServeEngine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 ServeEngine::~ServeEngine() = default;
 
 void ServeEngine::reserve_worst_case() {
+  if (impl_->leads()) {
+    impl_->tell({.kind = EngineCall::Kind::kReserveWorstCase});
+    impl_->flush();
+  }
   impl_->runner.run_worst_case();
 }
 
 Status ServeEngine::submit(GenerateRequest request) {
+  impl_->begin();
+  if (impl_->leads()) impl_->tell({.kind = EngineCall::Kind::kSubmit, .request = request});
   return impl_->submit(std::move(request));
 }
 
@@ -205,7 +154,7 @@ TimeMs ServeEngine::Impl::retry_after() const {
 
 Status ServeEngine::Impl::submit(GenerateRequest request) {
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t tokens,
-                          check_request(request, {.vocab = config.vocab,
+                          check_request(request, {.vocab = whole.vocab,
                                                   .context_max = limits.context_max,
                                                   .kv_tokens = blocks.limit() * options.block_size,
                                                   .has_text = parts.tokenizer.has_value(),
@@ -221,7 +170,7 @@ Status ServeEngine::Impl::submit(GenerateRequest request) {
       (arrivals++ - request.priority * kPriorityHeadStart) * (2 * kPriorityMax + 1) +
       request.priority;
   TANDEM_ASSIGN_OR_RETURN(auto owned, LiveRequest::create(std::move(request), tokens, age, eos_ids,
-                                                          parts.tokenizer, parts.clock.now_ms()));
+                                                          parts.tokenizer, now));
   LiveRequest& added = *owned;
   Sequence& sequence = added.sequence();
   if (!sequence.adapter.empty()) {
@@ -246,7 +195,7 @@ void ServeEngine::Impl::forget(LiveRequest& ended) {
     --unready;
   else if (!sequence.adapter.empty())
     residency.release(sequence.adapter);
-  average(service_ms, static_cast<double>(parts.clock.now_ms() - ended.submitted_at()));
+  average(service_ms, static_cast<double>(now - ended.submitted_at()));
   by_age.erase(sequence.age);
   const RequestId id = ended.request().id;
   live.erase(id);
@@ -263,11 +212,15 @@ void ServeEngine::Impl::finish(LiveRequest& ended, FinishReason reason, Status e
 }
 
 void ServeEngine::cancel(const RequestId& id) {
+  impl_->begin();
+  if (impl_->leads()) impl_->tell({.kind = EngineCall::Kind::kCancel, .id = id});
   if (const auto at = impl_->live.find(id); at != impl_->live.end())
     impl_->finish(*at->second, FinishReason::kCancelled, {});
 }
 
 void ServeEngine::fail_all(const Status& why) {
+  impl_->begin();
+  if (impl_->leads()) impl_->tell({.kind = EngineCall::Kind::kFailAll, .status = why});
   while (!impl_->by_age.empty())
     impl_->finish(*impl_->by_age.begin()->second, FinishReason::kError, why);
 }
@@ -283,24 +236,57 @@ std::vector<Digest> ServeEngine::missing_adapters() const {
 
 Status ServeEngine::install_adapter(const Digest& digest,
                                     std::shared_ptr<const model::AdapterWeights> weights) {
-  Impl& impl = *impl_;
+  TANDEM_CHECK(impl_->parts.ranks == nullptr, "ranks of a replica take parts of whole tensors");
+  impl_->begin();
+  return impl_->install(digest, std::move(weights));
+}
+
+Status ServeEngine::install_adapter(const Digest& digest,
+                                    const std::vector<model::HostAdapterTensor>& tensors) {
+  impl_->begin();
+  if (impl_->leads()) {
+    impl_->tell({.kind = EngineCall::Kind::kInstallAdapter, .adapter = digest, .tensors = tensors});
+    impl_->flush();
+  }
+  TANDEM_ASSIGN_OR_RETURN(auto weights, impl_->build(tensors));
+  return impl_->install(digest, std::move(weights));
+}
+
+// This rank's part. Whatever is wrong is wrong on all ranks.
+Result<std::shared_ptr<const model::AdapterWeights>> ServeEngine::Impl::build(
+    const std::vector<model::HostAdapterTensor>& tensors) {
+  TANDEM_RETURN_IF_ERROR(model::check_adapter(whole, tensors));
+  const auto local = model::shard_adapter(whole, parts.weights.base().shard(), tensors);
+  if (!local.empty())
+    return model::build_adapter(parts.context.ops, parts.context.exec, parts.allocator,
+                                parts.ledger, config, dtype, local);
+  auto nothing = std::make_shared<model::AdapterWeights>();
+  nothing->pairs.resize(static_cast<std::size_t>(config.layers));
+  return std::shared_ptr<const model::AdapterWeights>(std::move(nothing));
+}
+
+Status ServeEngine::Impl::install(const Digest& digest,
+                                  std::shared_ptr<const model::AdapterWeights> weights) {
   TANDEM_CHECK(weights != nullptr && !digest.empty(), "adapter ", digest);
-  if (weights->rank_max > impl.options.adapter_rank_max)
+  if (weights->rank_max > options.adapter_rank_max)
     return refused_error(str("adapter ", digest, " has rank ", weights->rank_max,
-                             ", this worker serves up to ", impl.options.adapter_rank_max,
+                             ", this worker serves up to ", options.adapter_rank_max,
                              "; raise adapter_rank_max"));
-  TANDEM_RETURN_IF_ERROR(impl.residency.install(digest, std::move(weights)));
-  if (impl.unready == 0) return {};
-  for (Sequence* s : impl.scheduler.waiting_list())
+  TANDEM_RETURN_IF_ERROR(residency.install(digest, std::move(weights)));
+  if (unready == 0) return {};
+  for (Sequence* s : scheduler.waiting_list())
     if (!s->adapter_ready && s->adapter == digest) {
       s->adapter_ready = true;
-      impl.residency.acquire(digest);
-      --impl.unready;
+      residency.acquire(digest);
+      --unready;
     }
   return {};
 }
 
 void ServeEngine::fail_adapter(const Digest& digest, const Status& why) {
+  impl_->begin();
+  if (impl_->leads())
+    impl_->tell({.kind = EngineCall::Kind::kFailAdapter, .adapter = digest, .status = why});
   const std::vector<Sequence*> waiting = impl_->scheduler.waiting_list();
   for (const Sequence* s : waiting)
     if (!s->adapter_ready && s->adapter == digest)
@@ -308,19 +294,21 @@ void ServeEngine::fail_adapter(const Digest& digest, const Status& why) {
 }
 
 void ServeEngine::drop_adapter(const Digest& digest) {
+  impl_->begin();
+  if (impl_->leads()) impl_->tell({.kind = EngineCall::Kind::kDropAdapter, .adapter = digest});
   impl_->residency.drop(digest);
 }
 
-bool ServeEngine::Impl::wait_expired(const LiveRequest& waiting) const {
+bool ServeEngine::Impl::wait_expired(const LiveRequest& waiting, TimeMs at) const {
   return !waiting.sequence().adapter_ready &&
-         parts.clock.now_ms() - waiting.submitted_at() >= scaled_ms(options.adapter_wait_ms);
+         at - waiting.submitted_at() >= scaled_ms(options.adapter_wait_ms);
 }
 
 void ServeEngine::Impl::expire_waits() {
   if (unready == 0) return;
   const std::vector<Sequence*> waiting = scheduler.waiting_list();
   for (const Sequence* s : waiting)
-    if (LiveRequest& request = live_of(*s); wait_expired(request))
+    if (LiveRequest& request = live_of(*s); wait_expired(request, now))
       finish(request, FinishReason::kError,
              unavailable_error(str("adapter ", s->adapter, " did not arrive on this worker within ",
                                    options.adapter_wait_ms, " ms; try again")));
@@ -330,8 +318,9 @@ bool ServeEngine::has_work() const {
   const Impl& impl = *impl_;
   if (!impl.pending.empty() || impl.scheduler.has_runnable()) return true;
   return impl.unready > 0 &&
-         std::any_of(impl.live.begin(), impl.live.end(),
-                     [&](const auto& entry) { return impl.wait_expired(*entry.second); });
+         std::any_of(impl.live.begin(), impl.live.end(), [&](const auto& entry) {
+           return impl.wait_expired(*entry.second, impl.parts.clock.now_ms());
+         });
 }
 
 // Binds the batch's adapters to slots and describes its rows; returns the largest rank.
@@ -358,6 +347,11 @@ std::int64_t ServeEngine::Impl::bind_adapters() {
 StepOutput ServeEngine::step() {
   Impl& impl = *impl_;
   const std::int64_t start = steady_ns();
+  impl.begin();
+  if (impl.leads()) {
+    impl.tell({.kind = EngineCall::Kind::kStep});
+    impl.flush();
+  }
   StepOutput out;
   impl.expire_waits();
   impl.scheduler.next(impl.batch);
@@ -428,18 +422,78 @@ void ServeEngine::Impl::count(const StepOutput& out, std::int64_t start_ns) {
 }
 
 void ServeEngine::set_token_budget(std::int64_t tokens) {
+  if (impl_->leads()) impl_->tell({.kind = EngineCall::Kind::kSetTokenBudget, .number = tokens});
   impl_->scheduler.set_token_budget(
       std::clamp(tokens, impl_->options.max_running + 1, impl_->options.max_batch_tokens));
 }
 
 std::int64_t ServeEngine::set_kv_limit(std::int64_t limit) {
   Impl& impl = *impl_;
+  impl.begin();
+  if (impl.leads()) impl.tell({.kind = EngineCall::Kind::kSetKvLimit, .number = limit});
   limit = std::clamp<std::int64_t>(limit, 0, impl.layout.blocks);
   const bool grows = limit > impl.blocks.limit();
   if (!grows) impl.scheduler.set_kv_limit(limit);  // nobody may hold what is unmapped
   const std::int64_t bytes = impl.kv_memory.set_blocks(limit);
   if (grows) impl.scheduler.set_kv_limit(limit);
   return bytes;
+}
+
+bool ServeEngine::follow() {
+  using Kind = EngineCall::Kind;
+  Impl& impl = *impl_;
+  TANDEM_CHECK(impl.follows(), "only the other ranks of a replica follow");
+  const std::vector<std::byte> frame = impl.parts.ranks->calls.receive();
+  std::span<const std::byte> rest(frame);
+  while (!rest.empty()) {
+    EngineCall call = decode(rest);
+    impl.now = call.now;
+    switch (call.kind) {
+      case Kind::kSubmit:
+        (void)submit(std::move(call.request));
+        break;
+      case Kind::kCancel:
+        cancel(call.id);
+        break;
+      case Kind::kFailAll:
+        fail_all(call.status);
+        break;
+      case Kind::kInstallAdapter:
+        (void)install_adapter(call.adapter, call.tensors);
+        break;
+      case Kind::kFailAdapter:
+        fail_adapter(call.adapter, call.status);
+        break;
+      case Kind::kDropAdapter:
+        drop_adapter(call.adapter);
+        break;
+      case Kind::kSetTokenBudget:
+        set_token_budget(call.number);
+        break;
+      case Kind::kSetKvLimit:
+        set_kv_limit(call.number);
+        break;
+      case Kind::kReserveWorstCase:
+        reserve_worst_case();
+        break;
+      case Kind::kStep:
+        (void)step();
+        break;
+      case Kind::kEnd:
+        return false;
+    }
+  }
+  return true;
+}
+
+void ServeEngine::keep_alive() {
+  if (impl_->leads()) impl_->flush();
+}
+
+void ServeEngine::end() {
+  if (!impl_->leads()) return;
+  impl_->tell({.kind = EngineCall::Kind::kEnd});
+  impl_->flush();
 }
 
 ServeStats ServeEngine::stats() const {

@@ -11,6 +11,8 @@
 
 #include "protocol/base/clock.h"
 #include "worker/model/transformer.h"
+#include "worker/serve/engine_call.h"
+#include "worker/serve/replica.h"
 #include "worker/serve/request.h"
 #include "worker/text/tokenizer.h"
 
@@ -49,6 +51,7 @@ struct ServeParts {
   std::int64_t slot_begin = 0, slot_count = 0;  ///< the slots of the table that serving may set
   std::optional<text::Tokenizer> tokenizer;     ///< absent: no text, and stop strings are refused
   const Clock& clock;
+  const ReplicaRanks* ranks = nullptr;  ///< a sharded replica; null: this rank is all of it
 };
 
 /// KV geometry, a pure function: the estimator and admission use the same.
@@ -56,7 +59,9 @@ struct KvLayout {
   std::int64_t block_bytes = 0;  ///< of one block: keys and values, all layers
   std::int64_t blocks = 0;       ///< that kv_bytes_max holds
 };
-KvLayout kv_layout(const model::ModelConfig& config, DType dtype, const ServeOptions& options);
+/// `config` as the rank's ops see it; `stage`: its blocks, {0, 0} for all.
+KvLayout kv_layout(const model::ModelConfig& config, DType dtype, const ServeOptions& options,
+                   const model::Stage& stage = {});
 
 struct StepOutput {
   std::vector<SequenceOutput> outputs;                 ///< only requests with news
@@ -106,6 +111,10 @@ class ServeEngine {
   /// that is installed is a no-op.
   Status install_adapter(const Digest& digest,
                          std::shared_ptr<const model::AdapterWeights> weights);
+  /// The same with the whole model's tensors, of which a rank of a sharded replica takes its part:
+  /// the only way there. invalid_error: see build_adapter.
+  Status install_adapter(const Digest& digest,
+                         const std::vector<model::HostAdapterTensor>& tensors);
   /// The adapter cannot be had: requests that wait for it end with kError and `why`.
   void fail_adapter(const Digest& digest, const Status& why);
   /// Forgets an adapter once no live request uses it; its prefix blocks age out.
@@ -127,6 +136,15 @@ class ServeEngine {
   std::int64_t set_kv_limit(std::int64_t blocks);
 
   [[nodiscard]] ServeStats stats() const;
+
+  // -- a sharded replica (ServeParts::ranks). Rank 0 is used as any engine; the calls above reach
+  // the others with its next step. All others only follow.
+  /// Makes the calls of the leader's next frame. False: it was the last one.
+  bool follow();
+  /// The leader has nothing to run but is still there.
+  void keep_alive();
+  /// Ends the others' following.
+  void end();
 
  private:
   struct Impl;

@@ -52,6 +52,8 @@ class Staging {
     ops.upload(exec, std::span(host_).first(static_cast<std::size_t>(used_)),
                device_.rows(0, used_));
   }
+  /// What was taken so far, on the device: u8.
+  [[nodiscard]] kernels::Tensor device() const { return device_.rows(0, used_); }
   /// Device to host; the spans that take() returned hold the results.
   void download(kernels::Ops& ops, kernels::Exec& exec) {
     ops.download(exec, device_.rows(0, used_),

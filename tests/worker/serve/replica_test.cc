@@ -1,0 +1,80 @@
+// Sharded replicas answer as one rank does, over threads.
+#include "tests/worker/serve/replica_fixture.h"
+
+#include <thread>
+
+namespace tandem::worker::serve {
+namespace {
+
+struct Case {
+  comm::Layout layout;
+  bool tied;
+};
+class Replica : public ::testing::TestWithParam<Case> {};
+
+TEST_P(Replica, AnswersAsOneRankDoes) {
+  const Case& c = GetParam();
+  const Outcomes want = run_alone(c.tied);
+  // The script reaches what it is for.
+  EXPECT_EQ(want.at("r7").finish, FinishReason::kCancelled);
+  EXPECT_EQ(want.at("late").finish, FinishReason::kError);
+  EXPECT_EQ(want.at("r0").ids.size(), 16u);
+  EXPECT_GE(want.at("r4").ids.size(), 9u);
+  EXPECT_FALSE(want.at("r5").prompt_logprobs.empty());
+
+  auto gang = comm::make_thread_communicators(c.layout.ranks());
+  std::vector<Outcomes> got(gang.size());
+  std::vector<std::thread> threads;
+  for (std::size_t r = 0; r < gang.size(); ++r)
+    threads.emplace_back([&, r] { got[r] = run_replica(*gang[r], c.layout, c.tied); });
+  for (std::thread& thread : threads) thread.join();
+  expect_same(got[0], want);
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, Replica,
+                         ::testing::Values(Case{{1, 2, 1, 0}, false}, Case{{1, 4, 1, 0}, true},
+                                           Case{{1, 1, 2, 0}, true}, Case{{1, 1, 4, 0}, false},
+                                           Case{{1, 2, 2, 0}, true}, Case{{1, 2, 2, 0}, false}),
+                         [](const auto& test) {
+                           const Case& c = test.param;
+                           return str("tp", c.layout.tp, "_pp", c.layout.pp,
+                                      c.tied ? "_tied" : "_untied");
+                         });
+
+TEST(EngineCall, ComesBackAsItWas) {
+  EngineCall call{.kind = EngineCall::Kind::kSubmit, .now = 77, .number = -5};
+  call.request = request("r", {1, 2, 3}, 9);
+  call.request.sampling.stop = {"a", "\xc3\xa9"};
+  call.request.sampling.seed = 3;
+  call.request.sampling.prompt_logprobs_from = std::nullopt;
+  call.request.adapter = sha256("x");
+  call.request.priority = -2;
+  call.status = busy_error("later");
+  call.tensors = replica_adapter(1, true);
+  std::vector<std::byte> bytes;
+  encode(call, bytes);
+  encode({.kind = EngineCall::Kind::kEnd}, bytes);
+  std::span<const std::byte> rest(bytes);
+  const EngineCall got = decode(rest);
+  EXPECT_EQ(got.kind, EngineCall::Kind::kSubmit);
+  EXPECT_EQ(got.now, 77);
+  EXPECT_EQ(got.number, -5);
+  EXPECT_EQ(got.request.id, call.request.id);
+  EXPECT_EQ(got.request.prompt, call.request.prompt);
+  EXPECT_EQ(got.request.adapter, call.request.adapter);
+  EXPECT_EQ(got.request.priority, -2);
+  EXPECT_EQ(got.request.sampling.stop, call.request.sampling.stop);
+  EXPECT_EQ(got.request.sampling.seed, call.request.sampling.seed);
+  EXPECT_EQ(got.request.sampling.max_tokens, call.request.sampling.max_tokens);
+  EXPECT_EQ(got.request.sampling.prompt_logprobs_from, std::nullopt);
+  EXPECT_EQ(got.request.sampling.ignore_eos, true);
+  EXPECT_EQ(got.status, call.status);
+  ASSERT_EQ(got.tensors.size(), call.tensors.size());
+  EXPECT_EQ(got.tensors.back().b, call.tensors.back().b);
+  EXPECT_EQ(got.tensors.back().site, call.tensors.back().site);
+  EXPECT_EQ(decode(rest).kind, EngineCall::Kind::kEnd);
+  EXPECT_TRUE(rest.empty());
+}
+
+}  // namespace
+}  // namespace tandem::worker::serve
