@@ -8,7 +8,6 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
 #include <iostream>
 
@@ -69,7 +68,6 @@ Json measure(Gang& gang, std::int64_t bytes) {
 }
 
 Status run(const std::string& device, std::int64_t bytes_max) {
-  const char* ranks = std::getenv("OMPI_COMM_WORLD_SIZE");
   TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
                           tools::open_bench_device(device, 1, tools::local_rank()));
   constexpr std::int64_t kReserve = std::int64_t{1} << 36;
@@ -78,8 +76,8 @@ Status run(const std::string& device, std::int64_t bytes_max) {
   kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
                            "workspace", kReserve);
   kernels::Exec exec{workspace};
-  TANDEM_ASSIGN_OR_RETURN(auto made, tools::make_bench_gang(ranks == nullptr ? 1 : std::atoi(ranks),
-                                                            false, *backend.ops, exec));
+  TANDEM_ASSIGN_OR_RETURN(
+      auto made, tools::make_bench_gang(tools::started_ranks(), false, *backend.ops, exec));
   worker::comm::Communicator& comm = made.comm();
   Gang gang{comm, *backend.ops, exec, arena};
   Json sizes = Json::array();

@@ -1,12 +1,14 @@
 // bench_decode: serving throughput of one engine on this machine, as one JSON object: decode tokens
 // per second at several batch sizes, prefill tokens per second, and the host's own share of a step
-// (the same steps on the shape-only backend, where ops cost nothing but their checks).
+// (the same steps on the shape-only backend, where ops cost nothing but their checks). Over several
+// ranks: mpirun -np N bench_decode --tp .. --pp ..; rank 0 prints.
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/meta/meta_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "tools/bench_device.h"
-#include "worker/comm/communicator.h"
+#include "tools/bench_gang.h"
+#include "worker/comm/layout.h"
 #include "worker/model/model_loader.h"
 #include "worker/serve/serve_engine.h"
 
@@ -31,11 +33,13 @@ struct Options {
   std::vector<std::int64_t> batches{1, 4, 16};
   std::int64_t prompt = 128, tokens = 64, prefill = 512, chunk = 512, adapters = 0, rank = 16,
                repeats = 3, kv_gib = 0;
+  worker::comm::Layout layout;
 };
 
-/// An engine and everything under it.
+/// An engine and everything under it: one rank's of `layout`.
 struct Rig {
-  Rig(kernels::Backend device, const model::LoadedModel& loaded, const Options& o)
+  Rig(kernels::Backend device, const model::LoadedModel& loaded, const Options& o,
+      const worker::comm::Layout& layout)
       : backend(std::move(device)),
         dtype(o.dtype == "f32" ? DType::kF32 : DType::kBF16),
         weights_arena(arena(kernels::MemoryKind::kWeights, "weights")),
@@ -46,17 +50,20 @@ struct Rig {
             *workspace,
             {},
             o.numerics == "invariant" ? kernels::Numerics::kInvariant : kernels::Numerics::kReplay},
-        comm(worker::comm::make_single_communicator(
-            [this](kernels::Exec& e, kernels::Tensor from, kernels::Tensor to) {
-              backend.ops->copy(e, from, to);
-            })),
+        gang(tools::make_bench_gang(layout.ranks(), false, *backend.ops, exec).value()),
+        groups(worker::comm::make_groups(gang.comm(), layout)),
         base(model::BaseWeights::load(*backend.ops, exec, *weights_arena, loaded.config, dtype,
-                                      *loaded.source)
+                                      *loaded.source,
+                                      {layout.tp_rank(gang.comm().rank()), layout.tp,
+                                       model::stage_at(loaded.config.layers, layout.pp,
+                                                       layout.pp_rank(gang.comm().rank()))})
                  .value()),
         weights(model::make_resident_weights(base)),
         slots(std::max<std::int64_t>(1, o.adapters)),
-        table(*backend.ops, exec, *table_arena, loaded.config, slots),
-        context{*backend.ops, exec, *comm, *activations, dtype} {
+        table(*backend.ops, exec, *table_arena, base->config(), slots),
+        context{*backend.ops, exec, *groups.tp, *activations, dtype},
+        link(serve::make_comm_link(*groups.model, context)),
+        ranks{*groups.model, *groups.pp, *link} {
     serve::ServeOptions options;
     options.max_running = *std::max_element(o.batches.begin(), o.batches.end());
     options.max_batch_tokens = std::max(o.chunk, options.max_running + 1);
@@ -70,11 +77,13 @@ struct Rig {
                                          .slot_begin = 0,
                                          .slot_count = slots,
                                          .tokenizer = std::nullopt,
-                                         .clock = clock},
+                                         .clock = clock,
+                                         .ranks = layout.ranks() > 1 ? &ranks : nullptr},
                                         options)
                  .value();
-    engine->reserve_worst_case();
+    if (leads()) engine->reserve_worst_case();
   }
+  [[nodiscard]] bool leads() const { return groups.model->rank() == 0; }
   std::unique_ptr<kernels::Arena> arena(kernels::MemoryKind kind, const char* name) {
     constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
     return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
@@ -86,12 +95,15 @@ struct Rig {
   const DType dtype;
   std::unique_ptr<kernels::Arena> weights_arena, table_arena, activations, workspace;
   kernels::Exec exec;
-  std::unique_ptr<worker::comm::Communicator> comm;
+  tools::BenchGang gang;
+  worker::comm::Groups groups;
   std::shared_ptr<const model::BaseWeights> base;
   std::unique_ptr<model::WeightSource> weights;
   const std::int64_t slots;
   model::AdapterTable table;
   model::Context context;
+  std::unique_ptr<serve::CallLink> link;
+  serve::ReplicaRanks ranks;
   SystemClock clock;
   std::unique_ptr<serve::ServeEngine> engine;
 };
@@ -108,9 +120,10 @@ Status install_adapters(Rig& rig, const Options& o) {
   for (std::int64_t a = 0; a < o.adapters; ++a) {
     Random random(static_cast<std::uint64_t>(a));
     std::vector<model::HostAdapterTensor> tensors;
-    for (std::int64_t layer = 0; layer < rig.base->config().layers; ++layer)
+    const model::ModelConfig& config = rig.base->whole_config();
+    for (std::int64_t layer = 0; layer < config.layers; ++layer)
       for (int s = 0; s < model::kSiteCount; ++s) {
-        const auto shape = model::site_shape(rig.base->config(), model::Site{s});
+        const auto shape = model::site_shape(config, model::Site{s});
         model::HostAdapterTensor t{layer, model::Site{s}, o.rank, 2.0f, {}, {}};
         t.a.resize(static_cast<std::size_t>(o.rank * shape.i));
         t.b.resize(static_cast<std::size_t>(o.rank * shape.n));
@@ -118,11 +131,7 @@ Status install_adapters(Rig& rig, const Options& o) {
         fill_random(random, t.b);
         tensors.push_back(std::move(t));
       }
-    TANDEM_ASSIGN_OR_RETURN(
-        auto weights,
-        model::build_adapter(*rig.backend.ops, rig.exec, *rig.backend.allocator,
-                             *rig.backend.ledger, rig.base->config(), rig.dtype, tensors));
-    TANDEM_RETURN_IF_ERROR(rig.engine->install_adapter(Rig::adapter_name(a), weights));
+    TANDEM_RETURN_IF_ERROR(rig.engine->install_adapter(Rig::adapter_name(a), tensors));
   }
   return {};
 }
@@ -151,7 +160,7 @@ Measured measure(Rig& rig, const Options& o, std::int64_t batch, std::int64_t pr
                  std::int64_t tokens) {
   for (std::int64_t i = 0; i < batch; ++i) {
     const Status status =
-        rig.engine->submit(bench_request(o, i, prompt, tokens, rig.base->config().vocab));
+        rig.engine->submit(bench_request(o, i, prompt, tokens, rig.base->whole_config().vocab));
     TANDEM_CHECK(status.ok(), status.to_string());
   }
   Measured m;
@@ -202,11 +211,22 @@ nlohmann::ordered_json measure_all(Rig& rig, Rig& meta, const Options& o) {
 
 Status run(const Options& o) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(o.model, o.shape));
-  TANDEM_ASSIGN_OR_RETURN(kernels::Backend device, tools::open_bench_device(o.device, o.threads));
+  TANDEM_RETURN_IF_ERROR(o.layout.validate());
+  TANDEM_RETURN_IF_ERROR(model::check_shard(loaded.config, o.layout.tp, o.layout.pp));
+  if (tools::started_ranks() != o.layout.ranks())
+    return invalid_error(str("tp ", o.layout.tp, " x pp ", o.layout.pp, " are ", o.layout.ranks(),
+                             " ranks; mpirun started ", tools::started_ranks()));
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend device,
+                          tools::open_bench_device(o.device, o.threads, tools::local_rank()));
   const std::int64_t begin = steady_ns();
-  Rig rig(std::move(device), loaded, o);
+  Rig rig(std::move(device), loaded, o, o.layout);
   const double ready = static_cast<double>(steady_ns() - begin) * 1e-9;
-  Rig meta(kernels::make_meta_backend(rig.backend.ops->profile()), loaded, o);
+  if (!rig.leads()) {
+    while (rig.engine->follow()) {
+    }
+    return {};
+  }
+  Rig meta(kernels::make_meta_backend(rig.backend.ops->profile()), loaded, o, {});
   TANDEM_RETURN_IF_ERROR(install_adapters(rig, o));
   TANDEM_RETURN_IF_ERROR(install_adapters(meta, o));
   nlohmann::ordered_json out = {{"bench", "decode"},
@@ -218,8 +238,11 @@ Status run(const Options& o) {
                                 {"prompt_tokens", o.prompt},
                                 {"new_tokens", o.tokens},
                                 {"adapters", o.adapters},
+                                {"tp", o.layout.tp},
+                                {"pp", o.layout.pp},
                                 {"ready_seconds", ready}};
   out.update(measure_all(rig, meta, o));
+  rig.engine->end();
   std::cout << out.dump(2) << std::endl;
   return {};
 }
@@ -246,6 +269,8 @@ int main(int argc, char** argv) {
   app.add_option("--adapters", o.adapters, "sequences carry so many adapters in turn; 0: base");
   app.add_option("--rank", o.rank, "of each adapter");
   app.add_option("--repeats", o.repeats);
+  app.add_option("--tp", o.layout.tp, "tensor-parallel ranks")->check(CLI::Range(1, 1024));
+  app.add_option("--pp", o.layout.pp, "stages")->check(CLI::Range(1, 1024));
   app.add_option("--kv-gib", o.kv_gib, "memory of the KV cache; 0: the engine's default")
       ->check(CLI::Range(0, 1024));
   CLI11_PARSE(app, argc, argv);

@@ -13,6 +13,11 @@ int local_rank() {
   return rank == nullptr ? 0 : std::atoi(rank);
 }
 
+int started_ranks() {
+  const char* ranks = std::getenv("OMPI_COMM_WORLD_SIZE");
+  return ranks == nullptr ? 1 : std::atoi(ranks);
+}
+
 Result<BenchGang> make_bench_gang(int ranks, bool gathers, kernels::Ops& ops, kernels::Exec& exec) {
   BenchGang gang;
   if (ranks == 1) {

@@ -10,6 +10,8 @@ namespace tandem::tools {
 /// Of this rank among those that mpirun started on this host, which is also its GPU; 0 without
 /// mpirun.
 int local_rank();
+/// As many ranks as mpirun started; 1 without it.
+int started_ranks();
 
 struct BenchGang {
   std::unique_ptr<worker::comm::Communicator> host;    ///< over MPI; null for one rank alone

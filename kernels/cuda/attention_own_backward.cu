@@ -171,6 +171,7 @@ template <int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     dq_kernel(const __grid_constant__ CUtensorMap qkv_map,
               const __grid_constant__ CUtensorMap dout_map, const BackwardParams p) {
+#ifdef TANDEM_HOPPER
   extern __shared__ std::uint8_t dynamic[];
   __shared__ DqBarriers<DqShape<kDim>::kStages> bars;
   const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
@@ -194,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_up<kConsumerRegisters>();
     dq_consume<kDim>(p, shared, bars);
   }
+#endif
 }
 
 // -- dk and dv
@@ -377,6 +379,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     dkv_kernel(const __grid_constant__ CUtensorMap kv_map,
                const __grid_constant__ CUtensorMap q_map,
                const __grid_constant__ CUtensorMap dout_map, const BackwardParams p) {
+#ifdef TANDEM_HOPPER
   extern __shared__ std::uint8_t dynamic[];
   __shared__ DkvBarriersOf<kDim> bars;
   const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
@@ -398,6 +401,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_up<kConsumerRegisters>();
     dkv_consume<kDim>(p, shared, bars);
   }
+#endif
 }
 
 template <int kDim>

@@ -303,6 +303,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
 template <int kDim, bool kTurns, bool kPaged>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p) {
+#ifdef TANDEM_HOPPER
   extern __shared__ std::uint8_t dynamic[];
   __shared__ ForwardBarriers bars;
   const std::uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
@@ -327,6 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_up<kConsumerRegisters>();
     consume<kDim, kTurns>(p, shared, bars);
   }
+#endif
 }
 
 template <int kDim>

@@ -59,6 +59,17 @@ __device__ inline void wait_for_inputs() {
 #endif
 }
 
+/// Whether this process's GPU can do that: compute capability 9.0 and newer.
+inline bool starts_early() {
+  static const bool can = [] {
+    int device = 0, major = 0;
+    TANDEM_CUDA(cudaGetDevice(&device));
+    TANDEM_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+  }();
+  return can;
+}
+
 /// kernel<<<grid, block, shared, stream>>>(args...), begun while the kernel before it still runs.
 template <class... Params, class... Args>
 void launch_early(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
@@ -72,7 +83,7 @@ void launch_early(const char* name, void (*kernel)(Params...), dim3 grid, dim3 b
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = 1;
+  config.numAttrs = starts_early() ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
 }
 

@@ -12,6 +12,11 @@
 
 #include <cstdint>
 
+/// Defined where a kernel may call these; elsewhere its body is left out.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define TANDEM_HOPPER
+#endif
+
 namespace tandem::kernels::cuda {
 
 __device__ inline std::uint32_t shared_address(const void* p) {

@@ -13,11 +13,13 @@ constexpr std::int64_t kWide = 256, kNarrow = 192;
 constexpr std::int64_t kShortInner = 2048;
 constexpr int kSwizzleMax = 8;
 
+#ifdef TANDEM_HAS_CUTLASS
 /// What TMA asks of a matrix: base and rows of 16 bytes, sizes and strides of 32 bits.
 bool has_descriptor(const Matrix& m) {
   return m.dtype == DType::kBF16 && reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 &&
          m.ld % 8 == 0 && m.rows <= INT_MAX && m.columns <= INT_MAX;
 }
+#endif
 
 /// Read once: for measurements.
 [[maybe_unused]] std::string environment(const char* name) {

@@ -116,16 +116,21 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
 
 Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, DType dtype,
-                                  const serve::ServeOptions& options, std::int64_t adapter_slots) {
-  TANDEM_ASSIGN_OR_RETURN(const auto engine,
-                          DryEngine::create(profile, config, dtype, adapter_slots));
+                                  const serve::ServeOptions& options, std::int64_t adapter_slots,
+                                  const comm::Layout& layout, int rank) {
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto engine,
+      DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank, false}));
   const ManualClock clock;
+  const comm::Groups& groups = engine->ranks.groups;
+  const auto link = serve::make_comm_link(*groups.model, engine->context);
+  const serve::ReplicaRanks ranks{*groups.model, *groups.pp, *link};
   TANDEM_ASSIGN_OR_RETURN(
       const auto serving,
-      serve::ServeEngine::create(
-          {engine->allocator(), engine->ledger(), engine->context, *engine->weights,
-           engine->adapters.get(), 0, adapter_slots, std::nullopt, clock},
-          options));
+      serve::ServeEngine::create({engine->allocator(), engine->ledger(), engine->context,
+                                  *engine->weights, engine->adapters.get(), 0, adapter_slots,
+                                  std::nullopt, clock, layout.ranks() > 1 ? &ranks : nullptr},
+                                 options));
   serving->reserve_worst_case();
   return read_ledger(engine->ledger());
 }

@@ -63,10 +63,12 @@ inline Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
 
 /// A serving engine with its worst step (ServeEngine::reserve_worst_case): base weights, slots, KV,
 /// batches. Adapters that are loaded later come on top: AdapterWeights::bytes each, rounded up to
-/// kernels::kMapGranularity. Errors as ServeEngine::create.
+/// kernels::kMapGranularity. Of a replica over several ranks (`layout` with tp and pp): the bytes
+/// of one. Errors as ServeEngine::create.
 Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, DType dtype,
                                   const serve::ServeOptions& options,
-                                  std::int64_t adapter_slots = 1);
+                                  std::int64_t adapter_slots = 1, const comm::Layout& layout = {},
+                                  int rank = 0);
 
 }  // namespace tandem::worker::memory

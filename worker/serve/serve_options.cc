@@ -36,18 +36,6 @@ std::vector<std::int64_t> default_token_buckets(std::int64_t most) {
   return buckets;
 }
 
-/// Every rank may hold as many blocks as the one that can hold the fewest.
-std::int64_t least_of_ranks(const ReplicaRanks& ranks, model::Context& ctx, std::int64_t mine) {
-  const kernels::ArenaScope scope(ctx.activations);
-  std::vector<std::int64_t> all(static_cast<std::size_t>(ranks.model.size()));
-  const kernels::Tensor x = ctx.activations.alloc({1}, DType::kI64);
-  const kernels::Tensor out = ctx.activations.alloc({ranks.model.size()}, DType::kI64);
-  ctx.ops.upload(ctx.exec, std::as_bytes(std::span(&mine, 1)), x);
-  ranks.model.all_gather(ctx.exec, x, out);
-  ctx.ops.download(ctx.exec, out, std::as_writable_bytes(std::span(all)));
-  return *std::min_element(all.begin(), all.end());
-}
-
 }  // namespace
 
 model::Stage stage_of(const ServeParts& parts) {
@@ -83,10 +71,13 @@ Result<ServeOptions> fill_options(const ServeParts& parts, const ServeOptions& o
   ServeOptions o = options;
   if (o.token_buckets.empty() && parts.context.ops.profile().records_graphs)
     o.token_buckets = default_token_buckets(o.max_batch_tokens);
-  KvLayout layout =
-      kv_layout(parts.weights.base().config(), parts.context.compute_dtype, o, stage_of(parts));
+  const model::BaseWeights& base = parts.weights.base();
+  const DType dtype = parts.context.compute_dtype;
+  KvLayout layout = kv_layout(base.config(), dtype, o, stage_of(parts));
   if (parts.ranks != nullptr) {
-    layout.blocks = least_of_ranks(*parts.ranks, parts.context, layout.blocks);
+    // The first stage is the largest: all hold as many blocks as it.
+    const model::Stage first = model::stage_at(base.config().layers, parts.ranks->pp.size(), 0);
+    layout.blocks = kv_layout(base.config(), dtype, o, first).blocks;
     o.kv_bytes_max = layout.blocks * layout.block_bytes;
   }
   if (layout.blocks < kBlocksMin || layout.blocks > std::numeric_limits<std::int32_t>::max())

@@ -1,5 +1,5 @@
-// What an engine makes of its options: checks, defaults, and the limits of its parts. Pure but for
-// what the ranks of a sharded replica agree on. One device thread.
+// What an engine makes of its options: checks, defaults, and the limits of its parts. Pure: all
+// ranks of a sharded replica come to the same.
 #pragma once
 
 #include "worker/serve/batch_runner.h"
@@ -13,8 +13,8 @@ model::Stage stage_of(const ServeParts& parts);
 
 /// invalid_error names the option, its limit and its value. The same on all ranks of a replica.
 Status check_options(const ServeParts& parts, const ServeOptions& options);
-/// Checked options with defaults in place. All ranks of a replica call it at once: they take as
-/// many KV blocks as the rank that can hold the fewest. invalid_error: too few.
+/// Checked options with defaults in place, and of a replica as many KV blocks on each rank as the
+/// largest stage can hold. invalid_error: too few.
 Result<ServeOptions> fill_options(const ServeParts& parts, const ServeOptions& options);
 
 RunnerLimits runner_limits(const model::ModelConfig& whole, const ServeParts& parts,

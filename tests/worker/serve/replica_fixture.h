@@ -4,6 +4,7 @@
 
 #include "tests/worker/serve/serve_fixture.h"
 #include "worker/comm/layout.h"
+#include "worker/memory/estimator.h"
 
 namespace tandem::worker::serve {
 
@@ -40,13 +41,21 @@ struct ReplicaRank {
     ranks.emplace(ReplicaRanks{*groups.model, *groups.pp, *link});
   }
 
-  std::unique_ptr<ServeEngine> engine(bool alone) {
+  /// The same on every rank.
+  [[nodiscard]] ServeOptions options() const {
     ServeOptions o;
     o.max_batch_tokens = 40;
     o.max_running = 6;
     o.max_waiting = 64;
     o.adapter_rank_max = 16;
-    o.kv_bytes_max = 40 * kv_layout(base->config(), DType::kF32, o).block_bytes;
+    // 40 blocks on the largest stage.
+    const model::Stage first = model::stage_at(base->config().layers, groups.pp->size(), 0);
+    o.kv_bytes_max = 40 * kv_layout(base->config(), DType::kF32, o, first).block_bytes;
+    return o;
+  }
+
+  std::unique_ptr<ServeEngine> engine(bool alone) {
+    const ServeOptions o = options();
     ServeParts parts{.allocator = *backend.allocator,
                      .ledger = *backend.ledger,
                      .context = *context,
@@ -156,16 +165,26 @@ inline Outcomes play(ServeEngine& engine, ManualClock& clock, bool tied) {
   return outcomes;
 }
 
-/// Rank 0's outcomes; nothing on the others.
+/// Rank 0's outcomes; nothing on the others. Each rank holds the bytes that the estimate says.
 inline Outcomes run_replica(comm::Communicator& gang, const comm::Layout& layout, bool tied) {
   ReplicaRank rank(gang, layout, tied);
   const auto engine = rank.engine(false);
+  const auto want = memory::estimate_serving(rank.backend.ops->profile(), replica_model(tied),
+                                             DType::kF32, rank.options(), 4, layout, gang.rank());
+  EXPECT_TRUE(want.ok()) << want.status().to_string();
+  const auto check = [&] {
+    EXPECT_EQ(memory::read_ledger(*rank.backend.ledger).to_json(), want->to_json())
+        << "rank " << gang.rank();
+  };
   if (gang.rank() != 0) {
+    engine->follow();  // reserves
+    check();
     while (engine->follow()) {
     }
     return {};
   }
   engine->reserve_worst_case();
+  check();
   Outcomes outcomes = play(*engine, rank.clock, tied);
   engine->keep_alive();
   engine->end();

@@ -8,7 +8,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <iostream>
 #include <numeric>
 
@@ -174,13 +173,13 @@ TEST(GpuGang, ThirtyLossesInBf16AreThoseOfOneGpu) {
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   using namespace tandem;
-  const char* size = std::getenv("OMPI_COMM_WORLD_SIZE");
-  if (size == nullptr || std::atoi(size) < 2) {
+  if (tools::started_ranks() < 2) {
     std::cerr << "gpu_gang_test: start it under mpirun with at least two ranks" << std::endl;
     return 2;
   }
   test::Device device;
-  auto gang = tools::make_bench_gang(std::atoi(size), false, *device.backend.ops, device.exec);
+  auto gang =
+      tools::make_bench_gang(tools::started_ranks(), false, *device.backend.ops, device.exec);
   TANDEM_CHECK(gang.ok(), gang.status().to_string());
   device.gang = std::move(*gang);
   test::device = &device;
