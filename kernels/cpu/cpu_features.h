@@ -17,7 +17,8 @@ const char* isa_name(Isa isa);
 
 /// The best level this processor and operating system offer, or the lower one that the environment
 /// variable TANDEM_CPU_ISA names ("generic", "avx2", "avx512", "avx512_bf16",
-/// "avx512_bf16_fma", "amx"; tests and bug hunts). Detected on the first call, which also asks the kernel for the AMX state; thread-safe.
+/// "avx512_bf16_fma", "amx"; tests and bug hunts). Detected on the first call, which also asks the
+/// kernel for the AMX state; thread-safe.
 Isa isa();
 
 }  // namespace tandem::kernels::cpu

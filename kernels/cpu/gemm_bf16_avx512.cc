@@ -101,9 +101,8 @@ struct MultiplyAdds {
     const std::int64_t padded = round_up(end - begin, kTileK);
     for (std::int64_t i = 0; i < rows; ++i)
       for (std::int64_t j = 0; j < padded; j += 16)
-        _mm512_storeu_ps(
-            out + i * padded + j,
-            load_lanes(x, true, (row + i) * ld + begin + j, lane_mask(end - begin - j)));
+        _mm512_storeu_ps(out + i * padded + j, load_lanes(x, true, (row + i) * ld + begin + j,
+                                                          lane_mask(end - begin - j)));
     return {out, padded};
   }
 
