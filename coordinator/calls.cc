@@ -26,6 +26,7 @@ const std::map<std::string, Calls::Verb>& Calls::verbs() {
       {"job.cancel", {&Calls::job_cancel, true}},
       {"job.pause", {&Calls::job_pause, true}},
       {"job.resume", {&Calls::job_resume, true}},
+      {"job.restore", {&Calls::job_restore, true}},
       {"adapter.list", {&Calls::adapter_list, false}},
       {"adapter.show", {&Calls::adapter_show, false}},
       {"adapter.alias", {&Calls::adapter_alias, true}},

@@ -91,6 +91,7 @@ class Calls {
   void job_cancel(const Ask& ask, Params& params);
   void job_pause(const Ask& ask, Params& params);
   void job_resume(const Ask& ask, Params& params);
+  void job_restore(const Ask& ask, Params& params);
   void adapter_list(const Ask& ask, Params& params);
   void adapter_show(const Ask& ask, Params& params);
   void adapter_alias(const Ask& ask, Params& params);

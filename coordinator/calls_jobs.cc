@@ -8,6 +8,8 @@
 namespace tandem::coordinator {
 namespace {
 
+constexpr std::size_t kJobIdBytes = 16;  // as Jobs::submit makes them
+
 StatusCode code_of(const std::string& name) {
   for (int code = 0; code <= static_cast<int>(StatusCode::kConflict); ++code)
     if (name == status_code_name(static_cast<StatusCode>(code)))
@@ -121,6 +123,51 @@ void Calls::job_pause(const Ask& ask, Params& params) {
 }
 void Calls::job_resume(const Ask& ask, Params& params) {
   change_job(ask, params, &Jobs::resume);
+}
+
+void Calls::job_restore(const Ask& ask, Params& params) {
+  const JobId id(params.text("job"));
+  const std::string spec_json = params.object("spec", true), model = params.text("model");
+  const std::string dataset = params.text("dataset"), eval = params.text("eval_dataset", false);
+  const std::int64_t step = params.integer("step", -1, 0, INT64_MAX);
+  const std::string manifest = params.text("manifest");
+  Jobs::Submission submission;
+  submission.name = params.text("name", false);
+  const auto check = [&]() -> Status {
+    TANDEM_RETURN_IF_ERROR(params.finish());
+    if (!id.value.starts_with("job-") || id.value.size() != kJobIdBytes ||
+        id.value.find_first_not_of("0123456789abcdef", 4) != std::string::npos)
+      return invalid_error(str("a job's id is job- and 12 hex digits, not ", id));
+    if (submission.name.size() > context_.limits().name_bytes_max)
+      return invalid_error(
+          str("a job's name must have at most ", context_.limits().name_bytes_max, " characters"));
+    // Its model and data by digest: here they may have other names.
+    TANDEM_ASSIGN_OR_RETURN(submission.spec, protocol::JobSpec::parse(spec_json));
+    TANDEM_ASSIGN_OR_RETURN(const ModelRecord* base, find_model(context_.tables(), model));
+    submission.model = base->digest;
+    TANDEM_ASSIGN_OR_RETURN(const Dataset* data, find_dataset(context_.tables(), dataset));
+    submission.dataset = data->root;
+    if (!eval.empty()) {
+      TANDEM_ASSIGN_OR_RETURN(data, find_dataset(context_.tables(), eval));
+      submission.eval_dataset = data->root;
+    }
+    TANDEM_RETURN_IF_ERROR(
+        check_name("an adapter's name", submission.spec.adapter, context_.limits().name_bytes_max));
+    return check_free(context_.tables(), submission.spec.adapter, false);
+  };
+  if (const Status status = check(); !status.ok()) return reply(ask, status);
+  submission.tenant = ask.user;
+  start(ask, VerifyManifest{manifest, ManifestKind::kCheckpoint},
+        [this, id, submission, step](const Ask& first, const WorkResult& result) {
+          const auto& verified = std::get<ManifestVerified>(result);
+          if (verified.base_model != submission.model)
+            return reply(first, invalid_error(str("the checkpoint is of base ",
+                                                  verified.base_model.short_hex(), ", ", id, " of ",
+                                                  submission.model.short_hex())));
+          if (const Status status = jobs_.restore(id, submission, step, verified); !status.ok())
+            return reply(first, status);
+          answer(first, job_json(context_.tables().jobs.at(id), jobs_, context_.tables()));
+        });
 }
 
 void Calls::job_watch(const Ask& ask, Params& params) {

@@ -88,7 +88,7 @@ void Jobs::finish(Job& job, JobState state, const Status& status) {
   set_state(job, state, state == JobState::kFailed ? status.message() : "");
 }
 
-Result<JobId> Jobs::submit(const Submission& submission) {
+Result<Job> Jobs::make(const JobId& job_id, const Submission& submission) const {
   std::size_t live = 0;
   std::uint64_t order = 0;
   for (const auto& [id, job] : context_.tables().jobs) {
@@ -99,8 +99,7 @@ Result<JobId> Jobs::submit(const Submission& submission) {
     return busy_error(str("there are ", live, " unfinished jobs of at most ",
                           context_.limits().jobs_live_max, "; cancel some or wait"));
   Job job;
-  do job.id = JobId("job-" + context_.random_hex(12));
-  while (context_.tables().jobs.contains(job.id));
+  job.id = job_id;
   job.order = order + 1;
   job.tenant = submission.tenant;
   job.name = submission.name;
@@ -115,7 +114,14 @@ Result<JobId> Jobs::submit(const Submission& submission) {
   job.eval_dataset = submission.eval_dataset;
   job.adapter = submission.spec.adapter;
   job.submitted_unix_ms = context_.now().unix_ms;
-  const JobId id = job.id;
+  return job;
+}
+
+Result<JobId> Jobs::submit(const Submission& submission) {
+  JobId id;
+  do id = JobId("job-" + context_.random_hex(12));
+  while (context_.tables().jobs.contains(id));
+  TANDEM_ASSIGN_OR_RETURN(Job job, make(id, submission));
   set_state(job, workers_.engines_alive() > 0 ? JobState::kEstimating : JobState::kSubmitted, "");
   ask_estimate(job);
   save(std::move(job));

@@ -35,6 +35,11 @@ class Jobs {
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
   Status resume(const JobId& id);
+  /// A checkpoint of a job that another registry backed up: the job stands here paused, if it does
+  /// not yet, and has the checkpoint. kConflict: another job, or one that is not paused, has the
+  /// id; or the step has another checkpoint.
+  Status restore(const JobId& id, const Submission& submission, std::int64_t step,
+                 const ManifestVerified& manifest);
   /// The worker is to be empty: its job is checkpointed, stopped and queued again.
   void drain(const WorkerId& worker);
 
@@ -86,6 +91,7 @@ class Jobs {
   };
 
   Job* copy_of(const JobId& id, Job& copy) const;
+  Result<Job> make(const JobId& job_id, const Submission& submission) const;
   void save(Job job);
   void set_state(Job& job, JobState state, const std::string& why);
   void event(Job& job, const std::string& level, const std::string& kind,

@@ -116,6 +116,37 @@ void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pe
   save(std::move(job));
 }
 
+Status Jobs::restore(const JobId& id, const Submission& submission, std::int64_t step,
+                     const ManifestVerified& manifest) {
+  Job job;
+  if (const auto known = context_.tables().jobs.find(id); known != context_.tables().jobs.end()) {
+    job = known->second;
+    if (job.model != submission.model || job.dataset != submission.dataset ||
+        job.spec_json != submission.spec.to_json())
+      return conflict_error(str(id, " is another job here: it has other settings or data"));
+    const auto there = context_.tables().checkpoints.find(std::pair(id.value, step));
+    if (there != context_.tables().checkpoints.end())
+      return there->second.manifest == manifest.digest
+                 ? Status()
+                 : conflict_error(str(id, " has another checkpoint of step ", step,
+                                      " here: ", there->second.manifest.short_hex()));
+    if (job.state != JobState::kPaused)
+      return conflict_error(str(id, " is ", job_state_name(job.state),
+                                " here; checkpoints are restored to a paused job"));
+  } else {
+    TANDEM_ASSIGN_OR_RETURN(job, make(id, submission));
+    set_state(job, JobState::kPaused, "restored from a backup");
+  }
+  context_.put(ManifestRecord{manifest.digest, ManifestKind::kCheckpoint, manifest.text, job.model,
+                              context_.now().unix_ms});
+  context_.put(
+      CheckpointRecord{id.value, step, job.epoch, manifest.digest, context_.now().unix_ms});
+  job.step = std::max(job.step, step);
+  job.best_step = std::max(job.best_step, step);
+  save(std::move(job));
+  return {};
+}
+
 void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pending& pending,
                           const Worker& worker) {
   const AdapterVersionRecord version =

@@ -330,6 +330,6 @@ int run_main(int argc, char** argv) {
 }  // namespace tandem::coordinator
 
 int main(int argc, char** argv) {
-  tandem::start_with_environment({tandem::kMallocHugePages}, argv);
+  tandem::start_with_environment({tandem::kMallocLargeBuffers}, argv);
   return tandem::coordinator::run_main(argc, argv);
 }

@@ -72,6 +72,8 @@ Json job_details_json(const Job& job, const Jobs& jobs, const Tables& tables) {
   json["spec"] = parse_object(job.spec_json);
   json["epoch"] = job.epoch;
   json["dataset"] = job.dataset.hex();
+  json["eval_dataset"] = job.eval_dataset.empty() ? "" : job.eval_dataset.hex();
+  json["model_digest"] = job.model.hex();
   Json checkpoints = Json::array();
   for (const auto& [key, checkpoint] : tables.checkpoints)
     if (key.first == job.id.value)

@@ -250,7 +250,7 @@ Status run(const Options& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+  tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");

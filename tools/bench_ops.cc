@@ -430,7 +430,7 @@ int bench_main(const std::vector<std::string>& args) {
 }  // namespace tandem::kernels
 
 int main(int argc, char** argv) {
-  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+  tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   try {
     return tandem::kernels::bench_main({argv + 1, argv + argc});

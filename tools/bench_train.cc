@@ -287,7 +287,7 @@ Status run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+  tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   Options options;
   CLI::App app("Training throughput, as JSON");

@@ -251,7 +251,7 @@ Result<int> start(int argc, char** argv) {
 }  // namespace tandem::worker
 
 int main(int argc, char** argv) {
-  tandem::start_with_environment({tandem::kMallocHugePages, tandem::kernels::cpu::kOpenmpSpin},
+  tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   const auto code = tandem::worker::start(argc, argv);
   if (code.ok()) return *code;

@@ -85,7 +85,7 @@ void dot_keys(const float* q, std::int64_t ldq, const float* keys, std::int64_t 
   for (int r = 0; r < R; ++r) sums[r] = vset(0.0f);
   for (std::int64_t d = 0; d < dim; ++d) {
     const V k = vload(keys + d * kKeyBlock);
-#pragma GCC unroll 8
+    TANDEM_UNROLL(8)
     for (int r = 0; r < R; ++r) sums[r] = vfma(vset(q[r * ldq + d]), k, sums[r]);
   }
   for (int r = 0; r < R; ++r) vstore(dots + r * kKeyBlock, sums[r]);

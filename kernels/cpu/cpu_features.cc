@@ -11,7 +11,8 @@
 namespace tandem::kernels::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+constexpr Isa kAll[] = {Isa::kGeneric,    Isa::kAvx2,          Isa::kAvx512,
+                        Isa::kAvx512Bf16, Isa::kAvx512Bf16Fma, Isa::kAmx};
 
 #if defined(__x86_64__)
 // Linux grants the 8 KiB of tile state per thread only to processes that ask (Documentation/arch/
@@ -37,7 +38,10 @@ Isa detect() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return Isa::kAvx2;
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
-  return has_amx_bf16() && request_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
+  if (has_amx_bf16() && request_amx()) return Isa::kAmx;
+  // By maker, not by a measurement at start: the bits of a bf16 sum depend on the choice, and a job
+  // that resumes must make the same one.
+  return __builtin_cpu_is("intel") ? Isa::kAvx512Bf16Fma : Isa::kAvx512Bf16;
 }
 #else
 Isa detect() {
@@ -65,6 +69,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kAvx512Bf16Fma:
+      return "avx512_bf16_fma";
     case Isa::kAmx:
       return "amx";
   }

@@ -46,6 +46,8 @@ void run_product(const Product& p, DType format) {
   switch (level) {
     case Isa::kAmx:
       return product_bf16_amx(p);
+    case Isa::kAvx512Bf16Fma:
+      return product_bf16_fma(p);
     case Isa::kAvx512Bf16:
       return product_bf16_avx512(p);
     case Isa::kAvx512:

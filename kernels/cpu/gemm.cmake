@@ -9,7 +9,10 @@ tandem_library(cpu_gemm
   PRIVATE OpenMP::OpenMP_CXX)
 
 # -O3 and no strict contraction rules beside: the kernels name every fused operation themselves.
-set(TANDEM_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -Wno-ignored-attributes)
+set(TANDEM_KERNEL_FLAGS -ffp-contract=off -fno-math-errno -Wno-ignored-attributes)
+if(NOT TANDEM_SANITIZE)  # see TANDEM_UNROLL
+  list(PREPEND TANDEM_KERNEL_FLAGS -O3)
+endif()
 set(TANDEM_AVX512_FLAGS -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl
     -mprefer-vector-width=512
     -Wno-uninitialized -Wno-maybe-uninitialized)  # GCC 12's own headers trip them

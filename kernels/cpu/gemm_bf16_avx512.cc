@@ -16,125 +16,218 @@ TANDEM_ALWAYS_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
-// Rows of x, row-major with `ld` elements, `pairs` pairs each; b: the panel from that element on.
-// Two chains per sum where rows are few, to hide the latency.
-template <int R>
-void sum_rows(const std::uint16_t* x, std::int64_t ld, std::int64_t steps, const char* b, bool load,
-              float* c) {
-  constexpr int kChains = R <= 4 ? 2 : 1;
-  __m512 sums[kChains][R][2];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2; ++j) {
-      sums[0][r][j] = load ? _mm512_load_ps(c + r * kPanel + j * 16) : _mm512_setzero_ps();
-      if constexpr (kChains > 1) sums[1][r][j] = _mm512_setzero_ps();
-    }
-  for (std::int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 16
-    for (int pair = 0; pair < 16; ++pair) {
-      const __m512i b0 = _mm512_load_si512(b + pair * 64);
-      const __m512i b1 = _mm512_load_si512(b + 1024 + pair * 64);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        std::int32_t two;
-        std::memcpy(&two, x + r * ld + s * kTileK + pair * 2, 4);
-        const __m512i a = _mm512_set1_epi32(two);
-        sums[pair % kChains][r][0] = dot_pairs(sums[pair % kChains][r][0], a, b0);
-        sums[pair % kChains][r][1] = dot_pairs(sums[pair % kChains][r][1], a, b1);
-      }
-    }
-    b += 2048;
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2; ++j) {
-      __m512 sum = sums[0][r][j];
-      if constexpr (kChains > 1) sum = _mm512_add_ps(sum, sums[1][r][j]);
-      _mm512_store_ps(c + r * kPanel + j * 16, sum);
-    }
-}
-
-void sum_any_rows(std::int64_t rows, const std::uint16_t* x, std::int64_t ld, std::int64_t steps,
-                  const char* b, bool load, float* c) {
-  switch (rows) {
-    case 1:
-      return sum_rows<1>(x, ld, steps, b, load, c);
-    case 2:
-      return sum_rows<2>(x, ld, steps, b, load, c);
-    case 3:
-      return sum_rows<3>(x, ld, steps, b, load, c);
-    case 4:
-      return sum_rows<4>(x, ld, steps, b, load, c);
-    case 5:
-      return sum_rows<5>(x, ld, steps, b, load, c);
-    case 6:
-      return sum_rows<6>(x, ld, steps, b, load, c);
-    case 7:
-      return sum_rows<7>(x, ld, steps, b, load, c);
-    default:
-      return sum_rows<8>(x, ld, steps, b, load, c);
-  }
-}
-
-// Rows padded to whole steps with zeros, when the matrix itself cannot be read in whole steps.
-struct PaddedRows {
-  const std::uint16_t* data;
+// Rows of x from some reduction element on, as a Math reads them: whole steps of kTileK.
+template <class Element>
+struct XRows {
+  const Element* data;
   std::int64_t ld;
 };
-PaddedRows pad_rows(const void* x, std::int64_t ld, std::int64_t row, std::int64_t rows,
-                    std::int64_t begin, std::int64_t end, char* to) {
-  const auto* from = static_cast<const std::uint16_t*>(x) + row * ld + begin;
-  if ((end - begin) % kTileK == 0) return {from, ld};
-  auto* out = reinterpret_cast<std::uint16_t*>(to);
-  const std::int64_t padded = round_up(end - begin, kTileK);
-  for (std::int64_t i = 0; i < rows; ++i)
-    for (std::int64_t j = 0; j < padded; j += kTileK) {
-      const std::int64_t valid = min_of(kTileK, end - begin - j);
-      const __mmask32 m = valid >= 32 ? ~__mmask32{0} : ((__mmask32{1} << valid) - 1);
-      _mm512_storeu_si512(out + i * padded + j, _mm512_maskz_loadu_epi16(m, from + i * ld + j));
+
+// Two ways to the same sums over a bf16 panel. Each has
+//   Element      what it reads rows of x as
+//   kRows        rows whose sums fit the registers
+//   prepare()    rows as it reads them, in `to` where the matrix itself does not do
+//   sum<R, H>()  R rows times H halves of one panel, from some step on and over `count` elements;
+//                c has row stride kPanel
+
+// AVX512-BF16's dot products of pairs.
+struct DotPairs {
+  using Element = std::uint16_t;
+  static constexpr int kRows = 8;
+
+  static XRows<Element> prepare(const void* x, std::int64_t ld, std::int64_t row, std::int64_t rows,
+                                std::int64_t begin, std::int64_t end, char* to) {
+    const auto* from = static_cast<const std::uint16_t*>(x) + row * ld + begin;
+    if ((end - begin) % kTileK == 0) return {from, ld};
+    auto* out = reinterpret_cast<std::uint16_t*>(to);
+    const std::int64_t padded = round_up(end - begin, kTileK);
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t j = 0; j < padded; j += kTileK) {
+        const std::int64_t valid = min_of(kTileK, end - begin - j);
+        const __mmask32 m = valid >= 32 ? ~__mmask32{0} : ((__mmask32{1} << valid) - 1);
+        _mm512_storeu_si512(out + i * padded + j, _mm512_maskz_loadu_epi16(m, from + i * ld + j));
+      }
+    return {out, padded};
+  }
+
+  // Two chains per sum where rows are few, to hide the latency.
+  template <int R, int>
+  static void sum(const Element* x, std::int64_t ld, std::int64_t count, const char* b, bool load,
+                  float* c) {
+    constexpr int kChains = R <= 4 ? 2 : 1;
+    const std::int64_t steps = ceil_div(count, kTileK);
+    __m512 sums[kChains][R][2];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 2; ++j) {
+        sums[0][r][j] = load ? _mm512_load_ps(c + r * kPanel + j * 16) : _mm512_setzero_ps();
+        if constexpr (kChains > 1) sums[1][r][j] = _mm512_setzero_ps();
+      }
+    for (std::int64_t s = 0; s < steps; ++s) {
+      TANDEM_UNROLL(16)
+      for (int pair = 0; pair < 16; ++pair) {
+        const __m512i b0 = _mm512_load_si512(b + pair * 64);
+        const __m512i b1 = _mm512_load_si512(b + 1024 + pair * 64);
+        TANDEM_UNROLL(8)
+        for (int r = 0; r < R; ++r) {
+          std::int32_t two;
+          std::memcpy(&two, x + r * ld + s * kTileK + pair * 2, 4);
+          const __m512i a = _mm512_set1_epi32(two);
+          sums[pair % kChains][r][0] = dot_pairs(sums[pair % kChains][r][0], a, b0);
+          sums[pair % kChains][r][1] = dot_pairs(sums[pair % kChains][r][1], a, b1);
+        }
+      }
+      b += 2048;
     }
-  return {out, padded};
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 2; ++j) {
+        __m512 sum = sums[0][r][j];
+        if constexpr (kChains > 1) sum = _mm512_add_ps(sum, sums[1][r][j]);
+        _mm512_store_ps(c + r * kPanel + j * 16, sum);
+      }
+  }
+};
+
+// f32 multiply-adds: x is widened once per task, the panel in registers, four shifts and masks for
+// 4 R multiply-adds. The faster way where a dot product of pairs starts every other cycle while two
+// multiply-adds start in each. A sum is one chain in ascending order, so its bits depend on its own
+// row alone.
+struct MultiplyAdds {
+  using Element = float;
+  static constexpr int kRows = 12;
+
+  static XRows<Element> prepare(const void* x, std::int64_t ld, std::int64_t row, std::int64_t rows,
+                                std::int64_t begin, std::int64_t end, char* to) {
+    auto* out = reinterpret_cast<float*>(to);
+    const std::int64_t padded = round_up(end - begin, kTileK);
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t j = 0; j < padded; j += 16)
+        _mm512_storeu_ps(out + i * padded + j, load_lanes(x, true, (row + i) * ld + begin + j,
+                                                          lane_mask(end - begin - j)));
+    return {out, padded};
+  }
+
+  template <int R, int Halves>
+  TANDEM_ALWAYS_INLINE static void add_pair(const float* x, std::int64_t ld, const char* b,
+                                            __m512 (&sums)[R][Halves]) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    __m512 even[Halves], odd[Halves];
+    for (int j = 0; j < Halves; ++j) {
+      const __m512i pairs = _mm512_load_si512(b + j * 1024);
+      even[j] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+      odd[j] = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
+    }
+    TANDEM_UNROLL(24)
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < Halves; ++j)
+        sums[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * ld]), even[j], sums[r][j]);
+    TANDEM_UNROLL(24)
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < Halves; ++j)
+        sums[r][j] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * ld + 1]), odd[j], sums[r][j]);
+  }
+
+  template <int R, int Halves>
+  static void sum(const float* x, std::int64_t ld, std::int64_t count, const char* b, bool load,
+                  float* c) {
+    __m512 sums[R][Halves];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < Halves; ++j)
+        sums[r][j] = load ? _mm512_load_ps(c + r * kPanel + j * 16) : _mm512_setzero_ps();
+    const std::int64_t steps = count / kTileK, last = ceil_div(count % kTileK, 2);
+    for (std::int64_t s = 0; s < steps; ++s, b += 2048, x += kTileK) {
+      TANDEM_UNROLL(16)
+      for (int pair = 0; pair < 16; ++pair)
+        add_pair<R, Halves>(x + pair * 2, ld, b + pair * 64, sums);
+    }
+    for (std::int64_t pair = 0; pair < last; ++pair)
+      add_pair<R, Halves>(x + pair * 2, ld, b + pair * 64, sums);
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < Halves; ++j) _mm512_store_ps(c + r * kPanel + j * 16, sums[r][j]);
+  }
+};
+
+template <class Math, int H, int R = Math::kRows>
+void sum_rows(std::int64_t rows, const typename Math::Element* x, std::int64_t ld,
+              std::int64_t count, const char* b, bool load, float* c) {
+  if constexpr (R > 1) {
+    if (rows < R) return sum_rows<Math, H, R - 1>(rows, x, ld, count, b, load, c);
+  }
+  Math::template sum<R, H>(x, ld, count, b, load, c);
 }
 
 struct Task {
   std::int64_t row, rows, panel_begin, panel_end;
 };
 
+template <class Math, int H>
 void run_task(const Product& p, const Task& task, char* scratch) {
+  using Element = typename Math::Element;
   const std::int64_t stretch = reduction_block(p.t, p.reduction);
   char* x_block = scratch;
-  scratch += task.rows * stretch * 2;
-  PaddedRows u[kTermsMax];
+  scratch += task.rows * stretch * static_cast<std::int64_t>(sizeof(Element));
+  XRows<Element> u[kTermsMax];
   for (std::int64_t i = 0; i < p.terms_count; ++i) {
     const PackedTerm& term = p.terms[i];
-    u[i] = pad_rows(term.u, term.ldu, task.row, task.rows, 0, term.rank, scratch);
-    scratch += task.rows * round_up(term.rank, kTileK) * 2;
+    u[i] = Math::prepare(term.u, term.ldu, task.row, task.rows, 0, term.rank, scratch);
+    scratch += task.rows * round_up(term.rank, kTileK) * static_cast<std::int64_t>(sizeof(Element));
   }
   auto* parked = reinterpret_cast<float*>(round_up(reinterpret_cast<std::int64_t>(scratch), 64));
-  alignas(64) float local[8 * kPanel];
+  alignas(64) float local[Math::kRows * kPanel];
+  // Groups of rows as even as they come: a last group of few would waste what a panel's walk costs.
+  const std::int64_t group = ceil_div(task.rows, ceil_div(task.rows, Math::kRows));
   for (std::int64_t begin = 0; begin < p.reduction; begin += stretch) {
     const std::int64_t end = min_of(p.reduction, begin + stretch);
-    const std::int64_t steps = ceil_div(end - begin, kTileK);
-    const PaddedRows x = pad_rows(p.x, p.ldx, task.row, task.rows, begin, end, x_block);
+    const XRows<Element> x = Math::prepare(p.x, p.ldx, task.row, task.rows, begin, end, x_block);
     for (std::int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
       const char* b =
           p.panels + panel * panel_bytes(DType::kBF16, p.reduction) + begin * kPanel * 2;
-      for (std::int64_t row = 0; row < task.rows; row += 8) {
-        const std::int64_t rows = min_of(8, task.rows - row);
+      for (std::int64_t row = 0; row < task.rows; row += group) {
+        const std::int64_t rows = min_of(group, task.rows - row);
         float* c =
             p.reduction > stretch
                 ? parked + ((panel - task.panel_begin) * round_up(task.rows, 32) + row) * kPanel
                 : local;
-        sum_any_rows(rows, x.data + row * x.ld, x.ld, steps, b, begin > 0, c);
+        sum_rows<Math, H>(rows, x.data + row * x.ld, x.ld, end - begin, b, begin > 0, c);
         if (end < p.reduction) continue;
         for (std::int64_t i = 0; i < p.terms_count; ++i) {
           const PackedTerm& term = p.terms[i];
           if (panel < term.panel_begin || panel >= term.panel_end) continue;
-          sum_any_rows(
-              rows, u[i].data + row * u[i].ld, u[i].ld, ceil_div(term.rank, kTileK),
+          sum_rows<Math, H>(
+              rows, u[i].data + row * u[i].ld, u[i].ld, term.rank,
               term.panels + (panel - term.panel_begin) * panel_bytes(DType::kBF16, term.rank), true,
               c);
         }
         Finished finished{c, task.row + row, rows, panel * kPanel};
         write_rows(p, finished, rows);
+      }
+    }
+  }
+}
+
+// Rows of a task where the output is so narrow that its panels are no work for several threads.
+constexpr std::int64_t kNarrowPanels = 2, kNarrowRows = 24;
+
+template <class Math, int H>
+void run_product(const Product& p) {
+  const std::int64_t panels = ceil_div(p.columns, kPanel);
+  const bool narrow = panels <= kNarrowPanels;
+  const std::int64_t row_block = narrow ? kNarrowRows : kRowBlock;
+  const std::int64_t row_blocks = ceil_div(p.t, row_block);
+#pragma omp parallel if (p.t * p.reduction * p.columns > kParallelMin)
+  {
+    const std::int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
+    char* scratch = p.scratch + id * p.scratch_per_thread;
+    if (p.t <= kStreamRows && !narrow) {
+      const std::int64_t begin = panels * id / threads, end = panels * (id + 1) / threads;
+      if (begin < end) run_task<Math, H>(p, {0, p.t, begin, end}, scratch);
+    } else {
+      constexpr std::int64_t kWidth = kParkedColumns / kPanel;
+      const std::int64_t splits = ceil_div(panels, kWidth);
+#pragma omp for schedule(dynamic)
+      for (std::int64_t i = 0; i < row_blocks * splits; ++i) {
+        const std::int64_t row = i / splits * row_block, panel = i % splits * kWidth;
+        run_task<Math, H>(
+            p, {row, min_of(row_block, p.t - row), panel, min_of(panels, panel + kWidth)}, scratch);
       }
     }
   }
@@ -158,26 +251,10 @@ void retile_block(const char* from, char* to) {
 }  // namespace
 
 void product_bf16_avx512(const Product& p) {
-  const std::int64_t panels = ceil_div(p.columns, kPanel);
-  const std::int64_t row_blocks = ceil_div(p.t, kRowBlock);
-#pragma omp parallel if (p.t * p.reduction * p.columns > kParallelMin)
-  {
-    const std::int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
-    char* scratch = p.scratch + id * p.scratch_per_thread;
-    if (p.t <= kStreamRows) {
-      const std::int64_t begin = panels * id / threads, end = panels * (id + 1) / threads;
-      if (begin < end) run_task(p, {0, p.t, begin, end}, scratch);
-    } else {
-      constexpr std::int64_t kWidth = kParkedColumns / kPanel;
-      const std::int64_t splits = ceil_div(panels, kWidth);
-#pragma omp for schedule(dynamic)
-      for (std::int64_t i = 0; i < row_blocks * splits; ++i) {
-        const std::int64_t row = i / splits * kRowBlock, panel = i % splits * kWidth;
-        run_task(p, {row, min_of(kRowBlock, p.t - row), panel, min_of(panels, panel + kWidth)},
-                 scratch);
-      }
-    }
-  }
+  run_product<DotPairs, 2>(p);
+}
+void product_bf16_fma(const Product& p) {
+  p.columns <= kPanel / 2 ? run_product<MultiplyAdds, 1>(p) : run_product<MultiplyAdds, 2>(p);
 }
 
 void retile_bf16_avx512(const char* from, std::int64_t n, std::int64_t k, std::int64_t k_begin,

@@ -31,13 +31,13 @@ void sum_rows(const float* x, std::int64_t ldx, std::int64_t count, const float*
     }
   for (std::int64_t k = 0; k < count; ++k) {
     V b[P * 2];
-#pragma GCC unroll 8
+    TANDEM_UNROLL(8)
     for (int j = 0; j < P * 2; ++j)
       b[j] = vload(panel + (j / 2) * panel_stride + k * kPanel + (j % 2) * 16);
-#pragma GCC unroll 16
+    TANDEM_UNROLL(16)
     for (int r = 0; r < R; ++r) {
       const V a = vset(x[r * ldx + k]);
-#pragma GCC unroll 8
+      TANDEM_UNROLL(8)
       for (int j = 0; j < P * 2; ++j) sums[r][j] = vfma(a, b[j], sums[r][j]);
     }
   }

@@ -71,7 +71,8 @@ void product_widened_avx512(const Product& p);
 void product_widened_avx2(const Product& p);
 void product_widened_generic(const Product& p);
 void product_bf16_amx(const Product& p);
-void product_bf16_avx512(const Product& p);  ///< AVX512-BF16
+void product_bf16_avx512(const Product& p);  ///< AVX512-BF16, dot products of pairs
+void product_bf16_fma(const Product& p);     ///< AVX512-BF16, f32 multiply-adds
 /// Panels from `from` (panels of 32 n over k) to `to` (panels of 32 k over n), for k in
 /// [k_begin, k_end), multiples of 32 but for the end.
 void retile_bf16_avx512(const char* from, std::int64_t n, std::int64_t k, std::int64_t k_begin,

@@ -39,7 +39,7 @@ void add_outer(const float* x, std::int64_t ldx, const float* y, std::int64_t ro
     for (int j = 0; j < 2; ++j) s[r][j] = load ? vload(sums + r * stride + j * 16) : vset(0.0f);
   for (std::int64_t i = 0; i < rows; ++i) {
     const V y0 = vload(y + i * kOuterColumns), y1 = vload(y + i * kOuterColumns + 16);
-#pragma GCC unroll 8
+    TANDEM_UNROLL(8)
     for (int r = 0; r < R; ++r) {
       const V a = vset(x[i * ldx + r]);
       s[r][0] = vfma(a, y0, s[r][0]);

@@ -36,6 +36,21 @@ Result<Bytes> read_chunk(std::ifstream& file, std::int64_t size, const std::stri
   return bytes;
 }
 
+/// Ends a file that was written under a temporary name and gives it its own.
+Status put_in_place(std::ofstream& file, const std::string& temporary, const std::string& path) {
+  file.close();
+  std::error_code error, ignored;
+  if (!file) {
+    const Status status = internal_error(str(path, ": cannot be written: ", std::strerror(errno)));
+    std::filesystem::remove(temporary, ignored);
+    return status;
+  }
+  std::filesystem::rename(temporary, path, error);
+  if (!error) return {};
+  std::filesystem::remove(temporary, ignored);
+  return internal_error(str(path, ": cannot be put in place: ", error.message()));
+}
+
 }  // namespace
 
 BulkTransfer::BulkTransfer(std::unique_ptr<ClientEndpoint> endpoint, BulkOptions options)
@@ -152,6 +167,33 @@ Result<Upload> BulkTransfer::put_bytes(std::span<const std::byte> bytes,
   return upload;
 }
 
+Status BulkTransfer::get_content(const Digest& root, const std::string& path) {
+  const std::string temporary = path + random_id(".part-", 12);
+  std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
+  std::vector<Digest> leaves;
+  const auto copy = [&]() -> Status {
+    for (std::int64_t at = 0, total = 1; at < total; at += kChunkBytes) {
+      TANDEM_ASSIGN_OR_RETURN(const Answer answer, ask(BlobGet{0, root, at, kChunkBytes}, {}));
+      total = answer.reply.total_bytes;
+      const auto bytes = static_cast<std::int64_t>(answer.payload.size());
+      if (bytes != std::min(kChunkBytes, total - at))
+        return corrupt_error(str(path, ": ", bytes, " bytes came for byte ", at, " of ", total));
+      leaves.push_back(sha256(answer.payload));
+      file.write(reinterpret_cast<const char*>(answer.payload.data()), bytes);
+    }
+    if (root_of(leaves) != root)
+      return corrupt_error(str(path, ": the bytes that came have the content root ",
+                               root_of(leaves), ", not ", root));
+    return {};
+  };
+  if (const Status status = copy(); !status.ok()) {
+    std::error_code ignored;
+    std::filesystem::remove(temporary, ignored);
+    return status;
+  }
+  return put_in_place(file, temporary, path);
+}
+
 Status BulkTransfer::get_file(const std::vector<Digest>& chunks, const std::string& path,
                               const OnProgress& on_progress) {
   const std::string temporary = path + random_id(".part-", 12);
@@ -171,12 +213,7 @@ Status BulkTransfer::get_file(const std::vector<Digest>& chunks, const std::stri
     if (on_progress)
       on_progress(done, std::max(done, static_cast<std::int64_t>(chunks.size()) * kChunkBytes));
   }
-  file.close();
-  if (!file) return fail(internal_error(str(path, ": cannot be written: ", std::strerror(errno))));
-  std::error_code error;
-  std::filesystem::rename(temporary, path, error);
-  if (error) return fail(internal_error(str(path, ": cannot be put in place: ", error.message())));
-  return {};
+  return put_in_place(file, temporary, path);
 }
 
 }  // namespace tandem::protocol::client

@@ -48,6 +48,8 @@ class BulkTransfer {
   Status put(std::span<const std::byte> chunk, const std::string& pin);
   /// One chunk, its digest verified.
   Result<Bytes> get(const Digest& digest);
+  /// A registered model's file by its content root, verified, to a new file.
+  Status get_content(const Digest& root, const std::string& path);
 
   /// A file by chunks; those that are there already are not sent. kInvalid: cannot be read, or
   /// empty.

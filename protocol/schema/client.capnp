@@ -123,7 +123,7 @@ struct Pong {
 #                   whole job is checked first: an unknown setting is `invalid` with the nearest name;
 #                   what does not fit in memory is `refused` with the bytes and by how much.
 # job.list          {"state"?} + page -> {"jobs": [JOB], "next"}; newest first
-# job.show          {"job"} -> JOB with "spec", "epoch", "checkpoints": [{"step", "digest",
+# job.show          {"job"} -> JOB with "spec", "epoch", "model_digest", "dataset", "eval_dataset", "checkpoints": [{"step", "digest",
 #                   "created"}], "metrics" (the last of each kind), "error_code", "estimate", "summary",
 #                   "published" (digest), "published_version"
 # job.watch stream  {"job", "after"? = 0} -> {"seq", "time", "kind", "step", "total_steps", "message",
@@ -134,6 +134,11 @@ struct Pong {
 # job.cancel !      {"job"} -> JOB. A job that has ended: `conflict`.
 # job.pause !       {"job"} -> JOB. Writes a checkpoint first; state is "pausing" until then.
 # job.resume !      {"job"} -> JOB. A paused or failed job is queued again from its last checkpoint.
+# job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest"} -> JOB. A
+#                   checkpoint out of another registry's backup: the job is made, paused, if it is not
+#                   here, and gets the checkpoint. Model and data are named by digest; the checkpoint's
+#                   chunks lie on the bulk socket already. `conflict`: another job has the id, or another
+#                   checkpoint the step, or the job is not paused.
 #
 # adapter.list      {"model"?} + page -> {"adapters": [ADAPTER], "next"}
 # adapter.show      {"adapter"} -> ADAPTER with "manifest", "history": [{"version", "digest", "time",

@@ -259,5 +259,61 @@ TEST_F(JobsTest, WatchSendsOldEventsThenNewOnesAndEndsWithTheJob) {
   EXPECT_EQ(nlohmann::json::parse(end.back().result_json)["state"], "failed");
 }
 
+TEST_F(JobsTest, ARestoredJobIsPausedAndGoesOnFromItsNewestCheckpoint) {
+  const auto restore = [&](const std::string& job, std::int64_t step, const std::string& state) {
+    return h
+        .call("job.restore",
+              {{"job", job},
+               {"spec", {{"model", "theirs"}, {"dataset", "x"}, {"adapter", "t"}}},
+               {"model", base.hex()},
+               {"dataset", "rows"},
+               {"step", step},
+               {"manifest", h.manifest(ManifestKind::kCheckpoint, base, state)}},
+              str(job, step, state))
+        .status;
+  };
+  const JobId id("job-0123456789ab");
+  EXPECT_TRUE(restore(id.value, 4, "four").ok());
+  EXPECT_TRUE(restore(id.value, 8, "eight").ok());
+  EXPECT_TRUE(restore(id.value, 8, "eight").ok()) << "again: nothing new";
+  EXPECT_EQ(restore(id.value, 8, "other").code(), StatusCode::kConflict);
+  EXPECT_EQ(restore("no-job", 8, "eight").code(), StatusCode::kInvalid);
+  EXPECT_EQ(h.job(id).state, JobState::kPaused);
+  EXPECT_EQ(h.job(id).step, 8);
+  h.restart();
+  h.engine(0);
+  EXPECT_EQ(h.tables().checkpoints.size(), 2u);
+  ASSERT_TRUE(h.call("job.resume", {{"job", id.value}}, "r").status.ok());
+  for (const auto& asked : h.to_engine<protocol::EstimateRequest>(0))
+    h.from_engine(0, protocol::EstimateReply{asked.call_id, {}, R"({"peak_bytes":1,"fits":true})"});
+  const auto starts = h.to_engine<StartJob>(0);
+  ASSERT_FALSE(starts.empty());
+  EXPECT_EQ(starts.back().job, id);
+  EXPECT_EQ(starts.back().checkpoint_manifest,
+            h.manifest(ManifestKind::kCheckpoint, base, "eight"));
+  EXPECT_EQ(restore(id.value, 12, "twelve").code(), StatusCode::kConflict) << "it runs";
+}
+
+TEST_F(JobsTest, ACheckpointOfAnotherBaseOrWithoutItsBytesIsNotRestored) {
+  const auto restore = [&](const std::string& manifest) {
+    return h
+        .call("job.restore",
+              {{"job", "job-0123456789ab"},
+               {"spec", {{"model", "m"}, {"dataset", "x"}, {"adapter", "t"}}},
+               {"model", "base"},
+               {"dataset", "rows"},
+               {"step", 4},
+               {"manifest", manifest}},
+              manifest)
+        .status;
+  };
+  EXPECT_EQ(restore(h.manifest(ManifestKind::kCheckpoint, sha256("another"), "s")).code(),
+            StatusCode::kInvalid);
+  EXPECT_EQ(restore(h.manifest(ManifestKind::kAdapter, base, "s")).code(), StatusCode::kInvalid);
+  EXPECT_EQ(restore(h.manifest(ManifestKind::kCheckpoint, base, "t", false)).code(),
+            StatusCode::kNotFound);
+  EXPECT_TRUE(h.tables().jobs.empty());
+}
+
 }  // namespace
 }  // namespace tandem::coordinator

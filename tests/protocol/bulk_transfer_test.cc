@@ -71,7 +71,12 @@ class FakeStore {
       reply.status = not_found_error(str("no blob ", request.digest));
       return;
     }
-    payload = blobs[request.digest];
+    const Bytes& blob = blobs[request.digest];
+    reply.total_bytes = static_cast<std::int64_t>(blob.size());
+    const std::int64_t bytes = request.bytes > 0
+                                   ? std::min(request.bytes, reply.total_bytes - request.offset)
+                                   : reply.total_bytes;
+    payload.assign(blob.begin() + request.offset, blob.begin() + request.offset + bytes);
     if (corrupt) payload[0] ^= std::byte{1};
   }
 
@@ -107,6 +112,27 @@ class BulkTransferTest : public ::testing::Test {
   std::unique_ptr<FakeStore> store_;
   std::unique_ptr<BulkTransfer> bulk_;
 };
+
+TEST_F(BulkTransferTest, AModelsFileComesInPiecesAndMustHaveItsContentRoot) {
+  serve();
+  Bytes content(static_cast<std::size_t>(kChunkBytes + 5), std::byte{7});
+  Hasher leaves;
+  for (const Digest& leaf : {sha256(std::span(content).first(kChunkBytes)),
+                             sha256(std::span(content).subspan(kChunkBytes))})
+    leaves.update(std::as_bytes(std::span(leaf.bytes)));
+  const Digest root = leaves.finish();
+  store_->blobs[root] = content;
+  const std::string path = dir_.path() + "/model";
+  ASSERT_TRUE(bulk_->get_content(root, path).ok());
+  std::ifstream in(path, std::ios::binary);
+  const std::string copy((std::istreambuf_iterator<char>(in)), {});
+  EXPECT_EQ(sha256(copy), sha256(content));
+  store_->corrupt = true;
+  const std::string bad = dir_.path() + "/bad";
+  EXPECT_EQ(bulk_->get_content(root, bad).code(), StatusCode::kCorrupt);
+  EXPECT_EQ(bulk_->get_content(sha256("absent"), bad).code(), StatusCode::kNotFound);
+  EXPECT_FALSE(std::filesystem::exists(bad));
+}
 
 TEST_F(BulkTransferTest, AFileGoesInChunksUnderItsContentRootAndComesBack) {
   serve();

@@ -76,6 +76,11 @@ Status run_worker_action(Session& session, const std::string& action, const std:
 Status run_cache(Session& session, const std::string& action);
 Status run_registry_check(Session& session, bool offline);
 Status run_registry(Session& session, const std::string& action, const std::string& path);
+/// One model, adapter or job into a folder and out of it, through a running coordinator
+/// (commands_backup.cc). `name` "": the one it had; a job keeps its id.
+Status run_object_backup(Session& session, const std::string& object, const std::string& path);
+/// Whichever of the two the folder is a backup of.
+Status run_restore(Session& session, const std::string& path, const std::string& name);
 Status run_key(Session& session, const std::string& action, const std::string& name,
                const std::string& role);
 Status run_bench(Session& session, const std::string& name,

@@ -250,13 +250,24 @@ void add_operations(CLI::App& app, Invocation& in) {
   })->add_flag("--offline", in.offline, "without a coordinator; takes the lock");
   verb(*registry, in, "gc", "free what nothing refers to",
        [](Session& s) { return run_registry(s, "gc", ""); });
-  for (const std::string action : {"backup", "restore"})
-    verb(*registry, in, action,
-         action == "backup" ? "a consistent copy while running"
-                            : "a backup into an empty data folder",
-         [&in, action](Session& s) { return run_registry(s, action, in.path); })
-        ->add_option("path", in.path, "folder")
-        ->required();
+  CLI::App* backup = verb(
+      *registry, in, "backup", "a consistent copy while running, of all or of one object",
+      [&in](Session& s) {
+        return in.name.empty() ? run_registry(s, "backup", in.path)
+                               : run_object_backup(s, in.name, in.path);
+      },
+      "tandem registry backup ./guide --object guide@3");
+  backup->add_option("path", in.path, "folder to make")->required();
+  backup->add_option("--object", in.name,
+                     "only this: a model, an adapter (name, name@version) or a digest, or a job "
+                     "with its checkpoints and data");
+  CLI::App* restore = verb(
+      *registry, in, "restore",
+      "a whole backup into an empty data folder, or one object's into the running registry",
+      [&in](Session& s) { return run_restore(s, in.path, in.target); },
+      "tandem registry restore ./guide --name guide");
+  restore->add_option("path", in.path, "folder of the backup")->required();
+  restore->add_option("--name", in.target, "of the object here [the one it had]");
   CLI::App* key = group(app, "key", "client and worker keys");
   verb(*key, in, "list", "all of them", [](Session& s) { return run_list(s, "key"); });
   named(*key, in, "create", "a key pair; the secret is shown once", [&in](Session& s) {

@@ -1,5 +1,12 @@
 # Helpers shared by every CMakeLists.txt of the project.
 
+# Instrumented tests are many times slower.
+set(TANDEM_TEST_SLOWNESS 1)
+if(TANDEM_SANITIZE)
+  set(TANDEM_TEST_SLOWNESS 20)
+endif()
+math(EXPR TANDEM_TEST_TIMEOUT "120 * ${TANDEM_TEST_SLOWNESS}")
+
 # Warnings are errors in our own targets; foreign headers come in as SYSTEM.
 function(tandem_options target)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor
@@ -54,6 +61,7 @@ function(tandem_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
+  math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * ${TANDEM_TEST_SLOWNESS}")
   add_test(NAME ${name} COMMAND ${name})
   # Spinning OpenMP threads starve each other where tests share cores (50x slower was seen).
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
@@ -67,6 +75,6 @@ function(tandem_mpi_test name target ranks)
   add_test(NAME ${name} COMMAND ${MPIEXEC_EXECUTABLE} -np ${ranks} --oversubscribe --bind-to none
     --mca btl vader,self --mca btl_vader_single_copy_mechanism none
     --mca odls_base_sigkill_timeout 0 $<TARGET_FILE:${target}> ${ARGN})
-  set_tests_properties(${name} PROPERTIES LABELS unit TIMEOUT 120 PROCESSORS 2
+  set_tests_properties(${name} PROPERTIES LABELS unit TIMEOUT ${TANDEM_TEST_TIMEOUT} PROCESSORS 2
     ENVIRONMENT "OMP_WAIT_POLICY=passive;OMP_NUM_THREADS=1;OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_mpi_yield_when_idle=1")
 endfunction()

@@ -199,14 +199,28 @@ std::shared_ptr<const AdapterWeights> build_adapter(kernels::Ops& ops, kernels::
                                                     kernels::MemoryLedger& ledger,
                                                     const ModelConfig& config, DType dtype,
                                                     const FlatAdapter& adapter) {
-  const std::int64_t elements = adapter.layout.elements;
+  return AdapterRoom(ops, exec, allocator, ledger, adapter.layout.elements, dtype)
+      .fill(ops, exec, config, adapter);
+}
+
+AdapterRoom::AdapterRoom(kernels::Ops& ops, kernels::Exec& exec, kernels::Allocator& allocator,
+                         kernels::MemoryLedger& ledger, std::int64_t elements, DType dtype) {
   auto own = std::make_shared<OwnArena>(allocator, ledger, elements * dtype_bytes(dtype));
-  const kernels::Tensor flat = own->arena.alloc({elements}, dtype);
-  if (adapter.dtype == dtype)
-    ops.upload(exec, adapter.bytes, flat);
+  flat_ = own->arena.alloc({elements}, dtype);
+  storage_ = std::move(own);
+  ops.fill_zero(exec, flat_);
+}
+
+std::shared_ptr<const AdapterWeights> AdapterRoom::fill(kernels::Ops& ops, kernels::Exec& exec,
+                                                        const ModelConfig& config,
+                                                        const FlatAdapter& adapter) {
+  TANDEM_CHECK(storage_ != nullptr, "an adapter's room is filled once");
+  TANDEM_CHECK_EQ(adapter.layout.elements, flat_.elements());
+  if (adapter.dtype == flat_.dtype)
+    ops.upload(exec, adapter.bytes, flat_);
   else
-    ops.upload(exec, adapter.in(dtype).bytes, flat);
-  return adapter.layout.view(config, flat, std::move(own));
+    ops.upload(exec, adapter.in(flat_.dtype).bytes, flat_);
+  return adapter.layout.view(config, flat_, std::move(storage_));
 }
 
 // -- table

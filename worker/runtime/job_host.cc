@@ -112,6 +112,7 @@ void JobHost::begin(Prepared prepared) {
     TANDEM_ASSIGN_OR_RETURN(
         session_, train::TrainSession::create(model_.session_parts(), options, std::move(batches)));
     if (prepared.state) TANDEM_RETURN_IF_ERROR(session_->import_state(*prepared.state));
+    if (session_->flat_elements() > 0) room_.emplace(model_.make_room(session_->flat_elements()));
     TANDEM_ASSIGN_OR_RETURN(
         metrics_, train::MetricsWriter::open(str(parts_.runs_directory, "/", start_.job)));
     return {};
@@ -260,7 +261,7 @@ void JobHost::publish() {
   });
   // Meanwhile, on the device: what was trained must be what is served after loading it again.
   const std::int64_t probe_begin = steady_ns();
-  served_ = model_.build_adapter(*adapter);
+  served_ = model_.build_adapter(*adapter, *room_);
   probe_difference_ = session_->probe(probe_prompt_, served_);
   const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.options().dtype);
   if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
@@ -346,6 +347,7 @@ void JobHost::end(Status status) {
   if (phase_ == Phase::kEnding || phase_ == Phase::kOver) return;
   const std::int64_t last_step = step();
   session_.reset();  // its memory is free for serving and for the next job
+  room_.reset();
   phase_ = Phase::kEnding;
   const Json summary{{"paused", pausing_},
                      {"train_loss_first", first_loss_},

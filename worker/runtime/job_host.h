@@ -14,6 +14,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 namespace tandem::worker::runtime {
@@ -89,6 +90,7 @@ class JobHost {
   double train_seconds_ = 0;
   std::string eval_json_ = "{}";
   // publish
+  std::optional<model::AdapterRoom> room_;  ///< of what will be served
   std::shared_ptr<PackedObject> packed_;
   std::shared_ptr<const model::AdapterWeights> served_;
   bool uploaded_ = false, probed_ = false, published_ = false;

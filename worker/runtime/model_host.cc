@@ -138,10 +138,14 @@ Result<std::shared_ptr<const model::AdapterWeights>> ModelHost::build_adapter(
                               *backend_.ledger, loaded_.config, options_.dtype, tensors);
 }
 
+model::AdapterRoom ModelHost::make_room(std::int64_t elements) {
+  return {*backend_.ops, memory_->serve_exec, *backend_.allocator, *backend_.ledger,
+          elements,      options_.dtype};
+}
+
 std::shared_ptr<const model::AdapterWeights> ModelHost::build_adapter(
-    const model::FlatAdapter& adapter) {
-  return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
-                              *backend_.ledger, loaded_.config, options_.dtype, adapter);
+    const model::FlatAdapter& adapter, model::AdapterRoom& room) {
+  return room.fill(*backend_.ops, memory_->serve_exec, loaded_.config, adapter);
 }
 
 Result<std::vector<std::int32_t>> ModelHost::tokenize(const protocol::PromptInput& input) const {

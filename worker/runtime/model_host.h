@@ -55,7 +55,10 @@ class ModelHost {
   /// Frozen device tensors from host ones. Errors: shapes that do not fit the model.
   Result<std::shared_ptr<const model::AdapterWeights>> build_adapter(
       const std::vector<model::HostAdapterTensor>& tensors);
-  std::shared_ptr<const model::AdapterWeights> build_adapter(const model::FlatAdapter& adapter);
+  /// Room for an adapter of `elements`, made ahead of the adapter, and the adapter put there.
+  model::AdapterRoom make_room(std::int64_t elements);
+  std::shared_ptr<const model::AdapterWeights> build_adapter(const model::FlatAdapter& adapter,
+                                                             model::AdapterRoom& room);
 
   /// Token ids of a request's input: tokens as they are, messages (or a plain prompt as one user
   /// message) through the chat template, raw prompts encoded alone. Errors name what is missing.

@@ -43,6 +43,7 @@ class LoraParams final : public Trainable, private model::GradSink {
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;
+  [[nodiscard]] std::int64_t flat_elements() const override { return layout_.elements; }
 
  private:
   void ready(std::int64_t) override {}  // one rank: nothing to reduce

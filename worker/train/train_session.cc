@@ -1,19 +1,12 @@
-#include "worker/train/train_session.h"
-
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "protocol/base/units.h"
-#include "worker/train/device_batch.h"
 #include "worker/train/lora_params.h"
-#include "worker/train/pipeline_run.h"
 #include "worker/train/rank_params.h"
 #include "worker/train/schedule.h"
-
-#include <nlohmann/json.hpp>
+#include "worker/train/train_session_impl.h"
 
 #include <cmath>
-#include <limits>
-#include <set>
 
 namespace tandem::worker::train {
 
@@ -21,21 +14,11 @@ namespace {
 
 using kernels::ArenaScope;
 using kernels::Tensor;
-using Json = nlohmann::json;
 
-constexpr int kStateVersion = 1;
 /// Random stream of dropout masks; the counter is the micro-batch's number in the job.
 constexpr std::uint64_t kDropoutStream = 0x64726f70;  // "drop"
 /// gradient_accumulation_steps never exceeds it, so (step, micro-batch) is one number.
 constexpr std::int64_t kMicroBatchesMax = 4096;
-
-/// Settings that may differ between a checkpoint and the job that continues from it: they change
-/// what is reported or kept, not one bit of the result.
-const std::set<std::string>& free_settings() {
-  static const std::set<std::string> names{"adapter_dtype", "eval_steps",       "logging_steps",
-                                           "save_steps",    "save_total_limit", "recompute"};
-  return names;
-}
 
 Result<model::Recompute> parse_recompute(const std::string& name) {
   if (name == "none") return model::Recompute::kNone;
@@ -94,118 +77,6 @@ class PhaseTimer {
 };
 
 }  // namespace
-
-class TrainSession::Impl {
- public:
-  Impl(const SessionParts& parts, SessionOptions options, model::LoraConfig lora,
-       std::unique_ptr<Trainable> params, model::Recompute recompute,
-       std::unique_ptr<BatchSource> batches)
-      : parts_(parts),
-        options_(std::move(options)),
-        lora_(std::move(lora)),
-        recompute_(recompute),
-        batches_(std::move(batches)),
-        params_owner_(std::move(params)),
-        params_(*params_owner_),
-        transformer_(params_.weights(), &parts.adapters, parts.weights.base().shard().stage) {
-    if (pipelined())
-      pipeline_.emplace(parts.allocator, parts.ledger, parts.context, transformer_, *parts.ranks,
-                        recompute);
-    phase_ = options_.eval_base_first && has_eval() ? Phase::kBaseEval : Phase::kTrain;
-  }
-  ~Impl() { parts_.adapters.clear(parts_.context.exec, parts_.slot); }
-  Impl(const Impl&) = delete;
-  Impl& operator=(const Impl&) = delete;
-
-  Status initialise() {
-    if (options_.initial != nullptr) {
-      TANDEM_RETURN_IF_ERROR(params_.initialise_from(*options_.initial));
-    } else {
-      params_.initialise(static_cast<std::uint64_t>(options_.settings.seed));
-    }
-    options_.initial = nullptr;
-    params_.attach(parts_.adapters, parts_.slot);
-    return {};
-  }
-
-  Result<SliceEvent> run_slice() {
-    started_ = true;
-    switch (phase_) {
-      case Phase::kBaseEval:
-      case Phase::kEval:
-        return eval_slice();
-      case Phase::kTrain:
-        return train_slice();
-      case Phase::kCheckpoint: {
-        const bool last = step_ == batches_->total_steps();
-        phase_ = last ? Phase::kFinished : Phase::kTrain;
-        return SliceEvent(CheckpointDue{step_, last});
-      }
-      case Phase::kFinished:
-        return SliceEvent(Finished{step_});
-    }
-    return internal_error("unreachable");
-  }
-
-  [[nodiscard]] TrainState export_state() const;
-  Status import_state(const TrainState& state);
-  double probe(const std::vector<std::int32_t>& prompt,
-               std::shared_ptr<const model::AdapterWeights> other);
-
-  enum class Phase { kBaseEval, kTrain, kEval, kCheckpoint, kFinished };
-
-  [[nodiscard]] bool has_eval() const { return !batches_->eval_batches().empty(); }
-
-  SessionParts parts_;
-  SessionOptions options_;
-  const model::LoraConfig lora_;
-  const model::Recompute recompute_;
-  const std::unique_ptr<BatchSource> batches_;
-  const std::unique_ptr<Trainable> params_owner_;
-  Trainable& params_;
-  const model::Transformer transformer_;
-  std::optional<PipelineRunner> pipeline_;
-  PhaseTimes times_;
-
-  Phase phase_ = Phase::kTrain;
-  bool started_ = false;
-  std::int64_t step_ = 0;  ///< optimizer steps done
-
- private:
-  Result<SliceEvent> train_slice();
-  Result<SliceEvent> finish_step();
-  Result<SliceEvent> eval_slice();
-  Status begin_step();
-  /// A micro-batch of this rank: what it is and which of the step's.
-  struct LocalBatch {
-    const data::MicroBatch* batch = nullptr;
-    std::int64_t index = 0;
-  };
-  double run_micro_batch(const LocalBatch& batch);
-  double run_pipeline();
-  void deal_micro_batches();
-  [[nodiscard]] DeviceBatch upload(model::Context& ctx, const LocalBatch& batch) const;
-  [[nodiscard]] float gradient_scale() const {
-    return static_cast<float>(1.0 / static_cast<double>(current_->trained_tokens));
-  }
-  [[nodiscard]] bool pipelined() const {
-    return parts_.ranks != nullptr && parts_.ranks->layout.pp > 1;
-  }
-  [[nodiscard]] std::int64_t dp_size() const { return parts_.ranks ? parts_.ranks->layout.dp : 1; }
-  [[nodiscard]] std::int64_t dp_rank() const { return parts_.ranks ? parts_.ranks->dp_rank() : 0; }
-  void phase_after_step();
-
-  // The step in progress.
-  std::optional<data::OptimizerStep> current_;
-  data::MicroBatch idle_;  ///< what a rank does while the others do a round that it has no share in
-  std::vector<LocalBatch> local_;
-  std::size_t next_micro_batch_ = 0;
-  double loss_sum_ = 0.0, step_seconds_ = 0.0;
-  // The evaluation in progress.
-  std::size_t next_eval_batch_ = 0;
-  double eval_loss_ = 0.0, eval_correct_ = 0.0, eval_seconds_ = 0.0;
-  std::int64_t eval_tokens_ = 0;
-};
 
 // -- training
 // --------------------------------------------------------------------------------------
@@ -396,98 +267,6 @@ Result<SliceEvent> TrainSession::Impl::eval_slice() {
   return SliceEvent(done);
 }
 
-// -- state
-// -----------------------------------------------------------------------------------------
-
-TrainState TrainSession::Impl::export_state() const {
-  TrainState state;
-  const Json json{{"version", kStateVersion},
-                  {"step", step_},
-                  {"total_steps", batches_->total_steps()},
-                  {"seed", options_.settings.seed},
-                  {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
-                  {"settings", Json::parse(options_.settings.to_json())}};
-  state.json = json.dump();
-  state.tensors = params_.export_tensors();
-  return state;
-}
-
-Status TrainSession::Impl::import_state(const TrainState& state) {
-  TANDEM_CHECK(!started_, "a state is imported before the first slice");
-  const Json json = Json::parse(state.json, nullptr, false);
-  if (!json.is_object() || !json.contains("version") || !json["version"].is_number_integer() ||
-      !json.contains("settings") || !json["settings"].is_object() || !json.contains("step") ||
-      !json["step"].is_number_integer() || !json.contains("total_steps") ||
-      !json.contains("compute_dtype"))
-    return corrupt_error("the checkpoint's state is not the JSON object that training wrote");
-  if (json["version"] != kStateVersion)
-    return refused_error(str("the checkpoint has version ", json["version"].dump(),
-                             "; this build reads ", kStateVersion));
-  const Json now = Json::parse(options_.settings.to_json());
-  for (const auto& [name, value] : now.items())
-    if (!free_settings().contains(name) &&
-        (!json["settings"].contains(name) || json["settings"][name] != value))
-      return conflict_error(
-          str("the checkpoint was made with ", name, " = ",
-              json["settings"].contains(name) ? json["settings"][name].dump() : "nothing",
-              "; the job says ", value.dump()));
-  if (json["compute_dtype"] != dtype_name(parts_.context.compute_dtype))
-    return conflict_error(str("the checkpoint was computed in ", json["compute_dtype"].dump(),
-                              "; this engine computes in ",
-                              dtype_name(parts_.context.compute_dtype)));
-  if (json["total_steps"] != batches_->total_steps())
-    return conflict_error(str("the checkpoint belongs to a job of ", json["total_steps"].dump(),
-                              " steps; this data gives ", batches_->total_steps()));
-  const auto step = json["step"].get<std::int64_t>();
-  if (step < 0 || step > batches_->total_steps())
-    return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
-  TANDEM_RETURN_IF_ERROR(params_.import_tensors(state.tensors));
-  step_ = step;
-  if (step_ == batches_->total_steps())
-    phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
-  else if (step_ > 0)
-    phase_ = Phase::kTrain;
-  return {};
-}
-
-// -- probe
-// -----------------------------------------------------------------------------------------
-
-double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
-                                 std::shared_ptr<const model::AdapterWeights> other) {
-  const auto tokens = static_cast<std::int64_t>(prompt.size());
-  TANDEM_CHECK(tokens >= 1 && tokens <= kProbeTokens, tokens, " tokens");
-  kernels::Exec exec = parts_.context.exec;
-  exec.background = true;  // beside it, the adapter is hashed and uploaded
-  model::Context ctx{parts_.context.ops, exec, parts_.context.comm, parts_.context.activations,
-                     parts_.context.compute_dtype};
-  ArenaScope scope(ctx.activations);
-  // One pass for both: the prompt twice in a batch, once under each adapter of a table of our own.
-  const std::int64_t rank_max = std::max(params_.rank_max(), other->rank_max);
-  model::AdapterTable table(ctx.ops, ctx.exec, ctx.activations, transformer_.config(), 2);
-  params_.attach(table, 0);
-  table.set(ctx.exec, 1, std::move(other));
-  const model::Transformer both(parts_.weights, &table, {0, transformer_.config().layers});
-  const model::TokenBatch batch = upload_twice(ctx, prompt, rank_max);
-  const Tensor hidden =
-      ctx.activations.alloc({batch.tokens(), transformer_.config().width}, ctx.compute_dtype);
-  both.forward(ctx, batch, {}, hidden, nullptr, recompute_);
-  const Tensor device =
-      ctx.activations.alloc({2 * tokens, transformer_.config().vocab}, DType::kF32);
-  both.logits(ctx, hidden.rows(0, 2 * tokens), device);
-  std::vector<float> logits(static_cast<std::size_t>(device.elements()));
-  ctx.ops.download(ctx.exec, device, std::as_writable_bytes(std::span(logits)));
-  const std::size_t half = logits.size() / 2;
-  double worst = 0.0;
-  for (std::size_t e = 0; e < half; ++e) {
-    const double difference = std::fabs(static_cast<double>(logits[e]) - logits[half + e]);
-    // A NaN on one side only must not look like agreement.
-    worst = std::isnan(difference) ? std::numeric_limits<double>::infinity()
-                                   : std::max(worst, difference);
-  }
-  return worst;
-}
-
 // -- the public face
 // -------------------------------------------------------------------------------
 
@@ -544,6 +323,9 @@ std::vector<model::HostAdapterTensor> TrainSession::host_adapter(DType dtype) co
 }
 model::FlatAdapter TrainSession::flat_adapter(DType dtype) const {
   return impl_->params_.flat_adapter(dtype);
+}
+std::int64_t TrainSession::flat_elements() const {
+  return impl_->params_.flat_elements();
 }
 double TrainSession::probe(const std::vector<std::int32_t>& prompt,
                            std::shared_ptr<const model::AdapterWeights> other) {

@@ -141,6 +141,8 @@ class TrainSession {
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
   /// The same values for publishing: one buffer of `dtype`, as few copies as the device allows.
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const;
+  /// Elements of flat_adapter(); 0 where the session has none (several ranks, full fine-tuning).
+  [[nodiscard]] std::int64_t flat_elements() const;
 
   /// Largest absolute difference between the logits of every position of `prompt` (1 to
   /// kProbeTokens tokens) with the trained adapter and with `other`, in one pass over both; 0

@@ -45,6 +45,8 @@ class Trainable {
   [[nodiscard]] virtual std::shared_ptr<const model::AdapterWeights> snapshot() const = 0;
   [[nodiscard]] virtual std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const = 0;
   [[nodiscard]] virtual model::FlatAdapter flat_adapter(DType dtype) const = 0;
+  /// Elements of flat_adapter(); 0 where there is none.
+  [[nodiscard]] virtual std::int64_t flat_elements() const { return 0; }
 };
 
 /// AdamW's arguments but for the tensors.

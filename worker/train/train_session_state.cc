@@ -1,0 +1,121 @@
+// What a session writes and reads between its slices: checkpoints, and the probe of a publish.
+#include "worker/train/train_session_impl.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <limits>
+#include <set>
+
+namespace tandem::worker::train {
+namespace {
+
+using kernels::ArenaScope;
+using kernels::Tensor;
+using Json = nlohmann::json;
+
+constexpr int kStateVersion = 1;
+
+/// Settings that may differ between a checkpoint and the job that continues from it: they change
+/// what is reported or kept, not one bit of the result.
+const std::set<std::string>& free_settings() {
+  static const std::set<std::string> names{"adapter_dtype", "eval_steps",       "logging_steps",
+                                           "save_steps",    "save_total_limit", "recompute"};
+  return names;
+}
+
+}  // namespace
+
+// -- state
+// -----------------------------------------------------------------------------------------
+
+TrainState TrainSession::Impl::export_state() const {
+  TrainState state;
+  const Json json{{"version", kStateVersion},
+                  {"step", step_},
+                  {"total_steps", batches_->total_steps()},
+                  {"seed", options_.settings.seed},
+                  {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
+                  {"settings", Json::parse(options_.settings.to_json())}};
+  state.json = json.dump();
+  state.tensors = params_.export_tensors();
+  return state;
+}
+
+Status TrainSession::Impl::import_state(const TrainState& state) {
+  TANDEM_CHECK(!started_, "a state is imported before the first slice");
+  const Json json = Json::parse(state.json, nullptr, false);
+  if (!json.is_object() || !json.contains("version") || !json["version"].is_number_integer() ||
+      !json.contains("settings") || !json["settings"].is_object() || !json.contains("step") ||
+      !json["step"].is_number_integer() || !json.contains("total_steps") ||
+      !json.contains("compute_dtype"))
+    return corrupt_error("the checkpoint's state is not the JSON object that training wrote");
+  if (json["version"] != kStateVersion)
+    return refused_error(str("the checkpoint has version ", json["version"].dump(),
+                             "; this build reads ", kStateVersion));
+  const Json now = Json::parse(options_.settings.to_json());
+  for (const auto& [name, value] : now.items())
+    if (!free_settings().contains(name) &&
+        (!json["settings"].contains(name) || json["settings"][name] != value))
+      return conflict_error(
+          str("the checkpoint was made with ", name, " = ",
+              json["settings"].contains(name) ? json["settings"][name].dump() : "nothing",
+              "; the job says ", value.dump()));
+  if (json["compute_dtype"] != dtype_name(parts_.context.compute_dtype))
+    return conflict_error(str("the checkpoint was computed in ", json["compute_dtype"].dump(),
+                              "; this engine computes in ",
+                              dtype_name(parts_.context.compute_dtype)));
+  if (json["total_steps"] != batches_->total_steps())
+    return conflict_error(str("the checkpoint belongs to a job of ", json["total_steps"].dump(),
+                              " steps; this data gives ", batches_->total_steps()));
+  const auto step = json["step"].get<std::int64_t>();
+  if (step < 0 || step > batches_->total_steps())
+    return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
+  TANDEM_RETURN_IF_ERROR(params_.import_tensors(state.tensors));
+  step_ = step;
+  if (step_ == batches_->total_steps())
+    phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
+  else if (step_ > 0)
+    phase_ = Phase::kTrain;
+  return {};
+}
+
+// -- probe
+// -----------------------------------------------------------------------------------------
+
+double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
+                                 std::shared_ptr<const model::AdapterWeights> other) {
+  const auto tokens = static_cast<std::int64_t>(prompt.size());
+  TANDEM_CHECK(tokens >= 1 && tokens <= kProbeTokens, tokens, " tokens");
+  kernels::Exec exec = parts_.context.exec;
+  exec.background = true;  // beside it, the adapter is hashed and uploaded
+  model::Context ctx{parts_.context.ops, exec, parts_.context.comm, parts_.context.activations,
+                     parts_.context.compute_dtype};
+  ArenaScope scope(ctx.activations);
+  // One pass for both: the prompt twice in a batch, once under each adapter of a table of our own.
+  const std::int64_t rank_max = std::max(params_.rank_max(), other->rank_max);
+  model::AdapterTable table(ctx.ops, ctx.exec, ctx.activations, transformer_.config(), 2);
+  params_.attach(table, 0);
+  table.set(ctx.exec, 1, std::move(other));
+  const model::Transformer both(params_.weights(), &table, {0, transformer_.config().layers});
+  const model::TokenBatch batch = upload_twice(ctx, prompt, rank_max);
+  const Tensor hidden =
+      ctx.activations.alloc({batch.tokens(), transformer_.config().width}, ctx.compute_dtype);
+  both.forward(ctx, batch, {}, hidden, nullptr, recompute_);
+  const Tensor device =
+      ctx.activations.alloc({2 * tokens, transformer_.config().vocab}, DType::kF32);
+  both.logits(ctx, hidden.rows(0, 2 * tokens), device);
+  std::vector<float> logits(static_cast<std::size_t>(device.elements()));
+  ctx.ops.download(ctx.exec, device, std::as_writable_bytes(std::span(logits)));
+  const std::size_t half = logits.size() / 2;
+  double worst = 0.0;
+  for (std::size_t e = 0; e < half; ++e) {
+    const double difference = std::fabs(static_cast<double>(logits[e]) - logits[half + e]);
+    // A NaN on one side only must not look like agreement.
+    worst = std::isnan(difference) ? std::numeric_limits<double>::infinity()
+                                   : std::max(worst, difference);
+  }
+  return worst;
+}
+
+}  // namespace tandem::worker::train
