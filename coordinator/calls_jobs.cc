@@ -209,7 +209,7 @@ void Calls::estimate(const Ask& ask, Params& params) {
   if (!model.ok()) return reply(ask, model.status());
   const std::string id = str("call:", ++estimate_ids_);
   estimate_asks_[id] = ask;
-  estimates_.ask(id, model_ref(**model), settings->to_json(), false);
+  estimates_.ask(id, model_ref(**model), *settings, false);
 }
 
 }  // namespace tandem::coordinator

@@ -132,7 +132,22 @@ void Jobs::ask_estimate(Job& job) {
     save(job);
     return;
   }
-  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train.to_json(), true);
+  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, true);
+}
+
+/// More ranks than any host has slots will never start. Right after a start of the coordinator
+/// nobody knows how many there are, so the job then waits.
+Status Jobs::check_pool(const Job& job) const {
+  const std::int64_t ranks = ranks_of(job);
+  const auto [slots, host] = largest_host(workers_);
+  if (ranks <= 1 || static_cast<std::int64_t>(slots) >= ranks ||
+      context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
+    return {};
+  return refused_error(
+      str("the job has ", ranks, " ranks, one worker each on one host, and ",
+          slots == 0 ? std::string("no CPU worker is known")
+                     : str(host, " has ", slots, " CPU workers, no host more"),
+          "; start more (tandem up --workers ", ranks, ") or use fewer ranks (dp, tp, pp)"));
 }
 
 void Jobs::estimated(const EstimateOutcome& outcome) {
@@ -149,6 +164,10 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
   const auto json = nlohmann::json::parse(outcome.result_json, nullptr, false);
   if (!json.is_object()) {
     finish(job, JobState::kFailed, internal_error("the dry run's answer is not a JSON object"));
+    return save(std::move(job));
+  }
+  if (Status room = check_pool(job); !room.ok()) {
+    finish(job, JobState::kFailed, room);
     return save(std::move(job));
   }
   const bool fits =
@@ -251,30 +270,35 @@ void Jobs::drain(const WorkerId& worker) {
 void Jobs::schedule() {
   std::vector<JobId> order;
   for (const Job* job : queue_order(context_.tables())) order.push_back(job->id);
+  std::set<WorkerId> reserved;  // for gangs earlier in the queue, which need them all at once
   for (const JobId& id : order) {
     const Job& job = context_.tables().jobs.at(id);
     if (const auto timers = timers_.find(id);
         timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
       continue;
-    const Placement placement = place(job, context_.tables(), workers_);
-    if (placement.worker.empty()) continue;
-    start(job, *workers_.find(placement.worker));
+    const Placement placement = place(job, context_.tables(), workers_, reserved);
+    reserved.insert(placement.wanted.begin(), placement.wanted.end());
+    if (!placement.worker.empty()) start(job, placement);
   }
 }
 
-void Jobs::start(Job job, Worker& worker) {
+void Jobs::start(Job job, const Placement& placement) {
+  const Worker& worker = *workers_.find(placement.worker);
   const CheckpointRecord* checkpoint = context_.tables().latest_checkpoint(job.id);
   ++job.epoch;
   ++job.attempts;
   job.worker = worker.id;
-  job.engine = worker.engine.incarnation;
+  job.members = placement.members;
+  job.engine = job.gang() ? context_.random_incarnation() : worker.engine.incarnation;
   job.step = checkpoint == nullptr ? 0 : checkpoint->step;
   job.progress_seq = 0;
   job.requeue_after_stop = false;
   if (job.started_unix_ms == 0) job.started_unix_ms = context_.now().unix_ms;
   timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
   set_state(job, JobState::kStarting,
-            str("on ", worker.id, job.step > 0 ? str(" from step ", job.step) : "",
+            str("on ", worker.id,
+                job.gang() ? str(" and ", job.members.size() - 1, " more") : std::string(),
+                job.step > 0 ? str(" from step ", job.step) : "",
                 job.epoch > 1 ? str(", epoch ", job.epoch) : ""));
   send_start(job, worker);
   save(std::move(job));
@@ -299,17 +323,25 @@ void Jobs::send_start(const Job& job, const Worker& worker) {
   }
   if (const CheckpointRecord* checkpoint = tables.latest_checkpoint(job.id))
     message.checkpoint_manifest = tables.manifest(checkpoint->manifest);
-  context_.send_worker(worker.engine.peer, std::move(message));
+  if (job.gang()) {
+    message.gang = job.engine;
+    message.members = job.members;
+  }
+  context_.send_worker(job.gang() ? worker.agent.peer : worker.engine.peer, std::move(message));
 }
 
 void Jobs::send_stop(const Job& job) {
   timers_[job.id].sent_ms = context_.now().ms;
   const Worker* worker = workers_.find(job.worker);
-  if (worker == nullptr || !worker->engine.alive) return;
-  context_.send_worker(worker->engine.peer, protocol::StopJob{job.id, job.epoch,
-                                                              job.state == JobState::kPausing
-                                                                  ? protocol::StopMode::kPause
-                                                                  : protocol::StopMode::kCancel});
+  if (worker == nullptr) return;
+  const Process* process = runner_of(job);
+  // A gang that has not said hello has nothing to lose: its agent ends it.
+  if (process == nullptr && job.gang()) process = &worker->agent;
+  if (process == nullptr || !process->alive) return;
+  context_.send_worker(process->peer, protocol::StopJob{job.id, job.epoch,
+                                                        job.state == JobState::kPausing
+                                                            ? protocol::StopMode::kPause
+                                                            : protocol::StopMode::kCancel});
 }
 
 /// The attempt is over without the job's end: back to the queue, or failed when there were too
@@ -344,16 +376,30 @@ void Jobs::interrupted(Job job, const std::string& why, bool own_failure) {
 
 void Jobs::engine_lost(const EngineLost& lost) {
   const Job* held = job_on(context_.tables(), lost.worker);
-  if (held == nullptr) return;
-  interrupted(*held, str("engine ", lost.worker, ": ", lost.reason), false);
+  // A gang's ranks are processes of their own: the engines on its slots come and go.
+  if (held == nullptr || held->gang() != lost.gang || held->worker != lost.worker) return;
+  const Worker* worker = workers_.find(lost.worker);
+  if (lost.gang && worker->gang.incarnation != held->engine) return;  // an earlier one
+  interrupted(*held, str(runner_name(*held), ": ", lost.reason), false);
 }
 
-void Jobs::look_for_missing(const Job& job, const Worker& worker) {
+std::string runner_name(const Job& job) {
+  return str(job.gang() ? "the gang on " : "engine ", job.worker);
+}
+
+Process* Jobs::runner_of(const Job& job) {
+  Worker* worker = workers_.find(job.worker);
+  if (worker == nullptr) return nullptr;
+  if (!job.gang()) return &worker->engine;
+  return worker->gang.incarnation == job.engine ? &worker->gang : nullptr;
+}
+
+void Jobs::look_for_missing(const Job& job, const Process& process) {
   Timers& timers = timers_[job.id];
   const auto names_it = [&](const protocol::RunningJob& running) {
     return running.job == job.id && running.epoch == job.epoch;
   };
-  if (std::any_of(worker.engine.jobs.begin(), worker.engine.jobs.end(), names_it)) {
+  if (std::any_of(process.jobs.begin(), process.jobs.end(), names_it)) {
     timers.missing_since_ms = -1;
     return;
   }
@@ -362,12 +408,10 @@ void Jobs::look_for_missing(const Job& job, const Worker& worker) {
   if (context_.now().ms - timers.missing_since_ms < context_.limits().missing_job_ms) return;
   Job lost = job;
   lost.engine = 0;
-  interrupted(std::move(lost), str("engine ", worker.id, " does not have the job any more"), false);
+  interrupted(std::move(lost), str(runner_name(job), " does not have the job any more"), false);
 }
 
 void Jobs::tick() {
-  const TimeMs now = context_.now().ms;
-  const Limits& limits = context_.limits();
   std::vector<JobId> held, unasked;
   for (const auto& [id, job] : context_.tables().jobs) {
     if (holds_engine(job.state)) held.push_back(id);
@@ -379,33 +423,64 @@ void Jobs::tick() {
     Job job = context_.tables().jobs.at(id);
     ask_estimate(job);
   }
-  for (const JobId& id : held) {
-    const Job& job = context_.tables().jobs.at(id);
-    const Worker* worker = workers_.find(job.worker);
-    if (worker == nullptr || !worker->engine.alive) {
-      if (now - loaded_ms_ > limits.adoption_ms)
-        interrupted(job, str("engine ", job.worker, " did not come back"), false);
-      continue;
-    }
-    if (job.engine != worker->engine.incarnation) {
-      interrupted(job, str("engine ", job.worker, " was replaced by a new process"), false);
-      continue;
-    }
-    look_for_missing(job, *worker);
-    const Job& still = context_.tables().jobs.at(id);
-    if (!holds_engine(still.state)) continue;
-    Timers& timers = timers_[id];
-    if (still.state == JobState::kStarting && now - timers.started_ms > limits.start_timeout_ms &&
-        timers.missing_since_ms >= 0) {
-      interrupted(still, str("engine ", still.worker, " did not start the job in time"), false);
-    } else if (still.state != JobState::kRunning && now - timers.sent_ms >= limits.resend_ms) {
-      if (still.state == JobState::kStarting && timers.missing_since_ms >= 0)
-        send_start(still, *worker);
-      else if (still.state != JobState::kStarting)
-        send_stop(still);
+  for (const JobId& id : held) tick_held(id);
+}
+
+void Jobs::tick_held(const JobId& id) {
+  const TimeMs now = context_.now().ms;
+  const Limits& limits = context_.limits();
+  const Job& job = context_.tables().jobs.at(id);
+  const Worker* worker = workers_.find(job.worker);
+  const Process* process = runner_of(job);
+  if (job.gang() && process == nullptr && worker != nullptr) return tick_unseen_gang(job, *worker);
+  if (process == nullptr || !process->alive) {
+    if (now - loaded_ms_ > limits.adoption_ms)
+      interrupted(job, str(runner_name(job), " did not come back"), false);
+    return;
+  }
+  if (job.engine != process->incarnation)
+    return interrupted(job, str(runner_name(job), " was replaced by a new process"), false);
+  look_for_missing(job, *process);
+  const Job& still = context_.tables().jobs.at(id);
+  if (!holds_engine(still.state)) return;
+  Timers& timers = timers_[id];
+  if (still.state == JobState::kStarting && now - timers.started_ms > limits.start_timeout_ms &&
+      timers.missing_since_ms >= 0) {
+    interrupted(still, str(runner_name(still), " did not start the job in time"), false);
+  } else if (still.state != JobState::kRunning && now - timers.sent_ms >= limits.resend_ms) {
+    if (still.state == JobState::kStarting && timers.missing_since_ms >= 0)
+      send_start(still, *worker);
+    else if (still.state != JobState::kStarting)
+      send_stop(still);
+    timers.sent_ms = now;
+  }
+}
+
+/// A gang whose first rank has not said hello to this process: it is being started, or was running
+/// before this coordinator was.
+void Jobs::tick_unseen_gang(const Job& job, const Worker& worker) {
+  const TimeMs now = context_.now().ms;
+  const Limits& limits = context_.limits();
+  Timers& timers = timers_[job.id];
+  const TimeMs since = std::max(timers.started_ms, loaded_ms_);
+  const bool agent_gone = !worker.agent.alive && now - since > limits.adoption_ms;
+  if (job.state == JobState::kStarting && !agent_gone && now - since <= limits.start_timeout_ms) {
+    if (worker.agent.alive && now - timers.sent_ms >= limits.resend_ms) {
+      send_start(job, worker);
       timers.sent_ms = now;
     }
+    return;
   }
+  const bool stopping = job.state == JobState::kPausing || job.state == JobState::kCancelling;
+  if (stopping && !agent_gone && now - since <= limits.adoption_ms) {
+    if (now - timers.sent_ms >= limits.resend_ms) send_stop(job);
+    return;
+  }
+  if (now - since > limits.adoption_ms)
+    interrupted(job,
+                str(runner_name(job), job.state == JobState::kStarting ? " did not start in time"
+                                                                       : " did not come back"),
+                false);
 }
 
 std::string Jobs::waiting_reason(const Job& job) const {
@@ -419,10 +494,10 @@ std::string Jobs::waiting_reason(const Job& job) const {
           timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
         return str("next try in ", timers->second.not_before_ms - context_.now().ms,
                    " ms after: ", job.error);
-      return place(job, context_.tables(), workers_).waiting;
+      return place(job, context_.tables(), workers_, {}).waiting;
     }
     case JobState::kStarting:
-      return str("engine ", job.worker, " prepares it");
+      return str(runner_name(job), " prepares it");
     default:
       return "";
   }
@@ -443,7 +518,7 @@ const std::deque<JobEventRecord>* Jobs::events(const JobId& id) const {
 std::vector<Digest> Jobs::demand() const {
   std::vector<Digest> models;
   for (const Job* job : queue_order(context_.tables()))
-    if (place(*job, context_.tables(), workers_).load) models.push_back(job->model);
+    if (place(*job, context_.tables(), workers_, {}).load) models.push_back(job->model);
   return models;
 }
 
