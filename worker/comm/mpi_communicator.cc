@@ -39,7 +39,7 @@ void check_mpi(int code, const char* what) {
 /// MPI between initialisation and finalization; shared by the gang and its sub-communicators.
 class World {
  public:
-  explicit World(TimeMs timeout_ms) : timeout_ms_(scaled_ms(timeout_ms)) {
+  explicit World(MpiOptions options) : options_(std::move(options)) {
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), "rank");
     check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &size_), "size");
@@ -52,12 +52,15 @@ class World {
 
   [[nodiscard]] int rank() const { return rank_; }
   [[nodiscard]] int size() const { return size_; }
-  [[nodiscard]] TimeMs timeout_ms() const { return timeout_ms_; }
+  [[nodiscard]] TimeMs timeout_ms() const {
+    const auto& current = options_.current_timeout_ms;
+    return scaled_ms(current != nullptr ? current->load() : options_.timeout_ms);
+  }
   int next_tag() { return ++tag_; }
   void fail() { failed_ = true; }
 
  private:
-  const TimeMs timeout_ms_;
+  const MpiOptions options_;
   int rank_ = 0, size_ = 0, tag_ = 0;
   bool failed_ = false;
 };
@@ -321,7 +324,7 @@ Result<std::unique_ptr<Communicator>> make_mpi_communicator(const MpiOptions& op
   if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS ||
       provided < MPI_THREAD_FUNNELED)
     return unavailable_error("MPI does not start beside OpenMP threads");
-  auto world = std::make_shared<World>(options.timeout_ms);
+  auto world = std::make_shared<World>(options);
   std::vector<int> members(static_cast<std::size_t>(world->size()));
   for (std::size_t r = 0; r < members.size(); ++r) members[r] = static_cast<int>(r);
   return std::unique_ptr<Communicator>(

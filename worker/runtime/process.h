@@ -16,6 +16,17 @@ namespace tandem::worker::runtime {
 Result<pid_t> start_process(const std::string& executable,
                             const std::vector<std::string>& arguments, bool die_with_parent);
 
+/// A program with everything of its own.
+struct ProcessSpec {
+  std::string executable;
+  std::vector<std::string> arguments;
+  std::vector<std::string> environment;  ///< "NAME=value", all of it
+  bool own_session = false;              ///< no terminal's signals
+  std::string output;                    ///< file that standard output and error are appended to
+  int inherit = -1;                      ///< this descriptor stays open in it
+};
+Result<pid_t> start_process(const ProcessSpec& spec);
+
 /// Grows from 20 ms, doubling to 5 s while children die within 5 s of their start; else 0.
 class RestartBackoff {
  public:
