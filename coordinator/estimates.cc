@@ -4,9 +4,14 @@ namespace tandem::coordinator {
 
 void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                     const protocol::TrainSettings& settings, bool patient) {
-  asked_[id] = {model,   settings.to_json(), settings.ranks() > 1 ? "cpu" : "",
-                patient, context_.now().ms,  0,
-                {},      0};
+  asked_[id] = {model,
+                settings.to_json(),
+                settings.ranks() > 1 ? "cpu" : "",
+                patient,
+                context_.now().ms,
+                0,
+                {},
+                0};
 }
 
 std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {

@@ -107,6 +107,7 @@ Result<JobId> Jobs::submit(const Submission& submission) {
   job.idempotency_key = submission.idempotency_key;
   job.spec_json = submission.spec.to_json();
   job.priority = submission.spec.priority;
+  job.ranks = submission.spec.train.ranks();
   job.model = submission.model;
   job.dataset = submission.dataset;
   if (const auto data = context_.tables().datasets.find(submission.dataset);
@@ -138,16 +139,16 @@ void Jobs::ask_estimate(Job& job) {
 /// More ranks than any host has slots will never start. Right after a start of the coordinator
 /// nobody knows how many there are, so the job then waits.
 Status Jobs::check_pool(const Job& job) const {
-  const std::int64_t ranks = ranks_of(job);
+  const std::int64_t ranks = job.ranks;
   const auto [slots, host] = largest_host(workers_);
   if (ranks <= 1 || static_cast<std::int64_t>(slots) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
-  return refused_error(
-      str("the job has ", ranks, " ranks, one worker each on one host, and ",
-          slots == 0 ? std::string("no CPU worker is known")
-                     : str(host, " has ", slots, " CPU workers, no host more"),
-          "; start more (tandem up --workers ", ranks, ") or use fewer ranks (dp, tp, pp)"));
+  return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
+                           slots == 0 ? std::string("no CPU worker is known")
+                                      : str(host, " has ", slots, " CPU workers, no host more"),
+                           "; start more (tandem up --workers ", ranks,
+                           ") or use fewer ranks (dp, tp, pp)"));
 }
 
 void Jobs::estimated(const EstimateOutcome& outcome) {
@@ -230,11 +231,31 @@ Status Jobs::pause(const JobId& id) {
   return {};
 }
 
-Status Jobs::resume(const JobId& id) {
+/// The job's settings with another layout; checkpoints do not depend on it.
+Status Jobs::change_layout(Job& job, const std::string& layout_json) {
+  const auto layout = nlohmann::ordered_json::parse(layout_json, nullptr, false);
+  for (const auto& [name, value] : layout.items())
+    if (name != "dp" && name != "tp" && name != "pp" && name != "zero")
+      return invalid_error(str("a layout has dp, tp, pp and zero, not \"", name, "\""));
+  TANDEM_ASSIGN_OR_RETURN(auto spec, protocol::JobSpec::parse(job.spec_json));
+  auto train = nlohmann::ordered_json::parse(spec.train.to_json());
+  train.update(layout);
+  TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
+  job.spec_json = spec.to_json();
+  job.ranks = spec.train.ranks();
+  job.estimate_json.clear();  // other ranks need other memory
+  return {};
+}
+
+Status Jobs::resume(const JobId& id, const std::string& layout_json) {
   const auto found = context_.tables().jobs.find(id);
   if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
   Job job = found->second;
   if (job.state == JobState::kPausing) {
+    if (!layout_json.empty())
+      return conflict_error(str(id,
+                                " still writes its checkpoint; change its layout once it is "
+                                "paused"));
     job.requeue_after_stop = true;
     save(std::move(job));
     return {};
@@ -242,6 +263,7 @@ Status Jobs::resume(const JobId& id) {
   if (job.state != JobState::kPaused && job.state != JobState::kFailed)
     return conflict_error(
         str(id, " is ", job_state_name(job.state), "; only a paused or failed job is resumed"));
+  if (!layout_json.empty()) TANDEM_RETURN_IF_ERROR(change_layout(job, layout_json));
   job.ended_unix_ms = 0;
   job.error_code.clear();
   job.error.clear();
@@ -463,7 +485,9 @@ void Jobs::tick_unseen_gang(const Job& job, const Worker& worker) {
   const Limits& limits = context_.limits();
   Timers& timers = timers_[job.id];
   const TimeMs since = std::max(timers.started_ms, loaded_ms_);
-  const bool agent_gone = !worker.agent.alive && now - since > limits.adoption_ms;
+  // It said goodbye or lost its lease; right after a start of ours it may not have been here yet.
+  const bool agent_gone =
+      !worker.agent.alive && (worker.agent.incarnation != 0 || now - since > limits.adoption_ms);
   if (job.state == JobState::kStarting && !agent_gone && now - since <= limits.start_timeout_ms) {
     if (worker.agent.alive && now - timers.sent_ms >= limits.resend_ms) {
       send_start(job, worker);
@@ -476,7 +500,7 @@ void Jobs::tick_unseen_gang(const Job& job, const Worker& worker) {
     if (now - timers.sent_ms >= limits.resend_ms) send_stop(job);
     return;
   }
-  if (now - since > limits.adoption_ms)
+  if (now - since > limits.adoption_ms || (agent_gone && job.state == JobState::kStarting))
     interrupted(job,
                 str(runner_name(job), job.state == JobState::kStarting ? " did not start in time"
                                                                        : " did not come back"),
@@ -494,7 +518,9 @@ std::string Jobs::waiting_reason(const Job& job) const {
           timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
         return str("next try in ", timers->second.not_before_ms - context_.now().ms,
                    " ms after: ", job.error);
-      return place(job, context_.tables(), workers_, {}).waiting;
+      return place(job, context_.tables(), workers_,
+                   reserved_before(job, context_.tables(), workers_))
+          .waiting;
     }
     case JobState::kStarting:
       return str(runner_name(job), " prepares it");

@@ -35,7 +35,8 @@ class Jobs {
   Result<JobId> submit(const Submission& submission);
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
-  Status resume(const JobId& id);
+  /// `layout_json`: "" or {"dp","tp","pp","zero"}, some of them: go on over other ranks.
+  Status resume(const JobId& id, const std::string& layout_json);
   /// The worker is to be empty: its job is checkpointed, stopped and queued again.
   void drain(const WorkerId& worker);
 
@@ -95,11 +96,13 @@ class Jobs {
   void start(Job job, const Placement& placement);
   void send_start(const Job& job, const Worker& worker);
   void send_stop(const Job& job);
+  static Status change_layout(Job& job, const std::string& layout_json);
   void ask_estimate(Job& job);
   [[nodiscard]] Status check_pool(const Job& job) const;
   /// Whether the message is of the job's current attempt on this engine; takes a queued job back
   /// that only lost its lease. Answers a stale one with kConflict.
   bool accept(const Runner& runner, const JobId& id, Epoch epoch, const std::string& of, Job& job);
+  [[nodiscard]] bool may_go_on(const Job& job) const;
   void ack(const Process& process, const JobId& job, Epoch epoch, const std::string& of,
            const Status& status, bool lazy = false);
   void interrupted(Job job, const std::string& why, bool own_failure);

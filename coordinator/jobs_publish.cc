@@ -50,8 +50,8 @@ void Jobs::publish(const Runner& runner, const protocol::Publish& message) {
   if (is_pending(job.id, "publish")) return;
   const std::uint64_t work =
       context_.start_work(VerifyManifest{message.manifest, ManifestKind::kAdapter});
-  pending_[work] = {true,     job.id, job.epoch, message.step, runner.worker.id, message.metadata_json,
-                    "publish"};
+  pending_[work] = {
+      true, job.id, job.epoch, message.step, runner.worker.id, message.metadata_json, "publish"};
 }
 
 bool Jobs::verified(const WorkDone& done) {
@@ -61,8 +61,10 @@ bool Jobs::verified(const WorkDone& done) {
   pending_.erase(found);
   Worker* worker = workers_.find(pending.worker);
   const auto owner = context_.tables().jobs.find(pending.job);
-  Process* process =
-      owner == context_.tables().jobs.end() ? nullptr : runner_of(owner->second);
+  if (owner != context_.tables().jobs.end() &&
+      (owner->second.worker != pending.worker || owner->second.epoch != pending.epoch))
+    return true;  // the job moved on; whoever sent this is told when it repeats
+  Process* process = owner == context_.tables().jobs.end() ? nullptr : runner_of(owner->second);
   if (worker == nullptr || process == nullptr || !process->alive)
     return true;  // it will repeat, or is dead
   // The job may have moved while the manifest was being read.

@@ -42,7 +42,7 @@ bool Jobs::accept(const Runner& runner, const JobId& id, Epoch epoch, const std:
     return false;
   }
   if (holds_engine(job.state)) return true;
-  if (job.state == JobState::kQueued && job.engine == process.incarnation) {
+  if (job.state == JobState::kQueued && job.engine == process.incarnation && may_go_on(job)) {
     // Only its lease ran out: nobody else was started, so it goes on where it is.
     timers_[id] = {context_.now().ms, context_.now().ms, -1, 0};
     set_state(job, JobState::kRunning, str(runner_name(job), " is back"));
@@ -53,6 +53,14 @@ bool Jobs::accept(const Runner& runner, const JobId& id, Epoch epoch, const std:
   ack(process, id, epoch, of,
       over ? Status() : conflict_error(str(id, " is ", job_state_name(job.state), "; stop it")));
   return false;
+}
+
+/// Whether a job that only lost its lease can be taken back: of a gang's workers, whose engines and
+/// agents were there all the time, one may have been given another job.
+bool Jobs::may_go_on(const Job& job) const {
+  return std::none_of(job.members.begin(), job.members.end(), [&](const WorkerId& member) {
+    return job_on(context_.tables(), member) != nullptr;
+  });
 }
 
 void Jobs::progress(const Runner& runner, const protocol::JobProgress& message) {
@@ -138,8 +146,8 @@ std::vector<JobId> Jobs::adopt(const Runner& runner, protocol::WorkerRole role) 
     const bool owned = found != context_.tables().jobs.end() &&
                        found->second.epoch == claim.epoch && found->second.worker == worker.id &&
                        (agent || found->second.engine == process.incarnation);
-    if (!owned ||
-        (!holds_engine(found->second.state) && found->second.state != JobState::kQueued)) {
+    if (!owned || (!holds_engine(found->second.state) &&
+                   (found->second.state != JobState::kQueued || !may_go_on(found->second)))) {
       stop.push_back(claim.job);
       continue;
     }
@@ -162,10 +170,11 @@ void Jobs::seen(const Runner& runner, protocol::WorkerRole role) {
   for (const protocol::RunningJob& claim : process.jobs) {
     const auto found = context_.tables().jobs.find(claim.job);
     // A gang whose lease alone ran out may come back; its agent need not end it.
-    const bool current = found != context_.tables().jobs.end() &&
-                         found->second.epoch == claim.epoch && found->second.worker == worker.id &&
-                         (holds_engine(found->second.state) ||
-                          (agent && found->second.state == JobState::kQueued));
+    const bool current =
+        found != context_.tables().jobs.end() && found->second.epoch == claim.epoch &&
+        found->second.worker == worker.id &&
+        (holds_engine(found->second.state) ||
+         (agent && found->second.state == JobState::kQueued && may_go_on(found->second)));
     if (!current) {
       context_.send_worker(process.peer,
                            protocol::StopJob{claim.job, claim.epoch, protocol::StopMode::kCancel});

@@ -2,7 +2,6 @@
 
 #include "protocol/base/str.h"
 #include "protocol/base/units.h"
-#include "protocol/job_spec.h"
 
 #include <nlohmann/json.hpp>
 
@@ -52,15 +51,9 @@ const Job* job_on(const Tables& tables, const WorkerId& worker) {
   return nullptr;
 }
 
-std::int64_t ranks_of(const Job& job) {
-  const auto spec = protocol::JobSpec::parse(job.spec_json);
-  return spec.ok() ? spec->train.ranks() : 1;
-}
-
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
                 const std::set<WorkerId>& reserved) {
-  if (const std::int64_t ranks = ranks_of(job); ranks > 1)
-    return place_gang(job, ranks, tables, workers, reserved);
+  if (job.ranks > 1) return place_gang(job, tables, workers, reserved);
   const ModelRecord* model = tables.model_by_digest(job.model);
   if (model == nullptr) return {{}, {}, {}, false, "its base model is not registered any more"};
   const Worker* best = nullptr;

@@ -15,8 +15,8 @@ struct Placement {
   WorkerId worker;                ///< empty: none now
   std::vector<WorkerId> members;  ///< of a gang: all its workers, `worker` first
   std::vector<WorkerId> wanted;   ///< a gang that waits for these: jobs behind it leave them alone
-  bool load = false;    ///< the job waits for its base to be loaded somewhere
-  std::string waiting;  ///< why, for people
+  bool load = false;              ///< the job waits for its base to be loaded somewhere
+  std::string waiting;            ///< why, for people
 };
 
 /// Queued jobs in the order they are to be started: priority, then submission.
@@ -31,15 +31,16 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
 /// Workers for a queued job of several ranks: all at once, one per rank, on one host, CPU slots
 /// that train nothing and have memory for a rank beside their engine (whose base does not matter).
 /// The leader's agent must be there. Deterministic.
-Placement place_gang(const Job& job, std::int64_t ranks, const Tables& tables,
-                     const WorkerTable& workers, const std::set<WorkerId>& reserved);
+Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
+                     const std::set<WorkerId>& reserved);
+
+/// What gangs before `job` in the queue keep for themselves.
+std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
+                                   const WorkerTable& workers);
 
 /// What stands in the way of a job on one engine, by its estimate too; "" when nothing does.
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved);
-
-/// Ranks of a job by its settings.
-std::int64_t ranks_of(const Job& job);
 
 /// The most CPU slots that one host is known to have, and its name.
 std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers);

@@ -73,6 +73,7 @@ struct Job {
   std::string spec_json;  ///< JobSpec with every default written out
   JobState state = JobState::kSubmitted;
   std::int32_t priority = 0;
+  std::int64_t ranks = 1;  ///< of the spec's layout
   Digest model;
   Digest dataset, eval_dataset;  ///< roots; eval may be empty
   Digest dataset_manifest;

@@ -56,6 +56,7 @@ protocol::JobRecord to_record(const Job& job) {
                      {"dataset", hex_or_none(job.dataset)},
                      {"eval_dataset", hex_or_none(job.eval_dataset)},
                      {"engine", job.engine},
+                     {"ranks", job.ranks},
                      {"members", id_list(job.members)},
                      {"own_failures", job.own_failures},
                      {"requeue_after_stop", job.requeue_after_stop},
@@ -79,6 +80,7 @@ Result<Job> from_record(const protocol::JobRecord& r) {
   try {
     job.order = details.value("order", std::uint64_t{0});
     job.engine = details.value("engine", Incarnation{0});
+    job.ranks = details.value("ranks", std::int64_t{1});
     for (const auto& member : details.value("members", std::vector<std::string>{}))
       job.members.emplace_back(member);
     job.own_failures = details.value("own_failures", 0);

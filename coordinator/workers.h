@@ -24,7 +24,7 @@ struct Process {
   std::int64_t pid = 0;
   protocol::Version version;
   std::vector<protocol::RunningJob> jobs;  ///< what it says it runs; an agent: its gang
-  std::deque<Incarnation> superseded;  ///< replaced by a later one; their hellos are refused
+  std::deque<Incarnation> superseded;      ///< replaced by a later one; their hellos are refused
 };
 
 struct Engine : Process {
@@ -37,7 +37,7 @@ struct Engine : Process {
   std::int64_t credits = 0;
   std::set<RequestId> requests;  ///< sent to it and not finished
   std::set<Digest> adapters;     ///< resident, as it said
-  TimeMs idle_since_ms = -1;  ///< since when its heartbeats name no request; -1: it has some
+  TimeMs idle_since_ms = -1;     ///< since when its heartbeats name no request; -1: it has some
   protocol::Heartbeat heartbeat;
   [[nodiscard]] std::int64_t free_credits() const {
     return credits - static_cast<std::int64_t>(requests.size());
@@ -51,7 +51,7 @@ struct Worker {
   std::int64_t memory_bytes = 0;
   Process agent;
   Engine engine;
-  Process gang;  ///< of the gang that this worker leads or led last
+  Process gang;                ///< of the gang that this worker leads or led last
   Incarnation restarting = 0;  ///< the engine that its agent was told to end; 0: none
   TimeMs restart_sent_ms = 0;
   [[nodiscard]] bool holds(const Digest& model) const {

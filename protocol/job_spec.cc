@@ -205,7 +205,8 @@ Status TrainSettings::check_layout() const {
   if (ranks() > kRanksMax)
     return refused_error(str(layout, " are ", ranks(), " ranks; a job has at most ", kRanksMax));
   if (zero > 0 && dp == 1)
-    return refused_error(str("zero ", zero, " shards over data-parallel ranks, and dp is 1; set dp "
+    return refused_error(str("zero ", zero,
+                             " shards over data-parallel ranks, and dp is 1; set dp "
                              "to 2 or more, or zero to 0"));
   if (gradient_accumulation_steps % dp != 0)
     return refused_error(

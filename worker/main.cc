@@ -94,10 +94,10 @@ class Program {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
     TANDEM_ASSIGN_OR_RETURN(const auto device, describe_device());
     TANDEM_ASSIGN_OR_RETURN(auto endpoint, connect("workers", "agent"));
-    runtime::AgentOptions options{executable_,   child_arguments("--engine"),
-                                  worker_,       runtime::host_name(),
-                                  id_.device,    device.name,
-                                  id_.slot,      device.memory_bytes,
+    runtime::AgentOptions options{executable_,    child_arguments("--engine"),
+                                  worker_,        runtime::host_name(),
+                                  id_.device,     device.name,
+                                  id_.slot,       device.memory_bytes,
                                   drain_s * 1000, {}};
     if (id_.device == "cpu") {
       TANDEM_ASSIGN_OR_RETURN(options.gang, gang_options());

@@ -1,7 +1,7 @@
 // tandem-rank: one rank of a job that runs over several CPU workers. Started by mpirun, which the
-// agent of the leader's worker starts (worker/runtime/gang_keeper.h); the only program of a pool that
-// loads MPI, so that agents and engines never do. Training only: the engines of these slots go on
-// serving.
+// agent of the leader's worker starts (worker/runtime/gang_keeper.h); the only program of a pool
+// that loads MPI, so that agents and engines never do. Training only: the engines of these slots go
+// on serving.
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
@@ -38,8 +38,8 @@ Result<protocol::StartJob> read_start(const std::string& path) {
 Result<runtime::EngineEndpoints> connect(protocol::ZmqContext& context, const Settings& settings,
                                          const Identity& id) {
   runtime::EngineEndpoints endpoints;
-  for (const auto& [socket, endpoint] : {std::pair{"workers", &endpoints.control},
-                                         std::pair{"bulk", &endpoints.bulk}}) {
+  for (const auto& [socket, endpoint] :
+       {std::pair{"workers", &endpoints.control}, std::pair{"bulk", &endpoints.bulk}}) {
     protocol::ZmqClientOptions options;
     options.endpoint = settings.endpoint(socket);
     options.routing_id = protocol::make_routing_id(str(id.device, id.slot), "gang");
@@ -66,26 +66,24 @@ Result<int> run(const Settings& settings, const Identity& id) {
   TANDEM_ASSIGN_OR_RETURN(const auto lock,
                           runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
   kernels::Backend backend = kernels::make_cpu_backend(cpu);
-  TANDEM_ASSIGN_OR_RETURN(const auto options,
-                          model_options(settings, backend.ops->profile(), id));
+  TANDEM_ASSIGN_OR_RETURN(const auto options, model_options(settings, backend.ops->profile(), id));
   runtime::GangRank rank(backend, {options.dtype, options.numerics, options.memory_bytes_max},
                          *gang, patience);
   if (gang->rank() != 0) {
     runtime::follow(rank);
     return 0;
   }
-  log_info("job ", start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ",
-           cpu.threads, " threads, ", dtype_name(options.dtype));
+  log_info("job ", start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ", cpu.threads,
+           " threads, ", dtype_name(options.dtype));
   TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
   TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
   SystemClock clock;
-  const runtime::GangLeadOptions lead{
-      WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
-      runtime::host_name(),
-      start,
-      settings.data_dir(),
-      slot.agent_lock,
-      drain_s * 1000};
+  const runtime::GangLeadOptions lead{WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
+                                      runtime::host_name(),
+                                      start,
+                                      settings.data_dir(),
+                                      slot.agent_lock,
+                                      drain_s * 1000};
   return runtime::lead_gang(lead, rank, std::move(endpoints), patience, clock);
 }
 

@@ -62,8 +62,7 @@ struct Gangs : testing::Test {
 TEST_F(Gangs, TakesAllItsWorkersAtOnceAndTellsTheLeadersAgentAfterTheCommit) {
   const JobId id = running();
   EXPECT_NE(start.gang, 0u);
-  EXPECT_EQ(start.members,
-            (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(1)}));
+  EXPECT_EQ(start.members, (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(1)}));
   EXPECT_EQ(h.job(id).engine, start.gang) << "committed before it is used";
   EXPECT_EQ(h.job(id).members, start.members);
   EXPECT_EQ(h.job(id).state, JobState::kRunning);
@@ -81,6 +80,8 @@ TEST_F(Gangs, WaitsForAllOfItsWorkersAndNobodyOvertakesIt) {
   EXPECT_NE(reason(second).find(first.value), std::string::npos) << reason(second);
   const JobId single = h.submit();
   EXPECT_EQ(h.job(single).state, JobState::kQueued) << "worker 2 is kept for the gang";
+  EXPECT_NE(reason(single).find("kept for a job of several ranks"), std::string::npos)
+      << reason(single);
   h.from_gang(0, JobEnded{first, start.epoch, invalid_error("bad row"), 0, "{}"});
   h.agent(0);
   h.advance(100);
@@ -188,6 +189,39 @@ TEST_F(Gangs, ASilentGangLosesItsLeaseAndItsAgentIsToldToEndIt) {
   EXPECT_EQ(stops.back().mode, StopMode::kCancel);
 }
 
+TEST_F(Gangs, OneThatOnlyLostItsLeaseGoesOnUnlessAWorkerOfItsHasAnotherJob) {
+  for (const bool taken : {false, true}) {
+    const JobId id = running();
+    h.call("worker.drain", {{"worker", CoreHarness::worker(2).value}});
+    const JobId other = taken ? h.submit({{"priority", 5}}) : JobId();  // more urgent: overtakes
+    const auto beat_all = [&] {
+      for (int slot = 0; slot < 3; ++slot) h.beat(slot);
+      h.agent(0, {{id, start.epoch, 1}});
+    };
+    for (int i = 0; i < 5 && h.job(id).state == JobState::kRunning; ++i) {
+      h.advance(1050);
+      beat_all();
+    }
+    if (!taken) {
+      ASSERT_EQ(h.job(id).state, JobState::kStarting) << "started anew where it was";
+    } else {
+      ASSERT_EQ(h.job(other).state, JobState::kStarting);
+      ASSERT_EQ(h.job(id).state, JobState::kQueued);
+      h.to_gang<JobAck>(0);
+      h.gang(0, start.gang, {{id, start.epoch, 5}});
+      h.from_gang(0, protocol::JobProgress{id, start.epoch, 1, "step", 5, 10, "", "{}"});
+      EXPECT_EQ(h.job(id).state, JobState::kQueued);
+      const auto acks = h.to_gang<JobAck>(0);
+      ASSERT_FALSE(acks.empty());
+      EXPECT_EQ(acks.back().status.code(), StatusCode::kConflict);
+    }
+    h.call("job.cancel", {{"job", id.value}});
+    h.from_agent(0, JobEnded{id, h.job(id).epoch, cancelled_error("killed"), 0, "{}"});
+    h.call("worker.resume", {{"worker", CoreHarness::worker(2).value}});
+    h.agent(0);
+  }
+}
+
 TEST_F(Gangs, ARestartedCoordinatorAdoptsIt) {
   const JobId id = running();
   h.restart();
@@ -234,6 +268,15 @@ TEST_F(Gangs, ACancelledOneThatNeverSaidHelloIsEndedByItsAgent) {
   EXPECT_EQ(stops.back().mode, StopMode::kCancel);
   h.from_agent(0, JobEnded{id, told_first.epoch, cancelled_error("killed"), 0, "{}"});
   EXPECT_EQ(h.job(id).state, JobState::kCancelled);
+}
+
+TEST_F(Gangs, OneWhoseAgentLeavesBeforeItStartedTakesOtherWorkers) {
+  const JobId id = h.submit(kTwoRanks);
+  (void)told(0);
+  h.from_agent(0, protocol::WorkerBye{CoreHarness::worker(0), protocol::WorkerRole::kAgent, 1});
+  h.advance(1000);
+  EXPECT_EQ(h.job(id).epoch, 2u);
+  EXPECT_EQ(h.job(id).worker, CoreHarness::worker(1)) << "whose agent is there";
 }
 
 TEST_F(Gangs, AStartThatIsLostIsRepeated) {

@@ -157,9 +157,17 @@ Heartbeat heartbeat(Draw& d) {
 }
 
 StartJob start_job(Draw& d) {
-  return {d.id<JobId>(), d.number(), d.text(), d.model(),
-          d.digest(),    d.digest(), d.count(), d.count(),
-          d.text(),      d.number(), {d.id<WorkerId>(), d.id<WorkerId>()}};
+  return {d.id<JobId>(),
+          d.number(),
+          d.text(),
+          d.model(),
+          d.digest(),
+          d.digest(),
+          d.count(),
+          d.count(),
+          d.text(),
+          d.number(),
+          {d.id<WorkerId>(), d.id<WorkerId>()}};
 }
 
 }  // namespace

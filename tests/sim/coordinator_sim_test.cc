@@ -81,7 +81,7 @@ class World {
   void disturb() {
     Random& random = network_.random();
     SimClient& client = *clients_[random.below(kClients)];
-    if (network_.chance(0.10f)) 
+    if (network_.chance(0.10f))
       client.submit(str("adapter-", random.below(3)), static_cast<int>(1 + random.below(3)));
     if (network_.chance(0.5f)) {
       const std::string name = network_.chance(0.5f) ? "base" : str("adapter-", random.below(3));
@@ -227,8 +227,8 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
   }
   std::cout << seeds << " seeds: " << sum.crashes << " coordinator crashes, " << sum.deaths
             << " engine deaths, " << sum.failed_commits << " failed commits, " << sum.done
-            << " jobs done, " << sum.gangs << " gangs started, " << sum.cancelled << " cancelled, " << sum.tokens << " tokens, "
-            << sum.cached << " cached answers\n";
+            << " jobs done, " << sum.gangs << " gangs started, " << sum.cancelled << " cancelled, "
+            << sum.tokens << " tokens, " << sum.cached << " cached answers\n";
 }
 
 }  // namespace

@@ -8,10 +8,7 @@ constexpr TimeMs kTickMs = 50, kHelloMs = 250, kLeaseMs = 5000, kReportMs = 1000
 }  // namespace
 
 SimAgent::SimAgent(Network& network, SimCoordinator& coordinator, int slot)
-    : network_(network),
-      coordinator_(coordinator),
-      slot_(slot),
-      worker_(str("host/cpu", slot)) {
+    : network_(network), coordinator_(coordinator), slot_(slot), worker_(str("host/cpu", slot)) {
   start();
 }
 

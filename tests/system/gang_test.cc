@@ -85,8 +85,7 @@ class Gangs : public testing::Test {
   }
   static Json show(const std::string& job) { return platform_->call("job.show", {{"job", job}}); }
   static bool reaches(const std::string& job, std::int64_t step) {
-    return eventually(60'000,
-                      [&] { return show(job).value("step", std::int64_t{0}) >= step; });
+    return eventually(60'000, [&] { return show(job).value("step", std::int64_t{0}) >= step; });
   }
   static int leader(const std::string& job) {
     const std::string worker = show(job).value("worker", "");
@@ -113,8 +112,8 @@ class Gangs : public testing::Test {
       finish(job);
       const auto answer = platform_->generate("one", "say red 1", 16);
       EXPECT_TRUE(answer.ok()) << answer.status().to_string();
-      return Reference{platform_->losses(job), answer.ok() ? answer->tokens
-                                                           : std::vector<std::int32_t>{}};
+      return Reference{platform_->losses(job),
+                       answer.ok() ? answer->tokens : std::vector<std::int32_t>{}};
     }();
     return reference;
   }
@@ -138,12 +137,11 @@ struct LayoutCase {
   int ranks = 2;
 };
 const std::vector<LayoutCase>& layouts() {
-  static const std::vector<LayoutCase> all{
-      {"dp2", {{"dp", 2}}, 2},
-      {"tp2", {{"tp", 2}}, 2},
-      {"pp2", {{"pp", 2}}, 2},
-      {"dp2_zero3", {{"dp", 2}, {"zero", 3}}, 2},
-      {"tp2_pp2", {{"tp", 2}, {"pp", 2}}, 4}};
+  static const std::vector<LayoutCase> all{{"dp2", {{"dp", 2}}, 2},
+                                           {"tp2", {{"tp", 2}}, 2},
+                                           {"pp2", {{"pp", 2}}, 2},
+                                           {"dp2_zero3", {{"dp", 2}, {"zero", 3}}, 2},
+                                           {"tp2_pp2", {{"tp", 2}, {"pp", 2}}, 4}};
   return all;
 }
 
@@ -196,16 +194,18 @@ TEST_P(GangLayouts, EachRankKilledCostsARetryAndNotABit) {
 TEST_F(Gangs, ARankThatHangsEndsItsGangWithinTenSeconds) {
   for (const int rank : {0, 1}) {
     const std::string job =
-        submit(str("hung-", rank), with(kSettings, {{"tp", 2}, {"max_steps", 400}}));
+        submit(str("hung-", rank), with(kSettings, {{"tp", 2}, {"max_steps", 120}}));
     ASSERT_TRUE(reaches(job, 5));
     const pid_t pid = rank_of(job, rank);
     ASSERT_GT(pid, 0);
     ::kill(pid, SIGSTOP);
-    EXPECT_TRUE(eventually(10'000, [&] {
-      const Json shown = show(job);
-      return shown.value("epoch", 0) > 1 || shown.value("state", "") == "queued";
-    })) << "rank "
-        << rank;
+    EXPECT_TRUE(eventually(10'000,
+                           [&] {
+                             const Json shown = show(job);
+                             return shown.value("epoch", 0) > 1 ||
+                                    shown.value("state", "") == "queued";
+                           }))
+        << "rank " << rank;
     finish(job);
   }
 }
@@ -249,9 +249,62 @@ TEST_F(Gangs, APausedGangGoesOnToTheSameBits) {
   platform_->call("job.pause", {{"job", job}});
   ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
   ASSERT_LT(show(job).value("step", 0), 200) << "paused before its end";
+  const auto latest = platform_->generate(job + "@latest", "say red 1", 4);
+  EXPECT_TRUE(latest.ok()) << "an engine serves its checkpoint: " << latest.status().to_string();
   platform_->call("job.resume", {{"job", job}});
   finish(job);
   EXPECT_EQ(digest("paused"), digest("unpaused"));
+}
+
+TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 400}});
+  finish(submit("stayed", settings));
+  const std::string job = submit("moved-on", settings);
+  ASSERT_TRUE(reaches(job, 13));
+  // A member, not the leader: its job is checkpointed and takes another worker.
+  const std::string member = show(job)["workers"][1].get<std::string>();
+  platform_->call("worker.drain", {{"worker", member}});
+  ASSERT_TRUE(eventually(30'000, [&] {
+    const Json shown = show(job);
+    return shown.value("epoch", 0) == 2 && shown.value("state", "") == "running";
+  })) << show(job).dump(1);
+  EXPECT_GE(show(job).value("step", 0), 13) << "no step is done twice";
+  for (const Json& worker : show(job)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  platform_->call("worker.resume", {{"worker", member}});
+  // SIGTERM to the leader's worker: its agent lets the gang write a checkpoint.
+  const int slot = leader(job);
+  const pid_t supervisor = platform_->supervisor(slot);
+  const std::int64_t before = show(job).value("step", std::int64_t{0});
+  ::kill(supervisor, SIGTERM);
+  ASSERT_TRUE(eventually(30'000, [&] { return platform_->supervisor(slot) == 0; }));
+  ASSERT_TRUE(eventually(30'000, [&] {
+    const Json shown = show(job);
+    return shown.value("epoch", 0) == 3 && shown.value("state", "") == "running";
+  })) << show(job).dump(1);
+  EXPECT_GE(show(job).value("step", std::int64_t{0}), before);
+  platform_->start_worker(slot);
+  finish(job);
+  EXPECT_EQ(digest("moved-on"), digest("stayed"));
+}
+
+TEST_F(Gangs, APausedJobGoesOnOverOtherRanks) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 200}});
+  const std::string whole = submit("whole", settings);
+  finish(whole);
+  const std::string job = submit("moved", settings);
+  ASSERT_TRUE(reaches(job, 13));
+  platform_->call("job.pause", {{"job", job}});
+  ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
+  const std::int64_t paused = show(job).value("step", std::int64_t{0});
+  const auto refused = platform_->try_call("job.resume", {{"job", job}, {"layout", {{"dp", 3}}}});
+  ASSERT_FALSE(refused.ok());
+  EXPECT_EQ(refused.status().code(), StatusCode::kRefused) << refused.status().to_string();
+  platform_->call("job.resume", {{"job", job}, {"layout", {{"tp", 1}, {"dp", 2}, {"zero", 3}}}});
+  finish(job);
+  const auto want = platform_->losses(whole), got = platform_->losses(job);
+  ASSERT_EQ(got.size(), 200u);
+  for (std::int64_t step = paused + 1; step <= std::min<std::int64_t>(paused + 10, 200); ++step)
+    EXPECT_NEAR(got.at(step), want.at(step), 1e-5) << "step " << step;
 }
 
 TEST_F(Gangs, ACancelledGangIsGoneAndItsWorkersAreFree) {

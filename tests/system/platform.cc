@@ -150,9 +150,7 @@ std::string Platform::gang_directory(int slot) const {
   return data_dir() + "/run/worker-cpu" + std::to_string(slot) + "/gang";
 }
 pid_t Platform::gang_mpirun(int slot) const {
-  if (lock_holder(slot, "gang/gang.lock") == 0) return 0;
-  const Json json = Json::parse(read_all(gang_directory(slot) + "/gang.json"), nullptr, false);
-  return json.is_object() ? json.value("pid", 0) : 0;
+  return lock_holder(slot, "gang/gang.lock");
 }
 pid_t Platform::gang_rank(int rank, int slot) const {
   return lock_holder(slot, "gang/rank-" + std::to_string(rank) + ".lock");

@@ -20,14 +20,14 @@ constexpr TimeMs kTakeOverWaitMs = 10000;
 constexpr TimeMs kReportMs = 1000;
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
 
-std::atomic<int> g_stop_signals{0};
+StopSignals g_stop_signals;
 std::atomic<bool> g_hand_over{false};
 
 void on_signal(int signal) {
   if (signal == SIGUSR1)
     g_hand_over = true;
   else
-    g_stop_signals = g_stop_signals + 1;
+    g_stop_signals.note();
 }
 
 void install_signal_handlers() {
@@ -68,12 +68,12 @@ class Agent {
         log_info("handing the slot to a new agent; engine ", engine_, " stays");
         return kExitAsked;
       }
-      if (g_stop_signals > stops_seen_) {
+      if (g_stop_signals.count() > stops_seen_) {
         if (stopping_) {
           kill_engine(SIGKILL);
           gang_.kill();
         }
-        stops_seen_ = g_stop_signals;
+        stops_seen_ = g_stop_signals.count();
         begin_stop();
       }
       if (exit_code_ >= 0) return exit_code_;
@@ -171,8 +171,8 @@ class Agent {
     if (ended_ && ended_->job == start.job && ended_->epoch == start.epoch) return;
     if (last_started_ == wanted) return;  // it ended, and that is known
     last_started_ = wanted;
-    log_info("starting the gang of ", start.job, " epoch ", start.epoch, ": ",
-             start.members.size(), " ranks");
+    log_info("starting the gang of ", start.job, " epoch ", start.epoch, ": ", start.members.size(),
+             " ranks");
     if (const Status status = gang_.start(start); !status.ok()) report_ended(wanted, status);
   }
 

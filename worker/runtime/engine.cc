@@ -6,6 +6,7 @@
 #include "worker/runtime/device_arbiter.h"
 #include "worker/runtime/job_host.h"
 #include "worker/runtime/model_files.h"
+#include "worker/runtime/process.h"
 #include "worker/runtime/serve_host.h"
 #include "worker/runtime/supervisor.h"
 
@@ -26,9 +27,9 @@ constexpr auto kIdleWait = std::chrono::milliseconds(50);
 constexpr TimeMs kAgentGoneMs = 30000;  ///< an engine without an agent ends after this
 constexpr TimeMs kAgentCheckMs = 1000;
 
-std::atomic<int> g_stop_signals{0};
+StopSignals g_stop_signals;
 void on_signal(int) {
-  g_stop_signals = g_stop_signals + 1;
+  g_stop_signals.note();
 }
 
 class Engine {
@@ -295,15 +296,14 @@ class Engine {
                                options_.worker, " is a GPU's; use dp 1, tp 1, pp 1"));
     const auto& o = options_.model;
     TANDEM_ASSIGN_OR_RETURN(
-        const auto ranks,
-        memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
-                              memory::worst_case_bounds(settings)));
+        const auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
+                                                memory::worst_case_bounds(settings)));
     TANDEM_ASSIGN_OR_RETURN(const auto serving,
                             memory::estimate_serving(backend_.ops->profile(), config, o.dtype,
                                                      serve_options(o), o.adapter_slots + 1));
-    const auto largest = std::max_element(
-        ranks.begin(), ranks.end(),
-        [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
+    const auto largest =
+        std::max_element(ranks.begin(), ranks.end(),
+                         [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
     auto per_rank = nlohmann::json::array();
     for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
     const std::int64_t total = largest->peak_total + serving.peak_total;
@@ -379,7 +379,7 @@ class Engine {
   }
 
   void handle_signals() {
-    const int signals = g_stop_signals;
+    const int signals = g_stop_signals.count();
     if (signals >= 2) exit_code_ = 1;
     if (signals == 0) return;
     if (!draining_) {
@@ -400,7 +400,7 @@ class Engine {
     if (agent_seen_ms_ == 0) agent_seen_ms_ = now;
     if (now - agent_seen_ms_ > scaled_ms(kAgentGoneMs)) {
       log_error("no agent has held this slot for ", kAgentGoneMs / 1000, " s; ending");
-      g_stop_signals = std::max(1, g_stop_signals.load());
+      g_stop_signals.at_least_one();
       agent_seen_ms_ = now;
     }
   }

@@ -113,12 +113,12 @@ void GangKeeper::adopt() {
   std::ifstream in(paths_.json);
   const auto json = nlohmann::json::parse(in, nullptr, false);
   if (json.is_object()) {
-    mpirun_ = json.value("pid", pid_t{0});
+    mpirun_ = pid_in(paths_.lock);
     running_ = protocol::RunningJob{JobId(json.value("job", std::string())),
                                     json.value("epoch", Epoch{0}), 0};
   }
   child_ = false;
-  ended_ = killed_ = false;
+  ended_ = false;
   how_ = "it had ended while no agent was here";
   if (running_ && FileLock::is_held(paths_.lock)) {
     log_info("adopting the gang of ", running_->job, ", mpirun ", mpirun_);
@@ -131,7 +131,8 @@ Status GangKeeper::start(const protocol::StartJob& start) {
   TANDEM_CHECK(!running_, "one gang at a time");
   const std::string mpirun = find_program("mpirun");
   if (mpirun.empty())
-    return refused_error(str("host ", host_name(), " has no mpirun on PATH, which starts jobs of "
+    return refused_error(str("host ", host_name(),
+                             " has no mpirun on PATH, which starts jobs of "
                              "several ranks; install Open MPI (openmpi-bin)"));
   if (::access(options_.rank_program.c_str(), X_OK) != 0)
     return refused_error(str("there is no ", options_.rank_program, " on host ", host_name(),
@@ -142,8 +143,8 @@ Status GangKeeper::start(const protocol::StartJob& start) {
   if (error) return internal_error(str("cannot create ", paths_.directory));
   fs::permissions(paths_.directory, fs::perms::owner_all, error);
   const protocol::Bytes frame = protocol::encode(protocol::ControlMessage{start});
-  TANDEM_RETURN_IF_ERROR(write_file(
-      paths_.start, {reinterpret_cast<const char*>(frame.data()), frame.size()}));
+  TANDEM_RETURN_IF_ERROR(
+      write_file(paths_.start, {reinterpret_cast<const char*>(frame.data()), frame.size()}));
   if (fs::exists(options_.log, error) && fs::file_size(options_.log, error) > kLogBytesMax)
     fs::rename(options_.log, options_.log + ".1", error);
   auto lock = FileLock::acquire(paths_.lock);
@@ -157,16 +158,16 @@ Status GangKeeper::start(const protocol::StartJob& start) {
   spec.environment = gang_environment(paths_.directory);
   spec.own_session = true;
   spec.output = options_.log;
-  spec.inherit = lock->descriptor();
+  spec.lock = lock->descriptor();
+  // First, so that no gang runs of which a later agent knows nothing.
+  TANDEM_RETURN_IF_ERROR(write_file(
+      paths_.json, nlohmann::json{{"job", start.job.value}, {"epoch", start.epoch}}.dump()));
   TANDEM_ASSIGN_OR_RETURN(mpirun_, start_process(spec));
   running_ = protocol::RunningJob{start.job, start.epoch, 0};
   child_ = true;
-  ended_ = killed_ = false;
+  ended_ = false;
   how_.clear();
-  return write_file(paths_.json, nlohmann::json{{"pid", mpirun_},
-                                                {"job", start.job.value},
-                                                {"epoch", start.epoch}}
-                                     .dump());
+  return {};
 }
 
 std::vector<pid_t> GangKeeper::live_ranks() const {
@@ -179,7 +180,6 @@ std::vector<pid_t> GangKeeper::live_ranks() const {
 
 void GangKeeper::kill() {
   if (!running_) return;
-  killed_ = true;
   // By the lock, so that a pid that somebody else has by now is left alone.
   if (mpirun_ > 1 && FileLock::is_held(paths_.lock)) ::kill(mpirun_, SIGKILL);
   for (const pid_t pid : live_ranks()) ::kill(pid, SIGKILL);

@@ -2,8 +2,8 @@
 // ends it, and leaves nothing behind. Everything lies in one folder of the slot:
 //
 //   <run>/worker-cpuN/gang/start.bin    the StartJob frame, read by every rank
-//                          gang.lock    held (flock) by mpirun: inherited, so it lives as long as it does
-//                          gang.json    {"pid", "job", "epoch"} for an agent that comes later
+//                          gang.lock    held (flock) by mpirun, which inherits it; has its pid
+//                          gang.json    {"job", "epoch"} for an agent that comes later
 //                          rank-R.lock  held by rank R, with its pid
 //                          ...          Open MPI's session and shared-memory files
 //
@@ -39,7 +39,8 @@ class GangKeeper {
 
   /// Takes up the gang that an earlier agent left running, and clears away what a dead one left.
   void adopt();
-  /// refused_error: no mpirun on PATH; internal_error: it could not be started. Only when none runs.
+  /// refused_error: no mpirun on PATH, or no rank program; internal_error: it could not be started.
+  /// Only when none runs.
   Status start(const protocol::StartJob& start);
   /// What runs (or is still dying) now.
   [[nodiscard]] const std::optional<protocol::RunningJob>& running() const { return running_; }
@@ -58,7 +59,7 @@ class GangKeeper {
   const GangPaths paths_;
   std::optional<protocol::RunningJob> running_;
   pid_t mpirun_ = 0;
-  bool child_ = false, ended_ = false, killed_ = false;
+  bool child_ = false, ended_ = false;
   std::string how_;
 };
 

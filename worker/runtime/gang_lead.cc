@@ -43,9 +43,13 @@ class Lead {
              [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
         tasks_(kTasksMax) {
     beat();
+    rank_.on_block([this] { last_beat_ms_ = clock_.now_ms(); });
     locate();
   }
-  ~Lead() { bulk_.cancel(); }
+  ~Lead() {
+    bulk_.cancel();
+    rank_.on_block({});
+  }
   Lead(const Lead&) = delete;
   Lead& operator=(const Lead&) = delete;
 
@@ -64,8 +68,8 @@ class Lead {
       }
     }
     rank_.wire().tell(GangOp::kEnd);
-    (void)io_.send(protocol::WorkerBye{options_.worker, protocol::WorkerRole::kGang,
-                                       options_.start.gang});
+    (void)io_.send(
+        protocol::WorkerBye{options_.worker, protocol::WorkerRole::kGang, options_.start.gang});
     ::usleep(kByeUs);  // lets the I/O thread hand it over
     return kExitAsked;
   }
@@ -90,8 +94,8 @@ class Lead {
     auto found = std::make_shared<Found>();
     const bool posted = tasks_.post([this, found] {
       const auto look = [&]() -> Status {
-        TANDEM_ASSIGN_OR_RETURN(
-            found->path, locate_model(options_.start.model, options_.data_directory, bulk_));
+        TANDEM_ASSIGN_OR_RETURN(found->path,
+                                locate_model(options_.start.model, options_.data_directory, bulk_));
         TANDEM_ASSIGN_OR_RETURN(const auto loaded, model::load_model(found->path));
         TANDEM_ASSIGN_OR_RETURN(found->encoder, make_encoder(loaded, found->path));
         return {};
@@ -117,8 +121,9 @@ class Lead {
   }
 
   // -- I/O thread: reads snapshots only ----------------------------------------------------------
+  /// Loading takes as long as it takes: there the other ranks' patience is the limit.
   [[nodiscard]] bool hung() const {
-    return clock_.now_ms() - last_beat_ms_ > scaled_ms(patience_.timeout_ms()->load());
+    return training_ && clock_.now_ms() - last_beat_ms_ > scaled_ms(patience_.timeout_ms()->load());
   }
   [[nodiscard]] protocol::RunningJob claim() const {
     return {options_.start.job, options_.start.epoch, step_};
@@ -153,7 +158,9 @@ class Lead {
   // -- device thread -----------------------------------------------------------------------------
   void beat() {
     last_beat_ms_ = clock_.now_ms();
-    if (job_) step_ = job_->step();
+    if (!job_) return;
+    step_ = job_->step();
+    training_ = training_ || job_->runnable();
   }
 
   void handle(const protocol::ControlMessage& message) {
@@ -206,6 +213,7 @@ class Lead {
   const Clock& clock_;
   std::atomic<TimeMs> last_beat_ms_;
   std::atomic<std::int64_t> step_{0};
+  std::atomic<bool> training_{false};
   BulkClient bulk_;
   BoundedQueue<Task> inbox_{kInboxMax};
   BoundedQueue<bool> wake_{1};

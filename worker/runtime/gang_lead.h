@@ -11,11 +11,11 @@
 namespace tandem::worker::runtime {
 
 struct GangLeadOptions {
-  WorkerId worker;              ///< whose agent started the gang
+  WorkerId worker;  ///< whose agent started the gang
   std::string host;
-  protocol::StartJob start;     ///< with gang and members
-  std::string data_directory;   ///< caches and metrics below it
-  std::string agent_lock;       ///< a gang whose agent stays away ends
+  protocol::StartJob start;    ///< with gang and members
+  std::string data_directory;  ///< caches and metrics below it
+  std::string agent_lock;      ///< a gang whose agent stays away ends
   std::int64_t drain_timeout_ms = 25000;
 };
 

@@ -8,6 +8,25 @@
 #include <cmath>
 
 namespace tandem::worker::runtime {
+namespace {
+
+class BeatingWeights final : public model::WeightSource {
+ public:
+  BeatingWeights(std::unique_ptr<model::WeightSource> weights, const std::function<void()>& beat)
+      : weights_(std::move(weights)), beat_(beat) {}
+  const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
+    if (beat_) beat_();
+    return weights_->acquire(layer, phase);
+  }
+  void release(std::int64_t layer, model::Phase phase) override { weights_->release(layer, phase); }
+  [[nodiscard]] const model::BaseWeights& base() const override { return weights_->base(); }
+
+ private:
+  const std::unique_ptr<model::WeightSource> weights_;
+  const std::function<void()>& beat_;
+};
+
+}  // namespace
 
 void GangPatience::add_slice(double seconds) {
   slices_.push_back(static_cast<TimeMs>(seconds * 1000.0));
@@ -74,11 +93,11 @@ Status GangRank::load(const GangPlan& plan) {
   } else {
     weights_ = model::make_resident_weights(base);
   }
+  weights_ = std::make_unique<BeatingWeights>(std::move(weights_), on_block_);
   if (full) source_ = std::move(loaded.source);
-  adapters_ =
-      std::make_unique<model::AdapterTable>(ops, exec, memory_->table, base->config(), 1);
-  context_.emplace(model::Context{ops, exec, *ranks_->groups.tp, memory_->activations,
-                                  options_.dtype});
+  adapters_ = std::make_unique<model::AdapterTable>(ops, exec, memory_->table, base->config(), 1);
+  context_.emplace(
+      model::Context{ops, exec, *ranks_->groups.tp, memory_->activations, options_.dtype});
   return {};
 }
 

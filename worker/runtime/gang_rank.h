@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -48,6 +49,8 @@ class GangRank {
   GangRank& operator=(const GangRank&) = delete;
 
   GangWire& wire() { return wire_; }
+  /// Called between blocks of a pass: a long slice is no hung one.
+  void on_block(std::function<void()> beat) { on_block_ = std::move(beat); }
   [[nodiscard]] DType dtype() const { return options_.dtype; }
   [[nodiscard]] train::TrainSession& session() { return *session_; }
   [[nodiscard]] const model::ModelConfig& config() const { return config_; }
@@ -70,6 +73,7 @@ class GangRank {
   const Options options_;
   comm::Communicator& gang_;
   GangPatience& patience_;
+  std::function<void()> on_block_;
   std::unique_ptr<Memory> memory_;
   GangWire wire_;
   std::optional<train::Ranks> ranks_;

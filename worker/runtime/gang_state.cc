@@ -58,8 +58,7 @@ std::shared_ptr<const data::Dataset> decode_dataset(ByteReader& from) {
 }
 
 float value_at(const model::FlatAdapter& adapter, std::int64_t at) {
-  if (adapter.dtype == DType::kF32)
-    return reinterpret_cast<const float*>(adapter.bytes.data())[at];
+  if (adapter.dtype == DType::kF32) return reinterpret_cast<const float*>(adapter.bytes.data())[at];
   return to_f32(reinterpret_cast<const bf16*>(adapter.bytes.data())[at]);
 }
 
@@ -163,8 +162,8 @@ double largest_difference(const train::TrainState& pieces, const model::FlatAdap
     if (slice.rows == 0) slice = {0, piece.shape.at(0), 0, place->width};
     for (std::size_t e = 0; e < piece.values.size(); ++e) {
       const std::int64_t at = piece.first + static_cast<std::int64_t>(e);
-      const std::int64_t whole = (slice.row + at / slice.columns) * place->width + slice.column +
-                                 at % slice.columns;
+      const std::int64_t whole =
+          (slice.row + at / slice.columns) * place->width + slice.column + at % slice.columns;
       float mine = piece.values[e];
       if (published.dtype == DType::kBF16) mine = to_f32(to_bf16(mine));
       const double difference =

@@ -105,9 +105,9 @@ void JobHost::begin(Prepared prepared) {
             example.tokens.begin(),
             example.tokens.begin() +
                 std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
-    TANDEM_ASSIGN_OR_RETURN(
-        session_, model_.open_session(spec_.train, prepared.train, prepared.eval,
-                                      prepared.state ? &*prepared.state : nullptr));
+    TANDEM_ASSIGN_OR_RETURN(session_,
+                            model_.open_session(spec_.train, prepared.train, prepared.eval,
+                                                prepared.state ? &*prepared.state : nullptr));
     TANDEM_ASSIGN_OR_RETURN(
         metrics_, train::MetricsWriter::open(str(parts_.runs_directory, "/", start_.job)));
     return {};
@@ -220,8 +220,7 @@ void JobHost::checkpoint() {
       return;
     }
     checkpoint_step_ = step;
-    if (auto installed = model_.install_adapter((*outcome)->digest, snapshot);
-        !installed.ok())
+    if (auto installed = model_.install_adapter((*outcome)->digest, snapshot); !installed.ok())
       log_debug("checkpoint is not servable here now: ", installed.message());
     parts_.io.send_reliably(
         start_.job, str("checkpoint:", step),

@@ -1,5 +1,5 @@
-// The one training job of an engine or a gang, from StartJob to the acknowledged end: fetches and reads its
-// data on the task thread, runs slices on the device thread when asked, reports, uploads
+// The one training job of an engine or a gang, from StartJob to the acknowledged end: fetches and
+// reads its data on the task thread, runs slices on the device thread when asked, reports, uploads
 // checkpoints, publishes. All methods on the device thread. What the coordinator must know is
 // repeated until it is acknowledged; everything is tagged with the job's epoch, so a gang that was
 // replaced cannot publish.

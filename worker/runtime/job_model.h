@@ -28,8 +28,7 @@ class JobSession {
   /// How far what is published is from what was trained: of one rank, the largest difference of
   /// logits between the trained adapter and `served`; of a gang, of any value that a rank trained
   /// and `published`. 0 when nothing was lost.
-  virtual double probe(const std::vector<std::int32_t>& prompt,
-                       const model::FlatAdapter& published,
+  virtual double probe(const std::vector<std::int32_t>& prompt, const model::FlatAdapter& published,
                        std::shared_ptr<const model::AdapterWeights> served) = 0;
 };
 

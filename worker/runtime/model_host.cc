@@ -160,15 +160,15 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
 Result<std::unique_ptr<JobSession>> ModelHost::open_session(
     const protocol::TrainSettings& settings, std::shared_ptr<const data::Dataset> train,
     std::shared_ptr<const data::Dataset> eval, const train::TrainState* state) {
-  TANDEM_ASSIGN_OR_RETURN(
-      auto batches, train::make_packed_batches(std::move(train), std::move(eval), settings));
+  TANDEM_ASSIGN_OR_RETURN(auto batches,
+                          train::make_packed_batches(std::move(train), std::move(eval), settings));
   train::SessionOptions options;
   options.settings = settings;
-  TANDEM_ASSIGN_OR_RETURN(auto session,
-                          train::TrainSession::create(
-                              {*backend_.allocator, *backend_.ledger, memory_->train,
-                               *yielding_weights_, *adapters_, options_.adapter_slots},
-                              options, std::move(batches)));
+  TANDEM_ASSIGN_OR_RETURN(
+      auto session,
+      train::TrainSession::create({*backend_.allocator, *backend_.ledger, memory_->train,
+                                   *yielding_weights_, *adapters_, options_.adapter_slots},
+                                  options, std::move(batches)));
   if (state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*state));
   return std::unique_ptr<JobSession>(std::make_unique<LocalSession>(std::move(session)));
 }

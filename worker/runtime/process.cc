@@ -1,5 +1,7 @@
 #include "worker/runtime/process.h"
 
+#include "protocol/base/clock.h"
+
 #include <fcntl.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -12,7 +14,18 @@
 
 namespace tandem::worker::runtime {
 namespace {
+constexpr std::int64_t kSameWishNs = 1'000'000'000;
 constexpr std::int64_t kYoungMs = 5000, kDelayFirstMs = 20, kDelayMaxMs = 5000;
+
+/// Async-signal-safe.
+void write_own_pid(int fd) {
+  char digits[16];
+  char* at = digits + sizeof digits;
+  for (auto rest = static_cast<unsigned>(::getpid()); rest > 0; rest /= 10)
+    *--at = static_cast<char>('0' + rest % 10);
+  if (::ftruncate(fd, 0) == 0)
+    (void)!::pwrite(fd, at, static_cast<std::size_t>(digits + sizeof digits - at), 0);
+}
 
 void reset_signals() {
   sigset_t none;
@@ -59,16 +72,31 @@ Result<pid_t> start_process(const ProcessSpec& spec) {
     ::dup2(in, STDIN_FILENO);
     ::dup2(out, STDOUT_FILENO);
     ::dup2(out, STDERR_FILENO);
-    if (spec.inherit >= 0) ::fcntl(spec.inherit, F_SETFD, 0);
+    if (spec.lock >= 0) {
+      ::fcntl(spec.lock, F_SETFD, 0);
+      write_own_pid(spec.lock);
+    }
     ::execve(spec.executable.c_str(), argv.data(), envp.data());
     ::_exit(127);
   }
   const int failed = errno;
   ::close(out);
   ::close(in);
-  if (pid < 0) return internal_error(str("cannot start ", spec.executable, " with its output in ",
-                                         spec.output, ": ", std::strerror(failed)));
+  if (pid < 0)
+    return internal_error(str("cannot start ", spec.executable, " with its output in ", spec.output,
+                              ": ", std::strerror(failed)));
   return pid;
+}
+
+void StopSignals::note() {
+  const std::int64_t now = steady_ns();
+  if (count_ > 0 && now - last_ns_ < kSameWishNs) return;
+  last_ns_ = now;
+  ++count_;
+}
+
+void StopSignals::at_least_one() {
+  if (count_ == 0) note();
 }
 
 std::int64_t RestartBackoff::next_delay_ms(std::int64_t lived_ms) {

@@ -32,9 +32,15 @@ constexpr std::int64_t kMicroBatchesMax = 4096;
 /// Settings that may differ between a checkpoint and the job that continues from it: they change
 /// what is reported or kept, or who computes what, not the mathematics.
 const std::set<std::string>& free_settings() {
-  static const std::set<std::string> names{"adapter_dtype", "eval_steps", "logging_steps",
-                                           "save_steps",    "recompute",  "save_total_limit",
-                                           "dp",            "tp",         "pp",
+  static const std::set<std::string> names{"adapter_dtype",
+                                           "eval_steps",
+                                           "logging_steps",
+                                           "save_steps",
+                                           "recompute",
+                                           "save_total_limit",
+                                           "dp",
+                                           "tp",
+                                           "pp",
                                            "zero"};
   return names;
 }
