@@ -12,6 +12,8 @@
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 
 namespace tandem::test {
 namespace {
@@ -33,13 +35,10 @@ bool full() {
   return std::getenv("TANDEM_TEST_FULL") != nullptr;
 }
 
-std::size_t shared_memory_files() {
-  std::size_t count = 0;
-  for (const auto& entry : fs::directory_iterator("/dev/shm")) {
-    const std::string name = entry.path().filename().string();
-    count += name.find("vader") != std::string::npos || name.find("ompi") != std::string::npos;
-  }
-  return count;
+/// What a process has mapped, as text.
+std::string mappings(pid_t pid) {
+  std::ifstream in("/proc/" + std::to_string(pid) + "/maps");
+  return {std::istreambuf_iterator<char>(in), {}};
 }
 
 class Gangs : public testing::Test {
@@ -63,13 +62,11 @@ class Gangs : public testing::Test {
     }));
   }
   static void TearDownTestSuite() { platform_.reset(); }
-  void SetUp() override { shared_memory_before_ = shared_memory_files(); }
   /// Whatever happened: nothing of any gang is left.
   void TearDown() override {
     for (int slot = 0; slot < kWorkers; ++slot)
       EXPECT_TRUE(eventually(10'000, [&] { return !fs::exists(platform_->gang_directory(slot)); }))
           << platform_->gang_directory(slot);
-    EXPECT_EQ(shared_memory_files(), shared_memory_before_);
   }
 
   static std::string submit(const std::string& adapter, const Json& settings) {
@@ -126,7 +123,6 @@ class Gangs : public testing::Test {
 
   static std::unique_ptr<Platform> platform_;
   static std::string data_;
-  std::size_t shared_memory_before_ = 0;
 };
 std::unique_ptr<Platform> Gangs::platform_;
 std::string Gangs::data_;
@@ -157,6 +153,11 @@ TEST_P(GangLayouts, TrainsAsOneRankDoesAndIsServedByTheEngines) {
   const std::string job = submit(name, with(kSettings, GetParam().layout));
   ASSERT_TRUE(reaches(job, 1));
   EXPECT_EQ(show(job)["workers"].size(), static_cast<std::size_t>(GetParam().ranks));
+  const std::string mapped = mappings(rank_of(job, 0));
+  if (!mapped.empty()) {  // it may have ended by now
+    EXPECT_NE(mapped.find("/gang/vader_segment"), std::string::npos) << mapped;
+    EXPECT_EQ(mapped.find("/dev/shm/"), std::string::npos) << "all of it lies in its folder";
+  }
   const auto meanwhile = platform_->generate("tiny", "say red 1", 4);
   EXPECT_TRUE(meanwhile.ok()) << "the pool goes on serving: " << meanwhile.status().to_string();
   const Json end = finish(job);
@@ -257,7 +258,7 @@ TEST_F(Gangs, APausedGangGoesOnToTheSameBits) {
 }
 
 TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
-  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 400}});
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 600}});
   finish(submit("stayed", settings));
   const std::string job = submit("moved-on", settings);
   ASSERT_TRUE(reaches(job, 13));
@@ -279,9 +280,9 @@ TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
   ASSERT_TRUE(eventually(30'000, [&] { return platform_->supervisor(slot) == 0; }));
   ASSERT_TRUE(eventually(30'000, [&] {
     const Json shown = show(job);
-    return shown.value("epoch", 0) == 3 && shown.value("state", "") == "running";
+    return shown.value("epoch", 0) >= 3 && shown.value("state", "") == "running";
   })) << show(job).dump(1);
-  EXPECT_GE(show(job).value("step", std::int64_t{0}), before);
+  EXPECT_GE(show(job).value("step", std::int64_t{0}), before) << "no step is done twice";
   platform_->start_worker(slot);
   finish(job);
   EXPECT_EQ(digest("moved-on"), digest("stayed"));

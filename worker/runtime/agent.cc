@@ -11,6 +11,7 @@
 #include <atomic>
 #include <csignal>
 #include <fstream>
+#include <utility>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -18,6 +19,7 @@ namespace {
 constexpr TimeMs kPollMs = 50;
 constexpr TimeMs kTakeOverWaitMs = 10000;
 constexpr TimeMs kReportMs = 1000;
+constexpr TimeMs kLastWordMs = 1000;   ///< of a gang whose worker has been given another one
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
 
 StopSignals g_stop_signals;
@@ -164,9 +166,10 @@ class Agent {
     if (const auto& running = gang_.running()) {
       if (*running == wanted) return;  // repeated
       if (running->job == start.job && running->epoch > start.epoch) return;
-      log_info("job ", start.job, " epoch ", start.epoch, " takes the place of ", running->job,
-               " epoch ", running->epoch);
-      return end_gang(running->job);  // the coordinator says it again
+      // One that has had its last word is about to be gone; any other has a moment to go.
+      if (!next_start_) gang_kill_at_ms_ = clock_.now_ms() + scaled_ms(kLastWordMs);
+      next_start_ = start;
+      return;
     }
     if (ended_ && ended_->job == start.job && ended_->epoch == start.epoch) return;
     if (last_started_ == wanted) return;  // it ended, and that is known
@@ -180,7 +183,11 @@ class Agent {
     const auto& running = gang_.running();
     if (running && running->job == stop.job && running->epoch == stop.epoch)
       return end_gang(stop.job);
-    if (!running) report_ended({stop.job, stop.epoch, 0}, cancelled_error("no gang of it is here"));
+    const bool next =
+        next_start_ && next_start_->job == stop.job && next_start_->epoch == stop.epoch;
+    if (next) next_start_.reset();
+    if (!running || next)
+      report_ended({stop.job, stop.epoch, 0}, cancelled_error("no gang of it is here"));
   }
 
   void end_gang(const JobId& job) {
@@ -192,12 +199,13 @@ class Agent {
   void watch_gang() {
     const TimeMs now = clock_.now_ms();
     if (const auto running = gang_.running()) {
-      if (gang_asked_ || (stopping_ && now >= gang_kill_at_ms_)) gang_.kill();
+      if (gang_asked_ || ((stopping_ || next_start_) && now >= gang_kill_at_ms_)) gang_.kill();
       if (const auto how = gang_.poll()) {
         const std::string what = str("the gang is over: ", *how, "; see ", options_.gang.log);
         log_info(running->job, " epoch ", running->epoch, ": ", what);
         report_ended(*running, gang_asked_ ? cancelled_error(what) : unavailable_error(what));
         gang_asked_ = false;
+        if (const auto next = std::exchange(next_start_, std::nullopt)) start_gang(*next);
       }
     }
     if (!ended_ || now < next_report_ms_) return;
@@ -282,7 +290,8 @@ class Agent {
   const Incarnation incarnation_;
   CoordinatorLink link_;
   GangKeeper gang_;
-  std::optional<protocol::JobEnded> ended_;  ///< of a gang, until it is acknowledged
+  std::optional<protocol::JobEnded> ended_;       ///< of a gang, until it is acknowledged
+  std::optional<protocol::StartJob> next_start_;  ///< waits for what runs to be gone
   protocol::RunningJob last_started_;
   bool gang_asked_ = false;
   TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0;
