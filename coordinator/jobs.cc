@@ -178,8 +178,10 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     const std::int64_t device =
         json.value("device_bytes", json.value("limit_bytes", std::int64_t{0}));
     finish(job, JobState::kFailed,
-           refused_error(str("the job needs ", format_bytes(peak), " (", peak,
-                             " bytes) and the engine has ", format_bytes(device), " (", device,
+           refused_error(str(job.ranks > 1 ? "its largest rank and the engine of its slot need "
+                                           : "the job needs ",
+                             format_bytes(peak), " (", peak, " bytes) and the engine has ",
+                             format_bytes(device), " (", device,
                              " bytes); lower max_length or per_device_train_batch_size, or set "
                              "recompute")));
     return save(std::move(job));

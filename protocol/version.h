@@ -1,5 +1,5 @@
 // Which versions of the wire understand each other. A process understands its own minor version and
-// the one before, of the same major; everything else is refused in the hello's answer, with a
+// the two before, of the same major; everything else is refused in the hello's answer, with a
 // message that names the range. What a newer minor added is used only when both sides have it.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace tandem::protocol {
 
-/// "1.1 to 1.2".
+/// "1.0 to 1.2".
 std::string version_range();
 
 /// The version to speak with a peer that says `peer` in its hello: the lower of both. kRefused,

@@ -291,7 +291,8 @@ Status run_estimate(Session& session, const TrainOptions& options) {
     if (const auto peak = ranks[rank].value("peak_total", std::int64_t{0}); peak > 0)
       table.add({str("rank ", rank), str(peak), format_bytes(peak)});
   std::cout << table.to_string() << (ranks.empty() ? "peak " : "largest rank and engine ")
-            << bytes_field(result, "peak_bytes") << " of " << bytes_field(result, "device_bytes")
+            << bytes_field(result, "peak_bytes") << " of "
+            << bytes_field(result, result.contains("device_bytes") ? "device_bytes" : "limit_bytes")
             << (result.value("fits", false) ? ": fits\n" : ": does not fit\n");
   return {};
 }

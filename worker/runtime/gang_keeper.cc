@@ -129,6 +129,12 @@ void GangKeeper::adopt() {
 
 Status GangKeeper::start(const protocol::StartJob& start) {
   TANDEM_CHECK(!running_, "one gang at a time");
+  Status status = launch(start);
+  if (!status.ok()) clear();
+  return status;
+}
+
+Status GangKeeper::launch(const protocol::StartJob& start) {
   const std::string mpirun = find_program("mpirun");
   if (mpirun.empty())
     return refused_error(str("host ", host_name(),
@@ -172,7 +178,7 @@ Status GangKeeper::start(const protocol::StartJob& start) {
 
 std::vector<pid_t> GangKeeper::live_ranks() const {
   std::vector<pid_t> pids;
-  for (int rank = 0; fs::exists(paths_.rank_lock(rank)); ++rank)
+  for (int rank = 0; rank < protocol::kGangMembersMax; ++rank)
     if (FileLock::is_held(paths_.rank_lock(rank)))
       if (const pid_t pid = pid_in(paths_.rank_lock(rank)); pid > 0) pids.push_back(pid);
   return pids;

@@ -52,6 +52,7 @@ class GangKeeper {
   std::optional<std::string> poll();
 
  private:
+  Status launch(const protocol::StartJob& start);
   [[nodiscard]] std::vector<pid_t> live_ranks() const;
   void clear();
 
