@@ -115,7 +115,8 @@ class Calls {
   void config_show(const Ask& ask, Params& params);
   void shutdown(const Ask& ask, Params& params);
 
-  void change_job(const Ask& ask, Params& params, Status (Jobs::*change)(const JobId&));
+  void change_job(const Ask& ask, Params& params,
+                  const std::function<Status(const JobId&)>& change);
   void command_agent(const Ask& ask, Params& params, protocol::AgentAction action);
   void maintain(const Ask& ask, Maintain request);
   void manage_keys(const Ask& ask, ManageKeys request);

@@ -105,24 +105,26 @@ void Calls::job_show(const Ask& ask, Params& params) {
   answer(ask, job_details_json(**job, jobs_, context_.tables()));
 }
 
-void Calls::change_job(const Ask& ask, Params& params, Status (Jobs::*change)(const JobId&)) {
+void Calls::change_job(const Ask& ask, Params& params,
+                       const std::function<Status(const JobId&)>& change) {
   const std::string id = params.text("job");
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   auto job = find_job(context_.tables(), id);
   if (!job.ok()) return reply(ask, job.status());
   const JobId job_id = (*job)->id;
-  if (Status status = (jobs_.*change)(job_id); !status.ok()) return reply(ask, status);
+  if (Status status = change(job_id); !status.ok()) return reply(ask, status);
   answer(ask, job_json(context_.tables().jobs.at(job_id), jobs_, context_.tables()));
 }
 
 void Calls::job_cancel(const Ask& ask, Params& params) {
-  change_job(ask, params, &Jobs::cancel);
+  change_job(ask, params, [this](const JobId& id) { return jobs_.cancel(id); });
 }
 void Calls::job_pause(const Ask& ask, Params& params) {
-  change_job(ask, params, &Jobs::pause);
+  change_job(ask, params, [this](const JobId& id) { return jobs_.pause(id); });
 }
 void Calls::job_resume(const Ask& ask, Params& params) {
-  change_job(ask, params, &Jobs::resume);
+  const std::string layout = params.object("layout", false);
+  change_job(ask, params, [&](const JobId& id) { return jobs_.resume(id, layout); });
 }
 
 void Calls::job_restore(const Ask& ask, Params& params) {
@@ -256,7 +258,7 @@ void Calls::estimate(const Ask& ask, Params& params) {
   if (!model.ok()) return reply(ask, model.status());
   const std::string id = str("call:", ++estimate_ids_);
   estimate_asks_[id] = ask;
-  estimates_.ask(id, model_ref(**model), settings->to_json(), false);
+  estimates_.ask(id, model_ref(**model), *settings, false);
 }
 
 }  // namespace tandem::coordinator

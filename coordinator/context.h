@@ -46,6 +46,8 @@ class Context {
     logs_.push_back({level, str(std::forward<Args>(args)...)});
   }
   void shutdown() { shutdown_ = true; }
+  /// Not 0.
+  Incarnation random_incarnation() { return random_.next() | 1; }
   /// `digits` random hex digits.
   std::string random_hex(int digits);
 

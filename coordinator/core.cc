@@ -103,9 +103,13 @@ void Coordinator::on(const WorkerInput& input) {
     heartbeat(input.peer, *beat);
   } else if (const auto* bye = std::get_if<protocol::WorkerBye>(&input.message)) {
     if (const auto lost = workers_.bye(*bye)) engine_lost(*lost);
-  } else if (Worker* worker = workers_.engine_of(input.peer)) {
-    worker->engine.last_seen_ms = context_.now().ms;
-    engine_message(*worker, input.message);
+  } else if (const auto known = workers_.process_of(input.peer)) {
+    known->process.last_seen_ms = context_.now().ms;
+    if (known->role == protocol::WorkerRole::kEngine) engine_message(known->worker, input.message);
+    if (known->role != protocol::WorkerRole::kAgent)
+      job_message({known->worker, known->process}, input.message);
+    else if (const auto* ended = std::get_if<protocol::JobEnded>(&input.message))
+      jobs_.ended({known->worker, known->process}, *ended);
   }
   // Else: a process we do not know (any more). Silence makes it say hello again.
   route_estimates(estimates_.tick());
@@ -115,18 +119,21 @@ void Coordinator::on(const WorkerInput& input) {
 void Coordinator::engine_message(Worker& worker, const protocol::WorkerMessage& message) {
   if (const auto* chunk = std::get_if<protocol::InferChunk>(&message))
     requests_.chunk(worker, *chunk);
-  else if (const auto* progress = std::get_if<protocol::JobProgress>(&message))
-    jobs_.progress(worker, *progress);
-  else if (const auto* checkpoint = std::get_if<protocol::CheckpointReady>(&message))
-    jobs_.checkpoint(worker, *checkpoint);
-  else if (const auto* publish = std::get_if<protocol::Publish>(&message))
-    jobs_.publish(worker, *publish);
-  else if (const auto* ended = std::get_if<protocol::JobEnded>(&message))
-    jobs_.ended(worker, *ended);
   else if (const auto* loaded = std::get_if<protocol::ModelLoaded>(&message))
     model_loaded(worker, *loaded);
   else if (const auto* estimate = std::get_if<protocol::EstimateReply>(&message))
     route_estimates(estimates_.reply(*estimate));
+}
+
+void Coordinator::job_message(const Runner& runner, const protocol::WorkerMessage& message) {
+  if (const auto* progress = std::get_if<protocol::JobProgress>(&message))
+    jobs_.progress(runner, *progress);
+  else if (const auto* checkpoint = std::get_if<protocol::CheckpointReady>(&message))
+    jobs_.checkpoint(runner, *checkpoint);
+  else if (const auto* publish = std::get_if<protocol::Publish>(&message))
+    jobs_.publish(runner, *publish);
+  else if (const auto* ended = std::get_if<protocol::JobEnded>(&message))
+    jobs_.ended(runner, *ended);
 }
 
 void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& message) {
@@ -141,13 +148,12 @@ void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& me
     return context_.send_worker(peer, std::move(reply));
   }
   if (lost) engine_lost(*lost);
-  if (message.role == protocol::WorkerRole::kEngine) {
-    Worker& worker = *workers_.find(message.worker);
-    reply.stop_jobs = jobs_.adopt(worker, message.jobs);
-    reply.stop_requests = requests_.adopt(worker, message.requests);
-  }
-  context_.log(LogLevel::kInfo, message.role == protocol::WorkerRole::kAgent ? "agent " : "engine ",
-               message.worker, " pid ", message.pid, " is here, ", message.jobs.size(), " jobs");
+  const auto known = workers_.process_of(peer);
+  reply.stop_jobs = jobs_.adopt({known->worker, known->process}, known->role);
+  if (message.role == protocol::WorkerRole::kEngine)
+    reply.stop_requests = requests_.adopt(known->worker, message.requests);
+  context_.log(LogLevel::kInfo, role_name(message.role), " ", message.worker, " pid ", message.pid,
+               " is here, ", message.jobs.size(), " jobs");
   context_.send_worker(peer, std::move(reply));
 }
 
@@ -161,13 +167,15 @@ void Coordinator::heartbeat(const std::string& peer, const protocol::Heartbeat& 
   }
   if (!status.ok()) return;  // it says hello again when nobody answers
   context_.send_worker(peer, protocol::HeartbeatReply{message.seq});
-  if (message.role == protocol::WorkerRole::kEngine) jobs_.seen(*workers_.find(message.worker));
+  const auto known = workers_.process_of(peer);
+  jobs_.seen({known->worker, known->process}, known->role);
 }
 
 void Coordinator::engine_lost(const EngineLost& lost) {
-  context_.log(LogLevel::kWarn, "engine ", lost.worker, " is lost: ", lost.reason);
+  context_.log(LogLevel::kWarn, lost.gang ? "gang " : "engine ", lost.worker,
+               " is lost: ", lost.reason);
   jobs_.engine_lost(lost);
-  requests_.engine_lost(lost);
+  if (!lost.gang) requests_.engine_lost(lost);
 }
 
 void Coordinator::on(const WorkDone& done) {

@@ -53,6 +53,7 @@ class Coordinator {
   void heartbeat(const std::string& peer, const protocol::Heartbeat& message);
   void model_loaded(Worker& worker, const protocol::ModelLoaded& message);
   void engine_message(Worker& worker, const protocol::WorkerMessage& message);
+  void job_message(const Runner& runner, const protocol::WorkerMessage& message);
   void engine_lost(const EngineLost& lost);
   void route_estimates(const std::vector<EstimateOutcome>& outcomes);
   void assign_models();

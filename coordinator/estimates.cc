@@ -3,8 +3,15 @@
 namespace tandem::coordinator {
 
 void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
-                    const std::string& train_json, bool patient) {
-  asked_[id] = {model, train_json, patient, context_.now().ms, 0, {}, 0};
+                    const protocol::TrainSettings& settings, bool patient) {
+  asked_[id] = {model,
+                settings.to_json(),
+                settings.ranks() > 1 ? "cpu" : "",
+                patient,
+                context_.now().ms,
+                0,
+                {},
+                0};
 }
 
 std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {
@@ -25,7 +32,8 @@ Worker* Estimates::choose(const Asked& asked) {
   for (auto& [id, worker] : workers_.all()) {
     if (!worker.engine.alive) continue;
     // An engine that trains answers between steps only, so it comes last.
-    const int score = (worker.engine.model == asked.model.digest ? 2 : 0) +
+    const int score = (worker.device == asked.device ? 8 : 0) +
+                      (worker.engine.model == asked.model.digest ? 2 : 0) +
                       (worker.engine.jobs.empty() ? 4 : 0) +
                       (worker.engine.requests.empty() ? 1 : 0);
     if (score > best_score) {

@@ -4,6 +4,7 @@
 
 #include "coordinator/context.h"
 #include "coordinator/workers.h"
+#include "protocol/job_spec.h"
 
 #include <map>
 #include <string>
@@ -23,8 +24,8 @@ class Estimates {
 
   /// `id` must be unique among those in flight. `patient`: waits for an engine for ever; otherwise
   /// kUnavailable after estimate_timeout_ms.
-  void ask(const std::string& id, const protocol::ModelRef& model, const std::string& train_json,
-           bool patient);
+  void ask(const std::string& id, const protocol::ModelRef& model,
+           const protocol::TrainSettings& settings, bool patient);
   void forget(const std::string& id) { asked_.erase(id); }
   /// An engine's answer; nothing when nobody waits for it any more.
   std::vector<EstimateOutcome> reply(const protocol::EstimateReply& reply);
@@ -36,6 +37,7 @@ class Estimates {
   struct Asked {
     protocol::ModelRef model;
     std::string train_json;
+    std::string device;  ///< asked rather; "": any
     bool patient = false;
     TimeMs asked_ms = 0, sent_ms = 0;
     WorkerId worker;  ///< empty: not sent

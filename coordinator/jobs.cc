@@ -106,6 +106,7 @@ Result<Job> Jobs::make(const JobId& job_id, const Submission& submission) const 
   job.idempotency_key = submission.idempotency_key;
   job.spec_json = submission.spec.to_json();
   job.priority = submission.spec.priority;
+  job.ranks = submission.spec.train.ranks();
   job.model = submission.model;
   job.dataset = submission.dataset;
   if (const auto data = context_.tables().datasets.find(submission.dataset);
@@ -138,7 +139,22 @@ void Jobs::ask_estimate(Job& job) {
     save(job);
     return;
   }
-  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train.to_json(), true);
+  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, true);
+}
+
+/// More ranks than any host has slots will never start. Right after a start of the coordinator
+/// nobody knows how many there are, so the job then waits.
+Status Jobs::check_pool(const Job& job) const {
+  const std::int64_t ranks = job.ranks;
+  const auto [slots, host] = largest_host(workers_);
+  if (ranks <= 1 || static_cast<std::int64_t>(slots) >= ranks ||
+      context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
+    return {};
+  return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
+                           slots == 0 ? std::string("no CPU worker is known")
+                                      : str(host, " has ", slots, " CPU workers, no host more"),
+                           "; start more (tandem up --workers ", ranks,
+                           ") or use fewer ranks (dp, tp, pp)"));
 }
 
 void Jobs::estimated(const EstimateOutcome& outcome) {
@@ -157,6 +173,10 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     finish(job, JobState::kFailed, internal_error("the dry run's answer is not a JSON object"));
     return save(std::move(job));
   }
+  if (Status room = check_pool(job); !room.ok()) {
+    finish(job, JobState::kFailed, room);
+    return save(std::move(job));
+  }
   const bool fits =
       !json.contains("fits") || !json["fits"].is_boolean() || json["fits"].get<bool>();
   if (!fits) {
@@ -164,8 +184,10 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     const std::int64_t device =
         json.value("device_bytes", json.value("limit_bytes", std::int64_t{0}));
     finish(job, JobState::kFailed,
-           refused_error(str("the job needs ", format_bytes(peak), " (", peak,
-                             " bytes) and the engine has ", format_bytes(device), " (", device,
+           refused_error(str(job.ranks > 1 ? "its largest rank and the engine of its slot need "
+                                           : "the job needs ",
+                             format_bytes(peak), " (", peak, " bytes) and the engine has ",
+                             format_bytes(device), " (", device,
                              " bytes); lower max_length or per_device_train_batch_size, or set "
                              "recompute")));
     return save(std::move(job));
@@ -217,11 +239,31 @@ Status Jobs::pause(const JobId& id) {
   return {};
 }
 
-Status Jobs::resume(const JobId& id) {
+/// The job's settings with another layout; checkpoints do not depend on it.
+Status Jobs::change_layout(Job& job, const std::string& layout_json) {
+  const auto layout = nlohmann::ordered_json::parse(layout_json, nullptr, false);
+  for (const auto& [name, value] : layout.items())
+    if (name != "dp" && name != "tp" && name != "pp" && name != "zero")
+      return invalid_error(str("a layout has dp, tp, pp and zero, not \"", name, "\""));
+  TANDEM_ASSIGN_OR_RETURN(auto spec, protocol::JobSpec::parse(job.spec_json));
+  auto train = nlohmann::ordered_json::parse(spec.train.to_json());
+  train.update(layout);
+  TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
+  job.spec_json = spec.to_json();
+  job.ranks = spec.train.ranks();
+  job.estimate_json.clear();  // other ranks need other memory
+  return {};
+}
+
+Status Jobs::resume(const JobId& id, const std::string& layout_json) {
   const auto found = context_.tables().jobs.find(id);
   if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
   Job job = found->second;
   if (job.state == JobState::kPausing) {
+    if (!layout_json.empty())
+      return conflict_error(str(id,
+                                " still writes its checkpoint; change its layout once it is "
+                                "paused"));
     job.requeue_after_stop = true;
     save(std::move(job));
     return {};
@@ -229,6 +271,7 @@ Status Jobs::resume(const JobId& id) {
   if (job.state != JobState::kPaused && job.state != JobState::kFailed)
     return conflict_error(
         str(id, " is ", job_state_name(job.state), "; only a paused or failed job is resumed"));
+  if (!layout_json.empty()) TANDEM_RETURN_IF_ERROR(change_layout(job, layout_json));
   job.ended_unix_ms = 0;
   job.error_code.clear();
   job.error.clear();
@@ -257,30 +300,35 @@ void Jobs::drain(const WorkerId& worker) {
 void Jobs::schedule() {
   std::vector<JobId> order;
   for (const Job* job : queue_order(context_.tables())) order.push_back(job->id);
+  std::set<WorkerId> reserved;  // for gangs earlier in the queue, which need them all at once
   for (const JobId& id : order) {
     const Job& job = context_.tables().jobs.at(id);
     if (const auto timers = timers_.find(id);
         timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
       continue;
-    const Placement placement = place(job, context_.tables(), workers_);
-    if (placement.worker.empty()) continue;
-    start(job, *workers_.find(placement.worker));
+    const Placement placement = place(job, context_.tables(), workers_, reserved);
+    reserved.insert(placement.wanted.begin(), placement.wanted.end());
+    if (!placement.worker.empty()) start(job, placement);
   }
 }
 
-void Jobs::start(Job job, Worker& worker) {
+void Jobs::start(Job job, const Placement& placement) {
+  const Worker& worker = *workers_.find(placement.worker);
   const CheckpointRecord* checkpoint = context_.tables().latest_checkpoint(job.id);
   ++job.epoch;
   ++job.attempts;
   job.worker = worker.id;
-  job.engine = worker.engine.incarnation;
+  job.members = placement.members;
+  job.engine = job.gang() ? context_.random_incarnation() : worker.engine.incarnation;
   job.step = checkpoint == nullptr ? 0 : checkpoint->step;
   job.progress_seq = 0;
   job.requeue_after_stop = false;
   if (job.started_unix_ms == 0) job.started_unix_ms = context_.now().unix_ms;
   timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
   set_state(job, JobState::kStarting,
-            str("on ", worker.id, job.step > 0 ? str(" from step ", job.step) : "",
+            str("on ", worker.id,
+                job.gang() ? str(" and ", job.members.size() - 1, " more") : std::string(),
+                job.step > 0 ? str(" from step ", job.step) : "",
                 job.epoch > 1 ? str(", epoch ", job.epoch) : ""));
   send_start(job, worker);
   save(std::move(job));
@@ -305,17 +353,25 @@ void Jobs::send_start(const Job& job, const Worker& worker) {
   }
   if (const CheckpointRecord* checkpoint = tables.latest_checkpoint(job.id))
     message.checkpoint_manifest = tables.manifest(checkpoint->manifest);
-  context_.send_worker(worker.engine.peer, std::move(message));
+  if (job.gang()) {
+    message.gang = job.engine;
+    message.members = job.members;
+  }
+  context_.send_worker(job.gang() ? worker.agent.peer : worker.engine.peer, std::move(message));
 }
 
 void Jobs::send_stop(const Job& job) {
   timers_[job.id].sent_ms = context_.now().ms;
   const Worker* worker = workers_.find(job.worker);
-  if (worker == nullptr || !worker->engine.alive) return;
-  context_.send_worker(worker->engine.peer, protocol::StopJob{job.id, job.epoch,
-                                                              job.state == JobState::kPausing
-                                                                  ? protocol::StopMode::kPause
-                                                                  : protocol::StopMode::kCancel});
+  if (worker == nullptr) return;
+  const Process* process = runner_of(job);
+  // A gang that has not said hello has nothing to lose: its agent ends it.
+  if (process == nullptr && job.gang()) process = &worker->agent;
+  if (process == nullptr || !process->alive) return;
+  context_.send_worker(process->peer, protocol::StopJob{job.id, job.epoch,
+                                                        job.state == JobState::kPausing
+                                                            ? protocol::StopMode::kPause
+                                                            : protocol::StopMode::kCancel});
 }
 
 /// The attempt is over without the job's end: back to the queue, or failed when there were too
@@ -350,16 +406,30 @@ void Jobs::interrupted(Job job, const std::string& why, bool own_failure) {
 
 void Jobs::engine_lost(const EngineLost& lost) {
   const Job* held = job_on(context_.tables(), lost.worker);
-  if (held == nullptr) return;
-  interrupted(*held, str("engine ", lost.worker, ": ", lost.reason), false);
+  // A gang's ranks are processes of their own: the engines on its slots come and go.
+  if (held == nullptr || held->gang() != lost.gang || held->worker != lost.worker) return;
+  const Worker* worker = workers_.find(lost.worker);
+  if (lost.gang && worker->gang.incarnation != held->engine) return;  // an earlier one
+  interrupted(*held, str(runner_name(*held), ": ", lost.reason), false);
 }
 
-void Jobs::look_for_missing(const Job& job, const Worker& worker) {
+std::string runner_name(const Job& job) {
+  return str(job.gang() ? "the gang on " : "engine ", job.worker);
+}
+
+Process* Jobs::runner_of(const Job& job) {
+  Worker* worker = workers_.find(job.worker);
+  if (worker == nullptr) return nullptr;
+  if (!job.gang()) return &worker->engine;
+  return worker->gang.incarnation == job.engine ? &worker->gang : nullptr;
+}
+
+void Jobs::look_for_missing(const Job& job, const Process& process) {
   Timers& timers = timers_[job.id];
   const auto names_it = [&](const protocol::RunningJob& running) {
     return running.job == job.id && running.epoch == job.epoch;
   };
-  if (std::any_of(worker.engine.jobs.begin(), worker.engine.jobs.end(), names_it)) {
+  if (std::any_of(process.jobs.begin(), process.jobs.end(), names_it)) {
     timers.missing_since_ms = -1;
     return;
   }
@@ -368,12 +438,10 @@ void Jobs::look_for_missing(const Job& job, const Worker& worker) {
   if (context_.now().ms - timers.missing_since_ms < context_.limits().missing_job_ms) return;
   Job lost = job;
   lost.engine = 0;
-  interrupted(std::move(lost), str("engine ", worker.id, " does not have the job any more"), false);
+  interrupted(std::move(lost), str(runner_name(job), " does not have the job any more"), false);
 }
 
 void Jobs::tick() {
-  const TimeMs now = context_.now().ms;
-  const Limits& limits = context_.limits();
   std::vector<JobId> held, unasked;
   for (const auto& [id, job] : context_.tables().jobs) {
     if (holds_engine(job.state)) held.push_back(id);
@@ -385,33 +453,66 @@ void Jobs::tick() {
     Job job = context_.tables().jobs.at(id);
     ask_estimate(job);
   }
-  for (const JobId& id : held) {
-    const Job& job = context_.tables().jobs.at(id);
-    const Worker* worker = workers_.find(job.worker);
-    if (worker == nullptr || !worker->engine.alive) {
-      if (now - loaded_ms_ > limits.adoption_ms)
-        interrupted(job, str("engine ", job.worker, " did not come back"), false);
-      continue;
-    }
-    if (job.engine != worker->engine.incarnation) {
-      interrupted(job, str("engine ", job.worker, " was replaced by a new process"), false);
-      continue;
-    }
-    look_for_missing(job, *worker);
-    const Job& still = context_.tables().jobs.at(id);
-    if (!holds_engine(still.state)) continue;
-    Timers& timers = timers_[id];
-    if (still.state == JobState::kStarting && now - timers.started_ms > limits.start_timeout_ms &&
-        timers.missing_since_ms >= 0) {
-      interrupted(still, str("engine ", still.worker, " did not start the job in time"), false);
-    } else if (still.state != JobState::kRunning && now - timers.sent_ms >= limits.resend_ms) {
-      if (still.state == JobState::kStarting && timers.missing_since_ms >= 0)
-        send_start(still, *worker);
-      else if (still.state != JobState::kStarting)
-        send_stop(still);
+  for (const JobId& id : held) tick_held(id);
+}
+
+void Jobs::tick_held(const JobId& id) {
+  const TimeMs now = context_.now().ms;
+  const Limits& limits = context_.limits();
+  const Job& job = context_.tables().jobs.at(id);
+  const Worker* worker = workers_.find(job.worker);
+  const Process* process = runner_of(job);
+  if (job.gang() && process == nullptr && worker != nullptr) return tick_unseen_gang(job, *worker);
+  if (process == nullptr || !process->alive) {
+    if (now - loaded_ms_ > limits.adoption_ms)
+      interrupted(job, str(runner_name(job), " did not come back"), false);
+    return;
+  }
+  if (job.engine != process->incarnation)
+    return interrupted(job, str(runner_name(job), " was replaced by a new process"), false);
+  look_for_missing(job, *process);
+  const Job& still = context_.tables().jobs.at(id);
+  if (!holds_engine(still.state)) return;
+  Timers& timers = timers_[id];
+  if (still.state == JobState::kStarting && now - timers.started_ms > limits.start_timeout_ms &&
+      timers.missing_since_ms >= 0) {
+    interrupted(still, str(runner_name(still), " did not start the job in time"), false);
+  } else if (still.state != JobState::kRunning && now - timers.sent_ms >= limits.resend_ms) {
+    if (still.state == JobState::kStarting && timers.missing_since_ms >= 0)
+      send_start(still, *worker);
+    else if (still.state != JobState::kStarting)
+      send_stop(still);
+    timers.sent_ms = now;
+  }
+}
+
+/// A gang whose first rank has not said hello to this process: it is being started, or was running
+/// before this coordinator was.
+void Jobs::tick_unseen_gang(const Job& job, const Worker& worker) {
+  const TimeMs now = context_.now().ms;
+  const Limits& limits = context_.limits();
+  Timers& timers = timers_[job.id];
+  const TimeMs since = std::max(timers.started_ms, loaded_ms_);
+  // It said goodbye or lost its lease; right after a start of ours it may not have been here yet.
+  const bool agent_gone =
+      !worker.agent.alive && (worker.agent.incarnation != 0 || now - since > limits.adoption_ms);
+  if (job.state == JobState::kStarting && !agent_gone && now - since <= limits.start_timeout_ms) {
+    if (worker.agent.alive && now - timers.sent_ms >= limits.resend_ms) {
+      send_start(job, worker);
       timers.sent_ms = now;
     }
+    return;
   }
+  const bool stopping = job.state == JobState::kPausing || job.state == JobState::kCancelling;
+  if (stopping && !agent_gone && now - since <= limits.adoption_ms) {
+    if (now - timers.sent_ms >= limits.resend_ms) send_stop(job);
+    return;
+  }
+  if (now - since > limits.adoption_ms || (agent_gone && job.state == JobState::kStarting))
+    interrupted(job,
+                str(runner_name(job), job.state == JobState::kStarting ? " did not start in time"
+                                                                       : " did not come back"),
+                false);
 }
 
 std::string Jobs::waiting_reason(const Job& job) const {
@@ -425,10 +526,12 @@ std::string Jobs::waiting_reason(const Job& job) const {
           timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
         return str("next try in ", timers->second.not_before_ms - context_.now().ms,
                    " ms after: ", job.error);
-      return place(job, context_.tables(), workers_).waiting;
+      return place(job, context_.tables(), workers_,
+                   reserved_before(job, context_.tables(), workers_))
+          .waiting;
     }
     case JobState::kStarting:
-      return str("engine ", job.worker, " prepares it");
+      return str(runner_name(job), " prepares it");
     default:
       return "";
   }
@@ -449,7 +552,7 @@ const std::deque<JobEventRecord>* Jobs::events(const JobId& id) const {
 std::vector<Digest> Jobs::demand() const {
   std::vector<Digest> models;
   for (const Job* job : queue_order(context_.tables()))
-    if (place(*job, context_.tables(), workers_).load) models.push_back(job->model);
+    if (place(*job, context_.tables(), workers_, {}).load) models.push_back(job->model);
   return models;
 }
 

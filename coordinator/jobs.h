@@ -6,6 +6,7 @@
 
 #include "coordinator/context.h"
 #include "coordinator/estimates.h"
+#include "coordinator/placement.h"
 #include "coordinator/workers.h"
 #include "protocol/job_spec.h"
 
@@ -34,7 +35,8 @@ class Jobs {
   Result<JobId> submit(const Submission& submission);
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
-  Status resume(const JobId& id);
+  /// `layout_json`: "" or {"dp","tp","pp","zero"}, some of them: go on over other ranks.
+  Status resume(const JobId& id, const std::string& layout_json);
   /// A checkpoint of a job that another registry backed up: the job stands here paused, if it does
   /// not yet, and has the checkpoint. kConflict: another job, or one that is not paused, has the
   /// id; or the step has another checkpoint.
@@ -43,18 +45,19 @@ class Jobs {
   /// The worker is to be empty: its job is checkpointed, stopped and queued again.
   void drain(const WorkerId& worker);
 
-  // -- from engines
+  // -- from engines and gangs
   void estimated(const EstimateOutcome& outcome);
-  void progress(Worker& worker, const protocol::JobProgress& message);
-  void checkpoint(Worker& worker, const protocol::CheckpointReady& message);
-  void publish(Worker& worker, const protocol::Publish& message);
-  void ended(Worker& worker, const protocol::JobEnded& message);
+  void progress(const Runner& runner, const protocol::JobProgress& message);
+  void checkpoint(const Runner& runner, const protocol::CheckpointReady& message);
+  void publish(const Runner& runner, const protocol::Publish& message);
+  /// Of a gang that could not say so itself, the leader's agent says it.
+  void ended(const Runner& runner, const protocol::JobEnded& message);
   /// The manifest of a checkpoint or publish was looked at. False: not one of ours.
   bool verified(const WorkDone& done);
-  /// A hello: returns the jobs the engine must end, and takes up those it owns.
-  std::vector<JobId> adopt(Worker& worker, const std::vector<protocol::RunningJob>& running);
+  /// A hello: returns the jobs the process must end, and takes up those it owns.
+  std::vector<JobId> adopt(const Runner& runner, protocol::WorkerRole role);
   /// A heartbeat names what runs.
-  void seen(Worker& worker);
+  void seen(const Runner& runner, protocol::WorkerRole role);
   void engine_lost(const EngineLost& lost);
 
   /// Starts queued jobs where there is room.
@@ -96,22 +99,28 @@ class Jobs {
   void set_state(Job& job, JobState state, const std::string& why);
   void event(Job& job, const std::string& level, const std::string& kind,
              const std::string& message, const std::string& metrics_json, bool lazy);
-  void start(Job job, Worker& worker);
+  void start(Job job, const Placement& placement);
   void send_start(const Job& job, const Worker& worker);
   void send_stop(const Job& job);
+  static Status change_layout(Job& job, const std::string& layout_json);
   void ask_estimate(Job& job);
+  [[nodiscard]] Status check_pool(const Job& job) const;
   /// Whether the message is of the job's current attempt on this engine; takes a queued job back
   /// that only lost its lease. Answers a stale one with kConflict.
-  bool accept(Worker& worker, const JobId& id, Epoch epoch, const std::string& of, Job& job);
-  void ack(const Worker& worker, const JobId& job, Epoch epoch, const std::string& of,
+  bool accept(const Runner& runner, const JobId& id, Epoch epoch, const std::string& of, Job& job);
+  [[nodiscard]] bool may_go_on(const Job& job) const;
+  void ack(const Process& process, const JobId& job, Epoch epoch, const std::string& of,
            const Status& status, bool lazy = false);
   void interrupted(Job job, const std::string& why, bool own_failure);
   void finish(Job& job, JobState state, const Status& status);
   void settle(Job job, const protocol::JobEnded& message);
   void record_checkpoint(Job job, const ManifestVerified& manifest, const Pending& pending);
-  void record_publish(Job job, const ManifestVerified& manifest, const Pending& pending,
-                      const Worker& worker);
-  void look_for_missing(const Job& job, const Worker& worker);
+  void record_publish(Job job, const ManifestVerified& manifest, const Pending& pending);
+  /// Who runs it now: the engine, or the gang's first rank once it has said hello; else null.
+  Process* runner_of(const Job& job);
+  void tick_held(const JobId& id);
+  void tick_unseen_gang(const Job& job, const Worker& worker);
+  void look_for_missing(const Job& job, const Process& process);
   bool is_pending(const JobId& job, const std::string& of) const;
 
   Context& context_;
@@ -123,6 +132,9 @@ class Jobs {
   std::vector<JobEventRecord> new_events_;
   std::map<std::uint64_t, Pending> pending_;  // work id -> checkpoint or publish
 };
+
+/// "engine HOST/cpu0", or "the gang on HOST/cpu0" of a job of several ranks.
+std::string runner_name(const Job& job);
 
 /// Tells the engines that hold its base of a new version.
 void announce(Context& context, const WorkerTable& workers, const AdapterVersionRecord& adapter);

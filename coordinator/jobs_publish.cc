@@ -16,25 +16,25 @@ bool Jobs::is_pending(const JobId& job, const std::string& of) const {
                      [&](const auto& p) { return p.second.job == job && p.second.of == of; });
 }
 
-void Jobs::checkpoint(Worker& worker, const protocol::CheckpointReady& message) {
+void Jobs::checkpoint(const Runner& runner, const protocol::CheckpointReady& message) {
   const std::string of = str("checkpoint:", message.step);
   Job job;
-  if (!accept(worker, message.job, message.epoch, of, job)) return;
+  if (!accept(runner, message.job, message.epoch, of, job)) return;
   const Digest digest = sha256(message.manifest);
   const auto known = context_.tables().checkpoints.find(std::pair(job.id.value, message.step));
   if (known != context_.tables().checkpoints.end() && known->second.manifest == digest) {
     protocol::JobAck ack{job.id, job.epoch, of, {}, digest, ""};
-    return context_.send_worker(worker.engine.peer, std::move(ack));
+    return context_.send_worker(runner.process.peer, std::move(ack));
   }
   if (is_pending(job.id, of)) return;  // a repeat; the first one is being looked at
   const std::uint64_t work =
       context_.start_work(VerifyManifest{message.manifest, ManifestKind::kCheckpoint});
-  pending_[work] = {false, job.id, job.epoch, message.step, worker.id, "", of};
+  pending_[work] = {false, job.id, job.epoch, message.step, runner.worker.id, "", of};
 }
 
-void Jobs::publish(Worker& worker, const protocol::Publish& message) {
+void Jobs::publish(const Runner& runner, const protocol::Publish& message) {
   Job job;
-  if (!accept(worker, message.job, message.epoch, "publish", job)) return;
+  if (!accept(runner, message.job, message.epoch, "publish", job)) return;
   const Digest digest = sha256(message.manifest);
   if (!job.published.empty()) {
     protocol::JobAck ack{job.id, job.epoch, "publish",
@@ -42,16 +42,16 @@ void Jobs::publish(Worker& worker, const protocol::Publish& message) {
     if (job.published != digest)
       ack.status =
           conflict_error(str(job.id, " has published ", job.published.short_hex(), " already"));
-    return context_.send_worker(worker.engine.peer, std::move(ack));
+    return context_.send_worker(runner.process.peer, std::move(ack));
   }
   if (job.state == JobState::kCancelling)
-    return ack(worker, job.id, job.epoch, "publish",
+    return ack(runner.process, job.id, job.epoch, "publish",
                cancelled_error(str(job.id, " is being cancelled")));
   if (is_pending(job.id, "publish")) return;
   const std::uint64_t work =
       context_.start_work(VerifyManifest{message.manifest, ManifestKind::kAdapter});
-  pending_[work] = {true,     job.id, job.epoch, message.step, worker.id, message.metadata_json,
-                    "publish"};
+  pending_[work] = {
+      true, job.id, job.epoch, message.step, runner.worker.id, message.metadata_json, "publish"};
 }
 
 bool Jobs::verified(const WorkDone& done) {
@@ -60,10 +60,16 @@ bool Jobs::verified(const WorkDone& done) {
   const Pending pending = std::move(found->second);
   pending_.erase(found);
   Worker* worker = workers_.find(pending.worker);
-  if (worker == nullptr || !worker->engine.alive) return true;  // it will repeat, or is dead
+  const auto owner = context_.tables().jobs.find(pending.job);
+  if (owner != context_.tables().jobs.end() &&
+      (owner->second.worker != pending.worker || owner->second.epoch != pending.epoch))
+    return true;  // the job moved on; whoever sent this is told when it repeats
+  Process* process = owner == context_.tables().jobs.end() ? nullptr : runner_of(owner->second);
+  if (worker == nullptr || process == nullptr || !process->alive)
+    return true;  // it will repeat, or is dead
   // The job may have moved while the manifest was being read.
   Job job;
-  if (!accept(*worker, pending.job, pending.epoch, pending.of, job)) return true;
+  if (!accept({*worker, *process}, pending.job, pending.epoch, pending.of, job)) return true;
   const auto* manifest = std::get_if<ManifestVerified>(&done.result);
   Status status = done.status;
   if (status.ok() && manifest == nullptr) status = internal_error("no manifest came back");
@@ -75,11 +81,11 @@ bool Jobs::verified(const WorkDone& done) {
     status = cancelled_error(str(job.id, " is being cancelled"));
   if (!status.ok()) {
     context_.log(LogLevel::kWarn, job.id, " ", pending.of, " refused: ", status.message());
-    ack(*worker, job.id, job.epoch, pending.of, status);
+    ack(*process, job.id, job.epoch, pending.of, status);
     return true;
   }
   if (pending.publish)
-    record_publish(std::move(job), *manifest, pending, *worker);
+    record_publish(std::move(job), *manifest, pending);
   else
     record_checkpoint(std::move(job), *manifest, pending);
   return true;
@@ -110,8 +116,7 @@ void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pe
   const nlohmann::ordered_json details{
       {"step", pending.step}, {"digest", manifest.digest.hex()}, {"bytes", manifest.bytes}};
   event(job, "info", "checkpoint", str("checkpoint at step ", pending.step), details.dump(), false);
-  const Worker* worker = workers_.find(pending.worker);
-  context_.send_worker(worker->engine.peer,
+  context_.send_worker(runner_of(job)->peer,
                        protocol::JobAck{job.id, job.epoch, pending.of, {}, manifest.digest, ""});
   save(std::move(job));
 }
@@ -147,8 +152,7 @@ Status Jobs::restore(const JobId& id, const Submission& submission, std::int64_t
   return {};
 }
 
-void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pending& pending,
-                          const Worker& worker) {
+void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pending& pending) {
   const AdapterVersionRecord version =
       add_version(context_, {job.adapter, manifest.text, manifest.digest, job.model, job.id.value,
                              pending.metadata_json, str("publish ", job.id)});
@@ -161,7 +165,7 @@ void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pendi
                                        {"digest", manifest.digest.hex()},
                                        {"bytes", manifest.bytes}};
   event(job, "info", "publish", str("published ", name), details.dump(), false);
-  context_.send_worker(worker.engine.peer,
+  context_.send_worker(runner_of(job)->peer,
                        protocol::JobAck{job.id, job.epoch, "publish", {}, manifest.digest, name});
   save(std::move(job));
   announce(context_, workers_, version);

@@ -16,48 +16,58 @@ std::string event_metrics(const protocol::JobProgress& message) {
   return metrics.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
-void Jobs::ack(const Worker& worker, const JobId& job, Epoch epoch, const std::string& of,
+void Jobs::ack(const Process& process, const JobId& job, Epoch epoch, const std::string& of,
                const Status& status, bool lazy) {
   protocol::JobAck message{job, epoch, of, status, {}, ""};
   if (lazy)
-    context_.send_worker_after_commit(worker.engine.peer, std::move(message));
+    context_.send_worker_after_commit(process.peer, std::move(message));
   else
-    context_.send_worker(worker.engine.peer, std::move(message));
+    context_.send_worker(process.peer, std::move(message));
 }
 
-bool Jobs::accept(Worker& worker, const JobId& id, Epoch epoch, const std::string& of, Job& job) {
+bool Jobs::accept(const Runner& runner, const JobId& id, Epoch epoch, const std::string& of,
+                  Job& job) {
+  const auto& [worker, process] = runner;
   const auto found = context_.tables().jobs.find(id);
   if (found == context_.tables().jobs.end()) {
-    ack(worker, id, epoch, of, conflict_error(str("no job ", id, " is known here; stop it")));
+    ack(process, id, epoch, of, conflict_error(str("no job ", id, " is known here; stop it")));
     return false;
   }
   job = found->second;
   const bool same = job.epoch == epoch && job.worker == worker.id;
   if (!same) {
-    ack(worker, id, epoch, of,
+    ack(process, id, epoch, of,
         conflict_error(str(id, " is at epoch ", job.epoch, " on ", job.worker, "; epoch ", epoch,
                            " on ", worker.id, " must stop")));
     return false;
   }
   if (holds_engine(job.state)) return true;
-  if (job.state == JobState::kQueued && job.engine == worker.engine.incarnation) {
+  if (job.state == JobState::kQueued && job.engine == process.incarnation && may_go_on(job)) {
     // Only its lease ran out: nobody else was started, so it goes on where it is.
     timers_[id] = {context_.now().ms, context_.now().ms, -1, 0};
-    set_state(job, JobState::kRunning, str("engine ", worker.id, " is back"));
+    set_state(job, JobState::kRunning, str(runner_name(job), " is back"));
     save(job);
     return true;
   }
   const bool over = job.state == JobState::kSucceeded || of == "ended";
-  ack(worker, id, epoch, of,
+  ack(process, id, epoch, of,
       over ? Status() : conflict_error(str(id, " is ", job_state_name(job.state), "; stop it")));
   return false;
 }
 
-void Jobs::progress(Worker& worker, const protocol::JobProgress& message) {
+/// Whether a job that only lost its lease can be taken back: of a gang's workers, whose engines and
+/// agents were there all the time, one may have been given another job.
+bool Jobs::may_go_on(const Job& job) const {
+  return std::none_of(job.members.begin(), job.members.end(), [&](const WorkerId& member) {
+    return job_on(context_.tables(), member) != nullptr;
+  });
+}
+
+void Jobs::progress(const Runner& runner, const protocol::JobProgress& message) {
   const std::string of = str("progress:", message.seq);
   Job job;
-  if (!accept(worker, message.job, message.epoch, of, job)) return;
-  if (message.seq <= job.progress_seq) return ack(worker, job.id, job.epoch, of, {}, true);
+  if (!accept(runner, message.job, message.epoch, of, job)) return;
+  if (message.seq <= job.progress_seq) return ack(runner.process, job.id, job.epoch, of, {}, true);
   job.progress_seq = message.seq;
   job.step = std::max(job.step, message.step);
   if (message.total_steps > 0) job.total_steps = message.total_steps;
@@ -76,30 +86,28 @@ void Jobs::progress(Worker& worker, const protocol::JobProgress& message) {
   }
   job.updated_unix_ms = context_.now().unix_ms;
   if (job.state == JobState::kStarting) {
-    set_state(job, JobState::kRunning, str("on ", worker.id));
+    set_state(job, JobState::kRunning, str("on ", runner.worker.id));
     event(job, "info", message.kind, message.message, metrics, false);
     save(job);
-    return ack(worker, job.id, job.epoch, of, {});
+    return ack(runner.process, job.id, job.epoch, of, {});
   }
   event(job, "info", message.kind, message.message, metrics, true);
   context_.put_lazy(job);
-  ack(worker, job.id, job.epoch, of, {}, true);
+  ack(runner.process, job.id, job.epoch, of, {}, true);
 }
 
-void Jobs::ended(Worker& worker, const protocol::JobEnded& message) {
+void Jobs::ended(const Runner& runner, const protocol::JobEnded& message) {
   Job job;
-  if (!accept(worker, message.job, message.epoch, "ended", job)) return;
-  worker.engine.jobs.erase(
-      std::remove_if(worker.engine.jobs.begin(), worker.engine.jobs.end(),
-                     [&](const protocol::RunningJob& r) { return r.job == job.id; }),
-      worker.engine.jobs.end());
+  if (!accept(runner, message.job, message.epoch, "ended", job)) return;
+  std::erase_if(runner.process.jobs,
+                [&](const protocol::RunningJob& r) { return r.job == job.id; });
   job.step = std::max(job.step, message.step);
   if (!message.summary_json.empty()) job.summary_json = message.summary_json;
   job.engine = 0;  // over for this process: it is not taken back
   const JobId id = job.id;
   const Epoch epoch = job.epoch;
   settle(std::move(job), message);
-  ack(worker, id, epoch, "ended", {});
+  ack(runner.process, id, epoch, "ended", {});
 }
 
 void Jobs::settle(Job job, const protocol::JobEnded& message) {
@@ -129,41 +137,50 @@ void Jobs::settle(Job job, const protocol::JobEnded& message) {
   save(std::move(job));
 }
 
-std::vector<JobId> Jobs::adopt(Worker& worker, const std::vector<protocol::RunningJob>& running) {
+std::vector<JobId> Jobs::adopt(const Runner& runner, protocol::WorkerRole role) {
+  const auto& [worker, process] = runner;
+  const bool agent = role == protocol::WorkerRole::kAgent;  // holds gangs, runs none
   std::vector<JobId> stop;
-  for (const protocol::RunningJob& claim : running) {
+  for (const protocol::RunningJob& claim : process.jobs) {
     const auto found = context_.tables().jobs.find(claim.job);
     const bool owned = found != context_.tables().jobs.end() &&
                        found->second.epoch == claim.epoch && found->second.worker == worker.id &&
-                       found->second.engine == worker.engine.incarnation;
-    if (!owned ||
-        (!holds_engine(found->second.state) && found->second.state != JobState::kQueued)) {
+                       (agent || found->second.engine == process.incarnation);
+    if (!owned || (!holds_engine(found->second.state) &&
+                   (found->second.state != JobState::kQueued || !may_go_on(found->second)))) {
       stop.push_back(claim.job);
       continue;
     }
+    if (agent) continue;
     Job job = found->second;
     timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
     if (job.state == JobState::kStarting || job.state == JobState::kQueued) {
       set_state(job, JobState::kRunning,
-                str("engine ", worker.id, " goes on at step ", claim.step));
+                str(runner_name(job), claim.step > 0 ? str(" goes on at step ", claim.step)
+                                                     : std::string(" has it")));
       save(std::move(job));
     }
   }
   return stop;
 }
 
-void Jobs::seen(Worker& worker) {
-  for (const protocol::RunningJob& claim : worker.engine.jobs) {
+void Jobs::seen(const Runner& runner, protocol::WorkerRole role) {
+  const auto& [worker, process] = runner;
+  const bool agent = role == protocol::WorkerRole::kAgent;
+  for (const protocol::RunningJob& claim : process.jobs) {
     const auto found = context_.tables().jobs.find(claim.job);
-    const bool current = found != context_.tables().jobs.end() &&
-                         found->second.epoch == claim.epoch && found->second.worker == worker.id &&
-                         holds_engine(found->second.state);
+    // A gang whose lease alone ran out may come back; its agent need not end it.
+    const bool current =
+        found != context_.tables().jobs.end() && found->second.epoch == claim.epoch &&
+        found->second.worker == worker.id &&
+        (holds_engine(found->second.state) ||
+         (agent && found->second.state == JobState::kQueued && may_go_on(found->second)));
     if (!current) {
-      context_.send_worker(worker.engine.peer,
+      context_.send_worker(process.peer,
                            protocol::StopJob{claim.job, claim.epoch, protocol::StopMode::kCancel});
       continue;
     }
-    if (found->second.state == JobState::kStarting) {
+    if (!agent && found->second.state == JobState::kStarting) {
       Job job = found->second;
       set_state(job, JobState::kRunning, str("on ", worker.id));
       save(std::move(job));

@@ -18,19 +18,22 @@ std::int64_t estimated_bytes(const Job& job) {
   return peak != json.end() && peak->is_number_integer() ? peak->get<std::int64_t>() : 0;
 }
 
-/// What stands in the way on one engine; "" when nothing does.
+}  // namespace
+
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
-                     const WorkerTable& workers, std::int64_t bytes) {
+                     const WorkerTable& workers, const std::set<WorkerId>& reserved) {
+  const std::int64_t bytes = estimated_bytes(job);
   if (workers.draining(worker.id)) return "is draining";
   if (const Job* other = job_on(tables, worker.id)) return str("trains ", other->id);
-  for (const protocol::RunningJob& running : worker.engine.jobs)
-    if (running.job != job.id || running.epoch != job.epoch) return str("still ends ", running.job);
+  if (reserved.contains(worker.id)) return "is kept for a job of several ranks";
+  for (const auto* process : {static_cast<const Process*>(&worker.engine), &worker.agent})
+    for (const protocol::RunningJob& running : process->jobs)
+      if (process->alive && (running.job != job.id || running.epoch != job.epoch))
+        return str("still ends ", running.job);
   if (bytes > 0 && worker.memory_bytes > 0 && bytes > worker.memory_bytes)
     return str("has ", format_bytes(worker.memory_bytes), ", the job needs ", format_bytes(bytes));
   return "";
 }
-
-}  // namespace
 
 std::vector<const Job*> queue_order(const Tables& tables) {
   std::vector<const Job*> queue;
@@ -44,14 +47,15 @@ std::vector<const Job*> queue_order(const Tables& tables) {
 
 const Job* job_on(const Tables& tables, const WorkerId& worker) {
   for (const auto& [id, job] : tables.jobs)
-    if (holds_engine(job.state) && job.worker == worker) return &job;
+    if (holds_engine(job.state) && job.holds(worker)) return &job;
   return nullptr;
 }
 
-Placement place(const Job& job, const Tables& tables, const WorkerTable& workers) {
-  const std::int64_t bytes = estimated_bytes(job);
+Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
+                const std::set<WorkerId>& reserved) {
+  if (job.ranks > 1) return place_gang(job, tables, workers, reserved);
   const ModelRecord* model = tables.model_by_digest(job.model);
-  if (model == nullptr) return {{}, false, "its base model is not registered any more"};
+  if (model == nullptr) return {{}, {}, {}, false, "its base model is not registered any more"};
   const Worker* best = nullptr;
   std::tuple<int, int, std::int64_t> best_score;
   std::string obstacles;
@@ -59,7 +63,7 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
   for (const auto& [id, worker] : workers.all()) {
     if (!worker.engine.alive) continue;
     ++engines;
-    const std::string what = obstacle(job, worker, tables, workers, bytes);
+    const std::string what = obstacle(job, worker, tables, workers, reserved);
     if (!what.empty()) {
       if (obstacles.size() < 400) obstacles += str(obstacles.empty() ? "" : "; ", id, " ", what);
       continue;
@@ -74,14 +78,14 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
       best_score = score;
     }
   }
-  if (best != nullptr) return {best->id, false, ""};
-  if (engines == 0) return {{}, false, "no engine is connected"};
-  if (free == 0) return {{}, false, obstacles};
+  if (best != nullptr) return {best->id, {}, {}, false, ""};
+  if (engines == 0) return {{}, {}, {}, false, "no engine is connected"};
+  if (free == 0) return {{}, {}, {}, false, obstacles};
   std::string waiting = str("base ", model->name, " is not loaded on a free engine yet");
   for (const auto& [id, worker] : workers.all())
     if (worker.engine.alive && worker.engine.load_failed == job.model)
       waiting += str("; ", id, " could not load it: ", worker.engine.load_status.message());
-  return {{}, true, waiting};
+  return {{}, {}, {}, true, waiting};
 }
 
 }  // namespace tandem::coordinator

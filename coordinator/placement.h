@@ -4,15 +4,19 @@
 #include "coordinator/records.h"
 #include "coordinator/workers.h"
 
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace tandem::coordinator {
 
 struct Placement {
-  WorkerId worker;      ///< empty: none now
-  bool load = false;    ///< the job waits for its base to be loaded somewhere
-  std::string waiting;  ///< why, for people
+  WorkerId worker;                ///< empty: none now
+  std::vector<WorkerId> members;  ///< of a gang: all its workers, `worker` first
+  std::vector<WorkerId> wanted;   ///< a gang that waits for these: jobs behind it leave them alone
+  bool load = false;              ///< the job waits for its base to be loaded somewhere
+  std::string waiting;            ///< why, for people
 };
 
 /// Queued jobs in the order they are to be started: priority, then submission.
@@ -20,10 +24,28 @@ std::vector<const Job*> queue_order(const Tables& tables);
 
 /// The best engine for a queued job: alive, not draining, training nothing (one job per engine),
 /// with enough memory by the job's estimate; its base loaded, fewest requests, not the one where it
-/// failed last. Deterministic.
-Placement place(const Job& job, const Tables& tables, const WorkerTable& workers);
+/// failed last, not `reserved`. Deterministic.
+Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
+                const std::set<WorkerId>& reserved);
 
-/// The job an engine is reserved for by the tables, or null.
+/// Workers for a queued job of several ranks: all at once, one per rank, on one host, CPU slots
+/// that train nothing and have memory for a rank beside their engine (whose base does not matter).
+/// The leader's agent must be there. Deterministic.
+Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
+                     const std::set<WorkerId>& reserved);
+
+/// What gangs before `job` in the queue keep for themselves.
+std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
+                                   const WorkerTable& workers);
+
+/// What stands in the way of a job on one engine, by its estimate too; "" when nothing does.
+std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
+                     const WorkerTable& workers, const std::set<WorkerId>& reserved);
+
+/// The most CPU slots that one host is known to have, and its name.
+std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers);
+
+/// The job a worker is reserved for by the tables, or null.
 const Job* job_on(const Tables& tables, const WorkerId& worker);
 
 }  // namespace tandem::coordinator

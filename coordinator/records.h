@@ -6,6 +6,7 @@
 #include "protocol/base/ids.h"
 #include "protocol/records.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -72,13 +73,15 @@ struct Job {
   std::string spec_json;  ///< JobSpec with every default written out
   JobState state = JobState::kSubmitted;
   std::int32_t priority = 0;
+  std::int64_t ranks = 1;  ///< of the spec's layout
   Digest model;
   Digest dataset, eval_dataset;  ///< roots; eval may be empty
   Digest dataset_manifest;
   std::string adapter;  ///< name to publish under
   Epoch epoch = 0;
-  WorkerId worker;                  ///< holds or last held it
-  Incarnation engine = 0;           ///< the process that was told to start it
+  WorkerId worker;                  ///< holds or last held it; of a gang: the leader
+  std::vector<WorkerId> members;    ///< of a gang: all its workers, the leader first
+  Incarnation engine = 0;           ///< the process that was told to start it, or is to be a gang's
   int attempts = 0;                 ///< since the last new step or checkpoint
   int own_failures = 0;             ///< of these, failures that the job itself reported
   bool requeue_after_stop = false;  ///< being stopped because its worker drains
@@ -91,6 +94,11 @@ struct Job {
   std::int64_t submitted_unix_ms = 0, started_unix_ms = 0, ended_unix_ms = 0, updated_unix_ms = 0;
   std::uint64_t events = 0;        ///< number of the last event
   std::uint64_t progress_seq = 0;  ///< last JobProgress of this epoch
+
+  [[nodiscard]] bool gang() const { return !members.empty(); }
+  [[nodiscard]] bool holds(const WorkerId& who) const {
+    return worker == who || std::find(members.begin(), members.end(), who) != members.end();
+  }
 };
 
 // -- writes: Erase* of what is not there is no error

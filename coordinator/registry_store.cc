@@ -21,6 +21,12 @@ Digest digest_at(const Json& json, const char* key) {
   return parsed.ok() ? *parsed : Digest{};
 }
 
+Json id_list(const std::vector<WorkerId>& ids) {
+  Json list = Json::array();
+  for (const WorkerId& id : ids) list.push_back(id.value);
+  return list;
+}
+
 protocol::JobRecord to_record(const Job& job) {
   protocol::JobRecord r;
   r.id = job.id.value;
@@ -50,6 +56,8 @@ protocol::JobRecord to_record(const Job& job) {
                      {"dataset", hex_or_none(job.dataset)},
                      {"eval_dataset", hex_or_none(job.eval_dataset)},
                      {"engine", job.engine},
+                     {"ranks", job.ranks},
+                     {"members", id_list(job.members)},
                      {"own_failures", job.own_failures},
                      {"requeue_after_stop", job.requeue_after_stop},
                      {"best_step", job.best_step},
@@ -72,6 +80,9 @@ Result<Job> from_record(const protocol::JobRecord& r) {
   try {
     job.order = details.value("order", std::uint64_t{0});
     job.engine = details.value("engine", Incarnation{0});
+    job.ranks = details.value("ranks", std::int64_t{1});
+    for (const auto& member : details.value("members", std::vector<std::string>{}))
+      job.members.emplace_back(member);
     job.own_failures = details.value("own_failures", 0);
     job.requeue_after_stop = details.value("requeue_after_stop", false);
     job.best_step = details.value("best_step", std::int64_t{0});

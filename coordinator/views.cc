@@ -1,5 +1,7 @@
 #include "coordinator/views.h"
 
+#include "coordinator/placement.h"
+
 #include <algorithm>
 
 namespace tandem::coordinator {
@@ -46,6 +48,12 @@ Json data_json(const Dataset& data) {
           {"created", data.created_unix_ms}};
 }
 
+Json id_list(const std::vector<WorkerId>& ids) {
+  Json list = Json::array();
+  for (const WorkerId& id : ids) list.push_back(id.value);
+  return list;
+}
+
 Json job_json(const Job& job, const Jobs& jobs, const Tables& tables) {
   const Json metrics = parse_object(job.metrics_json);
   return {{"job", job.id.value},
@@ -60,6 +68,7 @@ Json job_json(const Job& job, const Jobs& jobs, const Tables& tables) {
           {"position", jobs.queue_position(job.id)},
           {"reason", jobs.waiting_reason(job)},
           {"worker", holds_engine(job.state) ? job.worker.value : ""},
+          {"workers", holds_engine(job.state) ? id_list(job.members) : Json::array()},
           {"attempts", job.attempts},
           {"error", job.error},
           {"created", job.submitted_unix_ms},
@@ -116,7 +125,9 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
   const Engine& engine = worker.engine;
   Json jobs = Json::array();
   for (const protocol::RunningJob& job : engine.jobs) jobs.push_back(job.job.value);
-  const bool idle = engine.jobs.empty() && engine.requests.empty();
+  const Job* held = job_on(tables, worker.id);
+  if (held != nullptr && held->gang()) jobs.push_back(held->id.value);
+  const bool idle = jobs.empty() && engine.requests.empty();
   const char* state = !engine.alive                 ? (worker.agent.alive ? "starting" : "lost")
                       : workers.draining(worker.id) ? (idle ? "drained" : "draining")
                       : engine.model.empty()        ? "starting"

@@ -12,14 +12,15 @@ using protocol::WorkerRole;
 constexpr std::size_t kSupersededKept = 16;
 const std::string kDrainPrefix = "drain/";
 
-const char* role_name(WorkerRole role) {
-  return role == WorkerRole::kAgent ? "agent" : "engine";
-}
-
 }  // namespace
+
+const char* role_name(WorkerRole role) {
+  return role == WorkerRole::kAgent ? "agent" : role == WorkerRole::kEngine ? "engine" : "gang";
+}
 
 Process& WorkerTable::process(Worker& worker, WorkerRole role) {
   if (role == WorkerRole::kAgent) return worker.agent;
+  if (role == WorkerRole::kGang) return worker.gang;
   return worker.engine;
 }
 
@@ -47,8 +48,10 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
   if (replaced) {
     known.superseded.push_back(known.incarnation);
     if (known.superseded.size() > kSupersededKept) known.superseded.pop_front();
-    if (hello.role == WorkerRole::kEngine && known.alive)
-      lost = EngineLost{worker.id, "the engine was replaced by a new process"};
+    if (hello.role != WorkerRole::kAgent && known.alive)
+      lost = EngineLost{worker.id,
+                        str("the ", role_name(hello.role), " was replaced by a new process"),
+                        hello.role == WorkerRole::kGang};
   }
   if (known.peer != peer) peers_.erase(known.peer);
   if (hello.role == WorkerRole::kEngine) {
@@ -68,20 +71,23 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
     engine.loading = {};
     engine.credits = hello.credits;
     engine.adapters = {hello.adapters.begin(), hello.adapters.end()};
-    engine.jobs = hello.jobs;
     engine.idle_since_ms = hello.requests.empty() ? context_.now().ms : -1;
     worker.device = hello.device;
     worker.device_name = hello.device_name;
     worker.memory_bytes = hello.memory_bytes;
   }
-  worker.host = hello.host;
-  worker.slot = hello.slot;
-  if (worker.device.empty()) worker.device = hello.device;
-  if (worker.memory_bytes == 0) worker.memory_bytes = hello.memory_bytes;
+  if (hello.role != WorkerRole::kGang) {  // a gang speaks for its job, not for the slot
+    worker.host = hello.host;
+    worker.slot = hello.slot;
+    if (worker.device.empty()) worker.device = hello.device;
+    if (worker.memory_bytes == 0) worker.memory_bytes = hello.memory_bytes;
+  }
   Process& now = process(worker, hello.role);
   now.peer = peer;
   now.incarnation = hello.incarnation;
   now.pid = hello.pid;
+  now.version = hello.version;
+  now.jobs = hello.jobs;
   now.last_seen_ms = context_.now().ms;
   now.alive = true;
   peers_[peer] = {hello.worker, hello.role};
@@ -99,7 +105,10 @@ Status WorkerTable::heartbeat(const std::string& peer, const protocol::Heartbeat
   if (!known.alive || known.incarnation != beat.incarnation || known.peer != peer)
     return unavailable_error("unknown process");
   known.last_seen_ms = context_.now().ms;
-  if (beat.role == WorkerRole::kAgent) return {};
+  if (beat.role != WorkerRole::kEngine) {
+    known.jobs = beat.jobs;
+    return {};
+  }
   Engine& engine = worker->engine;
   if (beat.seq < engine.heartbeat.seq) return {};  // overtaken
   engine.heartbeat = beat;
@@ -112,12 +121,15 @@ Status WorkerTable::heartbeat(const std::string& peer, const protocol::Heartbeat
   return {};
 }
 
-Worker* WorkerTable::engine_of(const std::string& peer) {
+std::optional<WorkerTable::Known> WorkerTable::process_of(const std::string& peer) {
   const auto known = peers_.find(peer);
-  if (known == peers_.end() || known->second.second != WorkerRole::kEngine) return nullptr;
-  Worker* worker = find(known->second.first);
-  if (worker == nullptr || !worker->engine.alive || worker->engine.peer != peer) return nullptr;
-  return worker;
+  if (known == peers_.end()) return {};
+  const auto& [id, role] = known->second;
+  Worker* worker = find(id);
+  if (worker == nullptr) return {};
+  Process& found = process(*worker, role);
+  if (!found.alive || found.peer != peer) return {};
+  return Known{*worker, found, role};
 }
 
 std::optional<EngineLost> WorkerTable::bye(const protocol::WorkerBye& bye) {
@@ -128,7 +140,8 @@ std::optional<EngineLost> WorkerTable::bye(const protocol::WorkerBye& bye) {
   known.alive = false;
   peers_.erase(known.peer);
   if (bye.role == WorkerRole::kAgent) return {};
-  return EngineLost{bye.worker, "the engine ended as it was asked to"};
+  return EngineLost{bye.worker, str("the ", role_name(bye.role), " ended as it was asked to"),
+                    bye.role == WorkerRole::kGang};
 }
 
 std::vector<EngineLost> WorkerTable::expire() {
@@ -136,15 +149,17 @@ std::vector<EngineLost> WorkerTable::expire() {
   const TimeMs now = context_.now().ms;
   const TimeMs lease = context_.limits().lease_ms;
   for (auto& [id, worker] : workers_) {
-    for (Process* known : {&worker.agent, static_cast<Process*>(&worker.engine)}) {
-      if (!known->alive || now - known->last_seen_ms <= lease) continue;
-      known->alive = false;
-      peers_.erase(known->peer);
-      const bool engine = known != &worker.agent;
-      context_.log(LogLevel::kWarn, engine ? "engine " : "agent ", id, " lost: silent for ",
-                   now - known->last_seen_ms, " ms");
-      if (engine)
-        lost.push_back({id, str("no sign of the engine for ", now - known->last_seen_ms, " ms")});
+    for (const WorkerRole role : {WorkerRole::kAgent, WorkerRole::kEngine, WorkerRole::kGang}) {
+      Process& known = process(worker, role);
+      if (!known.alive || now - known.last_seen_ms <= lease) continue;
+      known.alive = false;
+      peers_.erase(known.peer);
+      context_.log(LogLevel::kWarn, role_name(role), " ", id, " lost: silent for ",
+                   now - known.last_seen_ms, " ms");
+      if (role != WorkerRole::kAgent)
+        lost.push_back(
+            {id, str("no sign of the ", role_name(role), " for ", now - known.last_seen_ms, " ms"),
+             role == WorkerRole::kGang});
     }
   }
   return lost;
@@ -199,7 +214,8 @@ void WorkerTable::forget_old() {
   if (workers_.size() < context_.limits().workers_max) return;
   auto oldest = workers_.end();
   for (auto w = workers_.begin(); w != workers_.end(); ++w) {
-    if (w->second.engine.alive || w->second.agent.alive || !w->second.engine.requests.empty())
+    if (w->second.engine.alive || w->second.agent.alive || w->second.gang.alive ||
+        !w->second.engine.requests.empty())
       continue;
     if (oldest == workers_.end() ||
         w->second.engine.last_seen_ms < oldest->second.engine.last_seen_ms)

@@ -15,14 +15,16 @@
 
 namespace tandem::coordinator {
 
-/// One process: an agent or an engine.
+/// One process: an agent, an engine, or the first rank of a gang.
 struct Process {
   std::string peer;  ///< routing id
   Incarnation incarnation = 0;
   TimeMs last_seen_ms = 0;
   bool alive = false;
   std::int64_t pid = 0;
-  std::deque<Incarnation> superseded;  ///< replaced by a later one; their hellos are refused
+  protocol::Version version;
+  std::vector<protocol::RunningJob> jobs;  ///< what it says it runs; an agent: its gang
+  std::deque<Incarnation> superseded;      ///< replaced by a later one; their hellos are refused
 };
 
 struct Engine : Process {
@@ -35,8 +37,7 @@ struct Engine : Process {
   std::int64_t credits = 0;
   std::set<RequestId> requests;  ///< sent to it and not finished
   std::set<Digest> adapters;     ///< resident, as it said
-  std::vector<protocol::RunningJob> jobs;
-  TimeMs idle_since_ms = -1;  ///< since when its heartbeats name no request; -1: it has some
+  TimeMs idle_since_ms = -1;     ///< since when its heartbeats name no request; -1: it has some
   protocol::Heartbeat heartbeat;
   [[nodiscard]] std::int64_t free_credits() const {
     return credits - static_cast<std::int64_t>(requests.size());
@@ -50,6 +51,7 @@ struct Worker {
   std::int64_t memory_bytes = 0;
   Process agent;
   Engine engine;
+  Process gang;                ///< of the gang that this worker leads or led last
   Incarnation restarting = 0;  ///< the engine that its agent was told to end; 0: none
   TimeMs restart_sent_ms = 0;
   [[nodiscard]] bool holds(const Digest& model) const {
@@ -57,11 +59,22 @@ struct Worker {
   }
 };
 
-/// What a hello or the passage of time did to an engine; its jobs and requests must be looked at.
+/// What a hello or the passage of time did to an engine or a gang; its jobs and requests must be
+/// looked at.
 struct EngineLost {
   WorkerId worker;
   std::string reason;
+  bool gang = false;
 };
+
+/// Who runs a job and speaks for it.
+struct Runner {
+  Worker& worker;
+  Process& process;  ///< the worker's engine or gang; its agent for a gang that could not speak
+};
+
+/// "agent", "engine" or "gang".
+const char* role_name(protocol::WorkerRole role);
 
 class WorkerTable {
  public:
@@ -74,11 +87,16 @@ class WorkerTable {
   /// Renews the lease. kConflict: an incarnation that was replaced, which must end; kUnavailable:
   /// unknown here, it must say hello.
   Status heartbeat(const std::string& peer, const protocol::Heartbeat& beat);
-  /// The engine that this peer is, renewed; null when it is unknown or not an engine.
-  Worker* engine_of(const std::string& peer);
+  /// The live process that this peer is, its worker and its role; nothing when it is unknown.
+  struct Known {
+    Worker& worker;
+    Process& process;
+    protocol::WorkerRole role;
+  };
+  std::optional<Known> process_of(const std::string& peer);
   /// A process that ends on purpose.
   std::optional<EngineLost> bye(const protocol::WorkerBye& bye);
-  /// Engines whose lease ran out since the last call; agents too, silently.
+  /// Engines and gangs whose lease ran out since the last call; agents too, silently.
   std::vector<EngineLost> expire();
 
   Worker* find(const WorkerId& id);

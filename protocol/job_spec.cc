@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <functional>
+#include <numeric>
 
 namespace tandem::protocol {
 namespace {
@@ -152,6 +153,10 @@ const std::vector<Field>& fields() {
       words("dtype", {"auto", "f32", "bf16"}, &S::dtype),
       words("adapter_dtype", {"auto", "f32", "bf16"}, &S::adapter_dtype),
       words("recompute", {"none", "elementwise", "mlp", "block"}, &S::recompute),
+      integer("dp", &S::dp, 1, kRanksMax),
+      integer("tp", &S::tp, 1, kRanksMax),
+      integer("pp", &S::pp, 1, kRanksMax),
+      integer("zero", &S::zero, 0, 3),
   };
   return table;
 }
@@ -178,7 +183,7 @@ Status read_settings(const Json& object, TrainSettings& settings) {
     if (!found) return unknown_field(name, TrainSettings::field_names());
     TANDEM_RETURN_IF_ERROR(found->read(settings, value));
   }
-  return {};
+  return settings.check_layout();
 }
 
 Json settings_json(const TrainSettings& settings) {
@@ -194,6 +199,27 @@ Status read_text(const Json& value, const std::string& name, std::string& out) {
 }
 
 }  // namespace
+
+Status TrainSettings::check_layout() const {
+  const std::string layout = str("dp ", dp, " x tp ", tp, " x pp ", pp);
+  if (ranks() > kRanksMax)
+    return refused_error(str(layout, " are ", ranks(), " ranks; a job has at most ", kRanksMax));
+  if (zero > 0 && dp == 1)
+    return refused_error(str("zero ", zero,
+                             " shards over data-parallel ranks, and dp is 1; set dp "
+                             "to 2 or more, or zero to 0"));
+  if (gradient_accumulation_steps % dp != 0)
+    return refused_error(
+        str("dp ", dp, " shares the micro-batches of a step, and gradient_accumulation_steps is ",
+            gradient_accumulation_steps, ", not a multiple of ", dp,
+            "; set gradient_accumulation_steps to ", (gradient_accumulation_steps / dp + 1) * dp,
+            ", or dp to ", std::gcd(gradient_accumulation_steps, dp)));
+  if (tp > 1 && lora_dropout > 0)
+    return refused_error(str("lora_dropout ", lora_dropout, " over tensor-parallel ranks (tp ", tp,
+                             ") is not supported; set lora_dropout to 0, or use dp ", dp * tp,
+                             " x tp 1 x pp ", pp));
+  return {};
+}
 
 Result<TrainSettings> TrainSettings::parse(const std::string& json) {
   TANDEM_ASSIGN_OR_RETURN(const Json object, parse_object(json, "training settings"));

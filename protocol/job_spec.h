@@ -12,6 +12,9 @@
 
 namespace tandem::protocol {
 
+/// Ranks of one job at most.
+inline constexpr std::int64_t kRanksMax = 64;
+
 /// What happens to a row longer than max_length.
 enum class OverLength { kRaise, kDrop, kTruncate };
 enum class Schedule { kCosine, kLinear, kConstant };
@@ -55,10 +58,19 @@ struct TrainSettings {
   std::string dtype = "auto";          ///< compute dtype: "auto" | "f32" | "bf16"
   std::string adapter_dtype = "auto";  ///< published dtype: "auto" (= compute) | "f32" | "bf16"
   std::string recompute = "none";      ///< "none" | "elementwise" | "mlp" | "block"
+  // -- layout: dp * tp * pp ranks, one worker each. It changes how the step is computed, not what:
+  // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
+  std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64
+  std::int64_t zero = 0;  ///< 0..3: optimizer (1), gradients (2), parameters (3) sharded over dp
+
+  [[nodiscard]] std::int64_t ranks() const { return dp * tp * pp; }
 
   /// Parses a JSON object; absent fields keep their defaults. invalid_error names field, range and
   /// value.
   static Result<TrainSettings> parse(const std::string& json);
+  /// Whether the layout and the other settings go together: refused_error says what to change.
+  /// parse() checks it; whether the model can be cut so is known by the dry run.
+  [[nodiscard]] Status check_layout() const;
   /// All fields, defaults included: what a job record stores. parse(to_json()) == *this.
   [[nodiscard]] std::string to_json() const;
   /// Known field names, for completion and for nearest-name messages.

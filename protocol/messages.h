@@ -22,13 +22,14 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 1;  ///< 1.0 is understood too
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 2;  ///< 1.1 is understood too
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
 inline constexpr std::int64_t kListItemsMax = 1 << 18;
 inline constexpr std::int64_t kIdBytesMax = 256;     ///< an id, a routing id, a worker name
 inline constexpr std::int64_t kNameBytesMax = 1024;  ///< a model, adapter, method or device name
+inline constexpr std::int64_t kGangMembersMax = 64;  ///< workers of one gang
 inline constexpr std::int64_t kBlobHasMax = 4096;    ///< digests in one BlobHas
 inline constexpr int kNestingMax = 32;
 
@@ -182,7 +183,8 @@ using ServerMessage = std::variant<ServerHello, GenerateChunk, CallReply, Pong>;
 // -- worker <-> coordinator
 // ------------------------------------------------------------------------
 
-enum class WorkerRole : std::uint8_t { kAgent = 0, kEngine = 1 };
+/// kGang (since 1.2): the first rank of a job that runs over several workers; it speaks for all.
+enum class WorkerRole : std::uint8_t { kAgent = 0, kEngine = 1, kGang = 2 };
 
 /// A base model as a worker needs it.
 struct ModelRef {
@@ -341,6 +343,10 @@ struct StartJob {
   Digest dataset, eval_dataset;
   std::int64_t dataset_bytes = 0, eval_dataset_bytes = 0;
   std::string checkpoint_manifest;  ///< canonical text; "" = from the start
+  /// Since 1.2, to an agent: not 0, the job is a gang's, and its first rank says hello (kGang)
+  /// under this incarnation. One member per rank, the leader's worker first.
+  Incarnation gang = 0;
+  std::vector<WorkerId> members;
   bool operator==(const StartJob&) const = default;
 };
 enum class StopMode : std::uint8_t { kCancel = 0, kPause = 1 };  ///< pause: checkpoint first

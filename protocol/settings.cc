@@ -111,6 +111,8 @@ const std::vector<SettingInfo>& Settings::known() {
       {"running_requests_max", "64", "requests decoding at once in one engine"},
       {"train_share_min", "0.25", "share of device time a training job keeps while requests run"},
       {"drain_timeout_s", "25", "seconds SIGTERM waits for running work"},
+      {"gang_timeout_s", "120",
+       "a rank that is silent this long (and 5 of its longest recent steps) ends its job's gang"},
       {"workers", "1", "tandem up: workers to launch"},
       {"log_level", "info", "debug, info, warn or error"},
   };

@@ -8,7 +8,9 @@
 namespace tandem::protocol {
 namespace {
 
-constexpr std::uint16_t kMinorMin = kVersionMinor == 0 ? 0 : kVersionMinor - 1;
+constexpr std::uint16_t kMinorsBefore = 2;
+constexpr std::uint16_t kMinorMin =
+    kVersionMinor < kMinorsBefore ? 0 : kVersionMinor - kMinorsBefore;
 constexpr std::int64_t kRetryAfterMsMax = 3'600'000;
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Which versions of the wire understand each other. A process understands its own minor version and
-// the one before, of the same major; everything else is refused in the hello's answer, with a
+// the two before, of the same major; everything else is refused in the hello's answer, with a
 // message that names the range. What a newer minor added is used only when both sides have it.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace tandem::protocol {
 
-/// "1.0 to 1.1".
+/// "1.0 to 1.2".
 std::string version_range();
 
 /// The version to speak with a peer that says `peer` in its hello: the lower of both. kRefused,
@@ -21,6 +21,11 @@ Result<Version> agree_version(const Version& peer, const std::string& who);
 /// True when a peer of that version knows CallReply.retry_after_ms (since 1.1).
 constexpr bool has_retry_after(const Version& version) {
   return version.minor >= 1;
+}
+
+/// True when a peer of that version knows gangs: role kGang, StartJob to an agent (since 1.2).
+constexpr bool has_gangs(const Version& version) {
+  return version.minor >= 2;
 }
 
 /// "retry after N ms" as kBusy messages carry it, or 0: all a 1.0 peer says.

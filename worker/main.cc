@@ -9,17 +9,16 @@
 #include "protocol/base/units.h"
 #include "protocol/settings.h"
 #include "protocol/zmq_transport.h"
+#include "worker/program.h"
 #include "worker/runtime/agent.h"
 #include "worker/runtime/engine.h"
 #include "worker/runtime/supervisor.h"
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <climits>
 #include <cstdlib>
 #include <iostream>
-#include <thread>
 
 namespace tandem::worker {
 namespace {
@@ -33,93 +32,6 @@ constexpr const char* kUsage =
     "  --slot N                    CPU slot on this host [the rank on this host]\n"
     "  --config FILE               settings file\n"
     "  --version, --help\n\nSettings (also TANDEM_NAME, or a line of the settings file):\n";
-
-/// An integer that a launcher left in the environment.
-std::int64_t environment_int(std::initializer_list<const char*> names, std::int64_t otherwise) {
-  for (const char* name : names)
-    if (const char* value = std::getenv(name)) return std::strtoll(value, nullptr, 10);
-  return otherwise;
-}
-
-struct Identity {
-  int slot = 0, local_workers = 1;
-  std::string device = "cpu";
-};
-
-/// "auto" is the GPU where the driver shows one and this build can open it: a slot is then a GPU,
-/// and one too many is an error rather than a slow worker.
-Result<std::string> resolve_device(const std::string& asked, int slot) {
-  if (asked != "auto" && asked != "cpu" && asked != "cuda")
-    return invalid_error(str("device must be auto, cpu or cuda, not \"", asked, "\""));
-  if (asked == "cpu" || (asked == "auto" && !kernels::probe_cuda_device(0).ok()))
-    return std::string("cpu");
-  if (const Status module = kernels::check_cuda_module(); asked == "auto" && !module.ok()) {
-    log_warn("a GPU is here, but this worker runs on the CPU: ", module.message());
-    return std::string("cpu");
-  }
-  TANDEM_RETURN_IF_ERROR(kernels::probe_cuda_device(slot).status());
-  return std::string("cuda");
-}
-
-Result<Identity> identity(const protocol::CommandLine& line, const Settings& settings) {
-  Identity id;
-  id.slot = static_cast<int>(
-      environment_int({"TANDEM_WORKER_SLOT", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"}, 0));
-  id.local_workers = static_cast<int>(environment_int(
-      {"TANDEM_WORKER_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"}, 1));
-  for (std::size_t i = 0; i < line.rest.size(); ++i) {
-    const std::string& word = line.rest[i];
-    if (word == "--slot" && i + 1 < line.rest.size())
-      id.slot = std::atoi(line.rest[++i].c_str());
-    else if (word != "--agent" && word != "--engine")
-      return invalid_error(str("unknown argument \"", word, "\"; see tandem-worker --help"));
-  }
-  TANDEM_ASSIGN_OR_RETURN(id.device, resolve_device(settings.get("device"), id.slot));
-  return id;
-}
-
-Result<kernels::CpuOptions> cpu_options(const Settings& settings, const Identity& id) {
-  kernels::CpuOptions options;
-  TANDEM_ASSIGN_OR_RETURN(const std::int64_t threads, settings.get_int("threads"));
-  const auto cores = static_cast<std::int64_t>(std::max(1u, std::thread::hardware_concurrency()));
-  options.threads =
-      static_cast<int>(threads > 0 ? threads : std::max<std::int64_t>(1, cores / id.local_workers));
-  return options;
-}
-
-/// Of a GPU's memory: the driver's context, the libraries' code and their own workspaces.
-constexpr std::int64_t kCudaReservedBytes = std::int64_t{3} << 29;
-
-Result<runtime::ModelHostOptions> model_options(const Settings& settings,
-                                                const kernels::DeviceProfile& profile,
-                                                const Identity& id) {
-  runtime::ModelHostOptions options;
-  const bool cuda = profile.type == kernels::DeviceType::kCuda;
-  const bool has_bf16 = cuda || profile.has_amx_bf16 || profile.has_avx512_bf16;
-  const std::string& dtype = settings.get("dtype");
-  if (dtype != "auto" && dtype != "f32" && dtype != "bf16")
-    return invalid_error(str("dtype must be auto, f32 or bf16, not \"", dtype, "\""));
-  options.dtype = dtype == "f32" || (dtype == "auto" && !has_bf16) ? DType::kF32 : DType::kBF16;
-  const std::string& numerics = settings.get("numerics");
-  if (numerics == "invariant" && options.dtype != DType::kF32 && !cuda)
-    return refused_error("numerics invariant needs dtype f32 on CPU");
-  const bool invariant =
-      numerics == "invariant" || (!cuda && options.dtype == DType::kF32 && numerics != "replay");
-  options.numerics = invariant ? kernels::Numerics::kInvariant : kernels::Numerics::kReplay;
-  TANDEM_ASSIGN_OR_RETURN(options.memory_bytes_max, settings.get_bytes("memory_bytes_max"));
-  if (options.memory_bytes_max == 0)
-    options.memory_bytes_max =
-        cuda ? profile.memory_bytes - std::max(profile.memory_bytes / 16, kCudaReservedBytes)
-             : profile.memory_bytes / 4 * 3 / id.local_workers;
-  TANDEM_ASSIGN_OR_RETURN(options.kv_bytes_max, settings.get_bytes("kv_bytes_max"));
-  if (options.kv_bytes_max == 0)
-    options.kv_bytes_max = cuda ? options.memory_bytes_max / 8
-                                : std::min<std::int64_t>(options.memory_bytes_max / 8, kGiB);
-  TANDEM_ASSIGN_OR_RETURN(options.adapter_slots, settings.get_int("adapter_slots"));
-  TANDEM_ASSIGN_OR_RETURN(options.batch_tokens_max, settings.get_int("batch_tokens_max"));
-  TANDEM_ASSIGN_OR_RETURN(options.running_max, settings.get_int("running_requests_max"));
-  return options;
-}
 
 class Program {
  public:
@@ -182,12 +94,30 @@ class Program {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
     TANDEM_ASSIGN_OR_RETURN(const auto device, describe_device());
     TANDEM_ASSIGN_OR_RETURN(auto endpoint, connect("workers", "agent"));
-    runtime::AgentOptions options{executable_,   child_arguments("--engine"),
-                                  worker_,       runtime::host_name(),
-                                  id_.device,    device.name,
-                                  id_.slot,      device.memory_bytes,
-                                  drain_s * 1000};
+    runtime::AgentOptions options{executable_,    child_arguments("--engine"),
+                                  worker_,        runtime::host_name(),
+                                  id_.device,     device.name,
+                                  id_.slot,       device.memory_bytes,
+                                  drain_s * 1000, {}};
+    if (id_.device == "cpu") {
+      TANDEM_ASSIGN_OR_RETURN(options.gang, gang_options());
+    }
     return runtime::run_agent(options, paths_, std::move(endpoint), clock_);
+  }
+
+  /// Ranks get this slot's share of the machine, whatever mpirun says of them.
+  Result<runtime::GangOptions> gang_options() const {
+    TANDEM_ASSIGN_OR_RETURN(const auto cpu, cpu_options(settings_, id_));
+    TANDEM_ASSIGN_OR_RETURN(const auto model,
+                            model_options(settings_, kernels::cpu_profile(cpu), id_));
+    runtime::GangOptions options;
+    options.rank_program = executable_.substr(0, executable_.rfind('/')) + "/tandem-rank";
+    options.rank_arguments = child_arguments("--gang");
+    options.rank_arguments.insert(
+        options.rank_arguments.end(),
+        {"--threads", str(cpu.threads), "--memory-bytes-max", str(model.memory_bytes_max)});
+    options.log = str(settings_.log_dir(), "/gang-cpu", id_.slot, ".log");
+    return options;
   }
 
   Result<int> run_engine() {
@@ -241,7 +171,7 @@ Result<int> start(int argc, char** argv) {
     return 0;
   }
   TANDEM_ASSIGN_OR_RETURN(auto settings, Settings::load(line.flags, line.config_file));
-  TANDEM_ASSIGN_OR_RETURN(auto id, identity(line, settings));
+  TANDEM_ASSIGN_OR_RETURN(auto id, identity(line, settings, {"--agent", "--engine"}));
   TANDEM_ASSIGN_OR_RETURN(auto paths,
                           runtime::SlotPaths::create(settings.run_dir(), id.device, id.slot));
   return Program(std::move(line), std::move(settings), std::move(id), std::move(paths)).run();

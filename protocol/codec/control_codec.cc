@@ -81,6 +81,8 @@ static void put(wire::ControlMessage::Builder root, const StartJob& m) {
   b.setDatasetBytes(m.dataset_bytes);
   b.setEvalDatasetBytes(m.eval_dataset_bytes);
   b.setCheckpointManifest(text(m.checkpoint_manifest));
+  b.setGang(m.gang);
+  put_ids(b.initMembers(count(m.members)), m.members);
 }
 static StartJob get(wire::StartJob::Reader r) {
   StartJob m;
@@ -92,6 +94,9 @@ static StartJob get(wire::StartJob::Reader r) {
   m.dataset_bytes = get_count(r.getDatasetBytes(), "start_job.dataset_bytes");
   m.eval_dataset_bytes = get_count(r.getEvalDatasetBytes(), "start_job.eval_dataset_bytes");
   m.checkpoint_manifest = get_text(r.getCheckpointManifest(), "start_job.checkpoint_manifest");
+  m.gang = r.getGang();
+  check_list(r.getMembers().size(), "start_job.members", kGangMembersMax);
+  m.members = get_ids<WorkerId>(r.getMembers(), "start_job.members");
   return m;
 }
 

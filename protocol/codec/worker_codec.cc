@@ -19,7 +19,7 @@ static constexpr auto kPutRunning = [](auto item, const RunningJob& job) { put(i
 static constexpr auto kGetRunning = [](auto item) { return get(item); };
 
 static WorkerRole get_role(wire::WorkerRole role) {
-  return get_enum(role, WorkerRole::kEngine, "role");
+  return get_enum(role, WorkerRole::kGang, "role");
 }
 
 static void put(wire::WorkerMessage::Builder root, const WorkerHello& m) {

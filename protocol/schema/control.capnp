@@ -49,6 +49,7 @@ struct ControlMessage {
 enum WorkerRole {
   agent @0;
   engine @1;
+  gang @2;         # since 1.2: the first rank of a gang, which speaks for all its ranks
 }
 
 struct FileRef {
@@ -234,6 +235,9 @@ struct StartJob {
   # To an engine: run this job as this epoch, from the checkpoint (or the start). Answered with
   # JobProgress "started" or JobEnded. Repeated until one of them comes; a repeat of what runs does nothing,
   # a newer epoch of a job that runs here ends the older one first.
+  # Since 1.2 with `gang`, to the agent of the first member: start a gang of one rank per member, by
+  # mpirun. Its first rank connects as role `gang` under that incarnation and answers as an engine does.
+  # When the gang ends without its own JobEnded, the agent sends one (`unavailable`) until it is acknowledged.
   job @0 :Text;
   epoch @1 :UInt64;
   specJson @2 :Text;     # JobSpec
@@ -243,6 +247,8 @@ struct StartJob {
   datasetBytes @6 :Int64;
   evalDatasetBytes @7 :Int64;
   checkpointManifest @8 :Text;  # "": from the start
+  gang @9 :UInt64;       # incarnation of the first rank's process; 0: not a gang
+  members @10 :List(Text);  # workers whose slots it takes, at most 64, the leader first
 }
 
 enum StopMode {
@@ -251,7 +257,7 @@ enum StopMode {
 }
 
 struct StopJob {
-  # To an engine. Answered with JobEnded (`cancelled`). Repeated until that comes; of a job that does not
+  # To an engine, a gang, or the agent of a gang that has not connected (it kills it). Answered with JobEnded (`cancelled`). Repeated until that comes; of a job that does not
   # run here: answered with JobEnded `notFound`.
   job @0 :Text;
   epoch @1 :UInt64;

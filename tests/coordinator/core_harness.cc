@@ -94,6 +94,9 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   protocol::WorkerHello hello;
   hello.role = protocol::WorkerRole::kEngine;
   hello.worker = worker(slot);
+  hello.host = "host";
+  hello.slot = slot;
+  hello.device = "cpu";
   hello.memory_bytes = 1 << 30;
   hello.incarnation = incarnation;
   hello.credits = 2;
@@ -103,12 +106,33 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   from_engine(slot, hello);
 }
 
-void CoreHarness::agent(int slot) {
+void CoreHarness::agent(int slot, std::vector<protocol::RunningJob> jobs) {
   protocol::WorkerHello hello;
   hello.role = protocol::WorkerRole::kAgent;
   hello.worker = worker(slot);
+  hello.host = "host";
+  hello.slot = slot;
+  hello.device = "cpu";
   hello.incarnation = 1;
-  step(WorkerInput{agent_peer(slot), "", hello});
+  hello.jobs = std::move(jobs);
+  from_agent(slot, hello);
+}
+
+void CoreHarness::gang(int slot, Incarnation incarnation, std::vector<protocol::RunningJob> jobs) {
+  protocol::WorkerHello hello;
+  hello.role = protocol::WorkerRole::kGang;
+  hello.worker = worker(slot);
+  hello.incarnation = incarnation;
+  hello.jobs = std::move(jobs);
+  from_gang(slot, hello);
+}
+
+void CoreHarness::from_agent(int slot, protocol::WorkerMessage message) {
+  step(WorkerInput{agent_peer(slot), "", std::move(message)});
+}
+
+void CoreHarness::from_gang(int slot, protocol::WorkerMessage message) {
+  step(WorkerInput{gang_peer(slot), "", std::move(message)});
 }
 
 void CoreHarness::beat(int slot, std::vector<protocol::RunningJob> jobs, int running,

@@ -30,14 +30,20 @@ class CoreHarness {
   // -- peers
   void client(const std::string& peer, const std::string& user = "");
   void engine(int slot, Incarnation incarnation = 0, std::vector<protocol::RunningJob> jobs = {});
-  void agent(int slot);  ///< its hello, again at every call
+  /// Its hello, again at every call; `jobs`: the gang it holds.
+  void agent(int slot, std::vector<protocol::RunningJob> jobs = {});
+  /// The first rank of a gang that worker `slot` leads says hello.
+  void gang(int slot, Incarnation incarnation, std::vector<protocol::RunningJob> jobs);
   void beat(int slot, std::vector<protocol::RunningJob> jobs = {}, int running = 1,
             std::vector<Digest> adapters = {});
   void from_client(const std::string& peer, protocol::ClientMessage message);
   void from_engine(int slot, protocol::WorkerMessage message);
+  void from_agent(int slot, protocol::WorkerMessage message);
+  void from_gang(int slot, protocol::WorkerMessage message);
   static WorkerId worker(int slot) { return WorkerId(str("host/cpu", slot)); }
   static std::string engine_peer(int slot) { return str("engine", slot); }
   static std::string agent_peer(int slot) { return str("agent", slot); }
+  static std::string gang_peer(int slot) { return str("gang", slot); }
 
   // -- what they were sent; takes it
   template <class Message>
@@ -47,6 +53,10 @@ class CoreHarness {
   template <class Message>
   std::vector<Message> to_agent(int slot) {
     return take<Message>(workers_[agent_peer(slot)]);
+  }
+  template <class Message>
+  std::vector<Message> to_gang(int slot) {
+    return take<Message>(workers_[gang_peer(slot)]);
   }
   template <class Message>
   std::vector<Message> to_client(const std::string& peer) {

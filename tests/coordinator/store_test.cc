@@ -43,6 +43,8 @@ TEST(RegistryStore, AJobComesBackAsItWas) {
   job.error = "why \xff not UTF-8";
   job.metrics_json = "{\"loss\":1}";
   job.estimate_json = "{\"fits\":true}";
+  job.ranks = 4;
+  job.members = {WorkerId("h/cpu0"), WorkerId("h/cpu1")};
   job.published = sha256("p");
   job.published_version = 2;
   job.events = 11;
@@ -56,6 +58,8 @@ TEST(RegistryStore, AJobComesBackAsItWas) {
   EXPECT_EQ(back.eval_dataset, job.eval_dataset);
   EXPECT_EQ(back.dataset_manifest, job.dataset_manifest);
   EXPECT_EQ(back.engine, job.engine);
+  EXPECT_EQ(back.ranks, job.ranks);
+  EXPECT_EQ(back.members, job.members);
   EXPECT_EQ(back.attempts, job.attempts);
   EXPECT_EQ(back.own_failures, job.own_failures);
   EXPECT_TRUE(back.requeue_after_stop);

@@ -182,13 +182,35 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_1.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_2.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion11Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_1.txt");
+  int frames = 0;
+  for (std::string line; std::getline(file, line);) {
+    const std::string hex = line.substr(line.rfind(' ') + 1);
+    if (line.starts_with("worker ")) {
+      ++frames;
+      EXPECT_TRUE(decode_worker(bytes_of_hex(hex)).ok()) << line;
+    }
+    if (!line.starts_with("control ")) continue;
+    ++frames;
+    const auto message = decode_control(bytes_of_hex(hex));
+    ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+    if (const auto* start = std::get_if<StartJob>(&*message)) {
+      EXPECT_FALSE(start->job.empty());
+      EXPECT_EQ(start->gang, 0u) << "1.1 knew no gangs";
+      EXPECT_TRUE(start->members.empty());
+    }
+  }
+  EXPECT_EQ(frames, 21);
 }
 
 TEST(Codec, ReadsWhatVersion10Wrote) {

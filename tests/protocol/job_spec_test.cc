@@ -33,6 +33,28 @@ TEST(TrainSettings, RefusesValuesOutOfRangeWithRangeAndValue) {
   EXPECT_FALSE(TrainSettings::parse("{").ok());
 }
 
+TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
+  const auto refused = [](const std::string& json, const std::vector<std::string>& words) {
+    const auto r = TrainSettings::parse(json);
+    ASSERT_FALSE(r.ok()) << json;
+    EXPECT_EQ(r.status().code(), StatusCode::kRefused);
+    for (const auto& word : words)
+      EXPECT_NE(r.status().message().find(word), std::string::npos)
+          << word << " in: " << r.status().message();
+  };
+  refused(R"({"dp": 2})", {"gradient_accumulation_steps is 1", "to 2", "dp to 1"});
+  refused(R"({"dp": 4, "gradient_accumulation_steps": 6})", {"to 8", "dp to 2"});
+  refused(R"({"zero": 1})", {"zero 1", "dp is 1"});
+  refused(R"({"tp": 2, "lora_dropout": 0.1})", {"lora_dropout 0.1", "dp 2 x tp 1 x pp 1"});
+  refused(R"({"tp": 64, "pp": 2})", {"128 ranks", "at most 64"});
+  EXPECT_EQ(TrainSettings::parse(R"({"tp": 0})").status().message(), "tp must be in 1..64, not 0");
+  EXPECT_FALSE(TrainSettings::parse(R"({"zero": 4})").ok());
+  const auto works = TrainSettings::parse(
+      R"({"dp": 2, "tp": 2, "pp": 2, "zero": 3, "gradient_accumulation_steps": 2})");
+  ASSERT_TRUE(works.ok()) << works.status().to_string();
+  EXPECT_EQ(works->ranks(), 8);
+}
+
 TEST(JobSpec, NeedsModelDatasetAndAdapter) {
   EXPECT_FALSE(JobSpec::parse(R"({"model": "m", "dataset": "d"})").ok());
   const auto spec =

@@ -27,7 +27,7 @@ from tandem_client import Client, TandemError, wire  # noqa: E402
 class FakeCoordinator:
     """Answers hellos as version 1.`minor`; everything else goes to `handle(request, reply)`."""
 
-    def __init__(self, path, handle, minor=1):
+    def __init__(self, path, handle, minor=2):
         self.seen = []
         self._handle, self._minor = handle, minor
         self._stop = threading.Event()

@@ -122,7 +122,7 @@ class Draw {
 WorkerHello worker_hello(Draw& d) {
   WorkerHello m;
   m.version = d.version();
-  m.role = WorkerRole::kEngine;
+  m.role = WorkerRole::kGang;
   m.worker = d.id<WorkerId>();
   m.host = d.text();
   m.slot = d.token();
@@ -157,8 +157,17 @@ Heartbeat heartbeat(Draw& d) {
 }
 
 StartJob start_job(Draw& d) {
-  return {d.id<JobId>(), d.number(), d.text(),  d.model(), d.digest(),
-          d.digest(),    d.count(),  d.count(), d.text()};
+  return {d.id<JobId>(),
+          d.number(),
+          d.text(),
+          d.model(),
+          d.digest(),
+          d.digest(),
+          d.count(),
+          d.count(),
+          d.text(),
+          d.number(),
+          {d.id<WorkerId>(), d.id<WorkerId>()}};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The real coordinator against a world that loses, repeats, delays and dies, seed by seed. A
 // failing seed is printed; TANDEM_SIM_SEED runs that one alone, TANDEM_SIM_SEEDS sets how many are
 // run.
+#include "tests/sim/sim_agent.h"
 #include "tests/sim/sim_client.h"
 
 #include <gtest/gtest.h>
@@ -22,7 +23,7 @@ constexpr int kEngines = 3, kClients = 3;
 struct Outcome {
   std::vector<std::string> violations;
   std::uint64_t crashes = 0, deaths = 0, failed_commits = 0, done = 0, cancelled = 0, tokens = 0,
-                cached = 0;
+                cached = 0, gangs = 0;
 };
 
 /// A registry with one base and one data set, as model.add and data.add leave it.
@@ -55,6 +56,8 @@ class World {
     coordinator_.crash(0, 1);  // comes back with what was furnished
     network_.run_until(10);
     for (int i = 0; i < kEngines; ++i)
+      agents_.push_back(std::make_unique<SimAgent>(network_, coordinator_, i));
+    for (int i = 0; i < kEngines; ++i)
       engines_.push_back(std::make_unique<SimEngine>(network_, coordinator_, i));
     for (int i = 0; i < kClients; ++i)
       clients_.push_back(std::make_unique<SimClient>(network_, coordinator_, i, "base"));
@@ -78,7 +81,8 @@ class World {
   void disturb() {
     Random& random = network_.random();
     SimClient& client = *clients_[random.below(kClients)];
-    if (network_.chance(0.10f)) client.submit(str("adapter-", random.below(3)));
+    if (network_.chance(0.10f))
+      client.submit(str("adapter-", random.below(3)), static_cast<int>(1 + random.below(3)));
     if (network_.chance(0.5f)) {
       const std::string name = network_.chance(0.5f) ? "base" : str("adapter-", random.below(3));
       // A request for a name that is not there yet would rightly be refused: ask for what is.
@@ -91,6 +95,10 @@ class World {
       engines_[random.below(kEngines)]->crash(network_.between(100, 8000));
     if (network_.chance(0.03f))
       engines_[random.below(kEngines)]->freeze(network_.between(500, 9000));
+    SimAgent& agent = *agents_[random.below(kEngines)];
+    if (network_.chance(0.03f)) agent.crash(network_.between(100, 8000));
+    if (network_.chance(0.05f)) agent.kill_gang();
+    if (network_.chance(0.03f)) agent.freeze_gang(network_.between(500, 9000));
     if (network_.chance(0.03f))
       coordinator_.crash(static_cast<int>(random.below(3)), network_.between(50, 3000));
     if (network_.chance(0.02f)) coordinator_.fail_commits(static_cast<int>(random.below(3)) + 1);
@@ -132,6 +140,7 @@ class World {
     outcome.crashes = coordinator_.crashes();
     outcome.failed_commits = coordinator_.failed_commits();
     for (const auto& engine : engines_) outcome.deaths += engine->deaths();
+    for (const auto& agent : agents_) outcome.gangs += agent->gangs();
   }
 
   static void check_job(const Job& job, const coordinator::Tables& tables, Outcome& outcome) {
@@ -169,6 +178,7 @@ class World {
 
   Network network_;
   SimCoordinator coordinator_;
+  std::vector<std::unique_ptr<SimAgent>> agents_;
   std::vector<std::unique_ptr<SimEngine>> engines_;
   std::vector<std::unique_ptr<SimClient>> clients_;
 };
@@ -203,6 +213,7 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
     sum.cancelled += outcome.cancelled;
     sum.tokens += outcome.tokens;
     sum.cached += outcome.cached;
+    sum.gangs += outcome.gangs;
   }
   if (only == 0 && seeds >= 50) {
     // The storm was one: a simulation in which nothing happens proves nothing.
@@ -212,11 +223,12 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
     EXPECT_GT(sum.done, seeds);
     EXPECT_GT(sum.cancelled, 0u);
     EXPECT_GT(sum.cached, 0u);
+    EXPECT_GT(sum.gangs, seeds);
   }
   std::cout << seeds << " seeds: " << sum.crashes << " coordinator crashes, " << sum.deaths
             << " engine deaths, " << sum.failed_commits << " failed commits, " << sum.done
-            << " jobs done, " << sum.cancelled << " cancelled, " << sum.tokens << " tokens, "
-            << sum.cached << " cached answers\n";
+            << " jobs done, " << sum.gangs << " gangs started, " << sum.cancelled << " cancelled, "
+            << sum.tokens << " tokens, " << sum.cached << " cached answers\n";
 }
 
 }  // namespace

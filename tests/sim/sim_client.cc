@@ -27,10 +27,11 @@ SimClient::SimClient(Network& network, SimCoordinator& coordinator, int number, 
   network_.after(1, [again] { (*again)(); });
 }
 
-void SimClient::submit(std::string adapter) {
+void SimClient::submit(std::string adapter, int ranks) {
   Submission submission;
   submission.key = str(peer_, "-key-", ++counter_);
-  const nlohmann::json spec{{"model", model_}, {"dataset", "rows"}, {"adapter", adapter}};
+  const nlohmann::json spec{
+      {"model", model_}, {"dataset", "rows"}, {"adapter", adapter}, {"train", {{"tp", ranks}}}};
   submission.params = nlohmann::json{{"spec", spec}}.dump();
   submissions_[submission.key] = std::move(submission);
 }

@@ -29,7 +29,7 @@ class SimClient {
 
   SimClient(Network& network, SimCoordinator& coordinator, int number, std::string model);
 
-  void submit(std::string adapter);
+  void submit(std::string adapter, int ranks = 1);
   void generate(const std::string& name, const std::string& prompt);
   /// Cancels the newest acknowledged job, for as long as that takes.
   void cancel_a_job();

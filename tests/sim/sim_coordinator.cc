@@ -163,8 +163,14 @@ void SimCoordinator::check_tables() {
       violation(str("checkpoint ", key.first, "@", key.second, " has no manifest"));
   std::map<WorkerId, int> holders;
   for (const auto& [id, job] : tables.jobs)
-    if (holds_engine(job.state) && ++holders[job.worker] > 1)
-      violation(str("two jobs hold engine ", job.worker));
+    if (holds_engine(job.state)) {
+      for (const WorkerId& worker : job.gang() ? job.members : std::vector{job.worker})
+        if (++holders[worker] > 1) violation(str("two jobs hold worker ", worker));
+      const auto spec = protocol::JobSpec::parse(job.spec_json);
+      const auto ranks = spec.ok() ? static_cast<std::size_t>(spec->train.ranks()) : 0;
+      if (job.members.size() != (ranks > 1 ? ranks : 0))
+        violation(str(job.id, " of ", ranks, " ranks holds ", job.members.size(), " members"));
+    }
   if (core_->requests().stats().waiting > limits_.queue_max)
     violation("the request queue is longer than its limit");
 }

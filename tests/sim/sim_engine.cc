@@ -49,12 +49,20 @@ std::string make_manifest(storage::Registry& registry, protocol::ManifestKind ki
 }
 
 SimEngine::SimEngine(Network& network, SimCoordinator& coordinator, int slot)
-    : network_(network), coordinator_(coordinator), worker_(str("host/cpu", slot)) {
+    : SimEngine(network, coordinator, slot, protocol::StartJob{}) {}
+
+SimEngine::SimEngine(Network& network, SimCoordinator& coordinator, int slot,
+                     const protocol::StartJob& start_job)
+    : network_(network),
+      coordinator_(coordinator),
+      slot_(slot),
+      worker_(str("host/cpu", slot)),
+      gang_start_(start_job) {
   start();
 }
 
 void SimEngine::start() {
-  incarnation_ = network_.random().next() | 1;
+  incarnation_ = gang() ? gang_start_.gang : network_.random().next() | 1;
   peer_ = str(worker_.value, "-", incarnation_);
   alive_ = true;
   greeted_ = false;
@@ -65,6 +73,7 @@ void SimEngine::start() {
   job_.reset();
   requests_.clear();
   reliable_.clear();
+  if (gang()) begin_job(gang_start_);
   coordinator_.connect_worker(peer_, [this, mine = incarnation_](const auto& message) {
     if (alive_ && mine == incarnation_ && network_.now() >= frozen_until_ms_) hear(message);
   });
@@ -82,7 +91,7 @@ void SimEngine::crash(TimeMs down_ms) {
   alive_ = false;
   ++deaths_;
   coordinator_.disconnect_worker(peer_);
-  network_.after(down_ms, [this] { start(); });
+  if (!gang()) network_.after(down_ms, [this] { start(); });
 }
 
 void SimEngine::send(protocol::WorkerMessage message) {
@@ -95,9 +104,10 @@ void SimEngine::send_reliably(const std::string& of, protocol::WorkerMessage mes
 
 void SimEngine::say_hello() {
   protocol::WorkerHello hello;
-  hello.role = protocol::WorkerRole::kEngine;
+  hello.role = gang() ? protocol::WorkerRole::kGang : protocol::WorkerRole::kEngine;
   hello.worker = worker_;
   hello.host = "host";
+  hello.slot = slot_;
   hello.device = "cpu";
   hello.memory_bytes = 1 << 30;
   hello.incarnation = incarnation_;
@@ -111,7 +121,7 @@ void SimEngine::say_hello() {
 void SimEngine::heartbeat() {
   protocol::Heartbeat beat;
   beat.worker = worker_;
-  beat.role = protocol::WorkerRole::kEngine;
+  beat.role = gang() ? protocol::WorkerRole::kGang : protocol::WorkerRole::kEngine;
   beat.incarnation = incarnation_;
   beat.seq = ++seq_;
   beat.running = static_cast<std::int64_t>(requests_.size());
@@ -121,6 +131,10 @@ void SimEngine::heartbeat() {
 
 void SimEngine::tick() {
   const TimeMs now = network_.now();
+  if (gang() && !job_) {  // its end was acknowledged, or it was taken from us
+    alive_ = false;
+    return coordinator_.disconnect_worker(peer_);
+  }
   if (greeted_ && now - heard_ms_ > kLeaseMs) greeted_ = false;
   if (!greeted_ && now - hello_ms_ >= kHelloMs) {
     hello_ms_ = now;
@@ -137,6 +151,14 @@ void SimEngine::tick() {
     }
   train();
   answer();
+}
+
+void SimEngine::begin_job(const protocol::StartJob& start_job) {
+  reliable_.clear();
+  job_ = JobRun{start_job};
+  const auto manifest = nlohmann::json::parse(start_job.checkpoint_manifest, nullptr, false);
+  if (manifest.is_object()) job_->step = manifest["settings"]["step"].get<std::int64_t>();
+  step_ms_ = network_.now();
 }
 
 void SimEngine::train() {
@@ -247,14 +269,12 @@ void SimEngine::hear(const protocol::ControlMessage& message) {
     send(protocol::EstimateReply{
         estimate->call_id, {}, "{\"peak_bytes\":1000,\"device_bytes\":100000,\"fits\":true}"});
   } else if (const auto* start_job = std::get_if<protocol::StartJob>(&message)) {
+    if (start_job->gang != 0)
+      return coordinator_.violation(str("engine ", worker_, " was given a gang's job"));
     if (job_ && job_->start.job == start_job->job && job_->start.epoch >= start_job->epoch) return;
     if (job_ && job_->start.job != start_job->job) return;
     if (model_ != start_job->model.digest) return;
-    reliable_.clear();
-    job_ = JobRun{*start_job};
-    const auto manifest = nlohmann::json::parse(start_job->checkpoint_manifest, nullptr, false);
-    if (manifest.is_object()) job_->step = manifest["settings"]["step"].get<std::int64_t>();
-    step_ms_ = network_.now();
+    begin_job(*start_job);
   } else if (const auto* stop = std::get_if<protocol::StopJob>(&message)) {
     if (!job_ || job_->start.job != stop->job || job_->start.epoch != stop->epoch) return;
     if (job_->ending || job_->publishing || job_->pausing) return;

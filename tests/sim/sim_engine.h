@@ -22,12 +22,16 @@ std::string make_manifest(storage::Registry& registry, protocol::ManifestKind ki
 class SimEngine {
  public:
   SimEngine(Network& network, SimCoordinator& coordinator, int slot);
+  /// The first rank of a gang, which lives once and for one job.
+  SimEngine(Network& network, SimCoordinator& coordinator, int slot,
+            const protocol::StartJob& start);
 
-  /// kill -9; the agent starts another one after `down_ms`.
+  /// kill -9; the agent starts another one after `down_ms` (of a gang: none).
   void crash(TimeMs down_ms);
   /// SIGSTOP or a partition: neither hears nor says anything, and then goes on as if nothing had
   /// been.
   void freeze(TimeMs ms) { frozen_until_ms_ = network_.now() + ms; }
+  [[nodiscard]] bool alive() const { return alive_; }
   [[nodiscard]] std::uint64_t deaths() const { return deaths_; }
 
  private:
@@ -46,6 +50,7 @@ class SimEngine {
     TimeMs sent_ms = -1;
   };
 
+  [[nodiscard]] bool gang() const { return gang_start_.gang != 0; }
   void start();
   void tick();
   void hear(const protocol::ControlMessage& message);
@@ -53,6 +58,7 @@ class SimEngine {
   void send_reliably(const std::string& of, protocol::WorkerMessage message);
   void say_hello();
   void heartbeat();
+  void begin_job(const protocol::StartJob& start_job);
   void train();
   void answer();
   void on_ack(const protocol::JobAck& ack);
@@ -62,7 +68,9 @@ class SimEngine {
 
   Network& network_;
   SimCoordinator& coordinator_;
+  const int slot_;
   const WorkerId worker_;
+  const protocol::StartJob gang_start_;  ///< of a gang
   Incarnation incarnation_ = 0;
   std::string peer_;
   bool alive_ = false, greeted_ = false;

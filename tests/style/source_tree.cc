@@ -66,7 +66,8 @@ const std::map<std::string, std::vector<std::string>>& allowed_layers() {
          {"worker/comm", "worker/text", "worker/model", "worker/data", "worker/train",
           "worker/serve", "worker/memory", "kernels", "storage", "protocol", "protocol/base"}},
         {"worker",
-         {"worker/runtime", "kernels", "kernels/cpu", "kernels/cuda", "protocol", "protocol/base"}},
+         {"worker/runtime", "worker/comm", "kernels", "kernels/cpu", "kernels/cuda", "protocol",
+          "protocol/base"}},
         {"coordinator", {"storage", "protocol", "protocol/base"}},
     };
     std::vector<std::string> everything{"tools"};

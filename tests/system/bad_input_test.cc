@@ -107,6 +107,42 @@ TEST_F(BadInput, TrainingSettings) {
   expect({"train", "-f", file("job.yaml")}, 2, {"learning_rat", "learning_rate"});
 }
 
+TEST_F(BadInput, LayoutsThatCannotWork) {
+  const std::string data = file("train.jsonl");
+  // Known from the settings alone.
+  expect(train(data, {"--dp", "2"}), 4, {"gradient_accumulation_steps", "multiple of 2"});
+  expect(train(data, {"--zero", "2"}), 4, {"zero 2", "dp is 1"});
+  expect(train(data, {"--tp", "2", "--lora-dropout", "0.5"}), 4, {"lora_dropout 0.5", "dp 2"});
+  expect(train(data, {"--tp", "0"}), 2, {"tp must be in 1..64", "0"});
+  expect(train(data, {"--pp", "65"}), 2, {"pp must be in 1..64", "65"});
+  // Known to the dry run: 4 heads, 2 kv heads, 2 blocks.
+  expect(train(data, {"--tp", "3"}), 4, {"tp 3", "2 kv heads", "nearest layout", "tp 2"});
+  expect(train(data, {"--pp", "5"}), 4, {"pp 5", "the model has 2", "pp 2"});
+  expect({"estimate", "--model", "tiny", "--tp", "4"}, 4, {"tp 4", "nearest layout"});
+  // Known to the coordinator: one worker. It says so once it knows its pool.
+  write("gang.yaml", str("model: tiny\ndata: ", data, "\nadapter: g\ntp: 2\nmax_length: 128\n"));
+  ASSERT_TRUE(eventually(30'000, [&] {
+    const auto output = platform_->cli({"train", "-f", file("gang.yaml")});
+    if (output.code == 0) {  // queued while workers may still come back
+      const std::string job = output.out.substr(0, output.out.find(' '));
+      EXPECT_EQ(platform_->cli({"job", "cancel", job}).code, 0);
+      return false;
+    }
+    return output.code == 4 && output.err.find("2 ranks") != std::string::npos &&
+           output.err.find("1 CPU workers") != std::string::npos;
+  })) << "more ranks than the pool has slots";
+}
+
+TEST_F(BadInput, EveryRanksBytesAreEstimated) {
+  const auto output = platform_->cli(
+      {"--json", "estimate", "--model", "tiny", "--tp", "2", "--pp", "2", "--max-length", "128"});
+  ASSERT_EQ(output.code, 0) << output.err;
+  const Json json = Json::parse(output.out);
+  ASSERT_EQ(json["ranks"].size(), 4u) << output.out;
+  for (const Json& rank : json["ranks"]) EXPECT_GT(rank.value("peak_total", 0), 0);
+  EXPECT_GT(json["by_kind"].value("serving_engine", 0), 0);
+}
+
 TEST_F(BadInput, AJobThatDoesNotFitIsRefusedWithTheNumber) {
   expect(train(file("train.jsonl"), {"--per-device-train-batch-size", "4096"}), 4, {"MiB"});
 }

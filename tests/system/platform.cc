@@ -68,7 +68,8 @@ Platform::~Platform() {
     if (alive(pid)) ::kill(pid, SIGTERM);
   std::vector<pid_t> rest = supervisors_;
   for (std::size_t slot = 0; slot < 4; ++slot)
-    for (pid_t pid : {agent(static_cast<int>(slot)), engine(static_cast<int>(slot))})
+    for (pid_t pid : {agent(static_cast<int>(slot)), engine(static_cast<int>(slot)),
+                      gang_mpirun(static_cast<int>(slot))})
       if (pid > 0) rest.push_back(pid);
   eventually(3000, [&] {
     bool any = false;
@@ -143,6 +144,27 @@ pid_t Platform::agent(int slot) const {
 }
 pid_t Platform::engine(int slot) const {
   return lock_holder(slot, "engine.lock");
+}
+
+std::string Platform::gang_directory(int slot) const {
+  return data_dir() + "/run/worker-cpu" + std::to_string(slot) + "/gang";
+}
+pid_t Platform::gang_mpirun(int slot) const {
+  return lock_holder(slot, "gang/gang.lock");
+}
+pid_t Platform::gang_rank(int rank, int slot) const {
+  return lock_holder(slot, "gang/rank-" + std::to_string(rank) + ".lock");
+}
+
+std::map<std::int64_t, double> Platform::losses(const std::string& job) const {
+  std::map<std::int64_t, double> losses;
+  std::ifstream in(data_dir() + "/runs/" + job + "/metrics.jsonl");
+  for (std::string line; std::getline(in, line);) {
+    const Json json = Json::parse(line, nullptr, false);
+    if (json.is_object() && json.contains("train/loss"))
+      losses[json.value("step", std::int64_t{0})] = json["train/loss"].get<double>();
+  }
+  return losses;
 }
 
 protocol::client::Client& Platform::client() {

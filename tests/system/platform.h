@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,6 +36,11 @@ class Platform {
   [[nodiscard]] pid_t supervisor(int slot = 0) const;
   [[nodiscard]] pid_t agent(int slot = 0) const;
   [[nodiscard]] pid_t engine(int slot = 0) const;
+  /// Of the gang that a slot's worker leads: mpirun, and a rank; 0 when there is none.
+  [[nodiscard]] pid_t gang_mpirun(int slot = 0) const;
+  [[nodiscard]] pid_t gang_rank(int rank, int slot = 0) const;
+  /// The folder of that gang; it is there while the gang is.
+  [[nodiscard]] std::string gang_directory(int slot = 0) const;
   [[nodiscard]] pid_t coordinator() const { return coordinator_; }
 
   /// A connected client; made again after the coordinator was started anew.
@@ -48,6 +54,8 @@ class Platform {
   /// Submits a job of `settings` and returns its id.
   std::string submit(const std::string& model, const std::string& data, const std::string& adapter,
                      const Json& settings);
+  /// Loss of every step that the job's runs reported, by step.
+  [[nodiscard]] std::map<std::int64_t, double> losses(const std::string& job) const;
   /// Polls job.show until the job has ended (or `timeout_ms`); its last answer.
   Json wait_job(const std::string& job, TimeMs timeout_ms = 120'000);
   /// A greedy answer's text through the platform.

@@ -51,7 +51,9 @@ struct TrainOptions {
 Status run_train(Session& session, const TrainOptions& options);
 Status run_job_watch(Session& session, const std::string& job);
 Status run_job_logs(Session& session, const std::string& job);
-Status run_job_action(Session& session, const std::string& action, const std::string& job);
+/// `layout`: of resume alone; "" values are left as they are.
+Status run_job_action(Session& session, const std::string& action, const std::string& job,
+                      const std::map<std::string, std::string>& layout = {});
 Status run_estimate(Session& session, const TrainOptions& options);
 
 // -- inference (commands_generate.cc)

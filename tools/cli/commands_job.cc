@@ -260,8 +260,11 @@ Status run_job_logs(Session& session, const std::string& job) {
   });
 }
 
-Status run_job_action(Session& session, const std::string& action, const std::string& job) {
-  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("job." + action, {{"job", job}}));
+Status run_job_action(Session& session, const std::string& action, const std::string& job,
+                      const std::map<std::string, std::string>& layout) {
+  Json params{{"job", job}};
+  for (const auto& [name, value] : layout) params["layout"][name] = scalar_value(value, false);
+  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("job." + action, params));
   if (session.json())
     std::cout << result.dump() << "\n";
   else
@@ -283,8 +286,13 @@ Status run_estimate(Session& session, const TrainOptions& options) {
   for (const auto& [kind, bytes] : kinds.items())
     if (bytes.is_number_integer())
       table.add({kind, bytes.dump(), format_bytes(bytes.get<std::int64_t>())});
-  std::cout << table.to_string() << "peak " << bytes_field(result, "peak_bytes") << " of "
-            << bytes_field(result, "device_bytes")
+  const Json ranks = result.value("ranks", Json::array());
+  for (std::size_t rank = 0; rank < ranks.size(); ++rank)
+    if (const auto peak = ranks[rank].value("peak_total", std::int64_t{0}); peak > 0)
+      table.add({str("rank ", rank), str(peak), format_bytes(peak)});
+  std::cout << table.to_string() << (ranks.empty() ? "peak " : "largest rank and engine ")
+            << bytes_field(result, "peak_bytes") << " of "
+            << bytes_field(result, result.contains("device_bytes") ? "device_bytes" : "limit_bytes")
             << (result.value("fits", false) ? ": fits\n" : ": does not fit\n");
   return {};
 }

@@ -33,6 +33,11 @@ std::function<std::string(const Json&)> bytes(const std::string& name) {
 std::function<std::string(const Json&)> age(const std::string& name) {
   return [name](const Json& row) { return age_field(row, name); };
 }
+/// A job's worker; of several, the first and how many more.
+std::string workers_of(const Json& row) {
+  const std::size_t all = row.value("workers", Json::array()).size();
+  return field(row, "worker") + (all > 1 ? str(" +", all - 1) : "");
+}
 std::string progress(const Json& row) {
   return field(row, "step") + "/" + field(row, "total_steps");
 }
@@ -65,7 +70,7 @@ const std::map<std::string, Listing>& listings() {
          {"ADAPTER", text("adapter")},
          {"STEP", progress},
          {"LOSS", text("loss")},
-         {"WORKER", text("worker")},
+         {"WORKER", workers_of},
          {"WAITING FOR", text("reason")}}}},
       {"adapter",
        {"adapter.list",

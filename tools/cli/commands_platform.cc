@@ -177,13 +177,12 @@ Status run_down(Session& session) {
   const pid_t coordinator = read_pid(coordinator_file), workers = read_pid(workers_file);
   Json result{{"coordinator", alive(coordinator)}, {"workers", alive(workers)}};
   if (alive(workers)) {  // engines write a checkpoint and say goodbye before the coordinator goes
-    ::kill(workers, SIGTERM);
-    if (auto list = session.call("worker.list", Json::object()); list.ok())
-      for (const auto& slot : fs::directory_iterator(settings.run_dir())) {
-        std::ifstream lock(slot.path() / "supervisor.lock");
-        if (pid_t supervisor = 0; lock >> supervisor && alive(supervisor))
-          ::kill(supervisor, SIGTERM);
-      }
+    // Not to mpirun, which would kill them after a second. It ends when they all have.
+    for (const auto& slot : fs::directory_iterator(settings.run_dir())) {
+      std::ifstream lock(slot.path() / "supervisor.lock");
+      if (pid_t supervisor = 0; lock >> supervisor && alive(supervisor))
+        ::kill(supervisor, SIGTERM);
+    }
     if (!wait_until(kStopTimeoutMs, [&] { return !alive(workers); })) ::kill(workers, SIGKILL);
   }
   if (alive(coordinator)) {

@@ -23,6 +23,7 @@ struct Invocation {
   std::int64_t max_length = 2048;
   int samples = 3, lines = 20;
   std::vector<std::string> arguments;
+  std::map<std::string, std::string> layout;
   UpOptions up;
   TrainOptions train;
   GenerateOptions generate;
@@ -162,7 +163,14 @@ void add_training(CLI::App& app, Invocation& in) {
   CLI::App* train = verb(
       app, in, "train", "submit a fine-tuning job",
       [&in](Session& s) { return run_train(s, in.train); },
-      "tandem train --model smol --data train.jsonl --adapter guide --follow");
+      "tandem train --model smol --data train.jsonl --adapter guide --follow\n"
+      "  tandem train --model smol --data train.jsonl --adapter guide --dp 2 "
+      "--gradient-accumulation-steps 2\n"
+      "  tandem train --model smol --data train.jsonl --adapter guide --tp 2 --pp 2\n\n"
+      "dp x tp x pp ranks take as many workers of one host (tandem up --workers N) at once; their "
+      "engines go on\nserving. A layout changes how a step is computed, not what: a step is "
+      "gradient_accumulation_steps\nmicro-batches, dealt to the dp ranks. zero 1, 2, 3 shards "
+      "optimizer, gradients, parameters over dp.");
   add_training_options(*train, in);
   train->add_option("--data", in.train.data, "JSON lines file, or a data set's name or digest");
   train->add_option("--eval-data", in.train.eval_data, "the same, for evaluation");
@@ -174,7 +182,8 @@ void add_training(CLI::App& app, Invocation& in) {
       *verb(
           app, in, "estimate", "device memory a job would take, before anything runs",
           [&in](Session& s) { return run_estimate(s, in.train); },
-          "tandem estimate --model smol --method lora --seq-len 2048"),
+          "tandem estimate --model smol --method lora --seq-len 2048\n"
+          "  tandem estimate --model smol --tp 2 --pp 2      (every rank's bytes)"),
       in);
   CLI::App* job = group(app, "job", "fine-tuning jobs");
   verb(*job, in, "list", "newest first", [](Session& s) { return run_list(s, "job"); });
@@ -186,8 +195,16 @@ void add_training(CLI::App& app, Invocation& in) {
                                      {"pause", "write a checkpoint and stop"},
                                      {"resume", "go on from the last checkpoint"}}) {
     const std::string method = action;
-    named(*job, in, action, help,
-          [&in, method](Session& s) { return run_job_action(s, method, in.name); });
+    CLI::App* sub = named(*job, in, action, help, [&in, method](Session& s) {
+      return run_job_action(s, method, in.name, in.layout);
+    });
+    if (method != "resume") continue;
+    sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --tp 1 --dp 2");
+    for (const std::string axis : {"dp", "tp", "pp", "zero"})
+      sub->add_option_function<std::string>(
+             "--" + axis, [&in, axis](const std::string& v) { in.layout[axis] = v; },
+             "over other ranks than before")
+          ->type_name("X");
   }
 }
 

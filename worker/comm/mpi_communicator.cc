@@ -7,6 +7,7 @@
 #define OMPI_SKIP_MPICXX 1
 #include <mpi.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -27,6 +28,10 @@ constexpr std::int64_t kMessageBytes = std::int64_t{1} << 30;
 constexpr std::int64_t kDirectBytes = 16 << 10;
 /// Tests of the requests between two looks at the clock.
 constexpr int kTestsPerLook = 64;
+/// A wait this long is no pause between two messages: from then on a rank sleeps between tests and
+/// leaves its core to ranks that compute and engines that serve.
+constexpr std::int64_t kSpinNs = 1'000'000;
+constexpr useconds_t kNapUs = 50;
 
 void check_mpi(int code, const char* what) {
   if (code == MPI_SUCCESS) return;
@@ -39,7 +44,7 @@ void check_mpi(int code, const char* what) {
 /// MPI between initialisation and finalization; shared by the gang and its sub-communicators.
 class World {
  public:
-  explicit World(TimeMs timeout_ms) : timeout_ms_(scaled_ms(timeout_ms)) {
+  explicit World(MpiOptions options) : options_(std::move(options)) {
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), "rank");
     check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &size_), "size");
@@ -52,12 +57,15 @@ class World {
 
   [[nodiscard]] int rank() const { return rank_; }
   [[nodiscard]] int size() const { return size_; }
-  [[nodiscard]] TimeMs timeout_ms() const { return timeout_ms_; }
+  [[nodiscard]] TimeMs timeout_ms() const {
+    const auto& current = options_.current_timeout_ms;
+    return scaled_ms(current != nullptr ? current->load() : options_.timeout_ms);
+  }
   int next_tag() { return ++tag_; }
   void fail() { failed_ = true; }
 
  private:
-  const TimeMs timeout_ms_;
+  const MpiOptions options_;
   int rank_ = 0, size_ = 0, tag_ = 0;
   bool failed_ = false;
 };
@@ -85,7 +93,8 @@ class Messages {
   }
   void wait() {
     if (requests_.empty()) return;
-    const std::int64_t deadline = steady_ns() + world_.timeout_ms() * 1'000'000;
+    const std::int64_t begin = steady_ns();
+    const std::int64_t deadline = begin + world_.timeout_ms() * 1'000'000;
     for (int tests = 1;; ++tests) {
       int done = 0;
       const int code = MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done,
@@ -93,13 +102,21 @@ class Messages {
       if (code != MPI_SUCCESS) world_.fail();
       check_mpi(code, what_);
       if (done != 0) break;
-      if (tests % kTestsPerLook == 0 && steady_ns() > deadline) {
+      if (tests % kTestsPerLook != 0) {
+        ::sched_yield();
+        continue;
+      }
+      const std::int64_t now = steady_ns();
+      if (now > deadline) {
         world_.fail();  // the requests and their memory are MPI's for ever: the process must end
         throw DeviceError(str(what_, " on rank ", world_.rank(), " of ", world_.size(),
                               " did not end within ", world_.timeout_ms(),
                               " ms: a member of the gang is gone or hangs"));
       }
-      ::sched_yield();
+      if (now - begin > kSpinNs) {
+        tests = -1;  // a look at the clock after each nap
+        ::usleep(kNapUs);
+      }
     }
     requests_.clear();
   }
@@ -321,7 +338,7 @@ Result<std::unique_ptr<Communicator>> make_mpi_communicator(const MpiOptions& op
   if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS ||
       provided < MPI_THREAD_FUNNELED)
     return unavailable_error("MPI does not start beside OpenMP threads");
-  auto world = std::make_shared<World>(options.timeout_ms);
+  auto world = std::make_shared<World>(options);
   std::vector<int> members(static_cast<std::size_t>(world->size()));
   for (std::size_t r = 0; r < members.size(); ++r) members[r] = static_cast<int>(r);
   return std::unique_ptr<Communicator>(

@@ -5,12 +5,17 @@
 #include "protocol/base/result.h"
 #include "worker/comm/communicator.h"
 
+#include <atomic>
+#include <memory>
+
 namespace tandem::worker::comm {
 
 struct MpiOptions {
   /// A collective that takes longer raises DeviceError (times TANDEM_TIME_SCALE): a member is gone
   /// or hangs, and the gang must be killed.
   TimeMs timeout_ms = 120'000;
+  /// Where given, read at each wait instead: the gang's longest steps are known only as it runs.
+  std::shared_ptr<const std::atomic<TimeMs>> current_timeout_ms{};
 };
 
 /// Initialises MPI (once per process; the calling thread is the one that communicates) and returns

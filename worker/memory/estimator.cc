@@ -2,6 +2,8 @@
 
 #include "protocol/base/clock.h"
 #include "worker/memory/dry_engine.h"
+#include "worker/model/shard.h"
+#include "worker/train/ranks.h"
 #include "worker/train/train_session.h"
 
 #include <nlohmann/json.hpp>
@@ -112,6 +114,27 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
   if (plan.publish && plan.layout.ranks() == 1 && settings.method == "lora")
     publish(*engine, *session, dtype);
   return read_ledger(engine->ledger());
+}
+
+Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,
+                                            const model::ModelConfig& config, DType dtype,
+                                            const protocol::TrainSettings& settings,
+                                            const train::BatchBounds& bounds) {
+  const comm::Layout layout = train::layout_of(settings);
+  if (const Status cut = model::check_shard(config, layout.tp, layout.pp); !cut.ok()) {
+    int tp = layout.tp;
+    while (tp > 1 && !model::check_shard(config, tp, 1).ok()) --tp;
+    const auto pp = std::min<std::int64_t>(layout.pp, config.layers);
+    return refused_error(str(cut.message(), "; the nearest layout that works: dp ", layout.dp,
+                             ", tp ", tp, ", pp ", pp));
+  }
+  std::vector<Estimate> ranks;
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    TANDEM_ASSIGN_OR_RETURN(ranks.emplace_back(),
+                            estimate_training(profile, config, dtype, settings, bounds,
+                                              TrainingPlan{1, true, false, layout, rank}));
+  }
+  return ranks;
 }
 
 Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,

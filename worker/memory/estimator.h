@@ -15,6 +15,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 namespace tandem::worker::memory {
 
@@ -60,6 +61,13 @@ inline Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
   return estimate_training(profile, config, dtype, settings, bounds,
                            TrainingPlan{adapter_slots, with_eval, false});
 }
+
+/// Every rank of a job over several CPU workers, in rank order, each on a process of its own
+/// (tandem-rank). refused_error: the model cannot be cut so, with the nearest layout that works.
+Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,
+                                            const model::ModelConfig& config, DType dtype,
+                                            const protocol::TrainSettings& settings,
+                                            const train::BatchBounds& bounds);
 
 /// A serving engine with its worst step (ServeEngine::reserve_worst_case): base weights, slots, KV,
 /// batches. Adapters that are loaded later come on top: AdapterWeights::bytes each, rounded up to

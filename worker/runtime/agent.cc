@@ -11,22 +11,25 @@
 #include <atomic>
 #include <csignal>
 #include <fstream>
+#include <utility>
 
 namespace tandem::worker::runtime {
 namespace {
 
 constexpr TimeMs kPollMs = 50;
 constexpr TimeMs kTakeOverWaitMs = 10000;
+constexpr TimeMs kReportMs = 1000;
+constexpr TimeMs kLastWordMs = 1000;   ///< of a gang whose worker has been given another one
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
 
-std::atomic<int> g_stop_signals{0};
+StopSignals g_stop_signals;
 std::atomic<bool> g_hand_over{false};
 
 void on_signal(int signal) {
   if (signal == SIGUSR1)
     g_hand_over = true;
   else
-    g_stop_signals = g_stop_signals + 1;
+    g_stop_signals.note();
 }
 
 void install_signal_handlers() {
@@ -55,7 +58,10 @@ class Agent {
         clock_(clock),
         incarnation_(entropy64() | 1),
         link_(std::move(endpoint), clock,
-              {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); }}) {}
+              {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); }}),
+        gang_(options.gang, paths) {
+    gang_.adopt();
+  }
 
   int run() {
     while (true) {
@@ -64,14 +70,18 @@ class Agent {
         log_info("handing the slot to a new agent; engine ", engine_, " stays");
         return kExitAsked;
       }
-      if (g_stop_signals > stops_seen_) {
-        if (stopping_) kill_engine(SIGKILL);
-        stops_seen_ = g_stop_signals;
+      if (g_stop_signals.count() > stops_seen_) {
+        if (stopping_) {
+          kill_engine(SIGKILL);
+          gang_.kill();
+        }
+        stops_seen_ = g_stop_signals.count();
         begin_stop();
       }
       if (exit_code_ >= 0) return exit_code_;
       watch_engine();
-      if (stopping_ && engine_ == 0) {
+      watch_gang();
+      if (stopping_ && engine_ == 0 && !gang_.running()) {
         (void)link_.send(
             protocol::WorkerBye{options_.worker, protocol::WorkerRole::kAgent, incarnation_});
         return kExitAsked;
@@ -91,6 +101,7 @@ class Agent {
     hello.memory_bytes = options_.memory_bytes;
     hello.pid = ::getpid();
     hello.incarnation = incarnation_;
+    if (gang_.running()) hello.jobs = {*gang_.running()};
     return hello;
   }
 
@@ -100,6 +111,7 @@ class Agent {
     beat.role = protocol::WorkerRole::kAgent;
     beat.incarnation = incarnation_;
     beat.seq = seq;
+    if (gang_.running()) beat.jobs = {*gang_.running()};
     return beat;
   }
 
@@ -107,6 +119,13 @@ class Agent {
     if (const auto* reply = std::get_if<protocol::WorkerHelloReply>(&message)) {
       if (!reply->status.ok())
         log_warn("the coordinator refuses this worker: ", reply->status.message());
+      for (const JobId& job : reply->stop_jobs) end_gang(job);
+      return;
+    }
+    if (const auto* start = std::get_if<protocol::StartJob>(&message)) return start_gang(*start);
+    if (const auto* stop = std::get_if<protocol::StopJob>(&message)) return stop_gang(*stop);
+    if (const auto* ack = std::get_if<protocol::JobAck>(&message)) {
+      if (ended_ && ended_->job == ack->job && ended_->epoch == ack->epoch) ended_.reset();
       return;
     }
     const auto* command = std::get_if<protocol::AgentCommand>(&message);
@@ -136,6 +155,68 @@ class Agent {
     if (stopping_) return;
     stopping_ = true;
     kill_engine(SIGTERM);
+    gang_.drain();
+    gang_kill_at_ms_ = clock_.now_ms() + scaled_ms(options_.drain_timeout_ms + kKillAfterMs);
+  }
+
+  // -- the gang that this worker leads
+  void start_gang(const protocol::StartJob& start) {
+    if (start.gang == 0 || start.members.empty() || stopping_) return;
+    const protocol::RunningJob wanted{start.job, start.epoch, 0};
+    if (const auto& running = gang_.running()) {
+      if (*running == wanted) return;  // repeated
+      if (running->job == start.job && running->epoch > start.epoch) return;
+      // One that has had its last word is about to be gone; any other has a moment to go.
+      if (!next_start_) gang_kill_at_ms_ = clock_.now_ms() + scaled_ms(kLastWordMs);
+      next_start_ = start;
+      return;
+    }
+    if (ended_ && ended_->job == start.job && ended_->epoch == start.epoch) return;
+    if (last_started_ == wanted) return;  // it ended, and that is known
+    last_started_ = wanted;
+    log_info("starting the gang of ", start.job, " epoch ", start.epoch, ": ", start.members.size(),
+             " ranks");
+    if (const Status status = gang_.start(start); !status.ok()) report_ended(wanted, status);
+  }
+
+  void stop_gang(const protocol::StopJob& stop) {
+    const auto& running = gang_.running();
+    if (running && running->job == stop.job && running->epoch == stop.epoch)
+      return end_gang(stop.job);
+    const bool next =
+        next_start_ && next_start_->job == stop.job && next_start_->epoch == stop.epoch;
+    if (next) next_start_.reset();
+    if (!running || next)
+      report_ended({stop.job, stop.epoch, 0}, cancelled_error("no gang of it is here"));
+  }
+
+  void end_gang(const JobId& job) {
+    if (!gang_.running() || gang_.running()->job != job) return;
+    gang_asked_ = true;
+    gang_.kill();
+  }
+
+  void watch_gang() {
+    const TimeMs now = clock_.now_ms();
+    if (const auto running = gang_.running()) {
+      if (gang_asked_ || ((stopping_ || next_start_) && now >= gang_kill_at_ms_)) gang_.kill();
+      if (const auto how = gang_.poll()) {
+        const std::string what = str("the gang is over: ", *how, "; see ", options_.gang.log);
+        log_info(running->job, " epoch ", running->epoch, ": ", what);
+        report_ended(*running, gang_asked_ ? cancelled_error(what) : unavailable_error(what));
+        gang_asked_ = false;
+        if (const auto next = std::exchange(next_start_, std::nullopt)) start_gang(*next);
+      }
+    }
+    if (!ended_ || now < next_report_ms_) return;
+    (void)link_.send(*ended_);
+    next_report_ms_ = now + scaled_ms(kReportMs);
+  }
+
+  /// What its first rank may not have been able to say; told until it is acknowledged.
+  void report_ended(const protocol::RunningJob& gang, const Status& status) {
+    ended_ = protocol::JobEnded{gang.job, gang.epoch, status, 0, "{}"};
+    next_report_ms_ = 0;
   }
 
   void kill_engine(int signal) {
@@ -208,6 +289,12 @@ class Agent {
   const Clock& clock_;
   const Incarnation incarnation_;
   CoordinatorLink link_;
+  GangKeeper gang_;
+  std::optional<protocol::JobEnded> ended_;       ///< of a gang, until it is acknowledged
+  std::optional<protocol::StartJob> next_start_;  ///< waits for what runs to be gone
+  protocol::RunningJob last_started_;
+  bool gang_asked_ = false;
+  TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0;
   RestartBackoff backoff_;
   pid_t engine_ = 0;
   bool child_ = false, stopping_ = false, upgrading_ = false;

@@ -1,11 +1,13 @@
 // Holds a worker's lease with the coordinator and keeps one engine alive: starts it, watches it,
-// starts another when it ends, adopts one that an earlier agent left running. The agent never loads
+// starts another when it ends, adopts one that an earlier agent left running. Starts and ends the
+// gang that this worker leads (gang_keeper.h). The agent never loads
 // a model and never touches the device, so it survives everything that can go wrong with one.
 #pragma once
 
 #include "protocol/base/clock.h"
 #include "protocol/base/ids.h"
 #include "protocol/transport.h"
+#include "worker/runtime/gang_keeper.h"
 #include "worker/runtime/slot.h"
 
 #include <memory>
@@ -22,6 +24,7 @@ struct AgentOptions {
   int slot = 0;
   std::int64_t memory_bytes = 0;
   std::int64_t drain_timeout_ms = 25000;
+  GangOptions gang;
 };
 
 /// Runs until asked to end (coordinator's kShutdown, SIGTERM) or told to hand over (SIGUSR1: a new

@@ -6,6 +6,7 @@
 #include "worker/runtime/device_arbiter.h"
 #include "worker/runtime/job_host.h"
 #include "worker/runtime/model_files.h"
+#include "worker/runtime/process.h"
 #include "worker/runtime/serve_host.h"
 #include "worker/runtime/supervisor.h"
 
@@ -13,6 +14,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <mutex>
@@ -25,9 +27,9 @@ constexpr auto kIdleWait = std::chrono::milliseconds(50);
 constexpr TimeMs kAgentGoneMs = 30000;  ///< an engine without an agent ends after this
 constexpr TimeMs kAgentCheckMs = 1000;
 
-std::atomic<int> g_stop_signals{0};
+StopSignals g_stop_signals;
 void on_signal(int) {
-  g_stop_signals = g_stop_signals + 1;
+  g_stop_signals.note();
 }
 
 class Engine {
@@ -269,6 +271,7 @@ class Engine {
     if (settings.max_length > config.context_max)
       return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ",
                                request.model.name, " (", config.context_max, ")"));
+    if (settings.ranks() > 1) return estimate_gang(settings, config);
     TANDEM_ASSIGN_OR_RETURN(
         const auto estimate,
         memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
@@ -282,6 +285,36 @@ class Engine {
                           {"limit_bytes", options_.model.memory_bytes_max},
                           {"dtype", dtype_name(options_.model.dtype)},
                           {"fits", total <= options_.model.memory_bytes_max}}
+        .dump();
+  }
+
+  /// Each rank is a process beside the engine of its slot, which goes on serving: both must fit.
+  Result<std::string> estimate_gang(const protocol::TrainSettings& settings,
+                                    const model::ModelConfig& config) {
+    if (options_.device != "cpu")
+      return refused_error(str("a job of ", settings.ranks(), " ranks needs CPU workers so far; ",
+                               options_.worker, " is a GPU's; use dp 1, tp 1, pp 1"));
+    const auto& o = options_.model;
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
+                                                memory::worst_case_bounds(settings)));
+    TANDEM_ASSIGN_OR_RETURN(const auto serving,
+                            memory::estimate_serving(backend_.ops->profile(), config, o.dtype,
+                                                     serve_options(o), o.adapter_slots + 1));
+    const auto largest =
+        std::max_element(ranks.begin(), ranks.end(),
+                         [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
+    auto per_rank = nlohmann::json::array();
+    for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
+    const std::int64_t total = largest->peak_total + serving.peak_total;
+    auto kinds = nlohmann::json::parse(largest->to_json());
+    kinds["serving_engine"] = serving.peak_total;
+    return nlohmann::json{{"peak_bytes", total},
+                          {"by_kind", kinds},
+                          {"ranks", per_rank},
+                          {"limit_bytes", o.memory_bytes_max},
+                          {"dtype", dtype_name(o.dtype)},
+                          {"fits", total <= o.memory_bytes_max}}
         .dump();
   }
 
@@ -346,7 +379,7 @@ class Engine {
   }
 
   void handle_signals() {
-    const int signals = g_stop_signals;
+    const int signals = g_stop_signals.count();
     if (signals >= 2) exit_code_ = 1;
     if (signals == 0) return;
     if (!draining_) {
@@ -367,7 +400,7 @@ class Engine {
     if (agent_seen_ms_ == 0) agent_seen_ms_ = now;
     if (now - agent_seen_ms_ > scaled_ms(kAgentGoneMs)) {
       log_error("no agent has held this slot for ", kAgentGoneMs / 1000, " s; ending");
-      g_stop_signals = std::max(1, g_stop_signals.load());
+      g_stop_signals.at_least_one();
       agent_seen_ms_ = now;
     }
   }

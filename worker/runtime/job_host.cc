@@ -37,7 +37,7 @@ struct JobHost::Prepared {
   std::optional<train::TrainState> state;
 };
 
-JobHost::JobHost(const JobParts& parts, ModelHost& model, const protocol::StartJob& start)
+JobHost::JobHost(const JobParts& parts, JobModel& model, const protocol::StartJob& start)
     : parts_(parts), model_(model), start_(start) {
   auto spec = protocol::JobSpec::parse(start.spec_json);
   if (!spec.ok()) {
@@ -45,7 +45,7 @@ JobHost::JobHost(const JobParts& parts, ModelHost& model, const protocol::StartJ
     return;
   }
   spec_ = std::move(*spec);
-  adapter_dtype_ = parse_dtype(spec_.train.adapter_dtype).value_or(model.options().dtype);
+  adapter_dtype_ = parse_dtype(spec_.train.adapter_dtype).value_or(model.dtype());
   prepare();
 }
 
@@ -105,14 +105,9 @@ void JobHost::begin(Prepared prepared) {
             example.tokens.begin(),
             example.tokens.begin() +
                 std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
-    TANDEM_ASSIGN_OR_RETURN(auto batches,
-                            train::make_packed_batches(prepared.train, prepared.eval, spec_.train));
-    train::SessionOptions options;
-    options.settings = spec_.train;
-    TANDEM_ASSIGN_OR_RETURN(
-        session_, train::TrainSession::create(model_.session_parts(), options, std::move(batches)));
-    if (prepared.state) TANDEM_RETURN_IF_ERROR(session_->import_state(*prepared.state));
-    if (session_->flat_elements() > 0) room_.emplace(model_.make_room(session_->flat_elements()));
+    TANDEM_ASSIGN_OR_RETURN(session_,
+                            model_.open_session(spec_.train, prepared.train, prepared.eval,
+                                                prepared.state ? &*prepared.state : nullptr));
     TANDEM_ASSIGN_OR_RETURN(
         metrics_, train::MetricsWriter::open(str(parts_.runs_directory, "/", start_.job)));
     return {};
@@ -129,7 +124,7 @@ void JobHost::begin(Prepared prepared) {
                 {"dropped_over_length", report.dropped_over_length},
                 {"truncated", report.truncated},
                 {"total_steps", session_->total_steps()},
-                {"device_dtype", dtype_name(model_.options().dtype)}}
+                {"device_dtype", dtype_name(model_.dtype())}}
                .dump());
 }
 
@@ -203,7 +198,9 @@ void JobHost::checkpoint() {
   if (checkpointing_ || !session_ || session_->step() == checkpoint_step_) return;
   checkpointing_ = true;
   const std::int64_t step = session_->step();
-  auto state = std::make_shared<train::TrainState>(session_->export_state());
+  auto exported = session_->export_state();
+  if (!exported.ok()) return end(exported.status());
+  auto state = std::make_shared<train::TrainState>(std::move(*exported));
   auto snapshot = session_->snapshot_adapter();
   auto outcome = std::make_shared<Result<PackedObject>>(internal_error("not run"));
   const auto config = peft_config(session_->lora());
@@ -223,8 +220,7 @@ void JobHost::checkpoint() {
       return;
     }
     checkpoint_step_ = step;
-    if (auto installed = model_.serve().install_adapter((*outcome)->digest, snapshot);
-        !installed.ok())
+    if (auto installed = model_.install_adapter((*outcome)->digest, snapshot); !installed.ok())
       log_debug("checkpoint is not servable here now: ", installed.message());
     parts_.io.send_reliably(
         start_.job, str("checkpoint:", step),
@@ -235,8 +231,9 @@ void JobHost::checkpoint() {
 
 void JobHost::publish() {
   phase_ = Phase::kPublishing;
-  const auto adapter =
-      std::make_shared<const model::FlatAdapter>(session_->flat_adapter(adapter_dtype_));
+  auto flat = session_->flat_adapter(adapter_dtype_);
+  if (!flat.ok()) return end(flat.status());
+  const auto adapter = std::make_shared<const model::FlatAdapter>(std::move(*flat));
   packed_ = std::make_shared<PackedObject>();
   auto failure = std::make_shared<Status>();
   auto times = std::make_shared<PublishTimes>();
@@ -261,9 +258,9 @@ void JobHost::publish() {
   });
   // Meanwhile, on the device: what was trained must be what is served after loading it again.
   const std::int64_t probe_begin = steady_ns();
-  served_ = model_.build_adapter(*adapter, *room_);
-  probe_difference_ = session_->probe(probe_prompt_, served_);
-  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.options().dtype);
+  served_ = session_->build_adapter(*adapter);
+  probe_difference_ = session_->probe(probe_prompt_, *adapter, served_);
+  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
   if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
     return end(internal_error(
         str("publish refused: the reloaded adapter's logits differ from the trained one's by ",
@@ -275,7 +272,7 @@ void JobHost::publish() {
 
 void JobHost::publish_when_ready() {
   if (!uploaded_ || !probed_ || phase_ != Phase::kPublishing) return;
-  if (auto installed = model_.serve().install_adapter(packed_->digest, served_); !installed.ok())
+  if (auto installed = model_.install_adapter(packed_->digest, served_); !installed.ok())
     log_warn("the new adapter is not resident: ", installed.message());
   const Json metadata{
       {"probe_max_abs_difference", probe_difference_},
@@ -347,7 +344,6 @@ void JobHost::end(Status status) {
   if (phase_ == Phase::kEnding || phase_ == Phase::kOver) return;
   const std::int64_t last_step = step();
   session_.reset();  // its memory is free for serving and for the next job
-  room_.reset();
   phase_ = Phase::kEnding;
   const Json summary{{"paused", pausing_},
                      {"train_loss_first", first_loss_},

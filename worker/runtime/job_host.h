@@ -1,5 +1,5 @@
-// The one training job of an engine, from StartJob to the acknowledged end: fetches and reads its
-// data on the task thread, runs slices on the device thread when asked, reports, uploads
+// The one training job of an engine or a gang, from StartJob to the acknowledged end: fetches and
+// reads its data on the task thread, runs slices on the device thread when asked, reports, uploads
 // checkpoints, publishes. All methods on the device thread. What the coordinator must know is
 // repeated until it is acknowledged; everything is tagged with the job's epoch, so a gang that was
 // replaced cannot publish.
@@ -8,7 +8,7 @@
 #include "worker/runtime/adapter_codec.h"
 #include "worker/runtime/bulk_client.h"
 #include "worker/runtime/engine_io.h"
-#include "worker/runtime/model_host.h"
+#include "worker/runtime/job_model.h"
 #include "worker/runtime/task_thread.h"
 #include "worker/train/metrics.h"
 
@@ -30,7 +30,7 @@ struct JobParts {
 
 class JobHost {
  public:
-  JobHost(const JobParts& parts, ModelHost& model, const protocol::StartJob& start);
+  JobHost(const JobParts& parts, JobModel& model, const protocol::StartJob& start);
   ~JobHost();
   JobHost(const JobHost&) = delete;
   JobHost& operator=(const JobHost&) = delete;
@@ -73,13 +73,13 @@ class JobHost {
   void in_background(std::function<void()> task, std::function<void()> done);
 
   const JobParts parts_;
-  ModelHost& model_;
+  JobModel& model_;
   const protocol::StartJob start_;
   protocol::JobSpec spec_;
   DType adapter_dtype_ = DType::kF32;
   Phase phase_ = Phase::kPreparing;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
-  std::unique_ptr<train::TrainSession> session_;
+  std::unique_ptr<JobSession> session_;
   std::unique_ptr<train::MetricsWriter> metrics_;
   std::vector<std::int32_t> probe_prompt_;
   std::int64_t resumed_step_ = 0, checkpoint_step_ = -1, checkpoint_acked_step_ = -1;
@@ -90,7 +90,6 @@ class JobHost {
   double train_seconds_ = 0;
   std::string eval_json_ = "{}";
   // publish
-  std::optional<model::AdapterRoom> room_;  ///< of what will be served
   std::shared_ptr<PackedObject> packed_;
   std::shared_ptr<const model::AdapterWeights> served_;
   bool uploaded_ = false, probed_ = false, published_ = false;

@@ -42,6 +42,45 @@ class YieldingWeights final : public model::WeightSource {
   std::uint64_t before_ = 0;
 };
 
+/// A session of this one rank.
+class LocalSession final : public JobSession {
+ public:
+  LocalSession(std::unique_ptr<train::TrainSession> session, kernels::Backend& backend,
+               kernels::Exec& exec, const model::ModelConfig& config, DType dtype)
+      : session_(std::move(session)), ops_(*backend.ops), exec_(exec), config_(config) {
+    if (session_->flat_elements() > 0)
+      room_.emplace(ops_, exec, *backend.allocator, *backend.ledger, session_->flat_elements(),
+                    dtype);
+  }
+  Result<train::SliceEvent> run_slice() override { return session_->run_slice(); }
+  [[nodiscard]] std::int64_t step() const override { return session_->step(); }
+  [[nodiscard]] std::int64_t total_steps() const override { return session_->total_steps(); }
+  [[nodiscard]] const model::LoraConfig& lora() const override { return session_->lora(); }
+  Result<train::TrainState> export_state() override { return session_->export_state(); }
+  std::shared_ptr<const model::AdapterWeights> snapshot_adapter() override {
+    return session_->snapshot_adapter();
+  }
+  Result<model::FlatAdapter> flat_adapter(DType dtype) override {
+    return session_->flat_adapter(dtype);
+  }
+  std::shared_ptr<const model::AdapterWeights> build_adapter(
+      const model::FlatAdapter& adapter) override {
+    TANDEM_CHECK(room_.has_value(), "this session has no adapter");
+    return room_->fill(ops_, exec_, config_, adapter);
+  }
+  double probe(const std::vector<std::int32_t>& prompt, const model::FlatAdapter&,
+               std::shared_ptr<const model::AdapterWeights> served) override {
+    return session_->probe(prompt, std::move(served));
+  }
+
+ private:
+  const std::unique_ptr<train::TrainSession> session_;
+  kernels::Ops& ops_;
+  kernels::Exec& exec_;  ///< serving's
+  const model::ModelConfig& config_;
+  std::optional<model::AdapterRoom> room_;
+};
+
 }  // namespace
 
 /// Address space only; what is used is mapped and booked as it is used. Training and serving have
@@ -69,6 +108,16 @@ struct ModelHost::Memory {
   kernels::Exec serve_exec, train_exec;
   model::Context serve, train;
 };
+
+serve::ServeOptions serve_options(const ModelHostOptions& options) {
+  serve::ServeOptions serve;
+  serve.kv_bytes_max = options.kv_bytes_max;
+  serve.max_batch_tokens = options.batch_tokens_max;
+  serve.max_running = options.running_max;
+  serve.max_waiting = options.waiting_max;
+  serve.adapter_rank_max = 512;
+  return serve;
+}
 
 ModelHost::ModelHost(kernels::Backend& backend, const ModelHostOptions& options)
     : backend_(backend), options_(options) {}
@@ -110,12 +159,7 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
       std::make_unique<YieldingWeights>(*weights_, memory_->train, std::move(yield));
   adapters_ = std::make_unique<model::AdapterTable>(ops, memory_->serve_exec, memory_->adapters,
                                                     loaded_.config, options_.adapter_slots + 1);
-  serve::ServeOptions serve;
-  serve.kv_bytes_max = options_.kv_bytes_max;
-  serve.max_batch_tokens = options_.batch_tokens_max;
-  serve.max_running = options_.running_max;
-  serve.max_waiting = options_.waiting_max;
-  serve.adapter_rank_max = 512;
+  serve::ServeOptions serve = serve_options(options_);
   serve.base_digest = ref_.digest;
   serve.eos_ids = loaded_.config.eos_ids;
   TANDEM_ASSIGN_OR_RETURN(
@@ -127,25 +171,32 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
   return {};
 }
 
-train::SessionParts ModelHost::session_parts() {
-  return {*backend_.allocator, *backend_.ledger, memory_->train,
-          *yielding_weights_,  *adapters_,       options_.adapter_slots};
+Result<std::unique_ptr<JobSession>> ModelHost::open_session(
+    const protocol::TrainSettings& settings, std::shared_ptr<const data::Dataset> train,
+    std::shared_ptr<const data::Dataset> eval, const train::TrainState* state) {
+  TANDEM_ASSIGN_OR_RETURN(auto batches,
+                          train::make_packed_batches(std::move(train), std::move(eval), settings));
+  train::SessionOptions options;
+  options.settings = settings;
+  TANDEM_ASSIGN_OR_RETURN(
+      auto session,
+      train::TrainSession::create({*backend_.allocator, *backend_.ledger, memory_->train,
+                                   *yielding_weights_, *adapters_, options_.adapter_slots},
+                                  options, std::move(batches)));
+  if (state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*state));
+  return std::unique_ptr<JobSession>(std::make_unique<LocalSession>(
+      std::move(session), backend_, memory_->serve_exec, loaded_.config, options_.dtype));
+}
+
+Status ModelHost::install_adapter(const Digest& digest,
+                                  std::shared_ptr<const model::AdapterWeights> weights) {
+  return serve_->install_adapter(digest, std::move(weights));
 }
 
 Result<std::shared_ptr<const model::AdapterWeights>> ModelHost::build_adapter(
     const std::vector<model::HostAdapterTensor>& tensors) {
   return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
                               *backend_.ledger, loaded_.config, options_.dtype, tensors);
-}
-
-model::AdapterRoom ModelHost::make_room(std::int64_t elements) {
-  return {*backend_.ops, memory_->serve_exec, *backend_.allocator, *backend_.ledger,
-          elements,      options_.dtype};
-}
-
-std::shared_ptr<const model::AdapterWeights> ModelHost::build_adapter(
-    const model::FlatAdapter& adapter, model::AdapterRoom& room) {
-  return room.fill(*backend_.ops, memory_->serve_exec, loaded_.config, adapter);
 }
 
 Result<std::vector<std::int32_t>> ModelHost::tokenize(const protocol::PromptInput& input) const {

@@ -9,6 +9,7 @@
 #include "worker/data/dataset.h"
 #include "worker/model/model_loader.h"
 #include "worker/model/transformer.h"
+#include "worker/runtime/job_model.h"
 #include "worker/serve/serve_engine.h"
 #include "worker/train/train_session.h"
 
@@ -29,7 +30,10 @@ struct ModelHostOptions {
   std::int64_t running_max = 64, waiting_max = 1024;
 };
 
-class ModelHost {
+/// How its serving engine is built.
+serve::ServeOptions serve_options(const ModelHostOptions& options);
+
+class ModelHost final : public JobModel {
  public:
   /// Loads from `path` (verified before by the caller). Errors: those of the loader; refused_error
   /// when the weights and the KV cache do not fit memory_bytes_max (names the three numbers).
@@ -39,26 +43,28 @@ class ModelHost {
                                                  const std::string& path,
                                                  const ModelHostOptions& options,
                                                  std::function<void()> yield);
-  ~ModelHost();
+  ~ModelHost() override;
   ModelHost(const ModelHost&) = delete;
   ModelHost& operator=(const ModelHost&) = delete;
 
   [[nodiscard]] const protocol::ModelRef& ref() const { return ref_; }
   [[nodiscard]] const model::ModelConfig& config() const { return loaded_.config; }
   [[nodiscard]] const ModelHostOptions& options() const { return options_; }
-  [[nodiscard]] const data::Encoder& encoder() const { return *encoder_; }
+  [[nodiscard]] const data::Encoder& encoder() const override { return *encoder_; }
+  [[nodiscard]] DType dtype() const override { return options_.dtype; }
   [[nodiscard]] const model::GenerationDefaults& generation() const { return loaded_.generation; }
   serve::ServeEngine& serve() { return *serve_; }
 
-  /// What a training session borrows; the slot is the one beyond serving's.
-  train::SessionParts session_parts();
+  /// Borrows weights, activations and the slot beyond serving's.
+  Result<std::unique_ptr<JobSession>> open_session(const protocol::TrainSettings& settings,
+                                                   std::shared_ptr<const data::Dataset> train,
+                                                   std::shared_ptr<const data::Dataset> eval,
+                                                   const train::TrainState* state) override;
   /// Frozen device tensors from host ones. Errors: shapes that do not fit the model.
   Result<std::shared_ptr<const model::AdapterWeights>> build_adapter(
       const std::vector<model::HostAdapterTensor>& tensors);
-  /// Room for an adapter of `elements`, made ahead of the adapter, and the adapter put there.
-  model::AdapterRoom make_room(std::int64_t elements);
-  std::shared_ptr<const model::AdapterWeights> build_adapter(const model::FlatAdapter& adapter,
-                                                             model::AdapterRoom& room);
+  Status install_adapter(const Digest& digest,
+                         std::shared_ptr<const model::AdapterWeights> weights) override;
 
   /// Token ids of a request's input: tokens as they are, messages (or a plain prompt as one user
   /// message) through the chat template, raw prompts encoded alone. Errors name what is missing.

@@ -1,5 +1,7 @@
 #include "worker/runtime/process.h"
 
+#include "protocol/base/clock.h"
+
 #include <fcntl.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -12,8 +14,27 @@
 
 namespace tandem::worker::runtime {
 namespace {
+constexpr std::int64_t kSameWishNs = 1'000'000'000;
 constexpr std::int64_t kYoungMs = 5000, kDelayFirstMs = 20, kDelayMaxMs = 5000;
+
+/// Async-signal-safe.
+void write_own_pid(int fd) {
+  char digits[16];
+  char* at = digits + sizeof digits;
+  for (auto rest = static_cast<unsigned>(::getpid()); rest > 0; rest /= 10)
+    *--at = static_cast<char>('0' + rest % 10);
+  if (::ftruncate(fd, 0) == 0)
+    (void)!::pwrite(fd, at, static_cast<std::size_t>(digits + sizeof digits - at), 0);
 }
+
+void reset_signals() {
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, nullptr);
+  for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGPIPE, SIGUSR1, SIGCHLD})
+    std::signal(signal, SIG_DFL);
+}
+}  // namespace
 
 Result<pid_t> start_process(const std::string& executable,
                             const std::vector<std::string>& arguments, bool die_with_parent) {
@@ -26,17 +47,56 @@ Result<pid_t> start_process(const std::string& executable,
   if (pid < 0) return internal_error(str("fork failed: ", std::strerror(errno)));
   if (pid > 0) return pid;
   // In the child, between fork and exec: async-signal-safe calls only.
-  sigset_t none;
-  sigemptyset(&none);
-  sigprocmask(SIG_SETMASK, &none, nullptr);
-  for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGPIPE, SIGUSR1, SIGCHLD})
-    std::signal(signal, SIG_DFL);
+  reset_signals();
   if (die_with_parent) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(1);  // the parent died before prctl took effect
   }
   ::execv(executable.c_str(), argv.data());
   ::_exit(127);
+}
+
+Result<pid_t> start_process(const ProcessSpec& spec) {
+  std::vector<char*> argv{const_cast<char*>(spec.executable.c_str())}, envp;
+  for (const auto& argument : spec.arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  for (const auto& variable : spec.environment) envp.push_back(const_cast<char*>(variable.c_str()));
+  argv.push_back(nullptr);
+  envp.push_back(nullptr);
+  const int out = ::open(spec.output.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const int in = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  const pid_t pid = out < 0 || in < 0 ? -1 : ::fork();
+  if (pid == 0) {
+    // Between fork and exec: async-signal-safe calls only.
+    reset_signals();
+    if (spec.own_session) ::setsid();
+    ::dup2(in, STDIN_FILENO);
+    ::dup2(out, STDOUT_FILENO);
+    ::dup2(out, STDERR_FILENO);
+    if (spec.lock >= 0) {
+      ::fcntl(spec.lock, F_SETFD, 0);
+      write_own_pid(spec.lock);
+    }
+    ::execve(spec.executable.c_str(), argv.data(), envp.data());
+    ::_exit(127);
+  }
+  const int failed = errno;
+  ::close(out);
+  ::close(in);
+  if (pid < 0)
+    return internal_error(str("cannot start ", spec.executable, " with its output in ", spec.output,
+                              ": ", std::strerror(failed)));
+  return pid;
+}
+
+void StopSignals::note() {
+  const std::int64_t now = steady_ns();
+  if (count_ > 0 && now - last_ns_ < kSameWishNs) return;
+  last_ns_ = now;
+  ++count_;
+}
+
+void StopSignals::at_least_one() {
+  if (count_ == 0) note();
 }
 
 std::int64_t RestartBackoff::next_delay_ms(std::int64_t lived_ms) {

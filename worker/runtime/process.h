@@ -6,6 +6,8 @@
 
 #include <sys/types.h>
 
+#include <atomic>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,32 @@ namespace tandem::worker::runtime {
 /// `die_with_parent` the child gets SIGKILL when the calling thread's process ends.
 Result<pid_t> start_process(const std::string& executable,
                             const std::vector<std::string>& arguments, bool die_with_parent);
+
+/// A program with everything of its own.
+struct ProcessSpec {
+  std::string executable;
+  std::vector<std::string> arguments;
+  std::vector<std::string> environment;  ///< "NAME=value", all of it
+  bool own_session = false;              ///< no terminal's signals
+  std::string output;                    ///< file that standard output and error are appended to
+  int lock = -1;  ///< a lock's file: stays open in it, and says its pid from its first moment
+};
+Result<pid_t> start_process(const ProcessSpec& spec);
+
+/// Counts wishes to stop. Signals within a second of the one that counted are the same wish: mpirun
+/// signals the whole process group of its rank, and every parent there passes it on. note() is
+/// async-signal-safe.
+class StopSignals {
+ public:
+  void note();
+  /// As if one had come, unless one has.
+  void at_least_one();
+  [[nodiscard]] int count() const { return count_; }
+
+ private:
+  std::atomic<int> count_{0};
+  std::atomic<std::int64_t> last_ns_{0};
+};
 
 /// Grows from 20 ms, doubling to 5 s while children die within 5 s of their start; else 0.
 class RestartBackoff {

@@ -24,6 +24,8 @@ class FileLock {
   static Result<FileLock> acquire(const std::string& path, std::int64_t wait_ms = 0);
   /// True when some process holds the lock now.
   static bool is_held(const std::string& path);
+  /// For a child that is to hold it as well (close-on-exec here).
+  [[nodiscard]] int descriptor() const { return fd_; }
   FileLock(FileLock&& other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
   FileLock& operator=(FileLock&& other) noexcept;
   ~FileLock();

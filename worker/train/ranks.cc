@@ -13,6 +13,11 @@ void sum_over_ranks(const Ranks* ranks, model::Context& ctx, std::span<double> v
   ctx.ops.download(ctx.exec, sums, std::as_writable_bytes(values));
 }
 
+comm::Layout layout_of(const protocol::TrainSettings& s) {
+  return {static_cast<int>(s.dp), static_cast<int>(s.tp), static_cast<int>(s.pp),
+          static_cast<int>(s.zero)};
+}
+
 Ranks make_ranks(comm::Communicator& gang, const comm::Layout& layout) {
   Ranks ranks{layout, gang.rank(), comm::make_groups(gang, layout), nullptr};
   const int stage = ranks.pp_rank();

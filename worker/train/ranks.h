@@ -2,6 +2,7 @@
 // outlives the session.
 #pragma once
 
+#include "protocol/job_spec.h"
 #include "worker/comm/layout.h"
 #include "worker/model/context.h"
 #include "worker/model/shard.h"
@@ -31,6 +32,9 @@ struct Ranks {
 /// Sums of numbers that each copy of the model's last stage counts for itself, over data-parallel
 /// ranks and stages: the same on every rank. `ranks` null: nothing to add.
 void sum_over_ranks(const Ranks* ranks, model::Context& ctx, std::span<double> values);
+
+/// A job's layout as its settings say it.
+comm::Layout layout_of(const protocol::TrainSettings& settings);
 
 /// Called by every rank of the gang at once.
 Ranks make_ranks(comm::Communicator& gang, const comm::Layout& layout);

@@ -17,10 +17,18 @@ using Json = nlohmann::json;
 constexpr int kStateVersion = 1;
 
 /// Settings that may differ between a checkpoint and the job that continues from it: they change
-/// what is reported or kept, not one bit of the result.
+/// what is reported or kept, or who computes what, not the mathematics.
 const std::set<std::string>& free_settings() {
-  static const std::set<std::string> names{"adapter_dtype", "eval_steps",       "logging_steps",
-                                           "save_steps",    "save_total_limit", "recompute"};
+  static const std::set<std::string> names{"adapter_dtype",
+                                           "eval_steps",
+                                           "logging_steps",
+                                           "save_steps",
+                                           "save_total_limit",
+                                           "recompute",
+                                           "dp",
+                                           "tp",
+                                           "pp",
+                                           "zero"};
   return names;
 }
 

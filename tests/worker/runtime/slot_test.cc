@@ -32,6 +32,18 @@ TEST(FileLock, NamesItsHolderToTheSecondWhoWantsIt) {
   std::filesystem::remove(path);
 }
 
+TEST(StopSignals, AWaveOfSignalsIsOneWish) {
+  StopSignals signals;
+  EXPECT_EQ(signals.count(), 0);
+  for (int i = 0; i < 3; ++i) signals.note();  // mpirun to the group, then every parent
+  EXPECT_EQ(signals.count(), 1);
+  signals.at_least_one();
+  EXPECT_EQ(signals.count(), 1);
+  ::usleep(1'100'000);
+  signals.note();
+  EXPECT_EQ(signals.count(), 2);
+}
+
 TEST(FileLock, IsFreeOnceItsHolderWasKilled) {
   const std::string path = temporary("killed");
   const pid_t child = ::fork();

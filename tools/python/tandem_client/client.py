@@ -403,7 +403,8 @@ class Client:
 
     def _take_hello(self, reply: wire.Reply) -> None:
         major, minor = reply.version
-        understood = major == wire.VERSION_MAJOR and 0 <= wire.VERSION_MINOR - minor <= 1
+        behind = wire.VERSION_MINOR - minor
+        understood = major == wire.VERSION_MAJOR and 0 <= behind <= wire.MINORS_BEFORE
         if reply.code != "ok" and understood and minor != self._minor:
             self._minor, self._hello_sent = minor, 0.0  # say hello again as the older version
         elif reply.code != "ok":
@@ -412,7 +413,7 @@ class Client:
             self._refused = TandemError(
                 "refused",
                 f"the coordinator speaks version {major}.{minor} of the protocol; this client "
-                f"understands {wire.VERSION_MAJOR}.{wire.VERSION_MINOR - 1} to "
+                f"understands {wire.VERSION_MAJOR}.{wire.VERSION_MINOR - wire.MINORS_BEFORE} to "
                 f"{wire.VERSION_MAJOR}.{wire.VERSION_MINOR}",
             )
         else:

@@ -10,7 +10,8 @@ import capnp  # type: ignore[import-untyped]
 from tandem_client.errors import TandemError
 from tandem_client.types import Chunk, Logprob, Message, Sampling, Usage
 
-VERSION_MAJOR, VERSION_MINOR = 1, 1
+VERSION_MAJOR, VERSION_MINOR = 1, 2
+MINORS_BEFORE = 2  # older minor versions that are understood too
 FRAME_BYTES_MAX = 4 << 20
 _NESTING_MAX = 32
 

@@ -1,0 +1,114 @@
+// Workers for a job of several ranks.
+#include "coordinator/placement.h"
+
+#include "protocol/version.h"
+
+#include <map>
+#include <tuple>
+
+namespace tandem::coordinator {
+namespace {
+
+bool is_cpu_slot(const Worker& worker) {
+  return worker.device == "cpu";
+}
+
+/// The workers of one host that a gang could have: those it can have now, and those that are in the
+/// way of nothing but time.
+struct Host {
+  std::string name;
+  std::vector<const Worker*> free, busy;
+  std::string obstacles;
+  bool held_it = false;  ///< the job ran here last
+};
+
+Host look_at(const std::string& name, const std::vector<const Worker*>& slots, const Job& job,
+             const Tables& tables, const WorkerTable& workers, const std::set<WorkerId>& reserved) {
+  Host host{name, {}, {}, "", false};
+  for (const Worker* worker : slots) {
+    host.held_it = host.held_it || job.worker == worker->id;
+    const std::string what = worker->engine.alive
+                                 ? obstacle(job, *worker, tables, workers, reserved)
+                                 : std::string("has no engine now");
+    (what.empty() ? host.free : host.busy).push_back(worker);
+    if (!what.empty() && host.obstacles.size() < 400)
+      host.obstacles += str(host.obstacles.empty() ? "" : "; ", worker->id, " ", what);
+  }
+  std::stable_sort(host.free.begin(), host.free.end(), [](const Worker* a, const Worker* b) {
+    return std::tuple(!a->agent.alive, a->engine.requests.size(), a->slot) <
+           std::tuple(!b->agent.alive, b->engine.requests.size(), b->slot);
+  });
+  return host;
+}
+
+}  // namespace
+
+std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers) {
+  std::map<std::string, std::size_t> slots;
+  for (const auto& [id, worker] : workers.all())
+    if (is_cpu_slot(worker)) ++slots[worker.host];
+  std::pair<std::size_t, std::string> best;
+  for (const auto& [name, count] : slots)
+    if (count > best.first) best = {count, name};
+  return best;
+}
+
+std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
+                                   const WorkerTable& workers) {
+  std::set<WorkerId> reserved;
+  for (const Job* before : queue_order(tables)) {
+    if (before->id == job.id) break;
+    if (before->ranks <= 1) continue;
+    const Placement placement = place_gang(*before, tables, workers, reserved);
+    reserved.insert(placement.wanted.begin(), placement.wanted.end());
+  }
+  return reserved;
+}
+
+Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
+                     const std::set<WorkerId>& reserved) {
+  const auto wanted = static_cast<std::size_t>(job.ranks);
+  std::map<std::string, std::vector<const Worker*>> by_host;
+  for (const auto& [id, worker] : workers.all())
+    if (is_cpu_slot(worker)) by_host[worker.host].push_back(&worker);
+  std::optional<Host> best;
+  for (const auto& [name, slots] : by_host) {
+    if (slots.size() < wanted) continue;
+    Host host = look_at(name, slots, job, tables, workers, reserved);
+    const auto score = [&](const Host& h) {
+      return std::tuple(h.free.size() >= wanted, h.held_it, h.free.size());
+    };
+    if (!best || score(host) > score(*best)) best = std::move(host);
+  }
+  Placement placement;
+  if (!best) {
+    const auto [count, name] = largest_host(workers);
+    placement.waiting = str("needs ", job.ranks, " CPU workers on one host; ",
+                            count == 0 ? "none is" : str(name, " has ", count, ", no host more"),
+                            "; tandem up --workers ", job.ranks, " starts as many");
+    return placement;
+  }
+  const Worker* leader = best->free.empty() ? nullptr : best->free.front();
+  const bool led =
+      leader != nullptr && leader->agent.alive && protocol::has_gangs(leader->agent.version);
+  if (best->free.size() >= wanted && led) {
+    placement.worker = leader->id;
+    for (std::size_t i = 0; i < wanted; ++i) placement.members.push_back(best->free[i]->id);
+    return placement;
+  }
+  for (const auto* list : {&best->free, &best->busy})
+    for (const Worker* worker : *list)
+      if (placement.wanted.size() < wanted) placement.wanted.push_back(worker->id);
+  placement.waiting = str("needs ", job.ranks, " workers of ", best->name, " at once, ",
+                          best->free.size(), " are free");
+  if (best->free.size() >= wanted)
+    placement.waiting +=
+        leader->agent.alive
+            ? str("; agent ", leader->id, " speaks protocol ", leader->agent.version.major, ".",
+                  leader->agent.version.minor, ", which knows no gangs: upgrade it")
+            : str("; no agent of theirs is connected");
+  if (!best->obstacles.empty()) placement.waiting += "; " + best->obstacles;
+  return placement;
+}
+
+}  // namespace tandem::coordinator

@@ -1,0 +1,292 @@
+// Jobs of several ranks: all their workers at once, one process that speaks for them, and its end.
+#include "tests/coordinator/core_harness.h"
+
+#include <gtest/gtest.h>
+
+namespace tandem::coordinator {
+namespace {
+
+using protocol::JobAck;
+using protocol::JobEnded;
+using protocol::StartJob;
+using protocol::StopJob;
+using protocol::StopMode;
+
+const nlohmann::json kTwoRanks{{"train", {{"tp", 2}}}};
+const nlohmann::json kFourRanks{{"train", {{"tp", 2}, {"pp", 2}}}};
+
+struct Gangs : testing::Test {
+  Gangs() {
+    base = h.add_model("base");
+    h.add_data("rows");
+    for (int slot = 0; slot < 3; ++slot) {
+      h.agent(slot);
+      h.engine(slot);
+    }
+  }
+  /// What the leader's agent was told last.
+  StartJob told(int slot) {
+    const auto all = h.to_agent<StartJob>(slot);
+    EXPECT_FALSE(all.empty());
+    return all.empty() ? StartJob{} : all.back();
+  }
+  /// A job of two ranks that runs, led by worker 0.
+  JobId running() {
+    const JobId id = h.submit(kTwoRanks);
+    start = told(0);
+    h.agent(0, {{id, start.epoch, 0}});
+    h.gang(0, start.gang, {{id, start.epoch, 0}});
+    return id;
+  }
+  /// Everybody is well for so long.
+  void live(TimeMs ms, const JobId& id, bool gang = true) {
+    for (TimeMs t = 0; t < ms; t += 1000) {
+      h.advance(1000);
+      for (int slot = 0; slot < 3; ++slot) {
+        h.agent(slot, slot == 0 && gang ? std::vector<protocol::RunningJob>{{id, start.epoch, 1}}
+                                        : std::vector<protocol::RunningJob>{});
+        h.beat(slot);
+      }
+      if (gang) h.gang(0, start.gang, {{id, start.epoch, 1}});
+    }
+  }
+  std::string reason(const JobId& id) {
+    const auto shown = h.call("job.show", {{"job", id.value}});
+    return nlohmann::json::parse(shown.result_json)["reason"].get<std::string>();
+  }
+  CoreHarness h;
+  Digest base;
+  StartJob start;
+};
+
+TEST_F(Gangs, TakesAllItsWorkersAtOnceAndTellsTheLeadersAgentAfterTheCommit) {
+  const JobId id = running();
+  EXPECT_NE(start.gang, 0u);
+  EXPECT_EQ(start.members, (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(1)}));
+  EXPECT_EQ(h.job(id).engine, start.gang) << "committed before it is used";
+  EXPECT_EQ(h.job(id).members, start.members);
+  EXPECT_EQ(h.job(id).state, JobState::kRunning);
+  for (int slot = 0; slot < 3; ++slot) EXPECT_TRUE(h.to_engine<StartJob>(slot).empty());
+  h.restart();
+  EXPECT_EQ(h.job(id).members, start.members) << "and kept";
+}
+
+TEST_F(Gangs, WaitsForAllOfItsWorkersAndNobodyOvertakesIt) {
+  const JobId first = running();  // takes 0 and 1
+  const JobId second = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(second).state, JobState::kQueued);
+  EXPECT_NE(reason(second).find("needs 2 workers of host at once, 1 are free"), std::string::npos)
+      << reason(second);
+  EXPECT_NE(reason(second).find(first.value), std::string::npos) << reason(second);
+  const JobId single = h.submit();
+  EXPECT_EQ(h.job(single).state, JobState::kQueued) << "worker 2 is kept for the gang";
+  EXPECT_NE(reason(single).find("kept for a job of several ranks"), std::string::npos)
+      << reason(single);
+  h.from_gang(0, JobEnded{first, start.epoch, invalid_error("bad row"), 0, "{}"});
+  h.agent(0);
+  h.advance(100);
+  EXPECT_EQ(h.job(second).state, JobState::kStarting);
+  EXPECT_EQ(h.job(single).state, JobState::kStarting);
+}
+
+TEST_F(Gangs, MoreRanksThanAnyHostHasSlotsAreRefusedAtSubmission) {
+  live(11'000, JobId("none"), false);  // the coordinator knows its pool by now
+  h.from_client("c", protocol::Call{"s", "k", "job.submit",
+                                    nlohmann::json{{"spec",
+                                                    {{"model", "base"},
+                                                     {"dataset", "rows"},
+                                                     {"adapter", "a"},
+                                                     {"train", kFourRanks["train"]}}}}
+                                        .dump()});
+  for (int slot = 0; slot < 3; ++slot)
+    for (const auto& asked : h.to_engine<protocol::EstimateRequest>(slot))
+      h.from_engine(slot, protocol::EstimateReply{asked.call_id, {}, R"({"peak_bytes":10})"});
+  const auto replies = h.to_client<protocol::CallReply>("c");
+  ASSERT_EQ(replies.size(), 1u);
+  EXPECT_EQ(replies[0].status.code(), StatusCode::kRefused);
+  EXPECT_NE(replies[0].status.message().find("4 ranks"), std::string::npos);
+  EXPECT_NE(replies[0].status.message().find("3 CPU workers"), std::string::npos);
+}
+
+TEST_F(Gangs, RightAfterAStartOfTheCoordinatorAJobWaitsForWorkersToComeBack) {
+  const JobId id = h.submit(kFourRanks);
+  EXPECT_EQ(h.job(id).state, JobState::kQueued);
+  EXPECT_NE(reason(id).find("host has 3, no host more"), std::string::npos) << reason(id);
+}
+
+TEST_F(Gangs, AnAgentThatKnowsNoGangsIsNotGivenOne) {
+  protocol::WorkerHello old;
+  old.version = {1, 1};
+  old.role = protocol::WorkerRole::kAgent;
+  old.host = "host";
+  old.device = "cpu";
+  old.incarnation = 1;
+  for (int slot = 0; slot < 3; ++slot) {
+    old.worker = CoreHarness::worker(slot);
+    h.from_agent(slot, old);
+  }
+  const JobId id = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(id).state, JobState::kQueued);
+  EXPECT_NE(reason(id).find("knows no gangs"), std::string::npos) << reason(id);
+}
+
+TEST_F(Gangs, AGangThatDiesIsStartedAgainFromItsCheckpointUnderANewEpochAndIncarnation) {
+  const JobId id = running();
+  const std::string text = h.manifest(ManifestKind::kCheckpoint, base, "state");
+  h.from_gang(0, protocol::CheckpointReady{id, start.epoch, 4, text});
+  h.from_agent(0, JobEnded{id, start.epoch, unavailable_error("ended by signal 9"), 0, "{}"});
+  const auto acks = h.to_agent<JobAck>(0);
+  ASSERT_FALSE(acks.empty());
+  EXPECT_TRUE(acks.back().status.ok());
+  h.agent(0);
+  h.advance(1000);
+  const StartJob again = told(0);
+  EXPECT_EQ(again.epoch, start.epoch + 1);
+  EXPECT_NE(again.gang, start.gang);
+  EXPECT_EQ(again.checkpoint_manifest, text);
+  // What the old one still says is refused.
+  h.to_gang<JobAck>(0);
+  h.from_gang(0, protocol::Publish{id, start.epoch, 9,
+                                   h.manifest(ManifestKind::kAdapter, base, "old"), "{}"});
+  const auto refused = h.to_gang<JobAck>(0);
+  ASSERT_EQ(refused.size(), 1u);
+  EXPECT_EQ(refused[0].status.code(), StatusCode::kConflict);
+  EXPECT_TRUE(h.tables().adapters.empty());
+}
+
+TEST_F(Gangs, EnginesOnItsSlotsComeAndGoWithoutIt) {
+  const JobId id = running();
+  h.engine(0);  // another process
+  h.engine(1);
+  EXPECT_EQ(h.job(id).state, JobState::kRunning);
+  live(8000, id);
+  EXPECT_EQ(h.job(id).state, JobState::kRunning);
+  EXPECT_EQ(h.job(id).epoch, start.epoch);
+}
+
+TEST_F(Gangs, ASilentGangLosesItsLeaseAndItsAgentIsToldToEndIt) {
+  const JobId id = running();
+  live(1000, id);
+  for (int i = 0; i < 7; ++i) {  // agents and engines go on, the first rank hangs
+    h.advance(1000);
+    for (int slot = 0; slot < 3; ++slot) h.beat(slot);
+    h.agent(1);
+    h.agent(2);
+    h.agent(0, {{id, start.epoch, 1}});
+  }
+  const StartJob again = told(0);
+  EXPECT_EQ(again.epoch, start.epoch + 1) << "where it was: the old one must end there first";
+  EXPECT_NE(again.gang, start.gang);
+  protocol::Heartbeat beat;
+  beat.worker = CoreHarness::worker(0);
+  beat.role = protocol::WorkerRole::kAgent;
+  beat.incarnation = 1;
+  beat.jobs = {{id, start.epoch, 1}};
+  h.from_agent(0, beat);
+  const auto stops = h.to_agent<StopJob>(0);
+  ASSERT_FALSE(stops.empty());
+  EXPECT_EQ(stops.back().epoch, start.epoch);
+  EXPECT_EQ(stops.back().mode, StopMode::kCancel);
+}
+
+TEST_F(Gangs, OneThatOnlyLostItsLeaseGoesOnUnlessAWorkerOfItsHasAnotherJob) {
+  for (const bool taken : {false, true}) {
+    const JobId id = running();
+    h.call("worker.drain", {{"worker", CoreHarness::worker(2).value}});
+    const JobId other = taken ? h.submit({{"priority", 5}}) : JobId();  // more urgent: overtakes
+    const auto beat_all = [&] {
+      for (int slot = 0; slot < 3; ++slot) h.beat(slot);
+      h.agent(0, {{id, start.epoch, 1}});
+    };
+    for (int i = 0; i < 5 && h.job(id).state == JobState::kRunning; ++i) {
+      h.advance(1050);
+      beat_all();
+    }
+    if (!taken) {
+      ASSERT_EQ(h.job(id).state, JobState::kStarting) << "started anew where it was";
+    } else {
+      ASSERT_EQ(h.job(other).state, JobState::kStarting);
+      ASSERT_EQ(h.job(id).state, JobState::kQueued);
+      h.to_gang<JobAck>(0);
+      h.gang(0, start.gang, {{id, start.epoch, 5}});
+      h.from_gang(0, protocol::JobProgress{id, start.epoch, 1, "step", 5, 10, "", "{}"});
+      EXPECT_EQ(h.job(id).state, JobState::kQueued);
+      const auto acks = h.to_gang<JobAck>(0);
+      ASSERT_FALSE(acks.empty());
+      EXPECT_EQ(acks.back().status.code(), StatusCode::kConflict);
+    }
+    h.call("job.cancel", {{"job", id.value}});
+    h.from_agent(0, JobEnded{id, h.job(id).epoch, cancelled_error("killed"), 0, "{}"});
+    h.call("worker.resume", {{"worker", CoreHarness::worker(2).value}});
+    h.agent(0);
+  }
+}
+
+TEST_F(Gangs, ARestartedCoordinatorAdoptsIt) {
+  const JobId id = running();
+  h.restart();
+  h.agent(0, {{id, start.epoch, 1}});
+  h.gang(0, start.gang, {{id, start.epoch, 7}});
+  EXPECT_EQ(h.job(id).state, JobState::kRunning);
+  EXPECT_EQ(h.job(id).epoch, start.epoch);
+  const auto replies = h.to_gang<protocol::WorkerHelloReply>(0);
+  ASSERT_FALSE(replies.empty());
+  EXPECT_TRUE(replies.back().stop_jobs.empty());
+  live(15'000, id);
+  EXPECT_EQ(h.job(id).state, JobState::kRunning);
+}
+
+TEST_F(Gangs, PausingAndDrainingReachItsFirstRank) {
+  const JobId id = running();
+  h.call("job.pause", {{"job", id.value}});
+  auto stops = h.to_gang<StopJob>(0);
+  ASSERT_FALSE(stops.empty());
+  EXPECT_EQ(stops.back().mode, StopMode::kPause);
+  h.from_gang(0, JobEnded{id, start.epoch, cancelled_error("paused"), 3, "{}"});
+  EXPECT_EQ(h.job(id).state, JobState::kPaused);
+  h.agent(0);
+  h.call("job.resume", {{"job", id.value}});
+  start = told(0);
+  h.agent(0, {{id, start.epoch, 0}});
+  h.gang(0, start.gang, {{id, start.epoch, 0}});
+  h.call("worker.drain", {{"worker", CoreHarness::worker(1).value}});  // a member, not the leader
+  stops = h.to_gang<StopJob>(0);
+  ASSERT_FALSE(stops.empty());
+  h.from_gang(0, JobEnded{id, start.epoch, cancelled_error("paused"), 5, "{}"});
+  h.agent(0);
+  h.advance(1000);
+  EXPECT_EQ(h.job(id).members,
+            (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(2)}));
+}
+
+TEST_F(Gangs, ACancelledOneThatNeverSaidHelloIsEndedByItsAgent) {
+  const JobId id = h.submit(kTwoRanks);
+  const StartJob told_first = told(0);
+  h.call("job.cancel", {{"job", id.value}});
+  const auto stops = h.to_agent<StopJob>(0);
+  ASSERT_FALSE(stops.empty());
+  EXPECT_EQ(stops.back().mode, StopMode::kCancel);
+  h.from_agent(0, JobEnded{id, told_first.epoch, cancelled_error("killed"), 0, "{}"});
+  EXPECT_EQ(h.job(id).state, JobState::kCancelled);
+}
+
+TEST_F(Gangs, OneWhoseAgentLeavesBeforeItStartedTakesOtherWorkers) {
+  const JobId id = h.submit(kTwoRanks);
+  (void)told(0);
+  h.from_agent(0, protocol::WorkerBye{CoreHarness::worker(0), protocol::WorkerRole::kAgent, 1});
+  h.advance(1000);
+  EXPECT_EQ(h.job(id).epoch, 2u);
+  EXPECT_EQ(h.job(id).worker, CoreHarness::worker(1)) << "whose agent is there";
+}
+
+TEST_F(Gangs, AStartThatIsLostIsRepeated) {
+  const JobId id = h.submit(kTwoRanks);
+  const StartJob first = told(0);
+  h.advance(1100);
+  const StartJob again = told(0);
+  EXPECT_EQ(again, first);
+  EXPECT_EQ(h.job(id).state, JobState::kStarting);
+}
+
+}  // namespace
+}  // namespace tandem::coordinator

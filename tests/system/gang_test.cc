@@ -1,0 +1,323 @@
+// Jobs of several ranks as a user submits them: every layout against one rank, the pool serving
+// meanwhile, and every process of a gang killed or stopped on the way.
+#include "protocol/base/random.h"
+#include "tests/support/tiny_model.h"
+#include "tests/system/platform.h"
+
+#include <gtest/gtest.h>
+
+#include <unistd.h>
+
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+
+namespace tandem::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// Micro-batches for up to four data-parallel ranks.
+const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
+                     {"max_steps", 60},   {"per_device_train_batch_size", 1},
+                     {"max_length", 128}, {"gradient_accumulation_steps", 4},
+                     {"save_steps", 10},  {"adapter_dtype", "f32"}};
+
+Json with(Json settings, const Json& more) {
+  settings.update(more);
+  return settings;
+}
+
+bool full() {
+  return std::getenv("TANDEM_TEST_FULL") != nullptr;
+}
+
+/// What a process has mapped, as text.
+std::string mappings(pid_t pid) {
+  std::ifstream in("/proc/" + std::to_string(pid) + "/maps");
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+class Gangs : public testing::Test {
+ protected:
+  static constexpr int kWorkers = 4;
+  static void SetUpTestSuite() {
+    platform_ = std::make_unique<Platform>(
+        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
+                                 "--device", "cpu", "--gang-timeout-s", "5"});
+    write_tiny_model(platform_->directory() + "/model", 7);
+    write_tiny_dataset(platform_->directory() + "/train.jsonl", 64, 8);
+    platform_->start_coordinator();
+    for (int slot = 0; slot < kWorkers; ++slot) platform_->start_worker(slot);
+    platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
+    data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
+    ASSERT_TRUE(eventually(60'000, [] {
+      std::size_t ready = 0;
+      const Json listed = platform_->call("worker.list", Json::object());
+      for (const Json& worker : listed["workers"]) ready += worker.value("state", "") == "ready";
+      return ready == kWorkers;
+    }));
+  }
+  static void TearDownTestSuite() { platform_.reset(); }
+  /// Whatever happened: nothing of any gang is left.
+  void TearDown() override {
+    for (int slot = 0; slot < kWorkers; ++slot)
+      EXPECT_TRUE(eventually(10'000, [&] { return !fs::exists(platform_->gang_directory(slot)); }))
+          << platform_->gang_directory(slot);
+  }
+
+  static std::string submit(const std::string& adapter, const Json& settings) {
+    return platform_->submit("tiny", data_, adapter, settings);
+  }
+  static Json finish(const std::string& job) {
+    const Json end = platform_->wait_job(job);
+    EXPECT_EQ(end.value("state", ""), "done") << end.dump(1);
+    return end;
+  }
+  static std::string digest(const std::string& adapter) {
+    return platform_->call("adapter.show", {{"adapter", adapter}}).value("digest", "");
+  }
+  static Json show(const std::string& job) { return platform_->call("job.show", {{"job", job}}); }
+  static bool reaches(const std::string& job, std::int64_t step) {
+    return eventually(60'000, [&] { return show(job).value("step", std::int64_t{0}) >= step; });
+  }
+  static int leader(const std::string& job) {
+    const std::string worker = show(job).value("worker", "");
+    return worker.empty() ? -1 : worker.back() - '0';
+  }
+  /// The pid of a rank of the job's gang, once it is there.
+  static pid_t rank_of(const std::string& job, int rank) {
+    pid_t pid = 0;
+    eventually(30'000, [&] {
+      const int slot = leader(job);
+      pid = slot < 0 ? 0 : platform_->gang_rank(rank, slot);
+      return pid > 0 || show(job).value("state", "") == "done";
+    });
+    return pid;
+  }
+  /// The losses of the same job on one rank, and what it answers.
+  struct Reference {
+    std::map<std::int64_t, double> losses;
+    std::vector<std::int32_t> tokens;
+  };
+  static const Reference& one_rank() {
+    static const Reference reference = [] {
+      const std::string job = submit("one", kSettings);
+      finish(job);
+      const auto answer = platform_->generate("one", "say red 1", 16);
+      EXPECT_TRUE(answer.ok()) << answer.status().to_string();
+      return Reference{platform_->losses(job),
+                       answer.ok() ? answer->tokens : std::vector<std::int32_t>{}};
+    }();
+    return reference;
+  }
+  static void expect_losses_of_one_rank(const std::string& job) {
+    const auto got = platform_->losses(job);
+    ASSERT_EQ(got.size(), one_rank().losses.size());
+    for (const auto& [step, loss] : one_rank().losses)
+      EXPECT_NEAR(got.at(step), loss, 1e-5) << "step " << step;
+  }
+
+  static std::unique_ptr<Platform> platform_;
+  static std::string data_;
+};
+std::unique_ptr<Platform> Gangs::platform_;
+std::string Gangs::data_;
+
+struct LayoutCase {
+  std::string name;
+  Json layout;
+  int ranks = 2;
+};
+const std::vector<LayoutCase>& layouts() {
+  static const std::vector<LayoutCase> all{{"dp2", {{"dp", 2}}, 2},
+                                           {"tp2", {{"tp", 2}}, 2},
+                                           {"pp2", {{"pp", 2}}, 2},
+                                           {"dp2_zero3", {{"dp", 2}, {"zero", 3}}, 2},
+                                           {"tp2_pp2", {{"tp", 2}, {"pp", 2}}, 4}};
+  return all;
+}
+
+class GangLayouts : public Gangs, public testing::WithParamInterface<LayoutCase> {};
+INSTANTIATE_TEST_SUITE_P(Each, GangLayouts, testing::ValuesIn(layouts()),
+                         [](const auto& each) { return each.param.name; });
+
+TEST_P(GangLayouts, TrainsAsOneRankDoesAndIsServedByTheEngines) {
+  (void)one_rank();
+  std::vector<pid_t> engines;
+  for (int slot = 0; slot < kWorkers; ++slot) engines.push_back(platform_->engine(slot));
+  const std::string name = GetParam().name;
+  const std::string job = submit(name, with(kSettings, GetParam().layout));
+  ASSERT_TRUE(reaches(job, 1));
+  EXPECT_EQ(show(job)["workers"].size(), static_cast<std::size_t>(GetParam().ranks));
+  const std::string mapped = mappings(rank_of(job, 0));
+  if (!mapped.empty()) {  // it may have ended by now
+    EXPECT_NE(mapped.find("/gang/vader_segment"), std::string::npos) << mapped;
+    EXPECT_EQ(mapped.find("/dev/shm/"), std::string::npos) << "all of it lies in its folder";
+  }
+  const auto meanwhile = platform_->generate("tiny", "say red 1", 4);
+  EXPECT_TRUE(meanwhile.ok()) << "the pool goes on serving: " << meanwhile.status().to_string();
+  const Json end = finish(job);
+  EXPECT_EQ(end.value("epoch", 0), 1) << end.dump(1);
+  expect_losses_of_one_rank(job);
+  const auto answer = platform_->generate(name, "say red 1", 16);
+  ASSERT_TRUE(answer.ok()) << answer.status().to_string();
+  EXPECT_EQ(answer->tokens, one_rank().tokens);
+  EXPECT_EQ(answer->adapter.hex(), digest(name));
+  for (int slot = 0; slot < kWorkers; ++slot)
+    EXPECT_EQ(platform_->engine(slot), engines[static_cast<std::size_t>(slot)]);
+}
+
+/// Each rank in turn, at random moments: the job ends with the bits of an undisturbed one.
+TEST_P(GangLayouts, EachRankKilledCostsARetryAndNotABit) {
+  if (!full() && GetParam().name != "tp2" && GetParam().name != "dp2_zero3") return;
+  const Json settings = with(kSettings, with(GetParam().layout, {{"max_steps", 120}}));
+  finish(submit("calm-" + GetParam().name, settings));
+  const std::string expected = digest("calm-" + GetParam().name);
+  Random random(static_cast<std::uint64_t>(GetParam().name.size()) * 77 + 3);
+  const int moments = full() ? 5 : 1;
+  for (int rank = 0; rank < GetParam().ranks; ++rank)
+    for (int moment = 0; moment < moments; ++moment) {
+      const std::string adapter = str("killed-", GetParam().name, "-", rank, "-", moment);
+      const std::string job = submit(adapter, settings);
+      const pid_t pid = rank_of(job, rank);
+      ASSERT_GT(pid, 0);
+      ::usleep(static_cast<useconds_t>(random.below(600'000)));
+      if (show(job).value("state", "") != "done") ::kill(pid, SIGKILL);
+      const Json end = finish(job);
+      EXPECT_EQ(digest(adapter), expected) << "rank " << rank << ": " << end.dump(1);
+    }
+}
+
+TEST_F(Gangs, ARankThatHangsEndsItsGangWithinTenSeconds) {
+  for (const int rank : {0, 1}) {
+    const std::string job =
+        submit(str("hung-", rank), with(kSettings, {{"tp", 2}, {"max_steps", 120}}));
+    ASSERT_TRUE(reaches(job, 5));
+    const pid_t pid = rank_of(job, rank);
+    ASSERT_GT(pid, 0);
+    ::kill(pid, SIGSTOP);
+    EXPECT_TRUE(eventually(10'000,
+                           [&] {
+                             const Json shown = show(job);
+                             return shown.value("epoch", 0) > 1 ||
+                                    shown.value("state", "") == "queued";
+                           }))
+        << "rank " << rank;
+    finish(job);
+  }
+}
+
+TEST_F(Gangs, AnAgentsOrTheCoordinatorsDeathCostsItNoStep) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 200}});
+  finish(submit("steady", settings));
+  const std::string expected = digest("steady");
+  const std::string job = submit("orphaned", settings);
+  ASSERT_TRUE(reaches(job, 5));
+  const int slot = leader(job);
+  platform_->kill_process(platform_->agent(slot));
+  ASSERT_TRUE(eventually(20'000, [&] { return platform_->agent(slot) > 0; }));
+  platform_->kill_coordinator();
+  platform_->start_coordinator();
+  platform_->kill_process(platform_->supervisor(slot));
+  platform_->start_worker(slot);
+  platform_->kill_process(platform_->engine(slot));
+  const Json end = finish(job);
+  EXPECT_EQ(end.value("epoch", 0), 1) << end.dump(1);
+  EXPECT_EQ(digest("orphaned"), expected);
+}
+
+TEST_F(Gangs, AKilledMpirunTakesItsRanksAlongAndTheJobGoesOn) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 200}});
+  const std::string job = submit("headless", settings);
+  ASSERT_TRUE(reaches(job, 15));
+  const int slot = leader(job);
+  std::vector<pid_t> ranks{platform_->gang_rank(0, slot), platform_->gang_rank(1, slot)};
+  platform_->kill_process(platform_->gang_mpirun(slot));
+  const Json end = finish(job);
+  EXPECT_EQ(end.value("epoch", 0), 2) << end.dump(1);
+  for (const pid_t pid : ranks) EXPECT_NE(::kill(pid, 0), 0) << pid << " outlived its mpirun";
+}
+
+TEST_F(Gangs, APausedGangGoesOnToTheSameBits) {
+  const Json settings = with(kSettings, {{"pp", 2}, {"max_steps", 200}});
+  finish(submit("unpaused", settings));
+  const std::string job = submit("paused", settings);
+  ASSERT_TRUE(reaches(job, 13));
+  platform_->call("job.pause", {{"job", job}});
+  ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
+  ASSERT_LT(show(job).value("step", 0), 200) << "paused before its end";
+  const auto latest = platform_->generate(job + "@latest", "say red 1", 4);
+  EXPECT_TRUE(latest.ok()) << "an engine serves its checkpoint: " << latest.status().to_string();
+  platform_->call("job.resume", {{"job", job}});
+  finish(job);
+  EXPECT_EQ(digest("paused"), digest("unpaused"));
+}
+
+TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 600}});
+  finish(submit("stayed", settings));
+  const std::string job = submit("moved-on", settings);
+  ASSERT_TRUE(reaches(job, 13));
+  // A member, not the leader: its job is checkpointed and takes another worker.
+  const std::string member = show(job)["workers"][1].get<std::string>();
+  platform_->call("worker.drain", {{"worker", member}});
+  ASSERT_TRUE(eventually(30'000, [&] {
+    const Json shown = show(job);
+    return shown.value("epoch", 0) == 2 && shown.value("state", "") == "running";
+  })) << show(job).dump(1);
+  EXPECT_GE(show(job).value("step", 0), 13) << "no step is done twice";
+  for (const Json& worker : show(job)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  platform_->call("worker.resume", {{"worker", member}});
+  // SIGTERM to the leader's worker: its agent lets the gang write a checkpoint.
+  const int slot = leader(job);
+  const pid_t supervisor = platform_->supervisor(slot);
+  const std::int64_t before = show(job).value("step", std::int64_t{0});
+  ::kill(supervisor, SIGTERM);
+  ASSERT_TRUE(eventually(30'000, [&] { return platform_->supervisor(slot) == 0; }));
+  ASSERT_TRUE(eventually(30'000, [&] {
+    const Json shown = show(job);
+    return shown.value("epoch", 0) >= 3 && shown.value("state", "") == "running";
+  })) << show(job).dump(1);
+  EXPECT_GE(show(job).value("step", std::int64_t{0}), before) << "no step is done twice";
+  platform_->start_worker(slot);
+  finish(job);
+  EXPECT_EQ(digest("moved-on"), digest("stayed"));
+}
+
+TEST_F(Gangs, APausedJobGoesOnOverOtherRanks) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 200}});
+  const std::string whole = submit("whole", settings);
+  finish(whole);
+  const std::string job = submit("moved", settings);
+  ASSERT_TRUE(reaches(job, 13));
+  platform_->call("job.pause", {{"job", job}});
+  ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
+  const std::int64_t paused = show(job).value("step", std::int64_t{0});
+  const auto refused = platform_->try_call("job.resume", {{"job", job}, {"layout", {{"dp", 3}}}});
+  ASSERT_FALSE(refused.ok());
+  EXPECT_EQ(refused.status().code(), StatusCode::kRefused) << refused.status().to_string();
+  platform_->call("job.resume", {{"job", job}, {"layout", {{"tp", 1}, {"dp", 2}, {"zero", 3}}}});
+  finish(job);
+  const auto want = platform_->losses(whole), got = platform_->losses(job);
+  ASSERT_EQ(got.size(), 200u);
+  for (std::int64_t step = paused + 1; step <= std::min<std::int64_t>(paused + 10, 200); ++step)
+    EXPECT_NEAR(got.at(step), want.at(step), 1e-5) << "step " << step;
+}
+
+TEST_F(Gangs, ACancelledGangIsGoneAndItsWorkersAreFree) {
+  const std::string job = submit("gone", with(kSettings, {{"dp", 4}, {"max_steps", 5000}}));
+  ASSERT_TRUE(reaches(job, 2));
+  const std::string next = submit("next", with(kSettings, {{"tp", 2}, {"max_steps", 5}}));
+  EXPECT_NE(show(next).value("reason", "").find("needs 2 workers"), std::string::npos)
+      << show(next).dump(1);
+  platform_->call("job.cancel", {{"job", job}});
+  EXPECT_EQ(platform_->wait_job(job).value("state", ""), "cancelled");
+  finish(next);
+}
+
+}  // namespace
+}  // namespace tandem::test

@@ -1,0 +1,127 @@
+// What the ranks of a gang say to each other, over threads; and what an agent gives a gang to see.
+#include "worker/runtime/gang_keeper.h"
+#include "worker/runtime/gang_rank.h"
+
+#include "kernels/cpu/cpu_backend.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <thread>
+
+#include <unistd.h>
+
+namespace tandem::worker::runtime {
+namespace {
+
+/// Runs `f(wire)` on every rank of a gang of `size` threads.
+template <class F>
+void on_all_ranks(int size, const F& f) {
+  auto gang = comm::make_thread_communicators(size);
+  std::vector<std::thread> threads;
+  for (auto& comm : gang)
+    threads.emplace_back([&f, &comm] {
+      kernels::Backend backend = kernels::make_cpu_backend({1, 0});
+      kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
+                           "workspace", 1 << 20);
+      kernels::Exec exec{arena};
+      GangWire wire(*comm, exec);
+      f(wire);
+    });
+  for (auto& thread : threads) thread.join();
+}
+
+TEST(GangWire, EveryRankHearsTheSameWordsInOrder) {
+  on_all_ranks(3, [](GangWire& wire) {
+    ByteWriter payload;
+    payload.text("plan");
+    if (wire.rank() == 0) {
+      wire.tell(GangOp::kOpen, payload.bytes());
+      wire.tell(GangOp::kSlice);
+      wire.tell(GangOp::kEnd);
+      return;
+    }
+    const auto open = wire.hear();
+    EXPECT_EQ(open.op, GangOp::kOpen);
+    EXPECT_EQ(ByteReader(open.payload).text(), "plan");
+    EXPECT_EQ(wire.hear().op, GangOp::kSlice);
+    EXPECT_EQ(wire.hear().op, GangOp::kEnd);
+  });
+}
+
+TEST(GangWire, TheFirstRankGathersBytesOfAnyLength) {
+  on_all_ranks(3, [](GangWire& wire) {
+    const ByteVector mine(static_cast<std::size_t>(wire.rank()) * 1000,
+                          std::byte(static_cast<unsigned char>(wire.rank())));
+    const auto all = wire.gather(mine);
+    if (wire.rank() != 0) {
+      EXPECT_TRUE(all.empty());
+      return;
+    }
+    ASSERT_EQ(all.size(), 3u);
+    for (std::size_t r = 0; r < 3; ++r)
+      EXPECT_EQ(all[r], ByteVector(r * 1000, std::byte(static_cast<unsigned char>(r))));
+  });
+}
+
+TEST(GangWire, OneRanksErrorIsEverybodysAndNamesIt) {
+  on_all_ranks(3, [](GangWire& wire) {
+    EXPECT_TRUE(wire.agree({}).ok());
+    const Status agreed = wire.agree(wire.rank() == 2 ? refused_error("too small") : Status());
+    EXPECT_EQ(agreed.code(), StatusCode::kRefused);
+    EXPECT_EQ(agreed.message(), "rank 2: too small");
+    EXPECT_EQ(wire.agree(invalid_error("all alike")).message(), "all alike");
+    EXPECT_EQ(wire.largest(wire.rank()), 2.0);
+  });
+}
+
+TEST(GangPatience, GrowsWithTheLongestRecentSlice) {
+  GangPatience patience(1000);
+  patience.add_slice(0.01);
+  EXPECT_EQ(patience.timeout_ms()->load(), 1000);
+  patience.add_slice(3.0);
+  EXPECT_EQ(patience.timeout_ms()->load(), 15'000);
+  for (int i = 0; i < 200; ++i) patience.add_slice(0.01);
+  EXPECT_EQ(patience.timeout_ms()->load(), 1000);
+}
+
+TEST(GangState, ComesBackAsItWas) {
+  GangPlan plan;
+  plan.model_path = "/models/m";
+  plan.settings.tp = 2;
+  auto train = std::make_shared<data::Dataset>();
+  train->examples.push_back({{1, 2, 3}, {2, 3, data::kIgnore}, 7});
+  plan.train = train;
+  train::StateTensor tensor{"x.param", {2, 3}, {1, 2, 3, 4, 5, 6}, {1, 2, 0, 3}, 4};
+  plan.state = train::TrainState{"{}", {tensor}};
+  const GangPlan again = GangPlan::decode(plan.encode());
+  EXPECT_EQ(again.model_path, plan.model_path);
+  EXPECT_EQ(again.settings.to_json(), plan.settings.to_json());
+  ASSERT_EQ(again.train->examples.size(), 1u);
+  EXPECT_EQ(again.train->examples[0].labels, train->examples[0].labels);
+  EXPECT_EQ(again.train->examples[0].line, 7);
+  EXPECT_EQ(again.eval, nullptr);
+  ASSERT_TRUE(again.state && again.state->tensors.size() == 1);
+  EXPECT_EQ(again.state->tensors[0].values, tensor.values);
+  EXPECT_EQ(again.state->tensors[0].slice.rows, 2);
+  EXPECT_EQ(again.state->tensors[0].first, 4);
+}
+
+TEST(GangEnvironment, HoldsNothingOfAnOuterMpirunOrSlurm) {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_JOB_ID", "ORTE_X", "SECRET"})
+    ::setenv(name, "1", 1);
+  ::setenv("TANDEM_TIME_SCALE", "1", 1);
+  bool scale = false, path = false, root = false;
+  for (const std::string& variable : gang_environment("/run/gang")) {
+    for (const char* name : {"OMPI_COMM", "PMIX_", "SLURM_", "ORTE_", "SECRET"})
+      EXPECT_FALSE(variable.starts_with(name)) << variable;
+    scale = scale || variable == "TANDEM_TIME_SCALE=1";
+    path = path || variable.starts_with("PATH=");
+    root = root || variable == "OMPI_ALLOW_RUN_AS_ROOT=1";
+  }
+  EXPECT_TRUE(scale && path);
+  EXPECT_EQ(root, ::geteuid() == 0);
+}
+
+}  // namespace
+}  // namespace tandem::worker::runtime

@@ -1,0 +1,118 @@
+// tandem-rank: one rank of a job that runs over several CPU workers. Started by mpirun, which the
+// agent of the leader's worker starts (worker/runtime/gang_keeper.h); the only program of a pool
+// that loads MPI, so that agents and engines never do. Training only: the engines of these slots go
+// on serving.
+#include "kernels/cpu/openmp_spin.h"
+#include "kernels/device_error.h"
+#include "protocol/base/log.h"
+#include "protocol/codec.h"
+#include "protocol/zmq_transport.h"
+#include "worker/comm/mpi_communicator.h"
+#include "worker/program.h"
+#include "worker/runtime/gang_keeper.h"
+#include "worker/runtime/gang_lead.h"
+
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+
+namespace tandem::worker {
+namespace {
+
+using protocol::Settings;
+
+Result<protocol::StartJob> read_start(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  TANDEM_ASSIGN_OR_RETURN(const auto message,
+                          protocol::decode_control(std::as_bytes(std::span(bytes))));
+  if (const auto* start = std::get_if<protocol::StartJob>(&message)) return *start;
+  return corrupt_error(str(path, " holds no StartJob"));
+}
+
+Result<runtime::EngineEndpoints> connect(protocol::ZmqContext& context, const Settings& settings,
+                                         const Identity& id) {
+  runtime::EngineEndpoints endpoints;
+  for (const auto& [socket, endpoint] :
+       {std::pair{"workers", &endpoints.control}, std::pair{"bulk", &endpoints.bulk}}) {
+    protocol::ZmqClientOptions options;
+    options.endpoint = settings.endpoint(socket);
+    options.routing_id = protocol::make_routing_id(str(id.device, id.slot), "gang");
+    if (socket == std::string_view("bulk")) options.limits = protocol::SocketLimits::bulk();
+    TANDEM_ASSIGN_OR_RETURN(*endpoint, context.connect(options));
+  }
+  return endpoints;
+}
+
+Result<int> run(const Settings& settings, const Identity& id) {
+  TANDEM_ASSIGN_OR_RETURN(const auto slot,
+                          runtime::SlotPaths::create(settings.run_dir(), id.device, id.slot));
+  const runtime::GangPaths paths(slot);
+  TANDEM_ASSIGN_OR_RETURN(const protocol::StartJob start, read_start(paths.start));
+  TANDEM_ASSIGN_OR_RETURN(const std::int64_t timeout_s, settings.get_int("gang_timeout_s"));
+  TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings.get_int("drain_timeout_s"));
+  TANDEM_ASSIGN_OR_RETURN(const auto cpu, cpu_options(settings, id));
+  runtime::install_rank_signals();
+  runtime::GangPatience patience(timeout_s * 1000);
+  comm::MpiOptions mpi;
+  mpi.current_timeout_ms = patience.timeout_ms();
+  TANDEM_ASSIGN_OR_RETURN(const auto gang, comm::make_mpi_communicator(mpi));
+  set_log_component(str("rank ", gang->rank(), "/", id.device, id.slot));
+  TANDEM_ASSIGN_OR_RETURN(const auto lock,
+                          runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
+  kernels::Backend backend = kernels::make_cpu_backend(cpu);
+  TANDEM_ASSIGN_OR_RETURN(const auto options, model_options(settings, backend.ops->profile(), id));
+  runtime::GangRank rank(backend, {options.dtype, options.numerics, options.memory_bytes_max},
+                         *gang, patience);
+  if (gang->rank() != 0) {
+    runtime::follow(rank);
+    return 0;
+  }
+  log_info("job ", start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ", cpu.threads,
+           " threads, ", dtype_name(options.dtype));
+  TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
+  TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
+  SystemClock clock;
+  const runtime::GangLeadOptions lead{WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
+                                      runtime::host_name(),
+                                      start,
+                                      settings.data_dir(),
+                                      slot.agent_lock,
+                                      drain_s * 1000};
+  return runtime::lead_gang(lead, rank, std::move(endpoints), patience, clock);
+}
+
+Result<int> start(int argc, char** argv) {
+  TANDEM_ASSIGN_OR_RETURN(auto line, protocol::split_command_line(argc, argv));
+  if (line.has("--version")) {
+    std::cout << "tandem-rank " << TANDEM_VERSION << "\n";
+    return 0;
+  }
+  TANDEM_ASSIGN_OR_RETURN(auto settings, Settings::load(line.flags, line.config_file));
+  TANDEM_ASSIGN_OR_RETURN(auto id, identity(line, settings, {"--gang"}));
+  try {
+    return run(settings, id);
+  } catch (const kernels::DeviceError& error) {
+    log_error("the gang ends: ", error.what());
+    std::_Exit(1);  // MPI may hold this process for ever; mpirun ends the others
+  }
+}
+
+}  // namespace
+}  // namespace tandem::worker
+
+int main(int argc, char** argv) {
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
+  if (::getppid() == 1) return 1;
+  tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
+                                 argv);
+  const auto code = tandem::worker::start(argc, argv);
+  if (code.ok()) return *code;
+  tandem::log_error(code.status().to_string());
+  return tandem::exit_code(code.status().code());
+}

@@ -1,0 +1,223 @@
+#include "worker/runtime/gang_keeper.h"
+
+#include "protocol/base/log.h"
+#include "protocol/codec.h"
+#include "worker/runtime/process.h"
+
+#include <nlohmann/json.hpp>
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string_view>
+
+extern char** environ;
+
+namespace tandem::worker::runtime {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::uintmax_t kLogBytesMax = 16 << 20;  ///< then it begins anew, one old one is kept
+
+/// Variables that a rank may see. Nothing of an outer mpirun, Slurm or PMIx: a nested mpirun would
+/// take it for its own.
+bool allowed(std::string_view variable) {
+  const std::string_view name = variable.substr(0, variable.find('='));
+  for (const char* exact : {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMPDIR",
+                            "LD_LIBRARY_PATH", "GLIBC_TUNABLES", "OPAL_PREFIX"})
+    if (name == exact) return true;
+  for (const char* prefix : {"TANDEM_", "LC_", "XDG_", "OMP_", "GOMP_", "ASAN_", "UBSAN_", "TSAN_",
+                             "LSAN_", "GCOV_", "LLVM_"})
+    if (name.starts_with(prefix)) return true;
+  return false;
+}
+
+std::string find_program(const std::string& name) {
+  const char* path = std::getenv("PATH");
+  std::string_view rest = path != nullptr ? path : "/usr/bin:/bin";
+  while (!rest.empty()) {
+    const auto colon = std::min(rest.find(':'), rest.size());
+    const std::string candidate = str(rest.substr(0, colon), "/", name);
+    if (colon > 0 && ::access(candidate.c_str(), X_OK) == 0) return candidate;
+    rest.remove_prefix(std::min(colon + 1, rest.size()));
+  }
+  return "";
+}
+
+Status write_file(const std::string& path, std::string_view bytes) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  if (!out.flush()) return internal_error(str("cannot write ", path));
+  return {};
+}
+
+pid_t pid_in(const std::string& path) {
+  std::ifstream in(path);
+  pid_t pid = 0;
+  return in >> pid && pid > 1 ? pid : 0;
+}
+
+}  // namespace
+
+std::vector<std::string> gang_environment(const std::string& directory) {
+  std::vector<std::string> environment;
+  for (char** variable = environ; *variable != nullptr; ++variable)
+    if (allowed(*variable)) environment.emplace_back(*variable);
+  environment.push_back("OMPI_MCA_orte_tmpdir_base=" + directory);
+  if (::geteuid() == 0) {
+    environment.emplace_back("OMPI_ALLOW_RUN_AS_ROOT=1");
+    environment.emplace_back("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1");
+  }
+  return environment;
+}
+
+std::vector<std::string> mpirun_arguments(int ranks, const std::string& directory) {
+  std::vector<std::string> arguments{"-np", str(ranks), "--oversubscribe", "--bind-to", "none"};
+  // One host: shared memory alone, no ports of the ranks, no copies through another's memory (which
+  // containers forbid), no launcher but fork. A killed gang is gone at once. Waiting ranks yield.
+  const std::pair<const char*, std::string> switches[] = {
+      {"btl", "vader,self"},
+      {"btl_vader_backing_directory", directory},
+      {"btl_vader_single_copy_mechanism", "none"},
+      {"orte_tmpdir_base", directory},
+      {"plm", "isolated"},
+      {"odls_base_sigkill_timeout", "0"},
+      {"mpi_yield_when_idle", "1"}};
+  for (const auto& [name, value] : switches)
+    arguments.insert(arguments.end(), {"--mca", name, value});
+  return arguments;
+}
+
+GangPaths::GangPaths(const SlotPaths& slot)
+    : directory(slot.directory + "/gang"),
+      start(directory + "/start.bin"),
+      lock(directory + "/gang.lock"),
+      json(directory + "/gang.json") {}
+
+std::string GangPaths::rank_lock(int rank) const {
+  return str(directory, "/rank-", rank, ".lock");
+}
+
+GangKeeper::GangKeeper(GangOptions options, const SlotPaths& slot)
+    : options_(std::move(options)), paths_(slot) {}
+
+void GangKeeper::adopt() {
+  if (!fs::exists(paths_.directory)) return;
+  std::ifstream in(paths_.json);
+  const auto json = nlohmann::json::parse(in, nullptr, false);
+  if (json.is_object()) {
+    mpirun_ = pid_in(paths_.lock);
+    running_ = protocol::RunningJob{JobId(json.value("job", std::string())),
+                                    json.value("epoch", Epoch{0}), 0};
+  }
+  child_ = false;
+  ended_ = false;
+  how_ = "it had ended while no agent was here";
+  if (running_ && FileLock::is_held(paths_.lock)) {
+    log_info("adopting the gang of ", running_->job, ", mpirun ", mpirun_);
+    how_ = "its mpirun ended";
+  }
+  if (!running_) clear();
+}
+
+Status GangKeeper::start(const protocol::StartJob& start) {
+  TANDEM_CHECK(!running_, "one gang at a time");
+  Status status = launch(start);
+  if (!status.ok()) clear();
+  return status;
+}
+
+Status GangKeeper::launch(const protocol::StartJob& start) {
+  const std::string mpirun = find_program("mpirun");
+  if (mpirun.empty())
+    return refused_error(str("host ", host_name(),
+                             " has no mpirun on PATH, which starts jobs of "
+                             "several ranks; install Open MPI (openmpi-bin)"));
+  if (::access(options_.rank_program.c_str(), X_OK) != 0)
+    return refused_error(str("there is no ", options_.rank_program, " on host ", host_name(),
+                             ", the program of a rank; install it beside tandem-worker"));
+  clear();
+  std::error_code error;
+  fs::create_directories(paths_.directory, error);
+  if (error) return internal_error(str("cannot create ", paths_.directory));
+  fs::permissions(paths_.directory, fs::perms::owner_all, error);
+  const protocol::Bytes frame = protocol::encode(protocol::ControlMessage{start});
+  TANDEM_RETURN_IF_ERROR(
+      write_file(paths_.start, {reinterpret_cast<const char*>(frame.data()), frame.size()}));
+  if (fs::exists(options_.log, error) && fs::file_size(options_.log, error) > kLogBytesMax)
+    fs::rename(options_.log, options_.log + ".1", error);
+  auto lock = FileLock::acquire(paths_.lock);
+  if (!lock.ok()) return lock.status();
+  ProcessSpec spec;
+  spec.executable = mpirun;
+  spec.arguments = mpirun_arguments(static_cast<int>(start.members.size()), paths_.directory);
+  spec.arguments.push_back(options_.rank_program);
+  spec.arguments.insert(spec.arguments.end(), options_.rank_arguments.begin(),
+                        options_.rank_arguments.end());
+  spec.environment = gang_environment(paths_.directory);
+  spec.own_session = true;
+  spec.output = options_.log;
+  spec.lock = lock->descriptor();
+  // First, so that no gang runs of which a later agent knows nothing.
+  TANDEM_RETURN_IF_ERROR(write_file(
+      paths_.json, nlohmann::json{{"job", start.job.value}, {"epoch", start.epoch}}.dump()));
+  TANDEM_ASSIGN_OR_RETURN(mpirun_, start_process(spec));
+  running_ = protocol::RunningJob{start.job, start.epoch, 0};
+  child_ = true;
+  ended_ = false;
+  how_.clear();
+  return {};
+}
+
+std::vector<pid_t> GangKeeper::live_ranks() const {
+  std::vector<pid_t> pids;
+  for (int rank = 0; rank < protocol::kGangMembersMax; ++rank)
+    if (FileLock::is_held(paths_.rank_lock(rank)))
+      if (const pid_t pid = pid_in(paths_.rank_lock(rank)); pid > 0) pids.push_back(pid);
+  return pids;
+}
+
+void GangKeeper::kill() {
+  if (!running_) return;
+  // By the lock, so that a pid that somebody else has by now is left alone.
+  if (mpirun_ > 1 && FileLock::is_held(paths_.lock)) ::kill(mpirun_, SIGKILL);
+  for (const pid_t pid : live_ranks()) ::kill(pid, SIGKILL);
+}
+
+void GangKeeper::drain() {
+  if (running_ && mpirun_ > 1 && FileLock::is_held(paths_.lock)) ::kill(mpirun_, SIGUSR1);
+}
+
+std::optional<std::string> GangKeeper::poll() {
+  if (!running_) return std::nullopt;
+  if (!ended_) {
+    int wait_status = 0;
+    if (child_ && ::waitpid(mpirun_, &wait_status, WNOHANG) == mpirun_)
+      how_ = str("its mpirun ended by ", describe_wait_status(wait_status));
+    else if (child_ || FileLock::is_held(paths_.lock))
+      return std::nullopt;
+    ended_ = true;
+  }
+  // mpirun is gone; ranks that outlived it have nobody to talk to.
+  const auto ranks = live_ranks();
+  for (const pid_t pid : ranks) ::kill(pid, SIGKILL);
+  if (!ranks.empty()) return std::nullopt;
+  running_.reset();
+  mpirun_ = 0;
+  clear();
+  return how_;
+}
+
+void GangKeeper::clear() {
+  std::error_code error;
+  fs::remove_all(paths_.directory, error);
+}
+
+}  // namespace tandem::worker::runtime

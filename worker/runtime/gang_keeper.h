@@ -1,0 +1,73 @@
+// The agent's part of a gang that its worker leads: starts one mpirun of tandem-rank, watches it,
+// ends it, and leaves nothing behind. Everything lies in one folder of the slot:
+//
+//   <run>/worker-cpuN/gang/start.bin    the StartJob frame, read by every rank
+//                          gang.lock    held (flock) by mpirun, which inherits it; has its pid
+//                          gang.json    {"job", "epoch"} for an agent that comes later
+//                          rank-R.lock  held by rank R, with its pid
+//                          ...          Open MPI's session and shared-memory files
+//
+// mpirun is a session of its own and does not die with the agent: the next agent adopts it. Its
+// ranks die with it (PR_SET_PDEATHSIG). One thread.
+#pragma once
+
+#include "protocol/messages.h"
+#include "worker/runtime/slot.h"
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tandem::worker::runtime {
+
+/// Files of a slot's gang.
+struct GangPaths {
+  explicit GangPaths(const SlotPaths& slot);
+  std::string directory, start, lock, json;
+  [[nodiscard]] std::string rank_lock(int rank) const;
+};
+
+struct GangOptions {
+  std::string rank_program;                 ///< tandem-rank
+  std::vector<std::string> rank_arguments;  ///< what every rank gets
+  std::string log;                          ///< what mpirun and its ranks write; kept bounded
+};
+
+class GangKeeper {
+ public:
+  GangKeeper(GangOptions options, const SlotPaths& slot);
+
+  /// Takes up the gang that an earlier agent left running, and clears away what a dead one left.
+  void adopt();
+  /// refused_error: no mpirun on PATH, or no rank program; internal_error: it could not be started.
+  /// Only when none runs.
+  Status start(const protocol::StartJob& start);
+  /// What runs (or is still dying) now.
+  [[nodiscard]] const std::optional<protocol::RunningJob>& running() const { return running_; }
+  /// SIGKILL to all of it; poll() says when it is gone.
+  void kill();
+  /// SIGUSR1: the first rank takes a checkpoint and ends.
+  void drain();
+  /// When the gang has gone: how it ended, once. Its folder is empty then.
+  std::optional<std::string> poll();
+
+ private:
+  Status launch(const protocol::StartJob& start);
+  [[nodiscard]] std::vector<pid_t> live_ranks() const;
+  void clear();
+
+  const GangOptions options_;
+  const GangPaths paths_;
+  std::optional<protocol::RunningJob> running_;
+  pid_t mpirun_ = 0;
+  bool child_ = false, ended_ = false;
+  std::string how_;
+};
+
+/// The environment of a nested mpirun: only what the allow-list names, and Open MPI's own switches
+/// for a gang on one host. `directory` takes its files.
+std::vector<std::string> gang_environment(const std::string& directory);
+/// mpirun's arguments before the program.
+std::vector<std::string> mpirun_arguments(int ranks, const std::string& directory);
+
+}  // namespace tandem::worker::runtime

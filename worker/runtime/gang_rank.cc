@@ -1,0 +1,167 @@
+#include "worker/runtime/gang_rank.h"
+
+#include "protocol/base/log.h"
+#include "worker/model/gathered_weights.h"
+#include "worker/train/state_pieces.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tandem::worker::runtime {
+namespace {
+
+class BeatingWeights final : public model::WeightSource {
+ public:
+  BeatingWeights(std::unique_ptr<model::WeightSource> weights, const std::function<void()>& beat)
+      : weights_(std::move(weights)), beat_(beat) {}
+  const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
+    if (beat_) beat_();
+    return weights_->acquire(layer, phase);
+  }
+  void release(std::int64_t layer, model::Phase phase) override { weights_->release(layer, phase); }
+  [[nodiscard]] const model::BaseWeights& base() const override { return weights_->base(); }
+
+ private:
+  const std::unique_ptr<model::WeightSource> weights_;
+  const std::function<void()>& beat_;
+};
+
+}  // namespace
+
+void GangPatience::add_slice(double seconds) {
+  slices_.push_back(static_cast<TimeMs>(seconds * 1000.0));
+  if (slices_.size() > kSlicesKept) slices_.pop_front();
+  const TimeMs longest = *std::max_element(slices_.begin(), slices_.end());
+  *now_ms_ = std::max(least_ms_, 5 * longest);
+}
+
+/// Address space only; what is used is mapped and booked as it is used.
+struct GangRank::Memory {
+  Memory(kernels::Backend& b, const Options& o)
+      : weights(*b.allocator, *b.ledger, kernels::MemoryKind::kWeights, "weights",
+                o.memory_bytes_max),
+        table(*b.allocator, *b.ledger, kernels::MemoryKind::kAdapters, "adapter table",
+              o.memory_bytes_max),
+        activations(*b.allocator, *b.ledger, kernels::MemoryKind::kActivations,
+                    "training activations", o.memory_bytes_max),
+        workspace(*b.allocator, *b.ledger, kernels::MemoryKind::kWorkspace, "training workspace",
+                  o.memory_bytes_max),
+        exec{workspace, {}, o.numerics} {}
+  kernels::Arena weights, table, activations, workspace;
+  kernels::Exec exec;
+};
+
+GangRank::GangRank(kernels::Backend& backend, const Options& options, comm::Communicator& gang,
+                   GangPatience& patience)
+    : backend_(backend),
+      options_(options),
+      gang_(gang),
+      patience_(patience),
+      memory_(std::make_unique<Memory>(backend, options)),
+      wire_(gang, memory_->exec) {}
+
+GangRank::~GangRank() = default;
+
+Status GangRank::open(const GangPlan& plan) {
+  // One step after another: a rank that fails in one must not leave the others in a collective of
+  // the next.
+  TANDEM_RETURN_IF_ERROR(wire_.agree(load(plan)));
+  TANDEM_RETURN_IF_ERROR(wire_.agree(begin(plan)));
+  return wire_.agree(plan.state ? session_->import_state(*plan.state) : Status());
+}
+
+Status GangRank::load(const GangPlan& plan) {
+  const comm::Layout layout = train::layout_of(plan.settings);
+  if (layout.ranks() != gang_.size())
+    return internal_error(
+        str("layout ", layout.to_string(), " on a gang of ", gang_.size(), " ranks"));
+  TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(plan.model_path));
+  config_ = loaded.config;
+  TANDEM_RETURN_IF_ERROR(model::check_shard(config_, layout.tp, layout.pp));
+  ranks_.emplace(train::make_ranks(gang_, layout));
+  auto& ops = *backend_.ops;
+  auto& exec = memory_->exec;
+  const bool full = plan.settings.method == "full", gather = layout.zero == 3 && !full;
+  TANDEM_ASSIGN_OR_RETURN(
+      auto base, model::BaseWeights::load(ops, exec, memory_->weights, config_, options_.dtype,
+                                          *loaded.source, ranks_->shard(config_), !gather));
+  if (gather) {
+    auto door = std::make_unique<model::GatheredWeights>(ops, exec, *ranks_->groups.dp,
+                                                         memory_->weights, base);
+    door->load_parts(memory_->weights, *loaded.source);
+    weights_ = std::move(door);
+  } else {
+    weights_ = model::make_resident_weights(base);
+  }
+  weights_ = std::make_unique<BeatingWeights>(std::move(weights_), on_block_);
+  if (full) source_ = std::move(loaded.source);
+  adapters_ = std::make_unique<model::AdapterTable>(ops, exec, memory_->table, base->config(), 1);
+  context_.emplace(
+      model::Context{ops, exec, *ranks_->groups.tp, memory_->activations, options_.dtype});
+  return {};
+}
+
+Status GangRank::begin(const GangPlan& plan) {
+  TANDEM_ASSIGN_OR_RETURN(auto batches,
+                          train::make_packed_batches(plan.train, plan.eval, plan.settings));
+  train::SessionOptions options;
+  options.settings = plan.settings;
+  TANDEM_ASSIGN_OR_RETURN(
+      session_, train::TrainSession::create({*backend_.allocator, *backend_.ledger, *context_,
+                                             *weights_, *adapters_, 0, &*ranks_, source_.get()},
+                                            options, std::move(batches)));
+  return {};
+}
+
+Result<train::SliceEvent> GangRank::run_slice() {
+  const std::int64_t begin = steady_ns();
+  auto event = session_->run_slice();
+  patience_.add_slice(static_cast<double>(steady_ns() - begin) * 1e-9);
+  return event;
+}
+
+Result<train::TrainState> GangRank::export_state() {
+  ByteWriter mine;
+  encode_state(session_->export_state(), mine);
+  const auto all = wire_.gather(mine.bytes());
+  if (all.empty()) return train::TrainState{};
+  std::vector<train::TrainState> states;
+  for (const ByteVector& bytes : all) {
+    ByteReader reader(bytes);
+    states.push_back(decode_state(reader));
+  }
+  return train::merge_states(states);
+}
+
+double GangRank::compare(const model::FlatAdapter& published) {
+  return wire_.largest(largest_difference(session_->export_state(), published));
+}
+
+void follow(GangRank& rank) {
+  while (true) {
+    const GangWire::Heard heard = rank.wire().hear();
+    switch (heard.op) {
+      case GangOp::kIdle:
+        break;
+      case GangOp::kOpen:
+        if (const Status status = rank.open(GangPlan::decode(heard.payload)); !status.ok())
+          log_warn("the session was not opened: ", status.to_string());
+        break;
+      case GangOp::kSlice:
+        // What fails here fails on the first rank too, which reports it and ends the gang.
+        if (auto event = rank.run_slice(); !event.ok())
+          log_warn("the session ends: ", event.status().to_string());
+        break;
+      case GangOp::kExport:
+        (void)rank.export_state();
+        break;
+      case GangOp::kCompare:
+        (void)rank.compare(decode_adapter(rank.config(), rank.session().lora(), heard.payload));
+        break;
+      case GangOp::kEnd:
+        return;
+    }
+  }
+}
+
+}  // namespace tandem::worker::runtime

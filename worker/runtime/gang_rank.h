@@ -1,0 +1,91 @@
+// One rank of a gang: its shard of the base model and its part of the session, on a device of its
+// own. Every rank makes the same calls in the same order, because most of them meet in collectives;
+// the first rank leads (gang_model.h), the others follow() it. One device thread.
+#pragma once
+
+#include "kernels/ops.h"
+#include "protocol/base/clock.h"
+#include "worker/model/model_loader.h"
+#include "worker/runtime/gang_state.h"
+#include "worker/runtime/job_model.h"
+#include "worker/train/ranks.h"
+
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace tandem::worker::runtime {
+
+/// How long a rank waits for the others: at least `least_ms`, and five times its longest recent
+/// slice, in which no rank may have anything to say.
+class GangPatience {
+ public:
+  explicit GangPatience(TimeMs least_ms)
+      : least_ms_(least_ms), now_ms_(std::make_shared<std::atomic<TimeMs>>(least_ms)) {}
+  [[nodiscard]] const std::shared_ptr<std::atomic<TimeMs>>& timeout_ms() const { return now_ms_; }
+  void add_slice(double seconds);
+
+ private:
+  static constexpr std::size_t kSlicesKept = 128;
+  const TimeMs least_ms_;
+  std::shared_ptr<std::atomic<TimeMs>> now_ms_;
+  std::deque<TimeMs> slices_;
+};
+
+class GangRank {
+ public:
+  struct Options {
+    DType dtype = DType::kF32;
+    kernels::Numerics numerics = kernels::Numerics::kReplay;
+    std::int64_t memory_bytes_max = 0;
+  };
+  GangRank(kernels::Backend& backend, const Options& options, comm::Communicator& gang,
+           GangPatience& patience);
+  ~GangRank();
+  GangRank(const GangRank&) = delete;
+  GangRank& operator=(const GangRank&) = delete;
+
+  GangWire& wire() { return wire_; }
+  /// Called between blocks of a pass: a long slice is no hung one.
+  void on_block(std::function<void()> beat) { on_block_ = std::move(beat); }
+  [[nodiscard]] DType dtype() const { return options_.dtype; }
+  [[nodiscard]] train::TrainSession& session() { return *session_; }
+  [[nodiscard]] const model::ModelConfig& config() const { return config_; }
+
+  // -- all ranks at once
+  /// The same error on all ranks when any rank has one.
+  Status open(const GangPlan& plan);
+  Result<train::SliceEvent> run_slice();
+  /// The whole state at the first rank; nothing elsewhere.
+  Result<train::TrainState> export_state();
+  /// The largest difference between a value that some rank trained and the published one.
+  double compare(const model::FlatAdapter& published);
+
+ private:
+  struct Memory;
+  Status load(const GangPlan& plan);
+  Status begin(const GangPlan& plan);
+
+  kernels::Backend& backend_;
+  const Options options_;
+  comm::Communicator& gang_;
+  GangPatience& patience_;
+  std::function<void()> on_block_;
+  std::unique_ptr<Memory> memory_;
+  GangWire wire_;
+  std::optional<train::Ranks> ranks_;
+  model::ModelConfig config_;
+  std::unique_ptr<model::TensorSource> source_;
+  std::unique_ptr<model::WeightSource> weights_;
+  std::unique_ptr<model::AdapterTable> adapters_;
+  std::optional<model::Context> context_;
+  std::unique_ptr<train::TrainSession> session_;
+};
+
+/// A rank that is not the first: does what it hears until the end.
+void follow(GangRank& rank);
+
+}  // namespace tandem::worker::runtime
