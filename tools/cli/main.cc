@@ -166,7 +166,7 @@ void add_training(CLI::App& app, Invocation& in) {
       "tandem train --model smol --data train.jsonl --adapter guide --follow\n"
       "  tandem train --model smol --data train.jsonl --adapter guide --dp 2 "
       "--gradient-accumulation-steps 2\n"
-      "  tandem train --model smol --data train.jsonl --adapter guide --tp 2 --pp 2\n\n"
+      "  tandem train --model smol --data train.jsonl --adapter guide --pp 2\n\n"
       "dp x tp x pp ranks take as many workers of one host (tandem up --workers N) at once; their "
       "engines go on\nserving. A layout changes how a step is computed, not what: a step is "
       "gradient_accumulation_steps\nmicro-batches, dealt to the dp ranks. zero 1, 2, 3 shards "
@@ -183,7 +183,7 @@ void add_training(CLI::App& app, Invocation& in) {
           app, in, "estimate", "device memory a job would take, before anything runs",
           [&in](Session& s) { return run_estimate(s, in.train); },
           "tandem estimate --model smol --method lora --seq-len 2048\n"
-          "  tandem estimate --model smol --tp 2 --pp 2      (every rank's bytes)"),
+          "  tandem estimate --model smol --pp 2      (every rank's bytes)"),
       in);
   CLI::App* job = group(app, "job", "fine-tuning jobs");
   verb(*job, in, "list", "newest first", [](Session& s) { return run_list(s, "job"); });
@@ -199,7 +199,7 @@ void add_training(CLI::App& app, Invocation& in) {
       return run_job_action(s, method, in.name, in.layout);
     });
     if (method != "resume") continue;
-    sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --tp 1 --dp 2");
+    sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --pp 1 --dp 2");
     for (const std::string axis : {"dp", "tp", "pp", "zero"})
       sub->add_option_function<std::string>(
              "--" + axis, [&in, axis](const std::string& v) { in.layout[axis] = v; },
