@@ -1,6 +1,7 @@
 #include "coordinator/model_files.h"
 
 #include "protocol/base/dtype.h"
+#include "protocol/base/json_nesting.h"
 #include "protocol/base/str.h"
 #include "storage/gguf.h"
 #include "storage/manifest.h"
@@ -146,6 +147,9 @@ Result<ModelHashed> hash_gguf(const std::string& path, int threads) {
 
 Result<ModelHashed> hash_folder(const std::string& folder, int threads) {
   TANDEM_ASSIGN_OR_RETURN(const std::string text, read_text(folder + "/config.json"));
+  if (json_nests_too_deep(text))
+    return corrupt_error(
+        str(folder, "/config.json nests deeper than ", kJsonNestingMax, " levels"));
   Json config = Json::parse(text, nullptr, false);
   if (!config.is_object()) return corrupt_error(str(folder, "/config.json is not a JSON object"));
   const Json type = config.value("model_type", Json());

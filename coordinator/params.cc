@@ -1,5 +1,6 @@
 #include "coordinator/params.h"
 
+#include "protocol/base/json_nesting.h"
 #include "protocol/base/str.h"
 
 namespace tandem::coordinator {
@@ -9,6 +10,12 @@ std::string dump(const Json& json) {
 }
 
 Params::Params(const std::string& method, const std::string& json) : method_(method) {
+  if (json_nests_too_deep(json)) {
+    json_ = Json::object();
+    status_ = invalid_error(
+        str(method, ": the parameters nest deeper than ", kJsonNestingMax, " levels"));
+    return;
+  }
   json_ = Json::parse(json.empty() ? "{}" : json, nullptr, false);
   if (json_.is_object()) return;
   json_ = Json::object();

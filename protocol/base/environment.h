@@ -10,7 +10,7 @@ using EnvironmentVariable = std::pair<const char*, const char*>;  ///< name, val
 
 /// glibc's malloc asks for huge pages and keeps up to 32 MiB that are free. Large buffers are
 /// mostly fresh memory, and fresh memory is page faults: where one costs 2 us, 10 MB took 5 ms to
-/// touch, in huge pages 0.5 ms; on a virtual machine whose host must find the page first, 25 ms.
+/// touch, in huge pages 0.5 ms; on a virtual machine the host may have to find the pages as well.
 inline constexpr EnvironmentVariable kMallocLargeBuffers{
     "GLIBC_TUNABLES",
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:"

@@ -173,5 +173,16 @@ TEST(Workers, AnEngineWithoutABaseGetsOneAndAFailedLoadIsRepeatedLaterAndShown) 
   EXPECT_EQ(h.core().workers().find(CoreHarness::worker(0))->engine.model, base);
 }
 
+TEST(Calls, ParametersThatNestTooDeepAreRefusedAndHarmNobody) {
+  CoreHarness h;
+  h.client("c");
+  const std::string deep = R"({"spec":)" + std::string(400'000, '[') + std::string(400'000, ']');
+  h.from_client("c", protocol::Call{"d", "k", "job.submit", deep + "}"});
+  const auto replies = h.to_client<protocol::CallReply>("c");
+  ASSERT_FALSE(replies.empty());
+  EXPECT_EQ(replies.back().status.code(), StatusCode::kInvalid);
+  EXPECT_NE(replies.back().status.message().find("64 levels"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace tandem::coordinator

@@ -56,8 +56,8 @@ std::shared_ptr<const AdapterWeights> build_adapter(kernels::Ops& ops, kernels::
                                                     const ModelConfig& config, DType dtype,
                                                     const FlatAdapter& adapter);
 
-/// Device memory for one adapter, made and touched before the adapter is there: the first touch of
-/// 10 MB took 25 ms of a publish on a virtual machine.
+/// Device memory for one adapter, made and touched before the adapter is there: put into fresh
+/// memory, 10 MB took 23 to 53 ms of a publish on a busy virtual machine.
 class AdapterRoom {
  public:
   AdapterRoom(kernels::Ops& ops, kernels::Exec& exec, kernels::Allocator& allocator,

@@ -1,11 +1,14 @@
 // tokenizer.json of Hugging Face tokenizers. Each component is either understood completely or
 // refused by name; a setting that is skipped here cannot change ids or text.
 #include "worker/text/tokenizer.h"
+
+#include "protocol/base/json_nesting.h"
 #include "worker/text/tokenizer_impl.h"
 
 #include <nlohmann/json.hpp>
 
 #include <initializer_list>
+#include <utility>
 
 namespace tandem::worker::text {
 namespace {
@@ -277,6 +280,10 @@ Status check_template_ids(const Tokenizer::Impl& impl) {
 }
 
 Result<Tokenizer> parse(std::string_view tokenizer_json, std::string_view config_json) {
+  for (const auto& [json, file] :
+       {std::pair{tokenizer_json, "tokenizer.json"}, {config_json, "tokenizer_config.json"}})
+    if (json_nests_too_deep(json))
+      return invalid_error(str(file, " nests deeper than ", kJsonNestingMax, " levels"));
   const Json root = Json::parse(tokenizer_json);
   auto impl = std::make_shared<Tokenizer::Impl>();
   TANDEM_RETURN_IF_ERROR(add_normalizer(root.value("normalizer", Json()), impl->normalizer, 0));
