@@ -48,6 +48,13 @@ for ((i = 1; i <= $#; ++i)); do
 done
 data_dir=$("${ask[@]}" config show | sed -n 's/.*"data_dir":"\([^"]*\)".*/\1/p')
 [ -n "$data_dir" ] || die "no data_dir"
+(umask 077 && mkdir -p "$data_dir/run")
+other=$(cat "$data_dir/run/launch.pid" 2>/dev/null) || other=$$
+if [ "$other" != $$ ] && grep -qsz 'launch_host.sh$' "/proc/$other/cmdline"; then
+  say "process $other keeps the workers of $data_dir already"
+  exit 0
+fi
+echo $$ >"$data_dir/run/launch.pid" # for drain_host.sh
 
 supervisors() { # the pids of those that live
   local lock pid
@@ -102,6 +109,11 @@ pause=2 since=$SECONDS
 while :; do
   count=$(supervisors | wc -l)
   if [ "$count" = 0 ] && ! running; then break; fi
+  # An mpirun that got a SIGTERM as well sits out its time-out with nobody left to start or end.
+  if [ "$count" = 0 ] && [ "$draining" = 1 ]; then
+    nap 0.5
+    kill -KILL "${mpiruns[@]}" 2>/dev/null || true
+  fi
   if [ "$draining" = 0 ] && [ "$count" -lt "$slots" ] && [ $((SECONDS - since)) -ge "$pause" ]; then
     say "$count of $slots workers; launching the others"
     launch
