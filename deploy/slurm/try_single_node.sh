@@ -112,7 +112,7 @@ tandem() {
 job=
 submit() {
   job=$(env TANDEM_DEPLOY="$deploy" TANDEM_KEYS="$scratch/keys" TANDEM_SCRATCH="$scratch/node" \
-    TANDEM_PORT="$port" TANDEM_SLOTS=1 TANDEM_WORKER_OPTIONS="--device cpu" \
+    TANDEM_PORT="$port" TANDEM_SLOTS=1 TANDEM_WORKER_OPTIONS="--device cpu --threads 1" \
     sbatch --parsable --output="$scratch/pool-%j.out" "$deploy/slurm/pool.sbatch")
   say "sbatch pool.sbatch: job $job"
   wait_until 60 workers_here || fail "no worker connected"
@@ -122,12 +122,12 @@ submit() {
 workers_here() { tandem worker list 2>/dev/null | grep -q "^$node/cpu0 "; }
 no_jobs() { ! squeue --noheader | grep -q .; }
 no_worker_left() { ! grep -lsz -- "$scratch/[n]ode" /proc/[0-9]*/cmdline | grep -q .; }
-ended() { # HOW
-  wait_until 90 no_jobs || fail "the job goes on after $1"
+ended() { # HOW PATTERN
+  wait_until 60 no_jobs || fail "the job goes on after $1"
   wait_until 5 no_worker_left || fail "a process of the pool outlived its job after $1"
   scontrol show job "$job" | grep -o 'JobState=[A-Z]*\|ExitCode=[0-9:]*\|RunTime=[0-9:]*' | xargs
   cat "$scratch/pool-$job.out"
-  grep -q "all workers have ended" "$scratch/pool-$job.out" || fail "$1 did not drain"
+  grep -q "$2" "$scratch/pool-$job.out" || fail "$1 did not drain"
   tail -qn 3 "$scratch"/node/worker/log/engine-cpu0.log
 }
 step_of() { tandem --json job show "$1" | sed -n 's/.*"step":\([0-9]*\).*/\1/p'; }
@@ -152,19 +152,19 @@ long=$(tandem --json train --model small --data "$data" --adapter long "${settin
   --num-train-epochs 50 | sed -n 's/.*"job":"\([^"]*\)".*/\1/p')
 wait_until 120 past_step "$long" 3 || fail "the long job did not start"
 scancel --batch --signal=TERM "$job"
-ended "scancel --batch --signal=TERM"
+ended "scancel --batch --signal=TERM" "all workers have ended"
 
 say "the pool again: the job goes on"
 submit
 goes_on
 say "a plain scancel, which signals every process"
 scancel "$job"
-ended "scancel"
+ended "scancel" "the engine ended as it was asked to" # the rest is killed after KillWait
 
 say "the pool once more: where the job stands"
 submit
 goes_on
 tandem job cancel "$long"
 scancel --batch --signal=TERM "$job"
-ended "the last scancel"
+ended "the last scancel" "all workers have ended"
 say "seen: connect, generate, train, drain twice, resume twice"

@@ -109,8 +109,9 @@ TEST(Deploy, TheExampleConfigurationNamesKnownSettings) {
 TEST(Deploy, EveryFlagIsOneOfThePrograms) {
   const std::string bin = TANDEM_BIN_DIR;
   std::set<std::string> known;
-  for (const std::string command : {"/tandem-worker --help", "/tandem-coordinator --help",
-                                    "/tandem --help", "/tandem completion"}) {
+  for (const std::string command :
+       {"/tandem-worker --help", "/tandem-coordinator --help", "/tandem --help",
+        "/tandem completion", "/tandem config show --help", "/tandem key create --help"}) {
     const Output help = run(bin + command);
     ASSERT_EQ(help.code, 0) << command << ": " << help.text;
     known.merge(flags_of(help.text));
@@ -122,17 +123,21 @@ TEST(Deploy, EveryFlagIsOneOfThePrograms) {
       "enable-recovery", "oversubscribe", "bind-to", "mca",
       // Slurm
       "batch", "signal", "nodes", "gpus-per-node", "job-name", "ntasks-per-node", "exclusive",
-      "no-kill", "requeue", "open-mode", "ntasks", "nodelist", "overlap", "cpu-bind", "immediate", "parsable",
-      "output", "noheader", "format", "user", "dependency", "time",
+      "no-kill", "requeue", "open-mode", "ntasks", "nodelist", "overlap", "cpu-bind", "immediate",
+      "parsable", "output", "noheader", "format", "user",
       // munged, coreutils, apt
       "force", "foreground", "socket", "key-file", "pid-file", "seed-file", "log-file",
-      "block-signal", "no-install-recommends", "nonblock",
+      "block-signal", "no-install-recommends",
       // cmake, podman, kubectl, useradd, Containerfiles
       "preset", "build", "target", "from", "from-file", "shm-size", "stop-timeout", "name", "uid",
       "user-group", "create-home", "now", "arg"};
+  std::set<std::string> used;
   for (const auto& file : files({}))
-    for (const auto& flag : flags_of(read(file)))
+    for (const auto& flag : flags_of(read(file))) {
       EXPECT_TRUE(known.contains(flag) || foreign.contains(flag)) << file << " names --" << flag;
+      used.insert(flag);
+    }
+  for (const auto& flag : foreign) EXPECT_TRUE(used.contains(flag)) << "nobody uses --" << flag;
 }
 
 TEST(Deploy, SystemdTakesTheUnits) {
