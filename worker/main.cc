@@ -7,6 +7,7 @@
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
+#include "protocol/dial.h"
 #include "protocol/settings.h"
 #include "protocol/zmq_transport.h"
 #include "worker/program.h"
@@ -18,6 +19,7 @@
 
 #include <climits>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 
 namespace tandem::worker {
@@ -52,6 +54,9 @@ class Program {
     if (role == "supervisor")
       return runtime::run_supervisor(
           {executable_, child_arguments("--agent"), paths_.supervisor_lock});
+    // A host of workers has a data_dir of its own, which no coordinator has furnished.
+    std::error_code error;
+    std::filesystem::create_directories(settings_.log_dir(), error);
     if (!set_log_file(str(settings_.log_dir(), "/", role, "-", id_.device, id_.slot, ".log")))
       return internal_error(str("cannot write logs in ", settings_.log_dir()));
     TANDEM_ASSIGN_OR_RETURN(context_, protocol::ZmqContext::create());
@@ -69,10 +74,9 @@ class Program {
 
   Result<std::unique_ptr<protocol::ClientEndpoint>> connect(const std::string& socket,
                                                             const std::string& purpose) {
-    protocol::ZmqClientOptions options;
-    options.endpoint = settings_.endpoint(socket);
-    options.routing_id = protocol::make_routing_id(str(id_.device, id_.slot), purpose);
-    if (socket == "bulk") options.limits = protocol::SocketLimits::bulk();
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto options,
+        protocol::dial_options(settings_, socket, str(id_.device, id_.slot), purpose));
     return context_->connect(options);
   }
 

@@ -6,6 +6,7 @@
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
 #include "protocol/codec.h"
+#include "protocol/dial.h"
 #include "protocol/zmq_transport.h"
 #include "worker/comm/mpi_communicator.h"
 #include "worker/program.h"
@@ -40,10 +41,9 @@ Result<runtime::EngineEndpoints> connect(protocol::ZmqContext& context, const Se
   runtime::EngineEndpoints endpoints;
   for (const auto& [socket, endpoint] :
        {std::pair{"workers", &endpoints.control}, std::pair{"bulk", &endpoints.bulk}}) {
-    protocol::ZmqClientOptions options;
-    options.endpoint = settings.endpoint(socket);
-    options.routing_id = protocol::make_routing_id(str(id.device, id.slot), "gang");
-    if (socket == std::string_view("bulk")) options.limits = protocol::SocketLimits::bulk();
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto options,
+        protocol::dial_options(settings, socket, str(id.device, id.slot), "gang"));
     TANDEM_ASSIGN_OR_RETURN(*endpoint, context.connect(options));
   }
   return endpoints;

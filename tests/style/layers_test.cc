@@ -76,7 +76,7 @@ const std::vector<Foreign>& foreign_libraries() {
       {"lmdb.h", {"storage/lmdb_store.cc", "tests/"}},
       {"pcre2.h", {"worker/text/regex.cc"}},
       {"utf8proc.h", {"worker/text/"}},
-      {"yaml-cpp/", {"protocol/settings.cc", "tools/"}},
+      {"yaml-cpp/", {"protocol/settings.cc", "tools/", "tests/"}},
       {"CLI/", {"tools/"}},
       {"oneapi/dnnl", {"kernels/cpu/", "tools/"}},
       {"dnnl", {"kernels/cpu/", "tools/"}},
