@@ -285,7 +285,7 @@ Result<NcclId> make_id() {
 Result<std::unique_ptr<Communicator>> make(const NcclOptions& options) {
   TANDEM_CHECK(options.rank >= 0 && options.rank < options.size, "rank ", options.rank, " of ",
                options.size);
-  // Multicast over NVLink is off unless somebody asks for it: see DESIGN on NCCL.
+  // Multicast over NVLink is off unless somebody asks for it.
   (void)::setenv("NCCL_NVLS_ENABLE", "0", 0);
   try {
     check_cuda(cudaSetDevice(options.device), "device");

@@ -5,9 +5,9 @@
 // Collectives are put on Exec::stream, which must be a queue that Ops::make_stream gave, and return
 // at once; barrier() alone waits for the device. Sums are NCCL's: the same bits on every rank and
 // in every run of one gang on one machine, bf16 rounded after each addition. Scratch is NCCL's own.
-// A rank that dies is not noticed here (see README's facts on NCCL): whoever watches the processes
-// ends the gang. What NCCL itself reports, and a start or a barrier that takes longer than
-// timeout_ms, is a DeviceError.
+// A rank that dies is not noticed here: NCCL reports nothing within a host. Whoever watches the
+// processes ends the gang. What NCCL itself reports, and a start or a barrier that takes longer
+// than timeout_ms, is a DeviceError.
 #pragma once
 
 #include "protocol/base/clock.h"
