@@ -160,7 +160,7 @@ inline Outcomes play(ServeEngine& engine, ManualClock& clock, bool tied) {
   GenerateRequest late = request("late", shared, 8);
   late.adapter = name(8);  // never comes
   submit(std::move(late));
-  clock.advance(60'000);
+  clock.advance(scaled_ms(60'000));
   drain(engine, outcomes);
   return outcomes;
 }
