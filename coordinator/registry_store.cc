@@ -1,15 +1,13 @@
 #include "coordinator/registry_store.h"
 
+#include "coordinator/views.h"
 #include "storage/manifest.h"
-
-#include <nlohmann/json.hpp>
 
 #include <algorithm>
 
 namespace tandem::coordinator {
 namespace {
 
-using Json = nlohmann::ordered_json;
 using storage::RegistryTxn;
 
 std::string hex_or_none(const Digest& digest) {
@@ -19,12 +17,6 @@ std::string hex_or_none(const Digest& digest) {
 Digest digest_at(const Json& json, const char* key) {
   const auto parsed = Digest::parse(json.value(key, std::string()));
   return parsed.ok() ? *parsed : Digest{};
-}
-
-Json id_list(const std::vector<WorkerId>& ids) {
-  Json list = Json::array();
-  for (const WorkerId& id : ids) list.push_back(id.value);
-  return list;
 }
 
 protocol::JobRecord to_record(const Job& job) {

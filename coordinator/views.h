@@ -27,6 +27,9 @@ Json event_json(const JobEventRecord& event);
 /// One item of job.logs.
 Json log_json(const JobEventRecord& event);
 
+/// ["host/cpu0", ...]
+Json id_list(const std::vector<WorkerId>& ids);
+
 /// The JSON in `text`, or an empty object.
 Json parse_object(const std::string& text);
 

@@ -73,9 +73,6 @@ struct LinearCrossEntropyLayout {
 };
 LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& args);
 
-/// Of the ops of full fine-tuning: one product into dW; the others take nothing.
-std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);
-
 // -- cuda_workspace_attention.cc
 /// True when kernels/cuda has a fast kernel of its own for the shape: bf16, head dim 64 or 128, no
 /// soft cap, Hopper. The others take the simple kernel, right first.

@@ -65,7 +65,7 @@ class LocalSession final : public JobSession {
   }
   std::shared_ptr<const model::AdapterWeights> build_adapter(
       const model::FlatAdapter& adapter) override {
-    TANDEM_CHECK(room_.has_value(), "this session has no adapter");
+    TANDEM_CHECK(room_.has_value(), "no room was made for an adapter");
     return room_->fill(ops_, exec_, config_, adapter);
   }
   double probe(const std::vector<std::int32_t>& prompt, const model::FlatAdapter&,

@@ -8,6 +8,7 @@
 #include "worker/model/context.h"
 
 #include <cstddef>
+#include <memory>
 #include <span>
 #include <vector>
 

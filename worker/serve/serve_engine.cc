@@ -133,6 +133,7 @@ ServeEngine::ServeEngine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 ServeEngine::~ServeEngine() = default;
 
 void ServeEngine::reserve_worst_case() {
+  impl_->begin();
   if (impl_->leads()) {
     impl_->tell({.kind = EngineCall::Kind::kReserveWorstCase});
     impl_->flush();
@@ -422,6 +423,7 @@ void ServeEngine::Impl::count(const StepOutput& out, std::int64_t start_ns) {
 }
 
 void ServeEngine::set_token_budget(std::int64_t tokens) {
+  impl_->begin();
   if (impl_->leads()) impl_->tell({.kind = EngineCall::Kind::kSetTokenBudget, .number = tokens});
   impl_->scheduler.set_token_budget(
       std::clamp(tokens, impl_->options.max_running + 1, impl_->options.max_batch_tokens));
