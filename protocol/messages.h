@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 2;  ///< 1.1 is understood too
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 2;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field

@@ -8,15 +8,12 @@
 namespace tandem::protocol {
 namespace {
 
-constexpr std::uint16_t kMinorsBefore = 2;
-constexpr std::uint16_t kMinorMin =
-    kVersionMinor < kMinorsBefore ? 0 : kVersionMinor - kMinorsBefore;
 constexpr std::int64_t kRetryAfterMsMax = 3'600'000;
 
 }  // namespace
 
 std::string version_range() {
-  return str(kVersionMajor, ".", kMinorMin, " to ", kVersionMajor, ".", kVersionMinor);
+  return str(kVersionMajor, ".", kVersionMinorMin, " to ", kVersionMajor, ".", kVersionMinor);
 }
 
 Result<Version> agree_version(const Version& peer, const std::string& who) {
@@ -26,7 +23,7 @@ Result<Version> agree_version(const Version& peer, const std::string& who) {
     return refused_error(str(who, " speaks version ", peer.major, ".", peer.minor,
                              " of the protocol; this side understands ", version_range(),
                              ": upgrade this side, or use an older ", who));
-  if (peer.major < kVersionMajor || peer.minor < kMinorMin)
+  if (peer.major < kVersionMajor || peer.minor < kVersionMinorMin)
     return refused_error(str(who, " speaks version ", peer.major, ".", peer.minor,
                              " of the protocol; this side understands ", version_range(),
                              ": upgrade ", who));

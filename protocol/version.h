@@ -1,6 +1,7 @@
-// Which versions of the wire understand each other. A process understands its own minor version and
-// the two before, of the same major; everything else is refused in the hello's answer, with a
-// message that names the range. What a newer minor added is used only when both sides have it.
+// Which versions of the wire understand each other. A process understands the minor versions from
+// kVersionMinorMin to its own (at least the one before), of the same major; everything else is
+// refused in the hello's answer, with a message that names the range. What a newer minor added is
+// used only when both sides have it.
 #pragma once
 
 #include "protocol/base/result.h"
@@ -9,6 +10,9 @@
 #include <string>
 
 namespace tandem::protocol {
+
+inline constexpr std::uint16_t kVersionMinorMin = 0;  ///< the oldest that is understood
+static_assert(kVersionMinor == 0 || kVersionMinorMin < kVersionMinor);
 
 /// "1.0 to 1.2".
 std::string version_range();

@@ -15,7 +15,7 @@ void agree(const Version& version, const std::string& who) {
   const auto agreed = agree_version(version, who);
   if (agreed.ok()) {
     TANDEM_CHECK_EQ(agreed->major, kVersionMajor);
-    TANDEM_CHECK(agreed->minor <= kVersionMinor && agreed->minor + 1 >= kVersionMinor);
+    TANDEM_CHECK(agreed->minor >= kVersionMinorMin && agreed->minor <= kVersionMinor);
   } else {
     TANDEM_CHECK(agreed.status().message().find(version_range()) != std::string::npos);
   }
