@@ -1,5 +1,7 @@
 #include "protocol/job_spec.h"
 
+#include "protocol/base/json_nesting.h"
+
 #include <nlohmann/json.hpp>
 
 #include <cmath>
@@ -162,6 +164,8 @@ const std::vector<Field>& fields() {
 }
 
 Result<Json> parse_object(const std::string& json, const char* what) {
+  if (json_nests_too_deep(json))
+    return invalid_error(str(what, " may nest at most ", kJsonNestingMax, " levels deep"));
   Json value = Json::parse(json, nullptr, false);
   if (value.is_discarded()) return invalid_error(str(what, " is not valid JSON"));
   if (!value.is_object())

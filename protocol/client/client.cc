@@ -1,6 +1,7 @@
 #include "protocol/client/client.h"
 
 #include "protocol/base/ids.h"
+#include "protocol/base/json_nesting.h"
 #include "protocol/base/str.h"
 #include "protocol/client/session.h"
 #include "protocol/codec.h"
@@ -58,6 +59,9 @@ Status outcome(const GenerateChunk& last) {
 }
 
 Status check_params(const std::string& method, const std::string& params_json) {
+  if (json_nests_too_deep(params_json))
+    return invalid_error(
+        str(method, ": the parameters may nest at most ", kJsonNestingMax, " levels deep"));
   if (nlohmann::json::parse(params_json, nullptr, false).is_object()) return {};
   return invalid_error(str(method, ": the parameters must be a JSON object"));
 }

@@ -33,6 +33,13 @@ TEST(TrainSettings, RefusesValuesOutOfRangeWithRangeAndValue) {
   EXPECT_FALSE(TrainSettings::parse("{").ok());
 }
 
+TEST(TrainSettings, RefusesAnythingNestedDeeperThanTheLimit) {
+  const auto r = TrainSettings::parse(R"({"target_modules": )" + std::string(400'000, '['));
+  ASSERT_FALSE(r.ok());
+  EXPECT_EQ(r.status().message(), "training settings may nest at most 64 levels deep");
+  EXPECT_FALSE(JobSpec::parse(R"({"model": )" + std::string(400'000, '[')).ok());
+}
+
 TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
   const auto refused = [](const std::string& json, const std::vector<std::string>& words) {
     const auto r = TrainSettings::parse(json);
