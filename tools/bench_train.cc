@@ -4,14 +4,8 @@
 // bench_train --dp .. --tp .. --pp .. --zero ..; rank 0 prints, with every rank's peak bytes.
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
-#include "protocol/base/random.h"
-#include "tools/bench_device.h"
 #include "tools/bench_gang.h"
-#include "worker/memory/estimator.h"
-#include "worker/model/gathered_weights.h"
-#include "worker/model/model_loader.h"
-#include "worker/train/ranks.h"
-#include "worker/train/train_session.h"
+#include "tools/bench_training.h"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -26,56 +20,18 @@ namespace {
 
 using namespace tandem;
 
-struct Options {
+struct Options : tools::TrainingCase {
   std::string model, shape;
   std::string device = "cpu";
-  std::string dtype = "bf16";
-  std::string recompute = "none";
   int threads = 2;
-  std::int64_t rank = 16, rows = 8, length = 512, steps = 4, warmup = 1, micro_batches = 1;
-  std::int64_t ragged = 0;  ///< documents of ragged to length tokens; 0: of length tokens each
-  std::string method = "lora";
   worker::comm::Layout layout;
 };
-
-/// Random tokens, all trained, in micro-batches of rows * length: `rows` documents of `length`, or
-/// as many of ragged lengths as fill it.
-std::vector<worker::data::OptimizerStep> random_steps(const Options& options, std::int64_t vocab) {
-  std::vector<worker::data::OptimizerStep> steps;
-  Random random(1234);
-  for (std::int64_t s = 0; s < options.steps + options.warmup; ++s) {
-    worker::data::MicroBatch batch;
-    batch.cu_seqlens.push_back(0);
-    const std::int64_t total = options.rows * options.length;
-    while (static_cast<std::int64_t>(batch.tokens.size()) < total) {
-      const std::int64_t left = total - static_cast<std::int64_t>(batch.tokens.size());
-      std::int64_t length = options.length;
-      if (options.ragged > 0)
-        length = options.ragged + static_cast<std::int64_t>(random.below(
-                                      static_cast<std::uint64_t>(length - options.ragged + 1)));
-      for (std::int64_t t = 0; t < std::min(length, left); ++t) {
-        batch.tokens.push_back(
-            static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(vocab))));
-        batch.positions.push_back(static_cast<std::int32_t>(t));
-      }
-      batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
-    }
-    batch.labels.assign(batch.tokens.begin() + 1, batch.tokens.end());
-    batch.labels.push_back(worker::data::kIgnore);
-    batch.trained_tokens = static_cast<std::int64_t>(batch.tokens.size()) - 1;
-    worker::data::OptimizerStep step;
-    step.micro_batches.assign(static_cast<std::size_t>(options.micro_batches), batch);
-    step.trained_tokens = options.micro_batches * batch.trained_tokens;
-    steps.push_back(std::move(step));
-  }
-  return steps;
-}
 
 /// Floating-point operations of one step: forward and input gradient of every matrix (4 per weight
 /// and token, the head included; 6 where it is trained), attention (causal: half of T * L),
 /// adapters (three products forward and backward).
 double step_flops(const worker::model::ModelConfig& c, const Options& options) {
-  const double tokens = static_cast<double>(options.rows * options.length * options.micro_batches);
+  const double tokens = options.tokens();
   double weights = static_cast<double>(c.vocab) * static_cast<double>(c.width), lora = 0.0;
   for (int s = 0; s < worker::model::kSiteCount; ++s) {
     const auto shape = worker::model::site_shape(c, worker::model::Site{s});
@@ -87,40 +43,6 @@ double step_flops(const worker::model::ModelConfig& c, const Options& options) {
   // Scores and values forward (2 products), five backward.
   const double linear = options.method == "full" ? 6.0 * weights : 4.0 * weights + 6.0 * lora;
   return tokens * linear + 2.0 * 7.0 * attention;
-}
-
-/// Operations per second of one large product through the engine's own linear op.
-double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
-  // Large enough for the device at hand.
-  const bool gpu = backend.ops->profile().type == kernels::DeviceType::kCuda;
-  const std::int64_t t = gpu ? 8192 : 4096, i = gpu ? 8192 : 1536, n = i;
-  kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWeights, "rate",
-                       std::int64_t{1} << 28);
-  const auto weight = ctx.ops.pack_weight(ctx.exec, arena, ctx.compute_dtype, n, i,
-                                          [i](std::int64_t row, std::int64_t rows, float* out) {
-                                            Random random(static_cast<std::uint64_t>(row));
-                                            for (std::int64_t e = 0; e < rows * i; ++e)
-                                              out[e] = random.uniform() - 0.5f;
-                                          });
-  kernels::ArenaScope scope(ctx.activations);
-  const auto x = ctx.activations.alloc({t, i}, ctx.compute_dtype);
-  const auto y = ctx.activations.alloc({t, n}, ctx.compute_dtype);
-  const auto numbers = ctx.activations.alloc({t, i}, DType::kF32);
-  std::vector<float> host(static_cast<std::size_t>(t * i));
-  Random random(5);
-  for (float& value : host) value = random.uniform() - 0.5f;
-  ctx.ops.upload(ctx.exec, std::as_bytes(std::span(host)), numbers);
-  ctx.ops.copy(ctx.exec, numbers, x);
-  double best = 0.0;
-  for (int trial = 0; trial < 5; ++trial) {
-    ctx.ops.synchronize(ctx.exec);
-    const std::int64_t begin = steady_ns();
-    ctx.ops.linear_forward(ctx.exec, {x, &weight, {}, {}, nullptr, y, {}});
-    ctx.ops.synchronize(ctx.exec);
-    best = std::max(best, 2.0 * static_cast<double>(t * i * n) /
-                              static_cast<double>(steady_ns() - begin) * 1e9);
-  }
-  return best;
 }
 
 /// Every rank's number, in rank order.
@@ -154,82 +76,42 @@ double seconds(std::int64_t ns) {
 
 Status run(const Options& options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
-  const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
+  TANDEM_RETURN_IF_ERROR(options.layout.validate());
   TANDEM_ASSIGN_OR_RETURN(
       kernels::Backend backend,
       tools::open_bench_device(options.device, options.threads, tools::local_rank()));
   const std::int64_t context_bytes = backend.bytes_in_use();
-  constexpr std::int64_t kReserve = std::int64_t{1} << 38;  // address space
-  const auto arena = [&](kernels::MemoryKind kind, const char* name) {
-    return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
-                                            kReserve);
-  };
-  const auto weight_arena = arena(kernels::MemoryKind::kWeights, "weights");
-  const auto table_arena = arena(kernels::MemoryKind::kAdapters, "slots");
-  const auto activations = arena(kernels::MemoryKind::kActivations, "activations");
-  const auto workspace = arena(kernels::MemoryKind::kWorkspace, "workspace");
-  kernels::Exec exec{*workspace};
-  TANDEM_RETURN_IF_ERROR(options.layout.validate());
+  kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
+                           "workspace", std::int64_t{1} << 38);
+  kernels::Exec exec{workspace};
   TANDEM_ASSIGN_OR_RETURN(
       auto gang,
       tools::make_bench_gang(options.layout.ranks(), options.layout.zero == 3, *backend.ops, exec));
   worker::comm::Communicator& comm = gang.comm();
-  const worker::train::Ranks ranks = worker::train::make_ranks(comm, options.layout);
-  const bool full = options.method == "full", gather = options.layout.zero == 3 && !full;
-  TANDEM_RETURN_IF_ERROR(
-      worker::model::check_shard(loaded.config, options.layout.tp, options.layout.pp));
-  TANDEM_ASSIGN_OR_RETURN(auto base, worker::model::BaseWeights::load(
-                                         *backend.ops, exec, *weight_arena, loaded.config, dtype,
-                                         *loaded.source, ranks.shard(loaded.config), !gather));
-  std::unique_ptr<worker::model::WeightSource> weights;
-  if (gather) {
-    auto door = std::make_unique<worker::model::GatheredWeights>(
-        *backend.ops, exec, *ranks.groups.dp, *weight_arena, base);
-    door->load_parts(*weight_arena, *loaded.source);
-    weights = std::move(door);
-  } else {
-    weights = worker::model::make_resident_weights(base);
-  }
-  if (!full) loaded.source.reset();  // the file's pages are not the engine's memory
-  worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, base->config(), 1);
-  worker::model::Context context{*backend.ops, exec, *ranks.groups.tp, *activations, dtype};
-
-  worker::train::SessionOptions session_options;
-  protocol::TrainSettings& settings = session_options.settings;
-  settings.method = options.method;
-  settings.gradient_accumulation_steps = options.micro_batches;
-  settings.lora_r = options.rank;
-  settings.lora_alpha = 2.0 * static_cast<double>(options.rank);
-  settings.save_steps = 0;
-  settings.recompute = options.recompute;
-  auto batches = worker::train::make_fixed_batches(random_steps(options, loaded.config.vocab), {});
-  worker::memory::TrainingPlan plan;
-  plan.layout = options.layout;
-  plan.rank = comm.rank();
-  TANDEM_ASSIGN_OR_RETURN(const auto estimate, worker::memory::estimate_training(
-                                                   backend.ops->profile(), loaded.config, dtype,
-                                                   settings, batches->bounds(), plan));
-  TANDEM_ASSIGN_OR_RETURN(auto session, worker::train::TrainSession::create(
-                                            {*backend.allocator, *backend.ledger, context, *weights,
-                                             adapters, 0, &ranks, loaded.source.get()},
-                                            session_options, std::move(batches)));
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto rig,
+      tools::TrainingRig::create(backend, exec, comm, options.layout, loaded, options));
+  // The file's pages are not the engine's memory.
+  if (options.method != "full") loaded.source.reset();
+  worker::train::TrainSession& session = rig->session();
+  worker::model::Context& context = rig->context();
 
   worker::train::TrainSession::PhaseTimes before;
   std::vector<double> step_seconds;
   double loss = 0.0, processor_begin = 0.0;
-  while (!session->finished()) {
-    TANDEM_ASSIGN_OR_RETURN(const auto event, session->run_slice());
+  while (!session.finished()) {
+    TANDEM_ASSIGN_OR_RETURN(const auto event, session.run_slice());
     if (const auto* done = std::get_if<worker::train::StepDone>(&event)) {
       if (done->step > options.warmup) {
         step_seconds.push_back(done->seconds);
       } else {
-        before = session->phase_times();
+        before = session.phase_times();
         processor_begin = processor_seconds();
       }
       loss = done->loss;
     }
   }
-  const auto after = session->phase_times();
+  const auto after = session.phase_times();
   const double processor =
       (processor_seconds() - processor_begin) / static_cast<double>(step_seconds.size());
   const auto phase = [&](std::int64_t from, std::int64_t to) {
@@ -237,12 +119,13 @@ Status run(const Options& options) {
   };
   std::sort(step_seconds.begin(), step_seconds.end());
   const double median = step_seconds[step_seconds.size() / 2];
-  const double tokens = static_cast<double>(options.rows * options.length * options.micro_batches);
+  const double tokens = options.tokens();
   const std::int64_t peak = backend.ledger->peak_total(), resident = resident_bytes_max();
   // Arenas keep what they have mapped: what is in use at the end is the peak.
   const std::int64_t driver = backend.bytes_in_use() - context_bytes;
   const auto peaks = of_all_ranks(comm, context, static_cast<double>(peak));
-  const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
+  const double rate = tools::product_rate(context, backend),
+               flops = step_flops(loaded.config, options);
   const nlohmann::ordered_json report{
       {"bench", "train"},
       {"model", options.model.empty() ? options.shape : options.model},
@@ -273,7 +156,7 @@ Status run(const Options& options) {
       {"product_tflops", rate * 1e-12},
       {"floor_seconds", flops / rate},
       {"floor_tokens_per_second", tokens / (flops / rate)},
-      {"estimate_bytes", estimate.peak_total},
+      {"estimate_bytes", rig->estimate().peak_total},
       {"ledger_peak_bytes", peak},
       {"context_bytes", context_bytes},
       {"driver_peak_bytes", driver},

@@ -32,7 +32,8 @@ class MetaAllocator final : public Allocator {
 
 class MetaOps final : public Ops {
  public:
-  explicit MetaOps(const DeviceProfile& profile) : profile_(profile) {}
+  MetaOps(const DeviceProfile& profile, OpWatcher watcher)
+      : profile_(profile), watcher_(std::move(watcher)) {}
 
   const DeviceProfile& profile() const override { return profile_; }
   void synchronize(Exec&) override {}
@@ -46,68 +47,68 @@ class MetaOps final : public Ops {
     const ArenaScope scope(exec.workspace);
     exec.workspace.alloc_bytes(bytes);
   }
+  template <class Args>
+  void note(const Args& args) const {
+    if (watcher_) watcher_(op_cost(args));
+  }
+  void moved(std::int64_t bytes) const {
+    if (watcher_) watcher_({0.0, 0.0, static_cast<double>(bytes)});
+  }
+  /// An op that needs scratch.
+  template <class Args>
+  void run(Exec& exec, const Args& args) const {
+    take(exec, workspace_bytes(args, profile_));
+    note(args);
+  }
 
   void do_upload(Exec&, std::span<const std::byte>, Tensor) override {}
   void do_download(Exec&, Tensor, std::span<std::byte> host) override {
     std::fill(host.begin(), host.end(), std::byte{0});
   }
-  void do_copy(Exec&, Tensor, Tensor) override {}
-  void do_fill_zero(Exec&, Tensor) override {}
+  void do_copy(Exec&, Tensor from, Tensor to) override { moved(from.bytes() + to.bytes()); }
+  void do_fill_zero(Exec&, Tensor x) override { moved(x.bytes()); }
   void do_pack_weight(Exec& exec, PackedWeight& w, const FillRows&) override {
     take(exec, pack_weight_workspace(w.n, w.i).bytes);
   }
-  void do_embedding_forward(Exec&, const EmbeddingArgs&) override {}
-  void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override {}
-  void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override {}
-  void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override {}
-  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override {}
-  void do_linear_forward(Exec& exec, const LinearArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
-  void do_linear_backward(Exec& exec, const LinearBackwardArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
-  void do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
-  void do_repack_weight(Exec&, const RepackWeightArgs&) override {}
-  void do_rope_forward(Exec&, const RopeArgs&) override {}
-  void do_rope_backward(Exec&, const RopeBackwardArgs&) override {}
-  void do_attention_forward(Exec& exec, const AttentionArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
-  void do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
+  void do_embedding_forward(Exec&, const EmbeddingArgs& a) override { note(a); }
+  void do_embedding_backward(Exec&, const EmbeddingBackwardArgs& a) override { note(a); }
+  void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs& a) override { note(a); }
+  void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs& a) override { note(a); }
+  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs& a) override { note(a); }
+  void do_linear_forward(Exec& exec, const LinearArgs& a) override { run(exec, a); }
+  void do_linear_backward(Exec& exec, const LinearBackwardArgs& a) override { run(exec, a); }
+  void do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) override { run(exec, a); }
+  void do_repack_weight(Exec&, const RepackWeightArgs& a) override { note(a); }
+  void do_rope_forward(Exec&, const RopeArgs& a) override { note(a); }
+  void do_rope_backward(Exec&, const RopeBackwardArgs& a) override { note(a); }
+  void do_attention_forward(Exec& exec, const AttentionArgs& a) override { run(exec, a); }
+  void do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) override { run(exec, a); }
   void do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
+    run(exec, a);
   }
-  void do_silu_mul_forward(Exec&, const SiluMulArgs&) override {}
-  void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs&) override {}
-  void do_gather_rows(Exec&, const GatherRowsArgs&) override {}
-  void do_place_columns(Exec&, const PlaceColumnsArgs&) override {}
+  void do_silu_mul_forward(Exec&, const SiluMulArgs& a) override { note(a); }
+  void do_silu_mul_backward(Exec&, const SiluMulBackwardArgs& a) override { note(a); }
+  void do_gather_rows(Exec&, const GatherRowsArgs& a) override { note(a); }
+  void do_place_columns(Exec&, const PlaceColumnsArgs& a) override { note(a); }
   void do_linear_cross_entropy(Exec& exec, const LinearCrossEntropyArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
+    run(exec, a);
   }
-  void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs&) override {}
-  void do_cross_entropy(Exec&, const CrossEntropyArgs&) override {}
-  void do_logprob(Exec&, const LogprobArgs&) override {}
-  void do_sample(Exec& exec, const SampleArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
-  void do_squared_norm(Exec& exec, const SquaredNormArgs& a) override {
-    take(exec, workspace_bytes(a, profile_));
-  }
-  void do_adamw(Exec&, const AdamWArgs&) override {}
+  void do_cross_entropy_stats(Exec&, const CrossEntropyStatsArgs& a) override { note(a); }
+  void do_cross_entropy(Exec&, const CrossEntropyArgs& a) override { note(a); }
+  void do_logprob(Exec&, const LogprobArgs& a) override { note(a); }
+  void do_sample(Exec& exec, const SampleArgs& a) override { run(exec, a); }
+  void do_squared_norm(Exec& exec, const SquaredNormArgs& a) override { run(exec, a); }
+  void do_adamw(Exec&, const AdamWArgs& a) override { note(a); }
 
   const DeviceProfile profile_;
+  const OpWatcher watcher_;
 };
 
 }  // namespace
 
-Backend make_meta_backend(const DeviceProfile& profile) {
+Backend make_meta_backend(const DeviceProfile& profile, OpWatcher watcher) {
   return {[] { return std::int64_t{0}; }, std::make_unique<MetaAllocator>(),
-          std::make_unique<MemoryLedger>(), std::make_unique<MetaOps>(profile)};
+          std::make_unique<MemoryLedger>(), std::make_unique<MetaOps>(profile, std::move(watcher))};
 }
 
 }  // namespace tandem::kernels

@@ -70,9 +70,30 @@ std::unique_ptr<Communicator> make_single_communicator(
 /// CPU.
 std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size);
 
+/// A collective on paper: who takes part and how much is moved.
+struct CommCall {
+  enum class Kind : int {
+    kAllReduce,
+    kAllGather,  ///< on a GPU also in the background: kStartGather, then kWaitGather
+    kReduceScatter,
+    kBroadcast,
+    kExchange,
+    kStartGather,
+    kWaitGather,
+  };
+  Kind kind = Kind::kAllReduce;
+  std::vector<int> members;  ///< ranks of the gang, in the order of the group
+  std::int64_t bytes = 0;    ///< of the whole (unsharded) tensor; kExchange: sent
+  int to = -1, from = -1;    ///< kExchange: ranks of the gang, -1: nobody
+  std::int64_t gather = 0;   ///< kStartGather, kWaitGather: which one of this rank
+};
+using CommWatcher = std::function<void(const CommCall&)>;
+
 /// Rank `rank` of a gang of `size` that exists only on paper: takes every collective's scratch and
 /// moves nothing. For dry runs. Without `on_host` it stands for NCCL, which takes none from
-/// Exec::workspace.
-std::unique_ptr<Communicator> make_meta_communicator(int rank, int size, bool on_host = true);
+/// Exec::workspace. `watcher`, where given, hears of every call; barriers and groups of one move
+/// nothing and are left out.
+std::unique_ptr<Communicator> make_meta_communicator(int rank, int size, bool on_host = true,
+                                                     CommWatcher watcher = {});
 
 }  // namespace tandem::worker::comm

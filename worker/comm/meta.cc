@@ -2,55 +2,105 @@
 #include "worker/comm/communicator.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace tandem::worker::comm {
 
 namespace {
 
+using Kind = CommCall::Kind;
+
+/// What the communicators of one rank share: whom they tell, and how many gathers have begun.
+struct Paper {
+  bool on_host;
+  CommWatcher watcher;
+  std::int64_t gathers = 0;
+};
+
+class MetaGather final : public Pending {
+ public:
+  MetaGather(std::shared_ptr<Paper> paper, CommCall wait)
+      : paper_(std::move(paper)), wait_(std::move(wait)) {}
+  void wait(kernels::Exec&) override { paper_->watcher(wait_); }
+
+ private:
+  const std::shared_ptr<Paper> paper_;
+  const CommCall wait_;
+};
+
 class MetaCommunicator final : public Communicator {
  public:
-  MetaCommunicator(int rank, int size, bool on_host)
-      : rank_(rank), size_(size), on_host_(on_host) {}
+  MetaCommunicator(int at, std::vector<int> members, std::shared_ptr<Paper> paper)
+      : at_(at), members_(std::move(members)), paper_(std::move(paper)) {}
 
-  [[nodiscard]] int rank() const override { return rank_; }
-  [[nodiscard]] int size() const override { return size_; }
+  [[nodiscard]] int rank() const override { return at_; }
+  [[nodiscard]] int size() const override { return static_cast<int>(members_.size()); }
   void all_reduce_sum(kernels::Exec& exec, kernels::Tensor x) override {
-    take(exec, all_reduce_plan(x.elements(), x.dtype, size_));
+    take(exec, all_reduce_plan(x.elements(), x.dtype, size()));
+    tell({Kind::kAllReduce, members_, x.bytes()});
   }
   void all_gather(kernels::Exec&, kernels::Tensor x, kernels::Tensor out) override {
-    TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size_);
+    TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size());
+    tell({Kind::kAllGather, members_, out.bytes()});
+  }
+  std::unique_ptr<Pending> start_all_gather(kernels::Exec& exec, kernels::Tensor x,
+                                            kernels::Tensor out) override {
+    if (paper_->on_host || size() == 1 || !paper_->watcher)
+      return Communicator::start_all_gather(exec, x, out);
+    CommCall call{Kind::kStartGather, members_, out.bytes()};
+    call.gather = paper_->gathers++;
+    paper_->watcher(call);
+    call.kind = Kind::kWaitGather;
+    return std::make_unique<MetaGather>(paper_, std::move(call));
   }
   void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) override {
-    TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
-    take(exec, reduce_scatter_plan(out.elements(), x.dtype, size_));
+    TANDEM_CHECK_EQ(x.elements(), out.elements() * size());
+    take(exec, reduce_scatter_plan(out.elements(), x.dtype, size()));
+    tell({Kind::kReduceScatter, members_, x.bytes()});
   }
-  void broadcast(kernels::Exec&, kernels::Tensor, int root) override {
-    TANDEM_CHECK(root >= 0 && root < size_, "root ", root);
+  void broadcast(kernels::Exec&, kernels::Tensor x, int root) override {
+    TANDEM_CHECK(root >= 0 && root < size(), "root ", root);
+    tell({Kind::kBroadcast, members_, x.bytes()});
   }
   void barrier(kernels::Exec&) override {}
-  void exchange(kernels::Exec&, kernels::Tensor, int, kernels::Tensor, int) override {}
+  void exchange(kernels::Exec&, kernels::Tensor x, int to, kernels::Tensor y, int from) override {
+    CommCall call{Kind::kExchange, members_, x.defined() ? x.bytes() : 0};
+    if (x.defined()) call.to = members_[static_cast<std::size_t>(to)];
+    if (y.defined()) call.from = members_[static_cast<std::size_t>(from)];
+    tell(call);
+  }
   std::unique_ptr<Communicator> sub(std::span<const int> members) override {
-    const auto at = std::find(members.begin(), members.end(), rank_);
-    TANDEM_CHECK(at != members.end(), "rank ", rank_, " is not among the members");
-    return make_meta_communicator(static_cast<int>(at - members.begin()),
-                                  static_cast<int>(members.size()), on_host_);
+    const auto at = std::find(members.begin(), members.end(), at_);
+    TANDEM_CHECK(at != members.end(), "rank ", at_, " is not among the members");
+    std::vector<int> theirs;
+    for (const int member : members) theirs.push_back(members_[static_cast<std::size_t>(member)]);
+    return std::make_unique<MetaCommunicator>(static_cast<int>(at - members.begin()),
+                                              std::move(theirs), paper_);
   }
 
  private:
   void take(kernels::Exec& exec, const SumPlan& plan) const {
-    if (plan.bytes == 0 || !on_host_) return;
+    if (plan.bytes == 0 || !paper_->on_host) return;
     const kernels::ArenaScope scope(exec.workspace);
     exec.workspace.alloc_bytes(plan.bytes);
   }
-  const int rank_, size_;
-  const bool on_host_;
+  void tell(const CommCall& call) const {
+    if (paper_->watcher && size() > 1) paper_->watcher(call);
+  }
+  const int at_;
+  const std::vector<int> members_;
+  const std::shared_ptr<Paper> paper_;
 };
 
 }  // namespace
 
-std::unique_ptr<Communicator> make_meta_communicator(int rank, int size, bool on_host) {
+std::unique_ptr<Communicator> make_meta_communicator(int rank, int size, bool on_host,
+                                                     CommWatcher watcher) {
   TANDEM_CHECK(rank >= 0 && rank < size, "rank ", rank, " of ", size);
-  return std::make_unique<MetaCommunicator>(rank, size, on_host);
+  std::vector<int> members(static_cast<std::size_t>(size));
+  std::iota(members.begin(), members.end(), 0);
+  return std::make_unique<MetaCommunicator>(rank, std::move(members),
+                                            std::make_shared<Paper>(on_host, std::move(watcher)));
 }
 
 }  // namespace tandem::worker::comm

@@ -12,8 +12,9 @@ constexpr std::int64_t kArenaBytes = std::int64_t{1} << 44;
 
 }  // namespace
 
-DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype, const DryRank& place)
-    : backend_(kernels::make_meta_backend(profile)),
+DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype, const DryRank& place,
+                     DryWatchers watchers)
+    : backend_(kernels::make_meta_backend(profile, std::move(watchers.ops))),
       weight_arena_(*backend_.allocator, *backend_.ledger, kernels::MemoryKind::kWeights, "weights",
                     kArenaBytes),
       table_arena_(*backend_.allocator, *backend_.ledger, kernels::MemoryKind::kAdapters, "slots",
@@ -24,17 +25,18 @@ DryEngine::DryEngine(const kernels::DeviceProfile& profile, DType dtype, const D
                  "workspace", kArenaBytes),
       exec_{workspace_},
       comm_(comm::make_meta_communicator(place.rank, place.layout.ranks(),
-                                         profile.type != kernels::DeviceType::kCuda)),
+                                         profile.type != kernels::DeviceType::kCuda,
+                                         std::move(watchers.comm))),
       ranks(train::make_ranks(*comm_, place.layout)),
       context{*backend_.ops, exec_, *ranks.groups.tp, activation_arena_, dtype} {}
 
 Result<std::unique_ptr<DryEngine>> DryEngine::create(const kernels::DeviceProfile& profile,
                                                      const model::ModelConfig& config, DType dtype,
                                                      std::int64_t adapter_slots,
-                                                     const DryRank& place) {
+                                                     const DryRank& place, DryWatchers watchers) {
   TANDEM_RETURN_IF_ERROR(place.layout.validate());
   TANDEM_RETURN_IF_ERROR(model::check_shard(config, place.layout.tp, place.layout.pp));
-  std::unique_ptr<DryEngine> engine(new DryEngine(profile, dtype, place));
+  std::unique_ptr<DryEngine> engine(new DryEngine(profile, dtype, place, std::move(watchers)));
   engine->source = model::make_zero_source();
   TANDEM_ASSIGN_OR_RETURN(
       engine->base, model::BaseWeights::load(*engine->backend_.ops, engine->exec_,

@@ -18,18 +18,26 @@ struct DryRank {
   bool gathers_base = false;
 };
 
+/// Who hears of the costs of what a dry run issues; empty: nobody.
+struct DryWatchers {
+  kernels::OpWatcher ops;
+  comm::CommWatcher comm;
+};
+
 class DryEngine {
  public:
   /// Errors as BaseWeights::load, and refused: a layout that does not fit the model.
   static Result<std::unique_ptr<DryEngine>> create(const kernels::DeviceProfile& profile,
                                                    const model::ModelConfig& config, DType dtype,
                                                    std::int64_t adapter_slots,
-                                                   const DryRank& place = {});
+                                                   const DryRank& place = {},
+                                                   DryWatchers watchers = {});
   DryEngine(const DryEngine&) = delete;
   DryEngine& operator=(const DryEngine&) = delete;
 
  private:
-  DryEngine(const kernels::DeviceProfile& profile, DType dtype, const DryRank& place);
+  DryEngine(const kernels::DeviceProfile& profile, DType dtype, const DryRank& place,
+            DryWatchers watchers);
 
   // Arenas after the backend, what lies in them after the arenas.
   kernels::Backend backend_;

@@ -40,13 +40,10 @@ Status check_bounds(const train::BatchBounds& bounds) {
   return {};
 }
 
-/// An optimizer step: micro-batches that are under way together count for memory.
-data::OptimizerStep step_of(const data::MicroBatch& batch, const protocol::TrainSettings& settings,
-                            const TrainingPlan& plan) {
-  const std::int64_t count = plan.layout.ranks() == 1 ? 1 : settings.gradient_accumulation_steps;
+data::OptimizerStep step_of(const data::MicroBatch& batch, std::int64_t micro_batches) {
   data::OptimizerStep step;
-  step.micro_batches.assign(static_cast<std::size_t>(count), batch);
-  step.trained_tokens = count * batch.trained_tokens;
+  step.micro_batches.assign(static_cast<std::size_t>(micro_batches), batch);
+  step.trained_tokens = micro_batches * batch.trained_tokens;
   return step;
 }
 
@@ -58,6 +55,67 @@ void publish(DryEngine& engine, train::TrainSession& session, DType dtype) {
       model::build_adapter(engine.context.ops, engine.exec(), engine.allocator(), engine.ledger(),
                            engine.base->config(), dtype, session.flat_adapter(dtype));
   session.probe(std::vector<std::int32_t>(train::kProbeTokens, 0), std::move(reloaded));
+}
+
+/// Collects a trace: costs of ops add up between two calls.
+class Recorder {
+ public:
+  Recorder(const CostModel& model, DType dtype) : model_(model), dtype_(dtype) {}
+  DryWatchers watchers() {
+    return {[this](const kernels::OpCost& cost) { seconds_ += model_.seconds(cost, dtype_); },
+            [this](const comm::CommCall& call) { push(call); }};
+  }
+  /// What came before is not part of the step.
+  void begin() {
+    trace_.clear();
+    seconds_ = 0.0;
+  }
+  StepTrace take() {
+    push(std::nullopt);
+    return std::move(trace_);
+  }
+
+ private:
+  void push(std::optional<comm::CommCall> call) {
+    trace_.push_back({seconds_, std::move(call)});
+    seconds_ = 0.0;
+  }
+  const CostModel& model_;
+  const DType dtype_;
+  double seconds_ = 0.0;
+  StepTrace trace_;
+};
+
+Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::ModelConfig& config,
+                         DType dtype, const protocol::TrainSettings& settings,
+                         const train::BatchBounds& bounds, const TrainingPlan& plan,
+                         std::int64_t micro_batches, Recorder* recorder) {
+  TANDEM_RETURN_IF_ERROR(check_bounds(bounds));
+  const bool gathers_base = plan.layout.zero == 3 && settings.method == "lora";
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto engine,
+      DryEngine::create(profile, config, dtype, plan.adapter_slots,
+                        {plan.layout, plan.rank, gathers_base},
+                        recorder != nullptr ? recorder->watchers() : DryWatchers{}));
+  const data::MicroBatch batch = batch_at(bounds);
+  std::vector<data::MicroBatch> eval;
+  if (plan.eval) eval.push_back(batch);
+  train::SessionOptions options;
+  options.settings = settings;
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto session,
+      train::TrainSession::create(
+          {engine->allocator(), engine->ledger(), engine->context, *engine->weights,
+           *engine->adapters, 0, &engine->ranks, engine->source.get()},
+          options, train::make_fixed_batches({step_of(batch, micro_batches)}, std::move(eval))));
+  if (recorder != nullptr) recorder->begin();
+  while (!session->finished()) {
+    TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
+    static_cast<void>(event);
+  }
+  if (plan.publish && plan.layout.ranks() == 1 && settings.method == "lora")
+    publish(*engine, *session, dtype);
+  return read_ledger(engine->ledger());
 }
 
 }  // namespace
@@ -91,29 +149,21 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
                                    const model::ModelConfig& config, DType dtype,
                                    const protocol::TrainSettings& settings,
                                    const train::BatchBounds& bounds, const TrainingPlan& plan) {
-  TANDEM_RETURN_IF_ERROR(check_bounds(bounds));
-  const bool gathers_base = plan.layout.zero == 3 && settings.method == "lora";
-  TANDEM_ASSIGN_OR_RETURN(const auto engine,
-                          DryEngine::create(profile, config, dtype, plan.adapter_slots,
-                                            {plan.layout, plan.rank, gathers_base}));
-  const data::MicroBatch batch = batch_at(bounds);
-  std::vector<data::MicroBatch> eval;
-  if (plan.eval) eval.push_back(batch);
-  train::SessionOptions options;
-  options.settings = settings;
-  TANDEM_ASSIGN_OR_RETURN(
-      const auto session,
-      train::TrainSession::create(
-          {engine->allocator(), engine->ledger(), engine->context, *engine->weights,
-           *engine->adapters, 0, &engine->ranks, engine->source.get()},
-          options, train::make_fixed_batches({step_of(batch, settings, plan)}, std::move(eval))));
-  while (!session->finished()) {
-    TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
-    static_cast<void>(event);
-  }
-  if (plan.publish && plan.layout.ranks() == 1 && settings.method == "lora")
-    publish(*engine, *session, dtype);
-  return read_ledger(engine->ledger());
+  // Micro-batches that are under way together count for memory.
+  const std::int64_t count = plan.layout.ranks() == 1 ? 1 : settings.gradient_accumulation_steps;
+  return dry_run(profile, config, dtype, settings, bounds, plan, count, nullptr);
+}
+
+Result<DryStep> trace_training(const kernels::DeviceProfile& profile,
+                               const model::ModelConfig& config, DType dtype,
+                               const protocol::TrainSettings& settings,
+                               const train::BatchBounds& bounds, const TrainingPlan& plan,
+                               const CostModel& model) {
+  Recorder recorder(model, dtype);
+  TANDEM_ASSIGN_OR_RETURN(const auto estimate,
+                          dry_run(profile, config, dtype, settings, bounds, plan,
+                                  settings.gradient_accumulation_steps, &recorder));
+  return DryStep{estimate, recorder.take()};
 }
 
 Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,

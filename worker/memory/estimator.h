@@ -9,6 +9,7 @@
 #include "protocol/base/result.h"
 #include "protocol/job_spec.h"
 #include "worker/comm/layout.h"
+#include "worker/memory/step_trace.h"
 #include "worker/model/model_config.h"
 #include "worker/serve/serve_engine.h"
 #include "worker/train/batch_source.h"
@@ -61,6 +62,17 @@ inline Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
   return estimate_training(profile, config, dtype, settings, bounds,
                            TrainingPlan{adapter_slots, with_eval, false});
 }
+
+/// One optimizer step of that rank, with all of its micro-batches, as it would be timed by `model`.
+struct DryStep {
+  Estimate estimate;
+  StepTrace trace;
+};
+Result<DryStep> trace_training(const kernels::DeviceProfile& profile,
+                               const model::ModelConfig& config, DType dtype,
+                               const protocol::TrainSettings& settings,
+                               const train::BatchBounds& bounds, const TrainingPlan& plan,
+                               const CostModel& model);
 
 /// Every rank of a job over several CPU workers, in rank order, each on a process of its own
 /// (tandem-rank). refused_error: the model cannot be cut so, with the nearest layout that works.

@@ -1,0 +1,49 @@
+// Seconds that a step takes on given devices, from what its dry run counts: rates of one device and
+// of the links between ranks. Defaults are measured values of machines that the project has seen;
+// `bench_layout --write FILE` fits them to the machine at hand. Pure; any thread.
+#pragma once
+
+#include "kernels/device_profile.h"
+#include "kernels/op_cost.h"
+#include "protocol/base/dtype.h"
+#include "protocol/base/result.h"
+#include "worker/comm/communicator.h"
+
+#include <string>
+
+namespace tandem::worker::memory {
+
+/// One kind of transfer: `hop_seconds` for each of the steps that a ring of n ranks takes, and the
+/// bytes that pass through a rank's link at `bytes_per_second`.
+struct LinkCost {
+  double hop_seconds = 0.0;
+  double bytes_per_second = 1.0;
+};
+
+struct CostModel {
+  /// Of one rank (all its threads, or its GPU): large products by compute dtype, attention, memory.
+  double product_flops_bf16 = 1.0, product_flops_f32 = 1.0;
+  double attention_flops = 1.0;
+  double memory_bytes_per_second = 1.0;
+  double op_seconds = 0.0;  ///< of every op beside its work: starting threads or a kernel
+  LinkCost all_reduce, all_gather, reduce_scatter, exchange;
+  /// What a gather in the background costs the work beside it: products take so much longer.
+  double gather_slowdown = 1.0;
+
+  /// An op is limited by its products or by memory.
+  [[nodiscard]] double seconds(const kernels::OpCost& cost, DType dtype) const;
+  /// Of a collective from the moment its last rank has come.
+  [[nodiscard]] double seconds(const comm::CommCall& call) const;
+
+  [[nodiscard]] std::string to_json() const;
+  /// Every field, or invalid_error with the field's name.
+  static Result<CostModel> parse(const std::string& json, const std::string& where);
+};
+
+/// For a device as its profile describes it, ranks on one host.
+CostModel default_cost_model(const kernels::DeviceProfile& profile);
+
+/// The file that `bench_layout --write` made; not_found or invalid_error.
+Result<CostModel> read_cost_model(const std::string& path);
+
+}  // namespace tandem::worker::memory

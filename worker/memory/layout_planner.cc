@@ -1,0 +1,113 @@
+#include "worker/memory/layout_planner.h"
+
+#include "worker/model/shard.h"
+#include "worker/train/ranks.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+
+namespace tandem::worker::memory {
+
+namespace {
+
+/// Speeds within this share of each other are taken as equal.
+constexpr double kEqual = 0.01;
+
+Result<PlannedLayout> plan(const kernels::DeviceProfile& profile, const model::ModelConfig& config,
+                           DType dtype, const protocol::TrainSettings& settings,
+                           const train::BatchBounds& bounds, const LayoutLimits& limits,
+                           const CostModel& model) {
+  PlannedLayout planned;
+  planned.layout = train::layout_of(settings);
+  std::vector<StepTrace> traces;
+  for (int rank = 0; rank < planned.layout.ranks(); ++rank) {
+    TANDEM_ASSIGN_OR_RETURN(auto step,
+                            trace_training(profile, config, dtype, settings, bounds,
+                                           {1, false, false, planned.layout, rank}, model));
+    planned.peak_bytes = std::max(planned.peak_bytes, step.estimate.peak_total);
+    traces.push_back(std::move(step.trace));
+  }
+  planned.fits = planned.peak_bytes <= limits.bytes_max;
+  planned.step = simulate(traces, model);
+  planned.tokens_per_second =
+      static_cast<double>(bounds.micro_batch_tokens * settings.gradient_accumulation_steps) /
+      planned.step.seconds;
+  return planned;
+}
+
+}  // namespace
+
+protocol::TrainSettings with_layout(protocol::TrainSettings settings, const comm::Layout& layout) {
+  settings.dp = layout.dp;
+  settings.tp = layout.tp;
+  settings.pp = layout.pp;
+  settings.zero = layout.zero;
+  return settings;
+}
+
+std::vector<comm::Layout> possible_layouts(const model::ModelConfig& config,
+                                           const protocol::TrainSettings& settings, int ranks_max) {
+  std::vector<comm::Layout> layouts;
+  for (int ranks = 1; ranks <= ranks_max; ++ranks)
+    for (int tp = 1; tp <= ranks; ++tp)
+      for (int pp = 1; tp * pp <= ranks; ++pp) {
+        if (ranks % (tp * pp) != 0 || !model::check_shard(config, tp, pp).ok()) continue;
+        for (int zero = 0; zero <= 3; ++zero) {
+          const comm::Layout layout{ranks / (tp * pp), tp, pp, zero};
+          if (layout.validate().ok() && with_layout(settings, layout).check_layout().ok())
+            layouts.push_back(layout);
+        }
+      }
+  return layouts;
+}
+
+Result<std::vector<PlannedLayout>> plan_layouts(const kernels::DeviceProfile& profile,
+                                                const model::ModelConfig& config, DType dtype,
+                                                const protocol::TrainSettings& settings,
+                                                const train::BatchBounds& bounds,
+                                                const LayoutLimits& limits,
+                                                const CostModel& model) {
+  std::vector<PlannedLayout> all;
+  for (const comm::Layout& layout : possible_layouts(config, settings, limits.ranks_max)) {
+    TANDEM_ASSIGN_OR_RETURN(
+        all.emplace_back(),
+        plan(profile, config, dtype, with_layout(settings, layout), bounds, limits, model));
+  }
+  std::stable_sort(all.begin(), all.end(), [](const PlannedLayout& a, const PlannedLayout& b) {
+    if (a.fits != b.fits) return a.fits;
+    return a.tokens_per_second > b.tokens_per_second;
+  });
+  // Nearly as fast with fewer ranks is better: the others are free for somebody else.
+  std::size_t best = 0;
+  for (std::size_t i = 1; i < all.size(); ++i)
+    if (all[i].fits == all[0].fits &&
+        all[i].tokens_per_second >= (1.0 - kEqual) * all[0].tokens_per_second &&
+        all[i].layout.ranks() < all[best].layout.ranks())
+      best = i;
+  if (!all.empty())
+    std::rotate(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(best),
+                all.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+  return all;
+}
+
+std::string to_json(const std::vector<PlannedLayout>& layouts, std::size_t most) {
+  auto list = nlohmann::ordered_json::array();
+  for (const PlannedLayout& planned : layouts) {
+    if (list.size() == most) break;
+    list.push_back({{"dp", planned.layout.dp},
+                    {"tp", planned.layout.tp},
+                    {"pp", planned.layout.pp},
+                    {"zero", planned.layout.zero},
+                    {"tokens_per_second", planned.tokens_per_second},
+                    {"step_seconds", planned.step.seconds},
+                    {"compute_seconds", planned.step.compute_seconds},
+                    {"collective_seconds", planned.step.collective_seconds},
+                    {"bubble_seconds", planned.step.bubble_seconds},
+                    {"peak_bytes", planned.peak_bytes},
+                    {"fits", planned.fits}});
+  }
+  return list.dump();
+}
+
+}  // namespace tandem::worker::memory

@@ -1,0 +1,182 @@
+#include "worker/memory/step_trace.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+namespace tandem::worker::memory {
+
+namespace {
+
+using Kind = comm::CommCall::Kind;
+
+/// The n-th call of a group: when each member came.
+struct Meeting {
+  std::size_t came = 0;
+  double last = 0.0;
+};
+
+/// One direction between two ranks: when its n-th message was offered and asked for.
+struct Channel {
+  std::vector<double> sent, asked;
+  std::vector<double> cost;
+};
+
+class Simulation {
+ public:
+  Simulation(const std::vector<StepTrace>& ranks, const CostModel& model)
+      : traces_(ranks), model_(model), ranks_(ranks.size()) {}
+
+  SimulatedStep run() {
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (std::size_t rank = 0; rank < ranks_.size(); ++rank)
+        while (advance(rank)) moved = true;
+    }
+    SimulatedStep step;
+    for (std::size_t rank = 0; rank < ranks_.size(); ++rank) {
+      TANDEM_CHECK(ranks_[rank].next == traces_[rank].size(), "rank ", rank, " waits for ever at ",
+                   ranks_[rank].next, " of ", traces_[rank].size());
+      step.seconds = std::max(step.seconds, ranks_[rank].now);
+    }
+    const auto count = static_cast<double>(ranks_.size());
+    for (const Rank& rank : ranks_) {
+      step.compute_seconds += rank.compute / count;
+      step.collective_seconds += rank.collective / count;
+      step.bubble_seconds += (rank.exchange + step.seconds - rank.now) / count;
+    }
+    return step;
+  }
+
+ private:
+  struct Rank {
+    std::size_t next = 0;
+    double now = 0.0, compute = 0.0, collective = 0.0, exchange = 0.0;
+    bool came = false;  ///< to the call at `next`, which is not complete
+    std::size_t send_at = 0, ask_at = 0;
+    std::map<std::vector<int>, std::size_t> meetings, gathers;  ///< calls of each group so far
+    std::map<std::int64_t, std::pair<std::vector<int>, std::size_t>> begun;
+    bool gathers_behind = false;
+  };
+
+  /// One event, or arriving at one; false: blocked or finished.
+  bool advance(std::size_t at) {
+    Rank& rank = ranks_[at];
+    if (rank.next == traces_[at].size()) return false;
+    const TraceEvent& event = traces_[at][rank.next];
+    const bool arrives = !rank.came;
+    if (arrives) {
+      const double busy = event.seconds * (rank.gathers_behind ? model_.gather_slowdown : 1.0);
+      rank.now += busy;
+      rank.compute += busy;
+      rank.came = true;
+    }
+    if (!event.call) return finish(rank);
+    switch (event.call->kind) {
+      case Kind::kExchange:
+        return exchange(static_cast<int>(at), rank, *event.call, arrives);
+      case Kind::kStartGather:
+        return start_gather(rank, *event.call);
+      case Kind::kWaitGather:
+        return wait_gather(rank, *event.call) || arrives;
+      default:
+        return meet(rank, *event.call, arrives) || arrives;
+    }
+  }
+
+  static bool finish(Rank& rank) {
+    rank.came = false;
+    ++rank.next;
+    return true;
+  }
+  static bool collective_until(Rank& rank, double time) {
+    rank.collective += std::max(0.0, time - rank.now);
+    rank.now = std::max(rank.now, time);
+    return finish(rank);
+  }
+
+  bool meet(Rank& rank, const comm::CommCall& call, bool arrives) {
+    auto& list = meetings_[call.members];
+    const std::size_t index = rank.meetings[call.members];
+    if (list.size() <= index) list.resize(index + 1);
+    Meeting& meeting = list[index];
+    if (arrives) {
+      ++meeting.came;
+      meeting.last = std::max(meeting.last, rank.now);
+    }
+    if (meeting.came < call.members.size()) return false;
+    ++rank.meetings[call.members];
+    return collective_until(rank, meeting.last + model_.seconds(call));
+  }
+
+  bool start_gather(Rank& rank, const comm::CommCall& call) {
+    auto& list = gathers_[call.members];
+    const std::size_t index = rank.gathers[call.members]++;
+    if (list.size() <= index) list.resize(index + 1);
+    ++list[index].came;
+    list[index].last = std::max(list[index].last, rank.now);
+    gather_cost_[call.members].resize(list.size());
+    gather_cost_[call.members][index] = model_.seconds(call);
+    rank.begun[call.gather] = {call.members, index};
+    rank.gathers_behind = true;
+    return finish(rank);
+  }
+
+  bool wait_gather(Rank& rank, const comm::CommCall& call) {
+    const auto begun = rank.begun.find(call.gather);
+    TANDEM_CHECK(begun != rank.begun.end(), "gather ", call.gather, " never began");
+    const auto& [members, index] = begun->second;
+    const auto& list = gathers_[members];
+    double done = 0.0;  // one after another in the background
+    for (std::size_t i = 0; i <= index; ++i) {
+      if (list[i].came < members.size()) return false;
+      done = std::max(done, list[i].last) + gather_cost_[members][i];
+    }
+    rank.begun.erase(begun);
+    return collective_until(rank, done);
+  }
+
+  bool exchange(int at, Rank& rank, const comm::CommCall& call, bool arrives) {
+    Channel* out = call.to < 0 ? nullptr : &channels_[{at, call.to}];
+    Channel* in = call.from < 0 ? nullptr : &channels_[{call.from, at}];
+    if (arrives) {
+      if (out != nullptr) {
+        rank.send_at = out->sent.size();
+        out->sent.push_back(rank.now);
+        out->cost.push_back(model_.seconds(call));
+      }
+      if (in != nullptr) {
+        rank.ask_at = in->asked.size();
+        in->asked.push_back(rank.now);
+      }
+    }
+    double done = rank.now;
+    const auto passes = [&](const Channel* channel, std::size_t index) {
+      if (channel == nullptr) return true;
+      if (channel->sent.size() <= index || channel->asked.size() <= index) return false;
+      done = std::max(done,
+                      std::max(channel->sent[index], channel->asked[index]) + channel->cost[index]);
+      return true;
+    };
+    if (!passes(out, rank.send_at) || !passes(in, rank.ask_at)) return arrives;
+    rank.exchange += done - rank.now;
+    rank.now = done;
+    return finish(rank);
+  }
+
+  const std::vector<StepTrace>& traces_;
+  const CostModel& model_;
+  std::vector<Rank> ranks_;
+  std::map<std::vector<int>, std::vector<Meeting>> meetings_, gathers_;
+  std::map<std::vector<int>, std::vector<double>> gather_cost_;
+  std::map<std::pair<int, int>, Channel> channels_;
+};
+
+}  // namespace
+
+SimulatedStep simulate(const std::vector<StepTrace>& ranks, const CostModel& model) {
+  return Simulation(ranks, model).run();
+}
+
+}  // namespace tandem::worker::memory
