@@ -1,12 +1,16 @@
 #include "coordinator/estimates.h"
 
+#include "coordinator/placement.h"
+
+#include <algorithm>
+
 namespace tandem::coordinator {
 
 void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                     const protocol::TrainSettings& settings, bool patient) {
   asked_[id] = {model,
-                settings.to_json(),
-                settings.ranks() > 1 ? "cpu" : "",
+                settings,
+                settings.ranks() > 1 || settings.layout == "auto" ? "cpu" : "",
                 patient,
                 context_.now().ms,
                 0,
@@ -24,6 +28,16 @@ std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& rep
   }
   asked_.erase(found);
   return {{reply.call_id, reply.status, reply.result_json}};
+}
+
+std::string Estimates::train_json(const Asked& asked) const {
+  if (asked.settings.layout != "auto") return asked.settings.to_json();
+  protocol::TrainSettings settings = asked.settings;
+  const auto slots = std::max<std::int64_t>(
+      1, std::min<std::int64_t>(static_cast<std::int64_t>(largest_host(workers_).first),
+                                protocol::kGangMembersMax));
+  if (settings.ranks_max == 0 || settings.ranks_max > slots) settings.ranks_max = slots;
+  return settings.to_json();
 }
 
 Worker* Estimates::choose(const Asked& asked) {
@@ -70,7 +84,7 @@ std::vector<EstimateOutcome> Estimates::tick() {
         asked.sent_ms = now;
         ++asked.sends;
         context_.send_worker(engine->engine.peer,
-                             protocol::EstimateRequest{id, asked.model, asked.train_json});
+                             protocol::EstimateRequest{id, asked.model, train_json(asked)});
       }
     }
     ++entry;

@@ -36,7 +36,7 @@ class Estimates {
  private:
   struct Asked {
     protocol::ModelRef model;
-    std::string train_json;
+    protocol::TrainSettings settings;
     std::string device;  ///< asked rather; "": any
     bool patient = false;
     TimeMs asked_ms = 0, sent_ms = 0;
@@ -44,6 +44,8 @@ class Estimates {
     int sends = 0;
   };
   Worker* choose(const Asked& asked);
+  /// The settings as an engine sees them; layout auto is told how many ranks the pool has.
+  [[nodiscard]] std::string train_json(const Asked& asked) const;
 
   Context& context_;
   WorkerTable& workers_;

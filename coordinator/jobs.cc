@@ -173,6 +173,15 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     finish(job, JobState::kFailed, internal_error("the dry run's answer is not a JSON object"));
     return save(std::move(job));
   }
+  std::string reason;
+  if (const auto chosen = json.find("layout"); chosen != json.end()) {
+    if (Status changed = change_layout(job, chosen->dump()); !changed.ok()) {
+      finish(job, JobState::kFailed, changed);
+      return save(std::move(job));
+    }
+    job.estimate_json = outcome.result_json;
+    reason = str("layout auto chose ", json.value("layout_name", ""));
+  }
   if (Status room = check_pool(job); !room.ok()) {
     finish(job, JobState::kFailed, room);
     return save(std::move(job));
@@ -192,7 +201,7 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
                              "recompute")));
     return save(std::move(job));
   }
-  set_state(job, JobState::kQueued, "");
+  set_state(job, JobState::kQueued, reason);
   save(std::move(job));
 }
 
@@ -243,10 +252,13 @@ Status Jobs::pause(const JobId& id) {
 Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   const auto layout = nlohmann::ordered_json::parse(layout_json, nullptr, false);
   for (const auto& [name, value] : layout.items())
-    if (name != "dp" && name != "tp" && name != "pp" && name != "zero")
-      return invalid_error(str("a layout has dp, tp, pp and zero, not \"", name, "\""));
+    if (name != "dp" && name != "tp" && name != "pp" && name != "zero" && name != "layout")
+      return invalid_error(str("a layout has dp, tp, pp and zero, or is auto; not \"", name, "\""));
   TANDEM_ASSIGN_OR_RETURN(auto spec, protocol::JobSpec::parse(job.spec_json));
   auto train = nlohmann::ordered_json::parse(spec.train.to_json());
+  train["layout"] = "manual";
+  if (layout.contains("layout"))
+    for (const char* axis : {"dp", "tp", "pp", "zero"}) train.erase(axis);
   train.update(layout);
   TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
   job.spec_json = spec.to_json();

@@ -159,6 +159,8 @@ const std::vector<Field>& fields() {
       integer("tp", &S::tp, 1, kRanksMax),
       integer("pp", &S::pp, 1, kRanksMax),
       integer("zero", &S::zero, 0, 3),
+      words("layout", {"manual", "auto"}, &S::layout),
+      integer("ranks_max", &S::ranks_max, 0, kRanksMax),
   };
   return table;
 }
@@ -205,9 +207,12 @@ Status read_text(const Json& value, const std::string& name, std::string& out) {
 }  // namespace
 
 Status TrainSettings::check_layout() const {
-  const std::string layout = str("dp ", dp, " x tp ", tp, " x pp ", pp);
+  const std::string name = str("dp ", dp, " x tp ", tp, " x pp ", pp);
+  if (layout == "auto" && (ranks() > 1 || zero > 0))
+    return refused_error(str("layout auto chooses dp, tp, pp and zero, and here they are ", name,
+                             ", zero ", zero, "; leave them out, or set layout to manual"));
   if (ranks() > kRanksMax)
-    return refused_error(str(layout, " are ", ranks(), " ranks; a job has at most ", kRanksMax));
+    return refused_error(str(name, " are ", ranks(), " ranks; a job has at most ", kRanksMax));
   if (zero > 0 && dp == 1)
     return refused_error(str("zero ", zero,
                              " shards over data-parallel ranks, and dp is 1; set dp "

@@ -62,6 +62,10 @@ struct TrainSettings {
   // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
   std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64
   std::int64_t zero = 0;  ///< 0..3: optimizer (1), gradients (2), parameters (3) sharded over dp
+  /// "manual": as the numbers above say. "auto": the dry run chooses them, the fastest that fits on
+  /// at most ranks_max ranks (0: as many as the largest host has).
+  std::string layout = "manual";
+  std::int64_t ranks_max = 0;
 
   [[nodiscard]] std::int64_t ranks() const { return dp * tp * pp; }
 

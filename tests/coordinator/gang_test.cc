@@ -108,6 +108,41 @@ TEST_F(Gangs, MoreRanksThanAnyHostHasSlotsAreRefusedAtSubmission) {
   EXPECT_NE(replies[0].status.message().find("3 CPU workers"), std::string::npos);
 }
 
+TEST_F(Gangs, LayoutAutoIsToldThePoolAndTakesWhatTheDryRunChose) {
+  const nlohmann::json train{{"layout", "auto"}, {"gradient_accumulation_steps", 4}};
+  h.from_client(
+      "c", protocol::Call{
+               "s", "k", "job.submit",
+               nlohmann::json{
+                   {"spec",
+                    {{"model", "base"}, {"dataset", "rows"}, {"adapter", "a"}, {"train", train}}}}
+                   .dump()});
+  bool asked = false;
+  for (int slot = 0; slot < 3; ++slot)
+    for (const auto& request : h.to_engine<protocol::EstimateRequest>(slot)) {
+      asked = true;
+      const auto settings = protocol::TrainSettings::parse(request.spec_json);
+      EXPECT_EQ(settings->layout, "auto");
+      EXPECT_EQ(settings->ranks_max, 3) << "three workers on the host";
+      h.from_engine(slot, protocol::EstimateReply{request.call_id, {}, R"({"peak_bytes": 10,
+          "fits": true, "layout": {"dp": 2, "tp": 1, "pp": 1, "zero": 1},
+          "layout_name": "dp2 x tp1 x pp1, zero 1"})"});
+    }
+  ASSERT_TRUE(asked);
+  const auto replies = h.to_client<protocol::CallReply>("c");
+  ASSERT_EQ(replies.size(), 1u);
+  ASSERT_TRUE(replies[0].status.ok()) << replies[0].status.message();
+  const JobId id(nlohmann::json::parse(replies[0].result_json)["job"].get<std::string>());
+  h.advance(100);
+  const Job job = h.job(id);
+  EXPECT_EQ(job.ranks, 2);
+  EXPECT_EQ(job.members.size(), 2u);
+  const auto spec = protocol::JobSpec::parse(told(0).spec_json);
+  EXPECT_EQ(spec->train.layout, "manual") << "a job that goes on keeps what was chosen";
+  EXPECT_EQ(spec->train.dp, 2);
+  EXPECT_EQ(spec->train.zero, 1);
+}
+
 TEST_F(Gangs, RightAfterAStartOfTheCoordinatorAJobWaitsForWorkersToComeBack) {
   const JobId id = h.submit(kFourRanks);
   EXPECT_EQ(h.job(id).state, JobState::kQueued);

@@ -55,6 +55,8 @@ TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
   refused(R"({"tp": 2, "lora_dropout": 0.1})", {"lora_dropout 0.1", "dp 2 x tp 1 x pp 1"});
   refused(R"({"tp": 64, "pp": 2})", {"128 ranks", "at most 64"});
   EXPECT_EQ(TrainSettings::parse(R"({"tp": 0})").status().message(), "tp must be in 1..64, not 0");
+  refused(R"({"layout": "auto", "tp": 2})", {"layout auto chooses", "tp 2", "leave them out"});
+  EXPECT_TRUE(TrainSettings::parse(R"({"layout": "auto", "ranks_max": 8})").ok());
   EXPECT_FALSE(TrainSettings::parse(R"({"zero": 4})").ok());
   const auto works = TrainSettings::parse(
       R"({"dp": 2, "tp": 2, "pp": 2, "zero": 3, "gradient_accumulation_steps": 2})");

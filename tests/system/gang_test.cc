@@ -171,6 +171,46 @@ TEST_P(GangLayouts, TrainsAsOneRankDoesAndIsServedByTheEngines) {
     EXPECT_EQ(platform_->engine(slot), engines[static_cast<std::size_t>(slot)]);
 }
 
+TEST_F(Gangs, LayoutAutoTakesTheRanksThatItsCostModelFindsFastest) {
+  (void)one_rank();
+  // A machine whose products are slow and whose links are not: every worker helps.
+  const std::string file = platform_->data_dir() + "/cost_model.json";
+  std::ofstream(file) << Json{
+      {"product_flops_bf16", 1e6},
+      {"product_flops_f32", 1e6},
+      {"attention_flops", 1e6},
+      {"memory_bytes_per_second", 1e12},
+      {"op_seconds", 0.0},
+      {"all_reduce_hop_seconds", 0.0},
+      {"all_reduce_bytes_per_second", 1e12},
+      {"all_gather_hop_seconds", 0.0},
+      {"all_gather_bytes_per_second", 1e12},
+      {"reduce_scatter_hop_seconds", 0.0},
+      {"reduce_scatter_bytes_per_second", 1e12},
+      {"exchange_hop_seconds", 0.0},
+      {"exchange_bytes_per_second", 1e12},
+      {"gather_slowdown",
+       1.0}}.dump();
+  const Json settings = with(kSettings, {{"layout", "auto"}});
+  const Json estimate = platform_->call("estimate", {{"model", "tiny"}, {"train", settings}});
+  ASSERT_TRUE(estimate.contains("layouts")) << estimate.dump(1);
+  const Json& best = estimate["layouts"][0];
+  EXPECT_EQ(best.value("dp", 0) * best.value("tp", 0) * best.value("pp", 0), kWorkers)
+      << estimate.dump(1);
+  const std::string job = submit("auto", settings);
+  ASSERT_TRUE(reaches(job, 1));
+  EXPECT_EQ(show(job)["workers"].size(), static_cast<std::size_t>(kWorkers));
+  finish(job);
+  expect_losses_of_one_rank(job);
+  // One that nothing can be read from is an error that names it, not a guess.
+  std::ofstream(file) << "{}";
+  const auto refused = platform_->try_call("estimate", {{"model", "tiny"}, {"train", settings}});
+  EXPECT_NE(refused.status().message().find("cost_model.json: the number product_flops_bf16"),
+            std::string::npos)
+      << refused.status().to_string();
+  fs::remove(file);
+}
+
 /// Each rank in turn, at random moments: the job ends with the bits of an undisturbed one.
 TEST_P(GangLayouts, EachRankKilledCostsARetryAndNotABit) {
   if (!full() && GetParam().name != "tp2" && GetParam().name != "dp2_zero3") return;

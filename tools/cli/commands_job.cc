@@ -281,6 +281,18 @@ Status run_estimate(Session& session, const TrainOptions& options) {
     std::cout << result.dump() << "\n";
     return {};
   }
+  if (const Json layouts = result.value("layouts", Json::array()); !layouts.empty()) {
+    Table speeds({"layout", "tokens/s", "bubble", "largest rank", ""});
+    for (const Json& l : layouts)
+      speeds.add({l.value("name", ""),
+                  str(static_cast<std::int64_t>(l.value("tokens_per_second", 0.0))),
+                  str(static_cast<int>(100.0 * l.value("bubble_seconds", 0.0) /
+                                       l.value("step_seconds", 1.0)),
+                      " %"),
+                  format_bytes(l.value("peak_bytes", std::int64_t{0})),
+                  l.value("fits", false) ? "" : "does not fit"});
+    std::cout << speeds.to_string() << "chosen: " << result.value("layout_name", "") << "\n\n";
+  }
   Table table({"kind", "bytes", ""});
   const Json kinds = result.value("by_kind", Json::object());
   for (const auto& [kind, bytes] : kinds.items())

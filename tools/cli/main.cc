@@ -166,11 +166,15 @@ void add_training(CLI::App& app, Invocation& in) {
       "tandem train --model smol --data train.jsonl --adapter guide --follow\n"
       "  tandem train --model smol --data train.jsonl --adapter guide --dp 2 "
       "--gradient-accumulation-steps 2\n"
-      "  tandem train --model smol --data train.jsonl --adapter guide --pp 2\n\n"
+      "  tandem train --model smol --data train.jsonl --adapter guide --pp 2\n"
+      "  tandem train --model smol --data train.jsonl --adapter guide --layout auto "
+      "--gradient-accumulation-steps 4\n\n"
       "dp x tp x pp ranks take as many workers of one host (tandem up --workers N) at once; their "
       "engines go on\nserving. A layout changes how a step is computed, not what: a step is "
       "gradient_accumulation_steps\nmicro-batches, dealt to the dp ranks. zero 1, 2, 3 shards "
-      "optimizer, gradients, parameters over dp.");
+      "optimizer, gradients, parameters over dp.\nlayout auto takes the fastest that fits on at "
+      "most "
+      "ranks_max workers, by dry runs and a cost model.");
   add_training_options(*train, in);
   train->add_option("--data", in.train.data, "JSON lines file, or a data set's name or digest");
   train->add_option("--eval-data", in.train.eval_data, "the same, for evaluation");
@@ -183,7 +187,9 @@ void add_training(CLI::App& app, Invocation& in) {
           app, in, "estimate", "device memory a job would take, before anything runs",
           [&in](Session& s) { return run_estimate(s, in.train); },
           "tandem estimate --model smol --method lora --seq-len 2048\n"
-          "  tandem estimate --model smol --pp 2      (every rank's bytes)"),
+          "  tandem estimate --model smol --pp 2         (every rank's bytes)\n"
+          "  tandem estimate --model smol --layout auto  (layouts that this pool allows, fastest "
+          "first)"),
       in);
   CLI::App* job = group(app, "job", "fine-tuning jobs");
   verb(*job, in, "list", "newest first", [](Session& s) { return run_list(s, "job"); });
@@ -200,10 +206,10 @@ void add_training(CLI::App& app, Invocation& in) {
     });
     if (method != "resume") continue;
     sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --pp 1 --dp 2");
-    for (const std::string axis : {"dp", "tp", "pp", "zero"})
+    for (const std::string axis : {"dp", "tp", "pp", "zero", "layout"})
       sub->add_option_function<std::string>(
              "--" + axis, [&in, axis](const std::string& v) { in.layout[axis] = v; },
-             "over other ranks than before")
+             axis == "layout" ? "auto: the fastest that fits now" : "over other ranks than before")
           ->type_name("X");
   }
 }

@@ -1,6 +1,7 @@
 // Seconds that a step takes on given devices, from what its dry run counts: rates of one device and
 // of the links between ranks. Defaults are measured values of machines that the project has seen;
-// `bench_layout --write FILE` fits them to the machine at hand. Pure; any thread.
+// `bench_layout --write DATA_DIR/cost_model.json` fits them to the machine at hand. Pure; any
+// thread.
 #pragma once
 
 #include "kernels/device_profile.h"
@@ -42,6 +43,9 @@ struct CostModel {
 
 /// For a device as its profile describes it, ranks on one host.
 CostModel default_cost_model(const kernels::DeviceProfile& profile);
+
+/// In a worker's data directory; without it the defaults hold.
+inline constexpr char kCostModelFile[] = "cost_model.json";
 
 /// The file that `bench_layout --write` made; not_found or invalid_error.
 Result<CostModel> read_cost_model(const std::string& path);

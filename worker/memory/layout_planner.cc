@@ -20,8 +20,13 @@ Result<PlannedLayout> plan(const kernels::DeviceProfile& profile, const model::M
                            const CostModel& model) {
   PlannedLayout planned;
   planned.layout = train::layout_of(settings);
+  // The ranks of a stage do the same at the same time: one stands for all of them.
   std::vector<StepTrace> traces;
-  for (int rank = 0; rank < planned.layout.ranks(); ++rank) {
+  std::vector<int> trace_of;
+  for (int rank = 0; rank < planned.layout.ranks(); ++rank)
+    trace_of.push_back(planned.layout.pp_rank(rank));
+  for (int stage = 0; stage < planned.layout.pp; ++stage) {
+    const int rank = planned.layout.rank_of(0, 0, stage);
     TANDEM_ASSIGN_OR_RETURN(auto step,
                             trace_training(profile, config, dtype, settings, bounds,
                                            {1, false, false, planned.layout, rank}, model));
@@ -29,7 +34,7 @@ Result<PlannedLayout> plan(const kernels::DeviceProfile& profile, const model::M
     traces.push_back(std::move(step.trace));
   }
   planned.fits = planned.peak_bytes <= limits.bytes_max;
-  planned.step = simulate(traces, model);
+  planned.step = simulate(traces, model, trace_of);
   planned.tokens_per_second =
       static_cast<double>(bounds.micro_batch_tokens * settings.gradient_accumulation_steps) /
       planned.step.seconds;
@@ -95,7 +100,8 @@ std::string to_json(const std::vector<PlannedLayout>& layouts, std::size_t most)
   auto list = nlohmann::ordered_json::array();
   for (const PlannedLayout& planned : layouts) {
     if (list.size() == most) break;
-    list.push_back({{"dp", planned.layout.dp},
+    list.push_back({{"name", planned.layout.to_string()},
+                    {"dp", planned.layout.dp},
                     {"tp", planned.layout.tp},
                     {"pp", planned.layout.pp},
                     {"zero", planned.layout.zero},

@@ -18,7 +18,7 @@ struct LayoutLimits {
 
 struct PlannedLayout {
   comm::Layout layout;
-  std::int64_t peak_bytes = 0;  ///< of the largest rank
+  std::int64_t peak_bytes = 0;  ///< of the largest stage's first rank
   bool fits = false;
   SimulatedStep step;
   double tokens_per_second = 0.0;  ///< of the whole gang, rows at their bounds

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <utility>
 
 namespace tandem::worker::memory {
@@ -24,8 +25,9 @@ struct Channel {
 
 class Simulation {
  public:
-  Simulation(const std::vector<StepTrace>& ranks, const CostModel& model)
-      : traces_(ranks), model_(model), ranks_(ranks.size()) {}
+  Simulation(const std::vector<StepTrace>& traces, const CostModel& model,
+             const std::vector<int>& trace_of)
+      : traces_(traces), model_(model), trace_of_(trace_of), ranks_(traces.size()) {}
 
   SimulatedStep run() {
     bool moved = true;
@@ -59,6 +61,16 @@ class Simulation {
     std::map<std::int64_t, std::pair<std::vector<int>, std::size_t>> begun;
     bool gathers_behind = false;
   };
+
+  [[nodiscard]] int trace_of(int rank) const {
+    return trace_of_.empty() ? rank : trace_of_[static_cast<std::size_t>(rank)];
+  }
+  /// How many traces a group's members have.
+  [[nodiscard]] std::size_t distinct(const std::vector<int>& members) const {
+    std::set<int> traces;
+    for (const int member : members) traces.insert(trace_of(member));
+    return traces.size();
+  }
 
   /// One event, or arriving at one; false: blocked or finished.
   bool advance(std::size_t at) {
@@ -105,7 +117,7 @@ class Simulation {
       ++meeting.came;
       meeting.last = std::max(meeting.last, rank.now);
     }
-    if (meeting.came < call.members.size()) return false;
+    if (meeting.came < distinct(call.members)) return false;
     ++rank.meetings[call.members];
     return collective_until(rank, meeting.last + model_.seconds(call));
   }
@@ -128,9 +140,10 @@ class Simulation {
     TANDEM_CHECK(begun != rank.begun.end(), "gather ", call.gather, " never began");
     const auto& [members, index] = begun->second;
     const auto& list = gathers_[members];
+    const std::size_t needed = distinct(members);
     double done = 0.0;  // one after another in the background
     for (std::size_t i = 0; i <= index; ++i) {
-      if (list[i].came < members.size()) return false;
+      if (list[i].came < needed) return false;
       done = std::max(done, list[i].last) + gather_cost_[members][i];
     }
     rank.begun.erase(begun);
@@ -138,8 +151,8 @@ class Simulation {
   }
 
   bool exchange(int at, Rank& rank, const comm::CommCall& call, bool arrives) {
-    Channel* out = call.to < 0 ? nullptr : &channels_[{at, call.to}];
-    Channel* in = call.from < 0 ? nullptr : &channels_[{call.from, at}];
+    Channel* out = call.to < 0 ? nullptr : &channels_[{at, trace_of(call.to)}];
+    Channel* in = call.from < 0 ? nullptr : &channels_[{trace_of(call.from), at}];
     if (arrives) {
       if (out != nullptr) {
         rank.send_at = out->sent.size();
@@ -167,6 +180,7 @@ class Simulation {
 
   const std::vector<StepTrace>& traces_;
   const CostModel& model_;
+  const std::vector<int>& trace_of_;
   std::vector<Rank> ranks_;
   std::map<std::vector<int>, std::vector<Meeting>> meetings_, gathers_;
   std::map<std::vector<int>, std::vector<double>> gather_cost_;
@@ -175,8 +189,9 @@ class Simulation {
 
 }  // namespace
 
-SimulatedStep simulate(const std::vector<StepTrace>& ranks, const CostModel& model) {
-  return Simulation(ranks, model).run();
+SimulatedStep simulate(const std::vector<StepTrace>& traces, const CostModel& model,
+                       const std::vector<int>& trace_of) {
+  return Simulation(traces, model, trace_of).run();
 }
 
 }  // namespace tandem::worker::memory

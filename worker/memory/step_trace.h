@@ -24,8 +24,10 @@ struct SimulatedStep {
   double compute_seconds = 0.0, collective_seconds = 0.0, bubble_seconds = 0.0;
 };
 
-/// `ranks`: the trace of each, in rank order. Calls of a group must match between its members, as
-/// they must when they are run (a check).
-SimulatedStep simulate(const std::vector<StepTrace>& ranks, const CostModel& model);
+/// `traces`: of each rank, in rank order; or of ranks that stand for others that do the same at the
+/// same time: `trace_of[rank]` says which. Calls of a group must match between its members, as they
+/// must when they are run (a check).
+SimulatedStep simulate(const std::vector<StepTrace>& traces, const CostModel& model,
+                       const std::vector<int>& trace_of = {});
 
 }  // namespace tandem::worker::memory

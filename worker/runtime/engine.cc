@@ -3,6 +3,7 @@
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "worker/memory/estimator.h"
+#include "worker/memory/layout_planner.h"
 #include "worker/runtime/device_arbiter.h"
 #include "worker/runtime/job_host.h"
 #include "worker/runtime/model_files.h"
@@ -26,6 +27,7 @@ constexpr std::size_t kInboxMax = 65536, kTasksMax = 1024;
 constexpr auto kIdleWait = std::chrono::milliseconds(50);
 constexpr TimeMs kAgentGoneMs = 30000;  ///< an engine without an agent ends after this
 constexpr TimeMs kAgentCheckMs = 1000;
+constexpr std::size_t kLayoutsShown = 10;  ///< of those that layout auto looked at
 
 StopSignals g_stop_signals;
 void on_signal(int) {
@@ -271,6 +273,12 @@ class Engine {
     if (settings.max_length > config.context_max)
       return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ",
                                request.model.name, " (", config.context_max, ")"));
+    if (settings.layout == "auto") return estimate_auto(settings, config);
+    return estimate_layout(settings, config);
+  }
+
+  Result<std::string> estimate_layout(const protocol::TrainSettings& settings,
+                                      const model::ModelConfig& config) {
     if (settings.ranks() > 1) return estimate_gang(settings, config);
     TANDEM_ASSIGN_OR_RETURN(
         const auto estimate,
@@ -286,6 +294,41 @@ class Engine {
                           {"dtype", dtype_name(options_.model.dtype)},
                           {"fits", total <= options_.model.memory_bytes_max}}
         .dump();
+  }
+
+  /// The first of the planned layouts, fastest first, that fits beside the serving engine as well
+  /// (a job of one rank runs in that engine).
+  Result<std::string> estimate_auto(protocol::TrainSettings settings,
+                                    const model::ModelConfig& config) {
+    const auto& o = options_.model;
+    const kernels::DeviceProfile& profile = backend_.ops->profile();
+    settings.layout = "manual";
+    auto costs = memory::read_cost_model(options_.data_directory + "/" + memory::kCostModelFile);
+    if (costs.status().code() == StatusCode::kNotFound) costs = memory::default_cost_model(profile);
+    TANDEM_RETURN_IF_ERROR(costs.status());
+    const bool alone = options_.device != "cpu";  // GPUs have no gangs yet
+    const memory::LayoutLimits limits{
+        alone ? 1 : static_cast<int>(std::max<std::int64_t>(1, settings.ranks_max)),
+        o.memory_bytes_max};
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto planned,
+        memory::plan_layouts(profile, config, o.dtype, settings,
+                             memory::worst_case_bounds(settings), limits, *costs));
+    std::string first;
+    for (const memory::PlannedLayout& plan : planned) {
+      TANDEM_ASSIGN_OR_RETURN(const std::string text,
+                              estimate_layout(memory::with_layout(settings, plan.layout), config));
+      auto json = nlohmann::json::parse(text);
+      json["layout"] = {{"dp", plan.layout.dp},
+                        {"tp", plan.layout.tp},
+                        {"pp", plan.layout.pp},
+                        {"zero", plan.layout.zero}};
+      json["layout_name"] = plan.layout.to_string();
+      json["layouts"] = nlohmann::json::parse(memory::to_json(planned, kLayoutsShown));
+      if (json.value("fits", false)) return json.dump();
+      if (first.empty()) first = json.dump();
+    }
+    return first;
   }
 
   /// Each rank is a process beside the engine of its slot, which goes on serving: both must fit.

@@ -119,7 +119,15 @@ TEST(StepTrace, EveryLayoutsCallsMatchAndShareTheWork) {
   const auto one = settings_of(4);
   const double alone = simulate(traces(config, one, model), model).seconds;
   for (const Layout& layout : possible_layouts(config, one, 4)) {
-    const auto step = simulate(traces(config, with_layout(one, layout), model), model);
+    const auto ranks = traces(config, with_layout(one, layout), model);
+    const auto step = simulate(ranks, model);
+    std::vector<StepTrace> stages;
+    std::vector<int> trace_of;
+    for (int rank = 0; rank < layout.ranks(); ++rank) trace_of.push_back(layout.pp_rank(rank));
+    for (int stage = 0; stage < layout.pp; ++stage)
+      stages.push_back(ranks[static_cast<std::size_t>(layout.rank_of(0, 0, stage))]);
+    EXPECT_NEAR(simulate(stages, model, trace_of).seconds / step.seconds, 1.0, 0.02)
+        << layout.to_string();
     // Free links: n ranks take a share of the time, and what waits is a bubble.
     EXPECT_GE(step.seconds, 0.99 * alone / layout.ranks()) << layout.to_string();
     EXPECT_LE(step.seconds, 1.01 * alone) << layout.to_string();
