@@ -70,7 +70,7 @@ std::vector<EstimateOutcome> Estimates::tick() {
         asked.sent_ms = now;
         ++asked.sends;
         context_.send_worker(engine->engine.peer,
-                             protocol::EstimateRequest{id, asked.model, asked.train_json});
+                             protocol::EstimateRequest{id, asked.model, asked.train_json, ""});
       }
     }
     ++entry;
