@@ -1,5 +1,7 @@
 #include "coordinator/estimates.h"
 
+#include "protocol/version.h"
+
 namespace tandem::coordinator {
 
 void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
@@ -11,7 +13,13 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                 context_.now().ms,
                 0,
                 {},
-                0};
+                0,
+                ""};
+}
+
+void Estimates::ask_serving(const std::string& id, const protocol::ModelRef& model,
+                            const std::string& serve_json) {
+  asked_[id] = {model, "", "cpu", false, context_.now().ms, 0, {}, 0, serve_json};
 }
 
 std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {
@@ -31,6 +39,7 @@ Worker* Estimates::choose(const Asked& asked) {
   int best_score = -1;
   for (auto& [id, worker] : workers_.all()) {
     if (!worker.engine.alive) continue;
+    if (!asked.serve_json.empty() && !protocol::has_replicas(worker.engine.version)) continue;
     // An engine that trains answers between steps only, so it comes last.
     const int score = (worker.device == asked.device ? 8 : 0) +
                       (worker.engine.model == asked.model.digest ? 2 : 0) +
@@ -70,7 +79,8 @@ std::vector<EstimateOutcome> Estimates::tick() {
         asked.sent_ms = now;
         ++asked.sends;
         context_.send_worker(engine->engine.peer,
-                             protocol::EstimateRequest{id, asked.model, asked.train_json, ""});
+                             protocol::EstimateRequest{id, asked.model, asked.train_json,
+                                                       asked.serve_json});
       }
     }
     ++entry;
