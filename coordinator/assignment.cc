@@ -45,7 +45,8 @@ Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>
     const bool provided =
         std::any_of(workers_.all().begin(), workers_.all().end(), [&](const auto& other) {
           const Engine& engine = other.second.engine;
-          return engine.alive && (engine.model == model || engine.loading == model);
+          return (engine.alive && (engine.model == model || engine.loading == model)) ||
+                 (other.second.gang.model == model && workers_.serves(other.second));
         });
     if (tables.model_by_digest(model) != nullptr && (!provided || worker.engine.model.empty()))
       return model;

@@ -35,6 +35,9 @@ const std::map<std::string, Calls::Verb>& Calls::verbs() {
       {"adapter.import", {&Calls::adapter_import, true}},
       {"adapter.manifest", {&Calls::adapter_manifest, false}},
       {"estimate", {&Calls::estimate, false}},
+      {"replica.add", {&Calls::replica_add, true}},
+      {"replica.list", {&Calls::replica_list, false}},
+      {"replica.rm", {&Calls::replica_rm, true}},
       {"worker.list", {&Calls::worker_list, false}},
       {"worker.drain", {&Calls::worker_drain, true}},
       {"worker.resume", {&Calls::worker_resume, true}},
@@ -58,7 +61,8 @@ Calls::Calls(const Parts& parts)
       workers_(parts.workers),
       estimates_(parts.estimates),
       jobs_(parts.jobs),
-      requests_(parts.requests) {}
+      requests_(parts.requests),
+      replicas_(parts.replicas) {}
 
 void Calls::handle(const std::string& peer, const std::string& user, const protocol::Call& call) {
   if (started_ms_ < 0) started_ms_ = context_.now().ms;
@@ -189,6 +193,7 @@ void Calls::client_gone(const std::string& peer) {
 }
 
 void Calls::estimated(const EstimateOutcome& outcome) {
+  if (replica_estimated(outcome)) return;
   const auto found = estimate_asks_.find(outcome.id);
   if (found == estimate_asks_.end()) return;
   const Ask ask = std::move(found->second);
@@ -232,7 +237,8 @@ void Calls::tick() {
     if (record.created_unix_ms < oldest) old.push_back({record.tenant, record.key});
   for (EraseIdempotency& erase : old) context_.put_lazy(std::move(erase));
   if (!ending()) return;
-  const bool busy = std::any_of(context_.tables().jobs.begin(), context_.tables().jobs.end(),
+  const bool busy = replicas_.any_placed() ||
+                    std::any_of(context_.tables().jobs.begin(), context_.tables().jobs.end(),
                                 [](const auto& j) { return holds_engine(j.second.state); });
   if (busy && context_.now().ms < ending_deadline_ms_) return;
   send_reply(ending_ask_, {}, "{}", false);

@@ -5,6 +5,7 @@
 
 #include "coordinator/jobs.h"
 #include "coordinator/params.h"
+#include "coordinator/replicas.h"
 #include "coordinator/requests.h"
 
 #include <cstdint>
@@ -24,6 +25,7 @@ class Calls {
     Estimates& estimates;
     Jobs& jobs;
     Requests& requests;
+    Replicas& replicas;
   };
   explicit Calls(const Parts& parts);
 
@@ -59,6 +61,11 @@ class Calls {
     JobId job;
     bool logs = false, follow = true, loading = false;
     std::uint64_t sent = 0;
+  };
+  /// Who asked for replicas whose dry run is made.
+  struct ReplicaAsk {
+    std::vector<Ask> asks;  // more than one: repeats
+    Replicas::Wanted wanted;
   };
   using StreamKey = std::pair<std::string, std::string>;  // peer, call id
   static const std::map<std::string, Verb>& verbs();
@@ -100,6 +107,9 @@ class Calls {
   void adapter_import(const Ask& ask, Params& params);
   void adapter_manifest(const Ask& ask, Params& params);
   void estimate(const Ask& ask, Params& params);
+  void replica_add(const Ask& ask, Params& params);
+  void replica_list(const Ask& ask, Params& params);
+  void replica_rm(const Ask& ask, Params& params);
   void worker_list(const Ask& ask, Params& params);
   void worker_drain(const Ask& ask, Params& params);
   void worker_resume(const Ask& ask, Params& params);
@@ -124,6 +134,7 @@ class Calls {
   bool feed(Stream& stream);
   void stream_event(Stream& stream, const JobEventRecord& event);
   void end_stream(const Stream& stream);
+  bool replica_estimated(const EstimateOutcome& outcome);
   void answer_submit(const Ask& ask, const Job& job);
   Result<protocol::JobSpec> check_spec(const std::string& json, Jobs::Submission& submission);
   Json status_json() const;
@@ -133,12 +144,14 @@ class Calls {
   Estimates& estimates_;
   Jobs& jobs_;
   Requests& requests_;
+  Replicas& replicas_;
   TimeMs started_ms_ = -1, ending_deadline_ms_ = 0;
   Ask ending_ask_;
   std::uint64_t estimate_ids_ = 0;
   std::map<std::uint64_t, Pending> pending_;
   std::map<std::pair<std::string, std::string>, std::uint64_t> pending_keys_;  // user, key -> work
   std::map<std::string, Ask> estimate_asks_;
+  std::map<std::string, ReplicaAsk> replica_asks_;
   std::vector<std::pair<JobId, Ask>> submit_asks_;
   std::map<StreamKey, Stream> streams_;
 };

@@ -46,6 +46,9 @@ Json Calls::status_json() const {
                    {"bytes", cache.bytes},
                    {"hits", cache.hits},
                    {"misses", cache.misses}};
+  json["replicas"] = Json::array();
+  for (const auto& [id, replica] : tables.replicas)
+    json["replicas"].push_back(replica_json(replica, replicas_, tables));
   json["workers"] = std::move(workers);
   return json;
 }
@@ -75,7 +78,10 @@ void Calls::command_agent(const Ask& ask, Params& params, protocol::AgentAction 
     return reply(ask,
                  unavailable_error(str("worker ", name, " has no agent that could restart it")));
   if (!restart) workers_.set_draining(worker->id, action == protocol::AgentAction::kDrain);
-  if (action == protocol::AgentAction::kDrain) jobs_.drain(worker->id);
+  if (action == protocol::AgentAction::kDrain) {
+    jobs_.drain(worker->id);
+    replicas_.drain(worker->id);
+  }
   if (restart) workers_.restart(*worker);
   answer(ask, worker_json(*worker, workers_, context_.tables()));
 }
@@ -179,7 +185,10 @@ void Calls::shutdown(const Ask& ask, Params& params) {
   ending_deadline_ms_ = context_.now().ms + (checkpoint ? scaled_ms(kEndingMs) : 0);
   if (ending_deadline_ms_ <= 0) ending_deadline_ms_ = 1;
   if (!checkpoint) return;
-  for (const auto& [id, worker] : workers_.all()) jobs_.drain(id);
+  for (const auto& [id, worker] : workers_.all()) {
+    jobs_.drain(id);
+    replicas_.drain(id);
+  }
 }
 
 }  // namespace tandem::coordinator

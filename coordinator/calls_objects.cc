@@ -102,6 +102,10 @@ void Calls::model_rm(const Ask& ask, Params& params) {
   for (const auto& [id, job] : context_.tables().jobs)
     if (!is_terminal(job.state) && job.model == model.digest)
       return reply(ask, refused_error(str(id, " needs model ", model.name, "; cancel it first")));
+  for (const auto& [id, replica] : context_.tables().replicas)
+    if (replica.model == model.digest)
+      return reply(ask, refused_error(str(id, " serves model ", model.name,
+                                          "; remove it first: tandem replica rm ", id)));
   if (!force)
     for (const auto& [key, adapter] : context_.tables().adapters)
       if (adapter.base_model == model.digest)

@@ -13,10 +13,12 @@ Coordinator::Coordinator(Options options, Snapshot snapshot, const Now& now)
       estimates_(context_, workers_),
       jobs_(context_, workers_, estimates_),
       requests_(context_, workers_),
-      calls_({context_, workers_, estimates_, jobs_, requests_}) {
+      replicas_(context_, workers_, requests_),
+      calls_({context_, workers_, estimates_, jobs_, requests_, replicas_}) {
   context_.begin(now);
   context_.load(std::move(snapshot.tables));
   jobs_.load(snapshot.events);
+  replicas_.load();
   requests_.load(snapshot.results);
 }
 
@@ -25,7 +27,10 @@ std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
   if (!std::holds_alternative<CommitFailed>(input)) context_.settle();
   std::visit([this](const auto& i) { on(i); }, input);
   const bool failing = context_.now().ms < quiet_until_ms_;  // after a failed commit
-  if (!calls_.ending() && !failing) jobs_.schedule();
+  if (!calls_.ending() && !failing) {
+    replicas_.schedule();
+    jobs_.schedule();
+  }
   requests_.dispatch();
   calls_.after_step();
   return context_.take();
@@ -35,6 +40,7 @@ void Coordinator::on(const Tick&) {
   for (const EngineLost& lost : workers_.expire()) engine_lost(lost);
   workers_.tick();
   jobs_.tick();
+  replicas_.tick();
   requests_.tick();
   route_estimates(estimates_.tick());
   calls_.tick();
@@ -106,10 +112,15 @@ void Coordinator::on(const WorkerInput& input) {
   } else if (const auto known = workers_.process_of(input.peer)) {
     known->process.last_seen_ms = context_.now().ms;
     if (known->role == protocol::WorkerRole::kEngine) engine_message(known->worker, input.message);
+    if (const auto* chunk = std::get_if<protocol::InferChunk>(&input.message);
+        chunk != nullptr && known->role != protocol::WorkerRole::kAgent)
+      requests_.chunk(known->role == protocol::WorkerRole::kGang ? known->worker.gang
+                                                                 : known->worker.engine,
+                      *chunk);
     if (known->role != protocol::WorkerRole::kAgent)
       job_message({known->worker, known->process}, input.message);
-    else if (const auto* ended = std::get_if<protocol::JobEnded>(&input.message))
-      jobs_.ended({known->worker, known->process}, *ended);
+    else if (const auto* over = std::get_if<protocol::JobEnded>(&input.message))
+      ended({known->worker, known->process}, *over);
   }
   // Else: a process we do not know (any more). Silence makes it say hello again.
   route_estimates(estimates_.tick());
@@ -117,9 +128,7 @@ void Coordinator::on(const WorkerInput& input) {
 }
 
 void Coordinator::engine_message(Worker& worker, const protocol::WorkerMessage& message) {
-  if (const auto* chunk = std::get_if<protocol::InferChunk>(&message))
-    requests_.chunk(worker, *chunk);
-  else if (const auto* loaded = std::get_if<protocol::ModelLoaded>(&message))
+  if (const auto* loaded = std::get_if<protocol::ModelLoaded>(&message))
     model_loaded(worker, *loaded);
   else if (const auto* estimate = std::get_if<protocol::EstimateReply>(&message))
     route_estimates(estimates_.reply(*estimate));
@@ -132,8 +141,15 @@ void Coordinator::job_message(const Runner& runner, const protocol::WorkerMessag
     jobs_.checkpoint(runner, *checkpoint);
   else if (const auto* publish = std::get_if<protocol::Publish>(&message))
     jobs_.publish(runner, *publish);
-  else if (const auto* ended = std::get_if<protocol::JobEnded>(&message))
-    jobs_.ended(runner, *ended);
+  else if (const auto* over = std::get_if<protocol::JobEnded>(&message))
+    ended(runner, *over);
+}
+
+void Coordinator::ended(const Runner& runner, const protocol::JobEnded& message) {
+  if (is_replica(message.job))
+    replicas_.ended(runner, message);
+  else
+    jobs_.ended(runner, message);
 }
 
 void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& message) {
@@ -150,8 +166,13 @@ void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& me
   if (lost) engine_lost(*lost);
   const auto known = workers_.process_of(peer);
   reply.stop_jobs = jobs_.adopt({known->worker, known->process}, known->role);
-  if (message.role == protocol::WorkerRole::kEngine)
-    reply.stop_requests = requests_.adopt(known->worker, message.requests);
+  for (const JobId& id : replicas_.adopt({known->worker, known->process}, known->role))
+    reply.stop_jobs.push_back(id);
+  if (message.role != protocol::WorkerRole::kAgent)
+    reply.stop_requests =
+        requests_.adopt(message.role == protocol::WorkerRole::kGang ? known->worker.gang
+                                                                    : known->worker.engine,
+                        message.requests);
   context_.log(LogLevel::kInfo, role_name(message.role), " ", message.worker, " pid ", message.pid,
                " is here, ", message.jobs.size(), " jobs");
   context_.send_worker(peer, std::move(reply));
@@ -169,13 +190,17 @@ void Coordinator::heartbeat(const std::string& peer, const protocol::Heartbeat& 
   context_.send_worker(peer, protocol::HeartbeatReply{message.seq});
   const auto known = workers_.process_of(peer);
   jobs_.seen({known->worker, known->process}, known->role);
+  replicas_.seen({known->worker, known->process}, known->role);
 }
 
 void Coordinator::engine_lost(const EngineLost& lost) {
   context_.log(LogLevel::kWarn, lost.gang ? "gang " : "engine ", lost.worker,
                " is lost: ", lost.reason);
   jobs_.engine_lost(lost);
-  if (!lost.gang) requests_.engine_lost(lost);
+  if (!lost.name.empty()) {
+    if (lost.gang) replicas_.gang_lost(lost);
+    requests_.engine_lost(lost.name, lost.reason);
+  }
 }
 
 void Coordinator::on(const WorkDone& done) {

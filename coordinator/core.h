@@ -12,6 +12,7 @@
 #include "coordinator/context.h"
 #include "coordinator/estimates.h"
 #include "coordinator/jobs.h"
+#include "coordinator/replicas.h"
 #include "coordinator/requests.h"
 #include "coordinator/workers.h"
 
@@ -54,6 +55,7 @@ class Coordinator {
   void model_loaded(Worker& worker, const protocol::ModelLoaded& message);
   void engine_message(Worker& worker, const protocol::WorkerMessage& message);
   void job_message(const Runner& runner, const protocol::WorkerMessage& message);
+  void ended(const Runner& runner, const protocol::JobEnded& message);
   void engine_lost(const EngineLost& lost);
   void route_estimates(const std::vector<EstimateOutcome>& outcomes);
   void assign_models();
@@ -65,6 +67,7 @@ class Coordinator {
   Estimates estimates_;
   Jobs jobs_;
   Requests requests_;
+  Replicas replicas_;
   Calls calls_;
   std::map<std::string, Session> sessions_;
   std::uint64_t dropped_before_hello_ = 0;

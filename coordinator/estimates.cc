@@ -1,6 +1,7 @@
 #include "coordinator/estimates.h"
 
 #include "coordinator/placement.h"
+#include "protocol/version.h"
 
 #include <algorithm>
 
@@ -15,7 +16,13 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                 context_.now().ms,
                 0,
                 {},
-                0};
+                0,
+                ""};
+}
+
+void Estimates::ask_serving(const std::string& id, const protocol::ModelRef& model,
+                            const std::string& serve_json) {
+  asked_[id] = {model, {}, "cpu", false, context_.now().ms, 0, {}, 0, serve_json};
 }
 
 std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {
@@ -31,6 +38,7 @@ std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& rep
 }
 
 std::string Estimates::train_json(const Asked& asked) const {
+  if (!asked.serve_json.empty()) return "";
   if (asked.settings.layout != "auto") return asked.settings.to_json();
   protocol::TrainSettings settings = asked.settings;
   const auto slots = std::max<std::int64_t>(
@@ -45,6 +53,7 @@ Worker* Estimates::choose(const Asked& asked) {
   int best_score = -1;
   for (auto& [id, worker] : workers_.all()) {
     if (!worker.engine.alive) continue;
+    if (!asked.serve_json.empty() && !protocol::has_replicas(worker.engine.version)) continue;
     // An engine that trains answers between steps only, so it comes last.
     const int score = (worker.device == asked.device ? 8 : 0) +
                       (worker.engine.model == asked.model.digest ? 2 : 0) +
@@ -84,7 +93,8 @@ std::vector<EstimateOutcome> Estimates::tick() {
         asked.sent_ms = now;
         ++asked.sends;
         context_.send_worker(engine->engine.peer,
-                             protocol::EstimateRequest{id, asked.model, train_json(asked)});
+                             protocol::EstimateRequest{id, asked.model, train_json(asked),
+                                                       asked.serve_json});
       }
     }
     ++entry;

@@ -26,6 +26,9 @@ class Estimates {
   /// kUnavailable after estimate_timeout_ms.
   void ask(const std::string& id, const protocol::ModelRef& model,
            const protocol::TrainSettings& settings, bool patient);
+  /// Of a replica over several ranks; kUnavailable after estimate_timeout_ms.
+  void ask_serving(const std::string& id, const protocol::ModelRef& model,
+                   const std::string& serve_json);
   void forget(const std::string& id) { asked_.erase(id); }
   /// An engine's answer; nothing when nobody waits for it any more.
   std::vector<EstimateOutcome> reply(const protocol::EstimateReply& reply);
@@ -42,6 +45,7 @@ class Estimates {
     TimeMs asked_ms = 0, sent_ms = 0;
     WorkerId worker;  ///< empty: not sent
     int sends = 0;
+    std::string serve_json = {};  ///< of a replica; "": a job
   };
   Worker* choose(const Asked& asked);
   /// The settings as an engine sees them; layout auto is told how many ranks the pool has.

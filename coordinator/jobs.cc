@@ -312,7 +312,9 @@ void Jobs::drain(const WorkerId& worker) {
 void Jobs::schedule() {
   std::vector<JobId> order;
   for (const Job* job : queue_order(context_.tables())) order.push_back(job->id);
-  std::set<WorkerId> reserved;  // for gangs earlier in the queue, which need them all at once
+  if (order.empty()) return;
+  // For replicas, and for gangs earlier in the queue, which need them all at once.
+  std::set<WorkerId> reserved = reserved_for_replicas(context_.tables(), workers_);
   for (const JobId& id : order) {
     const Job& job = context_.tables().jobs.at(id);
     if (const auto timers = timers_.find(id);

@@ -172,12 +172,12 @@ void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pendi
 }
 
 void announce(Context& context, const WorkerTable& workers, const AdapterVersionRecord& adapter) {
+  const protocol::Announce news{str(adapter.name, "@", adapter.version), adapter.base_model,
+                                adapter.digest, context.tables().manifest(adapter.digest)};
   for (const auto& [id, worker] : workers.all()) {
-    if (!worker.holds(adapter.base_model)) continue;
-    context.send_worker(
-        worker.engine.peer,
-        protocol::Announce{str(adapter.name, "@", adapter.version), adapter.base_model,
-                           adapter.digest, context.tables().manifest(adapter.digest)});
+    if (worker.holds(adapter.base_model)) context.send_worker(worker.engine.peer, news);
+    if (worker.gang.model == adapter.base_model && workers.serves(worker))
+      context.send_worker(worker.gang.peer, news);
   }
 }
 

@@ -59,7 +59,8 @@ bool Jobs::accept(const Runner& runner, const JobId& id, Epoch epoch, const std:
 /// agents were there all the time, one may have been given another job.
 bool Jobs::may_go_on(const Job& job) const {
   return std::none_of(job.members.begin(), job.members.end(), [&](const WorkerId& member) {
-    return job_on(context_.tables(), member) != nullptr;
+    return job_on(context_.tables(), member) != nullptr ||
+           replica_on(context_.tables(), member) != nullptr;
   });
 }
 
@@ -142,6 +143,7 @@ std::vector<JobId> Jobs::adopt(const Runner& runner, protocol::WorkerRole role) 
   const bool agent = role == protocol::WorkerRole::kAgent;  // holds gangs, runs none
   std::vector<JobId> stop;
   for (const protocol::RunningJob& claim : process.jobs) {
+    if (is_replica(claim.job)) continue;
     const auto found = context_.tables().jobs.find(claim.job);
     const bool owned = found != context_.tables().jobs.end() &&
                        found->second.epoch == claim.epoch && found->second.worker == worker.id &&
@@ -168,6 +170,7 @@ void Jobs::seen(const Runner& runner, protocol::WorkerRole role) {
   const auto& [worker, process] = runner;
   const bool agent = role == protocol::WorkerRole::kAgent;
   for (const protocol::RunningJob& claim : process.jobs) {
+    if (is_replica(claim.job)) continue;
     const auto found = context_.tables().jobs.find(claim.job);
     // A gang whose lease alone ran out may come back; its agent need not end it.
     const bool current =

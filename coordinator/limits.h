@@ -29,6 +29,8 @@ struct Limits {
   int attempts_max = 10;     ///< attempts in a row without a new step or checkpoint
   int own_failures_max = 3;  ///< failures reported by the job itself without a new step
   std::size_t jobs_live_max = 4096;
+  std::size_t replicas_max = 256;
+  TimeMs replica_stable_ms = 60'000;  ///< one that served so long is started again at once
   std::size_t events_kept = 2000;  ///< of one job; older ones go first
   TimeMs lazy_commit_ms = 100;     ///< progress and cached results wait this long for a commit
   // -- requests

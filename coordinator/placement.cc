@@ -25,7 +25,8 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
   const std::int64_t bytes = estimated_bytes(job);
   if (workers.draining(worker.id)) return "is draining";
   if (const Job* other = job_on(tables, worker.id)) return str("trains ", other->id);
-  if (reserved.contains(worker.id)) return "is kept for a job of several ranks";
+  if (const Replica* replica = replica_on(tables, worker.id)) return str("serves ", replica->id);
+  if (reserved.contains(worker.id)) return "is kept for a job of several ranks or a replica";
   for (const auto* process : {static_cast<const Process*>(&worker.engine), &worker.agent})
     for (const protocol::RunningJob& running : process->jobs)
       if (process->alive && (running.job != job.id || running.epoch != job.epoch))
@@ -48,6 +49,12 @@ std::vector<const Job*> queue_order(const Tables& tables) {
 const Job* job_on(const Tables& tables, const WorkerId& worker) {
   for (const auto& [id, job] : tables.jobs)
     if (holds_engine(job.state) && job.holds(worker)) return &job;
+  return nullptr;
+}
+
+const Replica* replica_on(const Tables& tables, const WorkerId& worker) {
+  for (const auto& [id, replica] : tables.replicas)
+    if (replica.holds(worker)) return &replica;
   return nullptr;
 }
 

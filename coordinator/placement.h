@@ -34,6 +34,13 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
                      const std::set<WorkerId>& reserved);
 
+/// The same for a replica that waits.
+Placement place_replica(const Replica& replica, const Tables& tables, const WorkerTable& workers,
+                        const std::set<WorkerId>& reserved);
+
+/// What replicas that wait keep for themselves; jobs leave it alone.
+std::set<WorkerId> reserved_for_replicas(const Tables& tables, const WorkerTable& workers);
+
 /// What gangs before `job` in the queue keep for themselves.
 std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
                                    const WorkerTable& workers);
@@ -47,5 +54,7 @@ std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers);
 
 /// The job a worker is reserved for by the tables, or null.
 const Job* job_on(const Tables& tables, const WorkerId& worker);
+/// The replica that has a rank on it, or null.
+const Replica* replica_on(const Tables& tables, const WorkerId& worker);
 
 }  // namespace tandem::coordinator

@@ -55,7 +55,7 @@ std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers) {
 
 std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
                                    const WorkerTable& workers) {
-  std::set<WorkerId> reserved;
+  std::set<WorkerId> reserved = reserved_for_replicas(tables, workers);
   for (const Job* before : queue_order(tables)) {
     if (before->id == job.id) break;
     if (before->ranks <= 1) continue;
@@ -109,6 +109,39 @@ Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& wo
             : str("; no agent of theirs is connected");
   if (!best->obstacles.empty()) placement.waiting += "; " + best->obstacles;
   return placement;
+}
+
+Placement place_replica(const Replica& replica, const Tables& tables, const WorkerTable& workers,
+                        const std::set<WorkerId>& reserved) {
+  if (tables.model_by_digest(replica.model) == nullptr)
+    return {{}, {}, {}, false, "its base model is not registered any more"};
+  Job gang;  // what a job of as many ranks would get
+  gang.id = replica.id;
+  gang.epoch = replica.epoch;
+  gang.worker = replica.worker;
+  gang.ranks = replica.ranks();
+  gang.estimate_json = str("{\"peak_bytes\":", replica.peak_bytes, "}");
+  Placement placement = place_gang(gang, tables, workers, reserved);
+  if (placement.worker.empty()) return placement;
+  const protocol::Version& version = workers.find(placement.worker)->agent.version;
+  if (protocol::has_replicas(version)) return placement;
+  return {{},
+          {},
+          placement.members,
+          false,
+          str("agent ", placement.worker, " speaks protocol ", version.major, ".", version.minor,
+              ", which knows no replicas: upgrade it")};
+}
+
+std::set<WorkerId> reserved_for_replicas(const Tables& tables, const WorkerTable& workers) {
+  std::set<WorkerId> reserved;
+  for (const auto& [id, replica] : tables.replicas) {
+    if (replica.placed()) continue;
+    const Placement placement = place_replica(replica, tables, workers, reserved);
+    const auto& kept = placement.worker.empty() ? placement.wanted : placement.members;
+    reserved.insert(kept.begin(), kept.end());
+  }
+  return reserved;
 }
 
 }  // namespace tandem::coordinator

@@ -43,6 +43,10 @@ struct Apply {
     return put(t.aliases, r.name, r, EraseAlias{r.name});
   }
   std::vector<Write> operator()(const Job& r) const { return put(t.jobs, r.id, r, EraseJob{r.id}); }
+  std::vector<Write> operator()(const Replica& r) const {
+    return put(t.replicas, r.id, r, EraseReplica{r.id});
+  }
+  std::vector<Write> operator()(const EraseReplica& e) const { return erase(t.replicas, e.replica); }
   std::vector<Write> operator()(const CheckpointRecord& r) const {
     return put(t.checkpoints, std::pair(r.job, r.step), r, EraseCheckpoint{r.job, r.step});
   }
@@ -118,6 +122,15 @@ bool is_terminal(JobState state) {
 bool holds_engine(JobState state) {
   return state == JobState::kStarting || state == JobState::kRunning ||
          state == JobState::kPausing || state == JobState::kCancelling;
+}
+
+const char* replica_state_name(ReplicaState state) {
+  static constexpr const char* kNames[] = {"waiting", "starting", "serving", "stopping"};
+  return kNames[static_cast<int>(state)];
+}
+
+bool is_replica(const JobId& id) {
+  return id.value.starts_with("replica-");
 }
 
 std::vector<Write> Tables::apply(const Write& write) {

@@ -101,6 +101,44 @@ struct Job {
   }
 };
 
+/// waiting -> starting -> serving -> (stopping ->) waiting, or gone where it was removed. One whose
+/// gang dies waits again.
+enum class ReplicaState : std::uint8_t {
+  kWaiting = 0,
+  kStarting = 1,  ///< workers were chosen, StartJob is repeated until it says that it can serve
+  kServing = 2,
+  kStopping = 3  ///< finishes what it answers, then ends
+};
+const char* replica_state_name(ReplicaState state);
+
+/// A base that is to be served by a gang of tp x pp ranks, for as long as it stands here. The
+/// registry keeps it as a setting, "replica/ID".
+struct Replica {
+  JobId id;  ///< "replica-" and 12 hex digits; a gang knows it as its job
+  std::string tenant;
+  Digest model;
+  std::int64_t tp = 1, pp = 1;
+  ReplicaState state = ReplicaState::kWaiting;
+  Epoch epoch = 0;
+  WorkerId worker;                ///< leads it or led it last
+  std::vector<WorkerId> members;  ///< all its workers, the leader first
+  Incarnation gang = 0;           ///< of its first rank's process; 0: none is to be there
+  int attempts = 0;               ///< starts in a row that did not last
+  bool removing = false;          ///< ends for good
+  std::string error;              ///< why it ended last
+  std::int64_t peak_bytes = 0;    ///< largest rank and the engine of its slot, by the dry run
+  std::int64_t created_unix_ms = 0, updated_unix_ms = 0;
+
+  [[nodiscard]] std::int64_t ranks() const { return tp * pp; }
+  /// Its workers are taken.
+  [[nodiscard]] bool placed() const { return state != ReplicaState::kWaiting; }
+  [[nodiscard]] bool holds(const WorkerId& who) const {
+    return placed() && std::find(members.begin(), members.end(), who) != members.end();
+  }
+};
+/// Whether this names a replica, not a job.
+bool is_replica(const JobId& id);
+
 // -- writes: Erase* of what is not there is no error
 struct EraseModel {
   std::string name;
@@ -139,11 +177,15 @@ struct EraseJobEvent {
 struct EraseJob {
   JobId job;
 };
+struct EraseReplica {
+  JobId replica;
+};
 using Write =
     std::variant<ModelRecord, Dataset, AdapterVersionRecord, AliasRecord, Job, JobEventRecord,
                  CheckpointRecord, ManifestRecord, ResultRecord, IdempotencyRecord, SettingRecord,
                  EraseModel, EraseDataset, EraseAdapter, EraseAlias, EraseCheckpoint, EraseManifest,
-                 EraseResult, EraseIdempotency, EraseSetting, EraseJobEvent, EraseJob>;
+                 EraseResult, EraseIdempotency, EraseSetting, EraseJobEvent, EraseJob, Replica,
+                 EraseReplica>;
 
 /// All but events and results, which are only written here.
 struct Tables {
@@ -152,6 +194,7 @@ struct Tables {
   std::map<std::pair<std::string, std::uint32_t>, AdapterVersionRecord> adapters;
   std::map<std::string, AliasRecord> aliases;
   std::map<JobId, Job> jobs;
+  std::map<JobId, Replica> replicas;
   std::map<std::pair<std::string, std::int64_t>, CheckpointRecord> checkpoints;
   std::map<Digest, ManifestRecord> manifests;
   std::map<std::pair<std::string, std::string>, IdempotencyRecord> idempotency;

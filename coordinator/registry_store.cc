@@ -114,6 +114,58 @@ Result<Job> from_record(const protocol::JobRecord& r) {
   return job;
 }
 
+const std::string kReplicaPrefix = "replica/";  // of settings
+
+SettingRecord to_record(const Replica& r) {
+  const Json json{{"tenant", r.tenant},
+                  {"model", r.model.hex()},
+                  {"tp", r.tp},
+                  {"pp", r.pp},
+                  {"state", static_cast<int>(r.state)},
+                  {"epoch", r.epoch},
+                  {"worker", r.worker.value},
+                  {"members", id_list(r.members)},
+                  {"gang", r.gang},
+                  {"attempts", r.attempts},
+                  {"removing", r.removing},
+                  {"error", r.error},
+                  {"peak_bytes", r.peak_bytes},
+                  {"created", r.created_unix_ms},
+                  {"updated", r.updated_unix_ms}};
+  return {kReplicaPrefix + r.id.value,
+          json.dump(-1, ' ', false, Json::error_handler_t::replace)};
+}
+
+Result<Replica> replica_of(const SettingRecord& record) {
+  Replica r;
+  r.id = JobId(record.name.substr(kReplicaPrefix.size()));
+  const Json json = Json::parse(record.value, nullptr, false);
+  try {
+    r.tenant = json.at("tenant").get<std::string>();
+    r.model = digest_at(json, "model");
+    r.tp = json.at("tp").get<std::int64_t>();
+    r.pp = json.at("pp").get<std::int64_t>();
+    const int state = json.at("state").get<int>();
+    r.state = state >= 0 && state <= static_cast<int>(ReplicaState::kStopping)
+                  ? static_cast<ReplicaState>(state)
+                  : ReplicaState::kWaiting;
+    r.epoch = json.at("epoch").get<Epoch>();
+    r.worker = WorkerId(json.at("worker").get<std::string>());
+    for (const auto& member : json.at("members").get<std::vector<std::string>>())
+      r.members.emplace_back(member);
+    r.gang = json.at("gang").get<Incarnation>();
+    r.attempts = json.at("attempts").get<int>();
+    r.removing = json.at("removing").get<bool>();
+    r.error = json.at("error").get<std::string>();
+    r.peak_bytes = json.at("peak_bytes").get<std::int64_t>();
+    r.created_unix_ms = json.at("created").get<std::int64_t>();
+    r.updated_unix_ms = json.at("updated").get<std::int64_t>();
+  } catch (const Json::exception& error) {
+    return corrupt_error(str(r.id, ": ", error.what(), "; restore a backup"));
+  }
+  return r;
+}
+
 Result<Dataset> from_record(const protocol::DatasetRecord& r, const std::string& manifest_text) {
   auto manifest = storage::parse_manifest(manifest_text);
   if (!manifest.ok() || manifest->tensors.size() != 1)
@@ -130,6 +182,10 @@ struct Apply {
   Status operator()(const Dataset& r) const {
     return txn.put(
         protocol::DatasetRecord{r.manifest, r.name, r.rows, r.bytes, r.created_unix_ms, r.format});
+  }
+  Status operator()(const Replica& r) const { return txn.put(to_record(r)); }
+  Status operator()(const EraseReplica& e) const {
+    return txn.remove<SettingRecord>(kReplicaPrefix + e.replica.value);
   }
   template <class Record>
   Status operator()(const Record& r) const {
@@ -188,8 +244,15 @@ Result<Snapshot> RegistryStore::load() {
       txn, [&](ManifestRecord r) { t.manifests[r.digest] = std::move(r); }));
   TANDEM_RETURN_IF_ERROR(load_table<CheckpointRecord>(
       txn, [&](CheckpointRecord r) { t.checkpoints[std::pair(r.job, r.step)] = std::move(r); }));
-  TANDEM_RETURN_IF_ERROR(
-      load_table<SettingRecord>(txn, [&](SettingRecord r) { t.settings[r.name] = r.value; }));
+  TANDEM_ASSIGN_OR_RETURN(const auto settings, txn.list<SettingRecord>());
+  for (const SettingRecord& setting : settings) {
+    if (!setting.name.starts_with(kReplicaPrefix)) {
+      t.settings[setting.name] = setting.value;
+      continue;
+    }
+    TANDEM_ASSIGN_OR_RETURN(Replica replica, replica_of(setting));
+    t.replicas[replica.id] = std::move(replica);
+  }
   TANDEM_RETURN_IF_ERROR(load_table<IdempotencyRecord>(
       txn, [&](IdempotencyRecord r) { t.idempotency[std::pair(r.tenant, r.key)] = std::move(r); }));
   TANDEM_RETURN_IF_ERROR(load_table<ResultRecord>(

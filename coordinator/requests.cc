@@ -341,8 +341,10 @@ void Requests::drop_subscriber(const RequestId& id, const Status* tell) {
 
 std::int64_t Requests::retry_after() const {
   std::int64_t credits = 0;
-  for (const auto& [id, worker] : workers_.all())
+  for (const auto& [id, worker] : workers_.all()) {
     if (workers_.usable(worker)) credits += worker.engine.credits;
+    if (workers_.serves(worker)) credits += worker.gang.credits;
+  }
   const double wait = service_ms_ * static_cast<double>(queue_.size()) /
                       static_cast<double>(std::max<std::int64_t>(credits, 1));
   return std::clamp(static_cast<std::int64_t>(wait), context_.limits().retry_after_ms,

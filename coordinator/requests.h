@@ -44,12 +44,12 @@ class Requests {
   void client_gone(const std::string& peer);
 
   // -- from engines
-  void chunk(Worker& worker, const protocol::InferChunk& message);
-  /// A hello of a known engine: what it still answers and we do not know is to be stopped (the
+  void chunk(Engine& engine, const protocol::InferChunk& message);
+  /// A hello of a known engine or replica: what it still answers and we do not know is to be stopped (the
   /// return value); what we sent it and it does not name goes elsewhere.
-  std::vector<RequestId> adopt(Worker& worker, const std::vector<RequestId>& running);
-  /// Everything sent to this engine goes elsewhere.
-  void engine_lost(const EngineLost& lost);
+  std::vector<RequestId> adopt(Engine& engine, const std::vector<RequestId>& running);
+  /// Everything sent to the engine or replica of this name goes elsewhere.
+  void engine_lost(const WorkerId& name, const std::string& reason);
 
   /// Sends waiting executions to engines that can take them.
   void dispatch();
@@ -86,7 +86,7 @@ class Requests {
     std::vector<protocol::GenerateChunk> chunks;  ///< all that arrived, in order
     std::int64_t start_index = 0, next_index = 0;
     std::vector<Subscriber> subscribers;
-    WorkerId engine;  ///< empty: waiting
+    WorkerId engine;  ///< its name, or a replica's; empty: waiting
     std::uint32_t attempt = 0;
     int tries = 0;
     TimeMs queued_ms = 0, not_before_ms = 0, dispatched_ms = 0, heard_ms = 0;
@@ -123,8 +123,8 @@ class Requests {
   /// Back to the queue; fails it when it was tried too often.
   void reroute(Execution& execution, const Status& why);
   void release_engine(Execution& execution, bool tell_engine);
-  Worker* choose_engine(const Execution& execution);
-  void send_to(Worker& worker, Execution& execution);
+  Engine* choose_engine(const Execution& execution);
+  void send_to(Engine& engine, Execution& execution);
   [[nodiscard]] std::int64_t retry_after() const;
   /// Ok while the execution may go on waiting.
   [[nodiscard]] Status may_wait(const Execution& execution) const;

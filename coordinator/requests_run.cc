@@ -22,6 +22,13 @@ bool is_permanent(StatusCode code) {
          code == StatusCode::kRefused || code == StatusCode::kCorrupt;
 }
 
+/// Serves, is about to, or did a short while ago and is started again.
+bool is_or_was_there(const Replica& replica, const Context& context) {
+  return replica.state == ReplicaState::kStarting || replica.state == ReplicaState::kServing ||
+         (replica.epoch > 0 && context.now().unix_ms - replica.updated_unix_ms <
+                                   context.limits().no_engine_wait_ms);
+}
+
 constexpr TimeMs kRetryDelayMs = 50;  // after kBusy and kUnavailable of an engine
 constexpr double kServiceWeight = 0.1;
 
@@ -33,28 +40,31 @@ void Requests::dispatch() {
   waiting.reserve(queue_.size());
   for (const auto& [order, id] : queue_) waiting.push_back(id);
   std::map<Digest, std::int64_t> credits;
-  for (const auto& [id, worker] : workers_.all())
-    if (workers_.usable(worker) && worker.engine.free_credits() > 0)
-      credits[worker.engine.model] += worker.engine.free_credits();
+  const auto count = [&](const Engine& engine) {
+    if (engine.free_credits() > 0) credits[engine.model] += engine.free_credits();
+  };
+  for (const auto& [id, worker] : workers_.all()) {
+    if (workers_.usable(worker)) count(worker.engine);
+    if (workers_.serves(worker)) count(worker.gang);
+  }
   for (const RequestId& id : waiting) {
     Execution& execution = executions_.at(id);
     const auto free = credits.find(execution.target.model.digest);
     if (free == credits.end() || free->second <= 0) continue;
     if (execution.not_before_ms > context_.now().ms) continue;
-    Worker* worker = choose_engine(execution);
-    if (worker == nullptr) continue;
+    Engine* engine = choose_engine(execution);
+    if (engine == nullptr) continue;
     --free->second;
-    send_to(*worker, execution);
+    send_to(*engine, execution);
   }
 }
 
-Worker* Requests::choose_engine(const Execution& execution) {
+Engine* Requests::choose_engine(const Execution& execution) {
   const auto depths = prefixes_.depths(execution.prefixes);
-  Worker* best = nullptr;
+  Engine* best = nullptr;
   std::tuple<int, int, std::size_t, std::int64_t> best_score;
-  for (auto& [id, worker] : workers_.all()) {
-    if (!workers_.usable(worker) || !worker.holds(execution.target.model.digest)) continue;
-    const Engine& engine = worker.engine;
+  for (Engine* const candidate : workers_.serving(execution.target.model.digest)) {
+    const Engine& engine = *candidate;
     const auto& job = execution.target.job;
     const bool trains_it =
         !job.empty() && std::any_of(engine.jobs.begin(), engine.jobs.end(),
@@ -65,21 +75,22 @@ Worker* Requests::choose_engine(const Execution& execution) {
     }
     const bool resident =
         execution.target.adapter.empty() || engine.adapters.contains(execution.target.adapter);
-    const auto depth = depths.find(id);
+    const auto depth = depths.find(engine.name);
+    const bool trains = !engine.jobs.empty() && !is_replica(engine.jobs.front().job);
+    const bool failed_here = execution.last_engine == engine.name && execution.tries > 0;
     const std::int64_t load = static_cast<std::int64_t>(engine.requests.size()) +
-                              (engine.jobs.empty() ? 0 : 4) +
-                              (execution.last_engine == id && execution.tries > 0 ? 1000 : 0);
+                              (trains ? 4 : 0) + (failed_here ? 1000 : 0);
     const std::tuple score{trains_it ? 1 : 0, resident ? 1 : 0,
                            depth == depths.end() ? std::size_t{0} : depth->second, -load};
     if (best == nullptr || score > best_score) {
-      best = &worker;
+      best = candidate;
       best_score = score;
     }
   }
   return best;
 }
 
-void Requests::send_to(Worker& worker, Execution& execution) {
+void Requests::send_to(Engine& engine, Execution& execution) {
   if (attempts_ == 0) {
     // Later starts of the coordinator count from higher numbers, so a chunk of an attempt before
     // the restart is never taken for one of now.
@@ -88,13 +99,13 @@ void Requests::send_to(Worker& worker, Execution& execution) {
   }
   queue_.erase(execution.order);
   execution.attempt = ++attempts_;
-  execution.engine = worker.id;
-  execution.last_engine = worker.id;
+  execution.engine = engine.name;
+  execution.last_engine = engine.name;
   ++execution.tries;
   execution.dispatched_ms = execution.heard_ms = context_.now().ms;
   execution.dispatched_us = context_.now().us;
-  worker.engine.requests.insert(execution.id);
-  prefixes_.record(execution.prefixes, worker.id);
+  engine.requests.insert(execution.id);
+  prefixes_.record(execution.prefixes, engine.name);
 
   protocol::Infer infer;
   infer.request = execution.request;
@@ -114,13 +125,13 @@ void Requests::send_to(Worker& worker, Execution& execution) {
   infer.adapter = execution.target.adapter;
   infer.adapter_manifest = execution.target.manifest;
   infer.job = execution.target.job;
-  context_.send_worker(worker.engine.peer, std::move(infer));
+  context_.send_worker(engine.peer, std::move(infer));
 }
 
-void Requests::chunk(Worker& worker, const protocol::InferChunk& message) {
+void Requests::chunk(Engine& engine, const protocol::InferChunk& message) {
   const auto found = executions_.find(message.chunk.id);
-  if (found == executions_.end() || found->second.engine != worker.id) {
-    context_.send_worker(worker.engine.peer, protocol::InferCancel{message.chunk.id});
+  if (found == executions_.end() || found->second.engine != engine.name) {
+    context_.send_worker(engine.peer, protocol::InferCancel{message.chunk.id});
     return;
   }
   Execution& execution = found->second;
@@ -137,7 +148,7 @@ void Requests::chunk(Worker& worker, const protocol::InferChunk& message) {
   if (chunk.index != execution.next_index) {
     if (chunk.index + count <= execution.next_index && chunk.finish == FinishReason::kNone)
       return;  // a repeat
-    context_.send_worker(worker.engine.peer, protocol::InferCancel{execution.id});
+    context_.send_worker(engine.peer, protocol::InferCancel{execution.id});
     return reroute(execution, unavailable_error(str("a part of the answer was lost: token ",
                                                     execution.next_index, " expected, ",
                                                     chunk.index, " came")));
@@ -145,7 +156,7 @@ void Requests::chunk(Worker& worker, const protocol::InferChunk& message) {
   execution.chunks.push_back(chunk);
   execution.next_index += count;
   stats_.tokens += static_cast<std::uint64_t>(count);
-  if (!execution.target.adapter.empty()) worker.engine.adapters.insert(execution.target.adapter);
+  if (!execution.target.adapter.empty()) engine.adapters.insert(execution.target.adapter);
   if (chunk.finish == FinishReason::kError)
     return fail(execution, internal_error("the engine ended the answer with an error"));
   for (Subscriber& subscriber : execution.subscribers) deliver(execution, subscriber);
@@ -246,10 +257,10 @@ void Requests::keep_result(const Execution& execution) {
 
 void Requests::release_engine(Execution& execution, bool tell_engine) {
   if (execution.engine.empty()) return;
-  if (Worker* worker = workers_.find(execution.engine)) {
-    worker->engine.requests.erase(execution.id);
-    if (tell_engine && worker->engine.alive)
-      context_.send_worker(worker->engine.peer, protocol::InferCancel{execution.id});
+  if (Engine* engine = workers_.engine(execution.engine)) {
+    engine->requests.erase(execution.id);
+    if (tell_engine && engine->alive)
+      context_.send_worker(engine->peer, protocol::InferCancel{execution.id});
   }
   execution.engine = {};
 }
@@ -265,33 +276,35 @@ void Requests::reroute(Execution& execution, const Status& why) {
   queue_[execution.order] = execution.id;
 }
 
-std::vector<RequestId> Requests::adopt(Worker& worker, const std::vector<RequestId>& running) {
+std::vector<RequestId> Requests::adopt(Engine& engine, const std::vector<RequestId>& running) {
   const std::set<RequestId> named(running.begin(), running.end());
   std::vector<RequestId> stop;
   for (const RequestId& id : named)
-    if (!worker.engine.requests.contains(id)) stop.push_back(id);
-  const std::set<RequestId> sent = worker.engine.requests;
+    if (!engine.requests.contains(id)) stop.push_back(id);
+  const std::set<RequestId> sent = engine.requests;
   for (const RequestId& id : sent)
     if (const auto found = executions_.find(id); found != executions_.end() && !named.contains(id))
       reroute(found->second, unavailable_error("the engine does not have the request any more"));
   return stop;
 }
 
-void Requests::engine_lost(const EngineLost& lost) {
-  prefixes_.forget(lost.worker);
-  Worker* worker = workers_.find(lost.worker);
-  if (worker == nullptr) return;
-  const std::set<RequestId> sent = worker->engine.requests;
+void Requests::engine_lost(const WorkerId& name, const std::string& reason) {
+  prefixes_.forget(name);
+  // By what was sent, not by what the engine's entry lists: that may be another process's by now.
+  std::vector<RequestId> sent;
+  for (const auto& [id, execution] : executions_)
+    if (execution.engine == name) sent.push_back(id);
   for (const RequestId& id : sent)
     if (const auto found = executions_.find(id); found != executions_.end())
-      reroute(found->second, unavailable_error(str("engine ", lost.worker, ": ", lost.reason)));
-  worker->engine.requests.clear();
+      reroute(found->second, unavailable_error(str("engine ", name, ": ", reason)));
 }
 
 Status Requests::may_wait(const Execution& execution) const {
   const Digest& model = execution.target.model.digest;
   bool any = false, all_refuse = true;
   Status refusal;
+  for (const auto& [id, replica] : context_.tables().replicas)
+    if (replica.model == model && !replica.removing && is_or_was_there(replica, context_)) return {};
   for (const auto& [id, worker] : workers_.all()) {
     if (!worker.engine.alive) continue;
     if (worker.engine.model == model || worker.engine.loading == model) return {};
@@ -334,8 +347,8 @@ void Requests::tick() {
       if (Status status = may_wait(execution); !status.ok()) hopeless.emplace_back(id, status);
       continue;
     }
-    const Worker* worker = workers_.find(execution.engine);
-    const TimeMs idle_since = worker == nullptr ? -1 : worker->engine.idle_since_ms;
+    const Engine* engine = workers_.engine(execution.engine);
+    const TimeMs idle_since = engine == nullptr ? -1 : engine->idle_since_ms;
     if (idle_since < 0) continue;
     const TimeMs since = std::max({idle_since, execution.dispatched_ms, execution.heard_ms});
     if (now - since > context_.limits().idle_engine_ms) forgotten.push_back(id);

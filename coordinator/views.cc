@@ -103,7 +103,8 @@ Json adapter_json(const AdapterVersionRecord& adapter, const Tables& tables,
                   const WorkerTable& workers) {
   const auto resident =
       std::count_if(workers.all().begin(), workers.all().end(), [&](const auto& w) {
-        return w.second.engine.alive && w.second.engine.adapters.contains(adapter.digest);
+        return (w.second.engine.alive && w.second.engine.adapters.contains(adapter.digest)) ||
+               (w.second.gang.alive && w.second.gang.adapters.contains(adapter.digest));
       });
   std::int64_t bytes = 0;
   const Json manifest = parse_object(tables.manifest(adapter.digest));
@@ -127,7 +128,8 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
   for (const protocol::RunningJob& job : engine.jobs) jobs.push_back(job.job.value);
   const Job* held = job_on(tables, worker.id);
   if (held != nullptr && held->gang()) jobs.push_back(held->id.value);
-  const bool idle = jobs.empty() && engine.requests.empty();
+  const Replica* replica = replica_on(tables, worker.id);
+  const bool idle = jobs.empty() && engine.requests.empty() && replica == nullptr;
   const char* state = !engine.alive                 ? (worker.agent.alive ? "starting" : "lost")
                       : workers.draining(worker.id) ? (idle ? "drained" : "draining")
                       : engine.model.empty()        ? "starting"
@@ -141,6 +143,7 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
           {"loading", engine.loading.empty() ? "" : model_name(tables, engine.loading)},
           {"error", engine.load_status.ok() ? "" : engine.load_status.message()},
           {"jobs", std::move(jobs)},
+          {"replica", replica == nullptr ? "" : replica->id.value},
           {"requests", engine.requests.size()},
           {"credits", engine.credits},
           {"kv_free", engine.heartbeat.kv_blocks_free},
@@ -152,6 +155,31 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
           {"pid", engine.alive ? engine.pid : 0},
           {"agent_pid", worker.agent.alive ? worker.agent.pid : 0},
           {"stats", parse_object(engine.heartbeat.stats_json)}};
+}
+
+Json replica_json(const Replica& replica, const Replicas& replicas, const Tables& tables) {
+  const Engine* engine = replicas.engine(replica);
+  const protocol::Heartbeat beat = engine == nullptr ? protocol::Heartbeat{} : engine->heartbeat;
+  return {{"replica", replica.id.value},
+          {"model", model_name(tables, replica.model)},
+          {"tp", replica.tp},
+          {"pp", replica.pp},
+          {"layout", str("tp", replica.tp, " x pp", replica.pp)},
+          {"state", replica_state_name(replica.state)},
+          {"reason", replicas.reason(replica)},
+          {"epoch", replica.epoch},
+          {"worker", replica.placed() ? replica.worker.value : ""},
+          {"workers", replica.placed() ? id_list(replica.members) : Json::array()},
+          {"requests", engine == nullptr ? 0 : engine->requests.size()},
+          {"adapters", engine == nullptr ? 0 : engine->adapters.size()},
+          {"kv_free", beat.kv_blocks_free},
+          {"kv_total", beat.kv_blocks_total},
+          {"tokens_per_second", beat.tokens_per_second},
+          {"pid", engine == nullptr ? 0 : engine->pid},
+          {"attempts", replica.attempts},
+          {"rank_bytes", replica.peak_bytes},
+          {"created", replica.created_unix_ms},
+          {"stats", parse_object(beat.stats_json)}};
 }
 
 Json event_json(const JobEventRecord& event) {

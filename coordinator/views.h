@@ -2,6 +2,7 @@
 #pragma once
 
 #include "coordinator/jobs.h"
+#include "coordinator/replicas.h"
 #include "coordinator/params.h"
 #include "coordinator/workers.h"
 
@@ -22,6 +23,8 @@ Json adapter_json(const AdapterVersionRecord& adapter, const Tables& tables,
                   const WorkerTable& workers);
 /// WORKER
 Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables& tables);
+/// REPLICA
+Json replica_json(const Replica& replica, const Replicas& replicas, const Tables& tables);
 /// One item of job.watch.
 Json event_json(const JobEventRecord& event);
 /// One item of job.logs.

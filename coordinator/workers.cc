@@ -18,6 +18,10 @@ const char* role_name(WorkerRole role) {
   return role == WorkerRole::kAgent ? "agent" : role == WorkerRole::kEngine ? "engine" : "gang";
 }
 
+WorkerId replica_name(const JobId& replica, Epoch epoch) {
+  return WorkerId(str(replica, "/", epoch));
+}
+
 Process& WorkerTable::process(Worker& worker, WorkerRole role) {
   if (role == WorkerRole::kAgent) return worker.agent;
   if (role == WorkerRole::kGang) return worker.gang;
@@ -51,9 +55,24 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
     if (hello.role != WorkerRole::kAgent && known.alive)
       lost = EngineLost{worker.id,
                         str("the ", role_name(hello.role), " was replaced by a new process"),
-                        hello.role == WorkerRole::kGang};
+                        hello.role == WorkerRole::kGang,
+                        hello.role == WorkerRole::kGang ? worker.gang.name : worker.id};
   }
   if (known.peer != peer) peers_.erase(known.peer);
+  if (hello.role == WorkerRole::kGang) {
+    Engine& gang = worker.gang;
+    if (gang.incarnation != hello.incarnation) {
+      Engine fresh;
+      fresh.superseded = std::move(gang.superseded);
+      replicas_.erase(gang.name);
+      gang = std::move(fresh);
+    }
+    if (!hello.jobs.empty() && is_replica(hello.jobs.front().job)) {
+      gang.name = replica_name(hello.jobs.front().job, hello.jobs.front().epoch);
+      replicas_[gang.name] = worker.id;
+    }
+    take_hello(gang, hello);
+  }
   if (hello.role == WorkerRole::kEngine) {
     Engine& engine = worker.engine;
     if (engine.incarnation != hello.incarnation) {
@@ -67,11 +86,9 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
       fresh.load_not_before_ms = engine.load_not_before_ms;
       engine = std::move(fresh);
     }
-    engine.model = hello.model;
+    engine.name = worker.id;
     engine.loading = {};
-    engine.credits = hello.credits;
-    engine.adapters = {hello.adapters.begin(), hello.adapters.end()};
-    engine.idle_since_ms = hello.requests.empty() ? context_.now().ms : -1;
+    take_hello(engine, hello);
     worker.device = hello.device;
     worker.device_name = hello.device_name;
     worker.memory_bytes = hello.memory_bytes;
@@ -94,6 +111,14 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
   return {};
 }
 
+/// What a hello says of those who answer requests.
+void WorkerTable::take_hello(Engine& engine, const protocol::WorkerHello& hello) const {
+  engine.model = hello.model;
+  engine.credits = hello.credits;
+  engine.adapters = {hello.adapters.begin(), hello.adapters.end()};
+  engine.idle_since_ms = hello.requests.empty() ? context_.now().ms : -1;
+}
+
 Status WorkerTable::heartbeat(const std::string& peer, const protocol::Heartbeat& beat) {
   Worker* worker = find(beat.worker);
   if (worker == nullptr) return unavailable_error("unknown worker");
@@ -105,11 +130,11 @@ Status WorkerTable::heartbeat(const std::string& peer, const protocol::Heartbeat
   if (!known.alive || known.incarnation != beat.incarnation || known.peer != peer)
     return unavailable_error("unknown process");
   known.last_seen_ms = context_.now().ms;
-  if (beat.role != WorkerRole::kEngine) {
+  if (beat.role == WorkerRole::kAgent) {
     known.jobs = beat.jobs;
     return {};
   }
-  Engine& engine = worker->engine;
+  Engine& engine = beat.role == WorkerRole::kGang ? worker->gang : worker->engine;
   if (beat.seq < engine.heartbeat.seq) return {};  // overtaken
   engine.heartbeat = beat;
   engine.jobs = beat.jobs;
@@ -140,8 +165,9 @@ std::optional<EngineLost> WorkerTable::bye(const protocol::WorkerBye& bye) {
   known.alive = false;
   peers_.erase(known.peer);
   if (bye.role == WorkerRole::kAgent) return {};
-  return EngineLost{bye.worker, str("the ", role_name(bye.role), " ended as it was asked to"),
-                    bye.role == WorkerRole::kGang};
+  const bool gang = bye.role == WorkerRole::kGang;
+  return EngineLost{bye.worker, str("the ", role_name(bye.role), " ended as it was asked to"), gang,
+                    gang ? worker->gang.name : worker->id};
 }
 
 std::vector<EngineLost> WorkerTable::expire() {
@@ -159,7 +185,7 @@ std::vector<EngineLost> WorkerTable::expire() {
       if (role != WorkerRole::kAgent)
         lost.push_back(
             {id, str("no sign of the ", role_name(role), " for ", now - known.last_seen_ms, " ms"),
-             role == WorkerRole::kGang});
+             role == WorkerRole::kGang, role == WorkerRole::kGang ? worker.gang.name : id});
     }
   }
   return lost;
@@ -172,6 +198,33 @@ Worker* WorkerTable::find(const WorkerId& id) {
 const Worker* WorkerTable::find(const WorkerId& id) const {
   const auto found = workers_.find(id);
   return found == workers_.end() ? nullptr : &found->second;
+}
+
+Engine* WorkerTable::engine(const WorkerId& name) {
+  if (Worker* worker = find(name)) return &worker->engine;
+  const auto leader = replicas_.find(name);
+  Worker* worker = leader == replicas_.end() ? nullptr : find(leader->second);
+  return worker == nullptr || worker->gang.name != name ? nullptr : &worker->gang;
+}
+
+std::vector<Engine*> WorkerTable::serving(const Digest& model) {
+  std::vector<Engine*> engines;
+  for (auto& [id, worker] : workers_) {
+    // A replica first: of two that are as good it is the one that was asked for.
+    if (worker.gang.model == model && serves(worker)) engines.push_back(&worker.gang);
+    if (worker.engine.model == model && usable(worker)) engines.push_back(&worker.engine);
+  }
+  return engines;
+}
+
+bool WorkerTable::serves(const Worker& worker) const {
+  const Engine& gang = worker.gang;
+  if (!gang.alive || gang.model.empty() || gang.jobs.empty()) return false;
+  const auto found = context_.tables().replicas.find(gang.jobs.front().job);
+  if (found == context_.tables().replicas.end()) return false;
+  const Replica& replica = found->second;
+  return replica.state == ReplicaState::kServing && replica.gang == gang.incarnation &&
+         replica.worker == worker.id;
 }
 
 bool WorkerTable::usable(const Worker& worker) const {
@@ -215,13 +268,15 @@ void WorkerTable::forget_old() {
   auto oldest = workers_.end();
   for (auto w = workers_.begin(); w != workers_.end(); ++w) {
     if (w->second.engine.alive || w->second.agent.alive || w->second.gang.alive ||
-        !w->second.engine.requests.empty())
+        !w->second.engine.requests.empty() || !w->second.gang.requests.empty())
       continue;
     if (oldest == workers_.end() ||
         w->second.engine.last_seen_ms < oldest->second.engine.last_seen_ms)
       oldest = w;
   }
-  if (oldest != workers_.end()) workers_.erase(oldest);
+  if (oldest == workers_.end()) return;
+  replicas_.erase(oldest->second.gang.name);
+  workers_.erase(oldest);
 }
 
 }  // namespace tandem::coordinator

@@ -27,7 +27,11 @@ struct Process {
   std::deque<Incarnation> superseded;      ///< replaced by a later one; their hellos are refused
 };
 
+/// Who answers requests: a worker's engine, or the first rank of a replica.
 struct Engine : Process {
+  /// What requests, prefixes and views know it by: the worker's id; of a replica "ID/EPOCH", so
+  /// that what was sent to one that died is never taken for the next one's. Empty: a job's gang.
+  WorkerId name;
   Digest model;  ///< the base it holds; empty: none
   Digest loading;
   TimeMs load_sent_ms = 0, load_not_before_ms = 0;
@@ -51,7 +55,7 @@ struct Worker {
   std::int64_t memory_bytes = 0;
   Process agent;
   Engine engine;
-  Process gang;                ///< of the gang that this worker leads or led last
+  Engine gang;                 ///< of the gang that this worker leads or led last
   Incarnation restarting = 0;  ///< the engine that its agent was told to end; 0: none
   TimeMs restart_sent_ms = 0;
   [[nodiscard]] bool holds(const Digest& model) const {
@@ -65,6 +69,7 @@ struct EngineLost {
   WorkerId worker;
   std::string reason;
   bool gang = false;
+  WorkerId name;  ///< who answered requests; empty: nobody
 };
 
 /// Who runs a job and speaks for it.
@@ -75,6 +80,9 @@ struct Runner {
 
 /// "agent", "engine" or "gang".
 const char* role_name(protocol::WorkerRole role);
+
+/// A replica's name among those who answer requests.
+WorkerId replica_name(const JobId& replica, Epoch epoch);
 
 class WorkerTable {
  public:
@@ -103,8 +111,14 @@ class WorkerTable {
   [[nodiscard]] const Worker* find(const WorkerId& id) const;
   [[nodiscard]] std::map<WorkerId, Worker>& all() { return workers_; }
   [[nodiscard]] const std::map<WorkerId, Worker>& all() const { return workers_; }
-  /// May it get new work: alive engine, not draining.
+  /// May its engine get new work: alive, not draining.
   [[nodiscard]] bool usable(const Worker& worker) const;
+  /// The engine or replica of that name, dead ones too; null when it is forgotten.
+  Engine* engine(const WorkerId& name);
+  /// All that may be given requests for this base now.
+  std::vector<Engine*> serving(const Digest& model);
+  /// Whether the worker leads a replica that serves, as the tables want it.
+  [[nodiscard]] bool serves(const Worker& worker) const;
   /// Draining is a wish of the operator and outlives restarts.
   [[nodiscard]] bool draining(const WorkerId& id) const;
   void set_draining(const WorkerId& id, bool draining);
@@ -116,11 +130,13 @@ class WorkerTable {
 
  private:
   Process& process(Worker& worker, protocol::WorkerRole role);
+  void take_hello(Engine& engine, const protocol::WorkerHello& hello) const;
   void forget_old();
 
   Context& context_;
   std::map<WorkerId, Worker> workers_;
   std::map<std::string, std::pair<WorkerId, protocol::WorkerRole>> peers_;
+  std::map<WorkerId, WorkerId> replicas_;  ///< name -> the worker that leads it
 };
 
 }  // namespace tandem::coordinator

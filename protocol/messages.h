@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 2;  ///< range: version.h
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 3;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
@@ -183,7 +183,8 @@ using ServerMessage = std::variant<ServerHello, GenerateChunk, CallReply, Pong>;
 // -- worker <-> coordinator
 // ------------------------------------------------------------------------
 
-/// kGang (since 1.2): the first rank of a job that runs over several workers; it speaks for all.
+/// kGang (since 1.2): the first rank of a job that runs over several workers, or (since 1.3) of a
+/// replica that serves over several; it speaks for all.
 enum class WorkerRole : std::uint8_t { kAgent = 0, kEngine = 1, kGang = 2 };
 
 /// A base model as a worker needs it.
@@ -333,6 +334,8 @@ struct EstimateRequest {
   std::string call_id;
   ModelRef model;
   std::string spec_json;  ///< a JobSpec's "train" object
+  /// Since 1.3: {"tp", "pp"} of a replica that is to serve; "": a job.
+  std::string serve_json;
   bool operator==(const EstimateRequest&) const = default;
 };
 struct StartJob {
@@ -347,6 +350,8 @@ struct StartJob {
   /// under this incarnation. One member per rank, the leader's worker first.
   Incarnation gang = 0;
   std::vector<WorkerId> members;
+  /// Since 1.3, with `gang`: {"tp", "pp"} of a replica that serves the model, no job; "": a job.
+  std::string serve_json;
   bool operator==(const StartJob&) const = default;
 };
 enum class StopMode : std::uint8_t { kCancel = 0, kPause = 1 };  ///< pause: checkpoint first

@@ -14,7 +14,7 @@ namespace tandem::protocol {
 inline constexpr std::uint16_t kVersionMinorMin = 0;  ///< the oldest that is understood
 static_assert(kVersionMinor == 0 || kVersionMinorMin < kVersionMinor);
 
-/// "1.0 to 1.2".
+/// "1.0 to 1.3".
 std::string version_range();
 
 /// The version to speak with a peer that says `peer` in its hello: the lower of both. kRefused,
@@ -30,6 +30,12 @@ constexpr bool has_retry_after(const Version& version) {
 /// True when a peer of that version knows gangs: role kGang, StartJob to an agent (since 1.2).
 constexpr bool has_gangs(const Version& version) {
   return version.minor >= 2;
+}
+
+/// True when a peer of that version knows replicas: serve_json of StartJob and EstimateRequest, a
+/// gang that is given requests (since 1.3).
+constexpr bool has_replicas(const Version& version) {
+  return version.minor >= 3;
 }
 
 /// "retry after N ms" as kBusy messages carry it, or 0: all a 1.0 peer says.

@@ -1,7 +1,7 @@
-// tandem-rank: one rank of a job that runs over several CPU workers. Started by mpirun, which the
-// agent of the leader's worker starts (worker/runtime/gang_keeper.h); the only program of a pool
-// that loads MPI, so that agents and engines never do. Training only: the engines of these slots go
-// on serving.
+// tandem-rank: one rank of a job, or of a replica that serves, over several CPU workers. Started by
+// mpirun, which the agent of the leader's worker starts (worker/runtime/gang_keeper.h); the only
+// program of a pool that loads MPI, so that agents and engines never do. The engines of these slots
+// go on serving.
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
@@ -12,6 +12,7 @@
 #include "worker/program.h"
 #include "worker/runtime/gang_keeper.h"
 #include "worker/runtime/gang_lead.h"
+#include "worker/runtime/replica_lead.h"
 
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -67,23 +68,27 @@ Result<int> run(const Settings& settings, const Identity& id) {
                           runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
   kernels::Backend backend = kernels::make_cpu_backend(cpu);
   TANDEM_ASSIGN_OR_RETURN(const auto options, model_options(settings, backend.ops->profile(), id));
-  runtime::GangRank rank(backend, {options.dtype, options.numerics, options.memory_bytes_max},
-                         *gang, patience);
-  if (gang->rank() != 0) {
-    runtime::follow(rank);
-    return 0;
-  }
-  log_info("job ", start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ", cpu.threads,
-           " threads, ", dtype_name(options.dtype));
-  TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
-  TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
-  SystemClock clock;
+  if (gang->rank() == 0)
+    log_info(start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ", cpu.threads,
+             " threads, ", dtype_name(options.dtype));
   const runtime::GangLeadOptions lead{WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
                                       runtime::host_name(),
                                       start,
                                       settings.data_dir(),
                                       slot.agent_lock,
                                       drain_s * 1000};
+  SystemClock clock;
+  TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
+  if (!start.serve_json.empty()) {
+    runtime::ReplicaRank rank(backend, options, *gang, patience, clock);
+    if (gang->rank() != 0) return follow(rank), 0;
+    TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
+    return runtime::lead_replica(lead, rank, std::move(endpoints), clock);
+  }
+  runtime::GangRank rank(backend, {options.dtype, options.numerics, options.memory_bytes_max},
+                         *gang, patience);
+  if (gang->rank() != 0) return follow(rank), 0;
+  TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
   return runtime::lead_gang(lead, rank, std::move(endpoints), patience, clock);
 }
 

@@ -65,10 +65,12 @@ static void put(wire::ControlMessage::Builder root, const EstimateRequest& m) {
   b.setCallId(text(m.call_id));
   put(b.initModel(), m.model);
   b.setSpecJson(text(m.spec_json));
+  b.setServeJson(text(m.serve_json));
 }
 static EstimateRequest get(wire::EstimateRequest::Reader r) {
   return {get_text(r.getCallId(), "estimate.call_id", kIdBytesMax), get(r.getModel()),
-          get_text(r.getSpecJson(), "estimate.spec_json")};
+          get_text(r.getSpecJson(), "estimate.spec_json"),
+          get_text(r.getServeJson(), "estimate.serve_json")};
 }
 
 static void put(wire::ControlMessage::Builder root, const StartJob& m) {
@@ -83,6 +85,7 @@ static void put(wire::ControlMessage::Builder root, const StartJob& m) {
   b.setCheckpointManifest(text(m.checkpoint_manifest));
   b.setGang(m.gang);
   put_ids(b.initMembers(count(m.members)), m.members);
+  b.setServeJson(text(m.serve_json));
 }
 static StartJob get(wire::StartJob::Reader r) {
   StartJob m;
@@ -97,6 +100,7 @@ static StartJob get(wire::StartJob::Reader r) {
   m.gang = r.getGang();
   check_list(r.getMembers().size(), "start_job.members", kGangMembersMax);
   m.members = get_ids<WorkerId>(r.getMembers(), "start_job.members");
+  m.serve_json = get_text(r.getServeJson(), "start_job.serve_json");
   return m;
 }
 

@@ -101,14 +101,14 @@ struct Pong {
 #                   "adapters": n, "jobs": {"queued", "running", "paused", "done", "failed",
 #                   "cancelled"}, "requests": {"running", "waiting", "accepted", "finished", "failed",
 #                   "cancelled", "busy", "rerouted", "shared", "tokens"}, "cache": as cache.stats,
-#                   "datasets": n, "workers": [WORKER]}
+#                   "datasets": n, "workers": [WORKER], "replicas": [REPLICA]}
 #
 # model.add !       {"name", "path", "shared"? = false} -> MODEL. The path is on the coordinator's host,
 #                   under one of its model_roots, else `refused`; a family or GGUF type that is not
 #                   supported: `refused` with its name; another model of that name: `conflict`.
 # model.list        {} + page -> {"models": [MODEL], "next"}
 # model.show        {"model"} -> MODEL with "config", "files": [{"path", "digest", "bytes"}]
-# model.rm !        {"model", "force"? = false} -> {}. `refused` while adapters or jobs need it, unless
+# model.rm !        {"model", "force"? = false} -> {}. `refused` while replicas, jobs or adapters need it, unless
 #                   forced.
 #
 # data.add !        {"digest", "name"?, "bytes", "chunks": [digest], "upload"?, "rows"?, "format"?} -> DATA. The chunks of at
@@ -140,6 +140,13 @@ struct Pong {
 #                   here, and gets the checkpoint. Model and data are named by digest; the checkpoint's
 #                   chunks lie on the bulk socket already. `conflict`: another job has the id, or another
 #                   checkpoint the step, or the job is not paused.
+#
+# replica.add !     {"model", "tp"? = 1, "pp"? = 1, "count"? = 1} -> {"replicas": [REPLICA], "estimate"}. Since 1.3.
+#                   Serves the base over tp x pp workers of one host, from now on until it is removed. The dry
+#                   run of every rank comes first: what does not fit, a model that cannot be cut so (with the
+#                   nearest layout), one rank, or more ranks than any host has workers: `refused`.
+# replica.list      {} -> {"replicas": [REPLICA]}. At most 256.
+# replica.rm !      {"replica"} -> REPLICA in state "stopping" (it ends after what it answers), or "removed".
 #
 # adapter.list      {"model"?} + page -> {"adapters": [ADAPTER], "next"}
 # adapter.show      {"adapter"} -> ADAPTER with "manifest", "history": [{"version", "digest", "time",
@@ -193,4 +200,7 @@ struct Pong {
 #   WORKER   {"worker", "host", "device", "device_name", "state", "model", "loading", "error", "jobs": [JOB
 #            id], "requests", "credits", "kv_free", "kv_total", "tokens_per_second", "memory_bytes",
 #            "adapters": n, "agent": alive, "pid", "agent_pid", "stats"}; state: starting, ready, draining,
-#            drained, lost
+#            drained, lost; "replica": id of the replica that has a rank on it, or ""
+#   REPLICA  {"replica", "model", "tp", "pp", "layout", "state", "reason", "epoch", "worker", "workers", "requests",
+#            "adapters": n, "kv_free", "kv_total", "tokens_per_second", "pid", "attempts", "rank_bytes", "created",
+#            "stats"}; state: waiting, starting, serving, stopping; reason: why it does not serve

@@ -49,7 +49,7 @@ struct ControlMessage {
 enum WorkerRole {
   agent @0;
   engine @1;
-  gang @2;         # since 1.2: the first rank of a gang, which speaks for all its ranks
+  gang @2;         # since 1.2: the first rank of a gang, which speaks for all its ranks; since 1.3 of a replica too
 }
 
 struct FileRef {
@@ -225,10 +225,11 @@ struct LoadModel {
 
 struct EstimateRequest {
   # To an engine: a dry run on the shape-only backend. Answered with EstimateReply. Repeated after 5 s;
-  # computing it twice does no harm.
+  # computing it twice does no harm. Since 1.3 with `serveJson`: of a replica's ranks, not of a job.
   callId @0 :Text;
   model @1 :ModelRef;
   specJson @2 :Text;     # the "train" object of a JobSpec
+  serveJson @3 :Text;    # {"tp", "pp"} of a replica; "": a job
 }
 
 struct StartJob {
@@ -238,6 +239,9 @@ struct StartJob {
   # Since 1.2 with `gang`, to the agent of the first member: start a gang of one rank per member, by
   # mpirun. Its first rank connects as role `gang` under that incarnation and answers as an engine does.
   # When the gang ends without its own JobEnded, the agent sends one (`unavailable`) until it is acknowledged.
+  # Since 1.3 with `serveJson`, and then always with `gang`: the ranks are a replica of the model, `job` is its
+  # id. Its first rank says hello again, with the model, when it can serve; from then on it is given Infer,
+  # InferCancel and Announce as an engine is. StopJob `pause` drains it (the coordinator sends nothing new).
   job @0 :Text;
   epoch @1 :UInt64;
   specJson @2 :Text;     # JobSpec
@@ -249,6 +253,7 @@ struct StartJob {
   checkpointManifest @8 :Text;  # "": from the start
   gang @9 :UInt64;       # incarnation of the first rank's process; 0: not a gang
   members @10 :List(Text);  # workers whose slots it takes, at most 64, the leader first
+  serveJson @11 :Text;   # {"tp", "pp"} of a replica; "": a job
 }
 
 enum StopMode {

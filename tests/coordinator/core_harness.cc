@@ -118,12 +118,15 @@ void CoreHarness::agent(int slot, std::vector<protocol::RunningJob> jobs) {
   from_agent(slot, hello);
 }
 
-void CoreHarness::gang(int slot, Incarnation incarnation, std::vector<protocol::RunningJob> jobs) {
+void CoreHarness::gang(int slot, Incarnation incarnation, std::vector<protocol::RunningJob> jobs,
+                       const Digest& model) {
   protocol::WorkerHello hello;
   hello.role = protocol::WorkerRole::kGang;
   hello.worker = worker(slot);
   hello.incarnation = incarnation;
   hello.jobs = std::move(jobs);
+  hello.model = model;
+  hello.credits = model.empty() ? 0 : 2;
   from_gang(slot, hello);
 }
 

@@ -32,8 +32,10 @@ class CoreHarness {
   void engine(int slot, Incarnation incarnation = 0, std::vector<protocol::RunningJob> jobs = {});
   /// Its hello, again at every call; `jobs`: the gang it holds.
   void agent(int slot, std::vector<protocol::RunningJob> jobs = {});
-  /// The first rank of a gang that worker `slot` leads says hello.
-  void gang(int slot, Incarnation incarnation, std::vector<protocol::RunningJob> jobs);
+  /// The first rank of a gang that worker `slot` leads says hello; `model`: of a replica that can
+  /// serve.
+  void gang(int slot, Incarnation incarnation, std::vector<protocol::RunningJob> jobs,
+            const Digest& model = {});
   void beat(int slot, std::vector<protocol::RunningJob> jobs = {}, int running = 1,
             std::vector<Digest> adapters = {});
   void from_client(const std::string& peer, protocol::ClientMessage message);

@@ -182,13 +182,33 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_2.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_3.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion12Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_2.txt");
+  int frames = 0;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("control ")) continue;
+    ++frames;
+    const auto message = decode_control(bytes_of_hex(line.substr(line.rfind(' ') + 1)));
+    ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+    if (const auto* start = std::get_if<StartJob>(&*message)) {
+      EXPECT_NE(start->gang, 0u);
+      EXPECT_EQ(start->serve_json, "") << "1.2 knew no replicas";
+    }
+    if (const auto* estimate = std::get_if<EstimateRequest>(&*message)) {
+      EXPECT_FALSE(estimate->call_id.empty());
+      EXPECT_EQ(estimate->serve_json, "");
+    }
+  }
+  EXPECT_EQ(frames, 11);
 }
 
 TEST(Codec, ReadsWhatVersion11Wrote) {

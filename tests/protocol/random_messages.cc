@@ -167,7 +167,8 @@ StartJob start_job(Draw& d) {
           d.count(),
           d.text(),
           d.number(),
-          {d.id<WorkerId>(), d.id<WorkerId>()}};
+          {d.id<WorkerId>(), d.id<WorkerId>()},
+          d.text()};
 }
 
 }  // namespace
@@ -247,7 +248,7 @@ ControlMessage random_control_message(std::size_t kind, Random& random) {
     case 3:
       return LoadModel{d.model()};
     case 4:
-      return EstimateRequest{d.text(), d.model(), d.text()};
+      return EstimateRequest{d.text(), d.model(), d.text(), d.text()};
     case 5:
       return start_job(d);
     case 6:

@@ -23,7 +23,7 @@ constexpr int kEngines = 3, kClients = 3;
 struct Outcome {
   std::vector<std::string> violations;
   std::uint64_t crashes = 0, deaths = 0, failed_commits = 0, done = 0, cancelled = 0, tokens = 0,
-                cached = 0, gangs = 0;
+                cached = 0, gangs = 0, replicas = 0;
 };
 
 /// A registry with one base and one data set, as model.add and data.add leave it.
@@ -71,8 +71,13 @@ class World {
     }
     network_.faults = {};
     TimeMs at = kChaosMs;
-    while (!settled() && at < kPatienceMs) network_.run_until(at += 1000);
     Outcome outcome;
+    while (!held_up() && at < kPatienceMs) network_.run_until(at += 1000);
+    if (!held_up()) outcome.violations.push_back("no replica serves, though nothing hinders it");
+    // What is left of the jobs may need the workers that replicas hold.
+    for (const auto& client : clients_) client->remove_replicas();
+    while (!settled() && at < kPatienceMs) network_.run_until(at += 1000);
+    network_.run_until(at + 10'000);
     check(outcome);
     return outcome;
   }
@@ -91,6 +96,8 @@ class World {
       client.generate(there ? name : "base", str("prompt ", random.below(8)));
     }
     if (network_.chance(0.03f)) client.cancel_a_job();
+    if (network_.chance(0.03f)) client.add_replica();
+    if (network_.chance(0.02f)) client.remove_a_replica();
     if (network_.chance(0.04f))
       engines_[random.below(kEngines)]->crash(network_.between(100, 8000));
     if (network_.chance(0.03f))
@@ -104,8 +111,21 @@ class World {
     if (network_.chance(0.02f)) coordinator_.fail_commits(static_cast<int>(random.below(3)) + 1);
   }
 
-  bool settled() {
+  /// Every replica that was asked for is known, and one serves: for two of them there are not
+  /// workers enough.
+  bool held_up() {
     if (!coordinator_.up()) return false;
+    for (const auto& client : clients_)
+      for (const auto& [key, replica] : client->replicas())
+        if (replica.id.empty() || (replica.remove && !replica.gone)) return false;
+    const auto& replicas = coordinator_.core().tables().replicas;
+    return replicas.empty() || std::any_of(replicas.begin(), replicas.end(), [](const auto& r) {
+             return r.second.state == coordinator::ReplicaState::kServing;
+           });
+  }
+
+  bool settled() {
+    if (!coordinator_.up() || !coordinator_.core().tables().replicas.empty()) return false;
     for (const auto& [id, job] : coordinator_.core().tables().jobs)
       if (!coordinator::is_terminal(job.state)) return false;
     for (const auto& client : clients_)
@@ -114,7 +134,8 @@ class World {
   }
 
   void check(Outcome& outcome) {
-    outcome.violations = coordinator_.violations();
+    outcome.violations.insert(outcome.violations.end(), coordinator_.violations().begin(),
+                              coordinator_.violations().end());
     const auto say = [&](const std::string& what) { outcome.violations.push_back(what); };
     if (!coordinator_.up()) return say("the coordinator does not come back");
     const coordinator::Tables& tables = coordinator_.core().tables();
@@ -131,6 +152,11 @@ class World {
       }
       for (const auto& [id, r] : client->requests()) check_request(r, outcome);
     }
+    for (const auto& [id, replica] : tables.replicas)
+      say(str(id, " is still ", coordinator::replica_state_name(replica.state)));
+    for (const auto& agent : agents_)
+      if (coordinator::is_replica(agent->living()))
+        say(str("a gang of ", agent->living(), " outlives it"));
     const auto findings = coordinator_.registry().check();
     if (!findings.ok())
       say("registry check: " + findings.status().message());
@@ -140,7 +166,10 @@ class World {
     outcome.crashes = coordinator_.crashes();
     outcome.failed_commits = coordinator_.failed_commits();
     for (const auto& engine : engines_) outcome.deaths += engine->deaths();
-    for (const auto& agent : agents_) outcome.gangs += agent->gangs();
+    for (const auto& agent : agents_) {
+      outcome.gangs += agent->gangs();
+      outcome.replicas += agent->replicas();
+    }
   }
 
   static void check_job(const Job& job, const coordinator::Tables& tables, Outcome& outcome) {
@@ -214,6 +243,7 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
     sum.tokens += outcome.tokens;
     sum.cached += outcome.cached;
     sum.gangs += outcome.gangs;
+    sum.replicas += outcome.replicas;
   }
   if (only == 0 && seeds >= 50) {
     // The storm was one: a simulation in which nothing happens proves nothing.
@@ -224,10 +254,12 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
     EXPECT_GT(sum.cancelled, 0u);
     EXPECT_GT(sum.cached, 0u);
     EXPECT_GT(sum.gangs, seeds);
+    EXPECT_GT(sum.replicas, seeds);
   }
   std::cout << seeds << " seeds: " << sum.crashes << " coordinator crashes, " << sum.deaths
             << " engine deaths, " << sum.failed_commits << " failed commits, " << sum.done
-            << " jobs done, " << sum.gangs << " gangs started, " << sum.cancelled << " cancelled, "
+            << " jobs done, " << sum.gangs << " gangs started (" << sum.replicas
+            << " of replicas), " << sum.cancelled << " cancelled, "
             << sum.tokens << " tokens, " << sum.cached << " cached answers\n";
 }
 

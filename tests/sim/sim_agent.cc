@@ -103,6 +103,7 @@ void SimAgent::on_start(const protocol::StartJob& start_job) {
   if (claim_ == wanted) return;  // it ended, and that is known or being said
   claim_ = wanted;
   watched_ = true;
+  replicas_ += start_job.serve_json.empty() ? 0 : 1;
   gangs_.push_back(std::make_unique<SimEngine>(network_, coordinator_, slot_, start_job));
 }
 

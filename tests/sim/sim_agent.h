@@ -22,6 +22,9 @@ class SimAgent {
   /// The gang's first rank hangs or is cut off for so long.
   void freeze_gang(TimeMs ms);
   [[nodiscard]] std::uint64_t gangs() const { return gangs_.size(); }
+  /// Started for replicas; and the one that lives now, or an empty id.
+  [[nodiscard]] std::uint64_t replicas() const { return replicas_; }
+  [[nodiscard]] JobId living() const { return running() ? claim_.job : JobId(); }
 
  private:
   void start();
@@ -43,6 +46,7 @@ class SimAgent {
   std::uint64_t seq_ = 0;
   std::vector<std::unique_ptr<SimEngine>> gangs_;  ///< the last may live; events hold the others
   protocol::RunningJob claim_;                     ///< of the last
+  std::uint64_t replicas_ = 0;
   bool watched_ = false;                           ///< its end was not seen yet
   std::optional<protocol::JobEnded> ended_;        ///< until it is acknowledged
 };

@@ -55,8 +55,30 @@ void SimClient::cancel_a_job() {
     }
 }
 
+void SimClient::add_replica() {
+  Replica replica;
+  replica.key = str(peer_, "-replica-", ++counter_);
+  replicas_[replica.key] = std::move(replica);
+}
+
+void SimClient::remove_a_replica() {
+  for (auto& [key, replica] : replicas_)
+    if (!replica.id.empty() && !replica.remove) {
+      replica.remove = true;
+      return;
+    }
+}
+
+void SimClient::remove_replicas() {
+  for (auto& [key, replica] : replicas_) replica.remove = true;
+}
+
 bool SimClient::idle() const {
-  return std::all_of(
+  return std::all_of(replicas_.begin(), replicas_.end(),
+                     [](const auto& r) {
+                       return !r.second.id.empty() && (!r.second.remove || r.second.gone);
+                     }) &&
+         std::all_of(
              submissions_.begin(), submissions_.end(),
              [](const auto& s) { return !s.second.job.empty() || !s.second.refused.empty(); }) &&
          std::all_of(requests_.begin(), requests_.end(),
@@ -80,6 +102,17 @@ void SimClient::tick() {
     else if (s.cancel)
       coordinator_.from_client(peer_, protocol::Call{key + "-cancel", key + "-cancel", "job.cancel",
                                                      nlohmann::json{{"job", s.job}}.dump()});
+  }
+  for (auto& [key, r] : replicas_) {
+    if (now - r.sent_ms < kRepeatMs) continue;
+    r.sent_ms = now;
+    if (r.id.empty())
+      coordinator_.from_client(
+          peer_, protocol::Call{key, key, "replica.add",
+                                nlohmann::json{{"model", model_}, {"tp", 2}}.dump()});
+    else if (r.remove && !r.gone)
+      coordinator_.from_client(
+          peer_, protocol::Call{key, "", "replica.rm", nlohmann::json{{"replica", r.id}}.dump()});
   }
   for (auto& [id, r] : requests_) {
     if (r.done || now - r.moved_ms < kRepeatMs) continue;
@@ -105,7 +138,22 @@ void SimClient::hear(const protocol::ServerMessage& message) {
   }
 }
 
+void SimClient::on_replica_reply(Replica& replica, const protocol::CallReply& reply) {
+  const auto json = nlohmann::json::parse(reply.result_json, nullptr, false);
+  if (reply.status.ok() && json.contains("replicas")) {
+    const auto id = json["replicas"].at(0)["replica"].get<std::string>();
+    if (!replica.id.empty() && replica.id != id)
+      coordinator_.violation(str(replica.key, " answered with ", replica.id, " and ", id));
+    replica.id = id;
+  }
+  // Only when it is not there any more is it gone.
+  replica.gone = replica.gone || (replica.remove && !replica.id.empty() &&
+                                  reply.status.code() == StatusCode::kNotFound);
+}
+
 void SimClient::on_reply(const protocol::CallReply& reply) {
+  if (const auto replica = replicas_.find(reply.call_id); replica != replicas_.end())
+    return on_replica_reply(replica->second, reply);
   const auto found = submissions_.find(reply.call_id);
   if (found == submissions_.end()) return;
   Submission& s = found->second;

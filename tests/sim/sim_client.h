@@ -18,6 +18,11 @@ class SimClient {
     int tries = 0;
     std::string refused;
   };
+  struct Replica {
+    std::string key, id;  ///< id: "" until acknowledged
+    bool remove = false, gone = false;
+    TimeMs sent_ms = -100'000;
+  };
   struct Request {
     protocol::Generate generate;
     Digest adapter;  ///< what it resolved to, from the first chunk
@@ -30,6 +35,11 @@ class SimClient {
   SimClient(Network& network, SimCoordinator& coordinator, int number, std::string model);
 
   void submit(std::string adapter, int ranks = 1);
+  /// A replica of two ranks.
+  void add_replica();
+  /// Removes the oldest acknowledged replica, or all there will be, for as long as that takes.
+  void remove_a_replica();
+  void remove_replicas();
   void generate(const std::string& name, const std::string& prompt);
   /// Cancels the newest acknowledged job, for as long as that takes.
   void cancel_a_job();
@@ -37,12 +47,14 @@ class SimClient {
   [[nodiscard]] const std::map<std::string, Submission>& submissions() const {
     return submissions_;
   }
+  [[nodiscard]] const std::map<std::string, Replica>& replicas() const { return replicas_; }
   [[nodiscard]] const std::map<std::string, Request>& requests() const { return requests_; }
 
  private:
   void tick();
   void hear(const protocol::ServerMessage& message);
   void on_reply(const protocol::CallReply& reply);
+  void on_replica_reply(Replica& replica, const protocol::CallReply& reply);
   void on_chunk(const protocol::GenerateChunk& chunk);
 
   Network& network_;
@@ -53,6 +65,7 @@ class SimClient {
   std::uint64_t counter_ = 0;
   Incarnation server_ = 0;
   std::map<std::string, Submission> submissions_;  // by idempotency key
+  std::map<std::string, Replica> replicas_;        // by idempotency key
   std::map<std::string, Request> requests_;
 };
 

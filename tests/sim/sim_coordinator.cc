@@ -171,6 +171,13 @@ void SimCoordinator::check_tables() {
       if (job.members.size() != (ranks > 1 ? ranks : 0))
         violation(str(job.id, " of ", ranks, " ranks holds ", job.members.size(), " members"));
     }
+  for (const auto& [id, replica] : tables.replicas) {
+    if (!replica.placed()) continue;
+    for (const WorkerId& worker : replica.members)
+      if (++holders[worker] > 1) violation(str("two of jobs and replicas hold worker ", worker));
+    if (replica.members.size() != static_cast<std::size_t>(replica.ranks()))
+      violation(str(id, " of ", replica.ranks(), " ranks holds ", replica.members.size()));
+  }
   if (core_->requests().stats().waiting > limits_.queue_max)
     violation("the request queue is longer than its limit");
 }

@@ -10,7 +10,7 @@
 namespace tandem::sim {
 namespace {
 
-constexpr TimeMs kTickMs = 50, kStepMs = 200, kResendMs = 2000, kHelloMs = 250, kLeaseMs = 5000;
+constexpr TimeMs kTickMs = 50, kStepMs = 200, kLoadMs = 400, kResendMs = 2000, kHelloMs = 250, kLeaseMs = 5000;
 constexpr std::int64_t kSaveSteps = 4;
 
 std::uint64_t hash_of(const std::string& text) {
@@ -149,8 +149,22 @@ void SimEngine::tick() {
       reliable.sent_ms = now;
       send(reliable.message);
     }
-  train();
+  if (replica())
+    load_and_drain();
+  else
+    train();
   answer();
+}
+
+/// A replica's first rank: holds its model after a while, and says so; ends when it was told to and
+/// has nothing to answer.
+void SimEngine::load_and_drain() {
+  if (!job_ || job_->ending) return;
+  if (model_.empty() && network_.now() - step_ms_ >= kLoadMs) {
+    model_ = gang_start_.model.digest;
+    greeted_ = false;
+  }
+  if (job_->pausing && requests_.empty()) end_job(cancelled_error("drained"));
 }
 
 void SimEngine::begin_job(const protocol::StartJob& start_job) {
@@ -280,10 +294,13 @@ void SimEngine::hear(const protocol::ControlMessage& message) {
     if (job_->ending || job_->publishing || job_->pausing) return;
     if (stop->mode == protocol::StopMode::kCancel) return end_job(cancelled_error("cancelled"));
     job_->pausing = true;
-    checkpoint();
+    if (!replica()) checkpoint();
   } else if (const auto* ack = std::get_if<protocol::JobAck>(&message)) {
     on_ack(*ack);
   } else if (const auto* infer = std::get_if<protocol::Infer>(&message)) {
+    if (infer->model.digest != model_)
+      return coordinator_.violation(str(peer_, " was given a request for a base it does not hold"));
+    if (replica() && (!job_ || job_->pausing || job_->ending)) return;
     const auto known = requests_.find(infer->request.id.value);
     if (known != requests_.end() && known->second.infer.attempt >= infer->attempt) return;
     requests_[infer->request.id.value] = {*infer, infer->request.next_index};

@@ -1,7 +1,7 @@
 // An engine as a state machine, faithful to control.capnp and to nothing else: trains jobs in
 // virtual steps, answers requests with tokens that follow from the request, dies and comes back as
 // another incarnation. What it computes is a function of its input, so any engine, any attempt and
-// any restart must give the same.
+// any restart must give the same. The first rank of a replica is one too: it loads, then answers.
 #pragma once
 
 #include "tests/sim/sim_coordinator.h"
@@ -51,6 +51,7 @@ class SimEngine {
   };
 
   [[nodiscard]] bool gang() const { return gang_start_.gang != 0; }
+  [[nodiscard]] bool replica() const { return !gang_start_.serve_json.empty(); }
   void start();
   void tick();
   void hear(const protocol::ControlMessage& message);
@@ -60,6 +61,7 @@ class SimEngine {
   void heartbeat();
   void begin_job(const protocol::StartJob& start_job);
   void train();
+  void load_and_drain();
   void answer();
   void on_ack(const protocol::JobAck& ack);
   void end_job(const Status& status);

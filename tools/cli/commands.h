@@ -73,6 +73,15 @@ Status run_chat(Session& session, const GenerateOptions& options);
 Status run_eval(Session& session, const std::string& model, const std::string& path,
                 std::int64_t max_length);
 
+// -- replicas (commands_replica.cc)
+struct ReplicaOptions {
+  std::string model;
+  std::int64_t tp = 1, pp = 1, count = 1;
+  bool follow = false;
+};
+Status run_replica_add(Session& session, const ReplicaOptions& options);
+Status run_replica_rm(Session& session, const std::string& replica);
+
 // -- operations (commands_operations.cc)
 Status run_worker_action(Session& session, const std::string& action, const std::string& worker);
 Status run_cache(Session& session, const std::string& action);

@@ -209,7 +209,18 @@ Status run_status(Session& session) {
   }
   Json top = status;
   top.erase("workers");
+  top.erase("replicas");
   std::cout << describe(top);
+  const Json replicas = status.value("replicas", Json::array());
+  if (!replicas.empty()) {
+    Table shown({"REPLICA", "STATE", "MODEL", "LAYOUT", "WORKER", "REQUESTS", "TOKENS/S"});
+    for (const auto& replica : replicas)
+      shown.add({field(replica, "replica"), field(replica, "state"),
+                 field(replica, "model").substr(0, 24), field(replica, "layout"),
+                 field(replica, "worker"), field(replica, "requests"),
+                 field(replica, "tokens_per_second")});
+    std::cout << shown.to_string();
+  }
   Table table({"WORKER", "STATE", "MODEL", "JOBS", "REQUESTS", "TOKENS/S"});
   for (const auto& worker : status.value("workers", Json::array()))
     table.add({field(worker, "worker"), field(worker, "state"),

@@ -27,6 +27,7 @@ struct Invocation {
   UpOptions up;
   TrainOptions train;
   GenerateOptions generate;
+  ReplicaOptions replica;
 };
 
 std::string kebab(std::string name) {
@@ -253,6 +254,26 @@ void add_inference(CLI::App& app, Invocation& in) {
                in);
 }
 
+void add_replicas(CLI::App& app, Invocation& in) {
+  CLI::App* replica = group(app, "replica", "bases served over several workers");
+  CLI::App* add = verb(
+      *replica, in, "add", "serve a base over tp x pp workers of one host, and keep it up",
+      [&in](Session& s) { return run_replica_add(s, in.replica); },
+      "tandem replica add --model smol --pp 2 --follow\n"
+      "  tandem replica add --model smol --tp 3 --count 2   (requests go to whichever is freer)");
+  add->add_option("--model", in.replica.model, "base model")->required();
+  add->add_option("--tp", in.replica.tp, "ranks that share each block [1]")
+      ->check(CLI::Range(1, 64));
+  add->add_option("--pp", in.replica.pp, "stages, each with some of the blocks [1]")
+      ->check(CLI::Range(1, 64));
+  add->add_option("--count", in.replica.count, "how many of them [1]")->check(CLI::Range(1, 64));
+  add->add_flag("--follow", in.replica.follow, "wait until they serve; Ctrl-C detaches");
+  verb(*replica, in, "list", "all of them", [](Session& s) { return run_list(s, "replica"); });
+  named(*replica, in, "rm", "end it for good, after what it answers", [&in](Session& s) {
+    return run_replica_rm(s, in.name);
+  })->footer("Example:\n  tandem replica rm replica-0123456789ab");
+}
+
 void add_operations(CLI::App& app, Invocation& in) {
   CLI::App* worker = group(app, "worker", "workers");
   verb(*worker, in, "list", "all of them", [](Session& s) { return run_list(s, "worker"); });
@@ -358,6 +379,7 @@ int run(int argc, char** argv) {
   add_objects(app, in);
   add_training(app, in);
   add_inference(app, in);
+  add_replicas(app, in);
   add_operations(app, in);
   bool completion = false;
   app.add_subcommand("completion", "shell completion for bash")->callback([&] {

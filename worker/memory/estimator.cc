@@ -9,7 +9,9 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
+#include <tuple>
 
 namespace tandem::worker::memory {
 
@@ -118,6 +120,24 @@ Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::Mod
   return read_ledger(engine->ledger());
 }
 
+/// As near in ranks as can be, fewer rather than more, and of these the one that cuts as asked.
+std::string nearest_replica(const model::ModelConfig& config, const comm::Layout& asked) {
+  comm::Layout best;
+  const auto distance = [&](const comm::Layout& layout) {
+    return std::tuple(std::abs(layout.ranks() - asked.ranks()), layout.ranks(),
+                      std::abs(layout.tp - asked.tp));
+  };
+  const int ranks_max = 2 * asked.ranks();
+  for (int tp = 1; tp <= ranks_max; ++tp)
+    for (int pp = 1; tp * pp <= ranks_max; ++pp) {
+      const comm::Layout layout{1, tp, pp, 0};
+      if (layout.ranks() < 2 || !model::check_shard(config, tp, pp).ok()) continue;
+      if (best.ranks() < 2 || distance(layout) < distance(best)) best = layout;
+    }
+  if (best.ranks() < 2) return "; no layout of several ranks works";
+  return str("; the nearest layout that works: tp ", best.tp, ", pp ", best.pp);
+}
+
 }  // namespace
 
 std::string Estimate::to_json() const {
@@ -206,6 +226,22 @@ Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                                  options));
   serving->reserve_worst_case();
   return read_ledger(engine->ledger());
+}
+
+Result<std::vector<Estimate>> estimate_replica(const kernels::DeviceProfile& profile,
+                                               const model::ModelConfig& config, DType dtype,
+                                               const serve::ServeOptions& options,
+                                               std::int64_t adapter_slots,
+                                               const comm::Layout& layout) {
+  if (const Status cut = model::check_shard(config, layout.tp, layout.pp); !cut.ok())
+    return refused_error(str(cut.message(), nearest_replica(config, layout)));
+  std::vector<Estimate> ranks;
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    TANDEM_ASSIGN_OR_RETURN(
+        ranks.emplace_back(),
+        estimate_serving(profile, config, dtype, options, adapter_slots, layout, rank));
+  }
+  return ranks;
 }
 
 }  // namespace tandem::worker::memory

@@ -81,6 +81,14 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
                                             const protocol::TrainSettings& settings,
                                             const train::BatchBounds& bounds);
 
+/// Every rank of a replica that serves over several CPU workers, in rank order. refused_error: the
+/// model cannot be cut so, with the nearest layout of two ranks and more that works.
+Result<std::vector<Estimate>> estimate_replica(const kernels::DeviceProfile& profile,
+                                               const model::ModelConfig& config, DType dtype,
+                                               const serve::ServeOptions& options,
+                                               std::int64_t adapter_slots,
+                                               const comm::Layout& layout);
+
 /// A serving engine with its worst step (ServeEngine::reserve_worst_case): base weights, slots, KV,
 /// batches. Adapters that are loaded later come on top: AdapterWeights::bytes each, rounded up to
 /// kernels::kMapGranularity. Of a replica over several ranks (`layout` with tp and pp): the bytes

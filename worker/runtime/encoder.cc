@@ -1,5 +1,7 @@
 #include "worker/runtime/encoder.h"
 
+#include <nlohmann/json.hpp>
+
 namespace tandem::worker::runtime {
 namespace {
 
@@ -36,6 +38,29 @@ Result<data::Encoder> make_encoder(const model::LoadedModel& model, const std::s
     chat_template = std::move(*parsed);
   }
   return data::Encoder{std::move(*tokenizer), std::move(chat_template)};
+}
+
+Result<std::vector<std::int32_t>> encode_input(const data::Encoder& encoder,
+                                               const std::string& model,
+                                               const protocol::PromptInput& input) {
+  if (!input.tokens.empty()) return input.tokens;
+  text::EncodeOptions raw;
+  if (input.raw) return encoder.tokenizer.encode(input.prompt, raw);
+  if (!encoder.chat_template)
+    return refused_error(
+        str("model ", model, " has no chat template; send a raw prompt (--raw)"));
+  auto messages = nlohmann::ordered_json::array();
+  for (const auto& message : input.messages)
+    messages.push_back({{"role", message.role}, {"content", message.content}});
+  if (input.messages.empty()) messages.push_back({{"role", "user"}, {"content", input.prompt}});
+  text::RenderOptions render;
+  render.add_generation_prompt = true;
+  render.bos_token = encoder.tokenizer.bos_token();
+  render.eos_token = encoder.tokenizer.eos_token();
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, encoder.chat_template->render(messages, render));
+  text::EncodeOptions rendered;
+  rendered.add_special_tokens = false;  // the template writes them
+  return encoder.tokenizer.encode(text, rendered);
 }
 
 data::DatasetOptions dataset_options(const protocol::TrainSettings& settings) {

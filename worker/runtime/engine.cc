@@ -4,10 +4,12 @@
 #include "protocol/base/units.h"
 #include "worker/memory/estimator.h"
 #include "worker/memory/layout_planner.h"
+#include "worker/runtime/agent_watch.h"
 #include "worker/runtime/device_arbiter.h"
 #include "worker/runtime/job_host.h"
 #include "worker/runtime/model_files.h"
 #include "worker/runtime/process.h"
+#include "worker/runtime/replica_plan.h"
 #include "worker/runtime/serve_host.h"
 #include "worker/runtime/supervisor.h"
 
@@ -25,8 +27,6 @@ namespace {
 
 constexpr std::size_t kInboxMax = 65536, kTasksMax = 1024;
 constexpr auto kIdleWait = std::chrono::milliseconds(50);
-constexpr TimeMs kAgentGoneMs = 30000;  ///< an engine without an agent ends after this
-constexpr TimeMs kAgentCheckMs = 1000;
 constexpr std::size_t kLayoutsShown = 10;  ///< of those that layout auto looked at
 
 StopSignals g_stop_signals;
@@ -39,7 +39,7 @@ class Engine {
   Engine(const EngineOptions& options, const SlotPaths& paths, kernels::Backend& backend,
          EngineEndpoints endpoints, const Clock& clock)
       : options_(options),
-        paths_(paths),
+        agent_(paths.agent_lock, clock),
         backend_(backend),
         clock_(clock),
         incarnation_(entropy64() | 1),
@@ -71,7 +71,7 @@ class Engine {
         train_slice();
       else
         wait();
-      check_agent();
+      if (agent_.gone()) g_stop_signals.at_least_one();
     }
     (void)io_.send(
         protocol::WorkerBye{options_.worker, protocol::WorkerRole::kEngine, incarnation_});
@@ -108,39 +108,13 @@ class Engine {
     beat.role = protocol::WorkerRole::kEngine;
     beat.incarnation = incarnation_;
     if (model_) {
-      const auto stats = model_->serve().stats();
-      beat.running = stats.running;
-      beat.waiting = stats.waiting;
-      beat.kv_blocks_free = stats.kv_blocks_free;
-      beat.kv_blocks_total = stats.kv_blocks_total;
-      beat.tokens_per_second = stats.decode_tokens_per_s;
-      beat.adapters = stats.resident_adapters;
-      beat.stats_json = stats_json(stats);
+      describe_serving(model_->serve().stats(), *backend_.ledger, options_.model, beat);
     }
     if (job_) beat.jobs.push_back({job_->job(), job_->epoch(), job_->step()});
     std::lock_guard lock(snapshot_mutex_);
     snapshot_ = std::move(beat);
     snapshot_requests_ = serve_.live();
     snapshot_model_ = model_ ? model_->ref().digest : Digest{};
-  }
-
-  [[nodiscard]] std::string stats_json(const serve::ServeStats& stats) const {
-    nlohmann::json kinds;
-    for (int i = 0; i < kernels::kMemoryKindCount; ++i) {
-      const auto kind = static_cast<kernels::MemoryKind>(i);
-      kinds[kernels::memory_kind_name(kind)] = backend_.ledger->live(kind);
-    }
-    return nlohmann::json{{"prefix_hits", stats.prefix_hits},
-                          {"prefix_queries", stats.prefix_queries},
-                          {"preemptions", stats.preemptions},
-                          {"steps", stats.steps},
-                          {"prefill_tokens", stats.prefill_tokens},
-                          {"decode_tokens", stats.decode_tokens},
-                          {"memory_bytes", kinds},
-                          {"memory_peak_bytes", backend_.ledger->peak_total()},
-                          {"memory_bytes_max", options_.model.memory_bytes_max},
-                          {"dtype", dtype_name(options_.model.dtype)}}
-        .dump();
   }
 
   // -- I/O thread: reads snapshots only ----------------------------------------------------------
@@ -266,10 +240,12 @@ class Engine {
 
   /// The same objects on the meta backend; serving's share beside it. Task thread.
   Result<std::string> estimate(const protocol::EstimateRequest& request) {
-    TANDEM_ASSIGN_OR_RETURN(const auto settings, protocol::TrainSettings::parse(request.spec_json));
     TANDEM_ASSIGN_OR_RETURN(const std::string path,
                             locate_model(request.model, options_.data_directory, bulk_));
     TANDEM_ASSIGN_OR_RETURN(const auto config, model::read_model_config(path));
+    if (!request.serve_json.empty())
+      return estimate_replica(backend_.ops->profile(), config, options_.model, request.serve_json);
+    TANDEM_ASSIGN_OR_RETURN(const auto settings, protocol::TrainSettings::parse(request.spec_json));
     if (settings.max_length > config.context_max)
       return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ",
                                request.model.name, " (", config.context_max, ")"));
@@ -435,22 +411,9 @@ class Engine {
     if (done || clock_.now_ms() >= drain_until_ms_) exit_code_ = kExitAsked;
   }
 
-  void check_agent() {
-    const TimeMs now = clock_.now_ms();
-    if (now < next_agent_check_ms_) return;
-    next_agent_check_ms_ = now + kAgentCheckMs;
-    if (FileLock::is_held(paths_.agent_lock)) agent_seen_ms_ = now;
-    if (agent_seen_ms_ == 0) agent_seen_ms_ = now;
-    if (now - agent_seen_ms_ > scaled_ms(kAgentGoneMs)) {
-      log_error("no agent has held this slot for ", kAgentGoneMs / 1000, " s; ending");
-      g_stop_signals.at_least_one();
-      agent_seen_ms_ = now;
-    }
-  }
-
   static constexpr TimeMs kSnapshotMs = 100;
   const EngineOptions& options_;
-  const SlotPaths& paths_;
+  AgentWatch agent_;
   kernels::Backend& backend_;
   const Clock& clock_;
   const Incarnation incarnation_;
@@ -461,7 +424,7 @@ class Engine {
   Digest loading_;
   int exit_code_ = -1;
   bool draining_ = false;
-  TimeMs drain_until_ms_ = 0, next_agent_check_ms_ = 0, agent_seen_ms_ = 0, snapshot_ms_ = 0;
+  TimeMs drain_until_ms_ = 0, snapshot_ms_ = 0;
   std::int64_t slice_mark_ns_ = 0;
   std::atomic<TimeMs> last_beat_ms_{0};
   std::atomic<bool> idle_{false};
@@ -484,7 +447,7 @@ int run_engine(const EngineOptions& options, const SlotPaths& paths, kernels::Ba
   action.sa_handler = on_signal;
   for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaction(signal, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
-  auto lock = FileLock::acquire(paths.engine_lock, scaled_ms(kAgentCheckMs));
+  auto lock = FileLock::acquire(paths.engine_lock, scaled_ms(AgentWatch::kCheckMs));
   if (!lock.ok()) {
     log_error(lock.status().message());
     return 1;

@@ -2,6 +2,7 @@
 
 #include "protocol/base/bounded_queue.h"
 #include "protocol/base/log.h"
+#include "worker/runtime/agent_watch.h"
 #include "worker/runtime/encoder.h"
 #include "worker/runtime/gang_model.h"
 #include "worker/runtime/job_host.h"
@@ -20,7 +21,6 @@ namespace {
 
 constexpr std::size_t kInboxMax = 65536, kTasksMax = 1024;
 constexpr auto kIdleWait = std::chrono::milliseconds(20);
-constexpr TimeMs kAgentGoneMs = 30000, kAgentCheckMs = 1000;
 constexpr useconds_t kByeUs = 50000;
 
 std::atomic<bool> g_drain{false};
@@ -36,6 +36,7 @@ class Lead {
         rank_(rank),
         patience_(patience),
         clock_(clock),
+        agent_(options.agent_lock, clock),
         last_beat_ms_(clock.now_ms()),
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
@@ -58,7 +59,7 @@ class Lead {
       beat();
       drain_inbox();
       handle_drain();
-      check_agent();
+      if (agent_.gone()) g_drain = true;
       if (job_ && job_->over()) break;
       if (job_ && job_->runnable()) {
         job_->run_slice();
@@ -196,21 +197,11 @@ class Lead {
     over_ = over_ || !job_ || job_->drained() || clock_.now_ms() >= drain_until_ms_;
   }
 
-  void check_agent() {
-    const TimeMs now = clock_.now_ms();
-    if (now < next_agent_check_ms_) return;
-    next_agent_check_ms_ = now + kAgentCheckMs;
-    if (agent_seen_ms_ == 0 || FileLock::is_held(options_.agent_lock)) agent_seen_ms_ = now;
-    if (now - agent_seen_ms_ <= scaled_ms(kAgentGoneMs)) return;
-    log_error("no agent has held this slot for ", kAgentGoneMs / 1000, " s; ending");
-    g_drain = true;
-    agent_seen_ms_ = now;
-  }
-
   const GangLeadOptions& options_;
   GangRank& rank_;
   const GangPatience& patience_;
   const Clock& clock_;
+  AgentWatch agent_;
   std::atomic<TimeMs> last_beat_ms_;
   std::atomic<std::int64_t> step_{0};
   std::atomic<bool> training_{false};
@@ -220,7 +211,7 @@ class Lead {
   std::unique_ptr<GangModel> model_;
   std::unique_ptr<JobHost> job_;
   bool over_ = false;
-  TimeMs drain_until_ms_ = 0, next_agent_check_ms_ = 0, agent_seen_ms_ = 0;
+  TimeMs drain_until_ms_ = 0;
   EngineIo io_;
   TaskThread tasks_;  // ends before what its tasks use
 };
@@ -232,6 +223,10 @@ void install_rank_signals() {
   action.sa_handler = on_drain;
   sigaction(SIGUSR1, &action, nullptr);
   for (int signal : {SIGINT, SIGHUP, SIGPIPE}) std::signal(signal, SIG_IGN);
+}
+
+bool drain_asked() {
+  return g_drain;
 }
 
 int lead_gang(const GangLeadOptions& options, GangRank& rank, EngineEndpoints endpoints,

@@ -28,5 +28,7 @@ int lead_gang(const GangLeadOptions& options, GangRank& rank, EngineEndpoints en
 /// SIGUSR1 drains the first rank and is nothing to the others; SIGTERM and SIGINT of a terminal are
 /// the agent's business. Before MPI starts, on every rank.
 void install_rank_signals();
+/// Whether SIGUSR1 came.
+bool drain_asked();
 
 }  // namespace tandem::worker::runtime

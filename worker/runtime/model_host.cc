@@ -193,32 +193,16 @@ Status ModelHost::install_adapter(const Digest& digest,
   return serve_->install_adapter(digest, std::move(weights));
 }
 
-Result<std::shared_ptr<const model::AdapterWeights>> ModelHost::build_adapter(
-    const std::vector<model::HostAdapterTensor>& tensors) {
-  return model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
-                              *backend_.ledger, loaded_.config, options_.dtype, tensors);
+Status ModelHost::load_adapter(const Digest& digest,
+                               const std::vector<model::HostAdapterTensor>& tensors) {
+  TANDEM_ASSIGN_OR_RETURN(
+      auto weights, model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
+                                         *backend_.ledger, loaded_.config, options_.dtype, tensors));
+  return serve_->install_adapter(digest, std::move(weights));
 }
 
 Result<std::vector<std::int32_t>> ModelHost::tokenize(const protocol::PromptInput& input) const {
-  if (!input.tokens.empty()) return input.tokens;
-  text::EncodeOptions raw;
-  if (input.raw) return encoder_->tokenizer.encode(input.prompt, raw);
-  if (!encoder_->chat_template)
-    return refused_error(
-        str("model ", ref_.name, " has no chat template; send a raw prompt (--raw)"));
-  auto messages = nlohmann::ordered_json::array();
-  for (const auto& message : input.messages)
-    messages.push_back({{"role", message.role}, {"content", message.content}});
-  if (input.messages.empty()) messages.push_back({{"role", "user"}, {"content", input.prompt}});
-  text::RenderOptions render;
-  render.add_generation_prompt = true;
-  render.bos_token = encoder_->tokenizer.bos_token();
-  render.eos_token = encoder_->tokenizer.eos_token();
-  TANDEM_ASSIGN_OR_RETURN(const std::string text,
-                          encoder_->chat_template->render(messages, render));
-  text::EncodeOptions rendered;
-  rendered.add_special_tokens = false;  // the template writes them
-  return encoder_->tokenizer.encode(text, rendered);
+  return encode_input(*encoder_, ref_.name, input);
 }
 
 }  // namespace tandem::worker::runtime

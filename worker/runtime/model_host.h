@@ -10,7 +10,7 @@
 #include "worker/model/model_loader.h"
 #include "worker/model/transformer.h"
 #include "worker/runtime/job_model.h"
-#include "worker/serve/serve_engine.h"
+#include "worker/runtime/served_model.h"
 #include "worker/train/train_session.h"
 
 #include <functional>
@@ -33,7 +33,7 @@ struct ModelHostOptions {
 /// How its serving engine is built.
 serve::ServeOptions serve_options(const ModelHostOptions& options);
 
-class ModelHost final : public JobModel {
+class ModelHost final : public JobModel, public ServedModel {
  public:
   /// Loads from `path` (verified before by the caller). Errors: those of the loader; refused_error
   /// when the weights and the KV cache do not fit memory_bytes_max (names the three numbers).
@@ -47,28 +47,28 @@ class ModelHost final : public JobModel {
   ModelHost(const ModelHost&) = delete;
   ModelHost& operator=(const ModelHost&) = delete;
 
-  [[nodiscard]] const protocol::ModelRef& ref() const { return ref_; }
-  [[nodiscard]] const model::ModelConfig& config() const { return loaded_.config; }
+  [[nodiscard]] const protocol::ModelRef& ref() const override { return ref_; }
+  [[nodiscard]] const model::ModelConfig& config() const override { return loaded_.config; }
   [[nodiscard]] const ModelHostOptions& options() const { return options_; }
   [[nodiscard]] const data::Encoder& encoder() const override { return *encoder_; }
   [[nodiscard]] DType dtype() const override { return options_.dtype; }
-  [[nodiscard]] const model::GenerationDefaults& generation() const { return loaded_.generation; }
-  serve::ServeEngine& serve() { return *serve_; }
+  [[nodiscard]] const model::GenerationDefaults& generation() const override {
+    return loaded_.generation;
+  }
+  serve::ServeEngine& serve() override { return *serve_; }
 
   /// Borrows weights, activations and the slot beyond serving's.
   Result<std::unique_ptr<JobSession>> open_session(const protocol::TrainSettings& settings,
                                                    std::shared_ptr<const data::Dataset> train,
                                                    std::shared_ptr<const data::Dataset> eval,
                                                    const train::TrainState* state) override;
-  /// Frozen device tensors from host ones. Errors: shapes that do not fit the model.
-  Result<std::shared_ptr<const model::AdapterWeights>> build_adapter(
-      const std::vector<model::HostAdapterTensor>& tensors);
+  Status load_adapter(const Digest& digest,
+                      const std::vector<model::HostAdapterTensor>& tensors) override;
   Status install_adapter(const Digest& digest,
                          std::shared_ptr<const model::AdapterWeights> weights) override;
 
-  /// Token ids of a request's input: tokens as they are, messages (or a plain prompt as one user
-  /// message) through the chat template, raw prompts encoded alone. Errors name what is missing.
-  Result<std::vector<std::int32_t>> tokenize(const protocol::PromptInput& input) const;
+  [[nodiscard]] Result<std::vector<std::int32_t>> tokenize(
+      const protocol::PromptInput& input) const override;
 
  private:
   ModelHost(kernels::Backend& backend, const ModelHostOptions& options);

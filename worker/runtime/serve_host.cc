@@ -2,6 +2,8 @@
 
 #include "protocol/base/log.h"
 
+#include <nlohmann/json.hpp>
+
 namespace tandem::worker::runtime {
 namespace {
 
@@ -38,7 +40,33 @@ protocol::TokenLogprob convert(std::int32_t token, const serve::TokenLogprobs& f
 
 }  // namespace
 
-void ServeHost::set_model(ModelHost* model) {
+void describe_serving(const serve::ServeStats& stats, const kernels::MemoryLedger& ledger,
+                      const ModelHostOptions& options, protocol::Heartbeat& beat) {
+  beat.running = stats.running;
+  beat.waiting = stats.waiting;
+  beat.kv_blocks_free = stats.kv_blocks_free;
+  beat.kv_blocks_total = stats.kv_blocks_total;
+  beat.tokens_per_second = stats.decode_tokens_per_s;
+  beat.adapters = stats.resident_adapters;
+  nlohmann::json kinds;
+  for (int i = 0; i < kernels::kMemoryKindCount; ++i) {
+    const auto kind = static_cast<kernels::MemoryKind>(i);
+    kinds[kernels::memory_kind_name(kind)] = ledger.live(kind);
+  }
+  beat.stats_json = nlohmann::json{
+      {"prefix_hits", stats.prefix_hits},
+      {"prefix_queries", stats.prefix_queries},
+      {"preemptions", stats.preemptions},
+      {"steps", stats.steps},
+      {"prefill_tokens", stats.prefill_tokens},
+      {"decode_tokens", stats.decode_tokens},
+      {"memory_bytes", kinds},
+      {"memory_peak_bytes", ledger.peak_total()},
+      {"memory_bytes_max", options.memory_bytes_max},
+      {"dtype", dtype_name(options.dtype)}}.dump();
+}
+
+void ServeHost::set_model(ServedModel* model) {
   if (model_ == model) return;
   auto requests = std::move(requests_);
   requests_.clear();
@@ -130,11 +158,7 @@ void ServeHost::load_adapter(const Digest& adapter, const std::string& manifest)
           if (!*alive || model_ != model) return;
           loading_.erase(adapter);
           Status status = outcome->status();
-          if (outcome->ok()) {
-            auto weights = model_->build_adapter(**outcome);
-            status = weights.ok() ? model_->serve().install_adapter(adapter, *weights)
-                                  : weights.status();
-          }
+          if (outcome->ok()) status = model_->load_adapter(adapter, **outcome);
           if (!status.ok()) model_->serve().fail_adapter(adapter, status);
         });
       });

@@ -6,6 +6,7 @@
 #include "worker/runtime/bulk_client.h"
 #include "worker/runtime/engine_io.h"
 #include "worker/runtime/model_host.h"
+#include "worker/runtime/served_model.h"
 #include "worker/runtime/task_thread.h"
 
 #include <functional>
@@ -14,6 +15,10 @@
 #include <unordered_map>
 
 namespace tandem::worker::runtime {
+
+/// What a process that serves says of itself with every heartbeat.
+void describe_serving(const serve::ServeStats& stats, const kernels::MemoryLedger& ledger,
+                      const ModelHostOptions& options, protocol::Heartbeat& beat);
 
 class ServeHost {
  public:
@@ -26,7 +31,7 @@ class ServeHost {
 
   /// Null: no model, every request is answered kUnavailable. Requests of the former model end with
   /// an error.
-  void set_model(ModelHost* model);
+  void set_model(ServedModel* model);
   void submit(const protocol::Infer& infer);
   void cancel(const RequestId& id);
   /// Loads an announced adapter ahead of its first request.
@@ -57,7 +62,7 @@ class ServeHost {
   BulkClient& bulk_;
   std::function<void(Task)> to_device_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
-  ModelHost* model_ = nullptr;
+  ServedModel* model_ = nullptr;
   std::unordered_map<RequestId, Request> requests_;
   std::map<Digest, std::string> manifests_;  ///< of adapters that live requests name
   std::set<Digest> loading_;

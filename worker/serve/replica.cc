@@ -1,6 +1,9 @@
 #include "worker/serve/replica.h"
 
+#include "protocol/base/str.h"
+
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace tandem::worker::serve {
@@ -38,7 +41,39 @@ class CommLink final : public CallLink {
     return frame;
   }
 
+  Status agree(const Status& mine) override {
+    const auto ranks = static_cast<std::size_t>(model_.size());
+    Verdict verdict;
+    verdict.code = static_cast<std::int64_t>(mine.code());
+    mine.message().copy(verdict.message.data(), verdict.message.size() - 1);
+    std::vector<Verdict> all(ranks);
+    {
+      const kernels::ArenaScope scope(ctx_.activations);
+      constexpr auto kBytes = static_cast<std::int64_t>(sizeof verdict);
+      const kernels::Tensor one = ctx_.activations.alloc({kBytes}, DType::kU8);
+      const kernels::Tensor each =
+          ctx_.activations.alloc({static_cast<std::int64_t>(ranks) * kBytes}, DType::kU8);
+      ctx_.ops.upload(ctx_.exec, std::as_bytes(std::span(&verdict, 1)), one);
+      model_.all_gather(ctx_.exec, one, each);
+      ctx_.ops.download(ctx_.exec, each, std::as_writable_bytes(std::span(all)));
+    }
+    for (std::size_t r = 0; r < ranks; ++r) {
+      if (all[r].code == 0) continue;
+      const std::string message = all[r].message.data();
+      const bool everywhere = std::all_of(
+          all.begin(), all.end(), [&](const Verdict& v) { return v.message == all[r].message; });
+      return {static_cast<StatusCode>(all[r].code),
+              everywhere ? message : str("rank ", r, ": ", message)};
+    }
+    return {};
+  }
+
  private:
+  struct Verdict {
+    std::int64_t code = 0;
+    std::array<char, 1016> message{};  ///< cut to fit
+  };
+
   /// Rank 0's bytes to everybody, through device memory, which is what communicators move.
   void broadcast(std::span<std::byte> bytes) {
     for (std::size_t at = 0; at < bytes.size(); at += kMoreBytes) {

@@ -4,6 +4,7 @@
 // follow. A step of several stages runs them one after another.
 #pragma once
 
+#include "protocol/base/status.h"
 #include "worker/comm/communicator.h"
 #include "worker/model/context.h"
 
@@ -20,6 +21,9 @@ class CallLink {
   virtual ~CallLink() = default;
   virtual void send(std::span<const std::byte> frame) = 0;  ///< the leader, to all others
   virtual std::vector<std::byte> receive() = 0;             ///< a follower, waits
+  /// All ranks at once: ok when all say so, else the first error, with its rank where not all have
+  /// the same. The same everywhere.
+  virtual Status agree(const Status& mine) = 0;
 };
 
 /// What an engine knows of the other ranks; everything outlives it. The tensor-parallel ranks are

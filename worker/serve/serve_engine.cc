@@ -1,5 +1,6 @@
 #include "worker/serve/serve_engine.h"
 
+#include "kernels/device_error.h"
 #include "worker/serve/adapter_residency.h"
 #include "worker/serve/batch_runner.h"
 #include "worker/serve/batch_scheduler.h"
@@ -249,18 +250,25 @@ Status ServeEngine::install_adapter(const Digest& digest,
     impl_->tell({.kind = EngineCall::Kind::kInstallAdapter, .adapter = digest, .tensors = tensors});
     impl_->flush();
   }
-  TANDEM_ASSIGN_OR_RETURN(auto weights, impl_->build(tensors));
-  return impl_->install(digest, std::move(weights));
+  auto weights = impl_->build(tensors);
+  if (impl_->parts.ranks != nullptr)
+    TANDEM_RETURN_IF_ERROR(impl_->parts.ranks->calls.agree(weights.status()));
+  TANDEM_RETURN_IF_ERROR(weights.status());
+  return impl_->install(digest, std::move(*weights));
 }
 
-// This rank's part. Whatever is wrong is wrong on all ranks.
+// This rank's part. What is wrong with the tensors is wrong on all ranks; memory for them may lack
+// on one alone, which is then no reason to end the others.
 Result<std::shared_ptr<const model::AdapterWeights>> ServeEngine::Impl::build(
     const std::vector<model::HostAdapterTensor>& tensors) {
   TANDEM_RETURN_IF_ERROR(model::check_adapter(whole, tensors));
   const auto local = model::shard_adapter(whole, parts.weights.base().shard(), tensors);
-  if (!local.empty())
-    return model::build_adapter(parts.context.ops, parts.context.exec, parts.allocator,
-                                parts.ledger, config, dtype, local);
+  if (!local.empty()) try {
+      return model::build_adapter(parts.context.ops, parts.context.exec, parts.allocator,
+                                  parts.ledger, config, dtype, local);
+    } catch (const kernels::DeviceError& error) {
+      return unavailable_error(str("no memory for an adapter: ", error.what()));
+    }
   auto nothing = std::make_shared<model::AdapterWeights>();
   nothing->pairs.resize(static_cast<std::size_t>(config.layers));
   return std::shared_ptr<const model::AdapterWeights>(std::move(nothing));

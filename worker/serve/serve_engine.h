@@ -112,7 +112,8 @@ class ServeEngine {
   Status install_adapter(const Digest& digest,
                          std::shared_ptr<const model::AdapterWeights> weights);
   /// The same with the whole model's tensors, of which a rank of a sharded replica takes its part:
-  /// the only way there. invalid_error: see build_adapter.
+  /// the only way there, and all of them have it then or none: one that has no memory for its part
+  /// fails it for all (unavailable_error, with the rank). invalid_error: see build_adapter.
   Status install_adapter(const Digest& digest,
                          const std::vector<model::HostAdapterTensor>& tensors);
   /// The adapter cannot be had: requests that wait for it end with kError and `why`.

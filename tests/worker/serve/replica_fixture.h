@@ -6,6 +6,8 @@
 #include "worker/comm/layout.h"
 #include "worker/memory/estimator.h"
 
+#include <atomic>
+
 namespace tandem::worker::serve {
 
 /// Sizes with nothing equal to another that tp 4 and pp 4 divide; the vocabulary they do not.
@@ -56,7 +58,7 @@ struct ReplicaRank {
 
   std::unique_ptr<ServeEngine> engine(bool alone) {
     const ServeOptions o = options();
-    ServeParts parts{.allocator = *backend.allocator,
+    ServeParts parts{.allocator = allocator,
                      .ledger = *backend.ledger,
                      .context = *context,
                      .weights = *weights,
@@ -80,6 +82,8 @@ struct ReplicaRank {
   kernels::Arena adapters_arena{*backend.allocator, *backend.ledger, kernels::MemoryKind::kAdapters,
                                 "table", std::int64_t{1} << 24};
   kernels::Exec exec{workspace, {}, kernels::Numerics::kInvariant};
+  std::atomic<bool> full = false;
+  FullAllocator allocator{*backend.allocator, full};
   comm::Groups groups;
   std::shared_ptr<const model::BaseWeights> base;
   std::unique_ptr<model::WeightSource> weights;
@@ -89,6 +93,26 @@ struct ReplicaRank {
   std::optional<ReplicaRanks> ranks;
   std::optional<text::Tokenizer> tokenizer = byte_tokenizer();
   ManualClock clock;
+};
+
+/// Passes everything on, but has no memory to map while `full`.
+class FullAllocator final : public kernels::Allocator {
+ public:
+  FullAllocator(kernels::Allocator& real, const std::atomic<bool>& full)
+      : real_(real), full_(full) {}
+  Result<void*> reserve(std::int64_t bytes) override { return real_.reserve(bytes); }
+  Status map(void* base, std::int64_t from, std::int64_t to) override {
+    if (full_) return refused_error("this rank's memory is full");
+    return real_.map(base, from, to);
+  }
+  void unmap(void* base, std::int64_t from, std::int64_t to) override {
+    real_.unmap(base, from, to);
+  }
+  void release(void* base, std::int64_t bytes) override { real_.release(base, bytes); }
+
+ private:
+  kernels::Allocator& real_;
+  const std::atomic<bool>& full_;
 };
 
 /// An adapter of the whole model: random sites, so that some stages may have none of it.

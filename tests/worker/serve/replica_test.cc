@@ -41,6 +41,45 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Replica,
                                       c.tied ? "_tied" : "_untied");
                          });
 
+/// An adapter that one rank has no memory for is on no rank, and the replica goes on.
+TEST(ReplicaAdapters, AreLoadedOnAllRanksOrOnNone) {
+  const comm::Layout layout{1, 2, 1, 0};
+  auto gang = comm::make_thread_communicators(layout.ranks());
+  const Digest name = sha256("adapter");
+  const auto run = [&](comm::Communicator& comm) {
+    ReplicaRank rank(comm, layout, true);
+    const auto engine = rank.engine(false);
+    if (comm.rank() == 1) {
+      engine->follow();  // reserves
+      rank.full = true;
+      engine->follow();  // the first load
+      rank.full = false;
+      while (engine->follow()) {
+      }
+      EXPECT_EQ(engine->stats().resident_adapters, std::vector<Digest>{name});
+      return;
+    }
+    engine->reserve_worst_case();
+    const Status refused = engine->install_adapter(name, replica_adapter(1, true));
+    EXPECT_EQ(refused.code(), StatusCode::kUnavailable) << refused.to_string();
+    EXPECT_NE(refused.message().find("rank 1: no memory for an adapter"), std::string::npos)
+        << refused.to_string();
+    GenerateRequest waits = request("waits", {1, 2, 3}, 4);
+    waits.adapter = name;
+    EXPECT_TRUE(engine->submit(waits).ok());
+    EXPECT_EQ(engine->missing_adapters(), std::vector<Digest>{name});
+    EXPECT_TRUE(engine->install_adapter(name, replica_adapter(1, true)).ok());
+    Outcomes outcomes;
+    drain(*engine, outcomes);
+    EXPECT_EQ(outcomes.at("waits").ids.size(), 4u);
+    EXPECT_EQ(engine->stats().resident_adapters, std::vector<Digest>{name});
+    engine->end();
+  };
+  std::thread other([&] { run(*gang[1]); });
+  run(*gang[0]);
+  other.join();
+}
+
 TEST(EngineCall, ComesBackAsItWas) {
   EngineCall call{.kind = EngineCall::Kind::kSubmit, .now = 77, .number = -5};
   call.request = request("r", {1, 2, 3}, 9);

@@ -1,0 +1,77 @@
+#include "worker/runtime/replica_plan.h"
+
+#include "worker/memory/estimator.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+
+namespace tandem::worker::runtime {
+
+Result<comm::Layout> parse_replica(const std::string& json) {
+  const auto object = nlohmann::json::parse(json, nullptr, false);
+  comm::Layout layout;
+  if (!object.is_object()) return invalid_error("a replica's layout is {\"tp\": N, \"pp\": N}");
+  for (const auto& [name, value] : object.items()) {
+    int* size = name == "tp" ? &layout.tp : name == "pp" ? &layout.pp : nullptr;
+    if (size == nullptr || !value.is_number_integer() || value < 1 ||
+        value > protocol::kGangMembersMax)
+      return invalid_error(str("a replica's layout has tp and pp, 1 to ", protocol::kGangMembersMax,
+                               ", not ", name, " ", value.dump()));
+    *size = value.get<int>();
+  }
+  return layout;
+}
+
+Result<std::string> estimate_replica(const kernels::DeviceProfile& profile,
+                                     const model::ModelConfig& config,
+                                     const ModelHostOptions& options, const std::string& json) {
+  TANDEM_ASSIGN_OR_RETURN(const comm::Layout layout, parse_replica(json));
+  if (profile.type != kernels::DeviceType::kCpu)
+    return refused_error(str("a replica of ", layout.ranks(), " ranks needs CPU workers so far"));
+  const serve::ServeOptions serve = serve_options(options);
+  TANDEM_ASSIGN_OR_RETURN(const auto ranks,
+                          memory::estimate_replica(profile, config, options.dtype, serve,
+                                                   options.adapter_slots, layout));
+  TANDEM_ASSIGN_OR_RETURN(const auto engine,
+                          memory::estimate_serving(profile, config, options.dtype, serve,
+                                                   options.adapter_slots + 1));
+  const auto largest =
+      std::max_element(ranks.begin(), ranks.end(),
+                       [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
+  auto per_rank = nlohmann::json::array();
+  for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
+  auto kinds = nlohmann::json::parse(largest->to_json());
+  kinds["serving_engine"] = engine.peak_total;
+  const std::int64_t total = largest->peak_total + engine.peak_total;
+  return nlohmann::json{{"peak_bytes", total},
+                        {"by_kind", kinds},
+                        {"ranks", per_rank},
+                        {"limit_bytes", options.memory_bytes_max},
+                        {"dtype", dtype_name(options.dtype)},
+                        {"fits", total <= options.memory_bytes_max}}
+      .dump();
+}
+
+ByteVector ReplicaPlan::encode() const {
+  ByteWriter to;
+  to.text(model_path);
+  to.text(base.hex());
+  to.number(layout.tp);
+  to.number(layout.pp);
+  return to.bytes();
+}
+
+ReplicaPlan ReplicaPlan::decode(std::span<const std::byte> bytes) {
+  ByteReader from(bytes);
+  ReplicaPlan plan;
+  plan.model_path = from.text();
+  const auto base = Digest::parse(from.text());
+  TANDEM_CHECK(base.ok(), base.status().to_string());
+  plan.base = *base;
+  plan.layout.tp = static_cast<int>(from.number());
+  plan.layout.pp = static_cast<int>(from.number());
+  return plan;
+}
+
+}  // namespace tandem::worker::runtime
