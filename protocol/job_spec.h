@@ -62,6 +62,9 @@ struct TrainSettings {
   // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
   std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64
   std::int64_t zero = 0;  ///< 0..3: optimizer (1), gradients (2), parameters (3) sharded over dp
+  std::int64_t virtual_pipeline_size = 1;  ///< stages on each pipeline rank; 2 or more: interleaved
+  std::string pipeline_balance = "compute";  ///< what stages share evenly: "compute" | "memory"
+  bool sequence_parallel = true;  ///< tensor-parallel ranks share the rows between products
 
   [[nodiscard]] std::int64_t ranks() const { return dp * tp * pp; }
 
