@@ -243,8 +243,13 @@ Status Jobs::pause(const JobId& id) {
 Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   const auto layout = nlohmann::ordered_json::parse(layout_json, nullptr, false);
   for (const auto& [name, value] : layout.items())
-    if (name != "dp" && name != "tp" && name != "pp" && name != "zero")
-      return invalid_error(str("a layout has dp, tp, pp and zero, not \"", name, "\""));
+    if (name != "dp" && name != "tp" && name != "pp" && name != "zero" &&
+        name != "virtual_pipeline_size" && name != "pipeline_balance" &&
+        name != "sequence_parallel")
+      return invalid_error(
+          str("a layout has dp, tp, pp, zero, virtual_pipeline_size, "
+              "pipeline_balance and sequence_parallel, not \"",
+              name, "\""));
   TANDEM_ASSIGN_OR_RETURN(auto spec, protocol::JobSpec::parse(job.spec_json));
   auto train = nlohmann::ordered_json::parse(spec.train.to_json());
   train.update(layout);

@@ -10,6 +10,7 @@
 #include "worker/memory/estimator.h"
 #include "worker/model/gathered_weights.h"
 #include "worker/model/model_loader.h"
+#include "worker/train/pipeline_schedule.h"
 #include "worker/train/ranks.h"
 #include "worker/train/train_session.h"
 
@@ -34,7 +35,7 @@ struct Options {
   int threads = 2;
   std::int64_t rank = 16, rows = 8, length = 512, steps = 4, warmup = 1, micro_batches = 1;
   std::int64_t ragged = 0;  ///< documents of ragged to length tokens; 0: of length tokens each
-  std::string method = "lora";
+  std::string method = "lora", balance = "compute", sequence_parallel = "on";
   worker::comm::Layout layout;
 };
 
@@ -152,6 +153,11 @@ double seconds(std::int64_t ns) {
   return static_cast<double>(ns) * 1e-9;
 }
 
+/// Inside the calls of each group.
+struct CommunicationNs {
+  std::int64_t tp = 0, dp = 0, pp = 0;
+};
+
 Status run(const Options& options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
   const DType dtype = options.dtype == "f32" ? DType::kF32 : DType::kBF16;
@@ -174,10 +180,14 @@ Status run(const Options& options) {
       auto gang,
       tools::make_bench_gang(options.layout.ranks(), options.layout.zero == 3, *backend.ops, exec));
   worker::comm::Communicator& comm = gang.comm();
-  const worker::train::Ranks ranks = worker::train::make_ranks(comm, options.layout);
+  worker::train::Ranks ranks = worker::train::make_ranks(comm, options.layout);
+  CommunicationNs inside;
+  ranks.groups.tp = tools::timed_communicator(std::move(ranks.groups.tp), inside.tp);
+  ranks.groups.dp = tools::timed_communicator(std::move(ranks.groups.dp), inside.dp);
+  ranks.groups.pp = tools::timed_communicator(std::move(ranks.groups.pp), inside.pp);
   const bool full = options.method == "full", gather = options.layout.zero == 3 && !full;
-  TANDEM_RETURN_IF_ERROR(
-      worker::model::check_shard(loaded.config, options.layout.tp, options.layout.pp));
+  TANDEM_RETURN_IF_ERROR(worker::model::check_shard(loaded.config, options.layout.tp,
+                                                    options.layout.pp, options.layout.virtual_pp));
   TANDEM_ASSIGN_OR_RETURN(auto base, worker::model::BaseWeights::load(
                                          *backend.ops, exec, *weight_arena, loaded.config, dtype,
                                          *loaded.source, ranks.shard(loaded.config), !gather));
@@ -215,6 +225,7 @@ Status run(const Options& options) {
                                             session_options, std::move(batches)));
 
   worker::train::TrainSession::PhaseTimes before;
+  CommunicationNs inside_before;
   std::vector<double> step_seconds;
   double loss = 0.0, processor_begin = 0.0;
   while (!session->finished()) {
@@ -224,6 +235,7 @@ Status run(const Options& options) {
         step_seconds.push_back(done->seconds);
       } else {
         before = session->phase_times();
+        inside_before = inside;
         processor_begin = processor_seconds();
       }
       loss = done->loss;
@@ -242,7 +254,17 @@ Status run(const Options& options) {
   // Arenas keep what they have mapped: what is in use at the end is the peak.
   const std::int64_t driver = backend.bytes_in_use() - context_bytes;
   const auto peaks = of_all_ranks(comm, context, static_cast<double>(peak));
+  // On a GPU calls return at once: what they take says nothing.
+  const auto exposed = [&](std::int64_t from, std::int64_t to) -> nlohmann::ordered_json {
+    if (options.device == "cuda") return nullptr;
+    return of_all_ranks(comm, context, phase(from, to));
+  };
+  const auto local_micro_batches =
+      static_cast<int>((options.micro_batches + options.layout.dp - 1) / options.layout.dp);
   const double rate = product_rate(context, backend), flops = step_flops(loaded.config, options);
+  std::vector<std::string> stages;
+  for (const worker::model::Stage& stage : ranks.shard(loaded.config).stages)
+    stages.push_back(str("[", stage.first, ", ", stage.last, ")"));
   const nlohmann::ordered_json report{
       {"bench", "train"},
       {"model", options.model.empty() ? options.shape : options.model},
@@ -279,6 +301,14 @@ Status run(const Options& options) {
       {"driver_peak_bytes", driver},
       {"resident_peak_bytes", resident},
       {"peak_bytes_of_ranks", peaks},
+      {"stages_of_rank_0", stages},
+      {"bubble_of_equal_stages",
+       worker::train::pipeline_bubble(options.layout.pp, options.layout.virtual_pp,
+                                      local_micro_batches)},
+      {"exposed_communication_seconds_of_ranks",
+       {{"tp", exposed(inside_before.tp, inside.tp)},
+        {"dp", exposed(inside_before.dp, inside.dp)},
+        {"pp_with_bubble", exposed(inside_before.pp, inside.pp)}}},
       {"last_loss", loss}};
   if (comm.rank() == 0) std::cout << report.dump(2) << std::endl;
   return {};
@@ -310,10 +340,21 @@ int main(int argc, char** argv) {
   app.add_option("--dp", options.layout.dp, "data-parallel ranks")->check(CLI::Range(1, 1024));
   app.add_option("--tp", options.layout.tp, "tensor-parallel ranks")->check(CLI::Range(1, 1024));
   app.add_option("--pp", options.layout.pp, "pipeline stages")->check(CLI::Range(1, 1024));
+  app.add_option("--virtual-pp", options.layout.virtual_pp, "stages on each pipeline rank")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--pipeline-balance", options.balance, "what stages share evenly")
+      ->check(CLI::IsMember({"compute", "memory", "blocks"}));
+  app.add_option("--sequence-parallel", options.sequence_parallel, "over tensor-parallel ranks")
+      ->check(CLI::IsMember({"on", "off"}));
   app.add_option("--zero", options.layout.zero, "0 to 3")->check(CLI::Range(0, 3));
   app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
   app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
   CLI11_PARSE(app, argc, argv);
+  options.layout.sequence_parallel = options.sequence_parallel == "on";
+  using Balance = worker::comm::StageBalance;
+  options.layout.balance = options.balance == "memory"   ? Balance::kMemory
+                           : options.balance == "blocks" ? Balance::kBlocks
+                                                         : Balance::kCompute;
   const Status status = run(options);
   if (status.ok()) return 0;
   std::cerr << "bench_train: " << status.to_string() << std::endl;
