@@ -35,7 +35,8 @@ class Jobs {
   Result<JobId> submit(const Submission& submission);
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
-  /// `layout_json`: "" or {"dp","tp","pp","zero"}, some of them: go on over other ranks.
+  /// `layout_json`: "" or some of the settings dp, tp, pp, zero, virtual_pipeline_size,
+  /// pipeline_balance, sequence_parallel: go on over other ranks.
   Status resume(const JobId& id, const std::string& layout_json);
   /// A checkpoint of a job that another registry backed up: the job stands here paused, if it does
   /// not yet, and has the checkpoint. kConflict: another job, or one that is not paused, has the

@@ -59,6 +59,10 @@ Field real(std::string name, double TrainSettings::*member, Range range) {
 
 Field boolean(std::string name, bool TrainSettings::*member) {
   auto read = [=](TrainSettings& s, const Json& value) -> Status {
+    if (value == "on" || value == "off") {  // as YAML 1.1 has it
+      s.*member = value == "on";
+      return {};
+    }
     if (!value.is_boolean()) return wrong_type(name, "true or false", value);
     s.*member = value.get<bool>();
     return {};
@@ -161,6 +165,9 @@ const std::vector<Field>& fields() {
       integer("zero", &S::zero, 0, 3),
       words("layout", {"manual", "auto"}, &S::layout),
       integer("ranks_max", &S::ranks_max, 0, kRanksMax),
+      integer("virtual_pipeline_size", &S::virtual_pipeline_size, 1, kRanksMax),
+      words("pipeline_balance", {"compute", "memory"}, &S::pipeline_balance),
+      boolean("sequence_parallel", &S::sequence_parallel),
   };
   return table;
 }
@@ -223,6 +230,16 @@ Status TrainSettings::check_layout() const {
             gradient_accumulation_steps, ", not a multiple of ", dp,
             "; set gradient_accumulation_steps to ", (gradient_accumulation_steps / dp + 1) * dp,
             ", or dp to ", std::gcd(gradient_accumulation_steps, dp)));
+  if (virtual_pipeline_size > 1 && pp == 1)
+    return refused_error(str("virtual_pipeline_size ", virtual_pipeline_size,
+                             " cuts the stages of a pipeline, and pp is 1; set pp to 2 or more, or "
+                             "virtual_pipeline_size to 1"));
+  if (virtual_pipeline_size > 1 && gradient_accumulation_steps / dp < pp)
+    return refused_error(str(
+        "virtual_pipeline_size ", virtual_pipeline_size, " needs a micro-batch for each of pp ", pp,
+        " ranks, and gradient_accumulation_steps ", gradient_accumulation_steps, " gives dp ", dp,
+        " ranks ", gradient_accumulation_steps / dp, " each; set gradient_accumulation_steps to ",
+        pp * dp, ", or virtual_pipeline_size to 1"));
   if (tp > 1 && lora_dropout > 0)
     return refused_error(str("lora_dropout ", lora_dropout, " over tensor-parallel ranks (tp ", tp,
                              ") is not supported; set lora_dropout to 0, or use dp ", dp * tp,

@@ -62,8 +62,12 @@ struct TrainSettings {
   // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
   std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64
   std::int64_t zero = 0;  ///< 0..3: optimizer (1), gradients (2), parameters (3) sharded over dp
-  /// "manual": as the numbers above say. "auto": the dry run chooses them, the fastest that fits on
-  /// at most ranks_max ranks (0: as many as the largest host has).
+  std::int64_t virtual_pipeline_size = 1;  ///< stages on each pipeline rank; 2 or more: interleaved
+  std::string pipeline_balance = "compute";  ///< what stages share evenly: "compute" | "memory"
+  bool sequence_parallel = true;  ///< tensor-parallel ranks share the rows between products
+  /// "manual": as the numbers above say. "auto": the dry run chooses dp, tp, pp, zero and
+  /// virtual_pipeline_size, the fastest that fits on at most ranks_max ranks (0: as many as the
+  /// largest host has).
   std::string layout = "manual";
   std::int64_t ranks_max = 0;
 

@@ -54,9 +54,10 @@ struct Rig {
         groups(worker::comm::make_groups(gang.comm(), layout)),
         base(model::BaseWeights::load(*backend.ops, exec, *weights_arena, loaded.config, dtype,
                                       *loaded.source,
-                                      {layout.tp_rank(gang.comm().rank()), layout.tp,
-                                       model::stage_at(loaded.config.layers, layout.pp,
-                                                       layout.pp_rank(gang.comm().rank()))})
+                                      {layout.tp_rank(gang.comm().rank()),
+                                       layout.tp,
+                                       {model::stage_at(loaded.config.layers, layout.pp,
+                                                        layout.pp_rank(gang.comm().rank()))}})
                  .value()),
         weights(model::make_resident_weights(base)),
         slots(std::max<std::int64_t>(1, o.adapters)),

@@ -23,4 +23,10 @@ struct BenchGang {
 /// in the background (ZeRO-3). With GPUs, gives `exec` a queue.
 Result<BenchGang> make_bench_gang(int ranks, bool gathers, kernels::Ops& ops, kernels::Exec& exec);
 
+/// Adds the time inside a communicator's calls to `ns`, waiting for others included: on CPUs, where
+/// a call ends when its work has, what a step does not hide of its communication. Sub-communicators
+/// are not timed. A group of one is left as it is.
+std::unique_ptr<worker::comm::Communicator> timed_communicator(
+    std::unique_ptr<worker::comm::Communicator> comm, std::int64_t& ns);
+
 }  // namespace tandem::tools

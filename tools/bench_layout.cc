@@ -229,12 +229,13 @@ Status run(const Options& options) {
     // Every rank plans with rates of its own measurement; rank 0's order is everybody's.
     auto wanted = planned[i].layout;
     kernels::ArenaScope scope(arena);
-    std::array<std::int32_t, 4> numbers{wanted.dp, wanted.tp, wanted.pp, wanted.zero};
-    const auto device = arena.alloc({4}, DType::kI32);
+    std::array<std::int32_t, 5> numbers{wanted.dp, wanted.tp, wanted.pp, wanted.zero,
+                                        wanted.virtual_pp};
+    const auto device = arena.alloc({5}, DType::kI32);
     backend.ops->upload(exec, std::as_bytes(std::span(numbers)), device);
     machine.comm.broadcast(exec, device, 0);
     backend.ops->download(exec, device, std::as_writable_bytes(std::span(numbers)));
-    wanted = {numbers[0], numbers[1], numbers[2], numbers[3]};
+    wanted = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
     TANDEM_ASSIGN_OR_RETURN(const double seconds, measure(machine, options, wanted));
     if (machine.comm.rank() != 0) continue;
     speeds.push_back(options.tokens() / seconds);

@@ -6,6 +6,7 @@
 #include "protocol/base/clock.h"
 #include "tools/bench_gang.h"
 #include "tools/bench_training.h"
+#include "worker/train/pipeline_schedule.h"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -24,6 +25,7 @@ struct Options : tools::TrainingCase {
   std::string model, shape;
   std::string device = "cpu";
   int threads = 2;
+  std::string balance = "compute", sequence_parallel = "on";
   worker::comm::Layout layout;
 };
 
@@ -88,15 +90,17 @@ Status run(const Options& options) {
       auto gang,
       tools::make_bench_gang(options.layout.ranks(), options.layout.zero == 3, *backend.ops, exec));
   worker::comm::Communicator& comm = gang.comm();
+  tools::CommunicationNs inside;
   TANDEM_ASSIGN_OR_RETURN(
       const auto rig,
-      tools::TrainingRig::create(backend, exec, comm, options.layout, loaded, options));
+      tools::TrainingRig::create(backend, exec, comm, options.layout, loaded, options, &inside));
   // The file's pages are not the engine's memory.
   if (options.method != "full") loaded.source.reset();
   worker::train::TrainSession& session = rig->session();
   worker::model::Context& context = rig->context();
 
   worker::train::TrainSession::PhaseTimes before;
+  tools::CommunicationNs inside_before;
   std::vector<double> step_seconds;
   double loss = 0.0, processor_begin = 0.0;
   while (!session.finished()) {
@@ -106,6 +110,7 @@ Status run(const Options& options) {
         step_seconds.push_back(done->seconds);
       } else {
         before = session.phase_times();
+        inside_before = inside;
         processor_begin = processor_seconds();
       }
       loss = done->loss;
@@ -124,8 +129,18 @@ Status run(const Options& options) {
   // Arenas keep what they have mapped: what is in use at the end is the peak.
   const std::int64_t driver = backend.bytes_in_use() - context_bytes;
   const auto peaks = of_all_ranks(comm, context, static_cast<double>(peak));
+  // On a GPU calls return at once: what they take says nothing.
+  const auto exposed = [&](std::int64_t from, std::int64_t to) -> nlohmann::ordered_json {
+    if (options.device == "cuda") return nullptr;
+    return of_all_ranks(comm, context, phase(from, to));
+  };
+  const auto local_micro_batches =
+      static_cast<int>((options.micro_batches + options.layout.dp - 1) / options.layout.dp);
   const double rate = tools::product_rate(context, backend),
                flops = step_flops(loaded.config, options);
+  std::vector<std::string> stages;
+  for (const worker::model::Stage& stage : rig->ranks().shard(loaded.config).stages)
+    stages.push_back(str("[", stage.first, ", ", stage.last, ")"));
   const nlohmann::ordered_json report{
       {"bench", "train"},
       {"model", options.model.empty() ? options.shape : options.model},
@@ -162,6 +177,14 @@ Status run(const Options& options) {
       {"driver_peak_bytes", driver},
       {"resident_peak_bytes", resident},
       {"peak_bytes_of_ranks", peaks},
+      {"stages_of_rank_0", stages},
+      {"bubble_of_equal_stages",
+       worker::train::pipeline_bubble(options.layout.pp, options.layout.virtual_pp,
+                                      local_micro_batches)},
+      {"exposed_communication_seconds_of_ranks",
+       {{"tp", exposed(inside_before.tp, inside.tp)},
+        {"dp", exposed(inside_before.dp, inside.dp)},
+        {"pp_with_bubble", exposed(inside_before.pp, inside.pp)}}},
       {"last_loss", loss}};
   if (comm.rank() == 0) std::cout << report.dump(2) << std::endl;
   return {};
@@ -193,10 +216,21 @@ int main(int argc, char** argv) {
   app.add_option("--dp", options.layout.dp, "data-parallel ranks")->check(CLI::Range(1, 1024));
   app.add_option("--tp", options.layout.tp, "tensor-parallel ranks")->check(CLI::Range(1, 1024));
   app.add_option("--pp", options.layout.pp, "pipeline stages")->check(CLI::Range(1, 1024));
+  app.add_option("--virtual-pp", options.layout.virtual_pp, "stages on each pipeline rank")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--pipeline-balance", options.balance, "what stages share evenly")
+      ->check(CLI::IsMember({"compute", "memory", "blocks"}));
+  app.add_option("--sequence-parallel", options.sequence_parallel, "over tensor-parallel ranks")
+      ->check(CLI::IsMember({"on", "off"}));
   app.add_option("--zero", options.layout.zero, "0 to 3")->check(CLI::Range(0, 3));
   app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
   app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
   CLI11_PARSE(app, argc, argv);
+  options.layout.sequence_parallel = options.sequence_parallel == "on";
+  using Balance = worker::comm::StageBalance;
+  options.layout.balance = options.balance == "memory"   ? Balance::kMemory
+                           : options.balance == "blocks" ? Balance::kBlocks
+                                                         : Balance::kCompute;
   const Status status = run(options);
   if (status.ok()) return 0;
   std::cerr << "bench_train: " << status.to_string() << std::endl;

@@ -2,6 +2,8 @@
 
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
+#include "tools/bench_gang.h"
+#include "worker/memory/layout_planner.h"
 #include "worker/model/gathered_weights.h"
 
 #include <algorithm>
@@ -16,11 +18,7 @@ protocol::TrainSettings TrainingCase::settings(const worker::comm::Layout& layou
   settings.lora_alpha = 2.0 * static_cast<double>(rank);
   settings.save_steps = 0;
   settings.recompute = recompute;
-  settings.dp = layout.dp;
-  settings.tp = layout.tp;
-  settings.pp = layout.pp;
-  settings.zero = layout.zero;
-  return settings;
+  return worker::memory::with_layout(settings, layout);
 }
 
 std::vector<worker::data::OptimizerStep> random_steps(const TrainingCase& c, std::int64_t vocab) {
@@ -87,24 +85,29 @@ double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
   return best;
 }
 
-Result<std::unique_ptr<TrainingRig>> TrainingRig::create(kernels::Backend& backend,
-                                                         kernels::Exec& exec,
-                                                         worker::comm::Communicator& comm,
-                                                         const worker::comm::Layout& layout,
-                                                         const worker::model::LoadedModel& loaded,
-                                                         const TrainingCase& c) {
+Result<std::unique_ptr<TrainingRig>> TrainingRig::create(
+    kernels::Backend& backend, kernels::Exec& exec, worker::comm::Communicator& comm,
+    const worker::comm::Layout& layout, const worker::model::LoadedModel& loaded,
+    const TrainingCase& c, CommunicationNs* inside) {
   namespace model = worker::model;
   const std::int64_t reserve = std::int64_t{1} << 38;  // address space
   const auto arena = [&](kernels::MemoryKind kind, const char* name) {
     return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
                                             reserve);
   };
-  TANDEM_RETURN_IF_ERROR(model::check_shard(loaded.config, layout.tp, layout.pp));
+  TANDEM_RETURN_IF_ERROR(
+      model::check_shard(loaded.config, layout.tp, layout.pp, layout.virtual_pp));
   std::unique_ptr<TrainingRig> rig(new TrainingRig);
   rig->weight_arena_ = arena(kernels::MemoryKind::kWeights, "weights");
   rig->table_arena_ = arena(kernels::MemoryKind::kAdapters, "slots");
   rig->activations_ = arena(kernels::MemoryKind::kActivations, "activations");
   rig->ranks_ = worker::train::make_ranks(comm, layout);
+  if (inside != nullptr) {
+    auto& groups = rig->ranks_.groups;
+    groups.tp = timed_communicator(std::move(groups.tp), inside->tp);
+    groups.dp = timed_communicator(std::move(groups.dp), inside->dp);
+    groups.pp = timed_communicator(std::move(groups.pp), inside->pp);
+  }
   const DType dtype = c.compute_dtype();
   const bool gather = layout.zero == 3 && c.method != "full";
   TANDEM_ASSIGN_OR_RETURN(

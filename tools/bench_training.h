@@ -32,16 +32,24 @@ std::vector<worker::data::OptimizerStep> random_steps(const TrainingCase& c, std
 /// Operations per second of one large product through the engine's own linear op.
 double product_rate(worker::model::Context& context, kernels::Backend& backend);
 
+/// Time inside the calls of each group (tools::timed_communicator).
+struct CommunicationNs {
+  std::int64_t tp = 0, dp = 0, pp = 0;
+};
+
 class TrainingRig {
  public:
   /// `comm` is the gang of layout.ranks(); it, `backend` and `exec` outlive the rig. Full
   /// fine-tuning reads `loaded`'s weights again when it starts, and they must outlive the rig too.
+  /// `inside`, where given, is counted up and outlives it as well.
   static Result<std::unique_ptr<TrainingRig>> create(kernels::Backend& backend, kernels::Exec& exec,
                                                      worker::comm::Communicator& comm,
                                                      const worker::comm::Layout& layout,
                                                      const worker::model::LoadedModel& loaded,
-                                                     const TrainingCase& c);
+                                                     const TrainingCase& c,
+                                                     CommunicationNs* inside = nullptr);
 
+  [[nodiscard]] const worker::train::Ranks& ranks() const { return ranks_; }
   [[nodiscard]] worker::train::TrainSession& session() { return *session_; }
   [[nodiscard]] worker::model::Context& context() { return *context_; }
   [[nodiscard]] const worker::memory::Estimate& estimate() const { return estimate_; }

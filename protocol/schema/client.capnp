@@ -134,7 +134,8 @@ struct Pong {
 # job.cancel !      {"job"} -> JOB. A job that has ended: `conflict`.
 # job.pause !       {"job"} -> JOB. Writes a checkpoint first; state is "pausing" until then.
 # job.resume !      {"job", "layout"?} -> JOB. A paused or failed job is queued again from its last checkpoint;
-#                   layout {"dp"?,"tp"?,"pp"?,"zero"?} lets it go on over other ranks, after a new dry run.
+#                   layout {"dp"?,"tp"?,"pp"?,"zero"?,"virtual_pipeline_size"?,"pipeline_balance"?,
+#                   "sequence_parallel"?} lets it go on over other ranks, after a new dry run.
 # job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest"} -> JOB. A
 #                   checkpoint out of another registry's backup: the job is made, paused, if it is not
 #                   here, and gets the checkpoint. Model and data are named by digest; the checkpoint's

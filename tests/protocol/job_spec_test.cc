@@ -54,6 +54,9 @@ TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
   refused(R"({"zero": 1})", {"zero 1", "dp is 1"});
   refused(R"({"tp": 2, "lora_dropout": 0.1})", {"lora_dropout 0.1", "dp 2 x tp 1 x pp 1"});
   refused(R"({"tp": 64, "pp": 2})", {"128 ranks", "at most 64"});
+  refused(R"({"virtual_pipeline_size": 2})", {"pp is 1", "virtual_pipeline_size to 1"});
+  refused(R"({"pp": 4, "virtual_pipeline_size": 2, "gradient_accumulation_steps": 6, "dp": 2})",
+          {"2 ranks 3 each", "gradient_accumulation_steps to 8"});
   EXPECT_EQ(TrainSettings::parse(R"({"tp": 0})").status().message(), "tp must be in 1..64, not 0");
   refused(R"({"layout": "auto", "tp": 2})", {"layout auto chooses", "tp 2", "leave them out"});
   EXPECT_TRUE(TrainSettings::parse(R"({"layout": "auto", "ranks_max": 8})").ok());
@@ -62,6 +65,9 @@ TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
       R"({"dp": 2, "tp": 2, "pp": 2, "zero": 3, "gradient_accumulation_steps": 2})");
   ASSERT_TRUE(works.ok()) << works.status().to_string();
   EXPECT_EQ(works->ranks(), 8);
+  const auto rows = TrainSettings::parse(R"({"tp": 2, "sequence_parallel": "off"})");
+  ASSERT_TRUE(rows.ok()) << rows.status().to_string();
+  EXPECT_FALSE(rows->sequence_parallel);
 }
 
 TEST(JobSpec, NeedsModelDatasetAndAdapter) {

@@ -76,7 +76,8 @@ struct RankEngine {
     if (job.gpu >= 0) exec.stream = backend.ops->make_stream(false);
     const model::ModelConfig config = rank_job_model(job);
     const DType dtype = job.exact ? DType::kF64 : job.dtype;
-    TANDEM_CHECK(model::check_shard(config, job.layout.tp, job.layout.pp).ok());
+    TANDEM_CHECK(
+        model::check_shard(config, job.layout.tp, job.layout.pp, job.layout.virtual_pp).ok());
     source = model::make_random_source(config, 7);
     const bool gather = job.layout.zero == 3 && !job.full;
     auto base = model::BaseWeights::load(*backend.ops, exec, weight_arena, config, dtype, *source,
@@ -138,7 +139,7 @@ model::ModelConfig rank_job_model(const RankJob& job) {
   config.family = job.bias ? "qwen2" : "llama";
   config.vocab = 97;
   config.width = 36;
-  config.layers = 4;
+  config.layers = 8;
   config.heads = 8;
   config.kv_heads = 4;
   config.head_dim = 6;
@@ -187,14 +188,19 @@ RankResult run_rank(comm::Communicator& gang, const RankJob& job) {
 
 const std::vector<comm::Layout>& tested_layouts() {
   static const std::vector<comm::Layout> layouts{
-      {2, 1, 1, 0}, {4, 1, 1, 0}, {1, 2, 1, 0}, {1, 4, 1, 0}, {1, 1, 2, 0},
-      {1, 1, 4, 0}, {2, 1, 1, 1}, {2, 1, 1, 2}, {2, 1, 1, 3}, {1, 2, 2, 0},
-      {2, 2, 1, 0}, {2, 2, 1, 3}, {3, 1, 1, 3}, {2, 1, 2, 1}, {2, 2, 2, 2}};
+      {2, 1, 1, 0},          {4, 1, 1, 0},    {1, 2, 1, 0},    {1, 4, 1, 0},
+      {1, 1, 2, 0},          {1, 1, 4, 0},    {2, 1, 1, 1},    {2, 1, 1, 2},
+      {2, 1, 1, 3},          {1, 2, 2, 0},    {2, 2, 1, 0},    {2, 2, 1, 3},
+      {3, 1, 1, 3},          {2, 1, 2, 1},    {2, 2, 2, 2},    {1, 1, 2, 0, 2},
+      {1, 1, 4, 0, 2},       {1, 2, 2, 0, 2}, {2, 1, 2, 3, 2}, {1, 2, 1, 0, 1, false},
+      {1, 2, 2, 0, 1, false}};
   return layouts;
 }
 
 std::string layout_name(const comm::Layout& l) {
-  return str("dp", l.dp, "_tp", l.tp, "_pp", l.pp, "_zero", l.zero);
+  return str("dp", l.dp, "_tp", l.tp, "_pp", l.pp, "_zero", l.zero,
+             l.virtual_pp > 1 ? str("_virtual", l.virtual_pp) : std::string(),
+             l.tp > 1 && !l.sequence_parallel ? "_whole_streams" : "");
 }
 
 RankResult as_one_rank(RankJob job) {

@@ -39,7 +39,7 @@ struct RankResult {
   std::vector<std::int64_t> peak_bytes;  ///< of the rank's ledger by MemoryKind, then the total
 };
 
-/// Sizes with nothing equal to another, and divisible by 4 only where tp needs it: 4 blocks,
+/// Sizes with nothing equal to another, and divisible by 4 only where tp needs it: 8 blocks,
 /// vocabulary 97.
 worker::model::ModelConfig rank_job_model(const RankJob& job);
 

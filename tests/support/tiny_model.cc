@@ -16,7 +16,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr std::int64_t kWidth = 64, kLayers = 2, kHeads = 4, kKvHeads = 2, kMlp = 96, kVocab = 260;
+constexpr std::int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kMlp = 96, kVocab = 260;
 constexpr int kStart = 256, kEnd = 257;
 
 /// The 256 characters that byte-level BPE spells bytes with (GPT-2's bytes_to_unicode).
@@ -83,13 +83,13 @@ void write_tokenizer(const std::string& folder) {
 
 }  // namespace
 
-void write_tiny_model(const std::string& folder, std::uint64_t seed) {
+void write_tiny_model(const std::string& folder, std::uint64_t seed, std::int64_t layers) {
   std::filesystem::create_directories(folder);
   write(folder + "/config.json", Json{{"architectures", {"LlamaForCausalLM"}},
                                       {"model_type", "llama"},
                                       {"vocab_size", kVocab},
                                       {"hidden_size", kWidth},
-                                      {"num_hidden_layers", kLayers},
+                                      {"num_hidden_layers", layers},
                                       {"num_attention_heads", kHeads},
                                       {"num_key_value_heads", kKvHeads},
                                       {"intermediate_size", kMlp},
@@ -121,7 +121,7 @@ void write_tiny_model(const std::string& folder, std::uint64_t seed) {
   add("model.embed_tokens.weight", {kVocab, kWidth}, false);
   add("model.norm.weight", {kWidth}, true);
   const std::int64_t head = kWidth / kHeads;
-  for (std::int64_t layer = 0; layer < kLayers; ++layer) {
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
     const std::string at = "model.layers." + std::to_string(layer) + ".";
     add(at + "input_layernorm.weight", {kWidth}, true);
     add(at + "post_attention_layernorm.weight", {kWidth}, true);

@@ -9,9 +9,9 @@
 namespace tandem::test {
 
 /// Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json into `folder`
-/// (made when missing): width 64, two layers, four heads over two kv heads, 260 tokens, context
-/// 512. A function of `seed`.
-void write_tiny_model(const std::string& folder, std::uint64_t seed);
+/// (made when missing): width 64, four heads over two kv heads, 260 tokens, context 512. A function
+/// of `seed` and `layers`.
+void write_tiny_model(const std::string& folder, std::uint64_t seed, std::int64_t layers = 2);
 
 /// Writes `rows` short chat rows as JSON lines; a function of `seed`.
 void write_tiny_dataset(const std::string& path, int rows, std::uint64_t seed);

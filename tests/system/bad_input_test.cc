@@ -113,12 +113,17 @@ TEST_F(BadInput, LayoutsThatCannotWork) {
   expect(train(data, {"--dp", "2"}), 4, {"gradient_accumulation_steps", "multiple of 2"});
   expect(train(data, {"--zero", "2"}), 4, {"zero 2", "dp is 1"});
   expect(train(data, {"--tp", "2", "--lora-dropout", "0.5"}), 4, {"lora_dropout 0.5", "dp 2"});
+  expect(train(data, {"--pp", "2", "--virtual-pp", "2"}), 4,
+         {"virtual_pipeline_size 2", "gradient_accumulation_steps to 2"});
   expect(train(data, {"--tp", "0"}), 2, {"tp must be in 1..64", "0"});
   expect(train(data, {"--pp", "65"}), 2, {"pp must be in 1..64", "65"});
   // Known to the dry run: 4 heads, 2 kv heads, 2 blocks.
   expect(train(data, {"--tp", "3"}), 4, {"tp 3", "2 kv heads", "nearest layout", "tp 2"});
   expect(train(data, {"--pp", "5"}), 4, {"pp 5", "the model has 2", "pp 2"});
   expect({"estimate", "--model", "tiny", "--tp", "4"}, 4, {"tp 4", "nearest layout"});
+  expect({"estimate", "--model", "tiny", "--pp", "2", "--virtual-pp", "2",
+          "--gradient-accumulation-steps", "2"},
+         4, {"virtual_pipeline_size 2", "nearest layout", "pp 2"});
   // Known to the coordinator: one worker. It says so once it knows its pool.
   write("gang.yaml", str("model: tiny\ndata: ", data, "\nadapter: g\ntp: 2\nmax_length: 128\n"));
   ASSERT_TRUE(eventually(30'000, [&] {

@@ -48,7 +48,7 @@ class Gangs : public testing::Test {
     platform_ = std::make_unique<Platform>(
         std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
                                  "--device", "cpu", "--gang-timeout-s", "5"});
-    write_tiny_model(platform_->directory() + "/model", 7);
+    write_tiny_model(platform_->directory() + "/model", 7, 4);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", 64, 8);
     platform_->start_coordinator();
     for (int slot = 0; slot < kWorkers; ++slot) platform_->start_worker(slot);
@@ -133,11 +133,13 @@ struct LayoutCase {
   int ranks = 2;
 };
 const std::vector<LayoutCase>& layouts() {
-  static const std::vector<LayoutCase> all{{"dp2", {{"dp", 2}}, 2},
-                                           {"tp2", {{"tp", 2}}, 2},
-                                           {"pp2", {{"pp", 2}}, 2},
-                                           {"dp2_zero3", {{"dp", 2}, {"zero", 3}}, 2},
-                                           {"tp2_pp2", {{"tp", 2}, {"pp", 2}}, 4}};
+  static const std::vector<LayoutCase> all{
+      {"dp2", {{"dp", 2}}, 2},
+      {"tp2", {{"tp", 2}}, 2},
+      {"pp2", {{"pp", 2}}, 2},
+      {"pp2_virtual2", {{"pp", 2}, {"virtual_pipeline_size", 2}}, 2},
+      {"dp2_zero3", {{"dp", 2}, {"zero", 3}}, 2},
+      {"tp2_pp2", {{"tp", 2}, {"pp", 2}}, 4}};
   return all;
 }
 

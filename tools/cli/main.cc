@@ -153,7 +153,10 @@ void add_training_options(CLI::App& sub, Invocation& in) {
   const Json defaults = Json::parse(protocol::TrainSettings().to_json());
   for (const auto& field : protocol::TrainSettings::field_names())
     sub.add_option_function<std::string>(
-           "--" + kebab(field) + (field == "max_length" ? ",--seq-len" : ""),
+           "--" + kebab(field) +
+               (field == "max_length"              ? ",--seq-len"
+                : field == "virtual_pipeline_size" ? ",--virtual-pp"
+                                                   : ""),
            [&in, field](const std::string& v) { in.train.settings[field] = v; },
            "[" + defaults[field].dump() + "]")
         ->type_name("X")
@@ -207,9 +210,11 @@ void add_training(CLI::App& app, Invocation& in) {
     });
     if (method != "resume") continue;
     sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --pp 1 --dp 2");
-    for (const std::string axis : {"dp", "tp", "pp", "zero", "layout"})
+    for (const std::string axis : {"dp", "tp", "pp", "zero", "virtual_pipeline_size",
+                                   "pipeline_balance", "sequence_parallel", "layout"})
       sub->add_option_function<std::string>(
-             "--" + axis, [&in, axis](const std::string& v) { in.layout[axis] = v; },
+             "--" + kebab(axis) + (axis == "virtual_pipeline_size" ? ",--virtual-pp" : ""),
+             [&in, axis](const std::string& v) { in.layout[axis] = v; },
              axis == "layout" ? "auto: the fastest that fits now" : "over other ranks than before")
           ->type_name("X");
   }

@@ -28,6 +28,12 @@ class Pending {
   virtual void wait(kernels::Exec& exec) = 0;
 };
 
+/// A tensor and the rank that it goes to or comes from.
+struct Message {
+  kernels::Tensor x;
+  int rank = 0;
+};
+
 /// Of a GPU, what gathers in the background may take while products have the rest. Measured with
 /// ZeRO-3 of an 8B base on two H100: 8 beat 4, 12 and 16, and beat taking and sparing nothing.
 inline constexpr int kGatherMultiprocessors = 8;
@@ -50,11 +56,16 @@ class Communicator {
   virtual void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;
   virtual void broadcast(kernels::Exec& exec, kernels::Tensor x, int root) = 0;
   virtual void barrier(kernels::Exec& exec) = 0;
-  /// Sends x to rank `to` and receives y from rank `from` at once; an undefined tensor leaves its
-  /// half out. A send may wait for its receive: two ranks that send to each other must do so in one
-  /// call each. Shapes and dtypes are agreed beforehand.
-  virtual void exchange(kernels::Exec& exec, kernels::Tensor x, int to, kernels::Tensor y,
-                        int from) = 0;
+  /// Sends and receives at once. A send may wait for its receive: ranks that send to each other in
+  /// a circle must do so in one call each. Several tensors between the same two ranks meet in the
+  /// order in which both sides name them. Shapes and dtypes are agreed beforehand.
+  virtual void exchange_all(kernels::Exec& exec, std::span<const Message> sends,
+                            std::span<const Message> receives) = 0;
+  /// One send and one receive; an undefined tensor leaves its half out.
+  void exchange(kernels::Exec& exec, kernels::Tensor x, int to, kernels::Tensor y, int from) {
+    const Message send{x, to}, receive{y, from};
+    exchange_all(exec, {&send, x.defined() ? 1u : 0u}, {&receive, y.defined() ? 1u : 0u});
+  }
   /// The communicator of `members` (ranks of this one, in the order of their new ranks, this rank
   /// among them). Every rank of this communicator calls it, each with its own group: the groups are
   /// disjoint. Pure bookkeeping on CPUs. Must not outlive the communicator that came first.
@@ -83,9 +94,13 @@ struct CommCall {
   };
   Kind kind = Kind::kAllReduce;
   std::vector<int> members;  ///< ranks of the gang, in the order of the group
-  std::int64_t bytes = 0;    ///< of the whole (unsharded) tensor; kExchange: sent
-  int to = -1, from = -1;    ///< kExchange: ranks of the gang, -1: nobody
+  std::int64_t bytes = 0;    ///< of the whole (unsharded) tensor
   std::int64_t gather = 0;   ///< kStartGather, kWaitGather: which one of this rank
+  struct Part {
+    int rank = 0;  ///< of the gang
+    std::int64_t bytes = 0;
+  };
+  std::vector<Part> sends = {}, receives = {};  ///< kExchange
 };
 using CommWatcher = std::function<void(const CommCall&)>;
 

@@ -5,15 +5,21 @@
 namespace tandem::worker::comm {
 
 std::string Layout::to_string() const {
-  return str("dp", dp, " x tp", tp, " x pp", pp, zero > 0 ? str(", zero ", zero) : std::string());
+  return str("dp", dp, " x tp", tp, " x pp", pp,
+             virtual_pp > 1 ? str(" (", virtual_pp, " virtual)") : std::string(),
+             zero > 0 ? str(", zero ", zero) : std::string(),
+             tp > 1 && !sequence_parallel ? ", whole streams" : "");
 }
 
 Status Layout::validate() const {
-  if (dp < 1 || tp < 1 || pp < 1)
+  if (dp < 1 || tp < 1 || pp < 1 || virtual_pp < 1)
     return invalid_error(str("layout ", to_string(), ": every size is at least 1"));
   if (zero < 0 || zero > 3) return invalid_error(str("zero is ", zero, "; it must be 0 to 3"));
   if (zero > 0 && dp == 1)
     return invalid_error(str("zero ", zero, " shards over data-parallel ranks; dp is 1"));
+  if (virtual_pp > 1 && pp == 1)
+    return invalid_error(
+        str("virtual_pipeline_size ", virtual_pp, " cuts the stages of a pipeline; pp is 1"));
   return {};
 }
 

@@ -9,10 +9,17 @@
 
 namespace tandem::worker::comm {
 
+/// What pipeline stages share evenly: the arithmetic of a token, parameters, or blocks (serving).
+enum class StageBalance : int { kCompute, kMemory, kBlocks };
+
 struct Layout {
   int dp = 1, tp = 1, pp = 1;
   int zero = 0;  ///< 0: every dp rank holds everything; 1, 2, 3: optimizer, gradients, parameters
                  ///< are sharded over dp
+  int virtual_pp = 1;  ///< stages on each pipeline rank; 2 or more: interleaved
+  /// Tensor-parallel ranks share the rows of the residual stream (does nothing where tp is 1).
+  bool sequence_parallel = true;
+  StageBalance balance = StageBalance::kCompute;
 
   [[nodiscard]] int ranks() const { return dp * tp * pp; }
   [[nodiscard]] int tp_rank(int rank) const { return rank % tp; }
@@ -21,9 +28,11 @@ struct Layout {
   [[nodiscard]] int rank_of(int dp_at, int tp_at, int pp_at) const {
     return (pp_at * dp + dp_at) * tp + tp_at;
   }
-  /// "dp2 x tp2 x pp1, zero 3"
+  /// "dp2 x tp2 x pp1, zero 3"; "dp1 x tp1 x pp2 (2 virtual)"; "dp1 x tp2 x pp1,
+  /// whole streams" without sequence parallelism
   [[nodiscard]] std::string to_string() const;
-  /// Sizes at least 1, zero 0..3 (and only with data parallelism behind it).
+  /// Sizes at least 1, zero 0..3 (and only with data parallelism behind it), virtual stages only
+  /// with pipeline ranks.
   [[nodiscard]] Status validate() const;
 };
 

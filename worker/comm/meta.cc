@@ -63,10 +63,14 @@ class MetaCommunicator final : public Communicator {
     tell({Kind::kBroadcast, members_, x.bytes()});
   }
   void barrier(kernels::Exec&) override {}
-  void exchange(kernels::Exec&, kernels::Tensor x, int to, kernels::Tensor y, int from) override {
-    CommCall call{Kind::kExchange, members_, x.defined() ? x.bytes() : 0};
-    if (x.defined()) call.to = members_[static_cast<std::size_t>(to)];
-    if (y.defined()) call.from = members_[static_cast<std::size_t>(from)];
+  void exchange_all(kernels::Exec&, std::span<const Message> sends,
+                    std::span<const Message> receives) override {
+    CommCall call{Kind::kExchange, members_};
+    for (const Message& send : sends)
+      call.sends.push_back({members_[static_cast<std::size_t>(send.rank)], send.x.bytes()});
+    for (const Message& receive : receives)
+      call.receives.push_back(
+          {members_[static_cast<std::size_t>(receive.rank)], receive.x.bytes()});
     tell(call);
   }
   std::unique_ptr<Communicator> sub(std::span<const int> members) override {

@@ -246,10 +246,11 @@ class MpiCommunicator final : public Communicator {
     messages.wait();
   }
 
-  void exchange(Exec&, Tensor x, int to, Tensor y, int from) override {
+  void exchange_all(Exec&, std::span<const Message> sends,
+                    std::span<const Message> receives) override {
     Messages messages = start("exchange");
-    if (y.defined()) messages.receive(y.data, y.bytes(), at(other(from)));
-    if (x.defined()) messages.send(x.data, x.bytes(), at(other(to)));
+    for (const Message& m : receives) messages.receive(m.x.data, m.x.bytes(), at(other(m.rank)));
+    for (const Message& m : sends) messages.send(m.x.data, m.x.bytes(), at(other(m.rank)));
     messages.wait();
   }
 

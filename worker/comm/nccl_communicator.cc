@@ -213,11 +213,14 @@ class NcclCommunicator final : public Communicator {
       ::sched_yield();
     }
   }
-  void exchange(Exec& exec, Tensor x, int to, Tensor y, int from) override {
+  void exchange_all(Exec& exec, std::span<const Message> sends,
+                    std::span<const Message> receives) override {
     const cudaStream_t s = stream_of(exec);
     call("exchange", ncclGroupStart());
-    if (x.defined()) queue(ncclSend(x.data, bytes(x), ncclUint8, other(to), *handle_, s));
-    if (y.defined()) queue(ncclRecv(y.data, bytes(y), ncclUint8, other(from), *handle_, s));
+    for (const Message& m : sends)
+      queue(ncclSend(m.x.data, bytes(m.x), ncclUint8, other(m.rank), *handle_, s));
+    for (const Message& m : receives)
+      queue(ncclRecv(m.x.data, bytes(m.x), ncclUint8, other(m.rank), *handle_, s));
     call("exchange", ncclGroupEnd());
   }
 

@@ -22,8 +22,9 @@ class SingleCommunicator final : public Communicator {
   }
   void broadcast(kernels::Exec&, kernels::Tensor, int root) override { TANDEM_CHECK_EQ(root, 0); }
   void barrier(kernels::Exec&) override {}
-  void exchange(kernels::Exec&, kernels::Tensor x, int, kernels::Tensor y, int) override {
-    TANDEM_CHECK(!x.defined() && !y.defined(), "a gang of one has nobody to talk to");
+  void exchange_all(kernels::Exec&, std::span<const Message> sends,
+                    std::span<const Message> receives) override {
+    TANDEM_CHECK(sends.empty() && receives.empty(), "a gang of one has nobody to talk to");
   }
   std::unique_ptr<Communicator> sub(std::span<const int> members) override {
     TANDEM_CHECK(members.size() == 1 && members[0] == 0, members.size(), " members of 1");

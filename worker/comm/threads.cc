@@ -110,9 +110,10 @@ class ThreadCommunicator final : public Communicator {
     meeting_->meet();
   }
   void barrier(kernels::Exec&) override { meeting_->meet(); }
-  void exchange(kernels::Exec&, kernels::Tensor x, int to, kernels::Tensor y, int from) override {
-    if (x.defined()) meeting_->post(rank_, to, x);
-    if (y.defined()) meeting_->take(from, rank_, y);
+  void exchange_all(kernels::Exec&, std::span<const Message> sends,
+                    std::span<const Message> receives) override {
+    for (const Message& m : sends) meeting_->post(rank_, m.rank, m.x);
+    for (const Message& m : receives) meeting_->take(m.rank, rank_, m.x);
   }
   std::unique_ptr<Communicator> sub(std::span<const int> members) override {
     const auto at = std::find(members.begin(), members.end(), rank_);

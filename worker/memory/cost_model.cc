@@ -64,12 +64,15 @@ double CostModel::seconds(const comm::CommCall& call) const {
       return transfer(all_gather, others, share);
     case Kind::kBroadcast:
       return transfer(all_gather, others, bytes);
-    case Kind::kExchange:
-      return transfer(exchange, 1.0, bytes);
+    case Kind::kExchange:  // message by message
     case Kind::kWaitGather:
       return 0.0;
   }
   return 0.0;
+}
+
+double CostModel::message_seconds(std::int64_t bytes) const {
+  return transfer(exchange, 1.0, static_cast<double>(bytes));
 }
 
 std::string CostModel::to_json() const {

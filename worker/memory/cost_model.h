@@ -33,8 +33,10 @@ struct CostModel {
 
   /// An op is limited by its products or by memory.
   [[nodiscard]] double seconds(const kernels::OpCost& cost, DType dtype) const;
-  /// Of a collective from the moment its last rank has come.
+  /// Of a collective from the moment its last rank has come; of an exchange's messages, see below.
   [[nodiscard]] double seconds(const comm::CommCall& call) const;
+  /// Of a message between two ranks from the moment both are there.
+  [[nodiscard]] double message_seconds(std::int64_t bytes) const;
 
   [[nodiscard]] std::string to_json() const;
   /// Every field, or invalid_error with the field's name.

@@ -35,7 +35,8 @@ Result<std::unique_ptr<DryEngine>> DryEngine::create(const kernels::DeviceProfil
                                                      std::int64_t adapter_slots,
                                                      const DryRank& place, DryWatchers watchers) {
   TANDEM_RETURN_IF_ERROR(place.layout.validate());
-  TANDEM_RETURN_IF_ERROR(model::check_shard(config, place.layout.tp, place.layout.pp));
+  TANDEM_RETURN_IF_ERROR(
+      model::check_shard(config, place.layout.tp, place.layout.pp, place.layout.virtual_pp));
   std::unique_ptr<DryEngine> engine(new DryEngine(profile, dtype, place, std::move(watchers)));
   engine->source = model::make_zero_source();
   TANDEM_ASSIGN_OR_RETURN(

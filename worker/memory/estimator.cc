@@ -191,12 +191,15 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
                                             const protocol::TrainSettings& settings,
                                             const train::BatchBounds& bounds) {
   const comm::Layout layout = train::layout_of(settings);
-  if (const Status cut = model::check_shard(config, layout.tp, layout.pp); !cut.ok()) {
+  const Status cut = model::check_shard(config, layout.tp, layout.pp, layout.virtual_pp);
+  if (!cut.ok()) {
     int tp = layout.tp;
     while (tp > 1 && !model::check_shard(config, tp, 1).ok()) --tp;
     const auto pp = std::min<std::int64_t>(layout.pp, config.layers);
+    const auto chunks = std::min<std::int64_t>(layout.virtual_pp, config.layers / pp);
     return refused_error(str(cut.message(), "; the nearest layout that works: dp ", layout.dp,
-                             ", tp ", tp, ", pp ", pp));
+                             ", tp ", tp, ", pp ", pp,
+                             chunks > 1 ? str(", virtual_pipeline_size ", chunks) : std::string()));
   }
   std::vector<Estimate> ranks;
   for (int rank = 0; rank < layout.ranks(); ++rank) {
@@ -210,7 +213,9 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
 Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, DType dtype,
                                   const serve::ServeOptions& options, std::int64_t adapter_slots,
-                                  const comm::Layout& layout, int rank) {
+                                  const comm::Layout& gang, int rank) {
+  comm::Layout layout = gang;
+  layout.balance = comm::StageBalance::kBlocks;
   TANDEM_ASSIGN_OR_RETURN(
       const auto engine,
       DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank, false}));
@@ -237,9 +242,8 @@ Result<std::vector<Estimate>> estimate_replica(const kernels::DeviceProfile& pro
     return refused_error(str(cut.message(), nearest_replica(config, layout)));
   std::vector<Estimate> ranks;
   for (int rank = 0; rank < layout.ranks(); ++rank) {
-    TANDEM_ASSIGN_OR_RETURN(
-        ranks.emplace_back(),
-        estimate_serving(profile, config, dtype, options, adapter_slots, layout, rank));
+    TANDEM_ASSIGN_OR_RETURN(ranks.emplace_back(), estimate_serving(profile, config, dtype, options,
+                                                                   adapter_slots, layout, rank));
   }
   return ranks;
 }

@@ -48,6 +48,9 @@ protocol::TrainSettings with_layout(protocol::TrainSettings settings, const comm
   settings.tp = layout.tp;
   settings.pp = layout.pp;
   settings.zero = layout.zero;
+  settings.virtual_pipeline_size = layout.virtual_pp;
+  settings.sequence_parallel = layout.sequence_parallel;
+  settings.pipeline_balance = layout.balance == comm::StageBalance::kMemory ? "memory" : "compute";
   return settings;
 }
 
@@ -57,12 +60,19 @@ std::vector<comm::Layout> possible_layouts(const model::ModelConfig& config,
   for (int ranks = 1; ranks <= ranks_max; ++ranks)
     for (int tp = 1; tp <= ranks; ++tp)
       for (int pp = 1; tp * pp <= ranks; ++pp) {
-        if (ranks % (tp * pp) != 0 || !model::check_shard(config, tp, pp).ok()) continue;
-        for (int zero = 0; zero <= 3; ++zero) {
-          const comm::Layout layout{ranks / (tp * pp), tp, pp, zero};
-          if (layout.validate().ok() && with_layout(settings, layout).check_layout().ok())
-            layouts.push_back(layout);
-        }
+        if (ranks % (tp * pp) != 0) continue;
+        for (const int virtual_pp : {1, 2, 4})
+          for (int zero = 0; zero <= 3; ++zero) {
+            comm::Layout layout = train::layout_of(settings);
+            layout.dp = ranks / (tp * pp);
+            layout.tp = tp;
+            layout.pp = pp;
+            layout.zero = zero;
+            layout.virtual_pp = virtual_pp;
+            if (layout.validate().ok() && model::check_shard(config, tp, pp, virtual_pp).ok() &&
+                with_layout(settings, layout).check_layout().ok())
+              layouts.push_back(layout);
+          }
       }
   return layouts;
 }
@@ -105,6 +115,7 @@ std::string to_json(const std::vector<PlannedLayout>& layouts, std::size_t most)
                     {"tp", planned.layout.tp},
                     {"pp", planned.layout.pp},
                     {"zero", planned.layout.zero},
+                    {"virtual_pipeline_size", planned.layout.virtual_pp},
                     {"tokens_per_second", planned.tokens_per_second},
                     {"step_seconds", planned.step.seconds},
                     {"compute_seconds", planned.step.compute_seconds},

@@ -56,8 +56,8 @@ class Simulation {
     std::size_t next = 0;
     double now = 0.0, compute = 0.0, collective = 0.0, exchange = 0.0;
     bool came = false;  ///< to the call at `next`, which is not complete
-    std::size_t send_at = 0, ask_at = 0;
-    std::map<std::vector<int>, std::size_t> meetings, gathers;  ///< calls of each group so far
+    std::vector<std::pair<const Channel*, std::size_t>> messages;  ///< of the exchange at `next`
+    std::map<std::vector<int>, std::size_t> meetings, gathers;     ///< calls of each group so far
     std::map<std::int64_t, std::pair<std::vector<int>, std::size_t>> begun;
     bool gathers_behind = false;
   };
@@ -151,28 +151,26 @@ class Simulation {
   }
 
   bool exchange(int at, Rank& rank, const comm::CommCall& call, bool arrives) {
-    Channel* out = call.to < 0 ? nullptr : &channels_[{at, trace_of(call.to)}];
-    Channel* in = call.from < 0 ? nullptr : &channels_[{trace_of(call.from), at}];
     if (arrives) {
-      if (out != nullptr) {
-        rank.send_at = out->sent.size();
-        out->sent.push_back(rank.now);
-        out->cost.push_back(model_.seconds(call));
+      rank.messages.clear();
+      for (const auto& send : call.sends) {
+        Channel& channel = channels_[{at, trace_of(send.rank)}];
+        rank.messages.push_back({&channel, channel.sent.size()});
+        channel.sent.push_back(rank.now);
+        channel.cost.push_back(model_.message_seconds(send.bytes));
       }
-      if (in != nullptr) {
-        rank.ask_at = in->asked.size();
-        in->asked.push_back(rank.now);
+      for (const auto& receive : call.receives) {
+        Channel& channel = channels_[{trace_of(receive.rank), at}];
+        rank.messages.push_back({&channel, channel.asked.size()});
+        channel.asked.push_back(rank.now);
       }
     }
     double done = rank.now;
-    const auto passes = [&](const Channel* channel, std::size_t index) {
-      if (channel == nullptr) return true;
-      if (channel->sent.size() <= index || channel->asked.size() <= index) return false;
+    for (const auto& [channel, index] : rank.messages) {
+      if (channel->sent.size() <= index || channel->asked.size() <= index) return arrives;
       done = std::max(done,
                       std::max(channel->sent[index], channel->asked[index]) + channel->cost[index]);
-      return true;
-    };
-    if (!passes(out, rank.send_at) || !passes(in, rank.ask_at)) return arrives;
+    }
     rank.exchange += done - rank.now;
     rank.now = done;
     return finish(rank);

@@ -153,10 +153,10 @@ std::vector<HostAdapterTensor> shard_adapter(const ModelConfig& config, const Mo
     }
     return to;
   };
-  const Stage stage = shard.stage_of(config);
+  const std::vector<std::int64_t> blocks = shard.blocks(config);
   std::vector<HostAdapterTensor> local;
   for (const HostAdapterTensor& t : tensors) {
-    if (t.layer < stage.first || t.layer >= stage.last) continue;
+    if (!std::binary_search(blocks.begin(), blocks.end(), t.layer)) continue;
     const SiteShape shape = site_shape(config, t.site);
     local.push_back({t.layer, t.site, t.rank, t.scale,
                      cut(t.a, shape.i, lora_a_slice(config, t.site, t.rank, shard)),

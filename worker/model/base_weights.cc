@@ -181,7 +181,7 @@ Result<std::shared_ptr<const BaseWeights>> BaseWeights::load(
   weights->config_ = config;
   weights->whole_config_ = whole;
   weights->shard_ = shard;
-  weights->shard_.stage = shard.stage_of(whole);
+  weights->shard_.stages = shard.stages_of(whole);
   weights->dtype_ = dtype;
   const std::unique_ptr<TensorSource> part = make_shard_source(whole_source, whole, shard);
   const TensorSource& source = shard.tp_size == 1 ? whole_source : *part;
@@ -196,8 +196,7 @@ Result<std::shared_ptr<const BaseWeights>> BaseWeights::load(
   weights->rope_attention_factor_ = rope.attention_factor;
   weights->blocks_.resize(static_cast<std::size_t>(config.layers));
   if (with_blocks)
-    for (std::int64_t layer = weights->shard_.stage.first; layer < weights->shard_.stage.last;
-         ++layer)
+    for (const std::int64_t layer : shard.blocks(whole))
       weights->blocks_[static_cast<std::size_t>(layer)] = loader.block(layer);
   return std::shared_ptr<const BaseWeights>(std::move(weights));
 }

@@ -86,8 +86,8 @@ class BaseWeights {
   /// The model as its checkpoint has it, and this rank's part.
   [[nodiscard]] const ModelConfig& whole_config() const { return whole_config_; }
   [[nodiscard]] const ModelShard& shard() const { return shard_; }
-  [[nodiscard]] bool embeds() const { return shard_.stage.first == 0; }
-  [[nodiscard]] bool has_head() const { return shard_.stage.last == config_.layers; }
+  [[nodiscard]] bool embeds() const { return shard_.embeds(whole_config_); }
+  [[nodiscard]] bool has_head() const { return shard_.has_head(whole_config_); }
   [[nodiscard]] DType dtype() const { return dtype_; }
   [[nodiscard]] const kernels::PackedWeight& embedding() const { return embedding_; }  ///< [V, C]
   [[nodiscard]] const kernels::PackedWeight& lm_head() const {

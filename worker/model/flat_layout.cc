@@ -115,8 +115,7 @@ FlatLayout block_layout(const ModelConfig& config, const ModelShard& shard, std:
 
 FlatLayout ends_layout(const ModelConfig& config, const ModelShard& shard) {
   FlatLayout layout;
-  const Stage stage = shard.stage_of(config);
-  const bool first = stage.first == 0, last = stage.last == config.layers;
+  const bool first = shard.embeds(config), last = shard.has_head(config);
   const TensorSlice entries = vocab_slice(config, shard);
   if (first || (last && config.tied_embedding))
     layout.add(kEmbeddingName, {config.vocab, config.width}, entries).counted = first;

@@ -21,6 +21,10 @@ struct FlatTensor {
   TensorSlice slice;                ///< what this rank holds, row-major from `begin` on
   std::int64_t begin = 0;           ///< elements from the buffer's start
   bool partial = false;             ///< its gradient is a part of a sum over tensor-parallel ranks
+  /// Every tensor-parallel rank holds all of it.
+  [[nodiscard]] bool is_whole() const {
+    return slice.rows == shape[0] && slice.columns == (shape.size() > 1 ? shape[1] : 1);
+  }
   bool counted = true;  ///< of several ranks' equal copies one counts in norms and checkpoints
 };
 

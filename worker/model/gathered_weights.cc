@@ -19,13 +19,12 @@ GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::C
       ends_(std::move(ends)),
       plain_(kernels::packs_rows(ops.profile())) {
   exec.spare_multiprocessors = comm::kGatherMultiprocessors;
-  const Stage stage = ends_->shard().stage;
   std::int64_t part = 0;
-  for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
-    layouts_.push_back(block_layout(ends_->whole_config(), ends_->shard(), layer));
-    part = std::max(part, flat_part(layouts_.back().elements, group_.size()));
+  for (const std::int64_t layer : ends_->shard().blocks(ends_->whole_config())) {
+    const FlatLayout& made =
+        (parts_[layer].layout = block_layout(ends_->whole_config(), ends_->shard(), layer));
+    part = std::max(part, flat_part(made.elements, group_.size()));
   }
-  parts_.resize(layouts_.size());
   const auto whole = [&] { return arena.alloc({part * group_.size()}, ends_->dtype()); };
   if (!plain_) gather_.whole = whole();
   for (Slot& slot : slots_) {
@@ -35,23 +34,22 @@ GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::C
 }
 
 const FlatLayout& GatheredWeights::layout(std::int64_t layer) const {
-  return layouts_.at(static_cast<std::size_t>(layer - ends_->shard().stage.first));
+  return parts_.at(layer).layout;
 }
 
 void GatheredWeights::set_part(std::int64_t layer, kernels::Tensor part) {
   TANDEM_CHECK(part.dtype == ends_->dtype());
   TANDEM_CHECK_EQ(part.elements(), flat_part(layout(layer).elements, group_.size()));
-  parts_[static_cast<std::size_t>(layer - ends_->shard().stage.first)] = part;
+  parts_.at(layer).part = part;
 }
 
 void GatheredWeights::load_parts(kernels::Arena& arena, const TensorSource& source) {
-  const Stage stage = ends_->shard().stage;
-  for (std::int64_t layer = stage.first; layer < stage.last; ++layer) {
-    const std::int64_t part = flat_part(layout(layer).elements, group_.size());
+  for (const auto& [layer, held] : parts_) {
+    const std::int64_t part = flat_part(held.layout.elements, group_.size());
     const kernels::Tensor mine = arena.alloc({part}, ends_->dtype());
     set_part(layer, mine);
     if (!source.has_values()) continue;
-    std::vector<float> flat = read_flat(source, layout(layer));
+    std::vector<float> flat = read_flat(source, held.layout);
     flat.resize(static_cast<std::size_t>(part * group_.size()), 0.0f);
     upload_floats(
         ops_, exec_,
@@ -76,9 +74,9 @@ GatheredWeights::Slot* GatheredWeights::resident(std::int64_t layer) {
 }
 
 void GatheredWeights::start(std::int64_t layer) {
-  const Stage stage = ends_->shard().stage;
-  if (layer < stage.first || layer >= stage.last || resident(layer) != nullptr) return;
-  const kernels::Tensor& part = parts_[static_cast<std::size_t>(layer - stage.first)];
+  const auto held = parts_.find(layer);
+  if (held == parts_.end() || resident(layer) != nullptr) return;
+  const kernels::Tensor& part = held->second.part;
   TANDEM_CHECK(part.defined(), "block ", layer, " has no part");
   if (plain_) {
     other().layer = -1;  // overwritten

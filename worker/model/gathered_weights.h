@@ -9,8 +9,8 @@
 #include "worker/model/flat_layout.h"
 
 #include <array>
+#include <map>
 #include <memory>
-#include <vector>
 
 namespace tandem::worker::model {
 
@@ -48,8 +48,12 @@ class GatheredWeights final : public WeightSource {
   kernels::Exec& exec_;
   comm::Communicator& group_;
   const std::shared_ptr<const BaseWeights> ends_;
-  std::vector<FlatLayout> layouts_;     ///< [layers of the stage]
-  std::vector<kernels::Tensor> parts_;  ///< [layers of the stage]
+  /// A block that this rank holds.
+  struct Part {
+    FlatLayout layout;
+    kernels::Tensor part;
+  };
+  std::map<std::int64_t, Part> parts_;  ///< by number
   /// A gather and its target [group * part] cd; plain_: of the slot that is taken next.
   struct Gather {
     kernels::Tensor whole;

@@ -1,4 +1,4 @@
-// What one rank holds of a model: a range of blocks (pipeline) and, of each tensor, a part
+// What one rank holds of a model: ranges of blocks (pipeline) and, of each tensor, a part
 // (tensor parallelism). Pure arithmetic over names and shapes. Any thread.
 //
 // Tensor parallelism after Shoeybi et al. 2019: q, k, v, gate and up are cut by outputs (whole
@@ -21,27 +21,60 @@ enum class Site : int;
 /// Blocks [first, last) of a model: a pipeline stage. The whole model is the stage [0, layers).
 struct Stage {
   std::int64_t first = 0, last = 0;
+  [[nodiscard]] std::int64_t blocks() const { return last - first; }
+  bool operator==(const Stage&) const = default;
 };
 
 struct ModelShard {
   int tp_rank = 0, tp_size = 1;
-  Stage stage;  ///< {0, 0}: all blocks
+  /// Ascending; more than one: virtual stages of an interleaved pipeline. Empty: all blocks.
+  std::vector<Stage> stages{};
 
+  [[nodiscard]] std::vector<Stage> stages_of(const ModelConfig& config) const {
+    return stages.empty() ? std::vector<Stage>{{0, config.layers}} : stages;
+  }
+  /// Of a rank with one stage.
+  [[nodiscard]] Stage stage_of(const ModelConfig& config) const;
   [[nodiscard]] bool is_whole(const ModelConfig& config) const {
-    return tp_size == 1 && stage_of(config).first == 0 && stage_of(config).last == config.layers;
+    return tp_size == 1 && blocks(config).size() == static_cast<std::size_t>(config.layers);
   }
-  [[nodiscard]] Stage stage_of(const ModelConfig& config) const {
-    return stage.last == 0 ? Stage{0, config.layers} : stage;
+  /// The first stage embeds, the last one has the head.
+  [[nodiscard]] bool embeds(const ModelConfig& config) const {
+    return stages_of(config).front().first == 0;
   }
+  [[nodiscard]] bool has_head(const ModelConfig& config) const {
+    return stages_of(config).back().last == config.layers;
+  }
+  /// Numbers of the blocks of all stages, ascending.
+  [[nodiscard]] std::vector<std::int64_t> blocks(const ModelConfig& config) const;
 };
 
 /// Stages of equal size, the first ones larger by one where the blocks do not divide: the last one
-/// has the head.
+/// has the head. What serving uses; cut_stages of PartCosts{} is the same.
 Stage stage_at(std::int64_t layers, int pp_size, int pp_rank);
 
+/// What the parts of a model cost, in one unit. A stage costs the sum of its parts.
+struct PartCosts {
+  std::int64_t block = 1;      ///< each
+  std::int64_t embedding = 0;  ///< on the first stage
+  std::int64_t head = 0;       ///< on the last stage: vocabulary product and loss
+};
+/// Multiply-adds of a token: those of the matrices. Embedding is a look-up. Attention, whose share
+/// grows with the sequence, is left out: the head then counts for a little too much.
+PartCosts compute_costs(const ModelConfig& config);
+/// Parameters, to which weights, gradients and optimizer state are in proportion. A tied embedding
+/// lies on both ends. Activations are left out: what a rank holds of them is the schedule's.
+PartCosts parameter_costs(const ModelConfig& config);
+
+/// All `layers` blocks in `count` stages of one block at least, in order, so that the largest
+/// stage costs the least that it can; of such cuts one with the least sum of squared costs, and of
+/// these the one whose last stages are smallest.
+std::vector<Stage> cut_stages(std::int64_t layers, int count, const PartCosts& costs);
+
 /// ok when heads, kv heads and mlp width divide by tp, the vocabulary has an entry for each rank
-/// and every stage a block; else refused_error with the largest sizes that work.
-Status check_shard(const ModelConfig& config, int tp_size, int pp_size);
+/// and every stage (virtual_pp on each pipeline rank) a block; else refused_error with the largest
+/// sizes that work.
+Status check_shard(const ModelConfig& config, int tp_size, int pp_size, int virtual_pp = 1);
 
 /// The sizes that this rank's ops see: its heads, kv heads, mlp width and vocabulary entries;
 /// layers and width stay (blocks keep their numbers).

@@ -18,7 +18,23 @@ kernels::AttentionSpec attention_spec(const ModelConfig& config) {
           config.window,   0.0f};
 }
 
+/// All rows of a tensor, on their way from the ranks until wait().
+struct Gathered {
+  Tensor all;
+  std::unique_ptr<comm::Pending> pending;  ///< null: they are here
+
+  const Tensor& wait(Context& ctx) {
+    if (pending) pending->wait(ctx.exec);
+    pending.reset();
+    return all;
+  }
+};
+
 /// What every part of a block needs: who runs, on what, with which weights and adapters.
+///
+/// Sequence parallelism (Korthikanti et al. 2022): the residual stream and its norms have only this
+/// rank's rows, products and attention all of them. Gathers stand before qkv and gate_up, and the
+/// sums behind o and down leave each rank its own rows; in backward the other way round.
 struct BlockRun {
   Context& ctx;
   const TokenBatch& batch;
@@ -27,6 +43,7 @@ struct BlockRun {
   const BlockWeights& weights;
   const AdapterTable* adapters;
   std::int64_t layer;
+  std::int64_t stream_rows;           ///< T, or with sequence parallelism T / ranks
   const BlockGrads* grads = nullptr;  ///< full fine-tuning, in backward
 
   [[nodiscard]] bool has_adapters() const {
@@ -37,6 +54,17 @@ struct BlockRun {
   }
   [[nodiscard]] Tensor rows(std::int64_t width) const {
     return ctx.activations.alloc({batch.tokens(), width}, ctx.compute_dtype);
+  }
+  [[nodiscard]] Tensor stream() const {
+    return ctx.activations.alloc({stream_rows, config.width}, ctx.compute_dtype);
+  }
+  [[nodiscard]] bool sequence_parallel() const { return stream_rows != batch.tokens(); }
+  [[nodiscard]] bool has_all_rows(const Tensor& x) const {
+    return x.defined() && x.dim(0) == batch.tokens();
+  }
+  /// This rank's rows of the residual stream in a tensor of all rows.
+  [[nodiscard]] Tensor mine(const Tensor& all) const {
+    return sequence_parallel() ? all.rows(ctx.comm.rank() * stream_rows, stream_rows) : all;
   }
   [[nodiscard]] Tensor row_scalars(std::int64_t width) const {
     return ctx.activations.alloc({batch.tokens(), width}, sum_dtype(ctx.compute_dtype));
@@ -70,9 +98,29 @@ struct BlockRun {
     if (grads != nullptr)
       ctx.ops.rms_norm_weight_grad(ctx.exec, {dy, residual, rstd, grads->*weight});
   }
-  /// Each rank of a tensor-parallel group holds a part of the sum.
-  void sum_over_ranks(const Tensor& x) const {
-    if (ctx.comm.size() > 1) ctx.comm.all_reduce_sum(ctx.exec, x);
+  /// Each rank of a tensor-parallel group has an addend [T, C]; their sum, or this rank's rows of
+  /// it, comes to `to`, which is a part of x or elsewhere.
+  void sum_over_ranks(const Tensor& x, const Tensor& to) const {
+    if (ctx.comm.size() == 1) return;
+    if (sequence_parallel())
+      ctx.comm.reduce_scatter_sum(ctx.exec, x, to);
+    else
+      ctx.comm.all_reduce_sum(ctx.exec, x);
+  }
+  /// A product whose sum over ranks is the stream `to`; `all` holds the addend where `to` has not
+  /// all rows.
+  void linear_to_stream(Fused fused, const Tensor& x, const kernels::PackedWeight& weight,
+                        const Tensor& to, const Tensor& u, const Tensor& all) const {
+    const Tensor addend = sequence_parallel() ? all : to;
+    linear(fused, x, weight, {}, addend, u);
+    sum_over_ranks(addend, to);
+  }
+  /// x (which may be a part of `all`) to `all`; nothing to do where x has all rows.
+  void gather(const Tensor& x, const Tensor& all) const {
+    if (sequence_parallel()) ctx.comm.all_gather(ctx.exec, x, all);
+  }
+  [[nodiscard]] Gathered start_gather(const Tensor& x, const Tensor& all) const {
+    return {all, sequence_parallel() ? ctx.comm.start_all_gather(ctx.exec, x, all) : nullptr};
   }
 };
 
@@ -104,16 +152,16 @@ void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Ten
         run.ctx.exec, {spec, qkv, run.batch.seq_offsets, run.batch.seq_len_max, out, lse});
 }
 
-/// Which tensors of a block outlive its forward.
+/// Which tensors of a block outlive its forward; `gathered`: the norms' outputs with all rows.
 struct Keep {
-  bool for_backward = false, normed = false, gate_up = false, act = false;
+  bool for_backward = false, normed = false, gathered = false, gate_up = false, act = false;
 };
 Keep keep_of(bool saved, Recompute recompute) {
   if (!saved || recompute == Recompute::kBlock) return {};
-  return {true, recompute != Recompute::kElementwise, recompute != Recompute::kMlp,
-          recompute == Recompute::kNone};
+  const bool all = recompute == Recompute::kNone;
+  return {true, recompute != Recompute::kElementwise, all, recompute != Recompute::kMlp, all};
 }
-constexpr Keep kKeepAll{true, true, true, true};
+constexpr Keep kKeepAll{true, true, true, true, true};
 
 /// What is kept, first; what is not lies behind it and is given back at the end of the block.
 void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
@@ -121,8 +169,8 @@ void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
   s.attention_out = run.rows(run.config.heads * run.config.head_dim);
   if (keep.for_backward) {
     const DType sums = sum_dtype(run.ctx.compute_dtype);
-    s.rstd_attention = run.ctx.activations.alloc({run.batch.tokens()}, sums);
-    s.rstd_mlp = run.ctx.activations.alloc({run.batch.tokens()}, sums);
+    s.rstd_attention = run.ctx.activations.alloc({run.stream_rows}, sums);
+    s.rstd_mlp = run.ctx.activations.alloc({run.stream_rows}, sums);
     s.lse = run.row_scalars(run.config.heads);
     s.u[0] = run.lora_inputs(Fused::kQkv);
     s.u[1] = run.lora_inputs(Fused::kO);
@@ -130,15 +178,26 @@ void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
     s.u[3] = run.lora_inputs(Fused::kDown);
   }
   if (keep.normed) {
-    s.normed_attention = run.rows(run.config.width);
-    s.normed_mlp = run.rows(run.config.width);
+    s.normed_attention = keep.gathered ? run.rows(run.config.width) : run.stream();
+    s.normed_mlp = keep.gathered ? run.rows(run.config.width) : run.stream();
   }
   if (keep.gate_up) s.gate_up = run.rows(2 * run.config.mlp_width);
   if (keep.act) s.act = run.rows(run.config.mlp_width);
 }
 
-void forward_mlp_hidden(const BlockRun& run, const SavedBlock& s) {
-  run.linear(Fused::kGateUp, s.normed_mlp, run.weights.gate_up, {}, s.gate_up, s.u[2]);
+/// All rows of a norm's output: `norm` writes this rank's. They are left in `kept` as far as it
+/// goes, and in `all` where it does not hold them all.
+template <class Norm>
+Tensor norm_all_rows(const BlockRun& run, const Tensor& kept, const Tensor& all, const Norm& norm) {
+  const Tensor to = run.has_all_rows(kept) ? kept : all;
+  const Tensor mine = kept.defined() && !run.has_all_rows(kept) ? kept : run.mine(to);
+  norm(mine);
+  run.gather(mine, to);
+  return to;
+}
+
+void forward_mlp_hidden(const BlockRun& run, const Tensor& normed, const SavedBlock& s) {
+  run.linear(Fused::kGateUp, normed, run.weights.gate_up, {}, s.gate_up, s.u[2]);
   run.ctx.ops.silu_mul_forward(run.ctx.exec, {s.gate_up, s.act});
 }
 
@@ -150,66 +209,77 @@ void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, con
   allocate_kept(run, s, keep);
   const ArenaScope scope(run.ctx.activations);
   SavedBlock b = s;
-  if (!keep.normed) b.normed_attention = b.normed_mlp = run.rows(run.config.width);
-  add_and_norm(run.ctx, run.config, b.x, before, run.weights.attention_norm, b.normed_attention,
-               b.rstd_attention);
-  run.linear(Fused::kQkv, b.normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0]);
+  // All rows of what is not kept with all of them: a norm's output, then a product's addend.
+  const Tensor all =
+      keep.normed && !run.sequence_parallel() ? Tensor{} : run.rows(run.config.width);
+  const Tensor normed_attention = norm_all_rows(run, b.normed_attention, all, [&](const Tensor& y) {
+    add_and_norm(run.ctx, run.config, b.x, before, run.weights.attention_norm, y, b.rstd_attention);
+  });
+  run.linear(Fused::kQkv, normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0]);
   attend(run, b.qkv, b.attention_out, b.lse);
-  run.linear(Fused::kO, b.attention_out, run.weights.o, {}, b.residual_attention, b.u[1]);
-  run.sum_over_ranks(b.residual_attention);
-  add_and_norm(run.ctx, run.config, b.residual_attention, b.x, run.weights.mlp_norm, b.normed_mlp,
-               b.rstd_mlp);
+  run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o, b.residual_attention, b.u[1],
+                       all);
+  const Tensor normed_mlp = norm_all_rows(run, b.normed_mlp, all, [&](const Tensor& y) {
+    add_and_norm(run.ctx, run.config, b.residual_attention, b.x, run.weights.mlp_norm, y,
+                 b.rstd_mlp);
+  });
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
-  forward_mlp_hidden(run, b);
-  run.linear(Fused::kDown, b.act, run.weights.down, {}, mlp_out, b.u[3]);
-  run.sum_over_ranks(mlp_out);
+  forward_mlp_hidden(run, normed_mlp, b);
+  run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], all);
 }
 
 // -- backward
 // ----------------------------------------------------------------------------------------
 
-/// dresidual [T, C]: on entry the gradient of the block's output stream, on return that of its
-/// input stream (`want_dx` false: nobody asks for it, dresidual is then left half way).
+/// dresidual, of the stream's rows: on entry the gradient of the block's output stream, on return
+/// that of its input stream (`want_dx` false: nobody asks for it, dresidual is then left half way).
 void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dresidual,
                     bool want_dx) {
   ArenaScope scope(run.ctx.activations);
   kernels::Ops& ops = run.ctx.ops;
-  const Tensor dnormed = run.rows(run.config.width);
-  // The norm of a stream that is whole already: once more, where it was not kept.
+  const Tensor dnormed_all = run.rows(run.config.width), dnormed = run.mine(dnormed_all);
+  // The gradient of what o and down gave, which is all rows.
+  const Tensor dstream = run.sequence_parallel() ? run.rows(run.config.width) : dresidual;
+  // The norm of a stream that is whole already: once more, where it was not kept; and all its rows,
+  // which arrive beside the product that comes first.
   const auto normed = [&](const Tensor& kept, const Tensor& stream, const Tensor& weight) {
-    if (kept.defined()) return kept;
-    const Tensor again = run.rows(run.config.width);
-    add_and_norm(run.ctx, run.config, stream, {}, weight, again, {});
-    return again;
+    if (run.has_all_rows(kept)) return Gathered{kept, nullptr};
+    const Tensor all = run.rows(run.config.width);
+    const Tensor mine = kept.defined() ? kept : run.mine(all);
+    if (!kept.defined()) add_and_norm(run.ctx, run.config, stream, {}, weight, mine, {});
+    return run.start_gather(mine, all);
   };
   {
     ArenaScope mlp(run.ctx.activations);
     SavedBlock again = s;
-    again.normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
+    run.gather(dresidual, dstream);
+    Gathered normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
     if (!s.act.defined()) again.act = run.rows(run.config.mlp_width);
     if (!s.gate_up.defined()) {
       again.gate_up = run.rows(2 * run.config.mlp_width);
-      forward_mlp_hidden(run, again);
+      forward_mlp_hidden(run, normed_mlp.wait(run.ctx), again);
     } else if (!s.act.defined()) {
       ops.silu_mul_forward(run.ctx.exec, {again.gate_up, again.act});
     }
     const Tensor dact = run.rows(run.config.mlp_width);
-    run.linear_backward(Fused::kDown, dresidual, again.act, run.weights.down, s.u[3], dact);
-    run.weight_grad(dresidual, again.act, &BlockGrads::down);
+    run.linear_backward(Fused::kDown, dstream, again.act, run.weights.down, s.u[3], dact);
+    run.weight_grad(dstream, again.act, &BlockGrads::down);
     // The gradient takes gate_up's memory: nobody reads that again.
     ops.silu_mul_backward(run.ctx.exec, {dact, again.gate_up, again.gate_up});
-    run.linear_backward(Fused::kGateUp, again.gate_up, again.normed_mlp, run.weights.gate_up,
-                        s.u[2], dnormed);
-    run.weight_grad(again.gate_up, again.normed_mlp, &BlockGrads::gate_up);
-    run.sum_over_ranks(dnormed);
+    const Tensor& x = normed_mlp.wait(run.ctx);
+    run.linear_backward(Fused::kGateUp, again.gate_up, x, run.weights.gate_up, s.u[2], dnormed_all);
+    run.weight_grad(again.gate_up, x, &BlockGrads::gate_up);
+    run.sum_over_ranks(dnormed_all, dnormed);
   }
   run.norm_weight_grad(dnormed, s.residual_attention, s.rstd_mlp, &BlockGrads::mlp_norm);
   ops.rms_norm_backward(
       run.ctx.exec, {dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual});
+  run.gather(dresidual, dstream);
+  Gathered normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
-  run.linear_backward(Fused::kO, dresidual, s.attention_out, run.weights.o, s.u[1], dattention);
-  run.weight_grad(dresidual, s.attention_out, &BlockGrads::o);
+  run.linear_backward(Fused::kO, dstream, s.attention_out, run.weights.o, s.u[1], dattention);
+  run.weight_grad(dstream, s.attention_out, &BlockGrads::o);
   const Tensor dqkv = run.rows(run.qkv_width());
   ops.attention_backward(run.ctx.exec,
                          {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
@@ -217,16 +287,37 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   ops.rope_backward(run.ctx.exec, {dqkv, run.batch.positions, run.base.inv_freq(),
                                    run.base.rope_attention_factor(), run.config.heads,
                                    run.config.kv_heads, run.config.head_dim});
-  const Tensor normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
-  run.linear_backward(Fused::kQkv, dqkv, normed_attention, run.weights.qkv, s.u[0],
-                      want_dx ? dnormed : Tensor{});
-  run.weight_grad(dqkv, normed_attention, &BlockGrads::qkv,
-                  run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
+  const Tensor& x = normed_attention.wait(run.ctx);
+  run.linear_backward(Fused::kQkv, dqkv, x, run.weights.qkv, s.u[0],
+                      want_dx ? dnormed_all : Tensor{});
+  run.weight_grad(dqkv, x, &BlockGrads::qkv, run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
   if (!want_dx) return;
-  run.sum_over_ranks(dnormed);
+  run.sum_over_ranks(dnormed_all, dnormed);
   run.norm_weight_grad(dnormed, s.x, s.rstd_attention, &BlockGrads::attention_norm);
   ops.rms_norm_backward(run.ctx.exec,
                         {dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual});
+}
+
+/// x of the stream's rows with all T rows: x itself, or in `all`.
+Tensor all_rows(Context& ctx, const Tensor& x, std::int64_t t) {
+  if (x.dim(0) == t) return x;
+  const Tensor all = ctx.activations.alloc({t, x.dim(1)}, x.dtype);
+  ctx.comm.all_gather(ctx.exec, x, all);
+  return all;
+}
+
+void embed(Context& ctx, const TokenBatch& batch, const BaseWeights& base, const Tensor& stream) {
+  const ArenaScope scope(ctx.activations);
+  const bool split = stream.dim(0) != batch.tokens();
+  const Tensor all =
+      split ? ctx.activations.alloc({batch.tokens(), stream.dim(1)}, stream.dtype) : stream;
+  const VocabShard shard = vocab_shard(base);
+  ctx.ops.embedding_forward(ctx.exec,
+                            {batch.ids, &base.embedding(), all, shard.first, shard.vocab});
+  if (split)
+    ctx.comm.reduce_scatter_sum(ctx.exec, all, stream);
+  else if (ctx.comm.size() > 1)
+    ctx.comm.all_reduce_sum(ctx.exec, all);
 }
 
 /// The residual stream between two blocks: the sum of both tensors.
@@ -250,17 +341,17 @@ const ModelConfig& Transformer::config() const {
 void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tensor hidden,
                           Saved* saved, Recompute recompute) const {
   const BaseWeights& base = weights_.base();
+  const std::int64_t stream_rows = hidden.dim(0);
+  TANDEM_CHECK(stream_rows == batch.tokens() || stream_rows * ctx.comm.size() == batch.tokens(),
+               stream_rows, " rows of ", batch.tokens(), " on each of ", ctx.comm.size(), " ranks");
   const auto rows = [&] {
-    return ctx.activations.alloc({batch.tokens(), config().width}, ctx.compute_dtype);
+    return ctx.activations.alloc({stream_rows, config().width}, ctx.compute_dtype);
   };
   const std::int64_t mark = ctx.activations.mark();
   Streams streams{{}, rows()};
   if (stage_.first == 0) {
     TANDEM_CHECK(!in.defined(), "the first stage embeds ids itself");
-    const VocabShard shard = vocab_shard(base);
-    ctx.ops.embedding_forward(
-        ctx.exec, {batch.ids, &base.embedding(), streams.stream, shard.first, shard.vocab});
-    if (ctx.comm.size() > 1) ctx.comm.all_reduce_sum(ctx.exec, streams.stream);
+    embed(ctx, batch, base, streams.stream);
   } else {
     ctx.ops.copy(ctx.exec, in, streams.stream);
   }
@@ -270,8 +361,8 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
   const Tensor shared = keep_blocks ? Tensor{} : rows();
 
   for (std::int64_t layer = stage_.first; layer < stage_.last; ++layer) {
-    const BlockRun run{ctx,       batch, config(), base, weights_.acquire(layer, Phase::kForward),
-                       adapters_, layer};
+    const BlockRun run{ctx,       batch, config(),   base, weights_.acquire(layer, Phase::kForward),
+                       adapters_, layer, stream_rows};
     SavedBlock s;
     s.x = streams.stream;
     // Where x must survive for backward the block's output is fresh memory; else it takes x's own,
@@ -333,17 +424,23 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
           ctx.exec, {dhidden, saved.final_residual, saved.final_rstd, ends->final_norm});
   }
   for (std::int64_t layer = stage_.last; layer-- > stage_.first;) {
-    const BlockRun run{
-        ctx,       batch, config(),           base, weights_.acquire(layer, Phase::kBackward),
-        adapters_, layer, sink.acquire(layer)};
+    const BlockRun run{ctx,
+                       batch,
+                       config(),
+                       base,
+                       weights_.acquire(layer, Phase::kBackward),
+                       adapters_,
+                       layer,
+                       dhidden.dim(0),
+                       sink.acquire(layer)};
     const SavedBlock& s = saved.blocks.at(static_cast<std::size_t>(layer - stage_.first));
     const bool want_dx = layer > stage_.first || din.defined() || ends != nullptr;
     if (recompute == Recompute::kBlock) {
       ArenaScope block(ctx.activations);
       SavedBlock again;
       again.x = s.x;  // already the whole stream
-      again.residual_attention = run.rows(config().width);
-      block_forward(run, again, {}, run.rows(config().width), kKeepAll);
+      again.residual_attention = run.stream();
+      block_forward(run, again, {}, run.stream(), kKeepAll);
       block_backward(run, again, dresidual, want_dx);
     } else {
       block_backward(run, s, dresidual, want_dx);
@@ -354,8 +451,8 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
   if (din.defined()) ctx.ops.copy(ctx.exec, dresidual, din);
   if (stage_.first == 0 && ends != nullptr) {
     const VocabShard shard = vocab_shard(base);
-    ctx.ops.embedding_backward(ctx.exec,
-                               {batch.ids, dresidual, ends->embedding, shard.first, shard.vocab});
+    ctx.ops.embedding_backward(ctx.exec, {batch.ids, all_rows(ctx, dresidual, batch.tokens()),
+                                          ends->embedding, shard.first, shard.vocab});
   }
 }
 

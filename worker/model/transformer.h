@@ -1,6 +1,10 @@
 // The one forward path: packed tokens through a range of blocks, for training rows, prefill chunks
 // and decode tokens alike; they differ only in the attention they ask for. Backward by hand, in
 // reverse order of forward. Stateless but for weights and adapters it refers to; one device thread.
+//
+// Over tensor-parallel ranks the residual stream is either whole on every rank, or each has a part
+// of its rows (sequence parallelism): S = T or T / ranks, as `hidden` says. The sums are the same
+// bits.
 #pragma once
 
 #include "worker/model/adapter.h"
@@ -32,15 +36,16 @@ struct TokenBatch {
 
 /// What is recomputed in backward instead of kept: nothing; the norms' outputs and silu(gate) * up
 /// (cheap: no product, no attention); gate_up and what follows from it (a product); whole blocks.
+/// With sequence parallelism all but the first gather the norms' outputs once more.
 enum class Recompute : int { kNone = 0, kMlp = 1, kBlock = 2, kElementwise = 3 };
 
 /// What one block keeps for its backward (cd unless noted). Recomputed tensors are absent: normed_*
 /// and act with Recompute::kElementwise, gate_up and act with kMlp, all but `x` with kBlock.
 struct SavedBlock {
-  kernels::Tensor x;                         ///< [T, C] residual stream as the block received it
-  kernels::Tensor residual_attention;        ///< [T, C] stream entering the mlp norm
-  kernels::Tensor rstd_attention, rstd_mlp;  ///< [T] f32
-  kernels::Tensor normed_attention, normed_mlp;  ///< [T, C]
+  kernels::Tensor x;                         ///< [S, C] residual stream as the block received it
+  kernels::Tensor residual_attention;        ///< [S, C] stream entering the mlp norm
+  kernels::Tensor rstd_attention, rstd_mlp;  ///< [S] f32
+  kernels::Tensor normed_attention, normed_mlp;  ///< [T, C] with Recompute::kNone, else [S, C]
   kernels::Tensor qkv;                           ///< [T, (H + 2K) * D] rotated
   kernels::Tensor attention_out;                 ///< [T, H * D]
   kernels::Tensor lse;                           ///< [T, H] f32
@@ -50,28 +55,28 @@ struct SavedBlock {
 };
 struct Saved {
   std::vector<SavedBlock> blocks;
-  kernels::Tensor final_residual;  ///< [T, C]
-  kernels::Tensor final_rstd;      ///< [T] f32
+  kernels::Tensor final_residual;  ///< [S, C]
+  kernels::Tensor final_rstd;      ///< [S] f32
 };
 
 class Transformer {
  public:
   Transformer(WeightSource& weights, const AdapterTable* adapters, Stage stage);
 
-  /// hidden [T, C] cd = final-norm output (last stage) or the residual stream (others). `in` is the
+  /// hidden [S, C] cd = final-norm output (last stage) or the residual stream (others). `in` is the
   /// residual stream from the stage before, undefined on the first stage (ids are embedded).
   /// `saved` null: serving or evaluation; else filled with tensors from ctx.activations, which the
   /// caller frees after backward by resetting the arena.
   void forward(Context& ctx, const TokenBatch& batch, kernels::Tensor in, kernels::Tensor hidden,
                Saved* saved, Recompute recompute) const;
-  /// dhidden [T, C] cd is consumed (overwritten); adapter gradients accumulate through the table's
-  /// trainable slots; din [T, C] cd (undefined on the first stage) receives the gradient of `in`.
+  /// dhidden [S, C] cd is consumed (overwritten); adapter gradients accumulate through the table's
+  /// trainable slots; din [S, C] cd (undefined on the first stage) receives the gradient of `in`.
   void backward(Context& ctx, const TokenBatch& batch, kernels::Tensor dhidden, const Saved& saved,
                 Recompute recompute, kernels::Tensor din, GradSink& sink) const;
   /// logits [S, V] f32 of hidden rows [S, C], the whole vocabulary's on every tensor-parallel rank.
   void logits(Context& ctx, kernels::Tensor hidden, kernels::Tensor logits) const;
-  /// Chunked head and loss, see LinearCrossEntropyArgs; dhidden undefined: evaluation. `sink`:
-  /// where the head's gradient goes, if anywhere.
+  /// Chunked head and loss of hidden [S, C] against labels [T], see LinearCrossEntropyArgs; dhidden
+  /// undefined: evaluation. `sink`: where the head's gradient goes, if anywhere.
   void loss(Context& ctx, kernels::Tensor hidden, kernels::Tensor labels, float gradient_scale,
             kernels::Tensor loss, kernels::Tensor correct, kernels::Tensor dhidden,
             GradSink* sink = nullptr) const;

@@ -19,11 +19,12 @@ VocabShard vocab_shard(const BaseWeights& base);
 inline constexpr std::int64_t kVocabLossRowsMin = 16;
 
 struct VocabLossArgs {
-  kernels::Tensor hidden;  ///< [T, C] cd, the same on every tensor-parallel rank
+  /// [T, C] cd, the same on every tensor-parallel rank, or this rank's rows of it [T / ranks, C]
+  kernels::Tensor hidden;
   kernels::Tensor labels;  ///< [T] i32, of the whole vocabulary
   float gradient_scale;
   kernels::Tensor loss, correct;  ///< [T] f32; correct may be undefined
-  kernels::Tensor dhidden;        ///< [T, C] cd, overwritten, whole; undefined: evaluation
+  kernels::Tensor dhidden;        ///< cd, of hidden's rows, overwritten; undefined: evaluation
   kernels::Tensor dhead;          ///< [V of this rank, C] f32, accumulated; undefined: frozen
 };
 void vocab_loss(Context& ctx, const BaseWeights& base, const VocabLossArgs& args);

@@ -298,7 +298,8 @@ class Engine {
       json["layout"] = {{"dp", plan.layout.dp},
                         {"tp", plan.layout.tp},
                         {"pp", plan.layout.pp},
-                        {"zero", plan.layout.zero}};
+                        {"zero", plan.layout.zero},
+                        {"virtual_pipeline_size", plan.layout.virtual_pp}};
       json["layout_name"] = plan.layout.to_string();
       json["layouts"] = nlohmann::json::parse(memory::to_json(planned, kLayoutsShown));
       if (json.value("fits", false)) return json.dump();

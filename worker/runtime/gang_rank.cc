@@ -77,7 +77,7 @@ Status GangRank::load(const GangPlan& plan) {
         str("layout ", layout.to_string(), " on a gang of ", gang_.size(), " ranks"));
   TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(plan.model_path));
   config_ = loaded.config;
-  TANDEM_RETURN_IF_ERROR(model::check_shard(config_, layout.tp, layout.pp));
+  TANDEM_RETURN_IF_ERROR(model::check_shard(config_, layout.tp, layout.pp, layout.virtual_pp));
   ranks_.emplace(train::make_ranks(gang_, layout));
   auto& ops = *backend_.ops;
   auto& exec = memory_->exec;

@@ -58,7 +58,7 @@ Status ReplicaRank::load(const ReplicaPlan& plan) {
   const int rank = gang_.rank();
   const model::ModelShard shard{
       plan.layout.tp_rank(rank), plan.layout.tp,
-      model::stage_at(config.layers, plan.layout.pp, plan.layout.pp_rank(rank))};
+      {model::stage_at(config.layers, plan.layout.pp, plan.layout.pp_rank(rank))}};
   TANDEM_ASSIGN_OR_RETURN(
       auto base, model::BaseWeights::load(*backend_.ops, memory_->exec, memory_->weights, config,
                                           options_.dtype, *loaded_.source, shard));

@@ -19,17 +19,19 @@ kernels::Tensor upload_padded(model::Context& ctx, std::vector<std::int32_t> val
 
 }  // namespace
 
-std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds) {
+std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds,
+                         std::int64_t parts) {
   const std::int64_t bucket =
       std::min(kTokenBucket, round_up(bounds.micro_batch_tokens, kSmallBucket));
-  return round_up(static_cast<std::int64_t>(batch.tokens.size()), bucket);
+  return round_up(round_up(static_cast<std::int64_t>(batch.tokens.size()), bucket), parts);
 }
 
 DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
-                         const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max) {
+                         const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max,
+                         std::int64_t parts) {
   const auto real = static_cast<std::int64_t>(batch.tokens.size());
   const auto end = static_cast<std::int32_t>(real);
-  const std::int64_t rows = device_rows(batch, bounds);
+  const std::int64_t rows = device_rows(batch, bounds, parts);
   DeviceBatch device;
   device.real_tokens = real;
   device.tokens.ids = upload_padded(ctx, batch.tokens, rows, 0);

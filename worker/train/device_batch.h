@@ -18,13 +18,16 @@ struct DeviceBatch {
   std::int64_t real_tokens = 0;
 };
 
-/// Rows of a micro-batch's device tensors.
-std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds);
+/// Rows of a micro-batch's device tensors: a multiple of `parts`, so that ranks can share them
+/// equally (then one plain collective does; inert rows are there anyway).
+std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds,
+                         std::int64_t parts);
 
 /// Uploads a micro-batch with all its rows in `slot` (-1: no adapter) of at most `rank_max`. Shapes
-/// depend on the number of tokens and on `bounds` alone.
+/// depend on the number of tokens, on `bounds` and on `parts` (of device_rows) alone.
 DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
-                         const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max);
+                         const BatchBounds& bounds, std::int64_t slot, std::int64_t rank_max,
+                         std::int64_t parts = 1);
 
 /// The same document twice, without labels: its first copy in slot 0, its second in slot 1.
 model::TokenBatch upload_twice(model::Context& ctx, const std::vector<std::int32_t>& tokens,

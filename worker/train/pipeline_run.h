@@ -1,11 +1,12 @@
-// Runs one step's micro-batches through this rank's stage, as schedule_1f1b says. What lives from a
-// micro-batch's forward to its backward lies in an arena of its own (they are freed in the order in
-// which they came, not in reverse); what backward needs for itself comes from the context's arena.
+// Runs one step's micro-batches through this rank's stages, as pipeline_schedule says. What lives
+// from a unit's forward to its backward lies in an arena of its own (they are not freed in reverse
+// of how they came); what backward needs for itself comes from the context's arena.
 // One device thread; every rank of the pipeline calls it at once.
 #pragma once
 
 #include "worker/model/transformer.h"
 #include "worker/train/device_batch.h"
+#include "worker/train/pipeline_schedule.h"
 #include "worker/train/ranks.h"
 
 #include <functional>
@@ -17,14 +18,9 @@ namespace tandem::worker::train {
 class PipelineRunner {
  public:
   PipelineRunner(kernels::Allocator& allocator, kernels::MemoryLedger& ledger,
-                 const model::Context& context, const model::Transformer& transformer,
-                 const Ranks& ranks, model::Recompute recompute)
-      : allocator_(allocator),
-        ledger_(ledger),
-        ctx_(context),
-        transformer_(transformer),
-        ranks_(ranks),
-        recompute_(recompute) {}
+                 const model::Context& context, model::WeightSource& weights,
+                 const model::AdapterTable& adapters, const Ranks& ranks,
+                 model::Recompute recompute);
 
   struct Step {
     std::vector<std::int64_t> rows;  ///< of each micro-batch's tensors, the same on every stage
@@ -45,19 +41,35 @@ class PipelineRunner {
     kernels::Tensor hidden;
     model::Saved saved;
   };
-  Flight& flight(int micro_batch);
-  void forward(const Step& step, int m, kernels::Tensor in);
-  double backward(const Step& step, int m, kernels::Tensor received, kernels::Tensor din);
-  [[nodiscard]] bool first() const { return ranks_.pp_rank() == 0; }
-  [[nodiscard]] bool last() const { return ranks_.pp_rank() == ranks_.layout.pp - 1; }
+  /// Buffers that are filled and used in turn.
+  struct Ring {
+    std::vector<kernels::Tensor> buffers;
+    std::size_t filled = 0, used = 0;
+    kernels::Tensor fill() { return buffers[filled++ % buffers.size()]; }
+    kernels::Tensor use() { return buffers[used++ % buffers.size()]; }
+  };
+  struct Buffers;
+  void forward(const Step& step, const PipelineAction& action, kernels::Tensor in);
+  double backward(const Step& step, const PipelineAction& action, kernels::Tensor received,
+                  kernels::Tensor din);
+  void exchange(const PipelineAction& action, Buffers& buffers);
+  [[nodiscard]] int next() const { return (ranks_.pp_rank() + 1) % ranks_.layout.pp; }
+  [[nodiscard]] int previous() const {
+    return (ranks_.pp_rank() + ranks_.layout.pp - 1) % ranks_.layout.pp;
+  }
+  /// Whether a chunk is the model's first or last stage.
+  [[nodiscard]] bool first(int chunk) const { return ranks_.pp_rank() == 0 && chunk == 0; }
+  [[nodiscard]] bool last(int chunk) const {
+    return next() == 0 && chunk + 1 == static_cast<int>(chunks_.size());
+  }
 
   kernels::Allocator& allocator_;
   kernels::MemoryLedger& ledger_;
   model::Context ctx_;
-  const model::Transformer& transformer_;
   const Ranks& ranks_;
   const model::Recompute recompute_;
-  std::vector<Flight> flights_;
+  std::vector<model::Transformer> chunks_;  ///< this rank's stages
+  std::vector<Flight> flights_;             ///< by slot
 };
 
 }  // namespace tandem::worker::train

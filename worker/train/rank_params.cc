@@ -126,6 +126,9 @@ FlatLayout RankParams::lora_layout(std::int64_t layer) const {
 void RankParams::plan_units() {
   const auto add = [&](std::int64_t layer, FlatLayout layout) {
     if (layout.elements == 0) return;
+    // Of a stream of which each rank has some rows, norms see a part of the sum.
+    if (shard_.tp_size > 1 && parts_.ranks->layout.sequence_parallel)
+      for (FlatTensor& tensor : layout.tensors) tensor.partial |= tensor.is_whole();
     Unit unit;
     unit.layer = layer;
     unit.part = zero() == 0 ? layout.elements : model::flat_part(layout.elements, dp_size());
@@ -133,7 +136,7 @@ void RankParams::plan_units() {
     unit.layout = std::move(layout);
     units_.push_back(std::move(unit));
   };
-  for (std::int64_t layer = shard_.stage.first; layer < shard_.stage.last; ++layer)
+  for (const std::int64_t layer : shard_.blocks(whole_config_))
     add(layer, full() ? block_layout(whole_config_, shard_, layer) : lora_layout(layer));
   if (full()) add(-1, ends_layout(whole_config_, shard_));
 }
@@ -175,7 +178,9 @@ void RankParams::allocate_unit(Unit& unit) {
     if (piece.empty()) continue;
     const Tensor view = unit.part_gradient.rows(piece.begin - unit.begin, piece.end - piece.begin);
     if (tensor.counted) unit.counted.push_back(view);
-    if (tensor.partial) unit.partial.push_back(view);
+    // The ends' are added up while they are whole: vocabularies may not divide, and then parts of
+    // two ranks are not alike.
+    if (tensor.partial && unit.layer >= 0) unit.partial.push_back(view);
   }
 }
 
@@ -281,8 +286,10 @@ void RankParams::attach(model::AdapterTable& table, std::int64_t slot) {
 // -------------------------------------------------------------------------------------
 
 RankParams::Unit& RankParams::unit_of(std::int64_t layer) {
-  return layer < 0 ? units_.back()
-                   : units_.at(static_cast<std::size_t>(layer - shard_.stage.first));
+  const auto at = std::find_if(units_.begin(), units_.end(),
+                               [&](const Unit& unit) { return unit.layer == layer; });
+  TANDEM_CHECK(at != units_.end(), "block ", layer, " is not of this rank");
+  return *at;
 }
 
 void RankParams::zero_gradients() {
@@ -321,8 +328,11 @@ const model::EndGrads* RankParams::ends() {
   return &end_grads_;
 }
 
-/// First and last stage hold the same embedding, each with the gradient of its own use.
-void RankParams::sum_tied_ends(Unit& unit) {
+void RankParams::sum_ends(Unit& unit) {
+  for (const FlatTensor& tensor : unit.layout.tensors)
+    if (tensor.partial)
+      parts_.context.comm.all_reduce_sum(parts_.context.exec, tensor_view(tensor, unit.gradient));
+  // First and last stage hold the same embedding, each with the gradient of its own use.
   if (parts_.ranks == nullptr || parts_.ranks->ends->size() == 1 || !whole_config_.tied_embedding)
     return;
   const FlatTensor* embedding = unit.layout.find(model::kEmbeddingName);
@@ -333,7 +343,7 @@ void RankParams::measure_gradients() {
   model::Context& ctx = parts_.context;
   std::vector<Tensor> counted;
   for (Unit& unit : units_) {
-    if (unit.layer < 0) sum_tied_ends(unit);
+    if (unit.layer < 0) sum_ends(unit);
     if (dp_size() > 1 && !by_block(unit)) {
       comm::Communicator& dp = *parts_.ranks->groups.dp;
       if (zero() == 0)

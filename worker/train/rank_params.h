@@ -8,8 +8,9 @@
 // keeps only its part of the blocks' weights too (GatheredWeights). The ends' gradients stay whole
 // until the step's end, and their packed weights always.
 //
-// Sums over data-parallel ranks come first, then those over tensor-parallel ranks of tensors that
-// all of these hold whole (FlatTensor::partial). One device thread.
+// Of a block, sums over data-parallel ranks come first, then those over tensor-parallel ranks of
+// tensors that all of these hold whole (FlatTensor::partial); of the ends it is the other way
+// round. One device thread.
 #pragma once
 
 #include "worker/model/flat_layout.h"
@@ -73,7 +74,8 @@ class RankParams final : public Trainable, private model::GradSink {
   /// Makes forward see the masters as they are now.
   void publish(Unit& unit);
   void publish_whole(Unit& unit, const kernels::Tensor& whole);
-  void sum_tied_ends(Unit& unit);
+  /// Of the ends, what ranks of other groups have addends of.
+  void sum_ends(Unit& unit);
 
   const model::BlockGrads* acquire(std::int64_t layer) override;
   void ready(std::int64_t layer) override;
@@ -96,7 +98,7 @@ class RankParams final : public Trainable, private model::GradSink {
   const DType cd_, sums_;
   model::ModelConfig whole_config_;
   model::ModelShard shard_;
-  std::vector<Unit> units_;  ///< blocks of the stage in order, then the ends of a full fine-tune
+  std::vector<Unit> units_;  ///< this rank's blocks in order, then the ends of a full fine-tune
   std::unique_ptr<kernels::Arena> weight_arena_, compute_arena_, gradient_arena_, optimizer_arena_;
   std::unique_ptr<model::WeightSource> own_weights_;
   model::WeightSource* weights_ = nullptr;

@@ -24,9 +24,12 @@ struct Ranks {
   [[nodiscard]] int dp_rank() const { return layout.dp_rank(rank); }
   [[nodiscard]] int tp_rank() const { return layout.tp_rank(rank); }
   [[nodiscard]] int pp_rank() const { return layout.pp_rank(rank); }
-  [[nodiscard]] model::ModelShard shard(const model::ModelConfig& config) const {
-    return {tp_rank(), layout.tp, model::stage_at(config.layers, layout.pp, pp_rank())};
-  }
+  /// Rows of the residual stream that this rank has of a micro-batch's.
+  [[nodiscard]] std::int64_t stream_rows(std::int64_t rows) const { return rows / row_parts(); }
+  /// Of which the rows of a micro-batch are therefore a multiple.
+  [[nodiscard]] std::int64_t row_parts() const { return layout.sequence_parallel ? layout.tp : 1; }
+  /// The stages pp_rank, pp_rank + pp, ... of all pp * virtual_pp.
+  [[nodiscard]] model::ModelShard shard(const model::ModelConfig& config) const;
 };
 
 /// Sums of numbers that each copy of the model's last stage counts for itself, over data-parallel

@@ -133,8 +133,8 @@ Result<SliceEvent> TrainSession::Impl::train_slice() {
 }
 
 DeviceBatch TrainSession::Impl::upload(model::Context& ctx, const LocalBatch& batch) const {
-  DeviceBatch device =
-      upload_batch(ctx, *batch.batch, batches_->bounds(), parts_.slot, params_.rank_max());
+  DeviceBatch device = upload_batch(ctx, *batch.batch, batches_->bounds(), parts_.slot,
+                                    params_.rank_max(), row_parts());
   device.tokens.adapters.dropout = static_cast<float>(lora_.lora_dropout);
   device.tokens.adapters.dropout_seed =
       random_bits(static_cast<std::uint64_t>(options_.settings.seed), kDropoutStream,
@@ -146,7 +146,7 @@ double TrainSession::Impl::run_pipeline() {
   PhaseTimer timer(times_.backward);
   std::vector<std::int64_t> rows;
   for (const LocalBatch& batch : local_)
-    rows.push_back(device_rows(*batch.batch, batches_->bounds()));
+    rows.push_back(device_rows(*batch.batch, batches_->bounds(), row_parts()));
   return pipeline_->run({std::move(rows),
                          [&](model::Context& ctx, std::size_t m) { return upload(ctx, local_[m]); },
                          gradient_scale(), params_.sink()});
@@ -156,8 +156,9 @@ double TrainSession::Impl::run_micro_batch(const LocalBatch& batch) {
   model::Context& ctx = parts_.context;
   ArenaScope scope(ctx.activations);
   const DeviceBatch device = upload(ctx, batch);
-  const kernels::Shape rows{device.tokens.tokens(), transformer_.config().width};
-  const Tensor loss = ctx.activations.alloc({rows[0]}, sum_dtype(ctx.compute_dtype));
+  const std::int64_t tokens = device.tokens.tokens();
+  const kernels::Shape rows{tokens / row_parts(), transformer_.config().width};
+  const Tensor loss = ctx.activations.alloc({tokens}, sum_dtype(ctx.compute_dtype));
   const Tensor dhidden = ctx.activations.alloc(rows, ctx.compute_dtype);
   const Tensor hidden = ctx.activations.alloc(rows, ctx.compute_dtype);
   model::Saved saved;
@@ -232,11 +233,12 @@ Result<SliceEvent> TrainSession::Impl::eval_slice() {
     const std::size_t mine = next_eval_batch_ + static_cast<std::size_t>(dp_rank());
     const data::MicroBatch& batch = all[mine < all.size() ? mine : 0];
     const DeviceBatch device = upload_batch(ctx, batch, batches_->bounds(), base ? -1 : parts_.slot,
-                                            base ? 0 : params_.rank_max());
-    const kernels::Shape rows{device.tokens.tokens(), transformer_.config().width};
+                                            base ? 0 : params_.rank_max(), row_parts());
+    const std::int64_t tokens = device.tokens.tokens();
+    const kernels::Shape rows{tokens / row_parts(), transformer_.config().width};
     const Tensor hidden = ctx.activations.alloc(rows, ctx.compute_dtype);
-    const Tensor loss = ctx.activations.alloc({rows[0]}, sum_dtype(ctx.compute_dtype));
-    const Tensor correct = ctx.activations.alloc({rows[0]}, sum_dtype(ctx.compute_dtype));
+    const Tensor loss = ctx.activations.alloc({tokens}, sum_dtype(ctx.compute_dtype));
+    const Tensor correct = ctx.activations.alloc({tokens}, sum_dtype(ctx.compute_dtype));
     if (pipelined())
       pipeline_->forward_only(device, hidden);
     else

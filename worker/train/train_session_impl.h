@@ -25,10 +25,11 @@ class TrainSession::Impl {
         batches_(std::move(batches)),
         params_owner_(std::move(params)),
         params_(*params_owner_),
-        transformer_(params_.weights(), &parts.adapters, parts.weights.base().shard().stage) {
+        transformer_(params_.weights(), &parts.adapters,
+                     parts.weights.base().shard().stages.back()) {
     if (pipelined())
-      pipeline_.emplace(parts.allocator, parts.ledger, parts.context, transformer_, *parts.ranks,
-                        recompute);
+      pipeline_.emplace(parts.allocator, parts.ledger, parts.context, params_.weights(),
+                        parts.adapters, *parts.ranks, recompute);
     phase_ = options_.eval_base_first && has_eval() ? Phase::kBaseEval : Phase::kTrain;
   }
   ~Impl() { parts_.adapters.clear(parts_.context.exec, parts_.slot); }
@@ -81,7 +82,7 @@ class TrainSession::Impl {
   const std::unique_ptr<BatchSource> batches_;
   const std::unique_ptr<Trainable> params_owner_;
   Trainable& params_;
-  const model::Transformer transformer_;
+  const model::Transformer transformer_;  ///< the model; of a pipeline, this rank's last stage
   std::optional<PipelineRunner> pipeline_;
   PhaseTimes times_;
 
@@ -108,6 +109,10 @@ class TrainSession::Impl {
   }
   [[nodiscard]] bool pipelined() const {
     return parts_.ranks != nullptr && parts_.ranks->layout.pp > 1;
+  }
+  /// Of the residual stream, see Ranks.
+  [[nodiscard]] std::int64_t row_parts() const {
+    return parts_.ranks ? parts_.ranks->row_parts() : 1;
   }
   [[nodiscard]] std::int64_t dp_size() const { return parts_.ranks ? parts_.ranks->layout.dp : 1; }
   [[nodiscard]] std::int64_t dp_rank() const { return parts_.ranks ? parts_.ranks->dp_rank() : 0; }

@@ -28,6 +28,9 @@ const std::set<std::string>& free_settings() {
                                            "dp",
                                            "tp",
                                            "pp",
+                                           "virtual_pipeline_size",
+                                           "pipeline_balance",
+                                           "sequence_parallel",
                                            "zero"};
   return names;
 }

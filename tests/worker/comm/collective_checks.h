@@ -8,6 +8,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <numeric>
 
@@ -128,6 +129,14 @@ inline void check_moves(Communicator& comm, kernels::Exec& exec) {
     comm.exchange(exec, over(mine), (rank + 1) % size, over(from_before), (rank + size - 1) % size);
     EXPECT_EQ(from_before[n - 1],
               static_cast<float>((rank + size - 1) % size) * 1e6f + static_cast<float>(n - 1));
+    // Both ways around at once; of two ranks both tensors go to the same one.
+    std::vector<float> forth(n, static_cast<float>(rank)), back(n, static_cast<float>(-rank));
+    std::vector<float> from_left(n, -1.0f), from_right(n, -1.0f);
+    const int left = (rank + size - 1) % size, right = (rank + 1) % size;
+    comm.exchange_all(exec, std::array{Message{over(forth), right}, Message{over(back), left}},
+                      std::array{Message{over(from_left), left}, Message{over(from_right), right}});
+    EXPECT_EQ(from_left, std::vector<float>(n, static_cast<float>(left)));
+    EXPECT_EQ(from_right, std::vector<float>(n, static_cast<float>(-right)));
     // Down the line: halves left out.
     std::vector<float> token(n, static_cast<float>(rank));
     comm.exchange(exec, {}, 0, rank > 0 ? over(token) : kernels::Tensor{}, rank - 1);

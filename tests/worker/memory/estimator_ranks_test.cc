@@ -81,5 +81,22 @@ TEST(EstimatorOfRanks, ShardingAnEightBillionModelSavesWhatItShould) {
   EXPECT_NEAR(bytes({4, 1, 1, 2}, MemoryKind::kGradients), reduced, 0.01 * reduced);
 }
 
+TEST(EstimatorOfRanks, SequenceParallelismCutsWhatLiesBetweenBlocks) {
+  protocol::TrainSettings settings;
+  settings.recompute = "block";
+  const worker::train::BatchBounds bounds{4096, 1, 4096};
+  const auto activations = [&](bool sequence_parallel) {
+    worker::memory::TrainingPlan plan;
+    plan.layout.tp = 4;
+    plan.layout.sequence_parallel = sequence_parallel;
+    const auto estimate = estimate_training(kernels::cpu_profile({1, 0}), eight_billion(),
+                                            DType::kBF16, settings, bounds, plan);
+    TANDEM_CHECK(estimate.ok(), estimate.status().to_string());
+    return estimate->of(kernels::MemoryKind::kActivations);
+  };
+  const std::int64_t streams = 32 * std::int64_t{4096} * 4096 * 2;
+  EXPECT_GE(activations(false) - activations(true), streams * 3 / 4);
+}
+
 }  // namespace
 }  // namespace tandem::test

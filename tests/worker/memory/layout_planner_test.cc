@@ -27,9 +27,9 @@ CostModel free_links() {
 }
 
 TraceEvent exchange(double seconds, int to, int from) {
-  CommCall call{Kind::kExchange, {0, 1}, 8};
-  call.to = to;
-  call.from = from;
+  CommCall call{Kind::kExchange, {0, 1}};
+  if (to >= 0) call.sends.push_back({to, 8});
+  if (from >= 0) call.receives.push_back({from, 8});
   return {seconds, call};
 }
 

@@ -29,8 +29,10 @@ struct ReplicaRank {
   ReplicaRank(comm::Communicator& gang, const comm::Layout& layout, bool tied)
       : rank(gang.rank()), groups(comm::make_groups(gang, layout)) {
     const model::ModelConfig config = replica_model(tied);
-    const model::ModelShard shard{layout.tp_rank(rank), layout.tp,
-                                  model::stage_at(config.layers, layout.pp, layout.pp_rank(rank))};
+    const model::ModelShard shard{
+        layout.tp_rank(rank),
+        layout.tp,
+        {model::stage_at(config.layers, layout.pp, layout.pp_rank(rank))}};
     TANDEM_CHECK(model::check_shard(config, layout.tp, layout.pp).ok());
     const auto source = model::make_random_source(config, 7);
     base = model::BaseWeights::load(*backend.ops, exec, weights_arena, config, DType::kF32, *source,
