@@ -10,6 +10,9 @@
 namespace tandem::coordinator {
 namespace {
 
+/// Adapters that a replica is told of when it begins to serve, the newest ones.
+constexpr std::size_t kAnnouncedMax = 16;
+
 TimeMs backoff(const Limits& limits, int attempts) {
   if (attempts <= 1) return 0;
   const int doublings = std::min(attempts - 2, 16);
@@ -252,8 +255,27 @@ std::vector<JobId> Replicas::adopt(const Runner& runner, protocol::WorkerRole ro
     Replica serving = *replica;
     set_state(serving, ReplicaState::kServing, str("on ", worker.id));
     save(std::move(serving));
+    announce_adapters(worker.gang);
   }
   return stop;
+}
+
+void Replicas::announce_adapters(const Engine& engine) const {
+  const Tables& tables = context_.tables();
+  std::vector<const AdapterVersionRecord*> published;
+  for (const auto& [name, alias] : tables.aliases)
+    if (const auto* adapter = tables.current_adapter(name);
+        adapter != nullptr && adapter->base_model == engine.model)
+      published.push_back(adapter);
+  std::sort(published.begin(), published.end(), [](const auto* a, const auto* b) {
+    return std::pair(-a->created_unix_ms, a->name) < std::pair(-b->created_unix_ms, b->name);
+  });
+  if (published.size() > kAnnouncedMax) published.resize(kAnnouncedMax);
+  for (const auto* adapter : published)
+    context_.send_worker(engine.peer,
+                         protocol::Announce{str(adapter->name, "@", adapter->version),
+                                            adapter->base_model, adapter->digest,
+                                            tables.manifest(adapter->digest)});
 }
 
 void Replicas::seen(const Runner& runner, protocol::WorkerRole role) {

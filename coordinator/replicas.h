@@ -76,6 +76,8 @@ class Replicas {
   /// Its gang is over: it waits again, or is gone. `failed`: nobody asked for that.
   void over(Replica replica, const std::string& why, bool failed);
   void tick_placed(const Replica& replica);
+  /// What is published for its base, so that it takes its share of those requests too.
+  void announce_adapters(const Engine& engine) const;
   Process* process_of(const Replica& replica);
   [[nodiscard]] const Replica* claimed(const Runner& runner,
                                        const protocol::RunningJob& claim) const;

@@ -208,13 +208,13 @@ Engine* WorkerTable::engine(const WorkerId& name) {
 }
 
 std::vector<Engine*> WorkerTable::serving(const Digest& model) {
-  std::vector<Engine*> engines;
+  std::vector<Engine*> replicas, engines;
   for (auto& [id, worker] : workers_) {
-    // A replica first: of two that are as good it is the one that was asked for.
-    if (worker.gang.model == model && serves(worker)) engines.push_back(&worker.gang);
+    if (worker.gang.model == model && serves(worker)) replicas.push_back(&worker.gang);
     if (worker.engine.model == model && usable(worker)) engines.push_back(&worker.engine);
   }
-  return engines;
+  replicas.insert(replicas.end(), engines.begin(), engines.end());
+  return replicas;
 }
 
 bool WorkerTable::serves(const Worker& worker) const {

@@ -115,7 +115,8 @@ class WorkerTable {
   [[nodiscard]] bool usable(const Worker& worker) const;
   /// The engine or replica of that name, dead ones too; null when it is forgotten.
   Engine* engine(const WorkerId& name);
-  /// All that may be given requests for this base now.
+  /// All that may be given requests for this base now; replicas first, for of two that are as good
+  /// it is the one that was asked for.
   std::vector<Engine*> serving(const Digest& model);
   /// Whether the worker leads a replica that serves, as the tables want it.
   [[nodiscard]] bool serves(const Worker& worker) const;

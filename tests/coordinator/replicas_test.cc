@@ -407,5 +407,16 @@ TEST_F(ReplicaTest, WhatIsPublishedIsAnnouncedToItToo) {
   EXPECT_EQ(h.to_engine<protocol::Announce>(0).size(), 1u);
 }
 
+TEST_F(ReplicaTest, IsToldWhatIsPublishedAlreadyWhenItBeginsToServe) {
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "adapter");
+  ASSERT_TRUE(h.call("adapter.import", {{"name", "tuned"}, {"model", "base"}, {"manifest", text}},
+                     "k1").status.ok());
+  serving();
+  const auto news = h.to_gang<protocol::Announce>(0);
+  ASSERT_EQ(news.size(), 1u);
+  EXPECT_EQ(news[0].adapter, sha256(text));
+  EXPECT_EQ(news[0].adapter_manifest, text);
+}
+
 }  // namespace
 }  // namespace tandem::coordinator

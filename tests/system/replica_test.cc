@@ -20,6 +20,7 @@ namespace fs = std::filesystem;
 
 constexpr std::int64_t kLong = 300;  ///< tokens of an answer that is to be caught on its way
 const Json kSettings{{"lora_r", 4},
+                     {"lora_alpha", 4},
                      {"learning_rate", 5e-3},
                      {"max_steps", 8},
                      {"per_device_train_batch_size", 1},
@@ -86,7 +87,11 @@ class Replicas : public testing::Test {
     const Json made = platform_->call("replica.add", params);
     for (const Json& replica : made.value("replicas", Json::array()))
       ids.push_back(replica["replica"].get<std::string>());
-    for (const std::string& id : ids) EXPECT_TRUE(serves(id)) << show(id).dump(1);
+    // What is published already is loaded by it, too: of engines and replicas that have an adapter
+    // an idle replica is preferred.
+    for (const std::string& id : ids)
+      EXPECT_TRUE(serves(id) && eventually(20'000, [&] { return show(id).value("adapters", 0) > 0; }))
+          << show(id).dump(1);
     return ids;
   }
   static void remove(const std::string& id) {
@@ -186,9 +191,9 @@ TEST_P(ReplicaLayouts, EachRankKilledWhileItStreamsCostsNoToken) {
   std::vector<std::vector<std::vector<std::int32_t>>> got;
   const std::string id = add(GetParam().layout).at(0);
   for (const int rank : {0, 1}) {
-    ASSERT_TRUE(serves(id));
+    ASSERT_TRUE(serves(id) && eventually(20'000, [&] { return show(id).value("adapters", 0) > 0; }));
     const int epoch = show(id).value("epoch", 0);
-    asked.push_back(prompts("killed " + GetParam().name + std::to_string(rank), 4));
+    asked.push_back(prompts("killed " + GetParam().name + std::to_string(rank), 6));
     Streams streams("tuned", asked.back());
     ASSERT_TRUE(eventually(20'000, [&] { return show(id).value("requests", 0) > 0; }));
     const pid_t pid = platform_->gang_rank(rank, leader(id));
@@ -248,7 +253,12 @@ TEST_F(Replicas, TwoBehindOneNameShareTheRequests) {
 }
 
 TEST_F(Replicas, WhatIsPublishedWhileItServesIsAnsweredByIt) {
+  // One that no replica has seen.
   train("other", 2);
+  const std::string folder = platform_->directory() + "/exported";
+  const auto exported = platform_->cli({"adapter", "export", "other", folder});
+  ASSERT_EQ(exported.code, 0) << exported.err;
+  platform_->call("adapter.rm", {{"adapter", "other"}});
   const std::string id = add({{"tp", 2}}).at(0);
   train("fresh", 3);
   const std::string digest =
@@ -256,14 +266,12 @@ TEST_F(Replicas, WhatIsPublishedWhileItServesIsAnsweredByIt) {
   const auto first = platform_->generate("fresh", "publish say red", 24);
   ASSERT_TRUE(first.ok()) << first.status().to_string();
   EXPECT_EQ(first->adapter.hex(), digest);
-  EXPECT_TRUE(eventually(10'000, [&] { return show(id).value("adapters", 0) > 0; }))
+  EXPECT_TRUE(eventually(10'000, [&] { return show(id).value("adapters", 0) == 2; }))
       << "it was loaded ahead of a request: " << show(id).dump(1);
   // Imported: announced, loaded by all ranks, and answered.
-  const std::string folder = platform_->directory() + "/exported";
-  ASSERT_EQ(platform_->cli({"adapter", "export", "other", folder}).code, 0);
   const auto imported = platform_->cli({"adapter", "import", "late", folder, "--model", "tiny"});
   ASSERT_EQ(imported.code, 0) << imported.err;
-  EXPECT_TRUE(eventually(10'000, [&] { return show(id).value("adapters", 0) > 1; }))
+  EXPECT_TRUE(eventually(10'000, [&] { return show(id).value("adapters", 0) == 3; }))
       << show(id).dump(1);
   const std::int64_t before = decoded(id);
   const auto asked = prompts("late", 3);
