@@ -259,8 +259,8 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
   std::cout << seeds << " seeds: " << sum.crashes << " coordinator crashes, " << sum.deaths
             << " engine deaths, " << sum.failed_commits << " failed commits, " << sum.done
             << " jobs done, " << sum.gangs << " gangs started (" << sum.replicas
-            << " of replicas), " << sum.cancelled << " cancelled, "
-            << sum.tokens << " tokens, " << sum.cached << " cached answers\n";
+            << " of replicas), " << sum.cancelled << " cancelled, " << sum.tokens << " tokens, "
+            << sum.cached << " cached answers\n";
 }
 
 }  // namespace

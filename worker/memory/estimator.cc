@@ -187,9 +187,8 @@ Result<std::vector<Estimate>> estimate_replica(const kernels::DeviceProfile& pro
     return refused_error(str(cut.message(), nearest_replica(config, layout)));
   std::vector<Estimate> ranks;
   for (int rank = 0; rank < layout.ranks(); ++rank) {
-    TANDEM_ASSIGN_OR_RETURN(
-        ranks.emplace_back(),
-        estimate_serving(profile, config, dtype, options, adapter_slots, layout, rank));
+    TANDEM_ASSIGN_OR_RETURN(ranks.emplace_back(), estimate_serving(profile, config, dtype, options,
+                                                                   adapter_slots, layout, rank));
   }
   return ranks;
 }
