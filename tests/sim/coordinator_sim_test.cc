@@ -227,7 +227,7 @@ coordinator::Limits sim_limits() {
 TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDies) {
   set_log_level(LogLevel::kError);
   const std::uint64_t only = env_number("TANDEM_SIM_SEED", 0);
-  const std::uint64_t seeds = only > 0 ? 1 : env_number("TANDEM_SIM_SEEDS", 200);
+  const std::uint64_t seeds = only > 0 ? 1 : env_number("TANDEM_SIM_SEEDS", 140);
   Outcome sum;
   for (std::uint64_t i = 0; i < seeds; ++i) {
     const std::uint64_t seed = only > 0 ? only : 1 + i;
