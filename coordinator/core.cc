@@ -114,9 +114,9 @@ void Coordinator::on(const WorkerInput& input) {
     if (known->role == protocol::WorkerRole::kEngine) engine_message(known->worker, input.message);
     if (const auto* chunk = std::get_if<protocol::InferChunk>(&input.message);
         chunk != nullptr && known->role != protocol::WorkerRole::kAgent)
-      requests_.chunk(known->role == protocol::WorkerRole::kGang ? known->worker.gang
-                                                                 : known->worker.engine,
-                      *chunk);
+      requests_.chunk(
+          known->role == protocol::WorkerRole::kGang ? known->worker.gang : known->worker.engine,
+          *chunk);
     if (known->role != protocol::WorkerRole::kAgent)
       job_message({known->worker, known->process}, input.message);
     else if (const auto* over = std::get_if<protocol::JobEnded>(&input.message))
@@ -169,10 +169,9 @@ void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& me
   for (const JobId& id : replicas_.adopt({known->worker, known->process}, known->role))
     reply.stop_jobs.push_back(id);
   if (message.role != protocol::WorkerRole::kAgent)
-    reply.stop_requests =
-        requests_.adopt(message.role == protocol::WorkerRole::kGang ? known->worker.gang
-                                                                    : known->worker.engine,
-                        message.requests);
+    reply.stop_requests = requests_.adopt(
+        message.role == protocol::WorkerRole::kGang ? known->worker.gang : known->worker.engine,
+        message.requests);
   context_.log(LogLevel::kInfo, role_name(message.role), " ", message.worker, " pid ", message.pid,
                " is here, ", message.jobs.size(), " jobs");
   context_.send_worker(peer, std::move(reply));

@@ -92,9 +92,9 @@ std::vector<EstimateOutcome> Estimates::tick() {
         asked.worker = engine->id;
         asked.sent_ms = now;
         ++asked.sends;
-        context_.send_worker(engine->engine.peer,
-                             protocol::EstimateRequest{id, asked.model, train_json(asked),
-                                                       asked.serve_json});
+        context_.send_worker(
+            engine->engine.peer,
+            protocol::EstimateRequest{id, asked.model, train_json(asked), asked.serve_json});
       }
     }
     ++entry;

@@ -31,8 +31,8 @@ struct Limits {
   std::size_t jobs_live_max = 4096;
   std::size_t replicas_max = 256;
   TimeMs replica_stable_ms = 60'000;  ///< one that served so long is started again at once
-  std::size_t events_kept = 2000;  ///< of one job; older ones go first
-  TimeMs lazy_commit_ms = 100;     ///< progress and cached results wait this long for a commit
+  std::size_t events_kept = 2000;     ///< of one job; older ones go first
+  TimeMs lazy_commit_ms = 100;        ///< progress and cached results wait this long for a commit
   // -- requests
   std::size_t queue_max = 1024;  ///< waiting for an engine, all users
   std::size_t queue_per_user_max =

@@ -154,8 +154,9 @@ void print_limits(const Limits& l) {
   log_info("limits: heartbeat ", l.heartbeat_ms, " ms, lease ", l.lease_ms, " ms, adoption ",
            l.adoption_ms, " ms; queue ", l.queue_max, " requests (", l.queue_per_user_max,
            " of one user, ", l.requests_per_user_max, " with those that run), ", l.jobs_live_max,
-           " jobs, ", l.attempts_max, " attempts without progress; ", l.workers_max, " workers, ",
-           l.sessions_max, " client sessions, ", l.streams_max, " streams");
+           " jobs, ", l.attempts_max, " attempts without progress; ", l.replicas_max, " replicas; ",
+           l.workers_max, " workers, ", l.sessions_max, " client sessions, ", l.streams_max,
+           " streams");
   log_info("limits: result cache ", format_bytes(static_cast<std::int64_t>(l.results_bytes_max)),
            ", ttl ", l.result_ttl_ms / 1000, " s; idempotency keys ", l.idempotency_max, ", ",
            l.idempotency_ttl_ms / 3'600'000, " h; outbox ", kOutboxMessagesMax, " messages, ",

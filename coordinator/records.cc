@@ -46,7 +46,9 @@ struct Apply {
   std::vector<Write> operator()(const Replica& r) const {
     return put(t.replicas, r.id, r, EraseReplica{r.id});
   }
-  std::vector<Write> operator()(const EraseReplica& e) const { return erase(t.replicas, e.replica); }
+  std::vector<Write> operator()(const EraseReplica& e) const {
+    return erase(t.replicas, e.replica);
+  }
   std::vector<Write> operator()(const CheckpointRecord& r) const {
     return put(t.checkpoints, std::pair(r.job, r.step), r, EraseCheckpoint{r.job, r.step});
   }

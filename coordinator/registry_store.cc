@@ -132,8 +132,7 @@ SettingRecord to_record(const Replica& r) {
                   {"peak_bytes", r.peak_bytes},
                   {"created", r.created_unix_ms},
                   {"updated", r.updated_unix_ms}};
-  return {kReplicaPrefix + r.id.value,
-          json.dump(-1, ' ', false, Json::error_handler_t::replace)};
+  return {kReplicaPrefix + r.id.value, json.dump(-1, ' ', false, Json::error_handler_t::replace)};
 }
 
 Result<Replica> replica_of(const SettingRecord& record) {

@@ -169,8 +169,8 @@ void Replicas::send_stop(const Replica& replica) {
   // A gang that has not said hello answers nothing: its agent ends it.
   if (process == nullptr) process = &worker->agent;
   if (!process->alive) return;
-  context_.send_worker(process->peer, protocol::StopJob{replica.id, replica.epoch,
-                                                        protocol::StopMode::kPause});
+  context_.send_worker(process->peer,
+                       protocol::StopJob{replica.id, replica.epoch, protocol::StopMode::kPause});
 }
 
 void Replicas::over(Replica replica, const std::string& why, bool failed) {
@@ -216,12 +216,11 @@ void Replicas::ended(const Runner& runner, const protocol::JobEnded& message) {
   if (found != context_.tables().replicas.end()) {
     const Replica& replica = found->second;
     if (replica.epoch != message.epoch || replica.worker != worker.id)
-      ack.status = conflict_error(str(replica.id, " is at epoch ", replica.epoch, " on ",
-                                      replica.worker, "; epoch ", message.epoch, " on ", worker.id,
-                                      " must stop"));
+      ack.status =
+          conflict_error(str(replica.id, " is at epoch ", replica.epoch, " on ", replica.worker,
+                             "; epoch ", message.epoch, " on ", worker.id, " must stop"));
     else if (replica.placed())
-      over(replica, message.status.message(),
-           message.status.code() != StatusCode::kCancelled);
+      over(replica, message.status.message(), message.status.code() != StatusCode::kCancelled);
   }
   context_.send_worker(process.peer, std::move(ack));
 }
@@ -272,10 +271,9 @@ void Replicas::announce_adapters(const Engine& engine) const {
   });
   if (published.size() > kAnnouncedMax) published.resize(kAnnouncedMax);
   for (const auto* adapter : published)
-    context_.send_worker(engine.peer,
-                         protocol::Announce{str(adapter->name, "@", adapter->version),
-                                            adapter->base_model, adapter->digest,
-                                            tables.manifest(adapter->digest)});
+    context_.send_worker(engine.peer, protocol::Announce{str(adapter->name, "@", adapter->version),
+                                                         adapter->base_model, adapter->digest,
+                                                         tables.manifest(adapter->digest)});
 }
 
 void Replicas::seen(const Runner& runner, protocol::WorkerRole role) {
@@ -318,10 +316,10 @@ void Replicas::tick_placed(const Replica& replica) {
     return over(replica, str("the gang on ", replica.worker, " did not come back"), true);
   if (process == nullptr) {
     // It has not said hello to this process: it is being started, or ran before this coordinator.
-    const bool agent_gone =
-        worker == nullptr ? now - since > limits.adoption_ms
-                          : !worker->agent.alive && (worker->agent.incarnation != 0 ||
-                                                     now - since > limits.adoption_ms);
+    const bool agent_gone = worker == nullptr
+                                ? now - since > limits.adoption_ms
+                                : !worker->agent.alive && (worker->agent.incarnation != 0 ||
+                                                           now - since > limits.adoption_ms);
     const bool patient = now - since <= (starting ? limits.start_timeout_ms : limits.adoption_ms);
     if (!patient || (agent_gone && starting))
       return over(replica,
@@ -332,7 +330,10 @@ void Replicas::tick_placed(const Replica& replica) {
     return stop(replica, "it did not serve in time");
   }
   if (now - timers.sent_ms < limits.resend_ms) return;
-  if (stopping)
+  // One that drained before this coordinator was is told again when it has said hello: its agent
+  // would end it at once.
+  const bool drains_unseen = stopping && process == nullptr && timers.started_ms == 0;
+  if (stopping && !drains_unseen)
     send_stop(replica);
   else if (starting && process == nullptr && worker != nullptr && worker->agent.alive)
     send_start(replica);

@@ -45,8 +45,8 @@ class Requests {
 
   // -- from engines
   void chunk(Engine& engine, const protocol::InferChunk& message);
-  /// A hello of a known engine or replica: what it still answers and we do not know is to be stopped (the
-  /// return value); what we sent it and it does not name goes elsewhere.
+  /// A hello of a known engine or replica: what it still answers and we do not know is to be
+  /// stopped (the return value); what we sent it and it does not name goes elsewhere.
   std::vector<RequestId> adopt(Engine& engine, const std::vector<RequestId>& running);
   /// Everything sent to the engine or replica of this name goes elsewhere.
   void engine_lost(const WorkerId& name, const std::string& reason);

@@ -25,8 +25,8 @@ bool is_permanent(StatusCode code) {
 /// Serves, is about to, or did a short while ago and is started again.
 bool is_or_was_there(const Replica& replica, const Context& context) {
   return replica.state == ReplicaState::kStarting || replica.state == ReplicaState::kServing ||
-         (replica.epoch > 0 && context.now().unix_ms - replica.updated_unix_ms <
-                                   context.limits().no_engine_wait_ms);
+         (replica.epoch > 0 &&
+          context.now().unix_ms - replica.updated_unix_ms < context.limits().no_engine_wait_ms);
 }
 
 constexpr TimeMs kRetryDelayMs = 50;  // after kBusy and kUnavailable of an engine
@@ -78,8 +78,8 @@ Engine* Requests::choose_engine(const Execution& execution) {
     const auto depth = depths.find(engine.name);
     const bool trains = !engine.jobs.empty() && !is_replica(engine.jobs.front().job);
     const bool failed_here = execution.last_engine == engine.name && execution.tries > 0;
-    const std::int64_t load = static_cast<std::int64_t>(engine.requests.size()) +
-                              (trains ? 4 : 0) + (failed_here ? 1000 : 0);
+    const std::int64_t load = static_cast<std::int64_t>(engine.requests.size()) + (trains ? 4 : 0) +
+                              (failed_here ? 1000 : 0);
     const std::tuple score{trains_it ? 1 : 0, resident ? 1 : 0,
                            depth == depths.end() ? std::size_t{0} : depth->second, -load};
     if (best == nullptr || score > best_score) {
@@ -304,7 +304,8 @@ Status Requests::may_wait(const Execution& execution) const {
   bool any = false, all_refuse = true;
   Status refusal;
   for (const auto& [id, replica] : context_.tables().replicas)
-    if (replica.model == model && !replica.removing && is_or_was_there(replica, context_)) return {};
+    if (replica.model == model && !replica.removing && is_or_was_there(replica, context_))
+      return {};
   for (const auto& [id, worker] : workers_.all()) {
     if (!worker.engine.alive) continue;
     if (worker.engine.model == model || worker.engine.loading == model) return {};

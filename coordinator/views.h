@@ -2,8 +2,8 @@
 #pragma once
 
 #include "coordinator/jobs.h"
-#include "coordinator/replicas.h"
 #include "coordinator/params.h"
+#include "coordinator/replicas.h"
 #include "coordinator/workers.h"
 
 #include <string>

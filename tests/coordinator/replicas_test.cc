@@ -64,9 +64,7 @@ struct ReplicaTest : testing::Test {
     EXPECT_EQ(replica(id).state, ReplicaState::kServing);
     return id;
   }
-  [[nodiscard]] protocol::RunningJob claim(const JobId& id) const {
-    return {id, start.epoch, 0};
-  }
+  [[nodiscard]] protocol::RunningJob claim(const JobId& id) const { return {id, start.epoch, 0}; }
   const Replica& replica(const JobId& id) { return h.tables().replicas.at(id); }
   nlohmann::json shown(const JobId& id) {
     const auto all = nlohmann::json::parse(
@@ -231,8 +229,7 @@ TEST_F(ReplicaTest, AnAnswerGoesOnElsewhereWhenItsReplicaDiesWithoutALostOrRepea
   EXPECT_EQ(replica(id).state, ReplicaState::kStarting) << "started again at once, the first time";
   EXPECT_EQ(replica(id).epoch, start.epoch + 1);
   chunk(sent[0], 3, 2, false);  // of the one that died
-  for (const char* other :
-       {"full-0-a", "full-0-b", "full-1-a", "full-1-b", "full-2-a", "full-2-b"})
+  for (const char* other : {"full-0-a", "full-0-b", "full-1-a", "full-1-b", "full-2-a", "full-2-b"})
     for (int slot = 0; slot < 3; ++slot) h.answer(slot, other, 0, 1, true);
   h.advance(200);
   bool moved = false;
@@ -332,6 +329,21 @@ TEST_F(ReplicaTest, IsRemovedAfterWhatItAnswers) {
   EXPECT_TRUE(h.tables().replicas.empty());
 }
 
+TEST_F(ReplicaTest, IsRemovedAfterWhatItAnswersAlsoWhenTheCoordinatorDiesMeanwhile) {
+  const JobId id = serving();
+  EXPECT_TRUE(h.call("replica.rm", {{"replica", id.value}}).status.ok());
+  (void)h.to_gang<StopJob>(0);
+  h.restart();
+  h.agent(0, {claim(id)});
+  h.advance(2000);
+  EXPECT_TRUE(h.to_agent<StopJob>(0).empty()) << "its agent would end it at once";
+  h.gang(0, start.gang, {claim(id)}, base);
+  h.advance(2000);
+  EXPECT_FALSE(h.to_gang<StopJob>(0).empty());
+  h.from_gang(0, JobEnded{id, start.epoch, cancelled_error("drained"), 0, "{}"});
+  EXPECT_TRUE(h.tables().replicas.empty());
+}
+
 TEST_F(ReplicaTest, AWorkerThatDrainsLetsItGoAndHasItBackWhenResumed) {
   const JobId id = serving();
   EXPECT_TRUE(h.call("worker.drain", {{"worker", "host/cpu1"}}).status.ok());
@@ -401,7 +413,8 @@ TEST_F(ReplicaTest, AnAgentThatKnowsNoReplicasIsGivenNone) {
 TEST_F(ReplicaTest, WhatIsPublishedIsAnnouncedToItToo) {
   serving();
   const std::string text = h.manifest(ManifestKind::kAdapter, base, "adapter");
-  const auto reply = h.call("adapter.import", {{"name", "tuned"}, {"model", "base"}, {"manifest", text}}, "k1");
+  const auto reply =
+      h.call("adapter.import", {{"name", "tuned"}, {"model", "base"}, {"manifest", text}}, "k1");
   ASSERT_TRUE(reply.status.ok()) << reply.status.to_string();
   EXPECT_EQ(h.to_gang<protocol::Announce>(0).size(), 1u);
   EXPECT_EQ(h.to_engine<protocol::Announce>(0).size(), 1u);
@@ -409,8 +422,9 @@ TEST_F(ReplicaTest, WhatIsPublishedIsAnnouncedToItToo) {
 
 TEST_F(ReplicaTest, IsToldWhatIsPublishedAlreadyWhenItBeginsToServe) {
   const std::string text = h.manifest(ManifestKind::kAdapter, base, "adapter");
-  ASSERT_TRUE(h.call("adapter.import", {{"name", "tuned"}, {"model", "base"}, {"manifest", text}},
-                     "k1").status.ok());
+  ASSERT_TRUE(
+      h.call("adapter.import", {{"name", "tuned"}, {"model", "base"}, {"manifest", text}}, "k1")
+          .status.ok());
   serving();
   const auto news = h.to_gang<protocol::Announce>(0);
   ASSERT_EQ(news.size(), 1u);

@@ -52,8 +52,8 @@ void add_messages(Corpus& corpus) {
     each(kBulkKinds, "bulk", random_bulk_request);
     each(1, "blob_reply", [](std::size_t, Random& random) { return random_blob_reply(random); });
   }
-  for (const std::uint16_t minor : {std::uint16_t{0}, std::uint16_t{1}, std::uint16_t{2},
-                                    std::uint16_t{3}})
+  for (const std::uint16_t minor :
+       {std::uint16_t{0}, std::uint16_t{1}, std::uint16_t{2}, std::uint16_t{3}})
     corpus.add("hello", encode(ClientMessage(ClientHello{{1, minor}, "seed"})));
 }
 

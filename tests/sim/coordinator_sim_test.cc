@@ -227,7 +227,7 @@ coordinator::Limits sim_limits() {
 TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDies) {
   set_log_level(LogLevel::kError);
   const std::uint64_t only = env_number("TANDEM_SIM_SEED", 0);
-  const std::uint64_t seeds = only > 0 ? 1 : env_number("TANDEM_SIM_SEEDS", 200);
+  const std::uint64_t seeds = only > 0 ? 1 : env_number("TANDEM_SIM_SEEDS", 140);
   Outcome sum;
   for (std::uint64_t i = 0; i < seeds; ++i) {
     const std::uint64_t seed = only > 0 ? only : 1 + i;
@@ -259,8 +259,8 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
   std::cout << seeds << " seeds: " << sum.crashes << " coordinator crashes, " << sum.deaths
             << " engine deaths, " << sum.failed_commits << " failed commits, " << sum.done
             << " jobs done, " << sum.gangs << " gangs started (" << sum.replicas
-            << " of replicas), " << sum.cancelled << " cancelled, "
-            << sum.tokens << " tokens, " << sum.cached << " cached answers\n";
+            << " of replicas), " << sum.cancelled << " cancelled, " << sum.tokens << " tokens, "
+            << sum.cached << " cached answers\n";
 }
 
 }  // namespace

@@ -47,8 +47,8 @@ class SimAgent {
   std::vector<std::unique_ptr<SimEngine>> gangs_;  ///< the last may live; events hold the others
   protocol::RunningJob claim_;                     ///< of the last
   std::uint64_t replicas_ = 0;
-  bool watched_ = false;                           ///< its end was not seen yet
-  std::optional<protocol::JobEnded> ended_;        ///< until it is acknowledged
+  bool watched_ = false;                     ///< its end was not seen yet
+  std::optional<protocol::JobEnded> ended_;  ///< until it is acknowledged
 };
 
 }  // namespace tandem::sim

@@ -107,9 +107,9 @@ void SimClient::tick() {
     if (now - r.sent_ms < kRepeatMs) continue;
     r.sent_ms = now;
     if (r.id.empty())
-      coordinator_.from_client(
-          peer_, protocol::Call{key, key, "replica.add",
-                                nlohmann::json{{"model", model_}, {"tp", 2}}.dump()});
+      coordinator_.from_client(peer_,
+                               protocol::Call{key, key, "replica.add",
+                                              nlohmann::json{{"model", model_}, {"tp", 2}}.dump()});
     else if (r.remove && !r.gone)
       coordinator_.from_client(
           peer_, protocol::Call{key, "", "replica.rm", nlohmann::json{{"replica", r.id}}.dump()});

@@ -10,7 +10,8 @@
 namespace tandem::sim {
 namespace {
 
-constexpr TimeMs kTickMs = 50, kStepMs = 200, kLoadMs = 400, kResendMs = 2000, kHelloMs = 250, kLeaseMs = 5000;
+constexpr TimeMs kTickMs = 50, kStepMs = 200, kLoadMs = 400, kResendMs = 2000, kHelloMs = 250,
+                 kLeaseMs = 5000;
 constexpr std::int64_t kSaveSteps = 4;
 
 std::uint64_t hash_of(const std::string& text) {

@@ -90,7 +90,8 @@ class Replicas : public testing::Test {
     // What is published already is loaded by it, too: of engines and replicas that have an adapter
     // an idle replica is preferred.
     for (const std::string& id : ids)
-      EXPECT_TRUE(serves(id) && eventually(20'000, [&] { return show(id).value("adapters", 0) > 0; }))
+      EXPECT_TRUE(serves(id) &&
+                  eventually(20'000, [&] { return show(id).value("adapters", 0) > 0; }))
           << show(id).dump(1);
     return ids;
   }
@@ -185,13 +186,57 @@ TEST_P(ReplicaLayouts, AnswersAsASingleEngineDoesWithAndWithoutAnAdapter) {
     }
 }
 
+TEST_P(ReplicaLayouts, SeedsScoresCancellationAndTheCacheWorkAsWithAnEngine) {
+  const std::string prompt = "sampled " + GetParam().name;
+  const auto sample = [&](bool no_cache) {
+    protocol::Generate request;
+    request.model = "tuned";
+    request.input.prompt = prompt;
+    request.sampling.max_tokens = 24;
+    request.sampling.temperature = 0.8f;
+    request.sampling.seed = 5;
+    request.sampling.logprobs = 2;
+    request.sampling.ignore_eos = true;
+    request.no_cache = no_cache;
+    const auto answer = platform_->client().generate(std::move(request));
+    EXPECT_TRUE(answer.ok()) << answer.status().to_string();
+    return answer.ok() ? *answer : protocol::client::Generation{};
+  };
+  const std::string id = add(GetParam().layout).at(0);
+  const auto got = sample(false);
+  EXPECT_TRUE(eventually(5000, [&] { return decoded(id) >= 20; })) << show(id).dump(1);
+  const auto cached = sample(false);
+  EXPECT_TRUE(cached.cached);
+  EXPECT_EQ(cached.tokens, got.tokens);
+  // A client that has enough: its sequence ends on all ranks, and the next one is answered.
+  protocol::Generate endless;
+  endless.model = "tiny";
+  endless.input.prompt = "endless " + prompt;
+  endless.sampling.max_tokens = kLong;
+  endless.sampling.ignore_eos = true;
+  const auto cut = platform_->client().generate(endless, [](const auto&) { return false; });
+  EXPECT_EQ(cut.status().code(), StatusCode::kCancelled) << cut.status().to_string();
+  EXPECT_TRUE(eventually(10'000, [&] { return show(id).value("requests", 1) == 0; }))
+      << show(id).dump(1);
+  EXPECT_EQ(tokens("tiny", "after " + prompt).size(), 24u);
+  EXPECT_EQ(show(id).value("epoch", 0), 1);
+  remove(id);
+  const auto want = sample(true);
+  EXPECT_FALSE(want.cached);
+  EXPECT_EQ(got.tokens, want.tokens);
+  ASSERT_EQ(got.logprobs.size(), want.logprobs.size());
+  for (std::size_t i = 0; i < want.logprobs.size(); ++i)
+    EXPECT_NEAR(got.logprobs[i].logprob, want.logprobs[i].logprob, 1e-4);
+}
+
 /// Each rank in turn: what was streaming goes on elsewhere, and the replica comes back.
 TEST_P(ReplicaLayouts, EachRankKilledWhileItStreamsCostsNoToken) {
   std::vector<std::vector<std::string>> asked;
   std::vector<std::vector<std::vector<std::int32_t>>> got;
   const std::string id = add(GetParam().layout).at(0);
   for (const int rank : {0, 1}) {
-    ASSERT_TRUE(serves(id) && eventually(20'000, [&] { return show(id).value("adapters", 0) > 0; }));
+    ASSERT_TRUE(serves(id) &&
+                eventually(20'000, [&] { return show(id).value("adapters", 0) > 0; }));
     const int epoch = show(id).value("epoch", 0);
     asked.push_back(prompts("killed " + GetParam().name + std::to_string(rank), 6));
     Streams streams("tuned", asked.back());

@@ -53,11 +53,10 @@ Status follow(Session& session, std::set<std::string> waiting) {
 }  // namespace
 
 Status run_replica_add(Session& session, const ReplicaOptions& options) {
-  TANDEM_ASSIGN_OR_RETURN(const Json made,
-                          session.call("replica.add", {{"model", options.model},
-                                                       {"tp", options.tp},
-                                                       {"pp", options.pp},
-                                                       {"count", options.count}}));
+  TANDEM_ASSIGN_OR_RETURN(const Json made, session.call("replica.add", {{"model", options.model},
+                                                                        {"tp", options.tp},
+                                                                        {"pp", options.pp},
+                                                                        {"count", options.count}}));
   if (session.json()) std::cout << made.dump() << std::endl;
   std::set<std::string> ids;
   for (const Json& replica : made.value("replicas", Json::array())) {

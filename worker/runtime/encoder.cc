@@ -47,8 +47,7 @@ Result<std::vector<std::int32_t>> encode_input(const data::Encoder& encoder,
   text::EncodeOptions raw;
   if (input.raw) return encoder.tokenizer.encode(input.prompt, raw);
   if (!encoder.chat_template)
-    return refused_error(
-        str("model ", model, " has no chat template; send a raw prompt (--raw)"));
+    return refused_error(str("model ", model, " has no chat template; send a raw prompt (--raw)"));
   auto messages = nlohmann::ordered_json::array();
   for (const auto& message : input.messages)
     messages.push_back({{"role", message.role}, {"content", message.content}});

@@ -18,10 +18,10 @@ namespace tandem::worker::runtime {
 using ByteVector = std::vector<std::byte>;
 
 enum class GangOp : std::int64_t {
-  kIdle = 0,     ///< nothing to do; the first rank lives
-  kOpen = 1,     ///< load your part of the model, open the session (GangPlan) or serve (ReplicaPlan)
-  kSlice = 2,    ///< TrainSession::run_slice
-  kExport = 3,   ///< send your pieces of the state
+  kIdle = 0,    ///< nothing to do; the first rank lives
+  kOpen = 1,    ///< load your part of the model, open the session (GangPlan) or serve (ReplicaPlan)
+  kSlice = 2,   ///< TrainSession::run_slice
+  kExport = 3,  ///< send your pieces of the state
   kCompare = 4,  ///< compare what you trained with what is published (payload)
   kEnd = 5
 };

@@ -196,8 +196,9 @@ Status ModelHost::install_adapter(const Digest& digest,
 Status ModelHost::load_adapter(const Digest& digest,
                                const std::vector<model::HostAdapterTensor>& tensors) {
   TANDEM_ASSIGN_OR_RETURN(
-      auto weights, model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
-                                         *backend_.ledger, loaded_.config, options_.dtype, tensors));
+      auto weights,
+      model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,
+                           *backend_.ledger, loaded_.config, options_.dtype, tensors));
   return serve_->install_adapter(digest, std::move(weights));
 }
 

@@ -234,9 +234,8 @@ class ReplicaLead {
   }
 
   void on(const protocol::WorkerHelloReply& reply) {
-    const bool stopped =
-        std::find(reply.stop_jobs.begin(), reply.stop_jobs.end(), options_.start.job) !=
-        reply.stop_jobs.end();
+    const bool stopped = std::find(reply.stop_jobs.begin(), reply.stop_jobs.end(),
+                                   options_.start.job) != reply.stop_jobs.end();
     if (!reply.status.ok() || stopped) {
       log_warn("the coordinator refuses this replica: ",
                stopped ? "it is not wanted any more" : reply.status.message());

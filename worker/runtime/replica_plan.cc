@@ -33,9 +33,9 @@ Result<std::string> estimate_replica(const kernels::DeviceProfile& profile,
   TANDEM_ASSIGN_OR_RETURN(const auto ranks,
                           memory::estimate_replica(profile, config, options.dtype, serve,
                                                    options.adapter_slots, layout));
-  TANDEM_ASSIGN_OR_RETURN(const auto engine,
-                          memory::estimate_serving(profile, config, options.dtype, serve,
-                                                   options.adapter_slots + 1));
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto engine,
+      memory::estimate_serving(profile, config, options.dtype, serve, options.adapter_slots + 1));
   const auto largest =
       std::max_element(ranks.begin(), ranks.end(),
                        [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });

@@ -85,11 +85,11 @@ Status ReplicaRank::build(const ReplicaPlan& plan) {
   serve::ServeOptions serve = serve_options(options_);
   serve.base_digest = plan.base;
   serve.eos_ids = loaded_.config.eos_ids;
-  TANDEM_ASSIGN_OR_RETURN(serve_, serve::ServeEngine::create(
-                                      {*backend_.allocator, *backend_.ledger, *context_, *weights_,
-                                       adapters_.get(), 0, options_.adapter_slots,
-                                       encoder_->tokenizer, clock_, &*ranks_},
-                                      serve));
+  TANDEM_ASSIGN_OR_RETURN(
+      serve_, serve::ServeEngine::create(
+                  {*backend_.allocator, *backend_.ledger, *context_, *weights_, adapters_.get(), 0,
+                   options_.adapter_slots, encoder_->tokenizer, clock_, &*ranks_},
+                  serve));
   return {};
 }
 

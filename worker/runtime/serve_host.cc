@@ -53,17 +53,17 @@ void describe_serving(const serve::ServeStats& stats, const kernels::MemoryLedge
     const auto kind = static_cast<kernels::MemoryKind>(i);
     kinds[kernels::memory_kind_name(kind)] = ledger.live(kind);
   }
-  beat.stats_json = nlohmann::json{
-      {"prefix_hits", stats.prefix_hits},
-      {"prefix_queries", stats.prefix_queries},
-      {"preemptions", stats.preemptions},
-      {"steps", stats.steps},
-      {"prefill_tokens", stats.prefill_tokens},
-      {"decode_tokens", stats.decode_tokens},
-      {"memory_bytes", kinds},
-      {"memory_peak_bytes", ledger.peak_total()},
-      {"memory_bytes_max", options.memory_bytes_max},
-      {"dtype", dtype_name(options.dtype)}}.dump();
+  beat.stats_json = nlohmann::json{{"prefix_hits", stats.prefix_hits},
+                                   {"prefix_queries", stats.prefix_queries},
+                                   {"preemptions", stats.preemptions},
+                                   {"steps", stats.steps},
+                                   {"prefill_tokens", stats.prefill_tokens},
+                                   {"decode_tokens", stats.decode_tokens},
+                                   {"memory_bytes", kinds},
+                                   {"memory_peak_bytes", ledger.peak_total()},
+                                   {"memory_bytes_max", options.memory_bytes_max},
+                                   {"dtype", dtype_name(options.dtype)}}
+                        .dump();
 }
 
 void ServeHost::set_model(ServedModel* model) {

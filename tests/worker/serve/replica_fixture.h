@@ -24,6 +24,26 @@ inline model::ModelConfig replica_model(bool tied) {
   return c;
 }
 
+/// Passes everything on, but has no memory to map while `full`.
+class FullAllocator final : public kernels::Allocator {
+ public:
+  FullAllocator(kernels::Allocator& real, const std::atomic<bool>& full)
+      : real_(real), full_(full) {}
+  Result<void*> reserve(std::int64_t bytes) override { return real_.reserve(bytes); }
+  Status map(void* base, std::int64_t from, std::int64_t to) override {
+    if (full_) return refused_error("this rank's memory is full");
+    return real_.map(base, from, to);
+  }
+  void unmap(void* base, std::int64_t from, std::int64_t to) override {
+    real_.unmap(base, from, to);
+  }
+  void release(void* base, std::int64_t bytes) override { real_.release(base, bytes); }
+
+ private:
+  kernels::Allocator& real_;
+  const std::atomic<bool>& full_;
+};
+
 /// One rank's engine over its part of the model.
 struct ReplicaRank {
   ReplicaRank(comm::Communicator& gang, const comm::Layout& layout, bool tied)
@@ -95,26 +115,6 @@ struct ReplicaRank {
   std::optional<ReplicaRanks> ranks;
   std::optional<text::Tokenizer> tokenizer = byte_tokenizer();
   ManualClock clock;
-};
-
-/// Passes everything on, but has no memory to map while `full`.
-class FullAllocator final : public kernels::Allocator {
- public:
-  FullAllocator(kernels::Allocator& real, const std::atomic<bool>& full)
-      : real_(real), full_(full) {}
-  Result<void*> reserve(std::int64_t bytes) override { return real_.reserve(bytes); }
-  Status map(void* base, std::int64_t from, std::int64_t to) override {
-    if (full_) return refused_error("this rank's memory is full");
-    return real_.map(base, from, to);
-  }
-  void unmap(void* base, std::int64_t from, std::int64_t to) override {
-    real_.unmap(base, from, to);
-  }
-  void release(void* base, std::int64_t bytes) override { real_.release(base, bytes); }
-
- private:
-  kernels::Allocator& real_;
-  const std::atomic<bool>& full_;
 };
 
 /// An adapter of the whole model: random sites, so that some stages may have none of it.
