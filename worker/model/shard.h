@@ -66,11 +66,10 @@ PartCosts compute_costs(const ModelConfig& config);
 /// lies on both ends. Activations are left out: what a rank holds of them is the schedule's.
 PartCosts parameter_costs(const ModelConfig& config);
 
-/// All `layers` blocks in ranks * chunks stages of one block at least, in order (stage chunk *
-/// ranks
-/// + rank is a rank's). The ranks take their stages of one chunk at about the same time and all
-/// wait for the largest of them: the sum over chunks of the largest stage's cost is the least that
-/// it can be, and of such cuts the sum of squared costs. Among equals the last stages are smallest.
+/// All `layers` blocks in ranks x chunks stages of one block at least, in order; a rank has every
+/// ranks-th of them. The ranks take their stages of one chunk at about the same time and all wait
+/// for the largest: the sum over chunks of the largest stage's cost is the least that it can be,
+/// and of such cuts the sum of squared costs. Among equals the last stages are smallest.
 std::vector<Stage> cut_stages(std::int64_t layers, int ranks, int chunks, const PartCosts& costs);
 
 /// ok when heads, kv heads and mlp width divide by tp, the vocabulary has an entry for each rank
