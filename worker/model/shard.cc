@@ -3,7 +3,6 @@
 #include "worker/model/base_weights.h"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 
 namespace tandem::worker::model {
@@ -20,6 +19,48 @@ TensorSlice cut_rows(std::int64_t n, std::int64_t i, const ModelShard& shard) {
 TensorSlice cut_columns(std::int64_t n, std::int64_t i, const ModelShard& shard) {
   const TensorSlice cut = cut_rows(i, 1, shard);
   return {0, n, cut.row, cut.rows};
+}
+
+/// Blocks on the stages of a chunk, or (without `blocks`) a sum of such.
+struct Fill {
+  bool possible = false;
+  std::int64_t largest = 0;  ///< cost of the largest stage
+  double squares = 0.0;      ///< of all stages' costs
+  std::vector<std::int64_t> blocks{};
+
+  Fill operator+(const Fill& b) const {
+    return {possible && b.possible, largest + b.largest, squares + b.squares};
+  }
+  bool operator<(const Fill& b) const {
+    if (!possible || !b.possible) return possible && !b.possible;
+    return largest != b.largest ? largest < b.largest : squares < b.squares;
+  }
+};
+
+/// For 0 to `blocks_max` blocks, the fill of least largest cost and least squares: blocks cost the
+/// same, so each further one goes to the stage that costs least.
+std::vector<Fill> fill_stages(std::vector<std::int64_t> costs, std::int64_t block,
+                              std::size_t blocks_max) {
+  std::vector<Fill> fills(blocks_max + 1);
+  std::vector<std::int64_t> blocks(costs.size(), 0);
+  for (std::size_t n = 1; n <= blocks_max; ++n) {
+    const bool first_round = n <= costs.size();
+    const std::size_t to = first_round
+                               ? n - 1
+                               : static_cast<std::size_t>(
+                                     std::min_element(costs.begin(), costs.end()) - costs.begin());
+    costs[to] += block;
+    ++blocks[to];
+    if (n < costs.size()) continue;
+    Fill& fill = fills[n];
+    fill.possible = true;
+    fill.blocks = blocks;
+    for (const std::int64_t c : costs) {
+      fill.largest = std::max(fill.largest, c);
+      fill.squares += static_cast<double>(c) * static_cast<double>(c);
+    }
+  }
+  return fills;
 }
 
 }  // namespace
@@ -58,47 +99,40 @@ PartCosts parameter_costs(const ModelConfig& config) {
   return costs;
 }
 
-std::vector<Stage> cut_stages(std::int64_t layers, int count, const PartCosts& costs) {
-  TANDEM_CHECK(count >= 1 && count <= layers, layers, " blocks in ", count, " stages");
-  const auto cost = [&](std::int64_t first, std::int64_t last) {
-    return (last - first) * costs.block + (first == 0 ? costs.embedding : 0) +
-           (last == layers ? costs.head : 0);
-  };
-  // best[s][n]: of the first n blocks in s stages, by (largest cost, where `limit` allows it the
-  // sum of squares); from[s][n]: where the last of them begins.
-  constexpr double kNever = std::numeric_limits<double>::infinity();
-  const auto n_max = static_cast<std::size_t>(layers) + 1, s_max = static_cast<std::size_t>(count);
-  std::vector<std::vector<std::int64_t>> from(s_max + 1, std::vector<std::int64_t>(n_max, 0));
-  const auto solve = [&](double limit) {
-    const bool squares = limit < kNever;
-    std::vector<double> best(n_max, kNever);
-    best[0] = 0.0;
-    for (std::size_t s = 1; s <= s_max; ++s) {
-      std::vector<double> next(n_max, kNever);
-      for (std::size_t n = s; n < n_max; ++n)
-        for (std::size_t m = s - 1; m < n; ++m) {
-          const auto c =
-              static_cast<double>(cost(static_cast<std::int64_t>(m), static_cast<std::int64_t>(n)));
-          if (best[m] == kNever || c > limit) continue;
-          const double value = squares ? best[m] + c * c : std::max(best[m], c);
-          if (value <= next[n]) {
-            next[n] = value;
-            from[s][n] = static_cast<std::int64_t>(m);
-          }
-        }
-      best = std::move(next);
-    }
-    return best[n_max - 1];
-  };
-  solve(solve(kNever));
-  std::vector<Stage> stages(s_max);
-  std::int64_t last = layers;
-  for (std::size_t s = s_max; s > 0; --s) {
-    const std::int64_t first = from[s][static_cast<std::size_t>(last)];
-    stages[s - 1] = {first, last};
-    last = first;
+std::vector<Stage> cut_stages(std::int64_t layers, int ranks, int chunks, const PartCosts& costs) {
+  const auto stages = static_cast<std::size_t>(ranks), turns = static_cast<std::size_t>(chunks);
+  TANDEM_CHECK(ranks >= 1 && chunks >= 1 && layers >= std::int64_t{ranks} * chunks, layers,
+               " blocks in ", ranks, " x ", chunks, " stages");
+  const std::size_t all = static_cast<std::size_t>(layers);
+  // fills[c][n]: chunk c of n blocks; best[c][n]: the first c chunks of n blocks, the last of which
+  // has last[c][n] of them.
+  std::vector<std::vector<Fill>> fills, best(turns + 1, std::vector<Fill>(all + 1));
+  std::vector<std::vector<std::size_t>> last(turns + 1, std::vector<std::size_t>(all + 1));
+  for (std::size_t c = 0; c < turns; ++c) {
+    std::vector<std::int64_t> begin(stages, 0);
+    if (c == 0) begin.front() += costs.embedding;
+    if (c + 1 == turns) begin.back() += costs.head;
+    fills.push_back(fill_stages(begin, costs.block, all));
   }
-  return stages;
+  best[0][0].possible = true;
+  for (std::size_t c = 0; c < turns; ++c)
+    for (std::size_t n = 0; n <= all; ++n)
+      for (std::size_t k = n + 1; k-- > 0;) {  // the smallest last chunk wins among equals
+        const Fill sum = best[c][n - k] + fills[c][k];
+        if (!sum.possible || best[c + 1][n] < sum) continue;
+        best[c + 1][n] = sum;
+        last[c + 1][n] = k;
+      }
+  std::vector<Stage> cut(stages * turns);
+  std::int64_t end = layers;
+  for (std::size_t c = turns; c-- > 0;) {
+    const Fill& fill = fills[c][last[c + 1][static_cast<std::size_t>(end)]];
+    for (std::size_t s = stages; s-- > 0;) {
+      cut[c * stages + s] = {end - fill.blocks[s], end};
+      end -= fill.blocks[s];
+    }
+  }
+  return cut;
 }
 
 Status check_shard(const ModelConfig& config, int tp_size, int pp_size, int virtual_pp) {

@@ -50,7 +50,7 @@ struct ModelShard {
 };
 
 /// Stages of equal size, the first ones larger by one where the blocks do not divide: the last one
-/// has the head. What serving uses; cut_stages of PartCosts{} is the same.
+/// has the head. What serving uses; cut_stages of PartCosts{} and one chunk is the same.
 Stage stage_at(std::int64_t layers, int pp_size, int pp_rank);
 
 /// What the parts of a model cost, in one unit. A stage costs the sum of its parts.
@@ -66,10 +66,11 @@ PartCosts compute_costs(const ModelConfig& config);
 /// lies on both ends. Activations are left out: what a rank holds of them is the schedule's.
 PartCosts parameter_costs(const ModelConfig& config);
 
-/// All `layers` blocks in `count` stages of one block at least, in order, so that the largest
-/// stage costs the least that it can; of such cuts one with the least sum of squared costs, and of
-/// these the one whose last stages are smallest.
-std::vector<Stage> cut_stages(std::int64_t layers, int count, const PartCosts& costs);
+/// All `layers` blocks in ranks x chunks stages of one block at least, in order; a rank has every
+/// ranks-th of them. The ranks take their stages of one chunk at about the same time and all wait
+/// for the largest: the sum over chunks of the largest stage's cost is the least that it can be,
+/// and of such cuts the sum of squared costs. Among equals the last stages are smallest.
+std::vector<Stage> cut_stages(std::int64_t layers, int ranks, int chunks, const PartCosts& costs);
 
 /// ok when heads, kv heads and mlp width divide by tp, the vocabulary has an entry for each rank
 /// and every stage (virtual_pp on each pipeline rank) a block; else refused_error with the largest

@@ -7,7 +7,7 @@ model::ModelShard Ranks::shard(const model::ModelConfig& config) const {
                                  : layout.balance == comm::StageBalance::kMemory
                                      ? model::parameter_costs(config)
                                      : model::compute_costs(config);
-  const auto all = model::cut_stages(config.layers, layout.pp * layout.virtual_pp, costs);
+  const auto all = model::cut_stages(config.layers, layout.pp, layout.virtual_pp, costs);
   model::ModelShard shard{tp_rank(), layout.tp};
   for (auto at = static_cast<std::size_t>(pp_rank()); at < all.size();
        at += static_cast<std::size_t>(layout.pp))
