@@ -125,6 +125,7 @@ class Calls {
   void stream_event(Stream& stream, const JobEventRecord& event);
   void end_stream(const Stream& stream);
   void answer_submit(const Ask& ask, const Job& job);
+  [[nodiscard]] Status check_published_name(const protocol::JobSpec& spec) const;
   Result<protocol::JobSpec> check_spec(const std::string& json, Jobs::Submission& submission);
   Json status_json() const;
 

@@ -6,7 +6,7 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                     const protocol::TrainSettings& settings, bool patient) {
   asked_[id] = {model,
                 settings.to_json(),
-                settings.ranks() > 1 ? "cpu" : "",
+                settings.ranks() > 1 || settings.full() ? "cpu" : "",
                 patient,
                 context_.now().ms,
                 0,

@@ -113,7 +113,8 @@ Result<Job> Jobs::make(const JobId& job_id, const Submission& submission) const 
       data != context_.tables().datasets.end())
     job.dataset_manifest = data->second.manifest;
   job.eval_dataset = submission.eval_dataset;
-  job.adapter = submission.spec.adapter;
+  job.full = submission.spec.train.full();
+  job.adapter = submission.spec.published_name();
   job.submitted_unix_ms = context_.now().unix_ms;
   return job;
 }
@@ -147,7 +148,7 @@ void Jobs::ask_estimate(Job& job) {
 Status Jobs::check_pool(const Job& job) const {
   const std::int64_t ranks = job.ranks;
   const auto [slots, host] = largest_host(workers_);
-  if (ranks <= 1 || static_cast<std::int64_t>(slots) >= ranks ||
+  if (!job.needs_gang() || static_cast<std::int64_t>(slots) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
   return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
@@ -184,8 +185,8 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     const std::int64_t device =
         json.value("device_bytes", json.value("limit_bytes", std::int64_t{0}));
     finish(job, JobState::kFailed,
-           refused_error(str(job.ranks > 1 ? "its largest rank and the engine of its slot need "
-                                           : "the job needs ",
+           refused_error(str(job.needs_gang() ? "its largest rank and the engine of its slot need "
+                                              : "the job needs ",
                              format_bytes(peak), " (", peak, " bytes) and the engine has ",
                              format_bytes(device), " (", device,
                              " bytes); lower max_length or per_device_train_batch_size, or set "

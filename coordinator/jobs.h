@@ -116,6 +116,8 @@ class Jobs {
   void settle(Job job, const protocol::JobEnded& message);
   void record_checkpoint(Job job, const ManifestVerified& manifest, const Pending& pending);
   void record_publish(Job job, const ManifestVerified& manifest, const Pending& pending);
+  void record_model(Job job, const ModelHashed& hashed, const Pending& pending);
+  [[nodiscard]] Status check_model_name(const std::string& name, const Digest& digest) const;
   /// Who runs it now: the engine, or the gang's first rank once it has said hello; else null.
   Process* runner_of(const Job& job);
   void tick_held(const JobId& id);

@@ -53,7 +53,7 @@ const Job* job_on(const Tables& tables, const WorkerId& worker) {
 
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
                 const std::set<WorkerId>& reserved) {
-  if (job.ranks > 1) return place_gang(job, tables, workers, reserved);
+  if (job.needs_gang()) return place_gang(job, tables, workers, reserved);
   const ModelRecord* model = tables.model_by_digest(job.model);
   if (model == nullptr) return {{}, {}, {}, false, "its base model is not registered any more"};
   const Worker* best = nullptr;

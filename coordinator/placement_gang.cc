@@ -58,7 +58,7 @@ std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
   std::set<WorkerId> reserved;
   for (const Job* before : queue_order(tables)) {
     if (before->id == job.id) break;
-    if (before->ranks <= 1) continue;
+    if (!before->needs_gang()) continue;
     const Placement placement = place_gang(*before, tables, workers, reserved);
     reserved.insert(placement.wanted.begin(), placement.wanted.end());
   }

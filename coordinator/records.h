@@ -74,10 +74,11 @@ struct Job {
   JobState state = JobState::kSubmitted;
   std::int32_t priority = 0;
   std::int64_t ranks = 1;  ///< of the spec's layout
+  bool full = false;       ///< of method full: runs as a gang, publishes a model
   Digest model;
   Digest dataset, eval_dataset;  ///< roots; eval may be empty
   Digest dataset_manifest;
-  std::string adapter;  ///< name to publish under
+  std::string adapter;  ///< name to publish under: an adapter's, or a full job's model's
   Epoch epoch = 0;
   WorkerId worker;                  ///< holds or last held it; of a gang: the leader
   std::vector<WorkerId> members;    ///< of a gang: all its workers, the leader first
@@ -96,6 +97,8 @@ struct Job {
   std::uint64_t progress_seq = 0;  ///< last JobProgress of this epoch
 
   [[nodiscard]] bool gang() const { return !members.empty(); }
+  /// Whether it is to run as a gang: on an engine the base is everybody's and never changes.
+  [[nodiscard]] bool needs_gang() const { return ranks > 1 || full; }
   [[nodiscard]] bool holds(const WorkerId& who) const {
     return worker == who || std::find(members.begin(), members.end(), who) != members.end();
   }

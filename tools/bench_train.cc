@@ -8,8 +8,8 @@
 #include "tools/bench_device.h"
 #include "tools/bench_gang.h"
 #include "worker/memory/estimator.h"
-#include "worker/model/gathered_weights.h"
 #include "worker/model/model_loader.h"
+#include "worker/model/weight_door.h"
 #include "worker/train/ranks.h"
 #include "worker/train/train_session.h"
 
@@ -175,24 +175,17 @@ Status run(const Options& options) {
       tools::make_bench_gang(options.layout.ranks(), options.layout.zero == 3, *backend.ops, exec));
   worker::comm::Communicator& comm = gang.comm();
   const worker::train::Ranks ranks = worker::train::make_ranks(comm, options.layout);
-  const bool full = options.method == "full", gather = options.layout.zero == 3 && !full;
+  const bool full = options.method == "full";
   TANDEM_RETURN_IF_ERROR(
       worker::model::check_shard(loaded.config, options.layout.tp, options.layout.pp));
-  TANDEM_ASSIGN_OR_RETURN(auto base, worker::model::BaseWeights::load(
-                                         *backend.ops, exec, *weight_arena, loaded.config, dtype,
-                                         *loaded.source, ranks.shard(loaded.config), !gather));
-  std::unique_ptr<worker::model::WeightSource> weights;
-  if (gather) {
-    auto door = std::make_unique<worker::model::GatheredWeights>(
-        *backend.ops, exec, *ranks.groups.dp, *weight_arena, base);
-    door->load_parts(*weight_arena, *loaded.source);
-    weights = std::move(door);
-  } else {
-    weights = worker::model::make_resident_weights(base);
-  }
-  if (!full) loaded.source.reset();  // the file's pages are not the engine's memory
-  worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, base->config(), 1);
   worker::model::Context context{*backend.ops, exec, *ranks.groups.tp, *activations, dtype};
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto held,
+      worker::model::hold_weights(context, *ranks.groups.dp, *weight_arena, loaded.config,
+                                  *loaded.source, ranks.shard(loaded.config),
+                                  worker::model::holding_beside(full, options.layout.zero)));
+  if (!full) loaded.source.reset();  // the file's pages are not the engine's memory
+  worker::model::AdapterTable adapters(*backend.ops, exec, *table_arena, held.base->config(), 1);
 
   worker::train::SessionOptions session_options;
   protocol::TrainSettings& settings = session_options.settings;
@@ -210,8 +203,8 @@ Status run(const Options& options) {
                                                    backend.ops->profile(), loaded.config, dtype,
                                                    settings, batches->bounds(), plan));
   TANDEM_ASSIGN_OR_RETURN(auto session, worker::train::TrainSession::create(
-                                            {*backend.allocator, *backend.ledger, context, *weights,
-                                             adapters, 0, &ranks, loaded.source.get()},
+                                            {*backend.allocator, *backend.ledger, context,
+                                             *held.door, adapters, 0, &ranks, loaded.source.get()},
                                             session_options, std::move(batches)));
 
   worker::train::TrainSession::PhaseTimes before;

@@ -78,12 +78,14 @@ Result<int> run(const Settings& settings, const Identity& id) {
   TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
   TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
   SystemClock clock;
-  const runtime::GangLeadOptions lead{WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
-                                      runtime::host_name(),
-                                      start,
-                                      settings.data_dir(),
-                                      slot.agent_lock,
-                                      drain_s * 1000};
+  const runtime::GangLeadOptions lead{
+      WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
+      runtime::host_name(),
+      start,
+      settings.data_dir(),
+      str(settings.data_dir(), "/cache/models/.publish-", id.device, id.slot),
+      slot.agent_lock,
+      drain_s * 1000};
   return runtime::lead_gang(lead, rank, std::move(endpoints), patience, clock);
 }
 

@@ -64,5 +64,30 @@ TEST(JobSpec, NeedsModelDatasetAndAdapter) {
   EXPECT_EQ(JobSpec::parse(spec->to_json())->to_json(), spec->to_json());
 }
 
+TEST(JobSpec, AFullFineTuneHasItsOwnLearningRateAndPublishesUnderAName) {
+  const auto spec = JobSpec::parse(
+      R"({"model":"m","dataset":"d","name":"n","train":{"method":"full","dp":2,
+          "gradient_accumulation_steps":2}})");
+  ASSERT_TRUE(spec.ok()) << spec.status().to_string();
+  EXPECT_EQ(spec->train.learning_rate, 2e-5);
+  EXPECT_EQ(spec->published_name(), "n");
+  EXPECT_EQ(JobSpec::parse(spec->to_json())->to_json(), spec->to_json());
+  EXPECT_EQ(TrainSettings::parse(R"({"method":"full","learning_rate":3e-4})")->learning_rate, 3e-4);
+  const auto refused = [](const std::string& json, const std::string& word) {
+    const auto r = JobSpec::parse(json);
+    ASSERT_FALSE(r.ok()) << json;
+    EXPECT_NE(r.status().message().find(word), std::string::npos) << r.status().message();
+  };
+  refused(R"({"model":"m","dataset":"d","adapter":"a","train":{"method":"full"}})", "--name");
+  refused(R"({"model":"m","dataset":"d","name":"n"})", "--adapter");
+  refused(R"({"model":"m","dataset":"d","name":"n","train":{"method":"full","lora_r":8}})",
+          "lora_r is of method");
+}
+
+TEST(JobSpec, ALoraIsWrittenSoThatAnOlderWorkerReadsIt) {
+  const auto spec = JobSpec::parse(R"({"model":"m","dataset":"d","adapter":"a"})");
+  EXPECT_EQ(spec->to_json().find("\"name\""), std::string::npos);
+}
+
 }  // namespace
 }  // namespace tandem::protocol

@@ -92,10 +92,10 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
                                    const protocol::TrainSettings& settings,
                                    const train::BatchBounds& bounds, const TrainingPlan& plan) {
   TANDEM_RETURN_IF_ERROR(check_bounds(bounds));
-  const bool gathers_base = plan.layout.zero == 3 && settings.method == "lora";
+  const model::Holding holding = model::holding_beside(settings.method == "full", plan.layout.zero);
   TANDEM_ASSIGN_OR_RETURN(const auto engine,
                           DryEngine::create(profile, config, dtype, plan.adapter_slots,
-                                            {plan.layout, plan.rank, gathers_base}));
+                                            {plan.layout, plan.rank, holding}));
   const data::MicroBatch batch = batch_at(bounds);
   std::vector<data::MicroBatch> eval;
   if (plan.eval) eval.push_back(batch);
@@ -111,8 +111,12 @@ Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
     TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
     static_cast<void>(event);
   }
-  if (plan.publish && plan.layout.ranks() == 1 && settings.method == "lora")
-    publish(*engine, *session, dtype);
+  if (plan.publish && plan.layout.ranks() == 1) {
+    if (settings.method == "lora")
+      publish(*engine, *session, dtype);
+    else
+      session->probe_published(std::vector<std::int32_t>(train::kProbeTokens, 0), *engine->source);
+  }
   return read_ledger(engine->ledger());
 }
 
@@ -121,6 +125,7 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
                                             const protocol::TrainSettings& settings,
                                             const train::BatchBounds& bounds) {
   const comm::Layout layout = train::layout_of(settings);
+  const bool full = settings.method == "full";  // a LoRA of a gang is published without its device
   if (const Status cut = model::check_shard(config, layout.tp, layout.pp); !cut.ok()) {
     int tp = layout.tp;
     while (tp > 1 && !model::check_shard(config, tp, 1).ok()) --tp;
@@ -132,7 +137,7 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
   for (int rank = 0; rank < layout.ranks(); ++rank) {
     TANDEM_ASSIGN_OR_RETURN(ranks.emplace_back(),
                             estimate_training(profile, config, dtype, settings, bounds,
-                                              TrainingPlan{1, true, false, layout, rank}));
+                                              TrainingPlan{1, true, full, layout, rank}));
   }
   return ranks;
 }
@@ -141,9 +146,8 @@ Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, DType dtype,
                                   const serve::ServeOptions& options, std::int64_t adapter_slots,
                                   const comm::Layout& layout, int rank) {
-  TANDEM_ASSIGN_OR_RETURN(
-      const auto engine,
-      DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank, false}));
+  TANDEM_ASSIGN_OR_RETURN(const auto engine,
+                          DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank}));
   const ManualClock clock;
   const comm::Groups& groups = engine->ranks.groups;
   const auto link = serve::make_comm_link(*groups.model, engine->context);

@@ -170,14 +170,15 @@ Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftC
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
 
-Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
+Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig* config,
                                      std::shared_ptr<const train::TrainState> state) {
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kCheckpoint;
   for (const auto& t : state->tensors)
     add_tensor(object, manifest, t.name, DType::kF32, t.shape, std::as_bytes(std::span(t.values)));
-  Json settings = lora_settings(base_model, config);
+  Json settings = config != nullptr ? lora_settings(base_model, *config)
+                                    : Json{{"base_model", base_model.hex()}, {"method", "full"}};
   settings["state"] = state->json;
   object.storage = std::move(state);
   return finish(std::move(object), manifest, settings);

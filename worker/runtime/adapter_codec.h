@@ -39,7 +39,8 @@ struct PackedObject {
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
                                   std::shared_ptr<const model::FlatAdapter> adapter,
                                   const std::function<void(const BlobView&)>& on_blob = {});
-Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
+/// `config` null: of a full fine-tune.
+Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig* config,
                                      std::shared_ptr<const train::TrainState> state);
 
 /// A PEFT folder's adapter, bit for bit in the dtypes it has. The adapter outlives what comes back.

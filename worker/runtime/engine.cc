@@ -271,7 +271,7 @@ class Engine {
     if (settings.max_length > config.context_max)
       return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ",
                                request.model.name, " (", config.context_max, ")"));
-    if (settings.ranks() > 1) return estimate_gang(settings, config);
+    if (settings.ranks() > 1 || settings.full()) return estimate_gang(settings, config);
     TANDEM_ASSIGN_OR_RETURN(
         const auto estimate,
         memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
@@ -292,8 +292,9 @@ class Engine {
   Result<std::string> estimate_gang(const protocol::TrainSettings& settings,
                                     const model::ModelConfig& config) {
     if (options_.device != "cpu")
-      return refused_error(str("a job of ", settings.ranks(), " ranks needs CPU workers so far; ",
-                               options_.worker, " is a GPU's; use dp 1, tp 1, pp 1"));
+      return refused_error(
+          str("a job ", settings.full() ? "of method full" : str("of ", settings.ranks(), " ranks"),
+              " needs CPU workers so far; ", options_.worker, " is a GPU's"));
     const auto& o = options_.model;
     TANDEM_ASSIGN_OR_RETURN(
         const auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
@@ -306,8 +307,11 @@ class Engine {
                          [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
     auto per_rank = nlohmann::json::array();
     for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
-    const std::int64_t total = largest->peak_total + serving.peak_total;
+    // The ranks' copies of the state while it is stored: masters and both moments, in f32.
+    const std::int64_t copies = largest->of(kernels::MemoryKind::kOptimizer);
+    const std::int64_t total = largest->peak_total + copies + serving.peak_total;
     auto kinds = nlohmann::json::parse(largest->to_json());
+    kinds["checkpoint_copy"] = copies;
     kinds["serving_engine"] = serving.peak_total;
     return nlohmann::json{{"peak_bytes", total},
                           {"by_kind", kinds},

@@ -106,7 +106,7 @@ class Lead {
         model_ = std::make_unique<GangModel>(rank_, found->path, std::move(*found->encoder));
         job_ = std::make_unique<JobHost>(
             JobParts{io_, tasks_, bulk_, [this](Task task) { post(std::move(task)); },
-                     options_.data_directory + "/runs"},
+                     options_.data_directory + "/runs", options_.model_folder},
             *model_, options_.start);
       });
     });

@@ -15,6 +15,7 @@ struct GangLeadOptions {
   std::string host;
   protocol::StartJob start;    ///< with gang and members
   std::string data_directory;  ///< caches and metrics below it
+  std::string model_folder;    ///< this slot's own, see JobParts
   std::string agent_lock;      ///< a gang whose agent stays away ends
   std::int64_t drain_timeout_ms = 25000;
 };

@@ -31,6 +31,17 @@ class GangSession final : public JobSession {
     rank_.wire().tell(GangOp::kCompare, encode_adapter(published));
     return rank_.compare(published);
   }
+  Status write_model(const std::string& folder, DType dtype) override {
+    const ModelPlace place{folder, dtype, {}};
+    rank_.wire().tell(GangOp::kWriteModel, place.encode());
+    return rank_.write_model(place);
+  }
+  Result<double> probe_model(const std::vector<std::int32_t>& prompt, const std::string& folder,
+                             DType dtype) override {
+    const ModelPlace place{folder, dtype, prompt};
+    rank_.wire().tell(GangOp::kProbeModel, place.encode());
+    return rank_.probe_model(place);
+  }
 
  private:
   GangRank& rank_;

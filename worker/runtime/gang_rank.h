@@ -63,6 +63,9 @@ class GangRank {
   Result<train::TrainState> export_state();
   /// The largest difference between a value that some rank trained and the published one.
   double compare(const model::FlatAdapter& published);
+  /// Full fine-tuning; see JobSession.
+  Status write_model(const ModelPlace& place);
+  Result<double> probe_model(const ModelPlace& place);
 
  private:
   struct Memory;
@@ -77,6 +80,7 @@ class GangRank {
   std::unique_ptr<Memory> memory_;
   GangWire wire_;
   std::optional<train::Ranks> ranks_;
+  std::string model_path_;
   model::ModelConfig config_;
   std::unique_ptr<model::TensorSource> source_;
   std::unique_ptr<model::WeightSource> weights_;

@@ -119,6 +119,23 @@ GangPlan GangPlan::decode(std::span<const std::byte> bytes) {
   return plan;
 }
 
+ByteVector ModelPlace::encode() const {
+  ByteWriter to;
+  to.text(folder);
+  to.number(static_cast<std::int64_t>(dtype));
+  to.numbers(prompt);
+  return to.bytes();
+}
+
+ModelPlace ModelPlace::decode(std::span<const std::byte> bytes) {
+  ByteReader from(bytes);
+  ModelPlace place;
+  place.folder = from.text();
+  place.dtype = static_cast<DType>(from.number());
+  place.prompt = from.numbers<std::int32_t>();
+  return place;
+}
+
 Result<model::FlatAdapter> adapter_of_state(const model::ModelConfig& config,
                                             const model::LoraConfig& lora,
                                             const train::TrainState& state, DType dtype) {

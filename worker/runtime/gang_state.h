@@ -24,6 +24,15 @@ struct GangPlan {
   static GangPlan decode(std::span<const std::byte> bytes);
 };
 
+/// Where a trained model is written: a folder on the gang's host.
+struct ModelPlace {
+  std::string folder;
+  DType dtype = DType::kF32;
+  std::vector<std::int32_t> prompt;  ///< of the probe
+  [[nodiscard]] ByteVector encode() const;
+  static ModelPlace decode(std::span<const std::byte> bytes);
+};
+
 void encode_state(const train::TrainState& state, ByteWriter& to);
 train::TrainState decode_state(ByteReader& from);
 

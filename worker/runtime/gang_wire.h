@@ -23,7 +23,9 @@ enum class GangOp : std::int64_t {
   kSlice = 2,    ///< TrainSession::run_slice
   kExport = 3,   ///< send your pieces of the state
   kCompare = 4,  ///< compare what you trained with what is published (payload)
-  kEnd = 5
+  kEnd = 5,
+  kWriteModel = 6,  ///< write your pieces of the weights into a folder (payload: ModelPlace)
+  kProbeModel = 7   ///< compare what you trained with that folder's weights (payload: the same)
 };
 
 class GangWire {

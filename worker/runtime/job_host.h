@@ -26,6 +26,9 @@ struct JobParts {
   BulkClient& bulk;
   std::function<void(Task)> to_device;  ///< runs a closure on the device thread, soon
   std::string runs_directory;           ///< metrics: <runs>/<job>/{metrics.jsonl, tensorboard}
+  /// A gang's own: where the model of a full fine-tune is written, beside the models that this host
+  /// has fetched (model_files.h), so that it becomes one of these.
+  std::string model_folder{};
 };
 
 class JobHost {
@@ -65,6 +68,9 @@ class JobHost {
   void on_eval(const train::EvalDone& done);
   void checkpoint();
   void publish();
+  void publish_model();
+  void upload_model();
+  void keep_model(const Digest& model) const;
   void publish_when_ready();
   void end(Status status);
   void progress(const std::string& kind, const std::string& message,

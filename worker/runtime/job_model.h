@@ -34,6 +34,14 @@ class JobSession {
   /// and `published`. 0 when nothing was lost.
   virtual double probe(const std::vector<std::int32_t>& prompt, const model::FlatAdapter& published,
                        std::shared_ptr<const model::AdapterWeights> served) = 0;
+
+  // -- full fine-tuning, which runs in gangs alone
+  /// The trained model in `dtype` as a Hugging Face folder, made anew.
+  virtual Status write_model(const std::string& folder, DType dtype) = 0;
+  /// How far that folder's weights are from the trained ones: the largest difference of any value
+  /// of any rank and, on one rank, whose weights then become the folder's, of logits of `prompt`.
+  virtual Result<double> probe_model(const std::vector<std::int32_t>& prompt,
+                                     const std::string& folder, DType dtype) = 0;
 };
 
 class JobModel {

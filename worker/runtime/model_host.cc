@@ -72,8 +72,15 @@ class LocalSession final : public JobSession {
                std::shared_ptr<const model::AdapterWeights> served) override {
     return session_->probe(prompt, std::move(served));
   }
+  Status write_model(const std::string&, DType) override { return no_model(); }
+  Result<double> probe_model(const std::vector<std::int32_t>&, const std::string&, DType) override {
+    return no_model();
+  }
 
  private:
+  static Status no_model() {
+    return refused_error("an engine trains adapters: its base is everybody's and never changes");
+  }
   const std::unique_ptr<train::TrainSession> session_;
   kernels::Ops& ops_;
   kernels::Exec& exec_;  ///< serving's

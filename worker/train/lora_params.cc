@@ -172,10 +172,14 @@ void LoraParams::upload(const std::vector<float>& host, const Tensor& flat) {
   model::upload_floats(parts_.context.ops, parts_.context.exec, host, flat);
 }
 
-std::vector<StateTensor> LoraParams::export_tensors() const {
+void LoraParams::load_weights(const model::TensorSource&) {
+  TANDEM_CHECK(false, "an adapter is not read from a model");
+}
+
+std::vector<StateTensor> LoraParams::export_tensors(bool weights_alone) const {
   std::vector<StateTensor> tensors;
   const std::array<Tensor, 3> flats{master_, m_, v_};
-  for (std::size_t f = 0; f < flats.size(); ++f) {
+  for (std::size_t f = 0; f < (weights_alone ? 1 : flats.size()); ++f) {
     const std::vector<float> host = download(flats[f]);
     for (Part& part : parts_of(layout_, kSuffixes[f])) {
       const auto begin = host.begin() + part.begin;

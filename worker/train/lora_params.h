@@ -38,8 +38,9 @@ class LoraParams final : public Trainable, private model::GradSink {
   void attach(model::AdapterTable& table, std::int64_t slot) override;
   [[nodiscard]] std::int64_t rank_max() const override { return layout_.rank_max; }
 
-  [[nodiscard]] std::vector<StateTensor> export_tensors() const override;
+  [[nodiscard]] std::vector<StateTensor> export_tensors(bool weights_alone) const override;
   Status import_tensors(const std::vector<StateTensor>& tensors) override;
+  void load_weights(const model::TensorSource& source) override;
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;

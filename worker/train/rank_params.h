@@ -13,7 +13,7 @@
 #pragma once
 
 #include "worker/model/flat_layout.h"
-#include "worker/model/gathered_weights.h"
+#include "worker/model/weight_door.h"
 #include "worker/train/ranks.h"
 #include "worker/train/trainable.h"
 
@@ -41,8 +41,9 @@ class RankParams final : public Trainable, private model::GradSink {
   [[nodiscard]] const kernels::Tensor& squared_norm() const override { return squared_norm_; }
   void update(const protocol::TrainSettings& settings, double learning_rate,
               std::int64_t step) override;
-  [[nodiscard]] std::vector<StateTensor> export_tensors() const override;
+  [[nodiscard]] std::vector<StateTensor> export_tensors(bool weights_alone) const override;
   Status import_tensors(const std::vector<StateTensor>& tensors) override;
+  void load_weights(const model::TensorSource& source) override;
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;

@@ -4,6 +4,7 @@
 
 #include "worker/train/train_session.h"
 
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -13,6 +14,23 @@ namespace tandem::worker::train {
 /// names a tensor of which an element is missing or comes twice, or whose shape two ranks disagree
 /// about; conflict_error: states of different steps or jobs.
 Result<TrainState> merge_states(std::span<const TrainState> states);
+
+/// Calls `run(from, at, count)` for stretches of a piece that are contiguous in the whole tensor:
+/// `count` values from `from` of the piece are elements `at` on of the tensor.
+template <class Run>
+void for_each_run(const StateTensor& piece, const Run& run) {
+  const std::int64_t width = piece.shape.size() > 1 ? piece.shape[1] : 1;
+  const auto size = static_cast<std::int64_t>(piece.values.size());
+  const bool rows = piece.slice.rows == 0 || piece.slice.columns == width;
+  if (rows) return run(0, piece.slice.row * width + piece.first, size);
+  for (std::int64_t from = 0; from < size;) {
+    const std::int64_t in = piece.first + from, column = in % piece.slice.columns;
+    const std::int64_t count = std::min(size - from, piece.slice.columns - column);
+    run(from, (piece.slice.row + in / piece.slice.columns) * width + piece.slice.column + column,
+        count);
+    from += count;
+  }
+}
 
 /// A rectangle of a whole state tensor, row-major into `out`. corrupt_error: another shape than the
 /// job's, or values that are missing.

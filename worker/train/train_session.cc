@@ -331,6 +331,13 @@ double TrainSession::probe(const std::vector<std::int32_t>& prompt,
                            std::shared_ptr<const model::AdapterWeights> other) {
   return impl_->probe(prompt, std::move(other));
 }
+std::vector<StateTensor> TrainSession::export_weights() const {
+  return impl_->params_.export_tensors(true);
+}
+double TrainSession::probe_published(const std::vector<std::int32_t>& prompt,
+                                     const model::TensorSource& published) {
+  return impl_->probe_published(prompt, published);
+}
 const TrainSession::PhaseTimes& TrainSession::phase_times() const {
   return impl_->times_;
 }

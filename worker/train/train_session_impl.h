@@ -69,6 +69,8 @@ class TrainSession::Impl {
   Status import_state(const TrainState& state);
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
+  double probe_published(const std::vector<std::int32_t>& prompt,
+                         const model::TensorSource& published);
 
   enum class Phase { kBaseEval, kTrain, kEval, kCheckpoint, kFinished };
 
@@ -90,6 +92,7 @@ class TrainSession::Impl {
   std::int64_t step_ = 0;  ///< optimizer steps done
 
  private:
+  std::vector<float> prompt_logits(const std::vector<std::int32_t>& prompt);
   Result<SliceEvent> train_slice();
   Result<SliceEvent> finish_step();
   Result<SliceEvent> eval_slice();

@@ -36,10 +36,14 @@ class Trainable {
   virtual void update(const protocol::TrainSettings& settings, double learning_rate,
                       std::int64_t step) = 0;
 
-  /// This rank's part of the state; merge_states makes one of all ranks' parts.
-  [[nodiscard]] virtual std::vector<StateTensor> export_tensors() const = 0;
+  /// This rank's part of the state; merge_states makes one of all ranks' parts. `weights_alone`:
+  /// without the optimizer's moments.
+  [[nodiscard]] virtual std::vector<StateTensor> export_tensors(bool weights_alone) const = 0;
   /// From the whole state.
   virtual Status import_tensors(const std::vector<StateTensor>& tensors) = 0;
+
+  /// Full fine-tuning: the weights become those of `source`, the moments stay.
+  virtual void load_weights(const model::TensorSource& source) = 0;
 
   /// LoRA on one rank only, see TrainSession.
   [[nodiscard]] virtual std::shared_ptr<const model::AdapterWeights> snapshot() const = 0;
