@@ -10,6 +10,8 @@
 #include "worker/runtime/bulk_client.h"
 #include "worker/train/train_session.h"
 
+#include <nlohmann/json_fwd.hpp>
+
 #include <functional>
 #include <memory>
 #include <span>
@@ -55,6 +57,11 @@ Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& 
                                                              const FetchBlobs& fetch);
 Result<train::TrainState> unpack_checkpoint(const std::string& manifest, const Digest& base_model,
                                             const FetchBlobs& fetch);
+
+/// A checkpoint's settings but for its state. `config` null: of a full fine-tune.
+nlohmann::json checkpoint_settings(const Digest& base_model, const storage::PeftConfig* config);
+/// conflict_error: the settings are of another base.
+Status check_base(const nlohmann::json& settings, const Digest& base_model);
 
 /// The mathematics of a manifest's "settings" as PEFT's configuration (export, scales).
 Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest);

@@ -297,8 +297,17 @@ class Engine {
               " needs CPU workers so far; ", options_.worker, " is a GPU's"));
     const auto& o = options_.model;
     TANDEM_ASSIGN_OR_RETURN(
-        const auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
-                                                memory::worst_case_bounds(settings)));
+        auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
+                                          memory::worst_case_bounds(settings)));
+    if (const auto choices = settings.dp_choices(); choices.size() > 1) {
+      // Fewer ranks have larger parts each: an elastic job must fit at its smallest too.
+      auto fewest = settings;
+      fewest.dp = choices.back();
+      TANDEM_ASSIGN_OR_RETURN(
+          const auto more, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, fewest,
+                                                 memory::worst_case_bounds(fewest)));
+      ranks.insert(ranks.end(), more.begin(), more.end());
+    }
     TANDEM_ASSIGN_OR_RETURN(const auto serving,
                             memory::estimate_serving(backend_.ops->profile(), config, o.dtype,
                                                      serve_options(o), o.adapter_slots + 1));

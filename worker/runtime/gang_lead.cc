@@ -42,6 +42,7 @@ class Lead {
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
              [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
         tasks_(kTasksMax) {
+    rank_.store_with(bulk_, tasks_, checkpoint_pin(options_.start));
     beat();
     rank_.on_block([this] { last_beat_ms_ = clock_.now_ms(); });
     locate();
@@ -60,6 +61,7 @@ class Lead {
       handle_drain();
       check_agent();
       if (job_ && job_->over()) break;
+      if (job_) job_->poll();
       if (job_ && job_->runnable()) {
         job_->run_slice();
       } else {
@@ -226,6 +228,10 @@ class Lead {
 };
 
 }  // namespace
+
+std::string checkpoint_pin(const protocol::StartJob& start) {
+  return str(start.job, "/", start.epoch);
+}
 
 void install_rank_signals() {
   struct sigaction action {};

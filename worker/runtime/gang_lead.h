@@ -26,6 +26,9 @@ struct GangLeadOptions {
 int lead_gang(const GangLeadOptions& options, GangRank& rank, EngineEndpoints endpoints,
               const GangPatience& patience, const Clock& clock);
 
+/// Under which the chunks of a gang's checkpoints are spared until their manifest comes.
+std::string checkpoint_pin(const protocol::StartJob& start);
+
 /// SIGUSR1 drains the first rank and is nothing to the others; SIGTERM and SIGINT of a terminal are
 /// the agent's business. Before MPI starts, on every rank.
 void install_rank_signals();

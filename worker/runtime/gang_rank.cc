@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <future>
+#include <mutex>
 
 namespace tandem::worker::runtime {
 void GangPatience::add_slice(double seconds) {
@@ -51,7 +53,27 @@ Status GangRank::open(const GangPlan& plan) {
   // the next.
   TANDEM_RETURN_IF_ERROR(wire_.agree(load(plan)));
   TANDEM_RETURN_IF_ERROR(wire_.agree(begin(plan)));
-  return wire_.agree(plan.state ? session_->import_state(*plan.state) : Status());
+  if (plan.checkpoint.empty()) return {};
+  TANDEM_RETURN_IF_ERROR(wire_.agree(read_checkpoint(plan)));
+  session_->take_state();
+  return {};
+}
+
+/// Each rank reads what it holds, whoever saved it. On the task thread, which alone uses the bulk
+/// connection; this one has nothing else to do.
+Status GangRank::read_checkpoint(const GangPlan& plan) {
+  if (bulk_ == nullptr) return internal_error("this rank was given no place for checkpoints");
+  std::promise<Status> done;
+  const auto read = [&]() -> Status {
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto source,
+        CheckpointSource::open(plan.checkpoint, plan.base_model,
+                               [&](auto digests) { return bulk_->get(digests); }));
+    return session_->read_state(source->state_json(), *source);
+  };
+  if (!tasks_->post([&] { done.set_value(read()); }))
+    return internal_error("the task queue is full");
+  return done.get_future().get();
 }
 
 Status GangRank::load(const GangPlan& plan) {
@@ -111,6 +133,53 @@ Result<train::TrainState> GangRank::export_state() {
   return train::merge_states(states);
 }
 
+struct GangRank::Storing {
+  std::mutex mutex;
+  std::optional<Result<StoredPieces>> outcome;
+};
+
+void GangRank::store_with(BulkClient& bulk, TaskThread& tasks, std::string pin) {
+  bulk_ = &bulk;
+  tasks_ = &tasks;
+  pin_ = std::move(pin);
+}
+
+void GangRank::begin_checkpoint() {
+  storing_ = std::make_shared<Storing>();
+  const auto state = std::make_shared<const train::TrainState>(session_->export_state());
+  const bool posted =
+      tasks_ != nullptr && tasks_->post([state, storing = storing_, bulk = bulk_, pin = pin_] {
+        BulkClient::Upload upload(*bulk, pin);
+        StoredPieces pieces =
+            describe_pieces(*state, [&](const BlobView& blob) { upload.add(blob); });
+        const Status status = upload.finish();
+        const std::lock_guard lock(storing->mutex);
+        if (status.ok())
+          storing->outcome = std::move(pieces);
+        else
+          storing->outcome = status;
+      });
+  if (!posted) storing_->outcome = internal_error("this rank has no place for checkpoints");
+}
+
+std::optional<Result<std::vector<StoredPieces>>> GangRank::stored_checkpoint() {
+  std::optional<Result<StoredPieces>> mine;
+  if (storing_) {
+    const std::lock_guard lock(storing_->mutex);
+    mine = storing_->outcome;
+  } else {
+    mine = internal_error("no checkpoint was begun");
+  }
+  if (wire_.largest(mine ? 0.0 : 1.0) > 0.0) return std::nullopt;
+  storing_.reset();
+  if (const Status all = wire_.agree(mine->status()); !all.ok())
+    return Result<std::vector<StoredPieces>>(all);
+  std::vector<StoredPieces> ranks;
+  for (const ByteVector& bytes : wire_.gather((*mine)->encode()))
+    ranks.push_back(StoredPieces::decode(bytes));
+  return Result<std::vector<StoredPieces>>(std::move(ranks));
+}
+
 double GangRank::compare(const model::FlatAdapter& published) {
   return wire_.largest(largest_difference(session_->export_state(), published));
 }
@@ -126,14 +195,15 @@ Status GangRank::write_model(const ModelPlace& place) {
     return train::create_weights(weights, config_, place.dtype);
   };
   TANDEM_RETURN_IF_ERROR(wire_.agree(wire_.rank() == 0 ? prepare() : Status()));
-  return wire_.agree(train::write_pieces(weights, session_->export_weights()));
+  return wire_.agree(train::write_pieces(weights, session_->export_weights(), on_block_));
 }
 
 Result<double> GangRank::probe_model(const ModelPlace& place) {
   double worst = 0.0;
   const auto compare = [&]() -> Status {
     TANDEM_ASSIGN_OR_RETURN(const auto published, model::load_model(place.folder));
-    worst = train::largest_difference(session_->export_weights(), *published.source, place.dtype);
+    worst = train::largest_difference(session_->export_weights(), *published.source, place.dtype,
+                                      on_block_);
     if (wire_.size() == 1)
       worst = std::max(worst, session_->probe_published(place.prompt, *published.source));
     return {};
@@ -162,6 +232,12 @@ void follow(GangRank& rank) {
         break;
       case GangOp::kCompare:
         (void)rank.compare(decode_adapter(rank.config(), rank.session().lora(), heard.payload));
+        break;
+      case GangOp::kSnapshot:
+        rank.begin_checkpoint();
+        break;
+      case GangOp::kStored:
+        (void)rank.stored_checkpoint();
         break;
       case GangOp::kWriteModel:
         if (const Status s = rank.write_model(ModelPlace::decode(heard.payload)); !s.ok())

@@ -101,8 +101,8 @@ ByteVector GangPlan::encode() const {
   encode_dataset(*train, to);
   to.number(eval ? 1 : 0);
   if (eval) encode_dataset(*eval, to);
-  to.number(state ? 1 : 0);
-  if (state) encode_state(*state, to);
+  to.text(base_model.hex());
+  to.text(checkpoint);
   return to.bytes();
 }
 
@@ -115,7 +115,10 @@ GangPlan GangPlan::decode(std::span<const std::byte> bytes) {
   plan.settings = std::move(*settings);
   plan.train = decode_dataset(from);
   if (from.number() != 0) plan.eval = decode_dataset(from);
-  if (from.number() != 0) plan.state = decode_state(from);
+  auto base = Digest::parse(from.text());
+  TANDEM_CHECK(base.ok(), "the first rank wrote it");
+  plan.base_model = *base;
+  plan.checkpoint = from.text();
   return plan;
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <utility>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -69,7 +70,7 @@ void JobHost::in_background(std::function<void()> task, std::function<void()> do
 void JobHost::prepare() {
   auto prepared = std::make_shared<Prepared>();
   auto task = [prepared, &bulk = parts_.bulk, encoder = model_.encoder(), start = start_,
-               settings = spec_.train] {
+               settings = spec_.train, in_parts = model_.stores_in_parts()] {
     const data::DatasetOptions options = dataset_options(settings);
     auto load = [&](const Digest& digest,
                     const char* name) -> Result<std::shared_ptr<const data::Dataset>> {
@@ -86,7 +87,7 @@ void JobHost::prepare() {
       if (!start.eval_dataset.empty()) {
         TANDEM_ASSIGN_OR_RETURN(prepared->eval, load(start.eval_dataset, "evaluation data"));
       }
-      if (start.checkpoint_manifest.empty()) return {};
+      if (start.checkpoint_manifest.empty() || in_parts) return {};
       TANDEM_ASSIGN_OR_RETURN(prepared->state,
                               unpack_checkpoint(start.checkpoint_manifest, start.model.digest,
                                                 [&](auto digests) { return bulk.get(digests); }));
@@ -109,7 +110,8 @@ void JobHost::begin(Prepared prepared) {
                 std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
     TANDEM_ASSIGN_OR_RETURN(session_,
                             model_.open_session(spec_.train, prepared.train, prepared.eval,
-                                                prepared.state ? &*prepared.state : nullptr));
+                                                {prepared.state ? &*prepared.state : nullptr,
+                                                 start_.model.digest, start_.checkpoint_manifest}));
     TANDEM_ASSIGN_OR_RETURN(
         metrics_, train::MetricsWriter::open(str(parts_.runs_directory, "/", start_.job)));
     return {};
@@ -200,6 +202,10 @@ void JobHost::checkpoint() {
   if (checkpointing_ || !session_ || session_->step() == checkpoint_step_) return;
   checkpointing_ = true;
   const std::int64_t step = session_->step();
+  if (model_.stores_in_parts()) {
+    storing_step_ = step;
+    return session_->begin_checkpoint();
+  }
   auto exported = session_->export_state();
   if (!exported.ok()) return end(exported.status());
   auto state = std::make_shared<train::TrainState>(std::move(*exported));
@@ -214,22 +220,37 @@ void JobHost::checkpoint() {
     if (!put.ok()) *outcome = put;
   };
   in_background(task, [this, step, snapshot, outcome] {
-    checkpointing_ = false;
-    if (!outcome->ok()) {
-      log_warn("checkpoint of step ", step, " was not stored: ", outcome->status().message());
-      progress("log",
-               str("checkpoint of step ", step, " was not stored: ", outcome->status().message()),
-               "{}");
-      return;
-    }
-    checkpoint_step_ = step;
+    if (!outcome->ok()) return checkpoint_stored(step, outcome->status());
     if (auto installed = model_.install_adapter((*outcome)->digest, snapshot); !installed.ok())
       log_debug("checkpoint is not servable here now: ", installed.message());
-    parts_.io.send_reliably(
-        start_.job, str("checkpoint:", step),
-        protocol::CheckpointReady{start_.job, start_.epoch, step, (*outcome)->manifest});
-    if ((pausing_ || draining_) && session_ && session_->step() != step) checkpoint();
+    checkpoint_stored(step, (*outcome)->manifest);
   });
+}
+
+void JobHost::poll() {
+  if (storing_step_ < 0 || !session_) return;
+  constexpr std::int64_t kPollNs = 50'000'000;  // each look is a word to every rank
+  const std::int64_t now = steady_ns();
+  if (now - polled_ns_ < kPollNs) return;
+  polled_ns_ = now;
+  const auto config = peft_config(session_->lora());
+  const auto manifest =
+      session_->stored_checkpoint(start_.model.digest, spec_.train.full() ? nullptr : &config);
+  if (manifest) checkpoint_stored(std::exchange(storing_step_, -1), *manifest);
+}
+
+void JobHost::checkpoint_stored(std::int64_t step, const Result<std::string>& manifest) {
+  checkpointing_ = false;
+  if (!manifest.ok()) {
+    const std::string what =
+        str("checkpoint of step ", step, " was not stored: ", manifest.status().message());
+    log_warn(what);
+    return progress("log", what, "{}");
+  }
+  checkpoint_step_ = step;
+  parts_.io.send_reliably(start_.job, str("checkpoint:", step),
+                          protocol::CheckpointReady{start_.job, start_.epoch, step, *manifest});
+  if ((pausing_ || draining_) && session_ && session_->step() != step) checkpoint();
 }
 
 void JobHost::publish() {

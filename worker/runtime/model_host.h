@@ -59,7 +59,8 @@ class ModelHost final : public JobModel {
   Result<std::unique_ptr<JobSession>> open_session(const protocol::TrainSettings& settings,
                                                    std::shared_ptr<const data::Dataset> train,
                                                    std::shared_ptr<const data::Dataset> eval,
-                                                   const train::TrainState* state) override;
+                                                   const ResumeFrom& from) override;
+  [[nodiscard]] bool stores_in_parts() const override { return false; }
   /// Frozen device tensors from host ones. Errors: shapes that do not fit the model.
   Result<std::shared_ptr<const model::AdapterWeights>> build_adapter(
       const std::vector<model::HostAdapterTensor>& tensors);

@@ -76,9 +76,11 @@ Status create_weights(const std::string& path, const model::ModelConfig& config,
   return storage::SafetensorsDraft::create(path, infos, {{"format", "pt"}});
 }
 
-Status write_pieces(const std::string& path, const std::vector<StateTensor>& pieces) {
+Status write_pieces(const std::string& path, const std::vector<StateTensor>& pieces,
+                    const Beat& beat) {
   TANDEM_ASSIGN_OR_RETURN(const auto file, storage::SafetensorsDraft::open(path));
   for (const StateTensor& piece : pieces) {
+    if (beat) beat();
     const std::string name = weight_name(piece);
     const std::span<std::byte> room = file.room(name);
     const auto tensor = std::find_if(file.tensors().begin(), file.tensors().end(),
@@ -101,9 +103,10 @@ Status write_pieces(const std::string& path, const std::vector<StateTensor>& pie
 }
 
 double largest_difference(const std::vector<StateTensor>& pieces,
-                          const model::TensorSource& published, DType dtype) {
+                          const model::TensorSource& published, DType dtype, const Beat& beat) {
   double worst = 0.0;
   for (const StateTensor& piece : pieces) {
+    if (beat) beat();
     const std::int64_t n = piece.shape.at(0), width = piece.shape.size() > 1 ? piece.shape[1] : 1;
     if (!published.has(weight_name(piece), n, piece.shape.size() > 1 ? width : 0).ok())
       return std::numeric_limits<double>::infinity();

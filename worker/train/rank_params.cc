@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <map>
 
 namespace tandem::worker::train {
 
@@ -388,28 +387,35 @@ std::vector<StateTensor> RankParams::export_tensors(bool weights_alone) const {
   return tensors;
 }
 
-Status RankParams::import_tensors(const std::vector<StateTensor>& tensors) {
-  std::map<std::string, const StateTensor*> by_name;
-  for (const StateTensor& tensor : tensors) by_name.emplace(tensor.name, &tensor);
-  for (Unit& unit : units_) {
-    const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
-    for (std::size_t f = 0; f < flats.size(); ++f) {
-      std::vector<float> whole(static_cast<std::size_t>(padded(unit)), 0.0f);
+Status RankParams::read_tensors(const StateSource& state) {
+  read_.assign(units_.size(), {});
+  for (std::size_t u = 0; u < units_.size(); ++u) {
+    const Unit& unit = units_[u];
+    for (std::size_t f = 0; f < kSuffixes.size(); ++f) {
+      std::vector<float>& part = read_[u][f];
+      part.assign(static_cast<std::size_t>(unit.part), 0.0f);
       for (const FlatTensor& tensor : unit.layout.tensors) {
-        const std::string name = str(tensor.name, ".", kSuffixes[f]);
-        const auto it = by_name.find(name);
-        if (it == by_name.end()) return corrupt_error(str("the checkpoint has no tensor ", name));
+        const Overlap piece = overlap(tensor, unit.begin, unit.part);
+        if (piece.empty()) continue;
         TANDEM_RETURN_IF_ERROR(
-            cut_out(*it->second, tensor.shape, tensor.slice, whole.data() + tensor.begin));
+            state.read(str(tensor.name, ".", kSuffixes[f]), tensor.shape,
+                       {tensor.slice, piece.begin - tensor.begin, piece.end - piece.begin},
+                       part.data() + (piece.begin - unit.begin)));
       }
-      upload_floats(parts_.context.ops, parts_.context.exec,
-                    std::span<const float>(whole).subspan(static_cast<std::size_t>(unit.begin),
-                                                          static_cast<std::size_t>(unit.part)),
-                    flats[f]);
     }
-    publish(unit);
   }
   return {};
+}
+
+void RankParams::take_tensors() {
+  for (std::size_t u = 0; u < units_.size(); ++u) {
+    Unit& unit = units_[u];
+    const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
+    for (std::size_t f = 0; f < flats.size(); ++f)
+      upload_floats(parts_.context.ops, parts_.context.exec, read_[u][f], flats[f]);
+    read_[u] = {};
+    publish(unit);
+  }
 }
 
 void RankParams::load_weights(const model::TensorSource& source) {

@@ -17,6 +17,7 @@
 #include "worker/train/ranks.h"
 #include "worker/train/trainable.h"
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -42,7 +43,8 @@ class RankParams final : public Trainable, private model::GradSink {
   void update(const protocol::TrainSettings& settings, double learning_rate,
               std::int64_t step) override;
   [[nodiscard]] std::vector<StateTensor> export_tensors(bool weights_alone) const override;
-  Status import_tensors(const std::vector<StateTensor>& tensors) override;
+  Status read_tensors(const StateSource& state) override;
+  void take_tensors() override;
   void load_weights(const model::TensorSource& source) override;
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
@@ -102,7 +104,8 @@ class RankParams final : public Trainable, private model::GradSink {
   std::unique_ptr<model::WeightSource> own_weights_;
   model::WeightSource* weights_ = nullptr;
   model::GatheredWeights* gathered_ = nullptr;
-  kernels::Tensor shared_gradient_;  ///< ZeRO 2 and 3: of the block in backward
+  std::vector<std::array<std::vector<float>, 3>> read_;  ///< per unit, until they are taken
+  kernels::Tensor shared_gradient_;                      ///< ZeRO 2 and 3: of the block in backward
   kernels::Tensor squared_norm_;
   model::BlockGrads block_grads_;
   model::EndGrads end_grads_;

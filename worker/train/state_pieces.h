@@ -5,10 +5,42 @@
 #include "worker/train/train_session.h"
 
 #include <algorithm>
+#include <map>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace tandem::worker::train {
+
+/// Of a logical tensor's rectangle the row-major elements [first, first + count).
+struct StateRange {
+  model::TensorSlice slice;
+  std::int64_t first = 0, count = 0;
+};
+
+/// Where a checkpoint's values come from; each rank asks for what it holds.
+class StateSource {
+ public:
+  virtual ~StateSource() = default;
+  /// Logical tensors of the whole state.
+  [[nodiscard]] virtual std::size_t tensors() const = 0;
+  /// Into `out`. corrupt_error: no such tensor, another shape than the job's, or values that are
+  /// missing; and whatever fetching them may meet.
+  virtual Status read(const std::string& name, const std::vector<std::int64_t>& shape,
+                      const StateRange& range, float* out) const = 0;
+};
+
+/// Whole tensors that are at hand; `state` outlives it.
+class WholeState final : public StateSource {
+ public:
+  explicit WholeState(const TrainState& state);
+  [[nodiscard]] std::size_t tensors() const override { return by_name_.size(); }
+  Status read(const std::string& name, const std::vector<std::int64_t>& shape,
+              const StateRange& range, float* out) const override;
+
+ private:
+  std::map<std::string, const StateTensor*> by_name_;
+};
 
 /// One state of all ranks' parts, in the order of the first rank that names a tensor. corrupt_error
 /// names a tensor of which an element is missing or comes twice, or whose shape two ranks disagree
@@ -31,10 +63,5 @@ void for_each_run(const StateTensor& piece, const Run& run) {
     from += count;
   }
 }
-
-/// A rectangle of a whole state tensor, row-major into `out`. corrupt_error: another shape than the
-/// job's, or values that are missing.
-Status cut_out(const StateTensor& tensor, const std::vector<std::int64_t>& shape,
-               const model::TensorSlice& slice, float* out);
 
 }  // namespace tandem::worker::train

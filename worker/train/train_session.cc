@@ -313,7 +313,15 @@ TrainState TrainSession::export_state() const {
   return impl_->export_state();
 }
 Status TrainSession::import_state(const TrainState& state) {
-  return impl_->import_state(state);
+  TANDEM_RETURN_IF_ERROR(impl_->read_state(state.json, WholeState(state)));
+  impl_->take_state();
+  return {};
+}
+Status TrainSession::read_state(const std::string& json, const StateSource& tensors) {
+  return impl_->read_state(json, tensors);
+}
+void TrainSession::take_state() {
+  impl_->take_state();
 }
 std::shared_ptr<const model::AdapterWeights> TrainSession::snapshot_adapter() const {
   return impl_->params_.snapshot();

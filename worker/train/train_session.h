@@ -25,6 +25,7 @@
 namespace tandem::worker::train {
 
 struct Ranks;
+class StateSource;
 
 /// What the engine lends. All must outlive the session.
 struct SessionParts {
@@ -136,6 +137,10 @@ class TrainSession {
   /// corrupt_error / conflict_error name what is missing, has another shape, or which setting
   /// differs from the state's.
   Status import_state(const TrainState& state);
+  /// The same in two steps, for ranks that read for themselves: each reads the values that it holds
+  /// (any thread, while no other uses the session), and when all have, all take them up at once.
+  Status read_state(const std::string& json, const StateSource& tensors);
+  void take_state();
 
   /// A frozen copy of the adapter as of the last step, in compute dtype, made on the device (no
   /// host copy): what serving shows as the job's latest and what is served after the publish.

@@ -66,7 +66,8 @@ class TrainSession::Impl {
   }
 
   [[nodiscard]] TrainState export_state() const;
-  Status import_state(const TrainState& state);
+  Status read_state(const std::string& text, const StateSource& tensors);
+  void take_state();
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
   double probe_published(const std::vector<std::int32_t>& prompt,
@@ -89,7 +90,8 @@ class TrainSession::Impl {
 
   Phase phase_ = Phase::kTrain;
   bool started_ = false;
-  std::int64_t step_ = 0;  ///< optimizer steps done
+  std::int64_t step_ = 0;       ///< optimizer steps done
+  std::int64_t read_step_ = 0;  ///< of a state that was read and is to be taken
 
  private:
   std::vector<float> prompt_logits(const std::vector<std::int32_t>& prompt);

@@ -31,16 +31,10 @@ double largest_difference(std::span<const float> a, std::span<const float> b) {
 /// Settings that may differ between a checkpoint and the job that continues from it: they change
 /// what is reported or kept, or who computes what, not the mathematics.
 const std::set<std::string>& free_settings() {
-  static const std::set<std::string> names{"adapter_dtype",
-                                           "eval_steps",
-                                           "logging_steps",
-                                           "save_steps",
-                                           "save_total_limit",
-                                           "recompute",
-                                           "dp",
-                                           "tp",
-                                           "pp",
-                                           "zero"};
+  static const std::set<std::string> names{
+      "adapter_dtype", "eval_steps", "logging_steps", "save_steps", "save_total_limit",
+      "recompute",     "dp",         "dp_min",        "tp",         "pp",
+      "zero"};
   return names;
 }
 
@@ -62,9 +56,9 @@ TrainState TrainSession::Impl::export_state() const {
   return state;
 }
 
-Status TrainSession::Impl::import_state(const TrainState& state) {
+Status TrainSession::Impl::read_state(const std::string& text, const StateSource& tensors) {
   TANDEM_CHECK(!started_, "a state is imported before the first slice");
-  const Json json = Json::parse(state.json, nullptr, false);
+  const Json json = Json::parse(text, nullptr, false);
   if (!json.is_object() || !json.contains("version") || !json["version"].is_number_integer() ||
       !json.contains("settings") || !json["settings"].is_object() || !json.contains("step") ||
       !json["step"].is_number_integer() || !json.contains("total_steps") ||
@@ -91,13 +85,17 @@ Status TrainSession::Impl::import_state(const TrainState& state) {
   const auto step = json["step"].get<std::int64_t>();
   if (step < 0 || step > batches_->total_steps())
     return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
-  TANDEM_RETURN_IF_ERROR(params_.import_tensors(state.tensors));
-  step_ = step;
+  read_step_ = step;
+  return params_.read_tensors(tensors);
+}
+
+void TrainSession::Impl::take_state() {
+  params_.take_tensors();
+  step_ = read_step_;
   if (step_ == batches_->total_steps())
     phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
   else if (step_ > 0)
     phase_ = Phase::kTrain;
-  return {};
 }
 
 // -- probe
