@@ -82,6 +82,7 @@ class Jobs {
   /// What is not on disk: when things were last sent or seen.
   struct Timers {
     TimeMs sent_ms = -1, started_ms = 0, missing_since_ms = -1, not_before_ms = 0;
+    TimeMs victims_sought_ms = -1;
   };
   struct Pending {
     bool publish = false;
@@ -100,6 +101,13 @@ class Jobs {
   void event(Job& job, const std::string& level, const std::string& kind,
              const std::string& message, const std::string& metrics_json, bool lazy);
   void start(Job job, const Placement& placement);
+  /// Looks for jobs that give `job` their ranks, and stops them.
+  void preempt_for(const Job& job, const std::set<WorkerId>& reserved);
+  void requeue(Job job, const std::string& why);
+  /// At a checkpoint: an elastic job goes on over more ranks when some are free.
+  void grow_if_possible(const JobId& id);
+  static void set_sizes(Job& job, const protocol::TrainSettings& train);
+  [[nodiscard]] static std::string spec_for_size(const Job& job);
   void send_start(const Job& job, const Worker& worker);
   void send_stop(const Job& job);
   static Status change_layout(Job& job, const std::string& layout_json);

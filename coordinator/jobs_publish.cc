@@ -129,7 +129,9 @@ void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pe
   event(job, "info", "checkpoint", str("checkpoint at step ", pending.step), details.dump(), false);
   context_.send_worker(runner_of(job)->peer,
                        protocol::JobAck{job.id, job.epoch, pending.of, {}, manifest.digest, ""});
+  const JobId id = job.id;
   save(std::move(job));
+  grow_if_possible(id);
 }
 
 Status Jobs::restore(const JobId& id, const Submission& submission, std::int64_t step,

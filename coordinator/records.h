@@ -74,7 +74,9 @@ struct Job {
   JobState state = JobState::kSubmitted;
   std::int32_t priority = 0;
   std::int64_t ranks = 1;  ///< of the spec's layout
-  bool full = false;       ///< of method full: runs as a gang, publishes a model
+  /// Gang sizes that it may run with, the largest (`ranks`) first: one, but for an elastic job.
+  std::vector<std::int64_t> sizes{1};
+  bool full = false;  ///< of method full: runs as a gang, publishes a model
   Digest model;
   Digest dataset, eval_dataset;  ///< roots; eval may be empty
   Digest dataset_manifest;
@@ -85,7 +87,9 @@ struct Job {
   Incarnation engine = 0;           ///< the process that was told to start it, or is to be a gang's
   int attempts = 0;                 ///< since the last new step or checkpoint
   int own_failures = 0;             ///< of these, failures that the job itself reported
-  bool requeue_after_stop = false;  ///< being stopped because its worker drains
+  bool requeue_after_stop = false;  ///< being stopped to be started again, here or elsewhere
+  std::string preempted_by;         ///< for people, until it is started again; "": it is not
+  std::int64_t preempted_unix_ms = 0;  ///< when it was last told to give its ranks to another job
   std::int64_t step = 0, total_steps = 0, best_step = 0;
   std::string error_code, error;  ///< of a failed job, or of the last attempt
   std::string metrics_json, summary_json, estimate_json;  ///< "" or a JSON object

@@ -156,6 +156,7 @@ const std::vector<Field>& fields() {
       integer("dp", &S::dp, 1, kRanksMax),
       integer("tp", &S::tp, 1, kRanksMax),
       integer("pp", &S::pp, 1, kRanksMax),
+      integer("dp_min", &S::dp_min, 0, kRanksMax),
       integer("zero", &S::zero, 0, 3),
   };
   return table;
@@ -193,7 +194,9 @@ Status read_settings(const Json& object, TrainSettings& settings) {
 
 Json settings_json(const TrainSettings& settings) {
   Json object = Json::object();
-  for (const Field& field : fields()) object[field.name] = field.write(settings);
+  for (const Field& field : fields())
+    if (field.name != "dp_min" || settings.dp_min != 0)  // an older worker does not know it
+      object[field.name] = field.write(settings);
   return object;
 }
 
@@ -234,11 +237,26 @@ Status TrainSettings::check_layout() const {
             gradient_accumulation_steps, ", not a multiple of ", dp,
             "; set gradient_accumulation_steps to ", (gradient_accumulation_steps / dp + 1) * dp,
             ", or dp to ", std::gcd(gradient_accumulation_steps, dp)));
+  if (dp_min > 0) {
+    const std::int64_t least = zero > 0 ? 2 : 1;
+    if (dp_min > dp || dp_min < least || gradient_accumulation_steps % dp_min != 0)
+      return refused_error(str("dp_min ", dp_min, " must be ", least,
+                               zero > 0 ? " (zero shards over two at least)" : "", " to dp (", dp,
+                               ") and divide gradient_accumulation_steps (",
+                               gradient_accumulation_steps, ")"));
+  }
   if (tp > 1 && lora_dropout > 0)
     return refused_error(str("lora_dropout ", lora_dropout, " over tensor-parallel ranks (tp ", tp,
                              ") is not supported; set lora_dropout to 0, or use dp ", dp * tp,
                              " x tp 1 x pp ", pp));
   return {};
+}
+
+std::vector<std::int64_t> TrainSettings::dp_choices() const {
+  std::vector<std::int64_t> choices{dp};
+  for (std::int64_t d = dp - 1; dp_min > 0 && d >= dp_min; --d)
+    if (gradient_accumulation_steps % d == 0) choices.push_back(d);
+  return choices;
 }
 
 Result<TrainSettings> TrainSettings::parse(const std::string& json) {

@@ -62,10 +62,16 @@ struct TrainSettings {
   // -- layout: dp * tp * pp ranks, one worker each. It changes how the step is computed, not what:
   // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
   std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64
+  /// Elastic: the job starts, or goes on after a checkpoint, with as many data-parallel ranks as
+  /// fit now: from dp_min to dp, of those that gradient_accumulation_steps is a multiple of. 0: dp
+  /// alone.
+  std::int64_t dp_min = 0;
   std::int64_t zero = 0;  ///< 0..3: optimizer (1), gradients (2), parameters (3) sharded over dp
 
   [[nodiscard]] std::int64_t ranks() const { return dp * tp * pp; }
   [[nodiscard]] bool full() const { return method == "full"; }
+  /// The dp that the job may run with, the largest first; dp alone where it is not elastic.
+  [[nodiscard]] std::vector<std::int64_t> dp_choices() const;
 
   /// Parses a JSON object; absent fields keep their defaults. invalid_error names field, range and
   /// value.

@@ -18,7 +18,7 @@ struct ModelFile {
   std::uint64_t inode = 0;
   Digest root;  ///< content_root of the file
   /// Of a file that lies in the blob store (a model that a job published): its 16 MiB leaves.
-  std::vector<Digest> chunks;
+  std::vector<Digest> chunks{};
 };
 
 /// A base model. Its name shares one name space with adapters and aliases.
@@ -32,8 +32,8 @@ struct ModelRecord {
   std::vector<ModelFile> files;
   std::int64_t created_unix_ms = 0;
   std::string summary_json;  ///< for people: layers, heads, context, parameters, ...
-  std::string job;           ///< that published it; empty: it was added
-  Digest base_model;         ///< of a published one: what it was trained from
+  std::string job{};         ///< that published it; empty: it was added
+  Digest base_model{};       ///< of a published one: what it was trained from
 };
 
 /// One published version of an adapter; never changed, only removed.

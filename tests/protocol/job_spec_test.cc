@@ -84,6 +84,20 @@ TEST(JobSpec, AFullFineTuneHasItsOwnLearningRateAndPublishesUnderAName) {
           "lora_r is of method");
 }
 
+TEST(TrainSettings, AnElasticJobRunsWithAnyDpThatDealsItsMicroBatchesEvenly) {
+  const auto elastic =
+      TrainSettings::parse(R"({"dp":6,"dp_min":2,"gradient_accumulation_steps":12})");
+  ASSERT_TRUE(elastic.ok()) << elastic.status().to_string();
+  EXPECT_EQ(elastic->dp_choices(), (std::vector<std::int64_t>{6, 4, 3, 2}));
+  EXPECT_EQ(TrainSettings::parse(elastic->to_json())->to_json(), elastic->to_json());
+  const auto plain = TrainSettings::parse(R"({"dp":6,"gradient_accumulation_steps":12})");
+  EXPECT_EQ(plain->dp_choices(), (std::vector<std::int64_t>{6}));
+  EXPECT_EQ(plain->to_json().find("dp_min"), std::string::npos) << "an older worker reads it";
+  EXPECT_FALSE(TrainSettings::parse(R"({"dp":2,"dp_min":3,"gradient_accumulation_steps":6})").ok());
+  EXPECT_FALSE(
+      TrainSettings::parse(R"({"dp":4,"dp_min":1,"zero":1,"gradient_accumulation_steps":4})").ok());
+}
+
 TEST(JobSpec, ALoraIsWrittenSoThatAnOlderWorkerReadsIt) {
   const auto spec = JobSpec::parse(R"({"model":"m","dataset":"d","adapter":"a"})");
   EXPECT_EQ(spec->to_json().find("\"name\""), std::string::npos);

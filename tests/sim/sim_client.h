@@ -29,7 +29,8 @@ class SimClient {
 
   SimClient(Network& network, SimCoordinator& coordinator, int number, std::string model);
 
-  void submit(std::string adapter, int ranks = 1);
+  /// `elastic`: data-parallel, with as few ranks as one.
+  void submit(std::string adapter, int ranks, bool elastic, int priority);
   void generate(const std::string& name, const std::string& prompt);
   /// Cancels the newest acknowledged job, for as long as that takes.
   void cancel_a_job();
