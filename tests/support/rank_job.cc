@@ -172,6 +172,9 @@ RankResult run_rank(comm::Communicator& gang, const RankJob& job) {
     }
   }
   result.state = (*session)->export_state();
+  if (job.publish)
+    (void)(*session)->probe_published(std::vector<std::int32_t>(train::kProbeTokens, 0),
+                                      *engine.source);
   for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
     result.peak_bytes.push_back(engine.backend.ledger->peak(MemoryKind{kind}));
   result.peak_bytes.push_back(engine.backend.ledger->peak_total());

@@ -178,6 +178,29 @@ TEST_F(Fulls, EachRankKilledCostsARetryAndNotABit) {
     finish(job);
     EXPECT_EQ(model(name).value("digest", "a"), model("calm").value("digest", "b"));
   }
+  const Json check = platform_->call("registry.check", Json::object());
+  EXPECT_TRUE(check.value("ok", false)) << check.dump(1);
+}
+
+TEST_F(Fulls, RanksStoreTheirOwnPiecesOfACheckpoint) {
+  const std::string job = submit("pieces", with(kSettings, {{"dp", 2}, {"zero", 3}}));
+  finish(job);
+  const Json checkpoints = show(job)["checkpoints"];
+  ASSERT_FALSE(checkpoints.empty());
+  const std::int64_t step = checkpoints.back().value("step", std::int64_t{0});
+  const Json shown = platform_->call("adapter.manifest", {{"adapter", str(job, "@step-", step)}});
+  const Json manifest = Json::parse(shown.value("manifest", "{}"));
+  std::size_t cut = 0;
+  std::int64_t bytes = 0;
+  for (const Json& tensor : manifest["tensors"]) {
+    cut += tensor.value("name", "").find('@') != std::string::npos;
+    bytes += tensor.value("bytes", std::int64_t{0});
+  }
+  EXPECT_GT(cut, 0u) << "ZeRO cuts tensors between the ranks";
+  EXPECT_FALSE(manifest["settings"]["shapes"].empty());
+  // Weights and both moments in f32, each element once.
+  const Json base = platform_->call("model.show", {{"model", "tiny"}});
+  EXPECT_EQ(bytes, 12 * base.value("parameters", std::int64_t{0}));
 }
 
 TEST_F(Fulls, APausedJobGoesOnOverOtherRanksWithTheLossesOfOne) {

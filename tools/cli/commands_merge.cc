@@ -16,6 +16,18 @@ namespace {
 namespace fs = std::filesystem;
 namespace model = worker::model;
 
+/// A folder that is gone when this is.
+struct Fetched {
+  const std::string folder = (fs::temp_directory_path() / random_id("tandem-base-", 12)).string();
+  Fetched() = default;
+  ~Fetched() {
+    std::error_code error;
+    fs::remove_all(folder, error);
+  }
+  Fetched(const Fetched&) = delete;
+  Fetched& operator=(const Fetched&) = delete;
+};
+
 }  // namespace
 
 Status run_adapter_merge(Session& session, const std::string& name, const std::string& directory,
@@ -27,11 +39,12 @@ Status run_adapter_merge(Session& session, const std::string& name, const std::s
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.show", {{"adapter", name}}));
   TANDEM_ASSIGN_OR_RETURN(const Json base_shown,
                           session.call("model.show", {{"model", field(shown, "model")}}));
-  const std::string path = field(base_shown, "path");
-  if (path.empty())
-    return refused_error(str("the base model ", field(base_shown, "name"),
-                             " lies in the registry; write it to a folder (tandem model export), "
-                             "remove it and add the folder under its name: it is the same model"));
+  std::string path = field(base_shown, "path");
+  const Fetched fetched;
+  if (path.empty()) {  // it lies in the registry
+    TANDEM_RETURN_IF_ERROR(fetch_model(session, base_shown, fetched.folder));
+    path = fetched.folder;
+  }
   if (!fs::exists(path, error))
     return not_found_error(str("the base model's path ", path,
                                " is not on this machine; merge where the coordinator runs"));

@@ -158,7 +158,7 @@ void add_training_options(CLI::App& sub, Invocation& in) {
     sub.add_option_function<std::string>(
            "--" + kebab(field) + (field == "max_length" ? ",--seq-len" : ""),
            [&in, field](const std::string& v) { in.train.settings[field] = v; },
-           "[" + defaults[field].dump() + "]")
+           "[" + defaults.value(field, Json(0)).dump() + "]")
         ->type_name("X")
         ->group("Training settings (Hugging Face and PEFT names) [default]");
 }
