@@ -304,11 +304,11 @@ void Jobs::schedule() {
         timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
       continue;
     const Placement placement = place(job, context_.tables(), workers_, reserved);
-    reserved.insert(placement.wanted.begin(), placement.wanted.end());
     if (!placement.worker.empty())
       start(job, placement);
     else
       preempt_for(job, reserved);
+    reserved.insert(placement.wanted.begin(), placement.wanted.end());
   }
 }
 
