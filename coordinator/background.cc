@@ -2,6 +2,7 @@
 
 #include "coordinator/model_files.h"
 #include "coordinator/registry_store.h"
+#include "coordinator/stored_model.h"
 #include "protocol/zap.h"
 #include "storage/manifest.h"
 
@@ -35,6 +36,13 @@ Result<WorkResult> work(const HashModel& request, storage::Registry&,
                         const BackgroundOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(auto model,
                           hash_model(request, options.model_roots, options.hash_threads));
+  return WorkResult(std::move(model));
+}
+
+Result<WorkResult> work(const DescribeStoredModel& request, storage::Registry& registry,
+                        const BackgroundOptions&) {
+  TANDEM_ASSIGN_OR_RETURN(auto model,
+                          describe_stored_model(request.files_manifest, registry.blobs()));
   return WorkResult(std::move(model));
 }
 
@@ -204,6 +212,7 @@ Background::~Background() {
 
 void Background::start(StartWork work_to_do) {
   const bool slow = std::holds_alternative<HashModel>(work_to_do.request) ||
+                    std::holds_alternative<DescribeStoredModel>(work_to_do.request) ||
                     std::holds_alternative<Maintain>(work_to_do.request) ||
                     std::holds_alternative<ManageKeys>(work_to_do.request);
   const std::uint64_t id = work_to_do.id;

@@ -136,6 +136,7 @@ class Calls {
   void end_stream(const Stream& stream);
   bool replica_estimated(const EstimateOutcome& outcome);
   void answer_submit(const Ask& ask, const Job& job);
+  [[nodiscard]] Status check_published_name(const protocol::JobSpec& spec) const;
   Result<protocol::JobSpec> check_spec(const std::string& json, Jobs::Submission& submission);
   Json status_json() const;
 

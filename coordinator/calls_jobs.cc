@@ -30,10 +30,23 @@ Result<protocol::JobSpec> Calls::check_spec(const std::string& json, Jobs::Submi
     TANDEM_ASSIGN_OR_RETURN(data, find_dataset(context_.tables(), spec.eval_dataset));
     submission.eval_dataset = data->root;
   }
-  TANDEM_RETURN_IF_ERROR(
-      check_name("an adapter's name", spec.adapter, context_.limits().name_bytes_max));
-  TANDEM_RETURN_IF_ERROR(check_free(context_.tables(), spec.adapter, false));
+  TANDEM_RETURN_IF_ERROR(check_published_name(spec));
   return spec;
+}
+
+/// The name must be free when the job ends; for a model's that means that nobody else has it or
+/// will have it.
+Status Calls::check_published_name(const protocol::JobSpec& spec) const {
+  const bool full = spec.train.full();
+  const std::string& name = spec.published_name();
+  TANDEM_RETURN_IF_ERROR(check_name(full ? "a model's name" : "an adapter's name", name,
+                                    context_.limits().name_bytes_max));
+  TANDEM_RETURN_IF_ERROR(check_free(context_.tables(), name, full));
+  for (const auto& [id, job] : context_.tables().jobs)
+    if (!is_terminal(job.state) && job.adapter == name && (full || job.full))
+      return conflict_error(str(id, " will publish ", job.full ? "a model" : "an adapter",
+                                " under the name ", name, "; choose another name"));
+  return {};
 }
 
 void Calls::job_submit(const Ask& ask, Params& params) {
@@ -153,9 +166,8 @@ void Calls::job_restore(const Ask& ask, Params& params) {
       TANDEM_ASSIGN_OR_RETURN(data, find_dataset(context_.tables(), eval));
       submission.eval_dataset = data->root;
     }
-    TANDEM_RETURN_IF_ERROR(
-        check_name("an adapter's name", submission.spec.adapter, context_.limits().name_bytes_max));
-    return check_free(context_.tables(), submission.spec.adapter, false);
+    if (context_.tables().jobs.contains(id)) return {};  // it holds its name already
+    return check_published_name(submission.spec);
   };
   if (const Status status = check(); !status.ok()) return reply(ask, status);
   submission.tenant = ask.user;
@@ -236,15 +248,15 @@ void Calls::end_stream(const Stream& stream) {
   if (found == context_.tables().jobs.end())
     return send_reply(stream.ask, not_found_error(str("no job ", stream.job)), "", false);
   const Job& job = found->second;
-  send_reply(
-      stream.ask, {},
-      dump({{"job", job.id.value},
-            {"state", job_state_name(job.state)},
-            {"adapter", job.published.empty() ? "" : str(job.adapter, "@", job.published_version)},
-            {"digest", job.published.empty() ? "" : job.published.hex()},
-            {"summary", parse_object(job.summary_json)},
-            {"error", job.error}}),
-      false);
+  send_reply(stream.ask, {},
+             dump({{"job", job.id.value},
+                   {"state", job_state_name(job.state)},
+                   {"adapter", published_name(job)},
+                   {"method", job.full ? "full" : "lora"},
+                   {"digest", job.published.empty() ? "" : job.published.hex()},
+                   {"summary", parse_object(job.summary_json)},
+                   {"error", job.error}}),
+             false);
 }
 
 void Calls::estimate(const Ask& ask, Params& params) {

@@ -36,6 +36,11 @@ struct VerifyManifest {
   std::string text;
   ManifestKind kind = ManifestKind::kAdapter;
 };
+/// Identity and record of a model whose files were uploaded (stored_model.h). Answered by
+/// ModelHashed.
+struct DescribeStoredModel {
+  std::string files_manifest;
+};
 /// Makes a data set's manifest of chunks that were uploaded, and checks that they are durable and
 /// have this root and size. Answered by ManifestVerified.
 struct DescribeDataset {
@@ -60,8 +65,8 @@ struct ManageKeys {
   std::string verb;  ///< "create", "list", "revoke"
   std::string name, role;
 };
-using WorkRequest =
-    std::variant<HashModel, VerifyManifest, DescribeDataset, ReadEvents, Maintain, ManageKeys>;
+using WorkRequest = std::variant<HashModel, VerifyManifest, DescribeStoredModel, DescribeDataset,
+                                 ReadEvents, Maintain, ManageKeys>;
 
 struct ModelHashed {
   ModelRecord model;  ///< name and times are the core's business

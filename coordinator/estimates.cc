@@ -11,7 +11,7 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                     const protocol::TrainSettings& settings, bool patient) {
   asked_[id] = {model,
                 settings,
-                settings.ranks() > 1 || settings.layout == "auto" ? "cpu" : "",
+                settings.ranks() > 1 || settings.full() || settings.layout == "auto" ? "cpu" : "",
                 patient,
                 context_.now().ms,
                 0,

@@ -106,14 +106,15 @@ Result<Job> Jobs::make(const JobId& job_id, const Submission& submission) const 
   job.idempotency_key = submission.idempotency_key;
   job.spec_json = submission.spec.to_json();
   job.priority = submission.spec.priority;
-  job.ranks = submission.spec.train.ranks();
+  set_sizes(job, submission.spec.train);
   job.model = submission.model;
   job.dataset = submission.dataset;
   if (const auto data = context_.tables().datasets.find(submission.dataset);
       data != context_.tables().datasets.end())
     job.dataset_manifest = data->second.manifest;
   job.eval_dataset = submission.eval_dataset;
-  job.adapter = submission.spec.adapter;
+  job.full = submission.spec.train.full();
+  job.adapter = submission.spec.published_name();
   job.submitted_unix_ms = context_.now().unix_ms;
   return job;
 }
@@ -145,9 +146,9 @@ void Jobs::ask_estimate(Job& job) {
 /// More ranks than any host has slots will never start. Right after a start of the coordinator
 /// nobody knows how many there are, so the job then waits.
 Status Jobs::check_pool(const Job& job) const {
-  const std::int64_t ranks = job.ranks;
+  const std::int64_t ranks = job.sizes.back();
   const auto [slots, host] = largest_host(workers_);
-  if (ranks <= 1 || static_cast<std::int64_t>(slots) >= ranks ||
+  if (!job.needs_gang() || static_cast<std::int64_t>(slots) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
   return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
@@ -193,8 +194,8 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
     const std::int64_t device =
         json.value("device_bytes", json.value("limit_bytes", std::int64_t{0}));
     finish(job, JobState::kFailed,
-           refused_error(str(job.ranks > 1 ? "its largest rank and the engine of its slot need "
-                                           : "the job needs ",
+           refused_error(str(job.needs_gang() ? "its largest rank and the engine of its slot need "
+                                              : "the job needs ",
                              format_bytes(peak), " (", peak, " bytes) and the engine has ",
                              format_bytes(device), " (", device,
                              " bytes); lower max_length or per_device_train_batch_size, or set "
@@ -267,7 +268,7 @@ Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   train.update(layout);
   TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
   job.spec_json = spec.to_json();
-  job.ranks = spec.train.ranks();
+  set_sizes(job, spec.train);
   job.estimate_json.clear();  // other ranks need other memory
   return {};
 }
@@ -307,11 +308,7 @@ void Jobs::drain(const WorkerId& worker) {
   const Job* held = job_on(context_.tables(), worker);
   if (held == nullptr || (held->state != JobState::kRunning && held->state != JobState::kStarting))
     return;
-  Job job = *held;
-  job.requeue_after_stop = true;
-  set_state(job, JobState::kPausing, str("worker ", worker, " drains"));
-  send_stop(job);
-  save(std::move(job));
+  requeue(*held, str("worker ", worker, " drains"));
 }
 
 void Jobs::schedule() {
@@ -326,8 +323,11 @@ void Jobs::schedule() {
         timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
       continue;
     const Placement placement = place(job, context_.tables(), workers_, reserved);
+    if (!placement.worker.empty())
+      start(job, placement);
+    else
+      preempt_for(job, reserved);
     reserved.insert(placement.wanted.begin(), placement.wanted.end());
-    if (!placement.worker.empty()) start(job, placement);
   }
 }
 
@@ -342,6 +342,7 @@ void Jobs::start(Job job, const Placement& placement) {
   job.step = checkpoint == nullptr ? 0 : checkpoint->step;
   job.progress_seq = 0;
   job.requeue_after_stop = false;
+  job.preempted_by.clear();
   if (job.started_unix_ms == 0) job.started_unix_ms = context_.now().unix_ms;
   timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
   set_state(job, JobState::kStarting,
@@ -358,7 +359,7 @@ void Jobs::send_start(const Job& job, const Worker& worker) {
   protocol::StartJob message;
   message.job = job.id;
   message.epoch = job.epoch;
-  message.spec_json = job.spec_json;
+  message.spec_json = spec_for_size(job);
   if (const ModelRecord* model = tables.model_by_digest(job.model))
     message.model = model_ref(*model);
   // Engines fetch by manifest, which names the chunks.
@@ -545,9 +546,10 @@ std::string Jobs::waiting_reason(const Job& job) const {
           timers != timers_.end() && timers->second.not_before_ms > context_.now().ms)
         return str("next try in ", timers->second.not_before_ms - context_.now().ms,
                    " ms after: ", job.error);
-      return place(job, context_.tables(), workers_,
-                   reserved_before(job, context_.tables(), workers_))
-          .waiting;
+      return str(
+          job.preempted_by.empty() ? "" : str("preempted by ", job.preempted_by, "; "),
+          place(job, context_.tables(), workers_, reserved_before(job, context_.tables(), workers_))
+              .waiting);
     }
     case JobState::kStarting:
       return str(runner_name(job), " prepares it");

@@ -83,6 +83,7 @@ class Jobs {
   /// What is not on disk: when things were last sent or seen.
   struct Timers {
     TimeMs sent_ms = -1, started_ms = 0, missing_since_ms = -1, not_before_ms = 0;
+    TimeMs victims_sought_ms = -1;
   };
   struct Pending {
     bool publish = false;
@@ -101,6 +102,13 @@ class Jobs {
   void event(Job& job, const std::string& level, const std::string& kind,
              const std::string& message, const std::string& metrics_json, bool lazy);
   void start(Job job, const Placement& placement);
+  /// Looks for jobs that give `job` their ranks, and stops them.
+  void preempt_for(const Job& job, const std::set<WorkerId>& reserved);
+  void requeue(Job job, const std::string& why);
+  /// At a checkpoint: an elastic job goes on over more ranks when some are free.
+  void grow_if_possible(const JobId& id);
+  static void set_sizes(Job& job, const protocol::TrainSettings& train);
+  [[nodiscard]] static std::string spec_for_size(const Job& job);
   void send_start(const Job& job, const Worker& worker);
   void send_stop(const Job& job);
   static Status change_layout(Job& job, const std::string& layout_json);
@@ -117,6 +125,8 @@ class Jobs {
   void settle(Job job, const protocol::JobEnded& message);
   void record_checkpoint(Job job, const ManifestVerified& manifest, const Pending& pending);
   void record_publish(Job job, const ManifestVerified& manifest, const Pending& pending);
+  void record_model(Job job, const ModelHashed& hashed, const Pending& pending);
+  [[nodiscard]] Status check_model_name(const std::string& name, const Digest& digest) const;
   /// Who runs it now: the engine, or the gang's first rank once it has said hello; else null.
   Process* runner_of(const Job& job);
   void tick_held(const JobId& id);

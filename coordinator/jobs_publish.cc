@@ -39,7 +39,10 @@ void Jobs::publish(const Runner& runner, const protocol::Publish& message) {
   if (!job.published.empty()) {
     protocol::JobAck ack{job.id, job.epoch, "publish",
                          {},     digest,    str(job.adapter, "@", job.published_version)};
-    if (job.published != digest)
+    if (job.full) {
+      ack.digest = job.published;
+      ack.name = job.adapter;
+    } else if (job.published != digest)
       ack.status =
           conflict_error(str(job.id, " has published ", job.published.short_hex(), " already"));
     return context_.send_worker(runner.process.peer, std::move(ack));
@@ -49,7 +52,8 @@ void Jobs::publish(const Runner& runner, const protocol::Publish& message) {
                cancelled_error(str(job.id, " is being cancelled")));
   if (is_pending(job.id, "publish")) return;
   const std::uint64_t work =
-      context_.start_work(VerifyManifest{message.manifest, ManifestKind::kAdapter});
+      job.full ? context_.start_work(DescribeStoredModel{message.manifest})
+               : context_.start_work(VerifyManifest{message.manifest, ManifestKind::kAdapter});
   pending_[work] = {
       true, job.id, job.epoch, message.step, runner.worker.id, message.metadata_json, "publish"};
 }
@@ -71,12 +75,17 @@ bool Jobs::verified(const WorkDone& done) {
   Job job;
   if (!accept({*worker, *process}, pending.job, pending.epoch, pending.of, job)) return true;
   const auto* manifest = std::get_if<ManifestVerified>(&done.result);
+  const auto* model = std::get_if<ModelHashed>(&done.result);
+  const bool of_model = pending.publish && job.full;
   Status status = done.status;
-  if (status.ok() && manifest == nullptr) status = internal_error("no manifest came back");
-  if (status.ok() && pending.publish && manifest->base_model != job.model)
+  if (status.ok() && (of_model ? model == nullptr : manifest == nullptr))
+    status = internal_error("no manifest came back");
+  if (status.ok() && pending.publish && !of_model && manifest->base_model != job.model)
     status = invalid_error(str("the adapter is of base ", manifest->base_model.short_hex(),
                                ", the job of ", job.model.short_hex()));
-  if (status.ok() && pending.publish) status = check_free(context_.tables(), job.adapter, false);
+  if (status.ok() && pending.publish)
+    status = of_model ? check_model_name(job.adapter, model->model.digest)
+                      : check_free(context_.tables(), job.adapter, false);
   if (status.ok() && pending.publish && job.state == JobState::kCancelling)
     status = cancelled_error(str(job.id, " is being cancelled"));
   if (!status.ok()) {
@@ -84,7 +93,9 @@ bool Jobs::verified(const WorkDone& done) {
     ack(*process, job.id, job.epoch, pending.of, status);
     return true;
   }
-  if (pending.publish)
+  if (of_model)
+    record_model(std::move(job), *model, pending);
+  else if (pending.publish)
     record_publish(std::move(job), *manifest, pending);
   else
     record_checkpoint(std::move(job), *manifest, pending);
@@ -118,7 +129,9 @@ void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pe
   event(job, "info", "checkpoint", str("checkpoint at step ", pending.step), details.dump(), false);
   context_.send_worker(runner_of(job)->peer,
                        protocol::JobAck{job.id, job.epoch, pending.of, {}, manifest.digest, ""});
+  const JobId id = job.id;
   save(std::move(job));
+  grow_if_possible(id);
 }
 
 Status Jobs::restore(const JobId& id, const Submission& submission, std::int64_t step,
@@ -169,6 +182,39 @@ void Jobs::record_publish(Job job, const ManifestVerified& manifest, const Pendi
                        protocol::JobAck{job.id, job.epoch, "publish", {}, manifest.digest, name});
   save(std::move(job));
   announce(context_, workers_, version);
+}
+
+/// As for `model add`: the same model again is none the worse, another one needs another name.
+Status Jobs::check_model_name(const std::string& name, const Digest& digest) const {
+  const auto known = context_.tables().models.find(name);
+  if (known != context_.tables().models.end() && known->second.digest == digest) return {};
+  return check_free(context_.tables(), name, true);
+}
+
+void Jobs::record_model(Job job, const ModelHashed& hashed, const Pending& pending) {
+  ModelRecord model = hashed.model;
+  model.name = job.adapter;
+  model.job = job.id.value;
+  model.base_model = job.model;
+  model.created_unix_ms = context_.now().unix_ms;
+  auto summary = nlohmann::ordered_json::parse(model.summary_json, nullptr, false);
+  summary["training"] = nlohmann::ordered_json::parse(pending.metadata_json, nullptr, false);
+  model.summary_json =
+      summary.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+  context_.put(ManifestRecord{
+      model.digest, ManifestKind::kModel, hashed.manifest, {}, model.created_unix_ms});
+  context_.put(model);
+  job.published = model.digest;
+  job.step = std::max(job.step, pending.step);
+  const nlohmann::ordered_json details{{"step", pending.step},
+                                       {"model", model.name},
+                                       {"digest", model.digest.hex()},
+                                       {"bytes", model.bytes}};
+  event(job, "info", "publish", str("published model ", model.name), details.dump(), false);
+  context_.send_worker(
+      runner_of(job)->peer,
+      protocol::JobAck{job.id, job.epoch, pending.of, {}, model.digest, model.name});
+  save(std::move(job));
 }
 
 void announce(Context& context, const WorkerTable& workers, const AdapterVersionRecord& adapter) {

@@ -122,7 +122,9 @@ void Jobs::settle(Job job, const protocol::JobEnded& message) {
     return save(std::move(job));
   }
   if (code == StatusCode::kOk) {
-    finish(job, JobState::kFailed, internal_error("the job ended without publishing its adapter"));
+    finish(job, JobState::kFailed,
+           internal_error(
+               str("the job ended without publishing its ", job.full ? "model" : "adapter")));
     return save(std::move(job));
   }
   if (code == StatusCode::kCancelled) {

@@ -26,8 +26,10 @@ struct Limits {
   TimeMs start_timeout_ms = 300'000;    ///< an engine that holds a job but never reports a step
   TimeMs retry_backoff_ms = 500;        ///< after a failed attempt; doubles up to the next
   TimeMs retry_backoff_max_ms = 30'000;
-  int attempts_max = 10;     ///< attempts in a row without a new step or checkpoint
-  int own_failures_max = 3;  ///< failures reported by the job itself without a new step
+  TimeMs preempt_check_ms = 500;     ///< a waiting job looks for victims this often
+  TimeMs preempt_spare_ms = 60'000;  ///< a job is not preempted twice within this time
+  int attempts_max = 10;             ///< attempts in a row without a new step or checkpoint
+  int own_failures_max = 3;          ///< failures reported by the job itself without a new step
   std::size_t jobs_live_max = 4096;
   std::size_t replicas_max = 256;
   TimeMs replica_stable_ms = 60'000;  ///< one that served so long is started again at once

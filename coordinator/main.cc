@@ -274,7 +274,7 @@ Status run(const Settings& settings) {
   background.server_public_key = sockets.public_key;
   background.hash_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 
-  ServedFiles files;
+  ServedFiles files(&registry->blobs());
   const char* failpoint = std::getenv("TANDEM_FAILPOINT");
   TANDEM_ASSIGN_OR_RETURN(
       auto loop, CoordinatorLoop::create(

@@ -89,6 +89,12 @@ Status seal(ModelHashed& model, const Json& settings,
   return {};
 }
 
+std::int64_t elements_of(const storage::ManifestTensor& tensor) {
+  std::int64_t elements = 1;
+  for (const std::int64_t dim : tensor.shape) elements *= dim;
+  return elements;
+}
+
 std::string most_common(const std::map<std::string, std::int64_t>& elements) {
   std::string best;
   std::int64_t most = -1;
@@ -146,50 +152,66 @@ Result<ModelHashed> hash_gguf(const std::string& path, int threads) {
 }
 
 Result<ModelHashed> hash_folder(const std::string& folder, int threads) {
-  TANDEM_ASSIGN_OR_RETURN(const std::string text, read_text(folder + "/config.json"));
-  if (json_nests_too_deep(text))
-    return corrupt_error(
-        str(folder, "/config.json nests deeper than ", kJsonNestingMax, " levels"));
-  Json config = Json::parse(text, nullptr, false);
-  if (!config.is_object()) return corrupt_error(str(folder, "/config.json is not a JSON object"));
-  const Json type = config.value("model_type", Json());
-  const std::string family = type.is_string() ? type.get<std::string>() : "";
-  TANDEM_RETURN_IF_ERROR(check_family(family, folder + "/config.json"));
+  FolderContents contents;
+  contents.where = folder;
+  TANDEM_ASSIGN_OR_RETURN(contents.config, read_text(folder + "/config.json"));
   TANDEM_ASSIGN_OR_RETURN(const auto tensors_in, storage::Safetensors::open_folder(folder));
-  ModelHashed hashed;
-  ModelRecord& model = hashed.model;
-  for (const char* not_mathematics :
-       {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
-    config.erase(not_mathematics);
-  Json settings{{"format", "huggingface"}, {"config", config}};
-  Json sides = Json::object();
   for (const char* name : kSideFiles) {
     if (!fs::exists(folder + "/" + name)) continue;
     TANDEM_ASSIGN_OR_RETURN(ModelFile file, describe_file(folder + "/" + name, name, threads));
-    if (std::string(name) != "config.json") sides[name] = file.root.hex();
-    model.bytes += file.bytes;
-    model.files.push_back(std::move(file));
+    contents.sides.push_back(std::move(file));
   }
-  settings["files"] = sides;
   std::vector<std::string> paths = tensors_in.paths();
   if (fs::exists(folder + "/model.safetensors.index.json"))
     paths.push_back(folder + "/model.safetensors.index.json");
   for (const std::string& path : paths) {
     TANDEM_ASSIGN_OR_RETURN(ModelFile file,
                             describe_file(path, fs::path(path).filename().string(), threads));
-    model.bytes += file.bytes;
-    model.files.push_back(std::move(file));
+    contents.weights.push_back(std::move(file));
   }
-  std::vector<storage::ManifestTensor> tensors;
+  for (const storage::TensorInfo& tensor : tensors_in.tensors())
+    contents.tensors.push_back(storage::describe_tensor(tensor.name, dtype_name(tensor.dtype),
+                                                        tensor.shape, tensor.bytes, threads));
+  return describe_folder(std::move(contents));
+}
+
+}  // namespace
+
+std::span<const char* const> folder_side_files() {
+  return kSideFiles;
+}
+
+Result<ModelHashed> describe_folder(FolderContents folder) {
+  if (json_nests_too_deep(folder.config))
+    return corrupt_error(
+        str(folder.where, "/config.json nests deeper than ", kJsonNestingMax, " levels"));
+  Json config = Json::parse(folder.config, nullptr, false);
+  if (!config.is_object())
+    return corrupt_error(str(folder.where, "/config.json is not a JSON object"));
+  const Json type = config.value("model_type", Json());
+  const std::string family = type.is_string() ? type.get<std::string>() : "";
+  TANDEM_RETURN_IF_ERROR(check_family(family, folder.where + "/config.json"));
+  for (const char* not_mathematics :
+       {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+    config.erase(not_mathematics);
+  ModelHashed hashed;
+  ModelRecord& model = hashed.model;
+  Json sides = Json::object();
+  for (auto* files : {&folder.sides, &folder.weights})
+    for (ModelFile& file : *files) {
+      if (files == &folder.sides && file.path != "config.json") sides[file.path] = file.root.hex();
+      model.bytes += file.bytes;
+      model.files.push_back(std::move(file));
+    }
   std::map<std::string, std::int64_t> elements;
   std::int64_t parameters = 0;
-  for (const storage::TensorInfo& tensor : tensors_in.tensors()) {
-    elements[dtype_name(tensor.dtype)] += tensor.numel();
-    parameters += tensor.numel();
-    tensors.push_back(storage::describe_tensor(tensor.name, dtype_name(tensor.dtype), tensor.shape,
-                                               tensor.bytes, threads));
+  for (const storage::ManifestTensor& tensor : folder.tensors) {
+    elements[tensor.dtype] += elements_of(tensor);
+    parameters += elements_of(tensor);
   }
-  TANDEM_RETURN_IF_ERROR(seal(hashed, settings, std::move(tensors)));
+  TANDEM_RETURN_IF_ERROR(seal(hashed,
+                              {{"format", "huggingface"}, {"config", config}, {"files", sides}},
+                              std::move(folder.tensors)));
   model.family = family;
   const auto number = [&](const char* key) {
     const auto value = config.find(key);
@@ -206,8 +228,6 @@ Result<ModelHashed> hash_folder(const std::string& folder, int threads) {
   model.summary_json = summary.dump();
   return hashed;
 }
-
-}  // namespace
 
 Result<ModelHashed> hash_model(const HashModel& request, const std::vector<std::string>& roots,
                                int threads) {

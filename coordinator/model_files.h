@@ -5,7 +5,9 @@
 
 #include "coordinator/effects.h"
 #include "protocol/base/result.h"
+#include "storage/manifest.h"
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,5 +18,17 @@ namespace tandem::coordinator {
 /// corrupt (names the file).
 Result<ModelHashed> hash_model(const HashModel& request, const std::vector<std::string>& roots,
                                int threads);
+
+/// A Hugging Face folder of which the files were read already, wherever they lie.
+struct FolderContents {
+  std::string where;   ///< for messages
+  std::string config;  ///< text of config.json
+  std::vector<ModelFile> sides, weights;
+  std::vector<storage::ManifestTensor> tensors;
+};
+/// Identity and record of it but for name and path. Errors: refused (the family), corrupt.
+Result<ModelHashed> describe_folder(FolderContents folder);
+/// Files of a folder that a worker needs beside the tensors, config.json first.
+std::span<const char* const> folder_side_files();
 
 }  // namespace tandem::coordinator

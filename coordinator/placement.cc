@@ -21,15 +21,17 @@ std::int64_t estimated_bytes(const Job& job) {
 }  // namespace
 
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
-                     const WorkerTable& workers, const std::set<WorkerId>& reserved) {
+                     const WorkerTable& workers, const std::set<WorkerId>& reserved,
+                     const Without& without) {
   const std::int64_t bytes = estimated_bytes(job);
   if (workers.draining(worker.id)) return "is draining";
-  if (const Job* other = job_on(tables, worker.id)) return str("trains ", other->id);
+  if (const Job* other = job_on(tables, worker.id, without)) return str("trains ", other->id);
   if (const Replica* replica = replica_on(tables, worker.id)) return str("serves ", replica->id);
   if (reserved.contains(worker.id)) return "is kept for a job of several ranks or a replica";
   for (const auto* process : {static_cast<const Process*>(&worker.engine), &worker.agent})
     for (const protocol::RunningJob& running : process->jobs)
-      if (process->alive && (running.job != job.id || running.epoch != job.epoch))
+      if (process->alive && !without.contains(running.job) &&
+          (running.job != job.id || running.epoch != job.epoch))
         return str("still ends ", running.job);
   if (bytes > 0 && worker.memory_bytes > 0 && bytes > worker.memory_bytes)
     return str("has ", format_bytes(worker.memory_bytes), ", the job needs ", format_bytes(bytes));
@@ -46,9 +48,9 @@ std::vector<const Job*> queue_order(const Tables& tables) {
   return queue;
 }
 
-const Job* job_on(const Tables& tables, const WorkerId& worker) {
+const Job* job_on(const Tables& tables, const WorkerId& worker, const Without& without) {
   for (const auto& [id, job] : tables.jobs)
-    if (holds_engine(job.state) && job.holds(worker)) return &job;
+    if (holds_engine(job.state) && job.holds(worker) && !without.contains(id)) return &job;
   return nullptr;
 }
 
@@ -59,8 +61,8 @@ const Replica* replica_on(const Tables& tables, const WorkerId& worker) {
 }
 
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
-                const std::set<WorkerId>& reserved) {
-  if (job.ranks > 1) return place_gang(job, tables, workers, reserved);
+                const std::set<WorkerId>& reserved, const Without& without) {
+  if (job.needs_gang()) return place_gang(job, tables, workers, reserved, without);
   const ModelRecord* model = tables.model_by_digest(job.model);
   if (model == nullptr) return {{}, {}, {}, false, "its base model is not registered any more"};
   const Worker* best = nullptr;
@@ -70,7 +72,7 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
   for (const auto& [id, worker] : workers.all()) {
     if (!worker.engine.alive) continue;
     ++engines;
-    const std::string what = obstacle(job, worker, tables, workers, reserved);
+    const std::string what = obstacle(job, worker, tables, workers, reserved, without);
     if (!what.empty()) {
       if (obstacles.size() < 400) obstacles += str(obstacles.empty() ? "" : "; ", id, " ", what);
       continue;

@@ -22,17 +22,21 @@ struct Placement {
 /// Queued jobs in the order they are to be started: priority, then submission.
 std::vector<const Job*> queue_order(const Tables& tables);
 
+/// Jobs that are thought away: as if they had given their workers back already.
+using Without = std::set<JobId>;
+
 /// The best engine for a queued job: alive, not draining, training nothing (one job per engine),
 /// with enough memory by the job's estimate; its base loaded, fewest requests, not the one where it
 /// failed last, not `reserved`. Deterministic.
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
-                const std::set<WorkerId>& reserved);
+                const std::set<WorkerId>& reserved, const Without& without = {});
 
 /// Workers for a queued job of several ranks: all at once, one per rank, on one host, CPU slots
 /// that train nothing and have memory for a rank beside their engine (whose base does not matter).
-/// The leader's agent must be there. Deterministic.
+/// The leader's agent must be there. Of an elastic job's sizes the largest that fits.
+/// Deterministic.
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
-                     const std::set<WorkerId>& reserved);
+                     const std::set<WorkerId>& reserved, const Without& without = {});
 
 /// The same for a replica that waits.
 Placement place_replica(const Replica& replica, const Tables& tables, const WorkerTable& workers,
@@ -47,13 +51,14 @@ std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
 
 /// What stands in the way of a job on one engine, by its estimate too; "" when nothing does.
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
-                     const WorkerTable& workers, const std::set<WorkerId>& reserved);
+                     const WorkerTable& workers, const std::set<WorkerId>& reserved,
+                     const Without& without = {});
 
 /// The most CPU slots that one host is known to have, and its name.
 std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers);
 
 /// The job a worker is reserved for by the tables, or null.
-const Job* job_on(const Tables& tables, const WorkerId& worker);
+const Job* job_on(const Tables& tables, const WorkerId& worker, const Without& without = {});
 /// The replica that has a rank on it, or null.
 const Replica* replica_on(const Tables& tables, const WorkerId& worker);
 

@@ -23,12 +23,13 @@ struct Host {
 };
 
 Host look_at(const std::string& name, const std::vector<const Worker*>& slots, const Job& job,
-             const Tables& tables, const WorkerTable& workers, const std::set<WorkerId>& reserved) {
+             const Tables& tables, const WorkerTable& workers, const std::set<WorkerId>& reserved,
+             const Without& without) {
   Host host{name, {}, {}, "", false};
   for (const Worker* worker : slots) {
     host.held_it = host.held_it || job.worker == worker->id;
     const std::string what = worker->engine.alive
-                                 ? obstacle(job, *worker, tables, workers, reserved)
+                                 ? obstacle(job, *worker, tables, workers, reserved, without)
                                  : std::string("has no engine now");
     (what.empty() ? host.free : host.busy).push_back(worker);
     if (!what.empty() && host.obstacles.size() < 400)
@@ -58,23 +59,26 @@ std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
   std::set<WorkerId> reserved = reserved_for_replicas(tables, workers);
   for (const Job* before : queue_order(tables)) {
     if (before->id == job.id) break;
-    if (before->ranks <= 1) continue;
+    if (!before->needs_gang()) continue;
     const Placement placement = place_gang(*before, tables, workers, reserved);
     reserved.insert(placement.wanted.begin(), placement.wanted.end());
   }
   return reserved;
 }
 
-Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
-                     const std::set<WorkerId>& reserved) {
-  const auto wanted = static_cast<std::size_t>(job.ranks);
+namespace {
+
+Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
+                     const WorkerTable& workers, const std::set<WorkerId>& reserved,
+                     const Without& without) {
+  const auto wanted = static_cast<std::size_t>(size);
   std::map<std::string, std::vector<const Worker*>> by_host;
   for (const auto& [id, worker] : workers.all())
     if (is_cpu_slot(worker)) by_host[worker.host].push_back(&worker);
   std::optional<Host> best;
   for (const auto& [name, slots] : by_host) {
     if (slots.size() < wanted) continue;
-    Host host = look_at(name, slots, job, tables, workers, reserved);
+    Host host = look_at(name, slots, job, tables, workers, reserved, without);
     const auto score = [&](const Host& h) {
       return std::tuple(h.free.size() >= wanted, h.held_it, h.free.size());
     };
@@ -83,9 +87,9 @@ Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& wo
   Placement placement;
   if (!best) {
     const auto [count, name] = largest_host(workers);
-    placement.waiting = str("needs ", job.ranks, " CPU workers on one host; ",
+    placement.waiting = str("needs ", size, " CPU workers on one host; ",
                             count == 0 ? "none is" : str(name, " has ", count, ", no host more"),
-                            "; tandem up --workers ", job.ranks, " starts as many");
+                            "; tandem up --workers ", size, " starts as many");
     return placement;
   }
   const Worker* leader = best->free.empty() ? nullptr : best->free.front();
@@ -99,8 +103,8 @@ Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& wo
   for (const auto* list : {&best->free, &best->busy})
     for (const Worker* worker : *list)
       if (placement.wanted.size() < wanted) placement.wanted.push_back(worker->id);
-  placement.waiting = str("needs ", job.ranks, " workers of ", best->name, " at once, ",
-                          best->free.size(), " are free");
+  placement.waiting =
+      str("needs ", size, " workers of ", best->name, " at once, ", best->free.size(), " are free");
   if (best->free.size() >= wanted)
     placement.waiting +=
         leader->agent.alive
@@ -108,6 +112,18 @@ Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& wo
                   leader->agent.version.minor, ", which knows no gangs: upgrade it")
             : str("; no agent of theirs is connected");
   if (!best->obstacles.empty()) placement.waiting += "; " + best->obstacles;
+  return placement;
+}
+
+}  // namespace
+
+Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
+                     const std::set<WorkerId>& reserved, const Without& without) {
+  Placement placement;
+  for (const std::int64_t size : job.sizes) {  // waiting, it keeps the fewest that it can do with
+    placement = place_size(job, size, tables, workers, reserved, without);
+    if (!placement.worker.empty()) return placement;
+  }
   return placement;
 }
 
@@ -120,6 +136,7 @@ Placement place_replica(const Replica& replica, const Tables& tables, const Work
   gang.epoch = replica.epoch;
   gang.worker = replica.worker;
   gang.ranks = replica.ranks();
+  gang.sizes = {gang.ranks};
   gang.estimate_json = str("{\"peak_bytes\":", replica.peak_bytes, "}");
   Placement placement = place_gang(gang, tables, workers, reserved);
   if (placement.worker.empty()) return placement;

@@ -74,17 +74,22 @@ struct Job {
   JobState state = JobState::kSubmitted;
   std::int32_t priority = 0;
   std::int64_t ranks = 1;  ///< of the spec's layout
+  /// Gang sizes that it may run with, the largest (`ranks`) first: one, but for an elastic job.
+  std::vector<std::int64_t> sizes{1};
+  bool full = false;  ///< of method full: runs as a gang, publishes a model
   Digest model;
   Digest dataset, eval_dataset;  ///< roots; eval may be empty
   Digest dataset_manifest;
-  std::string adapter;  ///< name to publish under
+  std::string adapter;  ///< name to publish under: an adapter's, or a full job's model's
   Epoch epoch = 0;
   WorkerId worker;                  ///< holds or last held it; of a gang: the leader
   std::vector<WorkerId> members;    ///< of a gang: all its workers, the leader first
   Incarnation engine = 0;           ///< the process that was told to start it, or is to be a gang's
   int attempts = 0;                 ///< since the last new step or checkpoint
   int own_failures = 0;             ///< of these, failures that the job itself reported
-  bool requeue_after_stop = false;  ///< being stopped because its worker drains
+  bool requeue_after_stop = false;  ///< being stopped to be started again, here or elsewhere
+  std::string preempted_by;         ///< for people, until it is started again; "": it is not
+  std::int64_t preempted_unix_ms = 0;  ///< when it was last told to give its ranks to another job
   std::int64_t step = 0, total_steps = 0, best_step = 0;
   std::string error_code, error;  ///< of a failed job, or of the last attempt
   std::string metrics_json, summary_json, estimate_json;  ///< "" or a JSON object
@@ -96,6 +101,8 @@ struct Job {
   std::uint64_t progress_seq = 0;  ///< last JobProgress of this epoch
 
   [[nodiscard]] bool gang() const { return !members.empty(); }
+  /// Whether it is to run as a gang: on an engine the base is everybody's and never changes.
+  [[nodiscard]] bool needs_gang() const { return ranks > 1 || full; }
   [[nodiscard]] bool holds(const WorkerId& who) const {
     return worker == who || std::find(members.begin(), members.end(), who) != members.end();
   }

@@ -49,6 +49,10 @@ protocol::JobRecord to_record(const Job& job) {
                      {"eval_dataset", hex_or_none(job.eval_dataset)},
                      {"engine", job.engine},
                      {"ranks", job.ranks},
+                     {"full", job.full},
+                     {"sizes", job.sizes},
+                     {"preempted_by", job.preempted_by},
+                     {"preempted", job.preempted_unix_ms},
                      {"members", id_list(job.members)},
                      {"own_failures", job.own_failures},
                      {"requeue_after_stop", job.requeue_after_stop},
@@ -73,6 +77,11 @@ Result<Job> from_record(const protocol::JobRecord& r) {
     job.order = details.value("order", std::uint64_t{0});
     job.engine = details.value("engine", Incarnation{0});
     job.ranks = details.value("ranks", std::int64_t{1});
+    job.full = details.value("full", false);
+    job.sizes = details.value("sizes", std::vector<std::int64_t>{job.ranks});
+    if (job.sizes.empty()) job.sizes = {job.ranks};
+    job.preempted_by = details.value("preempted_by", std::string());
+    job.preempted_unix_ms = details.value("preempted", std::int64_t{0});
     for (const auto& member : details.value("members", std::vector<std::string>{}))
       job.members.emplace_back(member);
     job.own_failures = details.value("own_failures", 0);

@@ -90,6 +90,7 @@ void Requests::generate(const std::string& peer, const std::string& user,
   if (rejoin(peer, request) || repeat_finished(peer, user, request)) return;
   auto target = resolve(context_.tables(), request.model);
   if (!target.ok()) return refuse(peer, request.id, target.status());
+  if (!target->unservable.ok()) return refuse(peer, request.id, target->unservable);
 
   Execution execution;
   execution.id = request.id;

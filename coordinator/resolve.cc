@@ -53,6 +53,7 @@ Result<Target> target_of(const Tables& tables, const AdapterVersionRecord& adapt
                 adapter.digest,
                 tables.manifest(adapter.digest),
                 str(adapter.name, "@", adapter.version),
+                {},
                 {}};
   if (target.manifest.empty())
     return corrupt_error(str("the manifest of adapter ", target.name,
@@ -67,11 +68,19 @@ Result<Target> target_of(const Tables& tables, const CheckpointRecord& checkpoin
       job == tables.jobs.end() ? nullptr : tables.model_by_digest(job->second.model);
   if (model == nullptr)
     return not_found_error(str("the base of ", checkpoint.job, " is not registered any more"));
-  return Target{model_ref(*model),
+  Target target{model_ref(*model),
                 checkpoint.manifest,
                 tables.manifest(checkpoint.manifest),
                 str(checkpoint.job, "@step-", checkpoint.step),
+                {},
                 {}};
+  if (job->second.full)
+    target.unservable = refused_error(
+        str(target.name,
+            " is the state of a full fine-tune, not an adapter of its base: engines "
+            "serve what the job publishes, ",
+            job->second.adapter, job->second.published.empty() ? ", when it has ended" : ""));
+  return target;
 }
 
 /// JOB@latest and JOB@step-N.
@@ -106,7 +115,7 @@ Result<Target> resolve_digest(const Tables& tables, const std::string& digits) {
   std::map<Digest, Target> found;
   for (const auto& [name, model] : tables.models)
     if (has_prefix(model.digest, digits))
-      found[model.digest] = {model_ref(model), {}, "", name, {}};
+      found[model.digest] = {model_ref(model), {}, "", name, {}, {}};
   for (const auto& [key, adapter] : tables.adapters) {
     if (!has_prefix(adapter.digest, digits)) continue;
     TANDEM_ASSIGN_OR_RETURN(found[adapter.digest], target_of(tables, adapter));
@@ -141,7 +150,7 @@ Result<Target> resolve(const Tables& tables, const std::string& name) {
     return target_of(tables, *adapter);
   }
   if (const auto model = tables.models.find(name); model != tables.models.end())
-    return Target{model_ref(model->second), {}, "", name, {}};
+    return Target{model_ref(model->second), {}, "", name, {}, {}};
   if (const AdapterVersionRecord* adapter = tables.current_adapter(name))
     return target_of(tables, *adapter);
   if (is_digest_prefix(name)) return resolve_digest(tables, name);

@@ -18,6 +18,7 @@ struct Target {
   std::string manifest;  ///< the adapter's canonical text
   std::string name;      ///< "base", "alias@version", "job-…@step-N"
   JobId job;             ///< asked as JOB@latest: its trainer has the tensors at hand
+  Status unservable{};   ///< why no engine answers for it; ok: one does
 };
 
 /// `name`: model, alias, alias@version, JOB@latest, JOB@step-N, or 12 and more digits of a digest.

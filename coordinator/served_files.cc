@@ -47,6 +47,7 @@ Result<ServedFiles::Piece> ServedFiles::read(const Digest& root, std::int64_t of
       return not_found_error(str("no chunk and no model file has the digest ", root));
     file = found->second;
   }
+  if (!file.described.chunks.empty()) return read_chunk(file, offset, bytes);
   FileDescriptor opened{::open(file.path.c_str(), O_RDONLY | O_CLOEXEC)};
   struct stat info {};
   if (opened.fd < 0 || ::fstat(opened.fd, &info) != 0)
@@ -73,6 +74,24 @@ Result<ServedFiles::Piece> ServedFiles::read(const Digest& root, std::int64_t of
                                 got == 0 ? "it became shorter" : std::strerror(errno)));
     done += static_cast<std::size_t>(got);
   }
+  return piece;
+}
+
+Result<ServedFiles::Piece> ServedFiles::read_chunk(const File& file, std::int64_t offset,
+                                                   std::int64_t bytes) const {
+  const std::int64_t total = file.described.bytes;
+  if (blobs_ == nullptr || offset < 0 || offset > total)
+    return invalid_error(str("offset ", offset, " lies outside ", file.described.path, " of ",
+                             file.model, " of ", total, " bytes"));
+  Piece piece;
+  piece.total_bytes = total;
+  if (offset == total) return piece;
+  const auto index = static_cast<std::size_t>(offset / kDigestLeafBytes);
+  TANDEM_ASSIGN_OR_RETURN(const auto chunk, blobs_->get(file.described.chunks.at(index)));
+  const std::int64_t begin = offset % kDigestLeafBytes;
+  const auto size = static_cast<std::int64_t>(chunk.size());
+  const std::int64_t end = bytes <= 0 ? size : std::min(size, begin + bytes);
+  if (begin < end) piece.bytes.assign(chunk.begin() + begin, chunk.begin() + end);
   return piece;
 }
 

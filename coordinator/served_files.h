@@ -1,9 +1,11 @@
-// Model files that the bulk socket may read out, by content root: those of registered models, and
-// only while they are what was hashed. Any thread.
+// Model files that the bulk socket may read out, by content root: those of registered models. On
+// disk, only while they are what was hashed; of models that jobs published, from the blob store.
+// Any thread.
 #pragma once
 
 #include "coordinator/records.h"
 #include "protocol/base/result.h"
+#include "storage/blob_store.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +18,8 @@ namespace tandem::coordinator {
 
 class ServedFiles {
  public:
+  /// `blobs` outlives it; null: no model lies in a blob store.
+  explicit ServedFiles(storage::BlobStore* blobs = nullptr) : blobs_(blobs) {}
   void add(const ModelRecord& model);
   void remove(const std::string& model_name);
 
@@ -23,8 +27,9 @@ class ServedFiles {
     std::vector<std::byte> bytes;
     std::int64_t total_bytes = 0;
   };
-  /// At most kBlobChunkBytesMax from `offset`. Errors: not_found (no registered file has this
-  /// root), corrupt (the file changed since it was added), invalid (offset), internal (I/O).
+  /// At most kBlobChunkBytesMax from `offset`; of a file in the blob store, up to its next chunk.
+  /// Errors: not_found (no registered file has this root), corrupt (the file changed since it was
+  /// added), invalid (offset), internal (I/O).
   Result<Piece> read(const Digest& root, std::int64_t offset, std::int64_t bytes) const;
 
  private:
@@ -32,6 +37,9 @@ class ServedFiles {
     std::string model, path;
     ModelFile described;
   };
+  [[nodiscard]] Result<Piece> read_chunk(const File& file, std::int64_t offset,
+                                         std::int64_t bytes) const;
+  storage::BlobStore* const blobs_;
   mutable std::mutex mutex_;
   std::multimap<Digest, File> files_;
 };

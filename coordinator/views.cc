@@ -24,6 +24,11 @@ Json parse_object(const std::string& text) {
   return json.is_object() ? json : Json::object();
 }
 
+std::string published_name(const Job& job) {
+  if (job.published.empty()) return "";
+  return job.full ? job.adapter : str(job.adapter, "@", job.published_version);
+}
+
 Json model_json(const ModelRecord& model, const WorkerTable& workers) {
   const auto ready = std::count_if(workers.all().begin(), workers.all().end(),
                                    [&](const auto& w) { return w.second.holds(model.digest); });
@@ -38,6 +43,8 @@ Json model_json(const ModelRecord& model, const WorkerTable& workers) {
           {"path", model.path},
           {"shared", model.shared},
           {"created", model.created_unix_ms},
+          {"job", model.job},
+          {"base_model", model.base_model.empty() ? "" : model.base_model.hex()},
           {"workers", ready}};
 }
 
@@ -60,7 +67,9 @@ Json job_json(const Job& job, const Jobs& jobs, const Tables& tables) {
           {"name", job.name},
           {"state", job_state_name(job.state)},
           {"model", model_name(tables, job.model)},
-          {"adapter", job.adapter},
+          {"adapter", job.full ? "" : job.adapter},
+          {"publishes", job.adapter},
+          {"method", job.full ? "full" : "lora"},
           {"step", job.step},
           {"total_steps", job.total_steps},
           {"loss", value_or(metrics, "loss", nullptr)},

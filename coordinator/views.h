@@ -11,6 +11,8 @@
 namespace tandem::coordinator {
 
 /// MODEL; `workers` counts engines that hold it.
+/// What a job published, as it is asked for; "" before.
+std::string published_name(const Job& job);
 Json model_json(const ModelRecord& model, const WorkerTable& workers);
 /// DATA
 Json data_json(const Dataset& data);

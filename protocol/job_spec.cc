@@ -121,7 +121,7 @@ const std::vector<Field>& fields() {
   constexpr double kInf = 1e30;
   constexpr std::int64_t kBig = std::int64_t{1} << 40;
   static const std::vector<Field> table{
-      words("method", {"lora"}, &S::method),
+      words("method", {"lora", "full"}, &S::method),
       integer("lora_r", &S::lora_r, 1, 512),
       real("lora_alpha", &S::lora_alpha, {0, kInf, true}),
       real("lora_dropout", &S::lora_dropout, {0, 1, false, true}),
@@ -162,6 +162,7 @@ const std::vector<Field>& fields() {
       integer("dp", &S::dp, 1, kRanksMax),
       integer("tp", &S::tp, 1, kRanksMax),
       integer("pp", &S::pp, 1, kRanksMax),
+      integer("dp_min", &S::dp_min, 0, kRanksMax),
       integer("zero", &S::zero, 0, 3),
       words("layout", {"manual", "auto"}, &S::layout),
       integer("ranks_max", &S::ranks_max, 0, kRanksMax),
@@ -182,6 +183,8 @@ Result<Json> parse_object(const std::string& json, const char* what) {
   return value;
 }
 
+constexpr double kFullLearningRate = 2e-5;
+
 Status unknown_field(const std::string& name, const std::vector<std::string>& known) {
   const std::string nearest = nearest_name(name, known);
   return invalid_error(str("unknown setting \"", name, "\"",
@@ -196,12 +199,17 @@ Status read_settings(const Json& object, TrainSettings& settings) {
     if (!found) return unknown_field(name, TrainSettings::field_names());
     TANDEM_RETURN_IF_ERROR(found->read(settings, value));
   }
+  if (settings.full() && !object.contains("learning_rate"))
+    settings.learning_rate = kFullLearningRate;
+  TANDEM_RETURN_IF_ERROR(settings.check_method());
   return settings.check_layout();
 }
 
 Json settings_json(const TrainSettings& settings) {
   Json object = Json::object();
-  for (const Field& field : fields()) object[field.name] = field.write(settings);
+  for (const Field& field : fields())
+    if (field.name != "dp_min" || settings.dp_min != 0)  // an older worker does not know it
+      object[field.name] = field.write(settings);
   return object;
 }
 
@@ -212,6 +220,21 @@ Status read_text(const Json& value, const std::string& name, std::string& out) {
 }
 
 }  // namespace
+
+Status TrainSettings::check_method() const {
+  if (!full()) return {};
+  const TrainSettings plain;
+  for (const auto& [field, given] : {std::pair{"lora_r", lora_r != plain.lora_r},
+                                     {"lora_alpha", lora_alpha != plain.lora_alpha},
+                                     {"lora_dropout", lora_dropout != plain.lora_dropout},
+                                     {"use_rslora", use_rslora != plain.use_rslora},
+                                     {"target_modules", target_modules != plain.target_modules}})
+    if (given)
+      return refused_error(str(field,
+                               " is of method \"lora\"; method \"full\" trains every weight, "
+                               "leave it out"));
+  return {};
+}
 
 Status TrainSettings::check_layout() const {
   const std::string name = str("dp ", dp, " x tp ", tp, " x pp ", pp);
@@ -240,11 +263,26 @@ Status TrainSettings::check_layout() const {
         " ranks, and gradient_accumulation_steps ", gradient_accumulation_steps, " gives dp ", dp,
         " ranks ", gradient_accumulation_steps / dp, " each; set gradient_accumulation_steps to ",
         pp * dp, ", or virtual_pipeline_size to 1"));
+  if (dp_min > 0) {
+    const std::int64_t least = zero > 0 ? 2 : 1;
+    if (dp_min > dp || dp_min < least || gradient_accumulation_steps % dp_min != 0)
+      return refused_error(str("dp_min ", dp_min, " must be ", least,
+                               zero > 0 ? " (zero shards over two at least)" : "", " to dp (", dp,
+                               ") and divide gradient_accumulation_steps (",
+                               gradient_accumulation_steps, ")"));
+  }
   if (tp > 1 && lora_dropout > 0)
     return refused_error(str("lora_dropout ", lora_dropout, " over tensor-parallel ranks (tp ", tp,
                              ") is not supported; set lora_dropout to 0, or use dp ", dp * tp,
                              " x tp 1 x pp ", pp));
   return {};
+}
+
+std::vector<std::int64_t> TrainSettings::dp_choices() const {
+  std::vector<std::int64_t> choices{dp};
+  for (std::int64_t d = dp - 1; dp_min > 0 && d >= dp_min; --d)
+    if (gradient_accumulation_steps % d == 0) choices.push_back(d);
+  return choices;
 }
 
 Result<TrainSettings> TrainSettings::parse(const std::string& json) {
@@ -279,6 +317,8 @@ Result<JobSpec> JobSpec::parse(const std::string& json) {
       TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.eval_dataset));
     else if (name == "adapter")
       TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.adapter));
+    else if (name == "name")
+      TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.name));
     else if (name == "priority") {
       if (!value.is_number_integer() || value.get<std::int64_t>() < -100 ||
           value.get<std::int64_t>() > 100)
@@ -288,22 +328,36 @@ Result<JobSpec> JobSpec::parse(const std::string& json) {
       if (!value.is_object()) return wrong_type(name, "an object of training settings", value);
       TANDEM_RETURN_IF_ERROR(read_settings(value, spec.train));
     } else {
-      return unknown_field(name,
-                           {"model", "dataset", "eval_dataset", "adapter", "priority", "train"});
+      return unknown_field(
+          name, {"model", "dataset", "eval_dataset", "adapter", "name", "priority", "train"});
     }
   }
   for (const auto& [name, value] :
        {std::pair<const char*, const std::string*>{"model", &spec.model},
-        {"dataset", &spec.dataset},
-        {"adapter", &spec.adapter}})
+        {"dataset", &spec.dataset}})
     if (value->empty()) return invalid_error(str("a job needs a \"", name, "\""));
+  const bool full = spec.train.full();
+  if (full ? !spec.adapter.empty() : !spec.name.empty())
+    return invalid_error(
+        full ? str("method \"full\" publishes a model, not an adapter: give its name "
+                   "as \"name\" (--name) instead of \"adapter\" (",
+                   spec.adapter, ")")
+             : str("method \"lora\" publishes an adapter, not a model: give its "
+                   "name as \"adapter\" (--adapter) instead of \"name\" (",
+                   spec.name, "), or set method to \"full\""));
+  if (spec.published_name().empty())
+    return invalid_error(
+        full ? "a job of method \"full\" needs a \"name\" (--name): the model that "
+               "it publishes"
+             : "a job needs an \"adapter\" (--adapter): the name it publishes under");
   return spec;
 }
 
 std::string JobSpec::to_json() const {
-  return Json{{"model", model},     {"dataset", dataset},   {"eval_dataset", eval_dataset},
-              {"adapter", adapter}, {"priority", priority}, {"train", settings_json(train)}}
-      .dump();
+  Json json{{"model", model},     {"dataset", dataset},   {"eval_dataset", eval_dataset},
+            {"adapter", adapter}, {"priority", priority}, {"train", settings_json(train)}};
+  if (!name.empty()) json["name"] = name;  // an older worker does not know it
+  return json.dump();
 }
 
 }  // namespace tandem::protocol

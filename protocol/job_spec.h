@@ -21,7 +21,7 @@ enum class Schedule { kCosine, kLinear, kConstant };
 
 /// Every field is settable under its own name; the comment gives the range that parse() enforces.
 struct TrainSettings {
-  std::string method = "lora";  ///< "lora" (others are refused until they exist)
+  std::string method = "lora";  ///< "lora", or "full": all weights, published as a model
   // -- lora (PEFT names)
   std::int64_t lora_r = 16;   ///< 1..512
   double lora_alpha = 32.0;   ///< > 0
@@ -29,7 +29,7 @@ struct TrainSettings {
   bool use_rslora = false;
   std::vector<std::string> target_modules{"all-linear"};
   // -- optimizer and schedule (Hugging Face trainer names)
-  double learning_rate = 2e-4;                  ///< > 0
+  double learning_rate = 2e-4;                  ///< > 0; method full: 2e-5 unless it is given
   double weight_decay = 0.0;                    ///< >= 0
   double adam_beta1 = 0.9, adam_beta2 = 0.999;  ///< [0, 1)
   double adam_epsilon = 1e-8;                   ///< > 0
@@ -56,11 +56,16 @@ struct TrainSettings {
   std::int64_t logging_steps = 1;     ///< >= 1
   // -- engine
   std::string dtype = "auto";          ///< compute dtype: "auto" | "f32" | "bf16"
-  std::string adapter_dtype = "auto";  ///< published dtype: "auto" (= compute) | "f32" | "bf16"
+  std::string adapter_dtype = "auto";  ///< published dtype: "auto" (= compute) | "f32" | "bf16";
+                                       ///< of a full fine-tune, the new model's
   std::string recompute = "none";      ///< "none" | "elementwise" | "mlp" | "block"
   // -- layout: dp * tp * pp ranks, one worker each. It changes how the step is computed, not what:
   // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
   std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64
+  /// Elastic: the job starts, or goes on after a checkpoint, with as many data-parallel ranks as
+  /// fit now: from dp_min to dp, of those that gradient_accumulation_steps is a multiple of. 0: dp
+  /// alone.
+  std::int64_t dp_min = 0;
   std::int64_t zero = 0;  ///< 0..3: optimizer (1), gradients (2), parameters (3) sharded over dp
   std::int64_t virtual_pipeline_size = 1;  ///< stages on each pipeline rank; 2 or more: interleaved
   std::string pipeline_balance = "compute";  ///< what stages share evenly: "compute" | "memory"
@@ -72,12 +77,17 @@ struct TrainSettings {
   std::int64_t ranks_max = 0;
 
   [[nodiscard]] std::int64_t ranks() const { return dp * tp * pp; }
+  [[nodiscard]] bool full() const { return method == "full"; }
+  /// The dp that the job may run with, the largest first; dp alone where it is not elastic.
+  [[nodiscard]] std::vector<std::int64_t> dp_choices() const;
 
   /// Parses a JSON object; absent fields keep their defaults. invalid_error names field, range and
   /// value.
   static Result<TrainSettings> parse(const std::string& json);
-  /// Whether the layout and the other settings go together: refused_error says what to change.
-  /// parse() checks it; whether the model can be cut so is known by the dry run.
+  /// Whether the method and the other settings go together (refused_error names one that does not),
+  /// and the layout (refused_error says what to change). parse() checks both; whether the model can
+  /// be cut so is known by the dry run.
+  [[nodiscard]] Status check_method() const;
   [[nodiscard]] Status check_layout() const;
   /// All fields, defaults included: what a job record stores. parse(to_json()) == *this.
   [[nodiscard]] std::string to_json() const;
@@ -90,10 +100,12 @@ struct JobSpec {
   std::string model;          ///< base model name, alias or digest
   std::string dataset;        ///< digest of an uploaded data set
   std::string eval_dataset;   ///< digest or ""
-  std::string adapter;        ///< name to publish under
+  std::string adapter;        ///< name to publish under; of a LoRA
+  std::string name;           ///< name of the model that a full fine-tune publishes
   std::int32_t priority = 0;  ///< -100..100, higher first
   TrainSettings train;
 
+  [[nodiscard]] const std::string& published_name() const { return train.full() ? name : adapter; }
   static Result<JobSpec> parse(const std::string& json);
   [[nodiscard]] std::string to_json() const;
 };

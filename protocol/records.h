@@ -17,19 +17,23 @@ struct ModelFile {
   std::int64_t bytes = 0, mtime_ns = 0;
   std::uint64_t inode = 0;
   Digest root;  ///< content_root of the file
+  /// Of a file that lies in the blob store (a model that a job published): its 16 MiB leaves.
+  std::vector<Digest> chunks{};
 };
 
 /// A base model. Its name shares one name space with adapters and aliases.
 struct ModelRecord {
   std::string name;
   Digest digest;        ///< of its manifest, which the manifests table holds
-  std::string path;     ///< folder or GGUF file on the coordinator's host
+  std::string path;     ///< folder or GGUF file on the coordinator's host; "": the blob store
   bool shared = false;  ///< every worker sees the same path
   std::string family;   ///< "llama", "qwen2", ...
   std::int64_t bytes = 0;
   std::vector<ModelFile> files;
   std::int64_t created_unix_ms = 0;
   std::string summary_json;  ///< for people: layers, heads, context, parameters, ...
+  std::string job{};         ///< that published it; empty: it was added
+  Digest base_model{};       ///< of a published one: what it was trained from
 };
 
 /// One published version of an adapter; never changed, only removed.

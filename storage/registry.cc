@@ -137,8 +137,9 @@ Result<std::unique_ptr<Registry>> Registry::open(const RegistryOptions& options,
     TANDEM_RETURN_IF_ERROR(make_directories(directory + "/backups"));
     return raw->backup(to);
   };
-  static_assert(kRegistrySchemaVersion == 1, "a newer schema needs its migration here");
-  return create(std::move(store), std::move(blobs), clock, {}, backup);
+  static_assert(kRegistrySchemaVersion == 2, "a newer schema needs its migration here");
+  const Migration nothing_to_change = [](WriteTxn&) { return Status(); };
+  return create(std::move(store), std::move(blobs), clock, {nothing_to_change}, backup);
 }
 
 std::unique_ptr<Registry> Registry::in_memory(const Clock& clock) {
@@ -236,6 +237,10 @@ Result<GcResult> Registry::gc() {
       for (const auto& tensor : manifest.tensors)
         chunks.insert(tensor.chunks.begin(), tensor.chunks.end());
     }
+    TANDEM_ASSIGN_OR_RETURN(const auto models, txn.list<ModelRecord>());
+    for (const ModelRecord& model : models)
+      for (const ModelFile& file : model.files)
+        chunks.insert(file.chunks.begin(), file.chunks.end());
   }
   TANDEM_ASSIGN_OR_RETURN(result.blobs, blobs_->gc(chunks));
   return result;

@@ -24,7 +24,8 @@
 
 namespace tandem::storage {
 
-inline constexpr std::uint32_t kRegistrySchemaVersion = 1;
+/// 2: models whose files lie in the blob store. A program of 1 would collect their chunks.
+inline constexpr std::uint32_t kRegistrySchemaVersion = 2;
 inline constexpr std::size_t kNameBytesMax = 128;
 inline constexpr std::size_t kDigestPrefixDigitsMin = 12;
 inline constexpr std::size_t kAliasHistoryMax = 64;

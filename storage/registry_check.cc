@@ -13,8 +13,10 @@ class Checker {
 
   Status run() {
     TANDEM_RETURN_IF_ERROR(manifests());
-    TANDEM_RETURN_IF_ERROR(each<ModelRecord>(
-        [&](const ModelRecord& r) { refer(where(r), r.digest, ManifestKind::kModel); }));
+    TANDEM_RETURN_IF_ERROR(each<ModelRecord>([&](const ModelRecord& r) {
+      refer(where(r), r.digest, ManifestKind::kModel);
+      for (const ModelFile& file : r.files) present(where(r), "file " + file.path, file.chunks);
+    }));
     TANDEM_RETURN_IF_ERROR(each<AdapterVersionRecord>([&](const AdapterVersionRecord& r) {
       refer(where(r), r.digest, ManifestKind::kAdapter);
       refer(where(r), r.base_model, ManifestKind::kModel);
@@ -97,13 +99,16 @@ class Checker {
   }
 
   void chunks(const std::string& at, const Manifest& manifest) {
-    for (const ManifestTensor& tensor : manifest.tensors) {
-      const auto absent = blobs_.missing(tensor.chunks);
-      if (!absent.ok())
-        report(at, str("tensor ", tensor.name, ": ", absent.status().message()));
-      else if (!absent->empty())
-        report(at, str("tensor ", tensor.name, ": the chunk ", absent->front(), " is absent"));
-    }
+    for (const ManifestTensor& tensor : manifest.tensors)
+      present(at, "tensor " + tensor.name, tensor.chunks);
+  }
+
+  void present(const std::string& at, const std::string& what, const std::vector<Digest>& chunks) {
+    const auto absent = blobs_.missing(chunks);
+    if (!absent.ok())
+      report(at, str(what, ": ", absent.status().message()));
+    else if (!absent->empty())
+      report(at, str(what, ": the chunk ", absent->front(), " is absent"));
   }
 
   void alias(const AliasRecord& r) {

@@ -134,13 +134,9 @@ class HeaderReader final : public nlohmann::json_sax<Json> {
   std::vector<std::int64_t>* list_ = nullptr;
 };
 
-struct Placed {
-  TensorInfo info;
-  std::int64_t begin = 0, end = 0;
-};
+using Placed = SafetensorsHead::Placed;
 
-Result<Placed> place(const HeaderEntry& entry, std::span<const std::byte> data,
-                     const std::string& path) {
+Result<Placed> place(const HeaderEntry& entry, std::int64_t data_bytes, const std::string& path) {
   const std::string where = str(path, ", tensor ", entry.name, ": ");
   if (!entry.dtype || !entry.shape || !entry.offsets || entry.offsets->size() != 2)
     return corrupt_error(where + "needs dtype, shape and two data_offsets");
@@ -150,18 +146,14 @@ Result<Placed> place(const HeaderEntry& entry, std::span<const std::byte> data,
   if (!numel.ok()) return corrupt_error(where + numel.status().message());
   const std::int64_t begin = (*entry.offsets)[0], end = (*entry.offsets)[1];
   if (begin > end) return corrupt_error(str(where, "reversed offsets ", begin, " > ", end));
-  if (end > static_cast<std::int64_t>(data.size()))
+  if (end > data_bytes)
     return corrupt_error(str(where, "ends at byte ", end, " of the data, but the file has only ",
-                             data.size(), "; it is truncated or damaged"));
+                             data_bytes, "; it is truncated or damaged"));
   const std::int64_t bytes = *numel * dtype_bytes(*dtype);
   if (end - begin != bytes)
     return corrupt_error(
         str(where, "shape and dtype need ", bytes, " bytes, offsets give ", end - begin));
-  Placed placed{{entry.name, *dtype, *entry.shape,
-                 data.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(bytes))},
-                begin,
-                end};
-  return placed;
+  return Placed{{entry.name, *dtype, *entry.shape, {}}, begin, end};
 }
 
 Status check_coverage(std::vector<Placed>& placed, std::int64_t data_bytes,
@@ -206,9 +198,8 @@ std::int64_t TensorInfo::numel() const {
   return n;
 }
 
-Result<Safetensors> Safetensors::parse(std::shared_ptr<const MappedFile> file) {
-  const auto bytes = file->bytes();
-  const std::string& path = file->path();
+Result<std::int64_t> SafetensorsHead::size(std::span<const std::byte> bytes,
+                                           std::int64_t file_bytes, const std::string& path) {
   if (bytes.size() < 8)
     return corrupt_error(
         str(path, ": truncated: a safetensors file has at least 8 bytes, this one ", bytes.size()));
@@ -217,9 +208,18 @@ Result<Safetensors> Safetensors::parse(std::shared_ptr<const MappedFile> file) {
   if (header_bytes > static_cast<std::uint64_t>(kSafetensorsHeaderBytesMax))
     return corrupt_error(str(path, ": a header of ", header_bytes, " bytes; the limit is ",
                              kSafetensorsHeaderBytesMax, " (is this a safetensors file?)"));
-  if (header_bytes > bytes.size() - 8)
-    return corrupt_error(str(path, ": truncated: the header alone needs ", 8 + header_bytes,
-                             " bytes, the file has ", bytes.size()));
+  const auto head = static_cast<std::int64_t>(8 + header_bytes);
+  if (head > file_bytes)
+    return corrupt_error(str(path, ": truncated: the header alone needs ", head,
+                             " bytes, the file has ", file_bytes));
+  return head;
+}
+
+Result<SafetensorsHead> SafetensorsHead::parse(std::span<const std::byte> bytes,
+                                               std::int64_t file_bytes, const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(const std::int64_t head, size(bytes, file_bytes, path));
+  TANDEM_CHECK(static_cast<std::int64_t>(bytes.size()) >= head, bytes.size(), " of ", head);
+  const auto header_bytes = static_cast<std::size_t>(head - 8);
   const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + 8, header_bytes);
   HeaderReader reader;
   bool parsed = false;
@@ -232,18 +232,35 @@ Result<Safetensors> Safetensors::parse(std::shared_ptr<const MappedFile> file) {
   if (!parsed || !reader.error.empty())
     return corrupt_error(str(path, ": bad safetensors header: ", reader.error));
 
-  const auto data = bytes.subspan(8 + static_cast<std::size_t>(header_bytes));
-  std::vector<Placed> placed;
+  SafetensorsHead result;
+  const std::int64_t data_bytes = file_bytes - head;
   for (const HeaderEntry& entry : reader.entries) {
-    TANDEM_ASSIGN_OR_RETURN(Placed p, place(entry, data, path));
-    placed.push_back(std::move(p));
+    TANDEM_ASSIGN_OR_RETURN(Placed p, place(entry, data_bytes, path));
+    result.tensors.push_back(std::move(p));
   }
-  TANDEM_RETURN_IF_ERROR(check_coverage(placed, static_cast<std::int64_t>(data.size()), path));
+  TANDEM_RETURN_IF_ERROR(check_coverage(result.tensors, data_bytes, path));
+  for (Placed& p : result.tensors) {
+    p.begin += head;
+    p.end += head;
+  }
+  result.metadata = std::move(reader.metadata);
+  return result;
+}
+
+Result<Safetensors> Safetensors::parse(std::shared_ptr<const MappedFile> file) {
+  const auto bytes = file->bytes();
+  TANDEM_ASSIGN_OR_RETURN(
+      SafetensorsHead head,
+      SafetensorsHead::parse(bytes, static_cast<std::int64_t>(bytes.size()), file->path()));
   Safetensors result;
-  for (Placed& p : placed) result.tensors_.push_back(std::move(p.info));
+  for (Placed& p : head.tensors) {
+    p.info.bytes =
+        bytes.subspan(static_cast<std::size_t>(p.begin), static_cast<std::size_t>(p.end - p.begin));
+    result.tensors_.push_back(std::move(p.info));
+  }
   std::sort(result.tensors_.begin(), result.tensors_.end(),
             [](const TensorInfo& a, const TensorInfo& b) { return a.name < b.name; });
-  result.metadata_ = std::move(reader.metadata);
+  result.metadata_ = std::move(head.metadata);
   result.files_.push_back(std::move(file));
   return result;
 }

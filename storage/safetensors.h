@@ -38,6 +38,23 @@ struct TensorInfo {
   [[nodiscard]] std::int64_t numel() const;
 };
 
+/// What the beginning of a file says: for whoever has the rest in pieces.
+struct SafetensorsHead {
+  struct Placed {
+    TensorInfo info;                  ///< without bytes
+    std::int64_t begin = 0, end = 0;  ///< in the file
+  };
+  std::vector<Placed> tensors;  ///< in the file's order, without holes
+  std::map<std::string, std::string> metadata;
+
+  /// Bytes of the head, by the file's first 8.
+  static Result<std::int64_t> size(std::span<const std::byte> bytes, std::int64_t file_bytes,
+                                   const std::string& path);
+  /// `bytes` begin with the whole head. As strict as the reader of files.
+  static Result<SafetensorsHead> parse(std::span<const std::byte> bytes, std::int64_t file_bytes,
+                                       const std::string& path);
+};
+
 /// The tensors of one file, or of all shards of a model, sorted by name. A cheap handle: copies
 /// share the mappings, which live as long as any copy does. Any thread may read.
 class Safetensors {
@@ -74,6 +91,27 @@ Result<std::vector<std::byte>> encode_safetensors(
 /// The same to a file, durably (temporary name, fsync, rename), without a copy of the tensors.
 Status write_safetensors(const std::string& path, std::span<const TensorInfo> tensors,
                          const std::map<std::string, std::string>& metadata);
+
+/// A file that several processes fill: header and room for all tensors first, by one of them
+/// (`bytes` of the tensors is ignored; a full disk shows here), then each maps it and writes what
+/// it has. Not durable before sync().
+class SafetensorsDraft {
+ public:
+  static Status create(const std::string& path, std::span<const TensorInfo> tensors,
+                       const std::map<std::string, std::string>& metadata);
+  /// Of a file that create() made. Errors as Safetensors::open.
+  static Result<SafetensorsDraft> open(const std::string& path);
+  /// A tensor's room; empty when there is no such tensor.
+  [[nodiscard]] std::span<std::byte> room(std::string_view name) const;
+  [[nodiscard]] const std::vector<TensorInfo>& tensors() const { return file_.tensors(); }
+  Status sync() const;
+
+ private:
+  Safetensors file_;  ///< the same pages, read only
+  std::string path_;
+  std::shared_ptr<std::byte> pages_;
+  std::span<const std::byte> read_;
+};
 
 /// shape's product, or an invalid Status when a dimension is negative or the product (times
 /// `element_bytes`) leaves int64.

@@ -2,7 +2,12 @@
 #include "storage/json_strict.h"
 #include "storage/safetensors.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 
 namespace tandem::storage {
@@ -56,9 +61,11 @@ int type_rank(DType dtype) {
 struct Layout {
   std::string head;  ///< length and header
   std::vector<const TensorInfo*> order;
+  std::int64_t bytes = 0;  ///< of all tensors
 };
 
-Status check_tensor(const TensorInfo& tensor) {
+/// Bytes of a tensor in the file; `sized`: its bytes are at hand and must be as many.
+Result<std::int64_t> check_tensor(const TensorInfo& tensor, bool sized) {
   if (tensor.name.empty() || tensor.name == "__metadata__" ||
       tensor.name.size() > kTensorNameBytesMax)
     return invalid_error(str("not a tensor name: \"", tensor.name.substr(0, 80), "\""));
@@ -69,17 +76,18 @@ Status check_tensor(const TensorInfo& tensor) {
   if (!numel.ok())
     return invalid_error(str("tensor ", tensor.name, ": ", numel.status().message()));
   const std::int64_t bytes = *numel * dtype_bytes(tensor.dtype);
-  if (bytes != static_cast<std::int64_t>(tensor.bytes.size()))
+  if (sized && bytes != static_cast<std::int64_t>(tensor.bytes.size()))
     return invalid_error(str("tensor ", tensor.name, ": shape and dtype need ", bytes,
                              " bytes, got ", tensor.bytes.size()));
-  return {};
+  return bytes;
 }
 
 Result<Layout> make_layout(std::span<const TensorInfo> tensors,
-                           const std::map<std::string, std::string>& metadata) {
+                           const std::map<std::string, std::string>& metadata, bool sized = true) {
   Layout layout;
+  std::map<const TensorInfo*, std::int64_t> sizes;
   for (const TensorInfo& tensor : tensors) {
-    TANDEM_RETURN_IF_ERROR(check_tensor(tensor));
+    TANDEM_ASSIGN_OR_RETURN(sizes[&tensor], check_tensor(tensor, sized));
     layout.order.push_back(&tensor);
   }
   std::sort(layout.order.begin(), layout.order.end(), [](const TensorInfo* a, const TensorInfo* b) {
@@ -91,7 +99,7 @@ Result<Layout> make_layout(std::span<const TensorInfo> tensors,
   if (!metadata.empty()) header["__metadata__"] = metadata;
   std::int64_t at = 0;
   for (const TensorInfo* tensor : layout.order) {
-    const std::int64_t end = at + static_cast<std::int64_t>(tensor->bytes.size());
+    const std::int64_t end = at + sizes[tensor];
     names.push_back(tensor->name);
     header.get_ref<nlohmann::ordered_json::object_t&>().emplace_back(
         tensor->name, nlohmann::ordered_json{{"dtype", safetensors_dtype(tensor->dtype)},
@@ -99,6 +107,7 @@ Result<Layout> make_layout(std::span<const TensorInfo> tensors,
                                              {"data_offsets", {at, end}}});
     at = end;
   }
+  layout.bytes = at;
   std::sort(names.begin(), names.end());
   if (const auto twice = std::adjacent_find(names.begin(), names.end()); twice != names.end())
     return invalid_error(str("the tensor ", *twice, " is given twice"));
@@ -136,6 +145,51 @@ Status write_safetensors(const std::string& path, std::span<const TensorInfo> te
   std::vector<std::span<const std::byte>> parts{as_bytes(layout.head)};
   for (const TensorInfo* tensor : layout.order) parts.push_back(tensor->bytes);
   return write_file_durably(path, parts);
+}
+
+Status SafetensorsDraft::create(const std::string& path, std::span<const TensorInfo> tensors,
+                                const std::map<std::string, std::string>& metadata) {
+  TANDEM_ASSIGN_OR_RETURN(const Layout layout, make_layout(tensors, metadata, false));
+  TANDEM_RETURN_IF_ERROR(write_file_durably(path, layout.head));
+  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) return internal_error(str("cannot open ", path, ": ", std::strerror(errno)));
+  // Room now: a page that finds none later ends the process.
+  const int error = ::posix_fallocate(fd, 0, static_cast<off_t>(layout.head.size()) + layout.bytes);
+  ::close(fd);
+  if (error != 0)
+    return internal_error(
+        str("cannot make ", path, " of ", layout.bytes, " bytes: ", std::strerror(error)));
+  return {};
+}
+
+Result<SafetensorsDraft> SafetensorsDraft::open(const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(const auto mapped, MappedFile::open(path));
+  SafetensorsDraft draft;
+  TANDEM_ASSIGN_OR_RETURN(draft.file_, Safetensors::parse(mapped));
+  draft.path_ = path;
+  draft.read_ = mapped->bytes();
+  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  void* pages =
+      fd < 0 ? MAP_FAILED
+             : ::mmap(nullptr, draft.read_.size(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  const int map_errno = errno;
+  if (fd >= 0) ::close(fd);
+  if (pages == MAP_FAILED)
+    return internal_error(str("cannot map ", path, ": ", std::strerror(map_errno)));
+  draft.pages_ = {static_cast<std::byte*>(pages),
+                  [size = draft.read_.size()](std::byte* at) { ::munmap(at, size); }};
+  return draft;
+}
+
+std::span<std::byte> SafetensorsDraft::room(std::string_view name) const {
+  const TensorInfo* tensor = file_.find(name);
+  if (tensor == nullptr) return {};
+  return {pages_.get() + (tensor->bytes.data() - read_.data()), tensor->bytes.size()};
+}
+
+Status SafetensorsDraft::sync() const {
+  if (::msync(pages_.get(), read_.size(), MS_SYNC) == 0) return {};
+  return internal_error(str("cannot write ", path_, ": ", std::strerror(errno)));
 }
 
 }  // namespace tandem::storage

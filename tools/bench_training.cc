@@ -4,7 +4,6 @@
 #include "protocol/base/random.h"
 #include "tools/bench_gang.h"
 #include "worker/memory/layout_planner.h"
-#include "worker/model/gathered_weights.h"
 
 #include <algorithm>
 
@@ -109,23 +108,15 @@ Result<std::unique_ptr<TrainingRig>> TrainingRig::create(
     groups.pp = timed_communicator(std::move(groups.pp), inside->pp);
   }
   const DType dtype = c.compute_dtype();
-  const bool gather = layout.zero == 3 && c.method != "full";
-  TANDEM_ASSIGN_OR_RETURN(
-      rig->base_,
-      model::BaseWeights::load(*backend.ops, exec, *rig->weight_arena_, loaded.config, dtype,
-                               *loaded.source, rig->ranks_.shard(loaded.config), !gather));
-  if (gather) {
-    auto door = std::make_unique<model::GatheredWeights>(*backend.ops, exec, *rig->ranks_.groups.dp,
-                                                         *rig->weight_arena_, rig->base_);
-    door->load_parts(*rig->weight_arena_, *loaded.source);
-    rig->weights_ = std::move(door);
-  } else {
-    rig->weights_ = model::make_resident_weights(rig->base_);
-  }
-  rig->adapters_ = std::make_unique<model::AdapterTable>(*backend.ops, exec, *rig->table_arena_,
-                                                         rig->base_->config(), 1);
   rig->context_.reset(
       new model::Context{*backend.ops, exec, *rig->ranks_.groups.tp, *rig->activations_, dtype});
+  TANDEM_ASSIGN_OR_RETURN(
+      rig->held_,
+      model::hold_weights(*rig->context_, *rig->ranks_.groups.dp, *rig->weight_arena_,
+                          loaded.config, *loaded.source, rig->ranks_.shard(loaded.config),
+                          model::holding_beside(c.method == "full", layout.zero)));
+  rig->adapters_ = std::make_unique<model::AdapterTable>(*backend.ops, exec, *rig->table_arena_,
+                                                         rig->held_.base->config(), 1);
   worker::train::SessionOptions options;
   options.settings = c.settings(layout);
   auto batches = worker::train::make_fixed_batches(random_steps(c, loaded.config.vocab), {});
@@ -135,11 +126,11 @@ Result<std::unique_ptr<TrainingRig>> TrainingRig::create(
   TANDEM_ASSIGN_OR_RETURN(rig->estimate_, worker::memory::estimate_training(
                                               backend.ops->profile(), loaded.config, dtype,
                                               options.settings, batches->bounds(), plan));
-  TANDEM_ASSIGN_OR_RETURN(rig->session_,
-                          worker::train::TrainSession::create(
-                              {*backend.allocator, *backend.ledger, *rig->context_, *rig->weights_,
-                               *rig->adapters_, 0, &rig->ranks_, loaded.source.get()},
-                              options, std::move(batches)));
+  TANDEM_ASSIGN_OR_RETURN(
+      rig->session_, worker::train::TrainSession::create(
+                         {*backend.allocator, *backend.ledger, *rig->context_, *rig->held_.door,
+                          *rig->adapters_, 0, &rig->ranks_, loaded.source.get()},
+                         options, std::move(batches)));
   return rig;
 }
 

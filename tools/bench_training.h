@@ -4,6 +4,7 @@
 
 #include "tools/bench_device.h"
 #include "worker/memory/estimator.h"
+#include "worker/model/weight_door.h"
 #include "worker/train/ranks.h"
 #include "worker/train/train_session.h"
 
@@ -60,10 +61,9 @@ class TrainingRig {
   // Arenas first, what lies in them after them.
   std::unique_ptr<kernels::Arena> weight_arena_, table_arena_, activations_;
   worker::train::Ranks ranks_;
-  std::shared_ptr<const worker::model::BaseWeights> base_;
-  std::unique_ptr<worker::model::WeightSource> weights_;
-  std::unique_ptr<worker::model::AdapterTable> adapters_;
   std::unique_ptr<worker::model::Context> context_;
+  worker::model::HeldWeights held_;
+  std::unique_ptr<worker::model::AdapterTable> adapters_;
   worker::memory::Estimate estimate_;
   std::unique_ptr<worker::train::TrainSession> session_;
 };

@@ -37,17 +37,31 @@ Result<protocol::StartJob> read_start(const std::string& path) {
   return corrupt_error(str(path, " holds no StartJob"));
 }
 
-Result<runtime::EngineEndpoints> connect(protocol::ZmqContext& context, const Settings& settings,
-                                         const Identity& id) {
-  runtime::EngineEndpoints endpoints;
-  for (const auto& [socket, endpoint] :
-       {std::pair{"workers", &endpoints.control}, std::pair{"bulk", &endpoints.bulk}}) {
-    TANDEM_ASSIGN_OR_RETURN(
-        const auto options,
-        protocol::dial_options(settings, socket, str(id.device, id.slot), "gang"));
-    TANDEM_ASSIGN_OR_RETURN(*endpoint, context.connect(options));
-  }
-  return endpoints;
+Result<std::unique_ptr<protocol::ClientEndpoint>> connect(protocol::ZmqContext& context,
+                                                          const Settings& settings,
+                                                          const Identity& id, const char* socket) {
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto options,
+      protocol::dial_options(settings, socket, str(id.device, id.slot), "gang"));
+  return context.connect(options);
+}
+
+/// A rank that is not the first: its own connection for its pieces of checkpoints, and no other.
+Result<int> follow(const Settings& settings, const Identity& id, const protocol::StartJob& start,
+                   runtime::GangRank& rank) {
+  constexpr std::size_t kTasksMax = 16;
+  TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
+  TANDEM_ASSIGN_OR_RETURN(auto endpoint, connect(*context, settings, id, "bulk"));
+  SystemClock clock;
+  runtime::BulkClient bulk(std::move(endpoint), clock);
+  runtime::TaskThread tasks(kTasksMax);  // ends before what its tasks use
+  struct Cancel {
+    runtime::BulkClient& bulk;
+    ~Cancel() { bulk.cancel(); }  // a lost gang must not wait for a lost coordinator
+  } const cancel{bulk};
+  rank.store_with(bulk, tasks, runtime::checkpoint_pin(start));
+  runtime::follow(rank);
+  return 0;
 }
 
 Result<int> run(const Settings& settings, const Identity& id) {
@@ -71,25 +85,33 @@ Result<int> run(const Settings& settings, const Identity& id) {
   if (gang->rank() == 0)
     log_info(start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ", cpu.threads,
              " threads, ", dtype_name(options.dtype));
-  const runtime::GangLeadOptions lead{WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
-                                      runtime::host_name(),
-                                      start,
-                                      settings.data_dir(),
-                                      slot.agent_lock,
-                                      drain_s * 1000};
+  const runtime::GangLeadOptions lead{
+      WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
+      runtime::host_name(),
+      start,
+      settings.data_dir(),
+      str(settings.data_dir(), "/cache/models/.publish-", id.device, id.slot),
+      slot.agent_lock,
+      drain_s * 1000};
   SystemClock clock;
   TANDEM_ASSIGN_OR_RETURN(const auto context, protocol::ZmqContext::create());
+  const auto endpoints = [&]() -> Result<runtime::EngineEndpoints> {
+    runtime::EngineEndpoints made;
+    TANDEM_ASSIGN_OR_RETURN(made.control, connect(*context, settings, id, "workers"));
+    TANDEM_ASSIGN_OR_RETURN(made.bulk, connect(*context, settings, id, "bulk"));
+    return made;
+  };
   if (!start.serve_json.empty()) {
     runtime::ReplicaRank rank(backend, options, *gang, patience, clock);
-    if (gang->rank() != 0) return follow(rank), 0;
-    TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
-    return runtime::lead_replica(lead, rank, std::move(endpoints), clock);
+    if (gang->rank() != 0) return runtime::follow(rank), 0;
+    TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
+    return runtime::lead_replica(lead, rank, std::move(made), clock);
   }
   runtime::GangRank rank(backend, {options.dtype, options.numerics, options.memory_bytes_max},
                          *gang, patience);
-  if (gang->rank() != 0) return follow(rank), 0;
-  TANDEM_ASSIGN_OR_RETURN(auto endpoints, connect(*context, settings, id));
-  return runtime::lead_gang(lead, rank, std::move(endpoints), patience, clock);
+  if (gang->rank() != 0) return follow(settings, id, start, rank);
+  TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
+  return runtime::lead_gang(lead, rank, std::move(made), patience, clock);
 }
 
 Result<int> start(int argc, char** argv) {

@@ -67,9 +67,13 @@ void write(schema::Model::Builder to, const ModelRecord& r) {
     files[i].setMtimeNs(r.files[i].mtime_ns);
     files[i].setInode(r.files[i].inode);
     files[i].setRoot(data(r.files[i].root));
+    auto chunks = files[i].initChunks(static_cast<unsigned>(r.files[i].chunks.size()));
+    for (unsigned c = 0; c < chunks.size(); ++c) chunks.set(c, data(r.files[i].chunks[c]));
   }
   to.setCreatedUnixMs(r.created_unix_ms);
   to.setSummaryJson(text(r.summary_json));
+  to.setJob(text(r.job));
+  to.setBaseModel(data(r.base_model));
 }
 void read(schema::Model::Reader from, ModelRecord& r) {
   r.name = string(from.getName());
@@ -78,11 +82,16 @@ void read(schema::Model::Reader from, ModelRecord& r) {
   r.shared = from.getShared();
   r.family = string(from.getFamily());
   r.bytes = from.getBytes();
-  for (auto file : from.getFiles())
-    r.files.push_back({string(file.getPath()), file.getBytes(), file.getMtimeNs(), file.getInode(),
-                       digest(file.getRoot())});
+  for (auto file : from.getFiles()) {
+    ModelFile next{string(file.getPath()), file.getBytes(),        file.getMtimeNs(),
+                   file.getInode(),        digest(file.getRoot()), {}};
+    for (auto chunk : file.getChunks()) next.chunks.push_back(digest(chunk));
+    r.files.push_back(std::move(next));
+  }
   r.created_unix_ms = from.getCreatedUnixMs();
   r.summary_json = string(from.getSummaryJson());
+  r.job = string(from.getJob());
+  r.base_model = digest(from.getBaseModel());
 }
 
 void write(schema::AdapterVersion::Builder to, const AdapterVersionRecord& r) {

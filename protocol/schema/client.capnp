@@ -121,14 +121,16 @@ struct Pong {
 #
 # job.submit !      {"spec": JobSpec, "name"?} -> {"job", "state", "position", "reason", "estimate"}. The
 #                   whole job is checked first: an unknown setting is `invalid` with the nearest name;
-#                   what does not fit in memory is `refused` with the bytes and by how much.
+#                   what does not fit in memory is `refused` with the bytes and by how much. Method "lora"
+#                   publishes the spec's "adapter", method "full" the model that its "name" says; a name that
+#                   is taken, or that another job will publish: `conflict`.
 # job.list          {"state"?} + page -> {"jobs": [JOB], "next"}; newest first
 # job.show          {"job"} -> JOB with "spec", "epoch", "model_digest", "dataset", "eval_dataset", "checkpoints": [{"step", "digest",
 #                   "created"}], "metrics" (the last of each kind), "error_code", "estimate", "summary",
 #                   "published" (digest), "published_version"
 # job.watch stream  {"job", "after"? = 0} -> {"seq", "time", "kind", "step", "total_steps", "message",
 #                   "metrics"} for each event with seq > after, old ones first, then as they come. The
-#                   last reply (more false) is {"job", "state", "adapter": "name@version", "digest",
+#                   last reply (more false) is {"job", "state", "adapter": "name@version" or a model's name, "method", "digest",
 #                   "summary", "error"} when the job ended.
 # job.logs stream   {"job", "after"? = 0, "follow"? = false} -> {"seq", "time", "line"}; as watch
 # job.cancel !      {"job"} -> JOB. A job that has ended: `conflict`.
@@ -191,9 +193,10 @@ struct Pong {
 #
 # Objects
 #   MODEL    {"name", "digest", "family", "parameters", "dtype", "bytes", "context", "path", "shared",
-#            "created", "workers": n ready}
+#            "created", "job", "base_model", "workers": n ready}; path "": in the registry's blob store; job and
+#            base_model (a digest): which job published it and from what, "" for one that was added
 #   DATA     {"name", "digest", "bytes", "created"}
-#   JOB      {"job", "name", "state", "model", "adapter", "step", "total_steps", "loss", "priority",
+#   JOB      {"job", "name", "state", "model", "adapter" ("" of method full), "publishes", "method", "step", "total_steps", "loss", "priority",
 #            "position", "reason", "worker", "attempts", "error", "created", "started", "ended"}; state: queued, estimating,
 #            starting, running, pausing, paused, publishing, done, failed, cancelled; reason: why a queued
 #            job waits

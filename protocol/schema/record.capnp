@@ -25,10 +25,12 @@ struct ModelFile {
   mtimeNs @2 :Int64;     # size, mtime and inode unchanged: the root is believed, the file is not read again
   inode @3 :UInt64;
   root @4 :Data;         # content root over 16 MiB leaves
+  chunks @5 :List(Data); # the leaves' digests where the file lies in the blob store; none elsewhere (schema 2)
 }
 
 struct Model {
-  # Table "models". Written by `model add` with its manifest, replaced only by the same digest.
+  # Table "models". Written by `model add` or a full fine-tune's publish with its manifest, replaced only by
+  # the same digest. No path: all files lie in the blob store.
   name @0 :Text;
   digest @1 :Data;
   path @2 :Text;
@@ -38,6 +40,8 @@ struct Model {
   files @6 :List(ModelFile);
   createdUnixMs @7 :Int64;
   summaryJson @8 :Text;
+  job @9 :Text;          # that published it; empty: it was added (schema 2)
+  baseModel @10 :Data;   # of a published one: what it was trained from; none otherwise
 }
 
 struct AdapterVersion {

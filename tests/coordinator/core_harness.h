@@ -83,6 +83,7 @@ class CoreHarness {
   [[nodiscard]] const Job& job(const JobId& id) const { return tables().jobs.at(id); }
   [[nodiscard]] const std::vector<Persist>& persists() const { return persists_; }
   Coordinator& core() { return *core_; }
+  storage::Registry& registry() { return *registry_; }
   /// Effects of the last input, in order.
   [[nodiscard]] const std::vector<Effect>& last() const { return last_; }
   std::vector<StartWork> held;  ///< work that waits, while hold_work is set

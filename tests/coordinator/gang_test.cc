@@ -233,7 +233,10 @@ TEST_F(Gangs, OneThatOnlyLostItsLeaseGoesOnUnlessAWorkerOfItsHasAnotherJob) {
       for (int slot = 0; slot < 3; ++slot) h.beat(slot);
       h.agent(0, {{id, start.epoch, 1}});
     };
-    for (int i = 0; i < 5 && h.job(id).state == JobState::kRunning; ++i) {
+    const auto still_there = [&] {  // running, or asked to give its workers to the other
+      return h.job(id).state == JobState::kRunning || h.job(id).state == JobState::kPausing;
+    };
+    for (int i = 0; i < 6 && still_there(); ++i) {
       h.advance(1050);
       beat_all();
     }

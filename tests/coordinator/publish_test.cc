@@ -1,3 +1,5 @@
+#include "storage/manifest.h"
+#include "storage/safetensors.h"
 #include "tests/coordinator/core_harness.h"
 
 #include <gtest/gtest.h>
@@ -132,6 +134,91 @@ TEST_F(PublishTest, RollbackIsANewVersionWithTheOldDigestAndHistoryStays) {
   const auto again = h.call("adapter.rollback", {{"alias", "tuned"}}, "r");
   EXPECT_EQ(again.result_json, reply.result_json);
   EXPECT_EQ(h.tables().adapters.size(), 3u) << "a repeated call with its key did it twice";
+}
+
+struct PublishModelTest : testing::Test {
+  PublishModelTest() {
+    h.add_model("base");
+    h.add_data("rows");
+    h.agent(0);
+    h.engine(0);
+    id = h.submit({{"adapter", ""}, {"name", "made"}, {"train", {{"method", "full"}}}});
+    start = h.to_agent<StartJob>(0).at(0);
+    h.gang(0, start.gang, {{id, start.epoch, 1}});
+    h.to_gang<JobAck>(0);
+  }
+  /// A folder's files as a gang uploads them, and the manifest that names them.
+  std::string upload(const std::string& config = R"({"model_type":"llama"})") {
+    const std::vector<float> values(4, 1.0f);
+    const storage::TensorInfo tensor{"w", DType::kF32, {2, 2}, std::as_bytes(std::span(values))};
+    const auto weights = storage::encode_safetensors(std::span(&tensor, 1), {}).value();
+    storage::Manifest manifest;
+    manifest.kind = ManifestKind::kModel;
+    for (const auto& [name, bytes] : {std::pair<std::string, std::span<const std::byte>>{
+                                          "config.json", std::as_bytes(std::span(config))},
+                                      {"model.safetensors", weights}}) {
+      manifest.tensors.push_back(
+          storage::describe_tensor(name, "u8", {static_cast<std::int64_t>(bytes.size())}, bytes));
+      EXPECT_TRUE(h.registry().blobs().put_chunk(manifest.tensors.back().chunks.at(0), bytes).ok());
+    }
+    return storage::encode_manifest(manifest).value();
+  }
+  void publish(const std::string& text) {
+    h.from_gang(0, protocol::Publish{id, start.epoch, 10, text, R"({"train_loss_last":1})"});
+  }
+  CoreHarness h;
+  JobId id;
+  StartJob start;
+};
+
+TEST_F(PublishModelTest, ManifestModelAndJobAreOneTransactionAndKnowTheirOrigin) {
+  const std::size_t before = h.persists().size();
+  publish(upload());
+  ASSERT_EQ(h.persists().size(), before + 1);
+  int manifests = 0, models = 0, jobs = 0;
+  for (const Write& write : h.persists().back().writes) {
+    manifests += std::holds_alternative<ManifestRecord>(write);
+    models += std::holds_alternative<ModelRecord>(write);
+    jobs += std::holds_alternative<Job>(write);
+  }
+  EXPECT_EQ(manifests, 1);
+  EXPECT_EQ(models, 1);
+  EXPECT_GE(jobs, 1);
+  const ModelRecord& model = h.tables().models.at("made");
+  const auto ack = h.to_gang<JobAck>(0).at(0);
+  EXPECT_TRUE(ack.status.ok()) << ack.status.message();
+  EXPECT_EQ(ack.digest, model.digest);
+  EXPECT_EQ(model.job, id.value);
+  EXPECT_EQ(model.base_model, h.job(id).model);
+  EXPECT_TRUE(model.path.empty());
+  publish(upload());  // a repeat
+  EXPECT_TRUE(h.to_gang<JobAck>(0).at(0).status.ok());
+  h.from_gang(0, protocol::JobEnded{id, start.epoch, {}, 10, "{}"});
+  EXPECT_EQ(h.job(id).state, JobState::kSucceeded);
+  h.restart();
+  EXPECT_EQ(h.tables().models.at("made").files.size(), 2u);
+  EXPECT_EQ(h.tables().models.at("made").files[0].chunks.size(), 1u);
+  EXPECT_TRUE(h.registry().check().value().empty());
+}
+
+TEST_F(PublishModelTest, WhatIsNoModelMakesNothingVisible) {
+  publish(upload(R"({"model_type":"mamba"})"));
+  EXPECT_EQ(h.to_gang<JobAck>(0).at(0).status.code(), StatusCode::kRefused);
+  EXPECT_FALSE(h.tables().models.contains("made"));
+}
+
+TEST_F(PublishModelTest, ItsCheckpointsAreRefusedToRequestsWithTheNameOfTheModel) {
+  h.from_gang(
+      0, protocol::CheckpointReady{
+             id, start.epoch, 4, h.manifest(ManifestKind::kCheckpoint, h.job(id).model, "state")});
+  h.from_client("c", protocol::ClientHello{{}, "test"});
+  h.generate("r1", id.value + "@latest", "hello");
+  const auto chunks = h.to_client<protocol::GenerateChunk>("c");
+  ASSERT_FALSE(chunks.empty());
+  EXPECT_EQ(chunks.back().status.code(), StatusCode::kRefused);
+  EXPECT_NE(chunks.back().status.message().find("made"), std::string::npos);
+  const auto manifest = h.call("adapter.manifest", {{"adapter", id.value + "@step-4"}});
+  EXPECT_TRUE(manifest.status.ok()) << "a backup reads it: " << manifest.status.message();
 }
 
 }  // namespace

@@ -1,8 +1,11 @@
 // Records through a real registry, model files, and the bulk socket.
 #include "coordinator/bulk_server.h"
 #include "coordinator/model_files.h"
+#include "coordinator/stored_model.h"
 #include "protocol/codec.h"
 #include "protocol/inproc_transport.h"
+#include "storage/manifest.h"
+#include "storage/mapped_file.h"
 #include "storage/safetensors.h"
 #include "tests/coordinator/core_harness.h"
 
@@ -150,6 +153,67 @@ TEST_F(ModelFilesTest, FilesOfRegisteredModelsAreServedWhileTheyAreWhatWasHashed
   EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kCorrupt);
   files.remove("m");
   EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kNotFound);
+}
+
+TEST_F(ModelFilesTest, AFolderInTheBlobStoreIsTheSameModelAndIsReadOutChunkByChunk) {
+  SystemClock clock;
+  auto registry = storage::Registry::in_memory(clock);
+  const auto big = [&](std::size_t bytes) {  // more than one chunk, tensors across its border
+    const std::vector<float> a(bytes / 4, 1.5f), b(7, 2.5f);
+    const std::vector<storage::TensorInfo> infos{
+        {"a", DType::kF32, {static_cast<std::int64_t>(a.size())}, std::as_bytes(std::span(a))},
+        {"b", DType::kF32, {7}, std::as_bytes(std::span(b))}};
+    ASSERT_TRUE(storage::write_safetensors(folder + "/model.safetensors", infos, {}).ok());
+  };
+  big((16u << 20) + 4096);
+  write("tokenizer.json", "{}");
+  const auto on_disk = hash();
+  ASSERT_TRUE(on_disk.ok()) << on_disk.status().message();
+  storage::Manifest manifest;
+  manifest.kind = ManifestKind::kModel;
+  std::map<std::string, std::vector<std::byte>> contents;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const auto file = storage::MappedFile::open(entry.path()).value();
+    const std::string name = entry.path().filename();
+    contents[name].assign(file->bytes().begin(), file->bytes().end());
+    manifest.tensors.push_back(storage::describe_tensor(
+        name, "u8", {static_cast<std::int64_t>(file->bytes().size())}, file->bytes()));
+    for (std::size_t i = 0; i < manifest.tensors.back().chunks.size(); ++i) {
+      const std::size_t at = i * kDigestLeafBytes;
+      const auto piece = file->bytes().subspan(
+          at, std::min<std::size_t>(kDigestLeafBytes, file->bytes().size() - at));
+      ASSERT_TRUE(registry->blobs().put_chunk(manifest.tensors.back().chunks[i], piece).ok());
+    }
+  }
+  const auto text = storage::encode_manifest(manifest);
+  const auto stored = describe_stored_model(*text, registry->blobs());
+  ASSERT_TRUE(stored.ok()) << stored.status().message();
+  EXPECT_EQ(stored->model.digest, on_disk->model.digest);
+  EXPECT_EQ(stored->manifest, on_disk->manifest);
+  EXPECT_EQ(stored->model.bytes, on_disk->model.bytes);
+
+  ModelRecord model = stored->model;
+  model.name = "m";
+  ServedFiles files(&registry->blobs());
+  files.add(model);
+  for (const ModelFile& file : model.files) {
+    std::vector<std::byte> read;
+    for (std::int64_t at = 0; at < file.bytes; at += kDigestLeafBytes) {
+      const auto piece = files.read(file.root, at, kDigestLeafBytes);
+      ASSERT_TRUE(piece.ok()) << piece.status().message();
+      EXPECT_EQ(piece->total_bytes, file.bytes);
+      read.insert(read.end(), piece->bytes.begin(), piece->bytes.end());
+    }
+    EXPECT_EQ(read, contents.at(file.path)) << file.path;
+  }
+  // A file that belongs to no folder, and a chunk that is not there.
+  manifest.tensors.push_back(
+      storage::describe_tensor("run.sh", "u8", {2}, std::as_bytes(std::span("x", 2))));
+  EXPECT_EQ(
+      describe_stored_model(*storage::encode_manifest(manifest), registry->blobs()).status().code(),
+      StatusCode::kInvalid);
+  auto empty = storage::Registry::in_memory(clock);
+  EXPECT_EQ(describe_stored_model(*text, empty->blobs()).status().code(), StatusCode::kNotFound);
 }
 
 TEST(BulkServer, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone) {

@@ -79,5 +79,44 @@ TEST(JobSpec, NeedsModelDatasetAndAdapter) {
   EXPECT_EQ(JobSpec::parse(spec->to_json())->to_json(), spec->to_json());
 }
 
+TEST(JobSpec, AFullFineTuneHasItsOwnLearningRateAndPublishesUnderAName) {
+  const auto spec = JobSpec::parse(
+      R"({"model":"m","dataset":"d","name":"n","train":{"method":"full","dp":2,
+          "gradient_accumulation_steps":2}})");
+  ASSERT_TRUE(spec.ok()) << spec.status().to_string();
+  EXPECT_EQ(spec->train.learning_rate, 2e-5);
+  EXPECT_EQ(spec->published_name(), "n");
+  EXPECT_EQ(JobSpec::parse(spec->to_json())->to_json(), spec->to_json());
+  EXPECT_EQ(TrainSettings::parse(R"({"method":"full","learning_rate":3e-4})")->learning_rate, 3e-4);
+  const auto refused = [](const std::string& json, const std::string& word) {
+    const auto r = JobSpec::parse(json);
+    ASSERT_FALSE(r.ok()) << json;
+    EXPECT_NE(r.status().message().find(word), std::string::npos) << r.status().message();
+  };
+  refused(R"({"model":"m","dataset":"d","adapter":"a","train":{"method":"full"}})", "--name");
+  refused(R"({"model":"m","dataset":"d","name":"n"})", "--adapter");
+  refused(R"({"model":"m","dataset":"d","name":"n","train":{"method":"full","lora_r":8}})",
+          "lora_r is of method");
+}
+
+TEST(TrainSettings, AnElasticJobRunsWithAnyDpThatDealsItsMicroBatchesEvenly) {
+  const auto elastic =
+      TrainSettings::parse(R"({"dp":6,"dp_min":2,"gradient_accumulation_steps":12})");
+  ASSERT_TRUE(elastic.ok()) << elastic.status().to_string();
+  EXPECT_EQ(elastic->dp_choices(), (std::vector<std::int64_t>{6, 4, 3, 2}));
+  EXPECT_EQ(TrainSettings::parse(elastic->to_json())->to_json(), elastic->to_json());
+  const auto plain = TrainSettings::parse(R"({"dp":6,"gradient_accumulation_steps":12})");
+  EXPECT_EQ(plain->dp_choices(), (std::vector<std::int64_t>{6}));
+  EXPECT_EQ(plain->to_json().find("dp_min"), std::string::npos) << "an older worker reads it";
+  EXPECT_FALSE(TrainSettings::parse(R"({"dp":2,"dp_min":3,"gradient_accumulation_steps":6})").ok());
+  EXPECT_FALSE(
+      TrainSettings::parse(R"({"dp":4,"dp_min":1,"zero":1,"gradient_accumulation_steps":4})").ok());
+}
+
+TEST(JobSpec, ALoraIsWrittenSoThatAnOlderWorkerReadsIt) {
+  const auto spec = JobSpec::parse(R"({"model":"m","dataset":"d","adapter":"a"})");
+  EXPECT_EQ(spec->to_json().find("\"name\""), std::string::npos);
+}
+
 }  // namespace
 }  // namespace tandem::protocol

@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -23,7 +24,7 @@ constexpr int kEngines = 3, kClients = 3;
 struct Outcome {
   std::vector<std::string> violations;
   std::uint64_t crashes = 0, deaths = 0, failed_commits = 0, done = 0, cancelled = 0, tokens = 0,
-                cached = 0, gangs = 0, replicas = 0;
+                cached = 0, gangs = 0, replicas = 0, preempted = 0, resized = 0;
 };
 
 /// A registry with one base and one data set, as model.add and data.add leave it.
@@ -87,7 +88,8 @@ class World {
     Random& random = network_.random();
     SimClient& client = *clients_[random.below(kClients)];
     if (network_.chance(0.10f))
-      client.submit(str("adapter-", random.below(3)), static_cast<int>(1 + random.below(3)));
+      client.submit(str("adapter-", random.below(3)), static_cast<int>(1 + random.below(3)),
+                    network_.chance(0.3f), static_cast<int>(random.below(3)));
     if (network_.chance(0.5f)) {
       const std::string name = network_.chance(0.5f) ? "base" : str("adapter-", random.below(3));
       // A request for a name that is not there yet would rightly be refused: ask for what is.
@@ -176,6 +178,11 @@ class World {
     const auto say = [&](const std::string& what) { outcome.violations.push_back(what); };
     int versions = 0;
     for (const auto& [key, adapter] : tables.adapters) versions += adapter.job == job.id.value;
+    outcome.preempted += job.preempted_unix_ms > 0 ? 1 : 0;
+    const auto last = static_cast<std::int64_t>(job.members.size());
+    outcome.resized += job.sizes.size() > 1 && last > 0 && last < job.ranks ? 1 : 0;
+    if (last > 0 && std::find(job.sizes.begin(), job.sizes.end(), last) == job.sizes.end())
+      say(str(job.id, " ran with ", last, " ranks, which it does not allow"));
     if (!coordinator::is_terminal(job.state))
       return say(str(job.id, " is still ", job_state_name(job.state), ": ", job.error));
     if (job.state == JobState::kSucceeded) {
@@ -244,6 +251,8 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
     sum.cached += outcome.cached;
     sum.gangs += outcome.gangs;
     sum.replicas += outcome.replicas;
+    sum.preempted += outcome.preempted;
+    sum.resized += outcome.resized;
   }
   if (only == 0 && seeds >= 50) {
     // The storm was one: a simulation in which nothing happens proves nothing.
@@ -255,11 +264,14 @@ TEST(CoordinatorSimulation, EveryPromiseHoldsWhateverTheNetworkLosesAndWhoeverDi
     EXPECT_GT(sum.cached, 0u);
     EXPECT_GT(sum.gangs, seeds);
     EXPECT_GT(sum.replicas, seeds);
+    EXPECT_GT(sum.preempted, seeds / 4);
+    EXPECT_GT(sum.resized, 0u);
   }
   std::cout << seeds << " seeds: " << sum.crashes << " coordinator crashes, " << sum.deaths
             << " engine deaths, " << sum.failed_commits << " failed commits, " << sum.done
             << " jobs done, " << sum.gangs << " gangs started (" << sum.replicas
-            << " of replicas), " << sum.cancelled << " cancelled, " << sum.tokens << " tokens, "
+            << " of replicas), " << sum.preempted << " preempted, " << sum.resized
+            << " with fewer ranks, " << sum.cancelled << " cancelled, " << sum.tokens << " tokens, "
             << sum.cached << " cached answers\n";
 }
 

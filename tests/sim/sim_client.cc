@@ -27,11 +27,17 @@ SimClient::SimClient(Network& network, SimCoordinator& coordinator, int number, 
   network_.after(1, [again] { (*again)(); });
 }
 
-void SimClient::submit(std::string adapter, int ranks) {
+void SimClient::submit(std::string adapter, int ranks, bool elastic, int priority) {
   Submission submission;
   submission.key = str(peer_, "-key-", ++counter_);
-  const nlohmann::json spec{
-      {"model", model_}, {"dataset", "rows"}, {"adapter", adapter}, {"train", {{"tp", ranks}}}};
+  const nlohmann::json train =
+      elastic ? nlohmann::json{{"dp", ranks}, {"dp_min", 1}, {"gradient_accumulation_steps", ranks}}
+              : nlohmann::json{{"tp", ranks}};
+  const nlohmann::json spec{{"model", model_},
+                            {"dataset", "rows"},
+                            {"adapter", adapter},
+                            {"priority", priority},
+                            {"train", train}};
   submission.params = nlohmann::json{{"spec", spec}}.dump();
   submissions_[submission.key] = std::move(submission);
 }

@@ -34,7 +34,8 @@ class SimClient {
 
   SimClient(Network& network, SimCoordinator& coordinator, int number, std::string model);
 
-  void submit(std::string adapter, int ranks = 1);
+  /// `elastic`: data-parallel, with as few ranks as one.
+  void submit(std::string adapter, int ranks, bool elastic, int priority);
   /// A replica of two ranks.
   void add_replica();
   /// Removes the oldest acknowledged replica, or all there will be, for as long as that takes.

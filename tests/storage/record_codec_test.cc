@@ -52,15 +52,18 @@ void expect_round_trip(const Record& record) {
 }
 
 TEST(RecordCodec, RoundTripsEveryRecord) {
-  expect_round_trip(ModelRecord{"m",
-                                sha256("1"),
-                                "/p",
-                                true,
-                                "llama",
-                                5,
-                                {{"f", 1, 2, 3, sha256("f")}, {"g", 4, 5, 6, {}}},
-                                7,
-                                "{}"});
+  expect_round_trip(
+      ModelRecord{"m",
+                  sha256("1"),
+                  "/p",
+                  true,
+                  "llama",
+                  5,
+                  {{"f", 1, 2, 3, sha256("f"), {sha256("c"), sha256("d")}}, {"g", 4, 5, 6, {}, {}}},
+                  7,
+                  "{}",
+                  "job-1",
+                  sha256("base")});
   expect_round_trip(AdapterVersionRecord{"a", 3, sha256("1"), sha256("2"), "job", 4, "{}"});
   expect_round_trip(
       AliasRecord{"a", "b", 2, sha256("1"), true, 4, {{"b", 1, sha256("0"), 9, "publish"}}});

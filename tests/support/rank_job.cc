@@ -4,8 +4,8 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/random.h"
 #include "tests/support/exact_backend.h"
-#include "worker/model/gathered_weights.h"
 #include "worker/model/tensor_source.h"
+#include "worker/model/weight_door.h"
 #include "worker/train/ranks.h"
 #include "worker/train/state_pieces.h"
 
@@ -79,20 +79,13 @@ struct RankEngine {
     TANDEM_CHECK(
         model::check_shard(config, job.layout.tp, job.layout.pp, job.layout.virtual_pp).ok());
     source = model::make_random_source(config, 7);
-    const bool gather = job.layout.zero == 3 && !job.full;
-    auto base = model::BaseWeights::load(*backend.ops, exec, weight_arena, config, dtype, *source,
-                                         ranks.shard(config), !gather);
-    TANDEM_CHECK(base.ok(), base.status().to_string());
-    if (gather) {
-      auto door = std::make_unique<model::GatheredWeights>(*backend.ops, exec, *ranks.groups.dp,
-                                                           weight_arena, *base);
-      door->load_parts(weight_arena, *source);
-      weights = std::move(door);
-    } else {
-      weights = model::make_resident_weights(*base);
-    }
-    adapters.emplace(*backend.ops, exec, table_arena, (*base)->config(), 1);
     context.emplace(model::Context{*backend.ops, exec, *ranks.groups.tp, activation_arena, dtype});
+    auto held =
+        model::hold_weights(*context, *ranks.groups.dp, weight_arena, config, *source,
+                            ranks.shard(config), model::holding_beside(job.full, job.layout.zero));
+    TANDEM_CHECK(held.ok(), held.status().to_string());
+    weights = std::move(held->door);
+    adapters.emplace(*backend.ops, exec, table_arena, held->base->config(), 1);
   }
 
   kernels::Backend backend;
@@ -180,6 +173,9 @@ RankResult run_rank(comm::Communicator& gang, const RankJob& job) {
     }
   }
   result.state = (*session)->export_state();
+  if (job.publish)
+    (void)(*session)->probe_published(std::vector<std::int32_t>(train::kProbeTokens, 0),
+                                      *engine.source);
   for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
     result.peak_bytes.push_back(engine.backend.ledger->peak(MemoryKind{kind}));
   result.peak_bytes.push_back(engine.backend.ledger->peak_total());

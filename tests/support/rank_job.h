@@ -26,6 +26,7 @@ struct RankJob {
   std::string recompute = "none";
   bool eval = false;
   bool uniform = false;  ///< every micro-batch as large as the bounds
+  bool publish = false;  ///< at the end what it trained is probed, as a full job of one rank is
   /// Starts from this whole state; null: from the beginning.
   const worker::train::TrainState* resume = nullptr;
   /// Stops (after a whole step) when so many are done; 0: at the end; -1: before the first.

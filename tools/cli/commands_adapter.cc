@@ -1,3 +1,4 @@
+#include "storage/file_io.h"
 #include "storage/peft.h"
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
@@ -41,6 +42,45 @@ Result<std::vector<storage::AdapterTensors>> to_peft_sites(
 }
 
 }  // namespace
+
+Status fetch_model(Session& session, const Json& model, const std::string& directory) {
+  const std::string name = field(model, "name");
+  const Json files = model.value("files", Json::array());
+  for (const auto& file : files)
+    if (const std::string path = field(file, "path");
+        path.empty() || path.find('/') != std::string::npos)
+      return refused_error(path.empty()
+                               ? str("model ", name, " is one GGUF file, ", field(model, "path"),
+                                     ", not a folder; copy that file")
+                               : str("model ", name, " names a file outside its folder: ", path));
+  TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
+  TANDEM_RETURN_IF_ERROR(storage::make_directories(directory));
+  TANDEM_RETURN_IF_ERROR(
+      storage::require_free_space(directory, model.value("bytes", std::int64_t{0})));
+  for (const auto& file : files) {
+    TANDEM_ASSIGN_OR_RETURN(const Digest root, Digest::parse(field(file, "digest")));
+    TANDEM_RETURN_IF_ERROR(bulk->get_content(root, directory + "/" + field(file, "path")));
+  }
+  return {};
+}
+
+Status run_model_export(Session& session, const std::string& name, const std::string& directory) {
+  std::error_code error;
+  if (std::filesystem::exists(directory, error) && !std::filesystem::is_empty(directory, error))
+    return conflict_error(directory + " is not an empty folder; nothing was written");
+  TANDEM_ASSIGN_OR_RETURN(const Json model, session.call("model.show", {{"model", name}}));
+  TANDEM_RETURN_IF_ERROR(fetch_model(session, model, directory));
+  const Json result{{"model", name},
+                    {"digest", field(model, "digest")},
+                    {"directory", directory},
+                    {"bytes", model.value("bytes", std::int64_t{0})}};
+  if (session.json())
+    std::cout << result.dump() << "\n";
+  else
+    std::cout << "exported " << name << " (" << bytes_field(model, "bytes") << ") to " << directory
+              << "\n";
+  return {};
+}
 
 Status run_adapter_export(Session& session, const std::string& name, const std::string& directory) {
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.manifest", {{"adapter", name}}));

@@ -46,7 +46,8 @@ Json from_yaml(const YAML::Node& node) {
   return scalar_value(node.Scalar(), node.Tag() == "!");
 }
 
-/// A job file: model, data, eval_data, adapter, priority and training settings, side by side.
+/// A job file: model, data, eval_data, adapter or name, priority and training settings, side by
+/// side.
 Result<Json> read_job_file(const std::string& path) {
   try {
     Json file = from_yaml(YAML::LoadFile(path));
@@ -60,7 +61,7 @@ Result<Json> read_job_file(const std::string& path) {
 }
 
 struct JobRequest {
-  std::string model, data, eval_data, adapter;
+  std::string model, data, eval_data, adapter, name;
   std::int64_t priority = 0;
   Json train = Json::object();
 };
@@ -82,6 +83,8 @@ Result<JobRequest> merge(const TrainOptions& options) {
         request.eval_data = text();
       else if (name == "adapter")
         request.adapter = text();
+      else if (name == "name")
+        request.name = text();
       else if (name == "priority" && value.is_number_integer())
         request.priority = value.get<std::int64_t>();
       else
@@ -92,6 +95,7 @@ Result<JobRequest> merge(const TrainOptions& options) {
   if (!options.data.empty()) request.data = options.data;
   if (!options.eval_data.empty()) request.eval_data = options.eval_data;
   if (!options.adapter.empty()) request.adapter = options.adapter;
+  if (!options.name.empty()) request.name = options.name;
   if (options.priority != 0) request.priority = options.priority;
   for (const auto& [name, value] : options.settings) {
     if (name == "target_modules" && value.find(',') != std::string::npos) {
@@ -220,15 +224,17 @@ Status follow(Session& session, const std::string& job) {
 
 Status run_train(Session& session, const TrainOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const JobRequest request, merge(options));
-  for (const auto& [flag, value] : {std::pair{"--model", request.model},
-                                    {"--data", request.data},
-                                    {"--adapter", request.adapter}})
+  for (const auto& [flag, value] : {std::pair{"--model", request.model}, {"--data", request.data}})
     if (value.empty())
       return invalid_error(str("tandem train needs ", flag, " (or the same in the job file)"));
   Json spec{{"model", request.model},
             {"adapter", request.adapter},
             {"priority", request.priority},
             {"train", request.train}};
+  if (!request.name.empty()) spec["name"] = request.name;
+  Json named = spec;
+  named["dataset"] = "uploaded below";
+  TANDEM_RETURN_IF_ERROR(protocol::JobSpec::parse(named.dump()).status());
   TANDEM_RETURN_IF_ERROR(check_data(session, request, request.data));
   TANDEM_ASSIGN_OR_RETURN(spec["dataset"], resolve_data(session, request.data));
   if (!request.eval_data.empty()) {

@@ -1,14 +1,12 @@
 // tandem adapter merge: a base with one adapter inside it, as a folder of its own.
 #include "protocol/base/units.h"
 #include "storage/file_io.h"
-#include "storage/gguf.h"
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
 #include "worker/model/merge.h"
 #include "worker/runtime/adapter_codec.h"
-#include "worker/text/tokenizer.h"
+#include "worker/runtime/model_folder.h"
 
-#include <array>
 #include <filesystem>
 #include <iostream>
 
@@ -18,35 +16,17 @@ namespace {
 namespace fs = std::filesystem;
 namespace model = worker::model;
 
-Status write_text(const std::string& path, const std::string& text) {
-  const std::array<std::span<const std::byte>, 1> parts{std::as_bytes(std::span(text))};
-  return storage::write_file_durably(path, parts);
-}
-
-/// config.json and tokenizer of a base folder, with the dtype that the weights have now.
-Status copy_texts(const std::string& base, const std::string& folder, DType dtype) {
-  TANDEM_ASSIGN_OR_RETURN(const std::string text,
-                          storage::read_file(base + "/config.json", model::kConfigBytesMax));
-  Json config = Json::parse(text);
-  config.erase("dtype");
-  config["torch_dtype"] = dtype == DType::kF32 ? "float32" : "bfloat16";
-  TANDEM_RETURN_IF_ERROR(write_text(folder + "/config.json", config.dump(2) + "\n"));
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                           "chat_template.jinja", "generation_config.json"})
-    if (const std::string from = str(base, "/", name); fs::exists(from))
-      TANDEM_RETURN_IF_ERROR(storage::copy_file_durably(from, str(folder, "/", name)));
-  return {};
-}
-
-Status write_texts(const model::LoadedModel& base, const std::string& folder, DType dtype) {
-  TANDEM_ASSIGN_OR_RETURN(const std::string config, model::hf_config_json(base.config, dtype));
-  storage::GgufTokenizer data = *base.tokenizer.gguf;
-  data.chat_template = base.chat_template;
-  TANDEM_ASSIGN_OR_RETURN(const auto files, worker::text::hf_tokenizer_files(data));
-  TANDEM_RETURN_IF_ERROR(write_text(folder + "/config.json", config));
-  TANDEM_RETURN_IF_ERROR(write_text(folder + "/tokenizer.json", files.tokenizer_json));
-  return write_text(folder + "/tokenizer_config.json", files.tokenizer_config_json);
-}
+/// A folder that is gone when this is.
+struct Fetched {
+  const std::string folder = (fs::temp_directory_path() / random_id("tandem-base-", 12)).string();
+  Fetched() = default;
+  ~Fetched() {
+    std::error_code error;
+    fs::remove_all(folder, error);
+  }
+  Fetched(const Fetched&) = delete;
+  Fetched& operator=(const Fetched&) = delete;
+};
 
 }  // namespace
 
@@ -59,7 +39,12 @@ Status run_adapter_merge(Session& session, const std::string& name, const std::s
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.show", {{"adapter", name}}));
   TANDEM_ASSIGN_OR_RETURN(const Json base_shown,
                           session.call("model.show", {{"model", field(shown, "model")}}));
-  const std::string path = field(base_shown, "path");
+  std::string path = field(base_shown, "path");
+  const Fetched fetched;
+  if (path.empty()) {  // it lies in the registry
+    TANDEM_RETURN_IF_ERROR(fetch_model(session, base_shown, fetched.folder));
+    path = fetched.folder;
+  }
   if (!fs::exists(path, error))
     return not_found_error(str("the base model's path ", path,
                                " is not on this machine; merge where the coordinator runs"));
@@ -78,11 +63,7 @@ Status run_adapter_merge(Session& session, const std::string& name, const std::s
                           worker::runtime::unpack_adapter(shown.value("manifest", ""), base_digest,
                                                           base.config, fetch));
   TANDEM_RETURN_IF_ERROR(storage::make_directories(directory));
-  if (base.tokenizer.gguf) {
-    TANDEM_RETURN_IF_ERROR(write_texts(base, directory, dtype));
-  } else {
-    TANDEM_RETURN_IF_ERROR(copy_texts(path, directory, dtype));
-  }
+  TANDEM_RETURN_IF_ERROR(worker::runtime::write_model_texts(base, path, directory, dtype));
   TANDEM_RETURN_IF_ERROR(model::write_merged_weights(base, adapter, dtype, directory));
   const auto bytes = static_cast<std::int64_t>(fs::file_size(directory + "/model.safetensors"));
   const Json result{{"adapter", name},

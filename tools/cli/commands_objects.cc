@@ -38,6 +38,11 @@ std::string workers_of(const Json& row) {
   const std::size_t all = row.value("workers", Json::array()).size();
   return field(row, "worker") + (all > 1 ? str(" +", all - 1) : "");
 }
+/// Where a model was added from, or which job published it.
+std::string origin(const Json& row) {
+  const std::string job = field(row, "job");
+  return job.empty() || job == "-" ? field(row, "path") : job;
+}
 std::string progress(const Json& row) {
   return field(row, "step") + "/" + field(row, "total_steps");
 }
@@ -53,7 +58,7 @@ const std::map<std::string, Listing>& listings() {
          {"SIZE", bytes("bytes")},
          {"CONTEXT", text("context")},
          {"WORKERS", text("workers")},
-         {"PATH", text("path")}}}},
+         {"FROM", origin}}}},
       {"data",
        {"data.list",
         "data",
@@ -67,7 +72,7 @@ const std::map<std::string, Listing>& listings() {
         {{"JOB", text("job")},
          {"STATE", text("state")},
          {"MODEL", text("model")},
-         {"ADAPTER", text("adapter")},
+         {"PUBLISHES", text("publishes")},
          {"STEP", progress},
          {"LOSS", text("loss")},
          {"WORKER", workers_of},

@@ -123,6 +123,10 @@ void add_objects(CLI::App& app, Invocation& in) {
     named(*parent, in, "rm", "forget one",
           [&in, noun](Session& s) { return run_remove(s, noun, in.name); });
   }
+  named(*model, in, "export", "write a Hugging Face folder",
+        [&in](Session& s) { return run_model_export(s, in.name, in.path); })
+      ->add_option("directory", in.path, "new or empty folder to write")
+      ->required();
   named(*adapter, in, "export", "write a PEFT folder",
         [&in](Session& s) { return run_adapter_export(s, in.name, in.path); })
       ->add_option("directory", in.path, "folder to write")
@@ -158,7 +162,7 @@ void add_training_options(CLI::App& sub, Invocation& in) {
                 : field == "virtual_pipeline_size" ? ",--virtual-pp"
                                                    : ""),
            [&in, field](const std::string& v) { in.train.settings[field] = v; },
-           "[" + defaults[field].dump() + "]")
+           "[" + defaults.value(field, Json(0)).dump() + "]")
         ->type_name("X")
         ->group("Training settings (Hugging Face and PEFT names) [default]");
 }
@@ -172,7 +176,8 @@ void add_training(CLI::App& app, Invocation& in) {
       "--gradient-accumulation-steps 2\n"
       "  tandem train --model smol --data train.jsonl --adapter guide --pp 2\n"
       "  tandem train --model smol --data train.jsonl --adapter guide --layout auto "
-      "--gradient-accumulation-steps 4\n\n"
+      "--gradient-accumulation-steps 4\n"
+      "  tandem train --model smol --data train.jsonl --method full --name smol-guide\n\n"
       "dp x tp x pp ranks take as many workers of one host (tandem up --workers N) at once; their "
       "engines go on\nserving. A layout changes how a step is computed, not what: a step is "
       "gradient_accumulation_steps\nmicro-batches, dealt to the dp ranks. zero 1, 2, 3 shards "
@@ -182,7 +187,8 @@ void add_training(CLI::App& app, Invocation& in) {
   add_training_options(*train, in);
   train->add_option("--data", in.train.data, "JSON lines file, or a data set's name or digest");
   train->add_option("--eval-data", in.train.eval_data, "the same, for evaluation");
-  train->add_option("--adapter", in.train.adapter, "name to publish under");
+  train->add_option("--adapter", in.train.adapter, "name to publish under (method lora)");
+  train->add_option("--name", in.train.name, "name of the new model (method full)");
   train->add_option("--priority", in.train.priority, "-100..100, higher first [0]")
       ->check(CLI::Range(-100, 100));
   train->add_flag("--follow", in.train.follow, "show progress until it ends; Ctrl-C detaches");

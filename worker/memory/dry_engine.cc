@@ -1,6 +1,5 @@
 #include "worker/memory/dry_engine.h"
 
-#include "worker/model/gathered_weights.h"
 #include "worker/model/tensor_source.h"
 
 namespace tandem::worker::memory {
@@ -40,18 +39,11 @@ Result<std::unique_ptr<DryEngine>> DryEngine::create(const kernels::DeviceProfil
   std::unique_ptr<DryEngine> engine(new DryEngine(profile, dtype, place, std::move(watchers)));
   engine->source = model::make_zero_source();
   TANDEM_ASSIGN_OR_RETURN(
-      engine->base, model::BaseWeights::load(*engine->backend_.ops, engine->exec_,
-                                             engine->weight_arena_, config, dtype, *engine->source,
-                                             engine->ranks.shard(config), !place.gathers_base));
-  if (place.gathers_base) {
-    auto door = std::make_unique<model::GatheredWeights>(*engine->backend_.ops, engine->exec_,
-                                                         *engine->ranks.groups.dp,
-                                                         engine->weight_arena_, engine->base);
-    door->load_parts(engine->weight_arena_, *engine->source);
-    engine->weights = std::move(door);
-  } else {
-    engine->weights = model::make_resident_weights(engine->base);
-  }
+      auto held,
+      model::hold_weights(engine->context, *engine->ranks.groups.dp, engine->weight_arena_, config,
+                          *engine->source, engine->ranks.shard(config), place.holding));
+  engine->base = std::move(held.base);
+  engine->weights = std::move(held.door);
   engine->adapters = std::make_unique<model::AdapterTable>(*engine->backend_.ops, engine->exec_,
                                                            engine->table_arena_,
                                                            engine->base->config(), adapter_slots);

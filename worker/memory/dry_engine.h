@@ -4,18 +4,18 @@
 #include "kernels/meta/meta_backend.h"
 #include "worker/model/adapter.h"
 #include "worker/model/context.h"
+#include "worker/model/weight_door.h"
 #include "worker/train/ranks.h"
 
 #include <memory>
 
 namespace tandem::worker::memory {
 
-/// Which rank of which gang is planned for, and whether its blocks are gathered when they are used
-/// (a frozen base under ZeRO 3).
+/// Which rank of which gang is planned for, and how it holds the base model.
 struct DryRank {
   comm::Layout layout;
   int rank = 0;
-  bool gathers_base = false;
+  model::Holding holding = model::Holding::kWhole;
 };
 
 /// Who hears of the costs of what a dry run issues; empty: nobody.

@@ -93,11 +93,11 @@ Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::Mod
                          const train::BatchBounds& bounds, const TrainingPlan& plan,
                          std::int64_t micro_batches, Recorder* recorder) {
   TANDEM_RETURN_IF_ERROR(check_bounds(bounds));
-  const bool gathers_base = plan.layout.zero == 3 && settings.method == "lora";
+  const model::Holding holding = model::holding_beside(settings.full(), plan.layout.zero);
   TANDEM_ASSIGN_OR_RETURN(
       const auto engine,
       DryEngine::create(profile, config, dtype, plan.adapter_slots,
-                        {plan.layout, plan.rank, gathers_base},
+                        {plan.layout, plan.rank, holding},
                         recorder != nullptr ? recorder->watchers() : DryWatchers{}));
   const data::MicroBatch batch = batch_at(bounds);
   std::vector<data::MicroBatch> eval;
@@ -115,8 +115,12 @@ Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::Mod
     TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
     static_cast<void>(event);
   }
-  if (plan.publish && plan.layout.ranks() == 1 && settings.method == "lora")
-    publish(*engine, *session, dtype);
+  if (plan.publish && plan.layout.ranks() == 1) {
+    if (settings.full())
+      session->probe_published(std::vector<std::int32_t>(train::kProbeTokens, 0), *engine->source);
+    else
+      publish(*engine, *session, dtype);
+  }
   return read_ledger(engine->ledger());
 }
 
@@ -191,6 +195,7 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
                                             const protocol::TrainSettings& settings,
                                             const train::BatchBounds& bounds) {
   const comm::Layout layout = train::layout_of(settings);
+  const bool full = settings.method == "full";  // a LoRA of a gang is published without its device
   const Status cut = model::check_shard(config, layout.tp, layout.pp, layout.virtual_pp);
   if (!cut.ok()) {
     int tp = layout.tp;
@@ -205,7 +210,7 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
   for (int rank = 0; rank < layout.ranks(); ++rank) {
     TANDEM_ASSIGN_OR_RETURN(ranks.emplace_back(),
                             estimate_training(profile, config, dtype, settings, bounds,
-                                              TrainingPlan{1, true, false, layout, rank}));
+                                              TrainingPlan{1, true, full, layout, rank}));
   }
   return ranks;
 }
@@ -216,9 +221,8 @@ Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                                   const comm::Layout& gang, int rank) {
   comm::Layout layout = gang;
   layout.balance = comm::StageBalance::kBlocks;
-  TANDEM_ASSIGN_OR_RETURN(
-      const auto engine,
-      DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank, false}));
+  TANDEM_ASSIGN_OR_RETURN(const auto engine,
+                          DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank}));
   const ManualClock clock;
   const comm::Groups& groups = engine->ranks.groups;
   const auto link = serve::make_comm_link(*groups.model, engine->context);

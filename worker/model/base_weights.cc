@@ -168,21 +168,36 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
   return specs;
 }
 
-Result<std::shared_ptr<const BaseWeights>> BaseWeights::load(
-    kernels::Ops& ops, kernels::Exec& exec, kernels::Arena& arena, const ModelConfig& whole,
-    DType dtype, const TensorSource& whole_source, const ModelShard& shard, bool with_blocks) {
+Result<std::shared_ptr<BaseWeights>> BaseWeights::describe(const ModelConfig& whole, DType dtype,
+                                                           const TensorSource& source,
+                                                           const ModelShard& shard) {
   TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF64,
                dtype_name(dtype));
   TANDEM_RETURN_IF_ERROR(whole.validate());
   for (const TensorSpec& spec : expected_tensors(whole))
-    TANDEM_RETURN_IF_ERROR(whole_source.has(spec.name, spec.n, spec.i));
+    TANDEM_RETURN_IF_ERROR(source.has(spec.name, spec.n, spec.i));
   auto weights = std::make_shared<BaseWeights>();
-  const ModelConfig config = local_config(whole, shard);
-  weights->config_ = config;
+  weights->config_ = local_config(whole, shard);
   weights->whole_config_ = whole;
   weights->shard_ = shard;
   weights->shard_.stages = shard.stages_of(whole);
   weights->dtype_ = dtype;
+  return weights;
+}
+
+Result<std::shared_ptr<const BaseWeights>> BaseWeights::sizes_alone(const ModelConfig& config,
+                                                                    DType dtype,
+                                                                    const TensorSource& source,
+                                                                    const ModelShard& shard) {
+  TANDEM_ASSIGN_OR_RETURN(auto weights, describe(config, dtype, source, shard));
+  return std::shared_ptr<const BaseWeights>(std::move(weights));
+}
+
+Result<std::shared_ptr<const BaseWeights>> BaseWeights::load(
+    kernels::Ops& ops, kernels::Exec& exec, kernels::Arena& arena, const ModelConfig& whole,
+    DType dtype, const TensorSource& whole_source, const ModelShard& shard, bool with_blocks) {
+  TANDEM_ASSIGN_OR_RETURN(auto weights, describe(whole, dtype, whole_source, shard));
+  const ModelConfig& config = weights->config_;
   const std::unique_ptr<TensorSource> part = make_shard_source(whole_source, whole, shard);
   const TensorSource& source = shard.tp_size == 1 ? whole_source : *part;
   Loader loader(ops, exec, arena, config, dtype, source);

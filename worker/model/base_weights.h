@@ -81,6 +81,11 @@ class BaseWeights {
                                                          const TensorSource& source,
                                                          const ModelShard& shard = {},
                                                          bool with_blocks = true);
+  /// Checked alike, but no tensor is read or made: for whoever asks about the model's sizes alone.
+  static Result<std::shared_ptr<const BaseWeights>> sizes_alone(const ModelConfig& config,
+                                                                DType dtype,
+                                                                const TensorSource& source,
+                                                                const ModelShard& shard);
   /// Sizes as this rank's ops see them (local_config).
   [[nodiscard]] const ModelConfig& config() const { return config_; }
   /// The model as its checkpoint has it, and this rank's part.
@@ -101,6 +106,9 @@ class BaseWeights {
   }
 
  private:
+  static Result<std::shared_ptr<BaseWeights>> describe(const ModelConfig& config, DType dtype,
+                                                       const TensorSource& source,
+                                                       const ModelShard& shard);
   ModelConfig config_, whole_config_;
   ModelShard shard_;
   DType dtype_ = DType::kF32;

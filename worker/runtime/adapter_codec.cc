@@ -1,6 +1,7 @@
 #include "worker/runtime/adapter_codec.h"
 
 #include "worker/model/peft.h"
+#include "worker/runtime/checkpoint_pieces.h"
 
 #include <nlohmann/json.hpp>
 
@@ -65,13 +66,6 @@ Result<PackedObject> finish(PackedObject object, storage::Manifest& manifest,
   return object;
 }
 
-Status check_base(const Json& settings, const Digest& base_model) {
-  const std::string base = settings.value("base_model", "");
-  if (base == base_model.hex()) return {};
-  return conflict_error(
-      str("the adapter belongs to base model ", base.substr(0, 12), ", this one is ", base_model));
-}
-
 /// All tensors of a manifest as f32, in the manifest's order.
 Result<std::vector<std::vector<float>>> fetch_tensors(const storage::Manifest& manifest,
                                                       const FetchBlobs& fetch) {
@@ -115,6 +109,20 @@ std::optional<std::pair<std::string, char>> split_name(const std::string& name,
   return std::nullopt;
 }
 
+/// Of a checkpoint the adapter's whole tensors alone: moments and pieces are not an adapter's.
+Status take_adapter(const std::string& text, const Digest& base_model, const FetchBlobs& fetch,
+                    storage::Manifest& manifest, std::vector<std::vector<float>>& values) {
+  TANDEM_ASSIGN_OR_RETURN(const auto source, CheckpointSource::open(text, base_model, fetch));
+  manifest.tensors.clear();
+  for (const auto& [name, shape] : source->shapes()) {
+    if (!split_name(name, manifest.kind)) continue;
+    TANDEM_ASSIGN_OR_RETURN(auto tensor, source->whole(name));
+    manifest.tensors.push_back({name, dtype_name(DType::kF32), shape, 0, {}, {}});
+    values.push_back(std::move(tensor.values));
+  }
+  return {};
+}
+
 Status check_shape(const storage::ManifestTensor& tensor, std::int64_t rows, std::int64_t columns) {
   if (tensor.shape == std::vector<std::int64_t>{rows, columns}) return {};
   std::string actual;
@@ -124,6 +132,18 @@ Status check_shape(const storage::ManifestTensor& tensor, std::int64_t rows, std
 }
 
 }  // namespace
+
+Json checkpoint_settings(const Digest& base_model, const storage::PeftConfig* config) {
+  if (config != nullptr) return lora_settings(base_model, *config);
+  return {{"base_model", base_model.hex()}, {"method", "full"}};
+}
+
+Status check_base(const Json& settings, const Digest& base_model) {
+  const std::string base = settings.value("base_model", "");
+  if (base == base_model.hex()) return {};
+  return conflict_error(
+      str("the adapter belongs to base model ", base.substr(0, 12), ", this one is ", base_model));
+}
 
 FetchBlobs PackedObject::fetch() const {
   return [this](std::span<const Digest> digests) -> Result<std::vector<std::vector<std::byte>>> {
@@ -170,14 +190,14 @@ Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftC
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
 
-Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
+Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig* config,
                                      std::shared_ptr<const train::TrainState> state) {
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kCheckpoint;
   for (const auto& t : state->tensors)
     add_tensor(object, manifest, t.name, DType::kF32, t.shape, std::as_bytes(std::span(t.values)));
-  Json settings = lora_settings(base_model, config);
+  Json settings = checkpoint_settings(base_model, config);
   settings["state"] = state->json;
   object.storage = std::move(state);
   return finish(std::move(object), manifest, settings);
@@ -227,10 +247,12 @@ Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& 
   TANDEM_ASSIGN_OR_RETURN(const storage::PeftConfig config, manifest_lora(manifest));
   TANDEM_RETURN_IF_ERROR(
       check_base(Json::parse(manifest.settings_json, nullptr, false), base_model));
-  if (manifest.kind == storage::ManifestKind::kCheckpoint)  // moments are not the adapter's
-    std::erase_if(manifest.tensors,
-                  [&](const auto& t) { return !split_name(t.name, manifest.kind); });
-  TANDEM_ASSIGN_OR_RETURN(auto values, fetch_tensors(manifest, fetch));
+  std::vector<std::vector<float>> values;
+  if (manifest.kind == storage::ManifestKind::kCheckpoint) {
+    TANDEM_RETURN_IF_ERROR(take_adapter(text, base_model, fetch, manifest, values));
+  } else {
+    TANDEM_ASSIGN_OR_RETURN(values, fetch_tensors(manifest, fetch));
+  }
   std::map<std::pair<std::int64_t, model::Site>, model::HostAdapterTensor> sites;
   for (std::size_t i = 0; i < manifest.tensors.size(); ++i) {
     const auto& tensor = manifest.tensors[i];
@@ -267,17 +289,12 @@ Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& 
 
 Result<train::TrainState> unpack_checkpoint(const std::string& text, const Digest& base_model,
                                             const FetchBlobs& fetch) {
-  TANDEM_ASSIGN_OR_RETURN(storage::Manifest manifest, storage::parse_manifest(text));
-  if (manifest.kind != storage::ManifestKind::kCheckpoint)
-    return corrupt_error("not a checkpoint's manifest");
-  const Json settings = Json::parse(manifest.settings_json, nullptr, false);
-  TANDEM_RETURN_IF_ERROR(check_base(settings, base_model));
-  TANDEM_ASSIGN_OR_RETURN(auto values, fetch_tensors(manifest, fetch));
+  TANDEM_ASSIGN_OR_RETURN(const auto source, CheckpointSource::open(text, base_model, fetch));
   train::TrainState state;
-  state.json = settings.value("state", "");
-  for (std::size_t i = 0; i < manifest.tensors.size(); ++i)
-    state.tensors.push_back(
-        {manifest.tensors[i].name, manifest.tensors[i].shape, std::move(values[i])});
+  state.json = source->state_json();
+  for (const auto& [name, shape] : source->shapes()) {
+    TANDEM_ASSIGN_OR_RETURN(state.tensors.emplace_back(), source->whole(name));
+  }
   return state;
 }
 

@@ -10,6 +10,8 @@
 #include "worker/runtime/bulk_client.h"
 #include "worker/train/train_session.h"
 
+#include <nlohmann/json_fwd.hpp>
+
 #include <functional>
 #include <memory>
 #include <span>
@@ -39,7 +41,8 @@ struct PackedObject {
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
                                   std::shared_ptr<const model::FlatAdapter> adapter,
                                   const std::function<void(const BlobView&)>& on_blob = {});
-Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig& config,
+/// `config` null: of a full fine-tune.
+Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig* config,
                                      std::shared_ptr<const train::TrainState> state);
 
 /// A PEFT folder's adapter, bit for bit in the dtypes it has. The adapter outlives what comes back.
@@ -54,6 +57,11 @@ Result<std::vector<model::HostAdapterTensor>> unpack_adapter(const std::string& 
                                                              const FetchBlobs& fetch);
 Result<train::TrainState> unpack_checkpoint(const std::string& manifest, const Digest& base_model,
                                             const FetchBlobs& fetch);
+
+/// A checkpoint's settings but for its state. `config` null: of a full fine-tune.
+nlohmann::json checkpoint_settings(const Digest& base_model, const storage::PeftConfig* config);
+/// conflict_error: the settings are of another base.
+Status check_base(const nlohmann::json& settings, const Digest& base_model);
 
 /// The mathematics of a manifest's "settings" as PEFT's configuration (export, scales).
 Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest);

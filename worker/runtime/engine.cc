@@ -255,7 +255,7 @@ class Engine {
 
   Result<std::string> estimate_layout(const protocol::TrainSettings& settings,
                                       const model::ModelConfig& config) {
-    if (settings.ranks() > 1) return estimate_gang(settings, config);
+    if (settings.ranks() > 1 || settings.full()) return estimate_gang(settings, config);
     TANDEM_ASSIGN_OR_RETURN(
         const auto estimate,
         memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
@@ -312,12 +312,22 @@ class Engine {
   Result<std::string> estimate_gang(const protocol::TrainSettings& settings,
                                     const model::ModelConfig& config) {
     if (options_.device != "cpu")
-      return refused_error(str("a job of ", settings.ranks(), " ranks needs CPU workers so far; ",
-                               options_.worker, " is a GPU's; use dp 1, tp 1, pp 1"));
+      return refused_error(
+          str("a job ", settings.full() ? "of method full" : str("of ", settings.ranks(), " ranks"),
+              " needs CPU workers so far; ", options_.worker, " is a GPU's"));
     const auto& o = options_.model;
     TANDEM_ASSIGN_OR_RETURN(
-        const auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
-                                                memory::worst_case_bounds(settings)));
+        auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
+                                          memory::worst_case_bounds(settings)));
+    if (const auto choices = settings.dp_choices(); choices.size() > 1) {
+      // Fewer ranks have larger parts each: an elastic job must fit at its smallest too.
+      auto fewest = settings;
+      fewest.dp = choices.back();
+      TANDEM_ASSIGN_OR_RETURN(
+          const auto more, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, fewest,
+                                                 memory::worst_case_bounds(fewest)));
+      ranks.insert(ranks.end(), more.begin(), more.end());
+    }
     TANDEM_ASSIGN_OR_RETURN(const auto serving,
                             memory::estimate_serving(backend_.ops->profile(), config, o.dtype,
                                                      serve_options(o), o.adapter_slots + 1));
@@ -326,8 +336,11 @@ class Engine {
                          [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
     auto per_rank = nlohmann::json::array();
     for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
-    const std::int64_t total = largest->peak_total + serving.peak_total;
+    // The ranks' copies of the state while it is stored: masters and both moments, in f32.
+    const std::int64_t copies = largest->of(kernels::MemoryKind::kOptimizer);
+    const std::int64_t total = largest->peak_total + copies + serving.peak_total;
     auto kinds = nlohmann::json::parse(largest->to_json());
+    kinds["checkpoint_copy"] = copies;
     kinds["serving_engine"] = serving.peak_total;
     return nlohmann::json{{"peak_bytes", total},
                           {"by_kind", kinds},

@@ -43,6 +43,7 @@ class Lead {
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
              [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
         tasks_(kTasksMax) {
+    rank_.store_with(bulk_, tasks_, checkpoint_pin(options_.start));
     beat();
     rank_.on_block([this] { last_beat_ms_ = clock_.now_ms(); });
     locate();
@@ -61,6 +62,7 @@ class Lead {
       handle_drain();
       if (agent_.gone()) g_drain = true;
       if (job_ && job_->over()) break;
+      if (job_) job_->poll();
       if (job_ && job_->runnable()) {
         job_->run_slice();
       } else {
@@ -107,7 +109,7 @@ class Lead {
         model_ = std::make_unique<GangModel>(rank_, found->path, std::move(*found->encoder));
         job_ = std::make_unique<JobHost>(
             JobParts{io_, tasks_, bulk_, [this](Task task) { post(std::move(task)); },
-                     options_.data_directory + "/runs"},
+                     options_.data_directory + "/runs", options_.model_folder},
             *model_, options_.start);
       });
     });
@@ -217,6 +219,10 @@ class Lead {
 };
 
 }  // namespace
+
+std::string checkpoint_pin(const protocol::StartJob& start) {
+  return str(start.job, "/", start.epoch);
+}
 
 void install_rank_signals() {
   struct sigaction action {};

@@ -15,6 +15,7 @@ struct GangLeadOptions {
   std::string host;
   protocol::StartJob start;    ///< with gang and members
   std::string data_directory;  ///< caches and metrics below it
+  std::string model_folder;    ///< this slot's own, see JobParts
   std::string agent_lock;      ///< a gang whose agent stays away ends
   std::int64_t drain_timeout_ms = 25000;
 };
@@ -24,6 +25,9 @@ struct GangLeadOptions {
 /// DeviceError.
 int lead_gang(const GangLeadOptions& options, GangRank& rank, EngineEndpoints endpoints,
               const GangPatience& patience, const Clock& clock);
+
+/// Under which the chunks of a gang's checkpoints are spared until their manifest comes.
+std::string checkpoint_pin(const protocol::StartJob& start);
 
 /// SIGUSR1 drains the first rank and is nothing to the others; SIGTERM and SIGINT of a terminal are
 /// the agent's business. Before MPI starts, on every rank.

@@ -31,6 +31,29 @@ class GangSession final : public JobSession {
     rank_.wire().tell(GangOp::kCompare, encode_adapter(published));
     return rank_.compare(published);
   }
+  void begin_checkpoint() override {
+    rank_.wire().tell(GangOp::kSnapshot);
+    rank_.begin_checkpoint();
+  }
+  std::optional<Result<std::string>> stored_checkpoint(const Digest& base_model,
+                                                       const storage::PeftConfig* config) override {
+    rank_.wire().tell(GangOp::kStored);
+    const auto ranks = rank_.stored_checkpoint();
+    if (!ranks) return std::nullopt;
+    if (!ranks->ok()) return Result<std::string>(ranks->status());
+    return checkpoint_manifest(base_model, config, **ranks);
+  }
+  Status write_model(const std::string& folder, DType dtype) override {
+    const ModelPlace place{folder, dtype, {}};
+    rank_.wire().tell(GangOp::kWriteModel, place.encode());
+    return rank_.write_model(place);
+  }
+  Result<double> probe_model(const std::vector<std::int32_t>& prompt, const std::string& folder,
+                             DType dtype) override {
+    const ModelPlace place{folder, dtype, prompt};
+    rank_.wire().tell(GangOp::kProbeModel, place.encode());
+    return rank_.probe_model(place);
+  }
 
  private:
   GangRank& rank_;
@@ -40,9 +63,9 @@ class GangSession final : public JobSession {
 
 Result<std::unique_ptr<JobSession>> GangModel::open_session(
     const protocol::TrainSettings& settings, std::shared_ptr<const data::Dataset> train,
-    std::shared_ptr<const data::Dataset> eval, const train::TrainState* state) {
-  GangPlan plan{model_path_, settings, std::move(train), std::move(eval), std::nullopt};
-  if (state != nullptr) plan.state = *state;
+    std::shared_ptr<const data::Dataset> eval, const ResumeFrom& from) {
+  const GangPlan plan{model_path_,     settings,        std::move(train),
+                      std::move(eval), from.base_model, from.manifest};
   rank_.wire().tell(GangOp::kOpen, plan.encode());
   TANDEM_RETURN_IF_ERROR(rank_.open(plan));
   return std::unique_ptr<JobSession>(std::make_unique<GangSession>(rank_));

@@ -21,7 +21,8 @@ class GangModel final : public JobModel {
   Result<std::unique_ptr<JobSession>> open_session(const protocol::TrainSettings& settings,
                                                    std::shared_ptr<const data::Dataset> train,
                                                    std::shared_ptr<const data::Dataset> eval,
-                                                   const train::TrainState* state) override;
+                                                   const ResumeFrom& from) override;
+  [[nodiscard]] bool stores_in_parts() const override { return true; }
   Status install_adapter(const Digest&, std::shared_ptr<const model::AdapterWeights>) override {
     return {};
   }

@@ -1,33 +1,19 @@
 #include "worker/runtime/gang_rank.h"
 
 #include "protocol/base/log.h"
-#include "worker/model/gathered_weights.h"
+#include "storage/file_io.h"
+#include "worker/model/weight_door.h"
+#include "worker/runtime/model_folder.h"
+#include "worker/train/model_export.h"
 #include "worker/train/state_pieces.h"
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
+#include <future>
+#include <mutex>
 
 namespace tandem::worker::runtime {
-namespace {
-
-class BeatingWeights final : public model::WeightSource {
- public:
-  BeatingWeights(std::unique_ptr<model::WeightSource> weights, const std::function<void()>& beat)
-      : weights_(std::move(weights)), beat_(beat) {}
-  const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
-    if (beat_) beat_();
-    return weights_->acquire(layer, phase);
-  }
-  void release(std::int64_t layer, model::Phase phase) override { weights_->release(layer, phase); }
-  [[nodiscard]] const model::BaseWeights& base() const override { return weights_->base(); }
-
- private:
-  const std::unique_ptr<model::WeightSource> weights_;
-  const std::function<void()>& beat_;
-};
-
-}  // namespace
-
 void GangPatience::add_slice(double seconds) {
   slices_.push_back(static_cast<TimeMs>(seconds * 1000.0));
   if (slices_.size() > kSlicesKept) slices_.pop_front();
@@ -67,7 +53,27 @@ Status GangRank::open(const GangPlan& plan) {
   // the next.
   TANDEM_RETURN_IF_ERROR(wire_.agree(load(plan)));
   TANDEM_RETURN_IF_ERROR(wire_.agree(begin(plan)));
-  return wire_.agree(plan.state ? session_->import_state(*plan.state) : Status());
+  if (plan.checkpoint.empty()) return {};
+  TANDEM_RETURN_IF_ERROR(wire_.agree(read_checkpoint(plan)));
+  session_->take_state();
+  return {};
+}
+
+/// Each rank reads what it holds, whoever saved it. On the task thread, which alone uses the bulk
+/// connection; this one has nothing else to do.
+Status GangRank::read_checkpoint(const GangPlan& plan) {
+  if (bulk_ == nullptr) return internal_error("this rank was given no place for checkpoints");
+  std::promise<Status> done;
+  const auto read = [&]() -> Status {
+    TANDEM_ASSIGN_OR_RETURN(
+        const auto source,
+        CheckpointSource::open(plan.checkpoint, plan.base_model,
+                               [&](auto digests) { return bulk_->get(digests); }));
+    return session_->read_state(source->state_json(), *source);
+  };
+  if (!tasks_->post([&] { done.set_value(read()); }))
+    return internal_error("the task queue is full");
+  return done.get_future().get();
 }
 
 Status GangRank::load(const GangPlan& plan) {
@@ -77,27 +83,20 @@ Status GangRank::load(const GangPlan& plan) {
         str("layout ", layout.to_string(), " on a gang of ", gang_.size(), " ranks"));
   TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(plan.model_path));
   config_ = loaded.config;
+  model_path_ = plan.model_path;
   TANDEM_RETURN_IF_ERROR(model::check_shard(config_, layout.tp, layout.pp, layout.virtual_pp));
   ranks_.emplace(train::make_ranks(gang_, layout));
-  auto& ops = *backend_.ops;
-  auto& exec = memory_->exec;
-  const bool full = plan.settings.method == "full", gather = layout.zero == 3 && !full;
+  context_.emplace(model::Context{*backend_.ops, memory_->exec, *ranks_->groups.tp,
+                                  memory_->activations, options_.dtype});
+  const bool full = plan.settings.full();
   TANDEM_ASSIGN_OR_RETURN(
-      auto base, model::BaseWeights::load(ops, exec, memory_->weights, config_, options_.dtype,
-                                          *loaded.source, ranks_->shard(config_), !gather));
-  if (gather) {
-    auto door = std::make_unique<model::GatheredWeights>(ops, exec, *ranks_->groups.dp,
-                                                         memory_->weights, base);
-    door->load_parts(memory_->weights, *loaded.source);
-    weights_ = std::move(door);
-  } else {
-    weights_ = model::make_resident_weights(base);
-  }
-  weights_ = std::make_unique<BeatingWeights>(std::move(weights_), on_block_);
+      auto held,
+      model::hold_weights(*context_, *ranks_->groups.dp, memory_->weights, config_, *loaded.source,
+                          ranks_->shard(config_), model::holding_beside(full, layout.zero)));
+  weights_ = model::make_watched_weights(std::move(held.door), on_block_);
   if (full) source_ = std::move(loaded.source);
-  adapters_ = std::make_unique<model::AdapterTable>(ops, exec, memory_->table, base->config(), 1);
-  context_.emplace(
-      model::Context{ops, exec, *ranks_->groups.tp, memory_->activations, options_.dtype});
+  adapters_ = std::make_unique<model::AdapterTable>(*backend_.ops, memory_->exec, memory_->table,
+                                                    held.base->config(), 1);
   return {};
 }
 
@@ -107,9 +106,10 @@ Status GangRank::begin(const GangPlan& plan) {
   train::SessionOptions options;
   options.settings = plan.settings;
   TANDEM_ASSIGN_OR_RETURN(
-      session_, train::TrainSession::create({*backend_.allocator, *backend_.ledger, *context_,
-                                             *weights_, *adapters_, 0, &*ranks_, source_.get()},
-                                            options, std::move(batches)));
+      session_,
+      train::TrainSession::create({*backend_.allocator, *backend_.ledger, *context_, *weights_,
+                                   *adapters_, 0, &*ranks_, source_.get(), &on_block_},
+                                  options, std::move(batches)));
   return {};
 }
 
@@ -133,8 +133,83 @@ Result<train::TrainState> GangRank::export_state() {
   return train::merge_states(states);
 }
 
+struct GangRank::Storing {
+  std::mutex mutex;
+  std::optional<Result<StoredPieces>> outcome;
+};
+
+void GangRank::store_with(BulkClient& bulk, TaskThread& tasks, std::string pin) {
+  bulk_ = &bulk;
+  tasks_ = &tasks;
+  pin_ = std::move(pin);
+}
+
+void GangRank::begin_checkpoint() {
+  storing_ = std::make_shared<Storing>();
+  const auto state = std::make_shared<const train::TrainState>(session_->export_state());
+  const bool posted =
+      tasks_ != nullptr && tasks_->post([state, storing = storing_, bulk = bulk_, pin = pin_] {
+        BulkClient::Upload upload(*bulk, pin);
+        StoredPieces pieces =
+            describe_pieces(*state, [&](const BlobView& blob) { upload.add(blob); });
+        const Status status = upload.finish();
+        const std::lock_guard lock(storing->mutex);
+        if (status.ok())
+          storing->outcome = std::move(pieces);
+        else
+          storing->outcome = status;
+      });
+  if (!posted) storing_->outcome = internal_error("this rank has no place for checkpoints");
+}
+
+std::optional<Result<std::vector<StoredPieces>>> GangRank::stored_checkpoint() {
+  std::optional<Result<StoredPieces>> mine;
+  if (storing_) {
+    const std::lock_guard lock(storing_->mutex);
+    mine = storing_->outcome;
+  } else {
+    mine = internal_error("no checkpoint was begun");
+  }
+  if (wire_.largest(mine ? 0.0 : 1.0) > 0.0) return std::nullopt;
+  storing_.reset();
+  if (const Status all = wire_.agree(mine->status()); !all.ok())
+    return Result<std::vector<StoredPieces>>(all);
+  std::vector<StoredPieces> ranks;
+  for (const ByteVector& bytes : wire_.gather((*mine)->encode()))
+    ranks.push_back(StoredPieces::decode(bytes));
+  return Result<std::vector<StoredPieces>>(std::move(ranks));
+}
+
 double GangRank::compare(const model::FlatAdapter& published) {
   return wire_.largest(largest_difference(session_->export_state(), published));
+}
+
+Status GangRank::write_model(const ModelPlace& place) {
+  const std::string weights = place.folder + "/model.safetensors";
+  const auto prepare = [&]() -> Status {
+    std::error_code error;
+    std::filesystem::remove_all(place.folder, error);
+    TANDEM_RETURN_IF_ERROR(storage::make_directories(place.folder));
+    TANDEM_ASSIGN_OR_RETURN(const auto base, model::load_model(model_path_));
+    TANDEM_RETURN_IF_ERROR(write_model_texts(base, model_path_, place.folder, place.dtype));
+    return train::create_weights(weights, config_, place.dtype);
+  };
+  TANDEM_RETURN_IF_ERROR(wire_.agree(wire_.rank() == 0 ? prepare() : Status()));
+  return wire_.agree(train::write_pieces(weights, session_->export_weights(), on_block_));
+}
+
+Result<double> GangRank::probe_model(const ModelPlace& place) {
+  double worst = 0.0;
+  const auto compare = [&]() -> Status {
+    TANDEM_ASSIGN_OR_RETURN(const auto published, model::load_model(place.folder));
+    worst = train::largest_difference(session_->export_weights(), *published.source, place.dtype,
+                                      on_block_);
+    if (wire_.size() == 1)
+      worst = std::max(worst, session_->probe_published(place.prompt, *published.source));
+    return {};
+  };
+  TANDEM_RETURN_IF_ERROR(wire_.agree(compare()));
+  return wire_.largest(worst);
 }
 
 void follow(GangRank& rank) {
@@ -157,6 +232,19 @@ void follow(GangRank& rank) {
         break;
       case GangOp::kCompare:
         (void)rank.compare(decode_adapter(rank.config(), rank.session().lora(), heard.payload));
+        break;
+      case GangOp::kSnapshot:
+        rank.begin_checkpoint();
+        break;
+      case GangOp::kStored:
+        (void)rank.stored_checkpoint();
+        break;
+      case GangOp::kWriteModel:
+        if (const Status s = rank.write_model(ModelPlace::decode(heard.payload)); !s.ok())
+          log_warn("the model was not written: ", s.to_string());
+        break;
+      case GangOp::kProbeModel:
+        (void)rank.probe_model(ModelPlace::decode(heard.payload));
         break;
       case GangOp::kEnd:
         return;

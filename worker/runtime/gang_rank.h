@@ -6,8 +6,11 @@
 #include "kernels/ops.h"
 #include "protocol/base/clock.h"
 #include "worker/model/model_loader.h"
+#include "worker/runtime/bulk_client.h"
+#include "worker/runtime/checkpoint_pieces.h"
 #include "worker/runtime/gang_state.h"
 #include "worker/runtime/job_model.h"
+#include "worker/runtime/task_thread.h"
 #include "worker/train/ranks.h"
 
 #include <atomic>
@@ -48,6 +51,10 @@ class GangRank {
   GangRank(const GangRank&) = delete;
   GangRank& operator=(const GangRank&) = delete;
 
+  /// Where this rank stores its pieces of checkpoints, and reads them: on `tasks`, which alone uses
+  /// `bulk`. Both outlive it; before open().
+  void store_with(BulkClient& bulk, TaskThread& tasks, std::string pin);
+
   GangWire& wire() { return wire_; }
   /// Called between blocks of a pass: a long slice is no hung one.
   void on_block(std::function<void()> beat) { on_block_ = std::move(beat); }
@@ -61,11 +68,21 @@ class GangRank {
   Result<train::SliceEvent> run_slice();
   /// The whole state at the first rank; nothing elsewhere.
   Result<train::TrainState> export_state();
+  /// Copies this rank's pieces of the state, which are then stored in the background.
+  void begin_checkpoint();
+  /// What all ranks stored of the last one, at the first rank (elsewhere an empty list): nothing
+  /// while some rank is at it. The same error on all ranks when any has one.
+  std::optional<Result<std::vector<StoredPieces>>> stored_checkpoint();
   /// The largest difference between a value that some rank trained and the published one.
   double compare(const model::FlatAdapter& published);
+  /// Full fine-tuning; see JobSession.
+  Status write_model(const ModelPlace& place);
+  Result<double> probe_model(const ModelPlace& place);
 
  private:
   struct Memory;
+  struct Storing;
+  Status read_checkpoint(const GangPlan& plan);
   Status load(const GangPlan& plan);
   Status begin(const GangPlan& plan);
 
@@ -77,12 +94,17 @@ class GangRank {
   std::unique_ptr<Memory> memory_;
   GangWire wire_;
   std::optional<train::Ranks> ranks_;
+  std::string model_path_;
   model::ModelConfig config_;
   std::unique_ptr<model::TensorSource> source_;
   std::unique_ptr<model::WeightSource> weights_;
   std::unique_ptr<model::AdapterTable> adapters_;
   std::optional<model::Context> context_;
   std::unique_ptr<train::TrainSession> session_;
+  BulkClient* bulk_ = nullptr;
+  TaskThread* tasks_ = nullptr;
+  std::string pin_;
+  std::shared_ptr<Storing> storing_;  ///< shared with the task
 };
 
 /// A rank that is not the first: does what it hears until the end.

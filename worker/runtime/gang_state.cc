@@ -101,8 +101,8 @@ ByteVector GangPlan::encode() const {
   encode_dataset(*train, to);
   to.number(eval ? 1 : 0);
   if (eval) encode_dataset(*eval, to);
-  to.number(state ? 1 : 0);
-  if (state) encode_state(*state, to);
+  to.text(base_model.hex());
+  to.text(checkpoint);
   return to.bytes();
 }
 
@@ -115,8 +115,28 @@ GangPlan GangPlan::decode(std::span<const std::byte> bytes) {
   plan.settings = std::move(*settings);
   plan.train = decode_dataset(from);
   if (from.number() != 0) plan.eval = decode_dataset(from);
-  if (from.number() != 0) plan.state = decode_state(from);
+  auto base = Digest::parse(from.text());
+  TANDEM_CHECK(base.ok(), "the first rank wrote it");
+  plan.base_model = *base;
+  plan.checkpoint = from.text();
   return plan;
+}
+
+ByteVector ModelPlace::encode() const {
+  ByteWriter to;
+  to.text(folder);
+  to.number(static_cast<std::int64_t>(dtype));
+  to.numbers(prompt);
+  return to.bytes();
+}
+
+ModelPlace ModelPlace::decode(std::span<const std::byte> bytes) {
+  ByteReader from(bytes);
+  ModelPlace place;
+  place.folder = from.text();
+  place.dtype = static_cast<DType>(from.number());
+  place.prompt = from.numbers<std::int32_t>();
+  return place;
 }
 
 Result<model::FlatAdapter> adapter_of_state(const model::ModelConfig& config,

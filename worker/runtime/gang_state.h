@@ -2,6 +2,7 @@
 // on one host. Pure functions; any thread.
 #pragma once
 
+#include "protocol/base/digest.h"
 #include "protocol/job_spec.h"
 #include "worker/data/dataset.h"
 #include "worker/model/adapter_layout.h"
@@ -19,9 +20,19 @@ struct GangPlan {
   std::string model_path;  ///< on this host, verified
   protocol::TrainSettings settings;
   std::shared_ptr<const data::Dataset> train, eval;  ///< eval may be null
-  std::optional<train::TrainState> state;            ///< whole
+  Digest base_model;                                 ///< whose checkpoint it is
+  std::string checkpoint;  ///< a manifest, of which each rank reads what it needs; "": none
   [[nodiscard]] ByteVector encode() const;
   static GangPlan decode(std::span<const std::byte> bytes);
+};
+
+/// Where a trained model is written: a folder on the gang's host.
+struct ModelPlace {
+  std::string folder;
+  DType dtype = DType::kF32;
+  std::vector<std::int32_t> prompt;  ///< of the probe
+  [[nodiscard]] ByteVector encode() const;
+  static ModelPlace decode(std::span<const std::byte> bytes);
 };
 
 void encode_state(const train::TrainState& state, ByteWriter& to);

@@ -23,7 +23,11 @@ enum class GangOp : std::int64_t {
   kSlice = 2,   ///< TrainSession::run_slice
   kExport = 3,  ///< send your pieces of the state
   kCompare = 4,  ///< compare what you trained with what is published (payload)
-  kEnd = 5
+  kEnd = 5,
+  kWriteModel = 6,  ///< write your pieces of the weights into a folder (payload: ModelPlace)
+  kProbeModel = 7,  ///< compare what you trained with that folder's weights (payload: the same)
+  kSnapshot = 8,    ///< copy your pieces of the state and begin to store them
+  kStored = 9       ///< say whether they are stored, and what they are
 };
 
 class GangWire {

@@ -2,11 +2,14 @@
 
 #include "protocol/base/log.h"
 #include "worker/runtime/encoder.h"
+#include "worker/runtime/model_folder.h"
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
+#include <utility>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -67,7 +70,7 @@ void JobHost::in_background(std::function<void()> task, std::function<void()> do
 void JobHost::prepare() {
   auto prepared = std::make_shared<Prepared>();
   auto task = [prepared, &bulk = parts_.bulk, encoder = model_.encoder(), start = start_,
-               settings = spec_.train] {
+               settings = spec_.train, in_parts = model_.stores_in_parts()] {
     const data::DatasetOptions options = dataset_options(settings);
     auto load = [&](const Digest& digest,
                     const char* name) -> Result<std::shared_ptr<const data::Dataset>> {
@@ -84,7 +87,7 @@ void JobHost::prepare() {
       if (!start.eval_dataset.empty()) {
         TANDEM_ASSIGN_OR_RETURN(prepared->eval, load(start.eval_dataset, "evaluation data"));
       }
-      if (start.checkpoint_manifest.empty()) return {};
+      if (start.checkpoint_manifest.empty() || in_parts) return {};
       TANDEM_ASSIGN_OR_RETURN(prepared->state,
                               unpack_checkpoint(start.checkpoint_manifest, start.model.digest,
                                                 [&](auto digests) { return bulk.get(digests); }));
@@ -107,7 +110,8 @@ void JobHost::begin(Prepared prepared) {
                 std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
     TANDEM_ASSIGN_OR_RETURN(session_,
                             model_.open_session(spec_.train, prepared.train, prepared.eval,
-                                                prepared.state ? &*prepared.state : nullptr));
+                                                {prepared.state ? &*prepared.state : nullptr,
+                                                 start_.model.digest, start_.checkpoint_manifest}));
     TANDEM_ASSIGN_OR_RETURN(
         metrics_, train::MetricsWriter::open(str(parts_.runs_directory, "/", start_.job)));
     return {};
@@ -186,7 +190,7 @@ void JobHost::on_eval(const train::EvalDone& done) {
                      {"eval_loss", done.loss},  {"eval_accuracy", done.accuracy},
                      {"seconds", done.seconds}, {"trained_tokens", done.trained_tokens}};
   Json all = Json::parse(eval_json_);
-  all[done.base ? "base" : "adapter"] = metrics;
+  all[done.base ? "base" : spec_.train.full() ? "model" : "adapter"] = metrics;
   eval_json_ = all.dump();
   progress("eval", "", metrics.dump());
   metrics_->scalars(done.step,
@@ -198,39 +202,60 @@ void JobHost::checkpoint() {
   if (checkpointing_ || !session_ || session_->step() == checkpoint_step_) return;
   checkpointing_ = true;
   const std::int64_t step = session_->step();
+  if (model_.stores_in_parts()) {
+    storing_step_ = step;
+    return session_->begin_checkpoint();
+  }
   auto exported = session_->export_state();
   if (!exported.ok()) return end(exported.status());
   auto state = std::make_shared<train::TrainState>(std::move(*exported));
   auto snapshot = session_->snapshot_adapter();
   auto outcome = std::make_shared<Result<PackedObject>>(internal_error("not run"));
   const auto config = peft_config(session_->lora());
-  auto task = [state, outcome, config, &bulk = parts_.bulk, start = start_] {
-    *outcome = pack_checkpoint(start.model.digest, config, state);
+  auto task = [state, outcome, config, full = spec_.train.full(), &bulk = parts_.bulk,
+               start = start_] {
+    *outcome = pack_checkpoint(start.model.digest, full ? nullptr : &config, state);
     if (!outcome->ok()) return;
     const Status put = bulk.put((*outcome)->blobs, str(start.job, "/", start.epoch));
     if (!put.ok()) *outcome = put;
   };
   in_background(task, [this, step, snapshot, outcome] {
-    checkpointing_ = false;
-    if (!outcome->ok()) {
-      log_warn("checkpoint of step ", step, " was not stored: ", outcome->status().message());
-      progress("log",
-               str("checkpoint of step ", step, " was not stored: ", outcome->status().message()),
-               "{}");
-      return;
-    }
-    checkpoint_step_ = step;
+    if (!outcome->ok()) return checkpoint_stored(step, outcome->status());
     if (auto installed = model_.install_adapter((*outcome)->digest, snapshot); !installed.ok())
       log_debug("checkpoint is not servable here now: ", installed.message());
-    parts_.io.send_reliably(
-        start_.job, str("checkpoint:", step),
-        protocol::CheckpointReady{start_.job, start_.epoch, step, (*outcome)->manifest});
-    if ((pausing_ || draining_) && session_ && session_->step() != step) checkpoint();
+    checkpoint_stored(step, (*outcome)->manifest);
   });
+}
+
+void JobHost::poll() {
+  if (storing_step_ < 0 || !session_) return;
+  constexpr std::int64_t kPollNs = 50'000'000;  // each look is a word to every rank
+  const std::int64_t now = steady_ns();
+  if (now - polled_ns_ < kPollNs) return;
+  polled_ns_ = now;
+  const auto config = peft_config(session_->lora());
+  const auto manifest =
+      session_->stored_checkpoint(start_.model.digest, spec_.train.full() ? nullptr : &config);
+  if (manifest) checkpoint_stored(std::exchange(storing_step_, -1), *manifest);
+}
+
+void JobHost::checkpoint_stored(std::int64_t step, const Result<std::string>& manifest) {
+  checkpointing_ = false;
+  if (!manifest.ok()) {
+    const std::string what =
+        str("checkpoint of step ", step, " was not stored: ", manifest.status().message());
+    log_warn(what);
+    return progress("log", what, "{}");
+  }
+  checkpoint_step_ = step;
+  parts_.io.send_reliably(start_.job, str("checkpoint:", step),
+                          protocol::CheckpointReady{start_.job, start_.epoch, step, *manifest});
+  if ((pausing_ || draining_) && session_ && session_->step() != step) checkpoint();
 }
 
 void JobHost::publish() {
   phase_ = Phase::kPublishing;
+  if (spec_.train.full()) return publish_model();
   auto flat = session_->flat_adapter(adapter_dtype_);
   if (!flat.ok()) return end(flat.status());
   const auto adapter = std::make_shared<const model::FlatAdapter>(std::move(*flat));
@@ -270,9 +295,65 @@ void JobHost::publish() {
   publish_when_ready();
 }
 
+/// Written by all ranks into one folder, read back and compared, then uploaded.
+void JobHost::publish_model() {
+  const std::int64_t begin = steady_ns();
+  if (const Status status = session_->write_model(parts_.model_folder, adapter_dtype_);
+      !status.ok())
+    return end(status);
+  publish_times_.pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
+  const std::int64_t probe_begin = steady_ns();
+  auto difference = session_->probe_model(probe_prompt_, parts_.model_folder, adapter_dtype_);
+  if (!difference.ok()) return end(difference.status());
+  probe_difference_ = *difference;
+  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
+  if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
+    return end(internal_error(
+        str("publish refused: the model that was written differs from the trained one by ",
+            probe_difference_)));
+  publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
+  probed_ = true;
+  upload_model();
+}
+
+void JobHost::upload_model() {
+  packed_ = std::make_shared<PackedObject>();
+  auto failure = std::make_shared<Status>();
+  auto upload_ms = std::make_shared<double>();
+  auto task = [packed = packed_, failure, upload_ms, folder = parts_.model_folder,
+               &bulk = parts_.bulk, start = start_] {
+    const std::int64_t begin = steady_ns();
+    auto object = pack_model(folder);
+    *failure =
+        object.ok() ? bulk.put(object->blobs, str(start.job, "/", start.epoch)) : object.status();
+    if (object.ok()) *packed = std::move(*object);
+    *upload_ms = static_cast<double>(steady_ns() - begin) / 1e6;
+  };
+  in_background(task, [this, failure, upload_ms] {
+    if (!failure->ok()) return end(*failure);
+    uploaded_ = true;
+    publish_times_.upload_ms = *upload_ms;
+    publish_when_ready();
+  });
+}
+
+/// This host need not fetch what it wrote: the folder becomes a fetched model's.
+void JobHost::keep_model(const Digest& model) const {
+  namespace fs = std::filesystem;
+  const fs::path kept = fs::path(parts_.model_folder).parent_path() / model.hex();
+  std::error_code error;
+  if (fs::exists(kept, error))
+    fs::remove_all(parts_.model_folder, error);
+  else
+    fs::rename(parts_.model_folder, kept, error);
+  if (error) log_warn("the published model was not kept for this host: ", error.message());
+}
+
 void JobHost::publish_when_ready() {
   if (!uploaded_ || !probed_ || phase_ != Phase::kPublishing) return;
-  if (auto installed = model_.install_adapter(packed_->digest, served_); !installed.ok())
+  if (spec_.train.full())
+    log_info("the model is uploaded, ", packed_->blobs.size(), " blobs");
+  else if (auto installed = model_.install_adapter(packed_->digest, served_); !installed.ok())
     log_warn("the new adapter is not resident: ", installed.message());
   const Json metadata{
       {"probe_max_abs_difference", probe_difference_},
@@ -331,6 +412,7 @@ void JobHost::on_ack(const protocol::JobAck& ack) {
     if (!ack.status.ok()) return end(ack.status);
     published_ = true;
     packed_.reset();
+    if (spec_.train.full()) keep_model(ack.digest);
     phase_ = Phase::kFinishing;  // a last evaluation may be left
     log_info("job ", start_.job, " published ", ack.name, " as ", ack.digest, ", ",
              static_cast<double>(steady_ns() - last_step_ns_) / 1e6, " ms after its last step");

@@ -26,6 +26,9 @@ struct JobParts {
   BulkClient& bulk;
   std::function<void(Task)> to_device;  ///< runs a closure on the device thread, soon
   std::string runs_directory;           ///< metrics: <runs>/<job>/{metrics.jsonl, tensorboard}
+  /// A gang's own: where the model of a full fine-tune is written, beside the models that this host
+  /// has fetched (model_files.h), so that it becomes one of these.
+  std::string model_folder{};
 };
 
 class JobHost {
@@ -43,6 +46,8 @@ class JobHost {
   [[nodiscard]] bool runnable() const;
   /// One bounded piece of training; see TrainSession::run_slice.
   void run_slice();
+  /// Now and then, slices or not: looks after a checkpoint that ranks are storing.
+  void poll();
 
   /// Cancel ends at once; pause takes a checkpoint first. The end is reported either way.
   void stop(protocol::StopMode mode);
@@ -64,7 +69,11 @@ class JobHost {
   void on_step(const train::StepDone& done);
   void on_eval(const train::EvalDone& done);
   void checkpoint();
+  void checkpoint_stored(std::int64_t step, const Result<std::string>& manifest);
   void publish();
+  void publish_model();
+  void upload_model();
+  void keep_model(const Digest& model) const;
   void publish_when_ready();
   void end(Status status);
   void progress(const std::string& kind, const std::string& message,
@@ -83,6 +92,7 @@ class JobHost {
   std::unique_ptr<train::MetricsWriter> metrics_;
   std::vector<std::int32_t> probe_prompt_;
   std::int64_t resumed_step_ = 0, checkpoint_step_ = -1, checkpoint_acked_step_ = -1;
+  std::int64_t storing_step_ = -1, polled_ns_ = 0;  ///< of a checkpoint that ranks are storing
   bool checkpointing_ = false, draining_ = false, pausing_ = false, finished_ = false;
   std::uint64_t progress_seq_ = 0;
   double first_loss_ = 0, last_loss_ = 0;

@@ -87,8 +87,10 @@ Result<bool> matches(const protocol::ModelRef& model, const std::string& path,
 Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,
                                  BulkClient& bulk) {
   VerifiedFiles verified(data_directory + "/cache/verified_files.json");
-  TANDEM_ASSIGN_OR_RETURN(const bool in_place, matches(model, model.path, verified));
-  if (in_place) return model.path;
+  if (!model.path.empty()) {  // else it lies in the coordinator's blob store
+    TANDEM_ASSIGN_OR_RETURN(const bool in_place, matches(model, model.path, verified));
+    if (in_place) return model.path;
+  }
   if (model.shared)
     return not_found_error(str("model ", model.name, " was added as shared, but ", model.path,
                                " is not on this host"));

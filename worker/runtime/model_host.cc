@@ -72,8 +72,20 @@ class LocalSession final : public JobSession {
                std::shared_ptr<const model::AdapterWeights> served) override {
     return session_->probe(prompt, std::move(served));
   }
+  void begin_checkpoint() override { TANDEM_CHECK(false, "the job stores it whole"); }
+  std::optional<Result<std::string>> stored_checkpoint(const Digest&,
+                                                       const storage::PeftConfig*) override {
+    return std::nullopt;
+  }
+  Status write_model(const std::string&, DType) override { return no_model(); }
+  Result<double> probe_model(const std::vector<std::int32_t>&, const std::string&, DType) override {
+    return no_model();
+  }
 
  private:
+  static Status no_model() {
+    return refused_error("an engine trains adapters: its base is everybody's and never changes");
+  }
   const std::unique_ptr<train::TrainSession> session_;
   kernels::Ops& ops_;
   kernels::Exec& exec_;  ///< serving's
@@ -173,7 +185,7 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
 
 Result<std::unique_ptr<JobSession>> ModelHost::open_session(
     const protocol::TrainSettings& settings, std::shared_ptr<const data::Dataset> train,
-    std::shared_ptr<const data::Dataset> eval, const train::TrainState* state) {
+    std::shared_ptr<const data::Dataset> eval, const ResumeFrom& from) {
   TANDEM_ASSIGN_OR_RETURN(auto batches,
                           train::make_packed_batches(std::move(train), std::move(eval), settings));
   train::SessionOptions options;
@@ -183,7 +195,7 @@ Result<std::unique_ptr<JobSession>> ModelHost::open_session(
       train::TrainSession::create({*backend_.allocator, *backend_.ledger, memory_->train,
                                    *yielding_weights_, *adapters_, options_.adapter_slots},
                                   options, std::move(batches)));
-  if (state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*state));
+  if (from.state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*from.state));
   return std::unique_ptr<JobSession>(std::make_unique<LocalSession>(
       std::move(session), backend_, memory_->serve_exec, loaded_.config, options_.dtype));
 }

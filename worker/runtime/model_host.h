@@ -61,7 +61,8 @@ class ModelHost final : public JobModel, public ServedModel {
   Result<std::unique_ptr<JobSession>> open_session(const protocol::TrainSettings& settings,
                                                    std::shared_ptr<const data::Dataset> train,
                                                    std::shared_ptr<const data::Dataset> eval,
-                                                   const train::TrainState* state) override;
+                                                   const ResumeFrom& from) override;
+  [[nodiscard]] bool stores_in_parts() const override { return false; }
   Status load_adapter(const Digest& digest,
                       const std::vector<model::HostAdapterTensor>& tensors) override;
   Status install_adapter(const Digest& digest,

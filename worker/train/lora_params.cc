@@ -172,10 +172,14 @@ void LoraParams::upload(const std::vector<float>& host, const Tensor& flat) {
   model::upload_floats(parts_.context.ops, parts_.context.exec, host, flat);
 }
 
-std::vector<StateTensor> LoraParams::export_tensors() const {
+void LoraParams::load_weights(const model::TensorSource&) {
+  TANDEM_CHECK(false, "an adapter is not read from a model");
+}
+
+std::vector<StateTensor> LoraParams::export_tensors(bool weights_alone) const {
   std::vector<StateTensor> tensors;
   const std::array<Tensor, 3> flats{master_, m_, v_};
-  for (std::size_t f = 0; f < flats.size(); ++f) {
+  for (std::size_t f = 0; f < (weights_alone ? 1 : flats.size()); ++f) {
     const std::vector<float> host = download(flats[f]);
     for (Part& part : parts_of(layout_, kSuffixes[f])) {
       const auto begin = host.begin() + part.begin;
@@ -186,34 +190,27 @@ std::vector<StateTensor> LoraParams::export_tensors() const {
   return tensors;
 }
 
-Status LoraParams::import_tensors(const std::vector<StateTensor>& tensors) {
-  std::map<std::string, const StateTensor*> by_name;
-  for (const StateTensor& tensor : tensors) by_name.emplace(tensor.name, &tensor);
-  std::array<std::vector<float>, 3> hosts;
-  for (std::size_t f = 0; f < hosts.size(); ++f) {
-    hosts[f].resize(static_cast<std::size_t>(layout_.elements), 0.0f);
-    for (const Part& part : parts_of(layout_, kSuffixes[f])) {
-      const auto it = by_name.find(part.name);
-      if (it == by_name.end())
-        return corrupt_error(str("the checkpoint has no tensor ", part.name));
-      const StateTensor& tensor = *it->second;
-      if (tensor.shape != part.shape ||
-          static_cast<std::int64_t>(tensor.values.size()) != part.elements())
-        return corrupt_error(str("checkpoint tensor ", part.name, " has ", tensor.values.size(),
-                                 " values; the job needs [", part.shape[0], ", ", part.shape[1],
-                                 "]"));
-      std::copy(tensor.values.begin(), tensor.values.end(), hosts[f].begin() + part.begin);
-    }
-  }
+Status LoraParams::read_tensors(const StateSource& state) {
   const std::size_t expected = 3 * 2 * layout_.pairs.size();
-  if (tensors.size() != expected)
+  if (state.tensors() != expected)
     return corrupt_error(
-        str("the checkpoint has ", tensors.size(), " tensors; the job has ", expected));
-  upload(hosts[0], master_);
-  upload(hosts[1], m_);
-  upload(hosts[2], v_);
-  refresh_compute_copy();
+        str("the checkpoint has ", state.tensors(), " tensors; the job has ", expected));
+  for (std::size_t f = 0; f < read_.size(); ++f) {
+    read_[f].assign(static_cast<std::size_t>(layout_.elements), 0.0f);
+    for (const Part& part : parts_of(layout_, kSuffixes[f]))
+      TANDEM_RETURN_IF_ERROR(state.read(part.name, part.shape,
+                                        {{0, part.shape[0], 0, part.shape[1]}, 0, part.elements()},
+                                        read_[f].data() + part.begin));
+  }
   return {};
+}
+
+void LoraParams::take_tensors() {
+  upload(read_[0], master_);
+  upload(read_[1], m_);
+  upload(read_[2], v_);
+  read_ = {};
+  refresh_compute_copy();
 }
 
 std::shared_ptr<const model::AdapterWeights> LoraParams::snapshot() const {

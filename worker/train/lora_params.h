@@ -7,6 +7,7 @@
 #include "worker/model/adapter_layout.h"
 #include "worker/train/trainable.h"
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -38,8 +39,10 @@ class LoraParams final : public Trainable, private model::GradSink {
   void attach(model::AdapterTable& table, std::int64_t slot) override;
   [[nodiscard]] std::int64_t rank_max() const override { return layout_.rank_max; }
 
-  [[nodiscard]] std::vector<StateTensor> export_tensors() const override;
-  Status import_tensors(const std::vector<StateTensor>& tensors) override;
+  [[nodiscard]] std::vector<StateTensor> export_tensors(bool weights_alone) const override;
+  Status read_tensors(const StateSource& state) override;
+  void take_tensors() override;
+  void load_weights(const model::TensorSource& source) override;
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;
@@ -56,7 +59,8 @@ class LoraParams final : public Trainable, private model::GradSink {
   model::AdapterLayout layout_;
   kernels::Arena adapter_arena_, gradient_arena_, optimizer_arena_;
   kernels::Tensor master_, gradient_, m_, v_, squared_norm_;
-  kernels::Tensor compute_;  ///< cd; the masters themselves when cd is f32
+  kernels::Tensor compute_;                 ///< cd; the masters themselves when cd is f32
+  std::array<std::vector<float>, 3> read_;  ///< a state's values until they are taken
 };
 
 }  // namespace tandem::worker::train

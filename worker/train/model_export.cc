@@ -8,7 +8,11 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <filesystem>
+#include <limits>
 #include <list>
 #include <map>
 
@@ -48,7 +52,82 @@ Status write_config(const fs::path& base, const fs::path& to, DType dtype) {
   return storage::write_file_durably((to / "config.json").string(), json.dump(2));
 }
 
+std::vector<std::int64_t> shape_of(const model::TensorSpec& spec) {
+  return spec.i == 0 ? std::vector{spec.n} : std::vector{spec.n, spec.i};
+}
+
+/// Of a state's ".param".
+std::string weight_name(const StateTensor& piece) {
+  return piece.name.substr(0, piece.name.rfind('.'));
+}
+
 }  // namespace
+
+Status create_weights(const std::string& path, const model::ModelConfig& config, DType dtype) {
+  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  std::vector<storage::TensorInfo> infos;
+  for (const model::TensorSpec& spec : expected_tensors(config)) {
+    storage::TensorInfo info;
+    info.name = spec.name;
+    info.dtype = dtype;
+    info.shape = shape_of(spec);
+    infos.push_back(std::move(info));
+  }
+  return storage::SafetensorsDraft::create(path, infos, {{"format", "pt"}});
+}
+
+Status write_pieces(const std::string& path, const std::vector<StateTensor>& pieces,
+                    const Beat& beat) {
+  TANDEM_ASSIGN_OR_RETURN(const auto file, storage::SafetensorsDraft::open(path));
+  for (const StateTensor& piece : pieces) {
+    if (beat) beat();
+    const std::string name = weight_name(piece);
+    const std::span<std::byte> room = file.room(name);
+    const auto tensor = std::find_if(file.tensors().begin(), file.tensors().end(),
+                                     [&](const auto& t) { return t.name == name; });
+    if (room.empty() || tensor->shape != piece.shape)
+      return corrupt_error(str(path, " has no room for ", name));
+    for_each_run(piece, [&](std::int64_t from, std::int64_t at, std::int64_t count) {
+      const float* values = piece.values.data() + from;
+      if (tensor->dtype == DType::kF32) {
+        std::memcpy(room.data() + at * 4, values, static_cast<std::size_t>(count) * 4);
+        return;
+      }
+      for (std::int64_t e = 0; e < count; ++e) {
+        const bf16 rounded = to_bf16(values[e]);
+        std::memcpy(room.data() + (at + e) * 2, &rounded, 2);
+      }
+    });
+  }
+  return file.sync();
+}
+
+double largest_difference(const std::vector<StateTensor>& pieces,
+                          const model::TensorSource& published, DType dtype, const Beat& beat) {
+  double worst = 0.0;
+  for (const StateTensor& piece : pieces) {
+    if (beat) beat();
+    const std::int64_t n = piece.shape.at(0), width = piece.shape.size() > 1 ? piece.shape[1] : 1;
+    if (!published.has(weight_name(piece), n, piece.shape.size() > 1 ? width : 0).ok())
+      return std::numeric_limits<double>::infinity();
+    std::vector<float> row(static_cast<std::size_t>(width));
+    std::int64_t read = -1;
+    for_each_run(piece, [&](std::int64_t from, std::int64_t at, std::int64_t count) {
+      for (std::int64_t e = 0; e < count; ++e) {
+        if ((at + e) / width != read) {
+          read = (at + e) / width;
+          published.read_rows(weight_name(piece), read, 1, row.data());
+        }
+        float mine = piece.values[static_cast<std::size_t>(from + e)];
+        if (dtype == DType::kBF16) mine = to_f32(to_bf16(mine));
+        const double difference =
+            std::fabs(static_cast<double>(mine) - row[static_cast<std::size_t>((at + e) % width)]);
+        if (!(difference <= worst)) worst = difference;  // NaN too
+      }
+    });
+  }
+  return worst;
+}
 
 Status export_model(const std::string& base, const std::string& to,
                     const model::ModelConfig& config, const TrainState& state, DType dtype) {
@@ -64,7 +143,7 @@ Status export_model(const std::string& base, const std::string& to,
     storage::TensorInfo info;
     info.name = spec.name;
     info.dtype = dtype;
-    info.shape = spec.i == 0 ? std::vector{spec.n} : std::vector{spec.n, spec.i};
+    info.shape = shape_of(spec);
     if (it->second->shape != info.shape || it->second->slice.rows != 0 ||
         static_cast<std::int64_t>(values.size()) != info.numel())
       return corrupt_error(str("the state's ", spec.name, " is not the whole tensor"));

@@ -5,6 +5,7 @@
 #include "worker/model/model_config.h"
 #include "worker/train/train_session.h"
 
+#include <functional>
 #include <string>
 
 namespace tandem::worker::train {
@@ -16,5 +17,18 @@ namespace tandem::worker::train {
 /// tensor that the model has is missing or has another shape), and those of the file system.
 Status export_model(const std::string& base, const std::string& to,
                     const model::ModelConfig& config, const TrainState& state, DType dtype);
+
+// -- the same by many ranks at once: one makes the file, each writes its pieces. `beat`, where it
+// is given, is called for each piece: a large model takes its time
+using Beat = std::function<void()>;
+/// An empty model.safetensors of a model's shape in `dtype` (kF32 or kBF16).
+Status create_weights(const std::string& path, const model::ModelConfig& config, DType dtype);
+/// One rank's pieces (TrainSession::export_weights), rounded to the file's dtype.
+Status write_pieces(const std::string& path, const std::vector<StateTensor>& pieces,
+                    const Beat& beat = {});
+/// The largest difference between the pieces, rounded to `dtype`, and what `published` has in their
+/// place.
+double largest_difference(const std::vector<StateTensor>& pieces,
+                          const model::TensorSource& published, DType dtype, const Beat& beat = {});
 
 }  // namespace tandem::worker::train

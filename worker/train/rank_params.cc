@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <map>
 
 namespace tandem::worker::train {
 
@@ -87,18 +86,15 @@ RankParams::RankParams(const SessionParts& parts, std::optional<model::LoraConfi
 Status RankParams::open_weights() {
   weight_arena_ = make_arena(parts_, MemoryKind::kWeights, "trained weights");
   model::Context& ctx = parts_.context;
-  const bool gather = zero() == 3;
+  comm::Communicator& dp = parts_.ranks ? *parts_.ranks->groups.dp : ctx.comm;
   TANDEM_ASSIGN_OR_RETURN(
-      auto own, model::BaseWeights::load(ctx.ops, ctx.exec, *weight_arena_, whole_config_, cd_,
-                                         *parts_.source, shard_, !gather));
-  if (gather) {
-    auto door = std::make_unique<model::GatheredWeights>(
-        ctx.ops, ctx.exec, *parts_.ranks->groups.dp, *weight_arena_, std::move(own));
-    gathered_ = door.get();
-    own_weights_ = std::move(door);
-  } else {
-    own_weights_ = model::make_resident_weights(std::move(own));
-  }
+      auto held,
+      model::hold_weights(ctx, dp, *weight_arena_, whole_config_, *parts_.source, shard_,
+                          zero() == 3 ? model::Holding::kOwnParts : model::Holding::kWhole));
+  gathered_ = held.gathered;
+  own_weights_ = std::move(held.door);
+  if (parts_.on_block != nullptr)
+    own_weights_ = model::make_watched_weights(std::move(own_weights_), *parts_.on_block);
   weights_ = own_weights_.get();
   return {};
 }
@@ -376,12 +372,12 @@ void RankParams::update(const protocol::TrainSettings& settings, double learning
 // -- state
 // -----------------------------------------------------------------------------------------
 
-std::vector<StateTensor> RankParams::export_tensors() const {
+std::vector<StateTensor> RankParams::export_tensors(bool weights_alone) const {
   std::vector<StateTensor> tensors;
   if (zero() == 0 && parts_.ranks != nullptr && parts_.ranks->dp_rank() != 0) return tensors;
   for (const Unit& unit : units_) {
     const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
-    for (std::size_t f = 0; f < flats.size(); ++f) {
+    for (std::size_t f = 0; f < (weights_alone ? 1 : flats.size()); ++f) {
       const std::vector<float> host =
           download_floats(parts_.context.ops, parts_.context.exec, flats[f]);
       for (const FlatTensor& tensor : unit.layout.tensors) {
@@ -401,28 +397,43 @@ std::vector<StateTensor> RankParams::export_tensors() const {
   return tensors;
 }
 
-Status RankParams::import_tensors(const std::vector<StateTensor>& tensors) {
-  std::map<std::string, const StateTensor*> by_name;
-  for (const StateTensor& tensor : tensors) by_name.emplace(tensor.name, &tensor);
-  for (Unit& unit : units_) {
-    const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
-    for (std::size_t f = 0; f < flats.size(); ++f) {
-      std::vector<float> whole(static_cast<std::size_t>(padded(unit)), 0.0f);
+Status RankParams::read_tensors(const StateSource& state) {
+  read_.assign(units_.size(), {});
+  for (std::size_t u = 0; u < units_.size(); ++u) {
+    const Unit& unit = units_[u];
+    for (std::size_t f = 0; f < kSuffixes.size(); ++f) {
+      std::vector<float>& part = read_[u][f];
+      part.assign(static_cast<std::size_t>(unit.part), 0.0f);
       for (const FlatTensor& tensor : unit.layout.tensors) {
-        const std::string name = str(tensor.name, ".", kSuffixes[f]);
-        const auto it = by_name.find(name);
-        if (it == by_name.end()) return corrupt_error(str("the checkpoint has no tensor ", name));
+        const Overlap piece = overlap(tensor, unit.begin, unit.part);
+        if (piece.empty()) continue;
         TANDEM_RETURN_IF_ERROR(
-            cut_out(*it->second, tensor.shape, tensor.slice, whole.data() + tensor.begin));
+            state.read(str(tensor.name, ".", kSuffixes[f]), tensor.shape,
+                       {tensor.slice, piece.begin - tensor.begin, piece.end - piece.begin},
+                       part.data() + (piece.begin - unit.begin)));
       }
-      upload_floats(parts_.context.ops, parts_.context.exec,
-                    std::span<const float>(whole).subspan(static_cast<std::size_t>(unit.begin),
-                                                          static_cast<std::size_t>(unit.part)),
-                    flats[f]);
     }
-    publish(unit);
   }
   return {};
+}
+
+void RankParams::take_tensors() {
+  for (std::size_t u = 0; u < units_.size(); ++u) {
+    Unit& unit = units_[u];
+    const std::array<Tensor, 3> flats{unit.master, unit.m, unit.v};
+    for (std::size_t f = 0; f < flats.size(); ++f)
+      upload_floats(parts_.context.ops, parts_.context.exec, read_[u][f], flats[f]);
+    read_[u] = {};
+    publish(unit);
+  }
+}
+
+void RankParams::load_weights(const model::TensorSource& source) {
+  TANDEM_CHECK(full(), "an adapter is not read from a model");
+  for (Unit& unit : units_) {
+    if (source.has_values()) set_values(unit, read_flat(source, unit.layout));
+    publish(unit);
+  }
 }
 
 std::shared_ptr<const model::AdapterWeights> RankParams::snapshot() const {

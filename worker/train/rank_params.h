@@ -14,10 +14,11 @@
 #pragma once
 
 #include "worker/model/flat_layout.h"
-#include "worker/model/gathered_weights.h"
+#include "worker/model/weight_door.h"
 #include "worker/train/ranks.h"
 #include "worker/train/trainable.h"
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -42,8 +43,10 @@ class RankParams final : public Trainable, private model::GradSink {
   [[nodiscard]] const kernels::Tensor& squared_norm() const override { return squared_norm_; }
   void update(const protocol::TrainSettings& settings, double learning_rate,
               std::int64_t step) override;
-  [[nodiscard]] std::vector<StateTensor> export_tensors() const override;
-  Status import_tensors(const std::vector<StateTensor>& tensors) override;
+  [[nodiscard]] std::vector<StateTensor> export_tensors(bool weights_alone) const override;
+  Status read_tensors(const StateSource& state) override;
+  void take_tensors() override;
+  void load_weights(const model::TensorSource& source) override;
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot() const override;
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const override;
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;
@@ -103,7 +106,8 @@ class RankParams final : public Trainable, private model::GradSink {
   std::unique_ptr<model::WeightSource> own_weights_;
   model::WeightSource* weights_ = nullptr;
   model::GatheredWeights* gathered_ = nullptr;
-  kernels::Tensor shared_gradient_;  ///< ZeRO 2 and 3: of the block in backward
+  std::vector<std::array<std::vector<float>, 3>> read_;  ///< per unit, until they are taken
+  kernels::Tensor shared_gradient_;                      ///< ZeRO 2 and 3: of the block in backward
   kernels::Tensor squared_norm_;
   model::BlockGrads block_grads_;
   model::EndGrads end_grads_;

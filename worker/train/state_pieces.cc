@@ -82,18 +82,31 @@ Result<TrainState> merge_states(std::span<const TrainState> states) {
   return merged;
 }
 
-Status cut_out(const StateTensor& tensor, const std::vector<std::int64_t>& shape,
-               const model::TensorSlice& slice, float* out) {
+WholeState::WholeState(const TrainState& state) {
+  for (const StateTensor& tensor : state.tensors) by_name_.emplace(tensor.name, &tensor);
+}
+
+Status WholeState::read(const std::string& name, const std::vector<std::int64_t>& shape,
+                        const StateRange& range, float* out) const {
+  const auto found = by_name_.find(name);
+  if (found == by_name_.end()) return corrupt_error(str("the checkpoint has no tensor ", name));
+  const StateTensor& tensor = *found->second;
   if (tensor.shape != shape ||
       static_cast<std::int64_t>(tensor.values.size()) != elements_of(shape) ||
       tensor.slice.rows != 0)
-    return corrupt_error(str("checkpoint tensor ", tensor.name, " is ", shape_text(tensor.shape),
-                             " with ", tensor.values.size(), " values; the job needs all of ",
+    return corrupt_error(str("checkpoint tensor ", name, " is ", shape_text(tensor.shape), " with ",
+                             tensor.values.size(), " values; the job needs all of ",
                              shape_text(shape)));
   const std::int64_t width = shape.size() > 1 ? shape[1] : 1;
-  for (std::int64_t r = 0; r < slice.rows; ++r)
-    std::copy_n(tensor.values.begin() + (slice.row + r) * width + slice.column, slice.columns,
-                out + r * slice.columns);
+  const model::TensorSlice& slice = range.slice;
+  for (std::int64_t done = 0; done < range.count;) {
+    const std::int64_t in = range.first + done, column = in % slice.columns;
+    const std::int64_t run = std::min(range.count - done, slice.columns - column);
+    std::copy_n(
+        tensor.values.begin() + (slice.row + in / slice.columns) * width + slice.column + column,
+        run, out + done);
+    done += run;
+  }
   return {};
 }
 

@@ -315,7 +315,15 @@ TrainState TrainSession::export_state() const {
   return impl_->export_state();
 }
 Status TrainSession::import_state(const TrainState& state) {
-  return impl_->import_state(state);
+  TANDEM_RETURN_IF_ERROR(impl_->read_state(state.json, WholeState(state)));
+  impl_->take_state();
+  return {};
+}
+Status TrainSession::read_state(const std::string& json, const StateSource& tensors) {
+  return impl_->read_state(json, tensors);
+}
+void TrainSession::take_state() {
+  impl_->take_state();
 }
 std::shared_ptr<const model::AdapterWeights> TrainSession::snapshot_adapter() const {
   return impl_->params_.snapshot();
@@ -332,6 +340,13 @@ std::int64_t TrainSession::flat_elements() const {
 double TrainSession::probe(const std::vector<std::int32_t>& prompt,
                            std::shared_ptr<const model::AdapterWeights> other) {
   return impl_->probe(prompt, std::move(other));
+}
+std::vector<StateTensor> TrainSession::export_weights() const {
+  return impl_->params_.export_tensors(true);
+}
+double TrainSession::probe_published(const std::vector<std::int32_t>& prompt,
+                                     const model::TensorSource& published) {
+  return impl_->probe_published(prompt, published);
 }
 const TrainSession::PhaseTimes& TrainSession::phase_times() const {
   return impl_->times_;

@@ -16,6 +16,7 @@
 #include "worker/model/transformer.h"
 #include "worker/train/batch_source.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <variant>
@@ -24,6 +25,7 @@
 namespace tandem::worker::train {
 
 struct Ranks;
+class StateSource;
 
 /// What the engine lends. All must outlive the session.
 struct SessionParts {
@@ -38,6 +40,8 @@ struct SessionParts {
   const Ranks* ranks = nullptr;
   /// Full fine-tuning: where the base's values come from.
   const model::TensorSource* source = nullptr;
+  /// Full fine-tuning: called before each block of the session's own weights is used; may be null.
+  const std::function<void()>* on_block = nullptr;
 };
 
 // -- what a slice did --------------------------------------------------------------------------
@@ -133,6 +137,10 @@ class TrainSession {
   /// corrupt_error / conflict_error name what is missing, has another shape, or which setting
   /// differs from the state's.
   Status import_state(const TrainState& state);
+  /// The same in two steps, for ranks that read for themselves: each reads the values that it holds
+  /// (any thread, while no other uses the session), and when all have, all take them up at once.
+  Status read_state(const std::string& json, const StateSource& tensors);
+  void take_state();
 
   /// A frozen copy of the adapter as of the last step, in compute dtype, made on the device (no
   /// host copy): what serving shows as the job's latest and what is served after the publish.
@@ -149,6 +157,14 @@ class TrainSession {
   /// when the published dtype keeps the compute dtype's bits.
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
+
+  // -- full fine-tuning
+  /// This rank's pieces of the trained weights, in f32, named as in checkpoints (".param").
+  [[nodiscard]] std::vector<StateTensor> export_weights() const;
+  /// Of one rank, when training is over: the weights become those of `published`. Returns the
+  /// largest absolute difference that this makes to the logits of `prompt` (as probe()).
+  double probe_published(const std::vector<std::int32_t>& prompt,
+                         const model::TensorSource& published);
 
   /// Nanoseconds of this thread so far, by phase: what the training bench prints. (A device that
   /// works behind the thread's back shows up where the thread waits for it: in `optimizer`.)

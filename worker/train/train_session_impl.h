@@ -67,9 +67,12 @@ class TrainSession::Impl {
   }
 
   [[nodiscard]] TrainState export_state() const;
-  Status import_state(const TrainState& state);
+  Status read_state(const std::string& text, const StateSource& tensors);
+  void take_state();
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
+  double probe_published(const std::vector<std::int32_t>& prompt,
+                         const model::TensorSource& published);
 
   enum class Phase { kBaseEval, kTrain, kEval, kCheckpoint, kFinished };
 
@@ -88,9 +91,11 @@ class TrainSession::Impl {
 
   Phase phase_ = Phase::kTrain;
   bool started_ = false;
-  std::int64_t step_ = 0;  ///< optimizer steps done
+  std::int64_t step_ = 0;       ///< optimizer steps done
+  std::int64_t read_step_ = 0;  ///< of a state that was read and is to be taken
 
  private:
+  std::vector<float> prompt_logits(const std::vector<std::int32_t>& prompt);
   Result<SliceEvent> train_slice();
   Result<SliceEvent> finish_step();
   Result<SliceEvent> eval_slice();

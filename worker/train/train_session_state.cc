@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <set>
@@ -16,6 +17,17 @@ using Json = nlohmann::json;
 
 constexpr int kStateVersion = 1;
 
+/// The largest difference. A NaN on one side only must not look like agreement.
+double largest_difference(std::span<const float> a, std::span<const float> b) {
+  double worst = 0.0;
+  for (std::size_t e = 0; e < a.size(); ++e) {
+    const double difference = std::fabs(static_cast<double>(a[e]) - b[e]);
+    worst = std::isnan(difference) ? std::numeric_limits<double>::infinity()
+                                   : std::max(worst, difference);
+  }
+  return worst;
+}
+
 /// Settings that may differ between a checkpoint and the job that continues from it: they change
 /// what is reported or kept, or who computes what, not the mathematics.
 const std::set<std::string>& free_settings() {
@@ -26,12 +38,15 @@ const std::set<std::string>& free_settings() {
                                            "save_total_limit",
                                            "recompute",
                                            "dp",
+                                           "dp_min",
                                            "tp",
                                            "pp",
                                            "virtual_pipeline_size",
                                            "pipeline_balance",
                                            "sequence_parallel",
-                                           "zero"};
+                                           "zero",
+                                           "layout",
+                                           "ranks_max"};
   return names;
 }
 
@@ -49,13 +64,13 @@ TrainState TrainSession::Impl::export_state() const {
                   {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
                   {"settings", Json::parse(options_.settings.to_json())}};
   state.json = json.dump();
-  state.tensors = params_.export_tensors();
+  state.tensors = params_.export_tensors(false);
   return state;
 }
 
-Status TrainSession::Impl::import_state(const TrainState& state) {
+Status TrainSession::Impl::read_state(const std::string& text, const StateSource& tensors) {
   TANDEM_CHECK(!started_, "a state is imported before the first slice");
-  const Json json = Json::parse(state.json, nullptr, false);
+  const Json json = Json::parse(text, nullptr, false);
   if (!json.is_object() || !json.contains("version") || !json["version"].is_number_integer() ||
       !json.contains("settings") || !json["settings"].is_object() || !json.contains("step") ||
       !json["step"].is_number_integer() || !json.contains("total_steps") ||
@@ -82,13 +97,17 @@ Status TrainSession::Impl::import_state(const TrainState& state) {
   const auto step = json["step"].get<std::int64_t>();
   if (step < 0 || step > batches_->total_steps())
     return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
-  TANDEM_RETURN_IF_ERROR(params_.import_tensors(state.tensors));
-  step_ = step;
+  read_step_ = step;
+  return params_.read_tensors(tensors);
+}
+
+void TrainSession::Impl::take_state() {
+  params_.take_tensors();
+  step_ = read_step_;
   if (step_ == batches_->total_steps())
     phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
   else if (step_ > 0)
     phase_ = Phase::kTrain;
-  return {};
 }
 
 // -- probe
@@ -118,15 +137,36 @@ double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
   both.logits(ctx, hidden.rows(0, 2 * tokens), device);
   std::vector<float> logits(static_cast<std::size_t>(device.elements()));
   ctx.ops.download(ctx.exec, device, std::as_writable_bytes(std::span(logits)));
-  const std::size_t half = logits.size() / 2;
-  double worst = 0.0;
-  for (std::size_t e = 0; e < half; ++e) {
-    const double difference = std::fabs(static_cast<double>(logits[e]) - logits[half + e]);
-    // A NaN on one side only must not look like agreement.
-    worst = std::isnan(difference) ? std::numeric_limits<double>::infinity()
-                                   : std::max(worst, difference);
-  }
-  return worst;
+  const std::span<const float> all(logits);
+  return largest_difference(all.first(all.size() / 2), all.last(all.size() / 2));
+}
+
+std::vector<float> TrainSession::Impl::prompt_logits(const std::vector<std::int32_t>& prompt) {
+  const auto tokens = static_cast<std::int64_t>(prompt.size());
+  TANDEM_CHECK(tokens >= 1 && tokens <= kProbeTokens, tokens, " tokens");
+  model::Context& ctx = parts_.context;
+  ArenaScope scope(ctx.activations);
+  data::MicroBatch batch;
+  batch.tokens = prompt;
+  batch.labels.assign(prompt.size(), data::kIgnore);
+  for (std::int32_t at = 0; at < tokens; ++at) batch.positions.push_back(at);
+  batch.cu_seqlens = {0, static_cast<std::int32_t>(tokens)};
+  const DeviceBatch device = upload_batch(ctx, batch, {tokens, 1, tokens}, parts_.slot, 0);
+  const Tensor hidden = ctx.activations.alloc({device.tokens.tokens(), transformer_.config().width},
+                                              ctx.compute_dtype);
+  transformer_.forward(ctx, device.tokens, {}, hidden, nullptr, recompute_);
+  const Tensor out = ctx.activations.alloc({tokens, transformer_.config().vocab}, DType::kF32);
+  transformer_.logits(ctx, hidden.rows(0, tokens), out);
+  std::vector<float> logits(static_cast<std::size_t>(out.elements()));
+  ctx.ops.download(ctx.exec, out, std::as_writable_bytes(std::span(logits)));
+  return logits;
+}
+
+double TrainSession::Impl::probe_published(const std::vector<std::int32_t>& prompt,
+                                           const model::TensorSource& published) {
+  const std::vector<float> trained = prompt_logits(prompt);
+  params_.load_weights(published);
+  return largest_difference(trained, prompt_logits(prompt));
 }
 
 }  // namespace tandem::worker::train

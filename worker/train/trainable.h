@@ -3,6 +3,7 @@
 // every call that reduces or gathers is made by all of them, in the same order.
 #pragma once
 
+#include "worker/train/state_pieces.h"
 #include "worker/train/train_session.h"
 
 #include <memory>
@@ -36,10 +37,16 @@ class Trainable {
   virtual void update(const protocol::TrainSettings& settings, double learning_rate,
                       std::int64_t step) = 0;
 
-  /// This rank's part of the state; merge_states makes one of all ranks' parts.
-  [[nodiscard]] virtual std::vector<StateTensor> export_tensors() const = 0;
-  /// From the whole state.
-  virtual Status import_tensors(const std::vector<StateTensor>& tensors) = 0;
+  /// This rank's part of the state; merge_states makes one of all ranks' parts. `weights_alone`:
+  /// without the optimizer's moments.
+  [[nodiscard]] virtual std::vector<StateTensor> export_tensors(bool weights_alone) const = 0;
+  /// Reads this rank's part of a state that any layout saved; touches no device and no other rank.
+  virtual Status read_tensors(const StateSource& state) = 0;
+  /// Takes up what was read; all ranks at once.
+  virtual void take_tensors() = 0;
+
+  /// Full fine-tuning: the weights become those of `source`, the moments stay.
+  virtual void load_weights(const model::TensorSource& source) = 0;
 
   /// LoRA on one rank only, see TrainSession.
   [[nodiscard]] virtual std::shared_ptr<const model::AdapterWeights> snapshot() const = 0;

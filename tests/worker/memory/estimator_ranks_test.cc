@@ -42,6 +42,28 @@ TEST(EstimatorOfRanks, IsTheLedgerOfEachRankByteForByte) {
       }
 }
 
+TEST(EstimatorOfRanks, CountsThePublishOfAFullFineTuneOfOneRank) {
+  RankJob job;
+  job.full = job.uniform = job.publish = true;
+  job.steps = 1;
+  const auto real = run_as_threads(job);
+  worker::memory::TrainingPlan plan;
+  plan.publish = true;
+  const auto estimate =
+      estimate_training(kernels::cpu_profile({1, 0}), rank_job_model(job), DType::kF32,
+                        rank_job_settings(job), rank_job_bounds(job), plan);
+  ASSERT_TRUE(estimate.ok()) << estimate.status().to_string();
+  EXPECT_EQ(estimate->peak_total, real[0].peak_bytes.back());
+  // One copy of the weights alone: nothing of the base lies beside it.
+  const auto& weights = real[0].peak_bytes[static_cast<std::size_t>(kernels::MemoryKind::kWeights)];
+  EXPECT_EQ(estimate->of(kernels::MemoryKind::kWeights), weights);
+  RankJob lora = job;
+  lora.full = lora.publish = false;
+  EXPECT_LT(weights,
+            1.1 * static_cast<double>(run_as_threads(lora)[0].peak_bytes[static_cast<std::size_t>(
+                      kernels::MemoryKind::kWeights)]));
+}
+
 /// Llama-3-8B's sizes.
 worker::model::ModelConfig eight_billion() {
   worker::model::ModelConfig config;

@@ -122,7 +122,8 @@ TEST(AdapterCodec, ACheckpointGivesBackItsStateAndItsAdapter) {
     state.tensors.push_back({path + ".lora_A.exp_avg", {t.rank, shape.i}, t.a});
     state.tensors.push_back({path + ".lora_B.param", {shape.n, t.rank}, t.b});
   }
-  const auto packed = pack_checkpoint(kBase, peft(4), packing);
+  const auto config_of_job = peft(4);
+  const auto packed = pack_checkpoint(kBase, &config_of_job, packing);
   ASSERT_TRUE(packed.ok()) << packed.status().to_string();
   const auto again = unpack_checkpoint(packed->manifest, kBase, packed->fetch());
   ASSERT_TRUE(again.ok());

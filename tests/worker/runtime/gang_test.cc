@@ -92,8 +92,8 @@ TEST(GangState, ComesBackAsItWas) {
   auto train = std::make_shared<data::Dataset>();
   train->examples.push_back({{1, 2, 3}, {2, 3, data::kIgnore}, 7});
   plan.train = train;
-  train::StateTensor tensor{"x.param", {2, 3}, {1, 2, 3, 4, 5, 6}, {1, 2, 0, 3}, 4};
-  plan.state = train::TrainState{"{}", {tensor}};
+  plan.base_model = sha256("base");
+  plan.checkpoint = "a manifest";
   const GangPlan again = GangPlan::decode(plan.encode());
   EXPECT_EQ(again.model_path, plan.model_path);
   EXPECT_EQ(again.settings.to_json(), plan.settings.to_json());
@@ -101,10 +101,18 @@ TEST(GangState, ComesBackAsItWas) {
   EXPECT_EQ(again.train->examples[0].labels, train->examples[0].labels);
   EXPECT_EQ(again.train->examples[0].line, 7);
   EXPECT_EQ(again.eval, nullptr);
-  ASSERT_TRUE(again.state && again.state->tensors.size() == 1);
-  EXPECT_EQ(again.state->tensors[0].values, tensor.values);
-  EXPECT_EQ(again.state->tensors[0].slice.rows, 2);
-  EXPECT_EQ(again.state->tensors[0].first, 4);
+  EXPECT_EQ(again.base_model, plan.base_model);
+  EXPECT_EQ(again.checkpoint, plan.checkpoint);
+
+  const train::TrainState state{"{}", {{"x.param", {2, 3}, {1, 2, 3, 4, 5, 6}, {1, 2, 0, 3}, 4}}};
+  ByteWriter bytes;
+  encode_state(state, bytes);
+  ByteReader reader(bytes.bytes());
+  const train::TrainState copy = decode_state(reader);
+  ASSERT_EQ(copy.tensors.size(), 1u);
+  EXPECT_EQ(copy.tensors[0].values, state.tensors[0].values);
+  EXPECT_EQ(copy.tensors[0].slice.rows, 2);
+  EXPECT_EQ(copy.tensors[0].first, 4);
 }
 
 TEST(GangEnvironment, HoldsNothingOfAnOuterMpirunOrSlurm) {

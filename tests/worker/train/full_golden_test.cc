@@ -165,5 +165,31 @@ TEST_P(FullGoldens, ThePublishedFolderHoldsTheTrainedWeights) {
     std::filesystem::remove_all(folder);
 }
 
+/// As a job publishes: pieces into one file, read back, compared, and taken as the weights.
+TEST_P(FullGoldens, AFileWrittenInPiecesHoldsTheTrainedWeightsAndTheProbeSeesADifference) {
+  use_golden_optimizer();
+  auto session = start(training_steps(3));
+  run(*session);
+  const std::vector<std::int32_t> prompt{1, 2, 3};
+  const std::string path = testing::TempDir() + "tandem_pieces_" + GetParam() + ".safetensors";
+  const auto pieces = session->export_weights();
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    ASSERT_TRUE(worker::train::create_weights(path, golden.config(), dtype).ok());
+    const Status written = worker::train::write_pieces(path, pieces);
+    ASSERT_TRUE(written.ok()) << written.to_string();
+    const auto published =
+        worker::model::make_safetensors_source(storage::Safetensors::open(path).value());
+    EXPECT_EQ(worker::train::largest_difference(pieces, *published, dtype), 0.0);
+    if (dtype == DType::kF32) {
+      EXPECT_GT(session->probe_published(prompt, *published), 0.0) << "it had bf16's values";
+      EXPECT_EQ(session->probe_published(prompt, *published), 0.0);
+    } else {
+      EXPECT_GT(worker::train::largest_difference(pieces, *published, DType::kF32), 0.0);
+      EXPECT_GT(session->probe_published(prompt, *published), 0.0) << "f32 rounded to bf16";
+    }
+  }
+  std::filesystem::remove(path);
+}
+
 }  // namespace
 }  // namespace tandem::test

@@ -219,7 +219,8 @@ class Client:
         return self.call("status")
 
     def submit(self, spec: Json, *, idempotency_key: Optional[str] = None) -> Json:
-        """Submits a job; {"job", "state", ...}. spec: model, dataset, adapter, train."""
+        """Submits a job; {"job", "state", ...}. spec: model, dataset, adapter
+        (or, with train.method full, name), train."""
         return self.call("job.submit", {"spec": spec}, idempotency_key=idempotency_key)
 
     def watch(self, job: str, after: int = 0) -> Iterator[Json]:

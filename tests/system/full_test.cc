@@ -1,0 +1,219 @@
+// Full fine-tuning as a user submits it: on one rank or several a job ends in a model that every
+// engine serves, that exports to the folder it came from, and that kills and pauses do not change.
+#include "protocol/base/random.h"
+#include "tests/support/tiny_model.h"
+#include "tests/system/platform.h"
+
+#include <gtest/gtest.h>
+
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+
+namespace tandem::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+const Json kSettings{{"method", "full"},  {"learning_rate", 1e-3},
+                     {"max_steps", 40},   {"per_device_train_batch_size", 1},
+                     {"max_length", 128}, {"gradient_accumulation_steps", 4},
+                     {"save_steps", 10},  {"eval_split", 0.0}};
+
+Json with(Json settings, const Json& more) {
+  settings.update(more);
+  return settings;
+}
+
+class Fulls : public testing::Test {
+ protected:
+  static constexpr int kWorkers = 2;
+  static void SetUpTestSuite() {
+    platform_ = std::make_unique<Platform>(
+        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
+                                 "--device", "cpu", "--gang-timeout-s", "5"});
+    write_tiny_model(platform_->directory() + "/model", 7);
+    write_tiny_dataset(platform_->directory() + "/train.jsonl", 64, 8);
+    platform_->start_coordinator();
+    for (int slot = 0; slot < kWorkers; ++slot) platform_->start_worker(slot);
+    platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
+    data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
+  }
+  static void TearDownTestSuite() { platform_.reset(); }
+
+  static std::string submit(const std::string& name, const Json& settings) {
+    const Json spec{{"model", "tiny"}, {"dataset", data_}, {"name", name}, {"train", settings}};
+    return platform_->call("job.submit", {{"spec", spec}}).value("job", "");
+  }
+  static Json finish(const std::string& job) {
+    const Json end = platform_->wait_job(job);
+    EXPECT_EQ(end.value("state", ""), "done") << end.dump(1);
+    return end;
+  }
+  static Json show(const std::string& job) { return platform_->call("job.show", {{"job", job}}); }
+  static bool reaches(const std::string& job, std::int64_t step) {
+    return eventually(60'000, [&] { return show(job).value("step", std::int64_t{0}) >= step; });
+  }
+  static Json model(const std::string& name) {
+    return platform_->call("model.show", {{"model", name}});
+  }
+  /// The digest of the model of an undisturbed job on one rank, and its losses.
+  struct Reference {
+    std::string job, digest;
+    std::map<std::int64_t, double> losses;
+  };
+  static const Reference& one_rank() {
+    static const Reference reference = [] {
+      const std::string job = submit("whole", kSettings);
+      finish(job);
+      return Reference{job, model("whole").value("digest", ""), platform_->losses(job)};
+    }();
+    return reference;
+  }
+
+  static std::unique_ptr<Platform> platform_;
+  static std::string data_;
+};
+std::unique_ptr<Platform> Fulls::platform_;
+std::string Fulls::data_;
+
+TEST_F(Fulls, EndsInAModelThatKnowsItsOriginAndIsServedUnderItsName) {
+  const auto& [job, digest, losses] = one_rank();
+  ASSERT_EQ(losses.size(), 40u);
+  EXPECT_LT(losses.at(40), 0.7 * losses.at(1)) << "it learned";
+  const Json made = model("whole"), base = model("tiny");
+  EXPECT_EQ(made.value("job", ""), job);
+  EXPECT_EQ(made.value("base_model", ""), base.value("digest", "-"));
+  EXPECT_EQ(made.value("path", "-"), "");
+  EXPECT_NE(digest, base.value("digest", ""));
+  const Json end = show(job);
+  EXPECT_EQ(end.value("published", ""), digest);
+  EXPECT_EQ(end["summary"].value("probe_max_abs_difference", -1.0), 0.0) << end.dump(1);
+  const auto trained = platform_->generate("whole", "say red 1", 8);
+  ASSERT_TRUE(trained.ok()) << trained.status().to_string();
+  const auto before = platform_->generate("tiny", "say red 1", 8);
+  ASSERT_TRUE(before.ok()) << before.status().to_string();
+  EXPECT_NE(trained->tokens, before->tokens);
+  const auto listed = platform_->cli({"model", "list"});
+  EXPECT_NE(listed.out.find(job), std::string::npos) << listed.out;
+  for (int slot = 0; slot < kWorkers; ++slot)
+    EXPECT_FALSE(fs::exists(str(platform_->data_dir(), "/cache/models/.publish-cpu", slot)));
+  const Json check = platform_->call("registry.check", Json::object());
+  EXPECT_TRUE(check.value("ok", false)) << check.dump(1);
+}
+
+TEST_F(Fulls, ExportsToAFolderThatIsTheSameModelWhenItIsAdded) {
+  const std::string folder = platform_->directory() + "/exported", digest = one_rank().digest;
+  const auto exported = platform_->cli({"model", "export", "whole", folder});
+  ASSERT_EQ(exported.code, 0) << exported.err;
+  EXPECT_TRUE(fs::exists(folder + "/tokenizer_config.json")) << "the template goes along";
+  const Json added = platform_->call("model.add", {{"name", "again"}, {"path", folder}});
+  EXPECT_EQ(added.value("digest", ""), digest);
+  platform_->call("model.rm", {{"model", "again"}});
+  const auto twice = platform_->cli({"model", "export", "whole", folder});
+  EXPECT_EQ(twice.code, 4) << "a folder with content is left alone";
+}
+
+TEST_F(Fulls, CheckpointsAreNotServedAndSayWhatIs) {
+  const auto answer = platform_->generate(one_rank().job + "@latest", "say red 1", 4);
+  ASSERT_FALSE(answer.ok());
+  EXPECT_EQ(answer.status().code(), StatusCode::kRefused) << answer.status().to_string();
+  EXPECT_NE(answer.status().message().find("whole"), std::string::npos);
+}
+
+TEST_F(Fulls, NamesAreRefusedBeforeAnythingRuns) {
+  (void)one_rank();
+  const std::string file = platform_->directory() + "/train.jsonl";
+  const auto train = [&](std::vector<std::string> more) {
+    std::vector<std::string> line{"train", "--model", "tiny", "--data", file};
+    line.insert(line.end(), more.begin(), more.end());
+    return platform_->cli(line);
+  };
+  const auto adapter = train({"--method", "full", "--adapter", "a"});
+  EXPECT_EQ(adapter.code, 2) << adapter.err;
+  EXPECT_NE(adapter.err.find("--name"), std::string::npos) << adapter.err;
+  const auto name = train({"--name", "n"});
+  EXPECT_EQ(name.code, 2) << name.err;
+  EXPECT_NE(name.err.find("--adapter"), std::string::npos) << name.err;
+  const auto taken = train({"--method", "full", "--name", "whole"});
+  EXPECT_EQ(taken.code, 4) << taken.err;
+  const auto lora = train({"--adapter", "whole"});
+  EXPECT_EQ(lora.code, 4) << lora.err;
+}
+
+struct Layout {
+  std::string name;
+  Json layout;
+};
+class FullLayouts : public Fulls, public testing::WithParamInterface<Layout> {};
+INSTANTIATE_TEST_SUITE_P(Each, FullLayouts,
+                         testing::Values(Layout{"tp2", {{"tp", 2}}}, Layout{"pp2", {{"pp", 2}}},
+                                         Layout{"dp2_zero3", {{"dp", 2}, {"zero", 3}}}),
+                         [](const auto& each) { return each.param.name; });
+
+TEST_P(FullLayouts, TrainsAsOneRankDoesAndIsServed) {
+  const std::string job = submit(GetParam().name, with(kSettings, GetParam().layout));
+  finish(job);
+  const auto losses = platform_->losses(job);
+  ASSERT_EQ(losses.size(), one_rank().losses.size());
+  for (const auto& [step, loss] : one_rank().losses)
+    EXPECT_NEAR(losses.at(step), loss, 1e-5) << "step " << step;
+  const auto answer = platform_->generate(GetParam().name, "say red 1", 8);
+  EXPECT_TRUE(answer.ok()) << answer.status().to_string();
+}
+
+TEST_F(Fulls, EachRankKilledCostsARetryAndNotABit) {
+  const Json layout{{"dp", 2}, {"zero", 3}, {"max_steps", 60}};
+  finish(submit("calm", with(kSettings, layout)));
+  Random random(11);
+  for (int rank = 0; rank < 2; ++rank) {
+    const std::string name = str("killed-", rank), job = submit(name, with(kSettings, layout));
+    ASSERT_TRUE(reaches(job, 12));
+    const std::string worker = show(job).value("worker", "0");
+    const pid_t pid = platform_->gang_rank(rank, worker.back() - '0');
+    ASSERT_GT(pid, 0) << show(job).dump(1);
+    ::usleep(static_cast<useconds_t>(random.below(200'000)));
+    ::kill(pid, SIGKILL);
+    finish(job);
+    EXPECT_EQ(model(name).value("digest", "a"), model("calm").value("digest", "b"));
+  }
+  const Json check = platform_->call("registry.check", Json::object());
+  EXPECT_TRUE(check.value("ok", false)) << check.dump(1);
+}
+
+TEST_F(Fulls, RanksStoreTheirOwnPiecesOfACheckpoint) {
+  const std::string job = submit("pieces", with(kSettings, {{"dp", 2}, {"zero", 3}}));
+  finish(job);
+  const Json checkpoints = show(job)["checkpoints"];
+  ASSERT_FALSE(checkpoints.empty());
+  const std::int64_t step = checkpoints.back().value("step", std::int64_t{0});
+  const Json shown = platform_->call("adapter.manifest", {{"adapter", str(job, "@step-", step)}});
+  const Json manifest = Json::parse(shown.value("manifest", "{}"));
+  std::size_t cut = 0;
+  std::int64_t bytes = 0;
+  for (const Json& tensor : manifest["tensors"]) {
+    cut += tensor.value("name", "").find('@') != std::string::npos;
+    bytes += tensor.value("bytes", std::int64_t{0});
+  }
+  EXPECT_GT(cut, 0u) << "ZeRO cuts tensors between the ranks";
+  EXPECT_FALSE(manifest["settings"]["shapes"].empty());
+  // Weights and both moments in f32, each element once.
+  const Json base = platform_->call("model.show", {{"model", "tiny"}});
+  EXPECT_EQ(bytes, 12 * base.value("parameters", std::int64_t{0}));
+}
+
+TEST_F(Fulls, APausedJobGoesOnOverOtherRanksWithTheLossesOfOne) {
+  const std::string job = submit("moved", with(kSettings, {{"tp", 2}, {"save_steps", 0}}));
+  ASSERT_TRUE(reaches(job, 5));
+  platform_->call("job.pause", {{"job", job}});
+  ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
+  platform_->call("job.resume", {{"job", job}, {"layout", {{"tp", 1}, {"dp", 2}, {"zero", 2}}}});
+  finish(job);
+  const auto losses = platform_->losses(job);
+  for (const auto& [step, loss] : one_rank().losses)
+    EXPECT_NEAR(losses.at(step), loss, 1e-5) << "step " << step;
+}
+
+}  // namespace
+}  // namespace tandem::test
