@@ -19,13 +19,9 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::int64_t kLong = 300;  ///< tokens of an answer that is to be caught on its way
-const Json kSettings{{"lora_r", 4},
-                     {"lora_alpha", 4},
-                     {"learning_rate", 5e-3},
-                     {"max_steps", 8},
-                     {"per_device_train_batch_size", 1},
-                     {"max_length", 128},
-                     {"adapter_dtype", "f32"}};
+const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
+                     {"max_steps", 8},    {"per_device_train_batch_size", 1},
+                     {"max_length", 128}, {"adapter_dtype", "f32"}};
 
 class Replicas : public testing::Test {
  protected:

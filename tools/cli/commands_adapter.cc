@@ -96,7 +96,8 @@ Status run_adapter_export(Session& session, const std::string& name, const std::
     }
   std::vector<std::vector<std::byte>> joined;
   joined.reserve(manifest.tensors.size());
-  TANDEM_ASSIGN_OR_RETURN(const auto sites, to_peft_sites(manifest, blobs, joined));
+  TANDEM_ASSIGN_OR_RETURN(auto sites, to_peft_sites(manifest, blobs, joined));
+  for (auto& site : sites) site.scale = config.scale(site.site, site.a.shape[0]);
   TANDEM_RETURN_IF_ERROR(storage::write_peft(directory, config, sites));
   const Json result{{"adapter", name},
                     {"digest", field(shown, "digest")},
