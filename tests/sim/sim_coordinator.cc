@@ -166,10 +166,9 @@ void SimCoordinator::check_tables() {
     if (holds_engine(job.state)) {
       for (const WorkerId& worker : job.gang() ? job.members : std::vector{job.worker})
         if (++holders[worker] > 1) violation(str("two jobs hold worker ", worker));
-      const auto spec = protocol::JobSpec::parse(job.spec_json);
-      const auto ranks = spec.ok() ? static_cast<std::size_t>(spec->train.ranks()) : 0;
-      if (job.members.size() != (ranks > 1 ? ranks : 0))
-        violation(str(job.id, " of ", ranks, " ranks holds ", job.members.size(), " members"));
+      const auto held = static_cast<std::int64_t>(job.members.size());
+      if (job.needs_gang() ? std::ranges::count(job.sizes, held) == 0 : held != 0)
+        violation(str(job.id, " of ", job.ranks, " ranks holds ", held, " members"));
     }
   for (const auto& [id, replica] : tables.replicas) {
     if (!replica.placed()) continue;

@@ -191,10 +191,6 @@ std::vector<StateTensor> LoraParams::export_tensors(bool weights_alone) const {
 }
 
 Status LoraParams::read_tensors(const StateSource& state) {
-  const std::size_t expected = 3 * 2 * layout_.pairs.size();
-  if (state.tensors() != expected)
-    return corrupt_error(
-        str("the checkpoint has ", state.tensors(), " tensors; the job has ", expected));
   for (std::size_t f = 0; f < read_.size(); ++f) {
     read_[f].assign(static_cast<std::size_t>(layout_.elements), 0.0f);
     for (const Part& part : parts_of(layout_, kSuffixes[f]))
@@ -202,6 +198,10 @@ Status LoraParams::read_tensors(const StateSource& state) {
                                         {{0, part.shape[0], 0, part.shape[1]}, 0, part.elements()},
                                         read_[f].data() + part.begin));
   }
+  const std::size_t expected = 3 * 2 * layout_.pairs.size();
+  if (state.tensors() != expected)
+    return corrupt_error(
+        str("the checkpoint has ", state.tensors(), " tensors; the job has ", expected));
   return {};
 }
 
