@@ -7,6 +7,7 @@
 #include <cmath>
 #include <functional>
 #include <numeric>
+#include <set>
 
 namespace tandem::protocol {
 namespace {
@@ -205,11 +206,22 @@ Status read_settings(const Json& object, TrainSettings& settings) {
   return settings.check_layout();
 }
 
+/// What came after protocol 1.2. An older worker refuses what it does not know, so these are named
+/// only where they say something.
+bool is_recent(const std::string& field) {
+  static const std::set<std::string> names{"dp_min",           "layout",
+                                           "ranks_max",        "virtual_pipeline_size",
+                                           "pipeline_balance", "sequence_parallel"};
+  return names.contains(field);
+}
+
 Json settings_json(const TrainSettings& settings) {
+  static const TrainSettings defaults;
   Json object = Json::object();
   for (const Field& field : fields())
-    if (field.name != "dp_min" || settings.dp_min != 0)  // an older worker does not know it
-      object[field.name] = field.write(settings);
+    if (Json value = field.write(settings);
+        !is_recent(field.name) || value != field.write(defaults))
+      object[field.name] = std::move(value);
   return object;
 }
 
@@ -294,6 +306,12 @@ Result<TrainSettings> TrainSettings::parse(const std::string& json) {
 
 std::string TrainSettings::to_json() const {
   return settings_json(*this).dump();
+}
+
+std::string TrainSettings::default_of(const std::string& name) {
+  for (const Field& field : fields())
+    if (field.name == name) return field.write(TrainSettings()).dump();
+  return "";
 }
 
 const std::vector<std::string>& TrainSettings::field_names() {

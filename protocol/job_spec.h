@@ -89,8 +89,11 @@ struct TrainSettings {
   /// be cut so is known by the dry run.
   [[nodiscard]] Status check_method() const;
   [[nodiscard]] Status check_layout() const;
-  /// All fields, defaults included: what a job record stores. parse(to_json()) == *this.
+  /// All fields: what a job record stores. parse(to_json()) == *this. Defaults are named too, but
+  /// for fields that came after protocol 1.2, which older workers would refuse.
   [[nodiscard]] std::string to_json() const;
+  /// A field's default as JSON; "" when there is no such field.
+  static std::string default_of(const std::string& name);
   /// Known field names, for completion and for nearest-name messages.
   static const std::vector<std::string>& field_names();
 };

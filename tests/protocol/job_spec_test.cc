@@ -1,5 +1,7 @@
 #include "protocol/job_spec.h"
 
+#include "protocol/base/str.h"
+
 #include <gtest/gtest.h>
 
 namespace tandem::protocol {
@@ -15,6 +17,22 @@ TEST(TrainSettings, RoundTripsEveryField) {
   ASSERT_TRUE(again.ok()) << again.status().to_string();
   EXPECT_EQ(again->to_json(), settings.to_json());
   EXPECT_EQ(again->learning_rate, 1e-3);
+}
+
+TEST(TrainSettings, NamesWhatOlderWorkersDoNotKnowOnlyWhereItSaysSomething) {
+  TrainSettings settings;
+  settings.gradient_accumulation_steps = 4;
+  settings.dp = 2;
+  const std::string plain = settings.to_json();
+  for (const char* recent : {"dp_min", "layout", "ranks_max", "virtual_pipeline_size",
+                             "pipeline_balance", "sequence_parallel"})
+    EXPECT_EQ(plain.find(str("\"", recent, "\"")), std::string::npos) << plain;
+  EXPECT_NE(plain.find("\"zero\""), std::string::npos) << plain;
+  settings.dp_min = 1;
+  EXPECT_NE(settings.to_json().find("\"dp_min\":1"), std::string::npos) << settings.to_json();
+  EXPECT_EQ(TrainSettings::default_of("dp_min"), "0");
+  EXPECT_EQ(TrainSettings::default_of("layout"), "\"manual\"");
+  EXPECT_EQ(TrainSettings::default_of("no_such"), "");
 }
 
 TEST(TrainSettings, NamesTheNearestFieldForAnUnknownOne) {

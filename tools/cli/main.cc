@@ -154,7 +154,6 @@ void add_objects(CLI::App& app, Invocation& in) {
 void add_training_options(CLI::App& sub, Invocation& in) {
   sub.add_option("--model", in.train.model, "base model");
   sub.add_option("-f,--file", in.train.file, "job file (YAML): the same names, side by side");
-  const Json defaults = Json::parse(protocol::TrainSettings().to_json());
   for (const auto& field : protocol::TrainSettings::field_names())
     sub.add_option_function<std::string>(
            "--" + kebab(field) +
@@ -162,7 +161,7 @@ void add_training_options(CLI::App& sub, Invocation& in) {
                 : field == "virtual_pipeline_size" ? ",--virtual-pp"
                                                    : ""),
            [&in, field](const std::string& v) { in.train.settings[field] = v; },
-           "[" + defaults.value(field, Json(0)).dump() + "]")
+           "[" + protocol::TrainSettings::default_of(field) + "]")
         ->type_name("X")
         ->group("Training settings (Hugging Face and PEFT names) [default]");
 }
