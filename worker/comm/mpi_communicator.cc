@@ -1,6 +1,7 @@
 #include "worker/comm/mpi_communicator.h"
 
 #include "kernels/device_error.h"
+#include "protocol/base/random.h"
 #include "protocol/base/str.h"
 #include "worker/comm/collective_scratch.h"
 
@@ -61,12 +62,11 @@ class World {
     const auto& current = options_.current_timeout_ms;
     return scaled_ms(current != nullptr ? current->load() : options_.timeout_ms);
   }
-  int next_tag() { return ++tag_; }
   void fail() { failed_ = true; }
 
  private:
   const MpiOptions options_;
-  int rank_ = 0, size_ = 0, tag_ = 0;
+  int rank_ = 0, size_ = 0;
   bool failed_ = false;
 };
 
@@ -160,10 +160,17 @@ Slice slice_of(const SumPlan& plan, std::int64_t piece, int rank) {
   return {std::min(piece, rank * plan.slice), std::min(piece, (rank + 1) * plan.slice)};
 }
 
+/// Of the n-th communicator made from one with that tag: its members agree on it whatever other
+/// groups have made meanwhile. Two tags of a gang are the same once in 2^30.
+int sub_tag(int tag, int n) {
+  const auto path = static_cast<std::uint64_t>(tag) << 32 | static_cast<std::uint64_t>(n);
+  return static_cast<int>(mix64(path) & 0x3fffffff);
+}
+
 class MpiCommunicator final : public Communicator {
  public:
-  MpiCommunicator(std::shared_ptr<World> world, std::vector<int> members)
-      : world_(std::move(world)), members_(std::move(members)), tag_(world_->next_tag()) {
+  MpiCommunicator(std::shared_ptr<World> world, std::vector<int> members, int tag)
+      : world_(std::move(world)), members_(std::move(members)), tag_(tag) {
     const auto at = std::find(members_.begin(), members_.end(), world_->rank());
     TANDEM_CHECK(at != members_.end(), "rank ", world_->rank(), " is not among the members");
     rank_ = static_cast<int>(at - members_.begin());
@@ -260,7 +267,7 @@ class MpiCommunicator final : public Communicator {
       TANDEM_CHECK(r >= 0 && r < size(), "member ", r, " of ", size());
       ranks.push_back(at(r));
     }
-    return std::make_unique<MpiCommunicator>(world_, std::move(ranks));
+    return std::make_unique<MpiCommunicator>(world_, std::move(ranks), sub_tag(tag_, ++subs_));
   }
 
  private:
@@ -326,7 +333,7 @@ class MpiCommunicator final : public Communicator {
   const std::shared_ptr<World> world_;
   const std::vector<int> members_;  ///< ranks of MPI_COMM_WORLD
   const int tag_;                   ///< of this communicator: messages of two never meet
-  int rank_ = 0;
+  int rank_ = 0, subs_ = 0;
 };
 
 }  // namespace
@@ -343,7 +350,7 @@ Result<std::unique_ptr<Communicator>> make_mpi_communicator(const MpiOptions& op
   std::vector<int> members(static_cast<std::size_t>(world->size()));
   for (std::size_t r = 0; r < members.size(); ++r) members[r] = static_cast<int>(r);
   return std::unique_ptr<Communicator>(
-      std::make_unique<MpiCommunicator>(std::move(world), std::move(members)));
+      std::make_unique<MpiCommunicator>(std::move(world), std::move(members), 0));
 }
 
 }  // namespace tandem::worker::comm

@@ -116,17 +116,18 @@ CostModel default_cost_model(const kernels::DeviceProfile& profile) {
     model.gather_slowdown = 1.1;
     return model;
   }
-  // Per thread, Xeon; a host's ranks talk through shared memory.
+  // A Xeon's thread, two ranks of one host that talk through shared memory; bf16 with AMX at half
+  // of what large products reach.
   const double threads = std::max(1, profile.threads);
   model.product_flops_f32 = (profile.has_avx512 ? 80e9 : 40e9) * threads;
-  model.product_flops_bf16 = profile.has_amx_bf16 ? 1200e9 * threads : model.product_flops_f32;
-  model.attention_flops = model.product_flops_bf16 / 2.0;
+  model.product_flops_bf16 = profile.has_amx_bf16 ? 600e9 * threads : model.product_flops_f32;
+  model.attention_flops = (profile.has_amx_bf16 ? 150e9 : 40e9) * threads;
   model.memory_bytes_per_second = 8e9 * threads;
-  model.op_seconds = 5e-6;
-  model.all_reduce = {10e-6, 1.5e9};
-  model.all_gather = {10e-6, 4e9};
-  model.reduce_scatter = {10e-6, 2e9};
-  model.exchange = {10e-6, 3e9};
+  model.op_seconds = 1e-6;
+  model.all_reduce = {4e-6, 5.5e9};
+  model.all_gather = {4e-6, 5.3e9};
+  model.reduce_scatter = {4e-6, 3.9e9};
+  model.exchange = {4e-6, 11e9};
   return model;
 }
 
