@@ -1,8 +1,7 @@
 // Full fine-tuning as a user submits it: on one rank or several a job ends in a model that every
 // engine serves, that exports to the folder it came from, and that kills and pauses do not change.
 #include "protocol/base/random.h"
-#include "tests/support/tiny_model.h"
-#include "tests/system/platform.h"
+#include "tests/system/tiny_pool.h"
 
 #include <gtest/gtest.h>
 
@@ -21,39 +20,14 @@ const Json kSettings{{"method", "full"},  {"learning_rate", 1e-3},
                      {"max_length", 128}, {"gradient_accumulation_steps", 4},
                      {"save_steps", 10},  {"eval_split", 0.0}};
 
-Json with(Json settings, const Json& more) {
-  settings.update(more);
-  return settings;
-}
-
-class Fulls : public testing::Test {
+class Fulls : public TinyPool {
  protected:
   static constexpr int kWorkers = 2;
-  static void SetUpTestSuite() {
-    platform_ = std::make_unique<Platform>(
-        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
-                                 "--device", "cpu", "--gang-timeout-s", "5"});
-    write_tiny_model(platform_->directory() + "/model", 7);
-    write_tiny_dataset(platform_->directory() + "/train.jsonl", 64, 8);
-    platform_->start_coordinator();
-    for (int slot = 0; slot < kWorkers; ++slot) platform_->start_worker(slot);
-    platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
-    data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
-  }
-  static void TearDownTestSuite() { platform_.reset(); }
+  static void SetUpTestSuite() { start_pool(kWorkers, 64); }
 
   static std::string submit(const std::string& name, const Json& settings) {
     const Json spec{{"model", "tiny"}, {"dataset", data_}, {"name", name}, {"train", settings}};
     return platform_->call("job.submit", {{"spec", spec}}).value("job", "");
-  }
-  static Json finish(const std::string& job) {
-    const Json end = platform_->wait_job(job);
-    EXPECT_EQ(end.value("state", ""), "done") << end.dump(1);
-    return end;
-  }
-  static Json show(const std::string& job) { return platform_->call("job.show", {{"job", job}}); }
-  static bool reaches(const std::string& job, std::int64_t step) {
-    return eventually(60'000, [&] { return show(job).value("step", std::int64_t{0}) >= step; });
   }
   static Json model(const std::string& name) {
     return platform_->call("model.show", {{"model", name}});
@@ -71,12 +45,7 @@ class Fulls : public testing::Test {
     }();
     return reference;
   }
-
-  static std::unique_ptr<Platform> platform_;
-  static std::string data_;
 };
-std::unique_ptr<Platform> Fulls::platform_;
-std::string Fulls::data_;
 
 TEST_F(Fulls, EndsInAModelThatKnowsItsOriginAndIsServedUnderItsName) {
   const auto& [job, digest, losses] = one_rank();
@@ -87,7 +56,7 @@ TEST_F(Fulls, EndsInAModelThatKnowsItsOriginAndIsServedUnderItsName) {
   EXPECT_EQ(made.value("base_model", ""), base.value("digest", "-"));
   EXPECT_EQ(made.value("path", "-"), "");
   EXPECT_NE(digest, base.value("digest", ""));
-  const Json end = show(job);
+  const Json end = show_job(job);
   EXPECT_EQ(end.value("published", ""), digest);
   EXPECT_EQ(end["summary"].value("probe_max_abs_difference", -1.0), 0.0) << end.dump(1);
   const auto trained = platform_->generate("whole", "say red 1", 8);
@@ -170,9 +139,9 @@ TEST_F(Fulls, EachRankKilledCostsARetryAndNotABit) {
   for (int rank = 0; rank < 2; ++rank) {
     const std::string name = str("killed-", rank), job = submit(name, with(kSettings, layout));
     ASSERT_TRUE(reaches(job, 12));
-    const std::string worker = show(job).value("worker", "0");
+    const std::string worker = show_job(job).value("worker", "0");
     const pid_t pid = platform_->gang_rank(rank, worker.back() - '0');
-    ASSERT_GT(pid, 0) << show(job).dump(1);
+    ASSERT_GT(pid, 0) << show_job(job).dump(1);
     ::usleep(static_cast<useconds_t>(random.below(200'000)));
     ::kill(pid, SIGKILL);
     finish(job);
@@ -185,7 +154,7 @@ TEST_F(Fulls, EachRankKilledCostsARetryAndNotABit) {
 TEST_F(Fulls, RanksStoreTheirOwnPiecesOfACheckpoint) {
   const std::string job = submit("pieces", with(kSettings, {{"dp", 2}, {"zero", 3}}));
   finish(job);
-  const Json checkpoints = show(job)["checkpoints"];
+  const Json checkpoints = show_job(job)["checkpoints"];
   ASSERT_FALSE(checkpoints.empty());
   const std::int64_t step = checkpoints.back().value("step", std::int64_t{0});
   const Json shown = platform_->call("adapter.manifest", {{"adapter", str(job, "@step-", step)}});

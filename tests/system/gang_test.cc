@@ -1,8 +1,7 @@
 // Jobs of several ranks as a user submits them: every layout against one rank, the pool serving
 // meanwhile, and every process of a gang killed or stopped on the way.
 #include "protocol/base/random.h"
-#include "tests/support/tiny_model.h"
-#include "tests/system/platform.h"
+#include "tests/system/tiny_pool.h"
 
 #include <gtest/gtest.h>
 
@@ -26,11 +25,6 @@ const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
                      {"max_length", 128}, {"gradient_accumulation_steps", 4},
                      {"save_steps", 10},  {"adapter_dtype", "f32"}};
 
-Json with(Json settings, const Json& more) {
-  settings.update(more);
-  return settings;
-}
-
 bool full() {
   return std::getenv("TANDEM_TEST_FULL") != nullptr;
 }
@@ -41,27 +35,10 @@ std::string mappings(pid_t pid) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-class Gangs : public testing::Test {
+class Gangs : public TinyPool {
  protected:
   static constexpr int kWorkers = 4;
-  static void SetUpTestSuite() {
-    platform_ = std::make_unique<Platform>(
-        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
-                                 "--device", "cpu", "--gang-timeout-s", "5"});
-    write_tiny_model(platform_->directory() + "/model", 7, 4);
-    write_tiny_dataset(platform_->directory() + "/train.jsonl", 64, 8);
-    platform_->start_coordinator();
-    for (int slot = 0; slot < kWorkers; ++slot) platform_->start_worker(slot);
-    platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
-    data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
-    ASSERT_TRUE(eventually(60'000, [] {
-      std::size_t ready = 0;
-      const Json listed = platform_->call("worker.list", Json::object());
-      for (const Json& worker : listed["workers"]) ready += worker.value("state", "") == "ready";
-      return ready == kWorkers;
-    }));
-  }
-  static void TearDownTestSuite() { platform_.reset(); }
+  static void SetUpTestSuite() { start_pool(kWorkers, 64, 4); }
   /// Whatever happened: nothing of any gang is left.
   void TearDown() override {
     for (int slot = 0; slot < kWorkers; ++slot)
@@ -69,23 +46,8 @@ class Gangs : public testing::Test {
           << platform_->gang_directory(slot);
   }
 
-  static std::string submit(const std::string& adapter, const Json& settings) {
-    return platform_->submit("tiny", data_, adapter, settings);
-  }
-  static Json finish(const std::string& job) {
-    const Json end = platform_->wait_job(job);
-    EXPECT_EQ(end.value("state", ""), "done") << end.dump(1);
-    return end;
-  }
-  static std::string digest(const std::string& adapter) {
-    return platform_->call("adapter.show", {{"adapter", adapter}}).value("digest", "");
-  }
-  static Json show(const std::string& job) { return platform_->call("job.show", {{"job", job}}); }
-  static bool reaches(const std::string& job, std::int64_t step) {
-    return eventually(60'000, [&] { return show(job).value("step", std::int64_t{0}) >= step; });
-  }
   static int leader(const std::string& job) {
-    const std::string worker = show(job).value("worker", "");
+    const std::string worker = show_job(job).value("worker", "");
     return worker.empty() ? -1 : worker.back() - '0';
   }
   /// The pid of a rank of the job's gang, once it is there.
@@ -94,7 +56,7 @@ class Gangs : public testing::Test {
     eventually(30'000, [&] {
       const int slot = leader(job);
       pid = slot < 0 ? 0 : platform_->gang_rank(rank, slot);
-      return pid > 0 || show(job).value("state", "") == "done";
+      return pid > 0 || show_job(job).value("state", "") == "done";
     });
     return pid;
   }
@@ -120,12 +82,7 @@ class Gangs : public testing::Test {
     for (const auto& [step, loss] : one_rank().losses)
       EXPECT_NEAR(got.at(step), loss, 1e-5) << "step " << step;
   }
-
-  static std::unique_ptr<Platform> platform_;
-  static std::string data_;
 };
-std::unique_ptr<Platform> Gangs::platform_;
-std::string Gangs::data_;
 
 struct LayoutCase {
   std::string name;
@@ -154,7 +111,7 @@ TEST_P(GangLayouts, TrainsAsOneRankDoesAndIsServedByTheEngines) {
   const std::string name = GetParam().name;
   const std::string job = submit(name, with(kSettings, GetParam().layout));
   ASSERT_TRUE(reaches(job, 1));
-  EXPECT_EQ(show(job)["workers"].size(), static_cast<std::size_t>(GetParam().ranks));
+  EXPECT_EQ(show_job(job)["workers"].size(), static_cast<std::size_t>(GetParam().ranks));
   const std::string mapped = mappings(rank_of(job, 0));
   if (!mapped.empty()) {  // it may have ended by now
     EXPECT_NE(mapped.find("/gang/vader_segment"), std::string::npos) << mapped;
@@ -201,7 +158,7 @@ TEST_F(Gangs, LayoutAutoTakesTheRanksThatItsCostModelFindsFastest) {
       << estimate.dump(1);
   const std::string job = submit("auto", settings);
   ASSERT_TRUE(reaches(job, 1));
-  EXPECT_EQ(show(job)["workers"].size(), static_cast<std::size_t>(kWorkers));
+  EXPECT_EQ(show_job(job)["workers"].size(), static_cast<std::size_t>(kWorkers));
   finish(job);
   expect_losses_of_one_rank(job);
   // One that nothing can be read from is an error that names it, not a guess.
@@ -228,7 +185,7 @@ TEST_P(GangLayouts, EachRankKilledCostsARetryAndNotABit) {
       const pid_t pid = rank_of(job, rank);
       ASSERT_GT(pid, 0);
       ::usleep(static_cast<useconds_t>(random.below(600'000)));
-      if (show(job).value("state", "") != "done") ::kill(pid, SIGKILL);
+      if (show_job(job).value("state", "") != "done") ::kill(pid, SIGKILL);
       const Json end = finish(job);
       EXPECT_EQ(digest(adapter), expected) << "rank " << rank << ": " << end.dump(1);
     }
@@ -244,7 +201,7 @@ TEST_F(Gangs, ARankThatHangsEndsItsGangWithinTenSeconds) {
     ::kill(pid, SIGSTOP);
     EXPECT_TRUE(eventually(10'000,
                            [&] {
-                             const Json shown = show(job);
+                             const Json shown = show_job(job);
                              return shown.value("epoch", 0) > 1 ||
                                     shown.value("state", "") == "queued";
                            }))
@@ -291,7 +248,7 @@ TEST_F(Gangs, APausedGangGoesOnToTheSameBits) {
   ASSERT_TRUE(reaches(job, 13));
   platform_->call("job.pause", {{"job", job}});
   ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
-  ASSERT_LT(show(job).value("step", 0), 200) << "paused before its end";
+  ASSERT_LT(show_job(job).value("step", 0), 200) << "paused before its end";
   const auto latest = platform_->generate(job + "@latest", "say red 1", 4);
   EXPECT_TRUE(latest.ok()) << "an engine serves its checkpoint: " << latest.status().to_string();
   platform_->call("job.resume", {{"job", job}});
@@ -305,26 +262,26 @@ TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
   const std::string job = submit("moved-on", settings);
   ASSERT_TRUE(reaches(job, 13));
   // A member, not the leader: its job is checkpointed and takes another worker.
-  const std::string member = show(job)["workers"][1].get<std::string>();
+  const std::string member = show_job(job)["workers"][1].get<std::string>();
   platform_->call("worker.drain", {{"worker", member}});
   ASSERT_TRUE(eventually(30'000, [&] {
-    const Json shown = show(job);
+    const Json shown = show_job(job);
     return shown.value("epoch", 0) == 2 && shown.value("state", "") == "running";
-  })) << show(job).dump(1);
-  EXPECT_GE(show(job).value("step", 0), 13) << "no step is done twice";
-  for (const Json& worker : show(job)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  })) << show_job(job).dump(1);
+  EXPECT_GE(show_job(job).value("step", 0), 13) << "no step is done twice";
+  for (const Json& worker : show_job(job)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
   platform_->call("worker.resume", {{"worker", member}});
   // SIGTERM to the leader's worker: its agent lets the gang write a checkpoint.
   const int slot = leader(job);
   const pid_t supervisor = platform_->supervisor(slot);
-  const std::int64_t before = show(job).value("step", std::int64_t{0});
+  const std::int64_t before = show_job(job).value("step", std::int64_t{0});
   ::kill(supervisor, SIGTERM);
   ASSERT_TRUE(eventually(30'000, [&] { return platform_->supervisor(slot) == 0; }));
   ASSERT_TRUE(eventually(30'000, [&] {
-    const Json shown = show(job);
+    const Json shown = show_job(job);
     return shown.value("epoch", 0) >= 3 && shown.value("state", "") == "running";
-  })) << show(job).dump(1);
-  EXPECT_GE(show(job).value("step", std::int64_t{0}), before) << "no step is done twice";
+  })) << show_job(job).dump(1);
+  EXPECT_GE(show_job(job).value("step", std::int64_t{0}), before) << "no step is done twice";
   platform_->start_worker(slot);
   finish(job);
   EXPECT_EQ(digest("moved-on"), digest("stayed"));
@@ -338,7 +295,7 @@ TEST_F(Gangs, APausedJobGoesOnOverOtherRanks) {
   ASSERT_TRUE(reaches(job, 13));
   platform_->call("job.pause", {{"job", job}});
   ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
-  const std::int64_t paused = show(job).value("step", std::int64_t{0});
+  const std::int64_t paused = show_job(job).value("step", std::int64_t{0});
   const auto refused = platform_->try_call("job.resume", {{"job", job}, {"layout", {{"dp", 3}}}});
   ASSERT_FALSE(refused.ok());
   EXPECT_EQ(refused.status().code(), StatusCode::kRefused) << refused.status().to_string();
@@ -354,8 +311,8 @@ TEST_F(Gangs, ACancelledGangIsGoneAndItsWorkersAreFree) {
   const std::string job = submit("gone", with(kSettings, {{"dp", 4}, {"max_steps", 5000}}));
   ASSERT_TRUE(reaches(job, 2));
   const std::string next = submit("next", with(kSettings, {{"tp", 2}, {"max_steps", 5}}));
-  EXPECT_NE(show(next).value("reason", "").find("needs 2 workers"), std::string::npos)
-      << show(next).dump(1);
+  EXPECT_NE(show_job(next).value("reason", "").find("needs 2 workers"), std::string::npos)
+      << show_job(next).dump(1);
   platform_->call("job.cancel", {{"job", job}});
   EXPECT_EQ(platform_->wait_job(job).value("state", ""), "cancelled");
   finish(next);

@@ -1,8 +1,7 @@
 // Replicas as a user has them: a base served over several workers beside the engines, answers as a
 // single engine gives them, adapters that come while it serves, every rank killed or stopped while
 // it streams, a coordinator that dies, removal.
-#include "tests/support/tiny_model.h"
-#include "tests/system/platform.h"
+#include "tests/system/tiny_pool.h"
 
 #include <gtest/gtest.h>
 
@@ -23,28 +22,13 @@ const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
                      {"max_steps", 8},    {"per_device_train_batch_size", 1},
                      {"max_length", 128}, {"adapter_dtype", "f32"}};
 
-class Replicas : public testing::Test {
+class Replicas : public TinyPool {
  protected:
   static constexpr int kWorkers = 4;
   static void SetUpTestSuite() {
-    platform_ = std::make_unique<Platform>(
-        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
-                                 "--device", "cpu", "--gang-timeout-s", "5"});
-    write_tiny_model(platform_->directory() + "/model", 7);
-    write_tiny_dataset(platform_->directory() + "/train.jsonl", 32, 8);
-    platform_->start_coordinator();
-    for (int slot = 0; slot < kWorkers; ++slot) platform_->start_worker(slot);
-    platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
-    data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
-    ASSERT_TRUE(eventually(60'000, [] {
-      std::size_t ready = 0;
-      const Json listed = platform_->call("worker.list", Json::object());
-      for (const Json& worker : listed["workers"]) ready += worker.value("state", "") == "ready";
-      return ready == kWorkers;
-    }));
+    start_pool(kWorkers, 32);
     train("tuned");
   }
-  static void TearDownTestSuite() { platform_.reset(); }
   /// Whatever happened: nothing of any replica is left.
   void TearDown() override {
     for (const Json& replica : list())
@@ -56,11 +40,7 @@ class Replicas : public testing::Test {
   }
 
   static void train(const std::string& adapter, int seed = 1) {
-    Json settings = kSettings;
-    settings["seed"] = seed;
-    const std::string job = platform_->submit("tiny", data_, adapter, settings);
-    const Json end = platform_->wait_job(job);
-    EXPECT_EQ(end.value("state", ""), "done") << end.dump(1);
+    finish(submit(adapter, with(kSettings, {{"seed", seed}})));
   }
   static Json list() {
     return platform_->call("replica.list", Json::object()).value("replicas", Json::array());
@@ -149,12 +129,7 @@ class Replicas : public testing::Test {
     std::vector<std::vector<std::int32_t>> got_;
     std::vector<std::thread> threads_;
   };
-
-  static std::unique_ptr<Platform> platform_;
-  static std::string data_;
 };
-std::unique_ptr<Platform> Replicas::platform_;
-std::string Replicas::data_;
 
 struct LayoutCase {
   std::string name;
