@@ -116,24 +116,24 @@ void fill_random(Random& random, std::vector<float>& x) {
     x[e] = e < kBlock ? 0.01f * random.normal() : x[e - kBlock];
 }
 
-/// Adapters on every linear site.
+/// Adapters on every linear site: the same numbers, each in memory of its own.
 Status install_adapters(Rig& rig, const Options& o) {
-  for (std::int64_t a = 0; a < o.adapters; ++a) {
-    Random random(static_cast<std::uint64_t>(a));
-    std::vector<model::HostAdapterTensor> tensors;
-    const model::ModelConfig& config = rig.base->whole_config();
-    for (std::int64_t layer = 0; layer < config.layers; ++layer)
-      for (int s = 0; s < model::kSiteCount; ++s) {
-        const auto shape = model::site_shape(config, model::Site{s});
-        model::HostAdapterTensor t{layer, model::Site{s}, o.rank, 2.0f, {}, {}};
-        t.a.resize(static_cast<std::size_t>(o.rank * shape.i));
-        t.b.resize(static_cast<std::size_t>(o.rank * shape.n));
-        fill_random(random, t.a);
-        fill_random(random, t.b);
-        tensors.push_back(std::move(t));
-      }
+  if (o.adapters == 0) return {};
+  Random random(1);
+  std::vector<model::HostAdapterTensor> tensors;
+  const model::ModelConfig& config = rig.base->whole_config();
+  for (std::int64_t layer = 0; layer < config.layers; ++layer)
+    for (int s = 0; s < model::kSiteCount; ++s) {
+      const auto shape = model::site_shape(config, model::Site{s});
+      model::HostAdapterTensor t{layer, model::Site{s}, o.rank, 2.0f, {}, {}};
+      t.a.resize(static_cast<std::size_t>(o.rank * shape.i));
+      t.b.resize(static_cast<std::size_t>(o.rank * shape.n));
+      fill_random(random, t.a);
+      fill_random(random, t.b);
+      tensors.push_back(std::move(t));
+    }
+  for (std::int64_t a = 0; a < o.adapters; ++a)
     TANDEM_RETURN_IF_ERROR(rig.engine->install_adapter(Rig::adapter_name(a), tensors));
-  }
   return {};
 }
 

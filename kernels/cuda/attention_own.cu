@@ -97,20 +97,6 @@ __global__ void __launch_bounds__(kSortThreads) prepare_kernel(Prepare a) {
   if (a.delta != nullptr) row_deltas(a, block, blocks);
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-EncodeTiled find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  TANDEM_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                               cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess)
-    throw DeviceError("CUDA: this driver has no cuTensorMapEncodeTiled");
-  return reinterpret_cast<EncodeTiled>(function);
-}
-
 }  // namespace
 
 void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max) {
@@ -121,22 +107,6 @@ void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max)
   const int blocks = a.delta != nullptr ? 2 * multiprocessors() : 32;
   prepare_kernel<<<static_cast<unsigned>(2 + blocks), kSortThreads, 0, stream>>>(a);
   TANDEM_LAUNCHED("attention prepare_kernel");
-}
-
-CUtensorMap make_map(const void* data, std::int64_t rows, std::int64_t columns, int box_rows) {
-  static const EncodeTiled encode = find_encode();
-  CUtensorMap map;
-  const cuuint64_t dims[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * sizeof(Bf16)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-  const CUresult code =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), dims, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (code != CUDA_SUCCESS)
-    throw DeviceError(str("CUDA: cuTensorMapEncodeTiled: error ", static_cast<int>(code), " for ",
-                          rows, " x ", columns));
-  return map;
 }
 
 int multiprocessors() {

@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace tandem::kernels::cuda::own {
 
@@ -137,8 +138,6 @@ struct Prepare {
 };
 void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max);
 
-/// A [rows, columns] bf16 matrix read in boxes of [box_rows, 64].
-CUtensorMap make_map(const void* data, std::int64_t rows, std::int64_t columns, int box_rows);
 int multiprocessors();
 
 /// One block on each of the queue's multiprocessors, which may start while the kernel before it

@@ -408,7 +408,7 @@ template <int kDim>
 void backward(const Queue& queue, const AttentionBackwardArgs& a, BackwardParams p,
               const RowTile* by_prefix, const RowTile* by_suffix) {
   const auto map = [](const Tensor& x, int box) {
-    return make_map(x.data, x.dim(0), x.dim(1), box);
+    return make_tensor_map(x.data, x.dim(0), x.dim(1), box);
   };
   const CUtensorMap qkv = map(a.qkv, kTileRows), dout = map(a.dout, kTileRows);
   static_assert(DqShape<kDim>::kKeys == kTileRows, "one map serves both");

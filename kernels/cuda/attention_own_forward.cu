@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kDim>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
-  const ForwardMaps maps{make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
+  const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
   launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, queue, "attention forward",
          maps, p);
 }
@@ -342,9 +342,9 @@ void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p)
 template <int kDim>
 void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
-  const ForwardMaps maps{make_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
-                         make_map(a.cache->k.data, rows, kDim, p.block_size),
-                         make_map(a.cache->v.data, rows, kDim, p.block_size)};
+  const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+                         make_tensor_map(a.cache->k.data, rows, kDim, p.block_size),
+                         make_tensor_map(a.cache->v.data, rows, kDim, p.block_size)};
   launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
          "paged attention forward", maps, p);
 }

@@ -6,6 +6,8 @@
 // and the tensor cores read it without bank conflicts. Panels start on 1024 bytes.
 #pragma once
 
+#include "kernels/cuda/mma.cuh"
+
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -55,6 +57,28 @@ __device__ inline void barrier_wait(std::uint64_t* barrier, std::uint32_t phase)
       "r"(phase)
       : "memory");
 }
+/// Of a barrier that other blocks of the cluster arrive at: what they wrote before is visible.
+__device__ inline void barrier_wait_cluster(std::uint64_t* barrier, std::uint32_t phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n}\n" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+/// Arrives at the same barrier of the cluster's block `rank`.
+__device__ inline void barrier_arrive_at(std::uint64_t* barrier, unsigned rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 /// Barriers of a part of the block; id 0 is __syncthreads'.
 __device__ inline void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -77,6 +101,15 @@ __device__ inline void copy_box(std::uint32_t to, const CUtensorMap* map, std::u
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+/// Consecutive bytes; both addresses and the size are multiples of 16.
+__device__ inline void copy_bytes(std::uint32_t to, const void* from, int bytes,
+                                  std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 __device__ inline void prefetch_map(const CUtensorMap* map) {
@@ -135,6 +168,18 @@ __device__ inline std::uint64_t descriptor(std::uint32_t low) {
 // in registers. Thread t of the group holds, for j = 0 .. N/8 - 1, d[4j], d[4j + 1] of row 16 (t /
 // 32) + t % 32 / 4 at columns 8j + 2 (t % 4), + 1, and d[4j + 2], d[4j + 3] of that row + 8.
 
+template <int kTransB>
+__device__ inline void wgmma(float (&d)[16], std::uint64_t a, std::uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p, 1, 1, 0, %19;\n}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15])
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB));
+}
 template <int kTransB>
 __device__ inline void wgmma(float (&d)[32], std::uint64_t a, std::uint64_t b, int accumulate) {
   asm volatile(
@@ -234,10 +279,6 @@ __device__ inline void product_columns(float (&acc)[kCount],
     wgmma<1>(acc, a[k], descriptor(low + k * 2048 / 16), k > 0 ? 1 : accumulate);
 }
 
-__device__ inline std::uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&pair);
-}
 /// An accumulator's values, rounded, as the register operand of the next product.
 template <int kKeys, int kCount>
 __device__ inline void as_operand(const float (&x)[kCount], std::uint32_t (&a)[kKeys / 16][4]) {

@@ -25,7 +25,8 @@ __device__ inline std::uint32_t pack_bf16(__nv_bfloat16 low, __nv_bfloat16 high)
          static_cast<std::uint32_t>(__bfloat16_as_ushort(high)) << 16;
 }
 __device__ inline std::uint32_t pack_bf16(float low, float high) {
-  return pack_bf16(__float2bfloat16_rn(low), __float2bfloat16_rn(high));
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
 __device__ inline float low_f32(std::uint32_t pair) {
   return __uint_as_float(pair << 16);

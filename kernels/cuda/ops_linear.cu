@@ -10,6 +10,7 @@
 #include "kernels/cuda/gemv.cuh"
 #include "kernels/cuda/lora_gemm.h"
 #include "kernels/cuda/lora_thin.h"
+#include "kernels/cuda/skinny.h"
 #include "kernels/cuda_workspace.h"
 #include "protocol/base/random.h"
 
@@ -323,15 +324,33 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
         static_cast<const __nv_bfloat16*>(a.bias.data), a.y.dim(0), a.y.dim(1), a.y.as<float>());
     TANDEM_LAUNCHED("add_bias_kernel");
   };
+  // Which kernel multiplies depends on the rows: not for kInvariant.
+  const bool is_skinny = exec.numerics == Numerics::kReplay && skinny_fits(a, profile_);
+  const auto run_skinny = [&](const Tensor& u) {
+    const Profiler::Scope product(
+        profiler_, s,
+        profiler_.on() ? str("  skinny ", a.y.dim(0), "x", a.y.dim(1), "x", a.x.dim(1))
+                       : std::string(),
+        static_cast<double>(a.weight->storage.bytes()));
+    skinny(s, a, u, multiprocessors(exec));
+  };
   if (layout.columns == 0) {
     if (exec.numerics == Numerics::kReplay && gemv_fits(a.x, *a.weight))
       return gemv(s, a.x, *a.weight, a.bias, a.y);
+    if (is_skinny) return run_skinny({});
     blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
     return finish();
   }
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
   const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, layout.columns});
+  if (is_skinny) {
+    {
+      const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
+      lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
+    }
+    return run_skinny(u);
+  }
   const bool few = t <= kFewRows;
   // In f32 one order of sums whatever the bounds are: that is where Invariant is promised.
   if (!layout.single || few || (cd == DType::kF32 && exec.numerics == Numerics::kInvariant)) {

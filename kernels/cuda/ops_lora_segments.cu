@@ -17,7 +17,7 @@ using bf16_t = __nv_bfloat16;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRanks = 16;   ///< of A that a block computes at a time
 constexpr int kPiece = 128;  ///< of I that a warp takes at a time
-constexpr int kClusterMax = 8;
+constexpr int kClusterMax = 4;
 
 /// Blocks that share the inputs of one tile: enough of them that a decode step's few adapters
 /// occupy the device. Of I alone, because it decides the order of a row's sum.
@@ -56,6 +56,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
   const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.y));
   if (tile.begin == tile.end) return;
   const LoraEntry entry = find_entry(v, site, tile.slot);
+  wait_for_inputs();  // lists and factors are older than the kernel before this one
+  launch_dependents();
   bf16_t* out = u + static_cast<std::int64_t>(tile.begin) * v.columns + site.column + first_rank;
   const int rows = tile.end - tile.begin, ranks = min(kRanks, v.rank_max - first_rank);
   if (first_rank >= entry.rank) {
@@ -376,16 +378,17 @@ template <int kTiles, bool kDrops>
 void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, const Tensor& u) {
   const auto ranks = static_cast<unsigned>((v.rank_max + kRanks - 1) / kRanks);
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
   const unsigned blocks = shrink_blocks(x.dim(1), device_capability());
   config.gridDim = dim3(blocks, tiles_max(v, 8 * kTiles), ranks * static_cast<unsigned>(v.sites));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = blocks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = device_capability() >= 90 ? 1 : 0;
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {blocks, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = device_capability() >= 90 ? 2 : 0;
   TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<kTiles, kDrops>, v, x.as<const bf16_t>(),
                                  static_cast<int>(x.dim(1)), u.as<bf16_t>()));
 }

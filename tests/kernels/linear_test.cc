@@ -33,6 +33,29 @@ const LinearShape kWide[] = {
     {1030, 3264, 96, 3, {16}, {0, 1030}, {0}, false},
 };
 
+/// Decode steps of sizes that a GPU cuts into tiles in different ways: several tiles a block, tiles
+/// that blocks share, sites that end inside of one, an adapter a row.
+std::vector<LinearShape> decode_shapes() {
+  std::vector<LinearShape> shapes{
+      {13, 320, 28672, 2, {16, 5, 64}, {0, 4, 5, 9}, {1, 0, 2}, true},
+      {21, 4096, 4096, 1, {16, 8}, {0, 10, 21}, {0, 1}, false},
+      {9, 4096, 6144, 3, {16, 16}, {0, 3, 9}, {1, 0}, true},
+      {3, 64, 40960, 2, {16, 3}, {0, 1, 3}, {1, 0}, false},
+      {5, 72, 67584, 2, {8, 64}, {0, 1, 4}, {0, 1}, false},
+      {64, 512, 96, 3, {16}, {0, 60}, {0}, true},
+      {33, 128, 16896, 1, {8, 16, 24, 32}, {0, 8, 16, 24, 33}, {3, 2, 1, 0}, false},
+  };
+  LinearShape each{64, 256, 4096, 1, {}, {0}, {}, false};
+  for (std::int32_t k = 0; k < 64; ++k) {
+    each.ranks.push_back(16);
+    each.offsets.push_back(k + 1);
+    each.slots.push_back(63 - k);
+  }
+  shapes.push_back(each);
+  return shapes;
+}
+const std::vector<LinearShape> kDecode = decode_shapes();
+
 /// A case in f64 and what it takes on a device.
 class LinearSetup {
  public:
@@ -134,6 +157,8 @@ double linear_tolerance(DType dtype, const LinearShape& s) {
 class Linear : public OpTest {
  protected:
   void check_forward(const LinearShape& s) const;
+  void check_alone(const LinearShape& s) const;
+  void check_infinite(const LinearShape& s) const;
   void check_backward(const LinearShape& s) const;
   Outputs forward(LinearSetup& setup, bool save_u, float dropout = 0.0f,
                   DType y_dtype = dtype()) const {
@@ -155,6 +180,8 @@ class Linear : public OpTest {
 TANDEM_OP_TEST(Linear, kLinear);
 class LinearWide : public Linear {};
 TANDEM_OP_TEST(LinearWide, kWide);
+class LinearDecode : public Linear {};
+TANDEM_OP_TEST(LinearDecode, kDecode);
 
 void Linear::check_forward(const LinearShape& s) const {
   LinearSetup setup(s, dtype());
@@ -171,6 +198,11 @@ TEST_P(Linear, ForwardMatchesTheReference) {
 TEST_P(LinearWide, ForwardMatchesTheReference) {
   if (backend() == "cpu") GTEST_SKIP() << "one path for all sizes";
   check_forward(row(kWide));
+}
+
+TEST_P(LinearDecode, ForwardMatchesTheReference) {
+  if (backend() == "cpu") GTEST_SKIP() << "one path for all sizes";
+  check_forward(row(kDecode));
 }
 
 TEST_P(Linear, SavedUIsZeroWhereNoAdapterIs) {
@@ -235,8 +267,7 @@ TEST_P(LinearWide, BackwardMatchesTheReference) {
   check_backward(row(kWide));
 }
 
-TEST_P(Linear, TakingOtherRowsAdaptersAwayChangesNoBits) {
-  const LinearShape& s = row(kLinear);
+void Linear::check_alone(const LinearShape& s) const {
   if (s.sites == 0) return;
   LinearSetup setup(s, dtype());
   const Outputs mixed = forward(setup, false);
@@ -250,6 +281,33 @@ TEST_P(Linear, TakingOtherRowsAdaptersAwayChangesNoBits) {
     EXPECT_EQ(got.at("y").rows(begin, count), mixed.at("y").rows(begin, count))
         << "segment " << keep;
   }
+}
+
+TEST_P(Linear, TakingOtherRowsAdaptersAwayChangesNoBits) {
+  check_alone(row(kLinear));
+}
+TEST_P(LinearDecode, TakingOtherRowsAdaptersAwayChangesNoBits) {
+  if (backend() == "cpu") GTEST_SKIP() << "one path for all sizes";
+  if (row(kDecode).slots.size() <= 4) check_alone(row(kDecode));
+}
+
+/// Segment 1 beside a segment 0 whose adapter is infinite.
+void Linear::check_infinite(const LinearShape& s) const {
+  if (s.slots.size() < 2 || s.slots[0] < 0 || s.slots[0] == s.slots[1]) return;
+  LinearSetup setup(s, dtype()), infinite(s, dtype());
+  for (Site& site : infinite.reference().sites)
+    for (double& b : site.slots[static_cast<std::size_t>(s.slots[0])].b) b = INFINITY;
+  const std::int64_t begin = s.offsets[1], count = s.offsets[2] - begin;
+  EXPECT_EQ(forward(infinite, false).at("y").rows(begin, count),
+            forward(setup, false).at("y").rows(begin, count));
+}
+
+TEST_P(Linear, InfiniteAdaptersOfOtherRowsChangeNoBits) {
+  check_infinite(row(kLinear));
+}
+TEST_P(LinearDecode, InfiniteAdaptersOfOtherRowsChangeNoBits) {
+  if (backend() == "cpu") GTEST_SKIP() << "one path for all sizes";
+  check_infinite(row(kDecode));
 }
 
 TEST_P(Linear, RowsInF32DoNotDependOnTheBatch) {

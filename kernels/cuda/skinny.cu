@@ -1,0 +1,310 @@
+// A warpgroup multiplies, one warp drives the copy engine, and one lists the adapters: rows of x
+// are the tensor cores' rows, outputs their columns. Blocks of a cluster share the inner size of
+// one tile of outputs, add their parts in the order of the blocks through one another's memory, and
+// each finishes its own share of the outputs: bias, adapters, rounding.
+#include "kernels/cuda/skinny.h"
+
+#include "kernels/cuda/skinny_adapters.cuh"
+#include "kernels/cuda/tensor_map.h"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+
+namespace tandem::kernels::cuda {
+namespace skinny_product {
+namespace {
+
+namespace cg = cooperative_groups;
+constexpr int kSharedMax = 227 * 1024;
+
+/// Tiles of kN outputs, a cluster of kSplits blocks for each.
+template <int kN, int kSplits>
+struct Tile {
+  static constexpr int kShare = kN / kSplits, kGroups = kShare / 8;
+  static constexpr int kWeightBytes = kN * kStep * 2,
+                       kStageBytes = kWeightBytes + kRows * kStep * 2;
+  static constexpr int kPartRow = kN + 8;  // f32: rows of a fragment in different banks
+  static constexpr int kPartBytes = kSplits > 1 ? kRows* kPartRow * 4 : 0;
+  static constexpr int kStages = std::min<int>(
+      kStagesMax,
+      (kSharedMax - 1024 - kPartBytes - static_cast<int>(sizeof(Control))) / kStageBytes);
+  static constexpr int kBytes = 1024 + kPartBytes + kStages * kStageBytes;
+};
+
+/// acc [64, kN] += x [64, 16] w [kN, 16]^T.
+template <int kN>
+__device__ inline void multiply(float (&acc)[kN / 2], std::uint32_t x, std::uint32_t w) {
+#pragma unroll
+  for (int c = 0; c < kN / 64; ++c)
+    wgmma<0>(*reinterpret_cast<float(*)[32]>(acc + 32 * c), descriptor(x),
+             descriptor(w + c * 64 * 128 / 16), 1);
+  if constexpr (kN % 64 != 0) {
+    static_assert(kN % 64 == 32);
+    wgmma<0>(*reinterpret_cast<float(*)[16]>(acc + kN / 64 * 32), descriptor(x),
+             descriptor(w + kN / 64 * 64 * 128 / 16), 1);
+  }
+}
+
+__device__ inline void store_2(float* to, float a, float b) {
+  *reinterpret_cast<float2*>(to) = make_float2(a, b);
+}
+__device__ inline void store_2(bf16_t* to, float a, float b) {
+  *reinterpret_cast<std::uint32_t*>(to) = pack_bf16(a, b);
+}
+
+template <int kN, int kSplits, class Y>
+__global__ void __launch_bounds__(kThreads, 1)
+    skinny_kernel(const __grid_constant__ CUtensorMap x_map,
+                  const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Params p,
+                  Y* y) {
+#ifdef TANDEM_HOPPER
+  using T = Tile<kN, kSplits>;
+  extern __shared__ unsigned char raw[];
+  __shared__ Control c;
+  unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
+  auto* parts = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const cg::cluster_group cluster = cg::this_cluster();
+  launch_dependents();
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < T::kStages; ++s) {
+      barrier_init(&c.full[s], 1);
+      barrier_init(&c.empty[s], kConsumerWarps);
+    }
+    barrier_init(&c.list_full, 1);
+    barrier_init(&c.list_empty, kConsumerWarps + 1);
+    barrier_init(&c.parts_full, kSplits);
+    barrier_init_done();
+  }
+  kSplits > 1 ? cluster.sync() : __syncthreads();
+  const int part = kSplits > 1 ? static_cast<int>(blockIdx.x) % kSplits : 0;
+  const int steps_part = (p.steps + kSplits - 1) / kSplits, first = part * steps_part;
+  const int steps = max(0, min(steps_part, p.steps - first));
+  const int first_tile = static_cast<int>(blockIdx.x) / kSplits;
+  const int tile_step = static_cast<int>(gridDim.x) / kSplits;
+  const bool adapts = p.u != nullptr;
+  Ring<T::kStages> ring;
+  std::uint32_t list_phase = 0;
+
+  if (warp == kProducer) {
+    const auto address = [&](int stage) { return shared_address(stages + stage * T::kStageBytes); };
+    const auto copy_weight = [&](int stage, int step, int tile) {
+      barrier_expect(&c.full[stage], T::kStageBytes);
+      copy_box(address(stage), &w_map, &c.full[stage], (first + step) * kStep, tile * kN);
+    };
+    const auto copy_x = [&](int stage, int step) {
+      copy_box(address(stage) + T::kWeightBytes, &x_map, &c.full[stage], (first + step) * kStep, 0);
+    };
+    for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
+      if (lane == 0) {
+        int step = 0;
+        if (tile == first_tile && !adapts) {
+          // Weights depend on nobody: they are asked for before what makes x has ended.
+          const int ahead = min(T::kStages, steps);
+          for (int s = 0; s < ahead; ++s) copy_weight(s, s, tile);
+          wait_for_inputs();
+          for (; step < ahead; ++step, ring.next()) copy_x(step, step);
+        }
+        for (; step < steps; ++step, ring.next()) {
+          barrier_wait(&c.empty[ring.stage], ring.phase ^ 1);
+          copy_weight(ring.stage, step, tile);
+          copy_x(ring.stage, step);
+        }
+      }
+      if (!adapts) continue;
+      ring.stage = __shfl_sync(0xffffffffu, ring.stage, 0);
+      ring.phase = __shfl_sync(0xffffffffu, ring.phase, 0);
+      barrier_wait(&c.list_full, list_phase);
+      list_phase ^= 1;
+      copy_pieces(c, stages, T::kStageBytes, c.full, c.empty, ring, lane);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&c.list_empty);
+    }
+  } else if (warp == kLister) {
+    const Leads leads = adapts ? find_slots(p.adapters, c, lane) : Leads{};
+    for (int tile = first_tile; adapts && tile < p.tiles; tile += tile_step) {
+      barrier_wait(&c.list_empty, list_phase ^ 1);
+      list_phase ^= 1;
+      const int begin = tile * kN + part * T::kShare;
+      list_pieces(p.adapters, begin, min(begin + T::kShare, p.n), T::kWeightBytes, leads, c, lane);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&c.list_full);
+    }
+  } else {
+    for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
+      float acc[kN / 2] = {};
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(&c.full[ring.stage], ring.phase);
+        const std::uint32_t at = shared_address(stages + ring.stage * T::kStageBytes);
+        const std::uint32_t w = rows_operand(at), x = rows_operand(at + T::kWeightBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kStep / 16; ++k) multiply<kN>(acc, x + k * 2, w + k * 2);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(acc);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&c.empty[ring.stage]);
+        ring.next();
+      }
+      const int g = lane / 4, q = lane % 4, row = warp * 16 + g;
+      float sum[4 * T::kGroups];
+      if constexpr (kSplits == 1) {
+#pragma unroll
+        for (int e = 0; e < 4 * T::kGroups; ++e) sum[e] = acc[e];
+      } else {
+#pragma unroll
+        for (int e = 0; e < kN / 2; e += 2)
+          store_2(parts + (row + e % 4 / 2 * 8) * T::kPartRow + e / 4 * 8 + 2 * q, acc[e],
+                  acc[e + 1]);
+        named_sync(1, kConsumers);
+        if (threadIdx.x < kSplits) barrier_arrive_at(&c.parts_full, threadIdx.x);
+        barrier_wait_cluster(&c.parts_full, 0);
+#pragma unroll
+        for (int e = 0; e < 4 * T::kGroups; ++e) sum[e] = 0.0f;
+#pragma unroll
+        for (int s = 0; s < kSplits; ++s) {
+          const float* from = cluster.map_shared_rank(parts, static_cast<unsigned>(s));
+#pragma unroll
+          for (int e = 0; e < 4 * T::kGroups; e += 2) {
+            const float2 x = *reinterpret_cast<const float2*>(
+                from + (row + e % 4 / 2 * 8) * T::kPartRow + part * T::kShare + e / 4 * 8 + 2 * q);
+            sum[e] += x.x;
+            sum[e + 1] += x.y;
+          }
+        }
+      }
+      wait_for_inputs();  // u is made, and nobody reads y's last contents any more
+      if (adapts) {
+        barrier_wait(&c.list_full, list_phase);
+        list_phase ^= 1;
+        add_pieces<T::kGroups>(p, c, stages, T::kStageBytes, ring, sum);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&c.list_empty);
+      }
+#pragma unroll
+      for (int e = 0; e < 4 * T::kGroups; e += 2) {
+        const int n = tile * kN + part * T::kShare + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
+        if (n >= p.n || t >= p.t) continue;
+        float bias[2] = {};
+        if (p.bias != nullptr) bias[0] = load_f32(p.bias[n]), bias[1] = load_f32(p.bias[n + 1]);
+        store_2(y + static_cast<std::int64_t>(t) * p.n + n, sum[e] + bias[0], sum[e + 1] + bias[1]);
+      }
+    }
+  }
+  if (kSplits > 1) cluster.sync();  // a block's memory lives until the others have read it
+#endif
+}
+
+// -- choice
+// -------------------------------------------------------------------------------------------
+
+struct Launch {
+  cudaStream_t stream;
+  const LinearArgs& args;
+  Params params;
+  int multiprocessors;
+};
+
+template <int kN, int kSplits, class Y>
+void launch(Launch& l) {
+  using T = Tile<kN, kSplits>;
+  const LinearArgs& a = l.args;
+  Params& p = l.params;
+  p.tiles = (p.n + kN - 1) / kN;
+  constexpr auto kKernel = skinny_kernel<kN, kSplits, Y>;
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
+  check_cuda(allowed, "skinny_kernel: shared memory");
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kSplits, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(kSplits > 1 ? p.tiles * kSplits
+                                                          : std::min(p.tiles, l.multiprocessors)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = T::kBytes;
+  config.stream = l.stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check_cuda(
+      cudaLaunchKernelEx(&config, kKernel, make_tensor_map(a.x.data, a.x.dim(0), a.x.dim(1), kRows),
+                         make_tensor_map(a.weight->storage.data, a.weight->n, a.weight->i, kN), p,
+                         static_cast<Y*>(a.y.data)),
+      "skinny_kernel");
+}
+
+struct Choice {
+  int outputs, splits;
+  void (*bf16)(Launch&);
+  void (*f32)(Launch&);
+};
+template <int kN, int kSplits>
+constexpr Choice kChoice{kN, kSplits, launch<kN, kSplits, bf16_t>, launch<kN, kSplits, float>};
+
+/// The least time, in what one multiprocessor needs to load 128 bytes, about 1.7 ns: no less than
+/// memory needs for the weight, the second-level cache for all that blocks load from it, and one
+/// block for its own, of which beginning and end are not hidden. Another round of blocks, or adding
+/// up in a cluster, takes about a microsecond. Clusters are pairs: a group of multiprocessors does
+/// not always hold a multiple of four, and the last cluster would run alone.
+const Choice& choose(std::int64_t n, std::int64_t steps, int multiprocessors) {
+  static constexpr Choice kChoices[] = {kChoice<256, 1>, kChoice<224, 1>, kChoice<64, 1>,
+                                        kChoice<64, 2>};
+  constexpr std::int64_t kMemory = 38, kCache = 73, kHidden = 8, kExtra = 500;
+  const Choice* best = nullptr;
+  std::int64_t least = 0;
+  for (const Choice& c : kChoices) {
+    const std::int64_t blocks = (n + c.outputs - 1) / c.outputs * c.splits;
+    const std::int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
+    const std::int64_t block = (c.outputs + kRows) * ((steps + c.splits - 1) / c.splits);
+    const std::int64_t cost =
+        std::max({n * steps / kMemory, blocks * block / kCache, rounds * block}) + block / kHidden +
+        (rounds + c.splits - 2) * kExtra;
+    if (best == nullptr || cost < least) best = &c, least = cost;
+  }
+  return *best;
+}
+
+bool is_whole(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
+}
+
+}  // namespace
+}  // namespace skinny_product
+
+bool skinny_fits(const LinearArgs& a, const DeviceProfile& profile) {
+  using namespace skinny_product;
+  const auto eights = [](std::int64_t size) { return size > 0 && size % 8 == 0; };
+  if (profile.compute_capability != 90 || a.x.dtype != DType::kBF16 ||
+      a.weight->dtype != DType::kBF16)
+    return false;
+  if (a.x.dim(0) < 1 || a.x.dim(0) > kSkinnyRows || !eights(a.weight->i) || !eights(a.weight->n))
+    return false;
+  if (!is_whole(a.x.data) || !is_whole(a.weight->storage.data) || !is_whole(a.y.data)) return false;
+  if (a.adapters == nullptr || a.adapters->rank_max == 0 || a.sites.empty()) return true;
+  return a.adapters->rank_max <= kRankMax && a.adapters->dropout == 0.0f &&
+         a.sites.size() <= kSitesMax &&
+         std::all_of(a.sites.begin(), a.sites.end(),
+                     [&](const LoraSite& s) { return s.n_begin % 8 == 0 && eights(s.n); });
+}
+
+void skinny(cudaStream_t stream, const LinearArgs& a, const Tensor& u, int multiprocessors) {
+  using namespace skinny_product;
+  Params p{static_cast<int>(a.x.dim(0)),
+           static_cast<int>(a.weight->n),
+           static_cast<int>((a.weight->i + kStep - 1) / kStep),
+           0,
+           static_cast<const bf16_t*>(a.bias.data),
+           static_cast<const bf16_t*>(u.data),
+           {}};
+  if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
+  Launch l{stream, a, p, multiprocessors};
+  const Choice& choice = choose(a.weight->n, p.steps, multiprocessors);
+  (a.y.dtype == DType::kF32 ? choice.f32 : choice.bf16)(l);
+}
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,25 @@
+// Private to kernels/cuda: a weight and its adapters times at most 64 rows, the products of a
+// decode step, which are bound by the bytes of the weight. The copy engine streams them through
+// shared memory; the adapters' B follow through the same ring of stages, so that they cost their
+// own bytes and no pass over the output. Hopper only (sm_90a), bf16.
+#pragma once
+
+#include "kernels/device_profile.h"
+#include "kernels/op_args.h"
+
+#include <cuda_runtime.h>
+
+namespace tandem::kernels::cuda {
+
+inline constexpr std::int64_t kSkinnyRows = 64;
+
+/// 1 to 64 rows; sizes, sites and base addresses in multiples of 16 bytes; adapters without dropout
+/// and of rank 64 at most.
+bool skinny_fits(const LinearArgs& args, const DeviceProfile& profile);
+/// y = x W^T + bias + u B^T of each row's adapter, summed in f32 in an order that depends on the
+/// weight's shape and the device alone, rounded once. `u` [T, sites * rank_max], undefined without
+/// adapters, is made by the kernel just before this one on the stream, whose launch_dependents()
+/// comes behind its wait_for_inputs(): this one runs beside it, x being there.
+void skinny(cudaStream_t stream, const LinearArgs& args, const Tensor& u, int multiprocessors);
+
+}  // namespace tandem::kernels::cuda

@@ -1,0 +1,256 @@
+// Private to skinny.cu: the adapters of its rows. Every block lists those that it needs, "pieces"
+// of B; the copy engine streams them behind the weight; warps add the low-rank parts of their rows.
+#pragma once
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/lora_rows.cuh"
+#include "kernels/cuda/skinny.h"
+
+namespace tandem::kernels::cuda::skinny_product {
+
+using bf16_t = __nv_bfloat16;
+
+inline constexpr int kRows = kSkinnyRows,
+                     kStep = 64;  ///< of x, and of the inner size, in one stage
+inline constexpr int kConsumerWarps = 4, kConsumers = 32 * kConsumerWarps;
+inline constexpr int kProducer = kConsumerWarps, kLister = kProducer + 1,
+                     kThreads = 32 * (kLister + 1);
+inline constexpr int kStagesMax = 8;
+inline constexpr int kRankMax = 64;
+inline constexpr int kPiecesMax = kRows * kSitesMax;
+
+/// B of one adapter for the outputs of one site that a block finishes.
+struct Piece {
+  const bf16_t* b;
+  std::int32_t slot, offset;  ///< bytes from its stage's begin
+  std::uint16_t rank;
+  std::uint8_t site, first, last;  ///< groups of eight of the block's outputs
+  std::uint8_t warps;              ///< bit w: warp w has rows with this adapter
+};
+
+struct Control {
+  std::uint64_t full[kStagesMax], empty[kStagesMax];
+  std::uint64_t list_full, list_empty, parts_full;
+  int slot[kRows];  ///< of each row; -1: no adapter
+  int stages;
+  std::uint16_t begin[kPiecesMax + 1];  ///< stage s has pieces [begin[s], begin[s + 1])
+  Piece piece[kPiecesMax];
+};
+
+struct Params {
+  int t, n, steps, tiles;
+  const bf16_t *bias, *u;  ///< null: none
+  SegmentsView adapters;
+};
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  std::uint32_t phase = 0;
+  __device__ void next() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// -- the list
+// -----------------------------------------------------------------------------------------
+
+/// Row h of two of a lane: neighbouring lanes have rows of different multiplying warps, so that
+/// these find work in the same stages.
+__device__ inline int row_of(int lane, int h) {
+  return lane % kConsumerWarps * 16 + lane / kConsumerWarps + 8 * h;
+}
+
+/// Of row_of(lane, h): bit w: warp w has rows with its slot; 0 where an earlier row has it too, or
+/// none is there.
+struct Leads {
+  std::uint8_t warps[2];
+};
+
+__device__ inline Leads find_slots(const SegmentsView& v, Control& c, int lane) {
+  for (int t = lane; t < kRows; t += 32) c.slot[t] = -1;
+  __syncwarp();
+  for (int s = lane; s < v.segments; s += 32) {
+    const int begin = v.offsets[s], end = v.offsets[s + 1], own = v.slots[s];
+    if (begin < 0 || end > v.t) __trap();
+    for (int t = begin; t < end; ++t) c.slot[t] = own;
+  }
+  __syncwarp();
+  Leads leads;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = row_of(lane, h), own = c.slot[row];
+    bool first = own >= 0;
+    unsigned warps = 0;
+#pragma unroll 8
+    for (int other = 0; other < kRows; ++other) {
+      const bool same = c.slot[other] == own;
+      first = first && (other >= row || !same);
+      warps |= same ? 1u << other / 16 : 0u;
+    }
+    leads.warps[h] = static_cast<std::uint8_t>(first ? warps : 0);
+  }
+  return leads;
+}
+
+/// Pieces of outputs [begin, end), packed into stages of `capacity` bytes.
+__device__ inline void list_pieces(const SegmentsView& v, int begin, int end, int capacity,
+                                   const Leads& leads, Control& c, int lane) {
+  int count = 0, stages = 0;
+  for (int s = 0; s < v.sites; ++s) {
+    const SiteView& site = v.site[s];
+    const int first = max(begin, site.n_begin), last = min(end, site.n_begin + site.n);
+    if (first >= last) continue;
+    const int bytes = (last - first) * v.rank_max * 2, fit = capacity / bytes;
+    int here = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int slot = c.slot[row_of(lane, h)];
+      const LoraEntry entry = leads.warps[h] != 0 ? find_entry(v, site, slot) : LoraEntry{};
+      const unsigned present = __ballot_sync(0xffffffffu, entry.rank > 0);
+      if (entry.rank > 0) {
+        const int index = here + __popc(present & ((1u << lane) - 1));
+        c.piece[count + index] = {static_cast<const bf16_t*>(entry.b) +
+                                      static_cast<std::int64_t>(first - site.n_begin) * entry.rank,
+                                  slot,
+                                  index % fit * bytes,
+                                  static_cast<std::uint16_t>(entry.rank),
+                                  static_cast<std::uint8_t>(s),
+                                  static_cast<std::uint8_t>((first - begin) / 8),
+                                  static_cast<std::uint8_t>((last - begin) / 8),
+                                  leads.warps[h]};
+        if (index % fit == 0)
+          c.begin[stages + index / fit] = static_cast<std::uint16_t>(count + index);
+      }
+      here += __popc(present);
+    }
+    count += here;
+    stages += (here + fit - 1) / fit;
+  }
+  if (lane != 0) return;
+  c.begin[stages] = static_cast<std::uint16_t>(count);
+  c.stages = stages;
+}
+
+__device__ inline int piece_bytes(const Piece& p) {
+  return (p.last - p.first) * 8 * p.rank * 2;
+}
+__device__ inline bool is_aligned(const Piece& p) {
+  return reinterpret_cast<std::uintptr_t>(p.b) % 16 == 0;
+}
+
+// -- the producer's warp
+// ------------------------------------------------------------------------------
+
+/// Streams the listed pieces through the ring.
+template <int kStages>
+__device__ inline void copy_pieces(const Control& c, unsigned char* stages, int stage_bytes,
+                                   std::uint64_t* full, std::uint64_t* empty, Ring<kStages>& ring,
+                                   int lane) {
+  for (int stage = 0; stage < c.stages; ++stage, ring.next()) {
+    barrier_wait(&empty[ring.stage], ring.phase ^ 1);
+    unsigned char* to = stages + ring.stage * stage_bytes;
+    int bytes = 0;
+    for (int i = c.begin[stage] + lane; i < c.begin[stage + 1]; i += 32) {
+      const Piece& p = c.piece[i];
+      if (is_aligned(p)) {
+        bytes += piece_bytes(p);
+      } else {
+        for (int e = 0; e < piece_bytes(p) / 2; ++e)
+          reinterpret_cast<bf16_t*>(to + p.offset)[e] = p.b[e];
+      }
+    }
+    bytes = __reduce_add_sync(0xffffffffu, bytes);
+    fence_async();
+    __syncwarp();
+    if (lane == 0) barrier_expect(&full[ring.stage], bytes);
+    __syncwarp();
+    for (int i = c.begin[stage] + lane; i < c.begin[stage + 1]; i += 32)
+      if (is_aligned(c.piece[i]))
+        copy_bytes(shared_address(to + c.piece[i].offset), c.piece[i].b, piece_bytes(c.piece[i]),
+                   &full[ring.stage]);
+  }
+}
+
+/// Of a lane's rows g and g + 8 of its warp: u at four neighbouring ranks of each sixteen; zeros in
+/// a row that has another adapter.
+using RowInputs = uint2[2][kRankMax / 16];
+
+/// sum += u B^T of outputs [8 first, 8 last) of the block, b at the first of them; the numbers of
+/// rows that are not `own` stay, whatever b is. kPlain: all outputs, ranks of one product.
+template <int kGroups, bool kPlain>
+__device__ inline void add_piece(const bf16_t* b, const Piece& piece, const RowInputs& u,
+                                 const bool (&own)[2], float (&sum)[4 * kGroups]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
+  const int rank = piece.rank, first = piece.first, last = piece.last;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    if (!kPlain && (j < first || j >= last)) continue;
+    const bf16_t* of = b + ((kPlain ? j : j - first) * 8 + g) * rank;
+    float d[4] = {};
+#pragma unroll
+    for (int k = 0; k < (kPlain ? 1 : kRankMax / 16); ++k) {
+      if (!kPlain && 16 * k >= rank) break;
+      const uint2 in = load_4(of, 16 * k + 4 * q, rank, kPlain || rank % 4 == 0);
+      mma_bf16(d, u[0][k].x, u[1][k].x, u[0][k].y, u[1][k].y, in.x, in.y);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (own[e / 2]) sum[4 * j + e] += d[e];
+  }
+}
+
+/// sum += u B^T of the pieces: fragments of all groups of eight outputs of the block, four numbers
+/// each (hopper.cuh), of the warp's rows. A row takes nothing from other rows' adapters, infinite
+/// ones included.
+template <int kGroups, int kStages>
+__device__ inline void add_pieces(const Params& p, Control& c, const unsigned char* stages,
+                                  int stage_bytes, Ring<kStages>& ring, float (&sum)[4 * kGroups]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, row = warp * 16 + g;
+  const SegmentsView& v = p.adapters;
+  const int slots[2] = {c.slot[row], c.slot[row + 8]};
+  RowInputs u = {};
+  int site = -1;
+  const auto add = [&](const Piece& piece) {
+    if (piece.site != site) {
+      site = piece.site;
+      const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int k = 0; k < kRankMax / 16; ++k) {
+          const int t = row + 8 * half;
+          u[half][k] = load_4(p.u + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
+                              16 * k + 4 * q, t < p.t ? v.rank_max : 0, vectors);
+        }
+    }
+    const bool own[2] = {slots[0] == piece.slot, slots[1] == piece.slot};
+    RowInputs mine;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < kRankMax / 16; ++k)
+        mine[half][k] = own[half] ? u[half][k] : make_uint2(0, 0);
+    const auto* b =
+        reinterpret_cast<const bf16_t*>(stages + ring.stage * stage_bytes + piece.offset);
+    if (piece.first == 0 && piece.last == kGroups && piece.rank <= 16 && piece.rank % 4 == 0)
+      add_piece<kGroups, true>(b, piece, mine, own, sum);
+    else
+      add_piece<kGroups, false>(b, piece, mine, own, sum);
+  };
+  for (int stage = 0; stage < c.stages; ++stage, ring.next()) {
+    barrier_wait(&c.full[ring.stage], ring.phase);
+    for (int first = c.begin[stage]; first < c.begin[stage + 1]; first += 32) {
+      const int i = first + lane;
+      const bool is = i < c.begin[stage + 1] && c.piece[i].warps >> warp & 1;
+      for (unsigned left = __ballot_sync(0xffffffffu, is); left != 0; left &= left - 1)
+        add(c.piece[first + __ffs(static_cast<int>(left)) - 1]);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&c.empty[ring.stage]);
+  }
+}
+
+}  // namespace tandem::kernels::cuda::skinny_product
