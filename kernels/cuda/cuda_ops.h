@@ -107,6 +107,10 @@ class CudaOps final : public Ops {
   /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
   void extended_product(const Exec& exec, const Matrix& a, const Matrix& b, const Matrix& u,
                         const Matrix& c, const Matrix& out, const void* bias, void* gemm);
+  /// y = x W^T + bias by kernels that sum every element in one order, whatever the number of rows;
+  /// false where they do not fit, which does not depend on the number of rows.
+  bool invariant_product(const Exec& exec, const LinearArgs& a,
+                         const std::function<void(const LinearArgs&, const Tensor&)>& run_skinny);
   void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
                             const LinearBackwardLayout& layout, const Scratch& scratch,
                             const Tensor& u, const Tensor& du);

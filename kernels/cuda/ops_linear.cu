@@ -275,6 +275,31 @@ void CudaOps::extended_product(const Exec& exec, const Matrix& a, const Matrix& 
   blas_.product(s, exec.numerics, a, b, out, true, bias, gemm);
 }
 
+bool CudaOps::invariant_product(
+    const Exec& exec, const LinearArgs& a,
+    const std::function<void(const LinearArgs&, const Tensor&)>& run_skinny) {
+  LinearArgs plain{a.x, a.weight, a.bias, {}, nullptr, a.y, {}};
+  const lora_gemm::Product product{
+      matrix(a.x),          transpose(weight_matrix(*a.weight)), {}, {}, matrix(a.y), a.bias.data,
+      multiprocessors(exec)};
+  const bool narrow = a.y.dtype == DType::kBF16;
+  if (!skinny_fits(plain, profile_) ||
+      (narrow && !lora_gemm::fits(product, profile_.compute_capability)))
+    return false;
+  const std::int64_t t = a.x.dim(0);
+  if (narrow && t > kSkinnyRows) {
+    lora_gemm::run(stream(exec), product);
+    return true;
+  }
+  for (std::int64_t row = 0; row < t; row += kSkinnyRows) {
+    const std::int64_t rows = std::min(kSkinnyRows, t - row);
+    plain.x = a.x.rows(row, rows);
+    plain.y = a.y.rows(row, rows);
+    run_skinny(plain, {});
+  }
+  return true;
+}
+
 void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
                                    const LinearBackwardLayout& layout, const Scratch& scratch,
                                    const Tensor& u, const Tensor& du) {
@@ -324,22 +349,25 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
         static_cast<const __nv_bfloat16*>(a.bias.data), a.y.dim(0), a.y.dim(1), a.y.as<float>());
     TANDEM_LAUNCHED("add_bias_kernel");
   };
-  // Which kernel multiplies depends on the rows: not for kInvariant.
-  const bool is_skinny = exec.numerics == Numerics::kReplay && skinny_fits(a, profile_);
-  const auto run_skinny = [&](const Tensor& u) {
+  const bool invariant = exec.numerics == Numerics::kInvariant;
+  // Which kernel multiplies depends on the rows.
+  const bool is_skinny = !invariant && a.x.dim(0) <= kSkinnyRows && skinny_fits(a, profile_);
+  const auto run_skinny = [&](const LinearArgs& args, const Tensor& u) {
     const Profiler::Scope product(
         profiler_, s,
-        profiler_.on() ? str("  skinny ", a.y.dim(0), "x", a.y.dim(1), "x", a.x.dim(1))
+        profiler_.on() ? str("  skinny ", args.y.dim(0), "x", args.y.dim(1), "x", args.x.dim(1))
                        : std::string(),
         static_cast<double>(a.weight->storage.bytes()));
-    skinny(s, a, u, multiprocessors(exec));
+    skinny(s, exec.numerics, args, u, multiprocessors(exec));
+  };
+  const auto base_product = [&] {
+    if (invariant && invariant_product(exec, a, run_skinny)) return;
+    blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
+    finish();
   };
   if (layout.columns == 0) {
-    if (exec.numerics == Numerics::kReplay && gemv_fits(a.x, *a.weight))
-      return gemv(s, a.x, *a.weight, a.bias, a.y);
-    if (is_skinny) return run_skinny({});
-    blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
-    return finish();
+    if (!invariant && gemv_fits(a.x, *a.weight)) return gemv(s, a.x, *a.weight, a.bias, a.y);
+    return is_skinny ? run_skinny(a, {}) : base_product();
   }
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
@@ -349,17 +377,16 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
       const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
       lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
     }
-    return run_skinny(u);
+    return run_skinny(a, u);
   }
   const bool few = t <= kFewRows;
-  // In f32 one order of sums whatever the bounds are: that is where Invariant is promised.
-  if (!layout.single || few || (cd == DType::kF32 && exec.numerics == Numerics::kInvariant)) {
+  // kInvariant: one order of sums and of roundings, whatever the bounds are.
+  if (!layout.single || few || invariant) {
     // The base product does not wait for u.
     lora_segments_shrink(few ? side_.fork(s) : s, a.sites, *a.adapters, a.x, u);
-    blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), false, bias, gemm);
+    base_product();
     if (few) side_.join(s);
-    lora_segments_expand(s, a.sites, *a.adapters, u, a.y);
-    return finish();
+    return lora_segments_expand(s, a.sites, *a.adapters, u, a.y);
   }
   const Tensor factor_b = scratch.tensor(layout.b, cd, Shape{n, layout.columns});
   if (layout.thin) {

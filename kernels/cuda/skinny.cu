@@ -68,6 +68,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cg::cluster_group cluster = cg::this_cluster();
   launch_dependents();
+  if (warp == kProducer && lane == 0) {
+    prefetch_map(&w_map);
+    prefetch_map(&x_map);
+  }
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) {
       barrier_init(&c.full[s], 1);
@@ -135,6 +139,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       float acc[kN / 2] = {};
+      SiteInputs inputs;
+      const int begin = tile * kN + part * T::kShare;
+      const int site = adapts ? find_site(p.adapters, begin, min(begin + T::kShare, p.n)) : -1;
       for (int step = 0; step < steps; ++step) {
         barrier_wait(&c.full[ring.stage], ring.phase);
         const std::uint32_t at = shared_address(stages + ring.stage * T::kStageBytes);
@@ -143,6 +150,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int k = 0; k < kStep / 16; ++k) multiply<kN>(acc, x + k * 2, w + k * 2);
         wgmma_commit();
+        if (step + 1 == steps && site >= 0) {
+          wait_for_inputs();
+          inputs.load(p, site);
+        }
         wgmma_wait<0>();
         pin(acc);
         __syncwarp();
@@ -180,13 +191,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (adapts) {
         barrier_wait(&c.list_full, list_phase);
         list_phase ^= 1;
-        add_pieces<T::kGroups>(p, c, stages, T::kStageBytes, ring, sum);
+        add_pieces<T::kGroups>(p, c, stages, T::kStageBytes, ring, inputs, sum);
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.list_empty);
       }
 #pragma unroll
       for (int e = 0; e < 4 * T::kGroups; e += 2) {
-        const int n = tile * kN + part * T::kShare + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
+        const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
         if (n >= p.n || t >= p.t) continue;
         float bias[2] = {};
         if (p.bias != nullptr) bias[0] = load_f32(p.bias[n]), bias[1] = load_f32(p.bias[n + 1]);
@@ -251,13 +262,14 @@ constexpr Choice kChoice{kN, kSplits, launch<kN, kSplits, bf16_t>, launch<kN, kS
 /// block for its own, of which beginning and end are not hidden. Another round of blocks, or adding
 /// up in a cluster, takes about a microsecond. Clusters are pairs: a group of multiprocessors does
 /// not always hold a multiple of four, and the last cluster would run alone.
-const Choice& choose(std::int64_t n, std::int64_t steps, int multiprocessors) {
+const Choice& choose(std::int64_t n, std::int64_t steps, int multiprocessors, bool splits) {
   static constexpr Choice kChoices[] = {kChoice<256, 1>, kChoice<224, 1>, kChoice<64, 1>,
                                         kChoice<64, 2>};
   constexpr std::int64_t kMemory = 38, kCache = 73, kHidden = 8, kExtra = 500;
   const Choice* best = nullptr;
   std::int64_t least = 0;
   for (const Choice& c : kChoices) {
+    if (c.splits > 1 && !splits) continue;
     const std::int64_t blocks = (n + c.outputs - 1) / c.outputs * c.splits;
     const std::int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
     const std::int64_t block = (c.outputs + kRows) * ((steps + c.splits - 1) / c.splits);
@@ -282,8 +294,7 @@ bool skinny_fits(const LinearArgs& a, const DeviceProfile& profile) {
   if (profile.compute_capability != 90 || a.x.dtype != DType::kBF16 ||
       a.weight->dtype != DType::kBF16)
     return false;
-  if (a.x.dim(0) < 1 || a.x.dim(0) > kSkinnyRows || !eights(a.weight->i) || !eights(a.weight->n))
-    return false;
+  if (a.x.dim(0) < 1 || !eights(a.weight->i) || !eights(a.weight->n)) return false;
   if (!is_whole(a.x.data) || !is_whole(a.weight->storage.data) || !is_whole(a.y.data)) return false;
   if (a.adapters == nullptr || a.adapters->rank_max == 0 || a.sites.empty()) return true;
   return a.adapters->rank_max <= kRankMax && a.adapters->dropout == 0.0f &&
@@ -292,7 +303,8 @@ bool skinny_fits(const LinearArgs& a, const DeviceProfile& profile) {
                      [&](const LoraSite& s) { return s.n_begin % 8 == 0 && eights(s.n); });
 }
 
-void skinny(cudaStream_t stream, const LinearArgs& a, const Tensor& u, int multiprocessors) {
+void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const Tensor& u,
+            int multiprocessors) {
   using namespace skinny_product;
   Params p{static_cast<int>(a.x.dim(0)),
            static_cast<int>(a.weight->n),
@@ -303,7 +315,8 @@ void skinny(cudaStream_t stream, const LinearArgs& a, const Tensor& u, int multi
            {}};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
   Launch l{stream, a, p, multiprocessors};
-  const Choice& choice = choose(a.weight->n, p.steps, multiprocessors);
+  const Choice& choice =
+      choose(a.weight->n, p.steps, multiprocessors, numerics != Numerics::kInvariant);
   (a.y.dtype == DType::kF32 ? choice.f32 : choice.bf16)(l);
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/device_profile.h"
+#include "kernels/exec.h"
 #include "kernels/op_args.h"
 
 #include <cuda_runtime.h>
@@ -13,13 +14,16 @@ namespace tandem::kernels::cuda {
 
 inline constexpr std::int64_t kSkinnyRows = 64;
 
-/// 1 to 64 rows; sizes, sites and base addresses in multiples of 16 bytes; adapters without dropout
-/// and of rank 64 at most.
+/// True when all but the number of rows is right: sizes, sites and base addresses in multiples of
+/// 16 bytes, adapters without dropout and of rank 64 at most, some row.
 bool skinny_fits(const LinearArgs& args, const DeviceProfile& profile);
 /// y = x W^T + bias + u B^T of each row's adapter, summed in f32 in an order that depends on the
 /// weight's shape and the device alone, rounded once. `u` [T, sites * rank_max], undefined without
 /// adapters, is made by the kernel just before this one on the stream, whose launch_dependents()
 /// comes behind its wait_for_inputs(): this one runs beside it, x being there.
-void skinny(cudaStream_t stream, const LinearArgs& args, const Tensor& u, int multiprocessors);
+/// At most kSkinnyRows. kInvariant: the inner size is summed in ascending order, as lora_gemm.h
+/// does it.
+void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& args, const Tensor& u,
+            int multiprocessors);
 
 }  // namespace tandem::kernels::cuda

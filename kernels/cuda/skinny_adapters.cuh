@@ -201,38 +201,53 @@ __device__ inline void add_piece(const bf16_t* b, const Piece& piece, const RowI
   }
 }
 
+/// What a warp's rows bring to pieces of `site`.
+struct SiteInputs {
+  RowInputs u = {};
+  int site = -1;
+
+  __device__ void load(const Params& p, int which) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const SegmentsView& v = p.adapters;
+    site = which;
+    const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int k = 0; k < kRankMax / 16; ++k) {
+        const int t = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4 + 8 * half;
+        u[half][k] = load_4(p.u + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
+                            16 * k + lane % 4 * 4, t < p.t ? v.rank_max : 0, vectors);
+      }
+  }
+};
+
+/// The first site of outputs [begin, end), or -1.
+__device__ inline int find_site(const SegmentsView& v, int begin, int end) {
+  for (int s = 0; s < v.sites; ++s)
+    if (begin < v.site[s].n_begin + v.site[s].n && end > v.site[s].n_begin) return s;
+  return -1;
+}
+
 /// sum += u B^T of the pieces: fragments of all groups of eight outputs of the block, four numbers
 /// each (hopper.cuh), of the warp's rows. A row takes nothing from other rows' adapters, infinite
 /// ones included.
 template <int kGroups, int kStages>
 __device__ inline void add_pieces(const Params& p, Control& c, const unsigned char* stages,
-                                  int stage_bytes, Ring<kStages>& ring, float (&sum)[4 * kGroups]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
-  const int warp = static_cast<int>(threadIdx.x) / 32, row = warp * 16 + g;
-  const SegmentsView& v = p.adapters;
+                                  int stage_bytes, Ring<kStages>& ring, SiteInputs& inputs,
+                                  float (&sum)[4 * kGroups]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, row = warp * 16 + lane / 4;
   const int slots[2] = {c.slot[row], c.slot[row + 8]};
-  RowInputs u = {};
-  int site = -1;
   const auto add = [&](const Piece& piece) {
-    if (piece.site != site) {
-      site = piece.site;
-      const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int k = 0; k < kRankMax / 16; ++k) {
-          const int t = row + 8 * half;
-          u[half][k] = load_4(p.u + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
-                              16 * k + 4 * q, t < p.t ? v.rank_max : 0, vectors);
-        }
-    }
+    if (piece.site != inputs.site) inputs.load(p, piece.site);
     const bool own[2] = {slots[0] == piece.slot, slots[1] == piece.slot};
     RowInputs mine;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int k = 0; k < kRankMax / 16; ++k)
-        mine[half][k] = own[half] ? u[half][k] : make_uint2(0, 0);
+        mine[half][k] = own[half] ? inputs.u[half][k] : make_uint2(0, 0);
     const auto* b =
         reinterpret_cast<const bf16_t*>(stages + ring.stage * stage_bytes + piece.offset);
     if (piece.first == 0 && piece.last == kGroups && piece.rank <= 16 && piece.rank % 4 == 0)
