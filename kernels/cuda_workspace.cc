@@ -86,6 +86,7 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
     l.columns = static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max;
     l.single = a.adapters->segments_max == 1;
     l.thin = is_thin(a.sites, *a.adapters, a.x, n, profile);
+    l.makes_x = l.thin && a.u.defined();  // it must lie in memory for u
     if (!a.u.defined()) l.u = layout.add(t * l.columns * size);
     l.du = layout.add(t * l.columns * size);
     if (l.single) l.a = layout.add(l.columns * i * size);

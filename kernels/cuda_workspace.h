@@ -35,6 +35,7 @@ struct ThinPairLayout {
   std::int64_t width = 0;    ///< columns of dy a block takes
   std::int64_t blocks = 0;   ///< of columns, over all sites
   std::int64_t parts = 0;    ///< of the rows
+  bool makes_dy = false;     ///< of dout and gate_up, on the way
   std::int64_t du = 0;       ///< [blocks, T, rank_max] f32
   std::int64_t db = 0;       ///< [parts, N, rank_max] f32
 };
@@ -43,10 +44,11 @@ struct LinearBackwardLayout {
   std::int64_t columns = 0;
   bool single = false;
   bool thin = false;
-  ThinPairLayout pair;  ///< thin
-  std::int64_t u = 0;   ///< [T, columns] cd, where forward kept none
-  std::int64_t du = 0;  ///< [T, columns] cd: s dy B
-  std::int64_t a = 0;   ///< single: [columns, I] cd
+  bool makes_x = false;  ///< of its recipe, in the pass for dA
+  ThinPairLayout pair;   ///< thin
+  std::int64_t u = 0;    ///< [T, columns] cd, where forward kept none
+  std::int64_t du = 0;   ///< [T, columns] cd: s dy B
+  std::int64_t a = 0;    ///< single: [columns, I] cd
   // Single, not thin:
   std::int64_t a_scaled = 0;  ///< without u: [columns, I] cd: s A
   std::int64_t b = 0;         ///< [N, columns] cd: s B

@@ -93,6 +93,17 @@ struct RmsNormWeightGradArgs {
   Tensor dweight;   ///< [C] f32, accumulated
 };
 
+/// out = silu(gate) * up, with gate_up [T, 2F] = gate then up.
+struct SiluMulArgs {
+  Tensor gate_up;  ///< [T, 2F] cd
+  Tensor out;      ///< [T, F] cd, overwritten
+};
+struct SiluMulBackwardArgs {
+  Tensor dout;      ///< [T, F] cd
+  Tensor gate_up;   ///< [T, 2F] cd
+  Tensor dgate_up;  ///< [T, 2F] cd, overwritten; may be the same memory as gate_up
+};
+
 /// y = x W^T + bias + sum over sites of s B (A dropout(x)).
 struct LinearArgs {
   Tensor x;                     ///< [T, I] cd
@@ -105,15 +116,28 @@ struct LinearArgs {
   /// has no adapter or a smaller rank; saved for backward. May be undefined (serving).
   Tensor u;
 };
+/// The op that made a linear's x, without its output: backward makes x once more, to the same bits.
+/// At most one is given.
+struct LinearInputRecipe {
+  AddRmsNormArgs norm{};   ///< residual defined: x is its y; no delta, rstd as the forward left it
+  SiluMulArgs silu_mul{};  ///< gate_up defined: x is its out
+  [[nodiscard]] bool defined() const {
+    return norm.residual.defined() || silu_mul.gate_up.defined();
+  }
+};
 /// dx = dy W + sum over sites of dropout'(s (dy B) A); dA += s (dy B)^T dropout(x); dB += dy^T u.
+/// Inputs that the caller has not are made where they are read, if the backend can; else by their
+/// op, before: x in scratch, and only where there are adapters.
 struct LinearBackwardArgs {
-  Tensor dy;  ///< [T, N] cd
-  Tensor x;   ///< [T, I] cd, as in forward
+  Tensor dy;  ///< [T, N] cd; with make_dy overwritten
+  Tensor x;   ///< [T, I] cd, as in forward; undefined with make_x
   const PackedWeight* weight;
   std::vector<LoraSite> sites;
   const AdapterRows* adapters;
   Tensor u;   ///< as saved by forward; undefined: recomputed
   Tensor dx;  ///< [T, I] cd, overwritten; undefined: only dA and dB are wanted
+  LinearInputRecipe make_x{};
+  SiluMulBackwardArgs make_dy{};  ///< dout defined: dy is its dgate_up
 };
 /// dW += dy^T x, db += sum of dy's rows: full fine-tuning. The sums over T are taken in a fixed
 /// order.
@@ -191,17 +215,6 @@ struct PagedAttentionArgs {
   const KvCache* cache;
   std::int64_t kv_len_max;  ///< host bound
   Tensor out;               ///< [T, H * D] cd, overwritten
-};
-
-/// out = silu(gate) * up, with gate_up [T, 2F] = gate then up.
-struct SiluMulArgs {
-  Tensor gate_up;  ///< [T, 2F] cd
-  Tensor out;      ///< [T, F] cd, overwritten
-};
-struct SiluMulBackwardArgs {
-  Tensor dout;      ///< [T, F] cd
-  Tensor gate_up;   ///< [T, 2F] cd
-  Tensor dgate_up;  ///< [T, 2F] cd, overwritten; may be the same memory as gate_up
 };
 
 /// Rows of x by index: out[j] = x[index[j]].

@@ -51,7 +51,9 @@ OpCost op_cost(const LinearArgs& a) {
 
 OpCost op_cost(const LinearBackwardArgs& a) {
   const LowRank lora = low_rank(a.sites, a.adapters, a.x.dim(0), a.weight->i);
-  OpCost cost{0.0, 0.0, bytes_of(a.dy, a.x, a.u)};
+  OpCost cost{0.0, 0.0,
+              bytes_of(a.dy, a.x, a.u, a.make_x.norm.residual, a.make_x.silu_mul.gate_up,
+                       a.make_dy.dout, a.make_dy.gate_up)};
   // dB and dy B; dA; and where dx is wanted the two products that give it.
   cost.product_flops = 2.0 * lora.outputs + lora.inputs;
   if (!a.dx.defined()) return cost;

@@ -1,5 +1,6 @@
 #include "kernels/op_checks.h"
 #include "kernels/ops.h"
+#include "kernels/workspace.h"
 
 namespace tandem::kernels {
 namespace {
@@ -36,6 +37,33 @@ std::int64_t u_columns(const std::vector<LoraSite>& sites, const AdapterRows* ro
   return rows == nullptr ? 0 : static_cast<std::int64_t>(sites.size()) * rows->rank_max;
 }
 
+/// x, or shape and dtype of what its recipe makes.
+Tensor input_of(const OpCheck& check, const LinearBackwardArgs& a, DType cd) {
+  const std::int64_t t = a.dy.dim(0);
+  const AddRmsNormArgs& norm = a.make_x.norm;
+  const Tensor& gate_up = a.make_x.silu_mul.gate_up;
+  if (!a.make_x.defined()) {
+    check.rank("x", a.x, 2);
+    check.tensor("x", a.x, cd, Shape{t, a.x.dim(1)});
+    return a.x;
+  }
+  check.that(!a.x.defined() && !(norm.residual.defined() && gate_up.defined()),
+             "x: expected x itself or one recipe");
+  if (gate_up.defined()) {
+    check.rank("gate_up", gate_up, 2);
+    const std::int64_t i = gate_up.dim(1) / 2;
+    check.tensor("gate_up", gate_up, cd, Shape{t, 2 * i});
+    return {nullptr, cd, Shape{t, i}};
+  }
+  check.rank("residual", norm.residual, 2);
+  const std::int64_t i = norm.residual.dim(1);
+  check.tensor("residual", norm.residual, cd, Shape{t, i});
+  check.tensor("weight of the norm", norm.weight, cd, Shape{i});
+  check.tensor("rstd", norm.rstd, sum_dtype(cd), Shape{t});
+  check.that(!norm.delta.defined(), "delta: expected none, the residual holds the sum");
+  return {nullptr, cd, Shape{t, i}};
+}
+
 }  // namespace
 
 void Ops::linear_forward(Exec& exec, const LinearArgs& a) {
@@ -59,10 +87,9 @@ void Ops::linear_forward(Exec& exec, const LinearArgs& a) {
 void Ops::linear_backward(Exec& exec, const LinearBackwardArgs& a) {
   const OpCheck check("linear_backward");
   check.rank("dy", a.dy, 2);
-  check.rank("x", a.x, 2);
   const DType cd = check.compute_dtype("dy", a.dy);
-  const std::int64_t t = a.dy.dim(0), n = a.dy.dim(1), i = a.x.dim(1);
-  check.tensor("x", a.x, cd, Shape{t, i});
+  const Tensor x = input_of(check, a, cd);
+  const std::int64_t t = a.dy.dim(0), n = a.dy.dim(1), i = x.dim(1);
   check.weight("weight", a.weight, cd, n, i);
   check_adapters(check, a.sites, a.adapters, n);
   check.optional("u", a.u, cd, Shape{t, u_columns(a.sites, a.adapters)});
@@ -70,8 +97,31 @@ void Ops::linear_backward(Exec& exec, const LinearBackwardArgs& a) {
   check.disjoint("dx", a.dx, "dy", a.dy);
   check.disjoint("dx", a.dx, "x", a.x);
   check.disjoint("dx", a.dx, "u", a.u);
+  check.disjoint("dx", a.dx, "residual", a.make_x.norm.residual);
+  check.disjoint("dx", a.dx, "gate_up", a.make_x.silu_mul.gate_up);
+  check.that(!a.make_dy.dout.defined() || a.make_dy.dgate_up.data == a.dy.data,
+             "dy: expected to be what make_dy writes");
   if (t == 0) return;
-  do_linear_backward(exec, a);
+  if (!a.make_x.defined() && !a.make_dy.dout.defined()) return do_linear_backward(exec, a);
+  LinearBackwardArgs made = a;
+  made.x = x;
+  if (a.make_dy.dout.defined() && !makes_gradient(made, profile())) {
+    silu_mul_backward(exec, a.make_dy);
+    made.make_dy = {};
+  }
+  const ArenaScope scope(exec.workspace);
+  if (a.make_x.defined() && u_columns(a.sites, a.adapters) > 0 && !makes_input(made, profile())) {
+    made.x = exec.workspace.alloc(x.shape, cd);
+    made.make_x = {};
+    AddRmsNormArgs norm = a.make_x.norm;
+    norm.y = made.x;
+    norm.rstd = {};
+    if (norm.residual.defined())
+      add_rms_norm_forward(exec, norm);
+    else
+      silu_mul_forward(exec, {a.make_x.silu_mul.gate_up, made.x});
+  }
+  do_linear_backward(exec, made);
 }
 
 }  // namespace tandem::kernels

@@ -228,6 +228,14 @@ std::int64_t workspace_bytes(const LinearBackwardArgs& a, const DeviceProfile& p
                           : linear_backward_workspace(a, profile).bytes;
 }
 
+bool makes_input(const LinearBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) && cuda::linear_backward_layout(a, profile).makes_x;
+}
+
+bool makes_gradient(const LinearBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) && cuda::linear_backward_layout(a, profile).pair.makes_dy;
+}
+
 std::int64_t workspace_bytes(const LinearWeightGradArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) ? cuda::linear_weight_grad_bytes(a)
                           : linear_weight_grad_workspace(a, profile).bytes;

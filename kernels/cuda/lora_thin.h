@@ -34,8 +34,9 @@ void lora_thin_du(cudaStream_t stream, const ThinSites& sites, const Tensor& dy,
 void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& layout,
                     const Tensor& dy, const Tensor& u, const Tensor& du, const Tensor& a,
                     float* du_parts, float* db_parts);
-/// dA += du^T dropout(x).
-void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x, const Tensor& du);
+/// dA += du^T dropout(x), x given or made of its recipe.
+void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
+                  const LinearInputRecipe& make_x, const Tensor& du);
 /// dB += dy^T u.
 void lora_thin_db(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& u);
 

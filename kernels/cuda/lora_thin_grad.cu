@@ -1,7 +1,9 @@
 // dA += du^T x and dB += dy^T u: sums over all rows. A cluster takes a block of columns of x or dy,
 // its blocks equal parts of the rows; the blocks' sums go straight to the gradients. A warp takes
-// 32 columns; narrow matrices have fewer warps beside one another and more below.
+// 32 columns; narrow matrices have fewer warps beside one another and more below. An x that nobody
+// kept is made on the way, of what passes instead.
 #include "kernels/cuda/lora_thin.cuh"
+#include "kernels/cuda/silu.cuh"
 
 namespace tandem::kernels::cuda {
 namespace thin {
@@ -12,27 +14,59 @@ namespace cg = cooperative_groups;
 constexpr int kWarpColumns = 32, kWarpRows = 32;  ///< of one step
 constexpr int kRowsPerBlock = 128;                ///< at least: the cluster's size
 
-/// Shared memory: stages of [kRows, kWidth] of x or dy, each followed by [kRows, kCoefRow] of du
-/// or u; then, in their place, sums [kBelow][kColumns, kWidth + 1] f32.
-template <int kColumns, int kBeside>
+/// What passes: x or dy; the residual stream, times `rstd` of its row and `weight` of its column;
+/// or gate_up [T, 2 width].
+enum class Made { kGiven, kNorm, kSiluMul };
+struct Wide {
+  const bf16_t* at;
+  int width;  ///< of x or dy
+  const bf16_t* weight = nullptr;
+  const float* rstd = nullptr;
+};
+
+/// Shared memory: stages of [kRows, kWidth] of x or dy, or two of gate and up, each followed by
+/// [kRows, kCoefRow] of du or u; then, in their place, sums [kBelow][kColumns, kWidth + 1] f32.
+template <int kColumns, int kBeside, Made kMade>
 struct Tiles {
+  static constexpr bool kPair = kMade == Made::kSiluMul;
+  static constexpr int kStages = kPair ? 3 : thin::kStages;  ///< two blocks a multiprocessor
   static constexpr int kBelow = kWarps / kBeside;
   static constexpr int kWidth = kWarpColumns * kBeside, kRows = kWarpRows * kBelow;
   static constexpr int kWide = kRows * kWidth;
   static constexpr int kCoefRow = kColumns + kChunk;
-  static constexpr int kStage = kWide + kRows * kCoefRow;
+  static constexpr int kFactorAt = kPair ? 2 * kWide : kWide;
+  static constexpr int kStage = kFactorAt + kRows * kCoefRow;
   static constexpr int kSumRow = kWidth + 1, kSums = kColumns * kSumRow;
   static constexpr std::size_t kBytes =
       std::max<std::size_t>(sizeof(bf16_t) * kStages * kStage, sizeof(float) * kBelow * kSums);
 };
 
+/// Eight columns of x, rounded as the ops round it.
+__device__ inline uint4 norm_8(const uint4& residual, float rstd, const uint4& weight) {
+  const auto one = [&](std::uint32_t x, std::uint32_t w) {
+    return pack_bf16(low_f32(x) * rstd * low_f32(w), high_f32(x) * rstd * high_f32(w));
+  };
+  return {one(residual.x, weight.x), one(residual.y, weight.y), one(residual.z, weight.z),
+          one(residual.w, weight.w)};
+}
+__device__ inline uint4 silu_mul_8(const uint4& gate, const uint4& up) {
+  const auto one = [](std::uint32_t g, std::uint32_t u) {
+    return pack_bf16(silu_mul(low_f32(g), low_f32(u)), silu_mul(high_f32(g), high_f32(u)));
+  };
+  return {one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w)};
+}
+
 /// Grid (cluster, blocks of columns, groups).
-template <int kColumns, int kBeside>
+template <int kColumns, int kBeside, Made kMade>
 __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
-    outer_kernel(const SegmentsView v, bool is_a, const bf16_t* wide, int width, bool by_site,
+    outer_kernel(const SegmentsView v, bool is_a, const Wide wide, bool by_site,
                  const bf16_t* coefficients) {
 #if __CUDA_ARCH__ >= 900
-  using T = Tiles<kColumns, kBeside>;
+  using T = Tiles<kColumns, kBeside, kMade>;
+  constexpr int kStages = T::kStages, kRowChunks = T::kWidth / kChunk;
+  constexpr int kCopies = T::kWide / kChunk / kThreads;  // of a step, by each thread
+  static_assert(kThreads % kRowChunks == 0);             // in one column
+  const int width = wide.width;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ LoraEntry entries[kSitesMax];
   auto* tiles = reinterpret_cast<bf16_t*>(memory);
@@ -56,24 +90,34 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   const DropoutMask mask(v, site, width);
   const bool drops = is_a && mask.drops();
 
+  // What this thread copies of a step: one chunk of rows my_row + k * kRowStep.
+  constexpr int kRowStep = kThreads / kRowChunks;
+  const int my_chunk = tid % kRowChunks, my_row = tid / kRowChunks;
+  const int my_column = column0 + my_chunk * kChunk;
+  uint4 weight{};
+  if (kMade == Made::kNorm && my_column < column_end)
+    weight = load_8(wide.weight, my_column, width,
+                    reinterpret_cast<std::uintptr_t>(wide.weight) % 16 == 0);
+
   const auto load = [&](int step) {
     if (step < steps) {
       bf16_t* tile = tiles + step % kStages * T::kStage;
       const int t0 = (first_step + step) * T::kRows;
 #pragma unroll
-      for (int e = tid; e < T::kWide / kChunk; e += kThreads) {
-        const int row = e / (T::kWidth / kChunk), chunk = e % (T::kWidth / kChunk);
-        const int at = column0 + chunk * kChunk;
-        const bool inside = t0 + row < v.t && at < column_end;
-        copy_16_async(tile + row * T::kWidth + swizzled(row, chunk),
-                      wide + (inside ? static_cast<std::int64_t>(t0 + row) * width + at : 0),
-                      inside);
+      for (int k = 0; k < kCopies; ++k) {
+        const int row = my_row + k * kRowStep;
+        const bool inside = t0 + row < v.t && my_column < column_end;
+        const std::int64_t before = inside ? static_cast<std::int64_t>(t0 + row) * width : 0;
+        const bf16_t* from = wide.at + (T::kPair ? 2 * before : before) + (inside ? my_column : 0);
+        bf16_t* to = tile + row * T::kWidth + swizzled(row, my_chunk);
+        copy_16_async(to, from, inside);
+        if (T::kPair) copy_16_async(to + T::kWide, from + (inside ? width : 0), inside);
       }
       for (int e = tid; e < T::kRows * kColumns / kChunk; e += kThreads) {
         const int row = e / (kColumns / kChunk), at = e % (kColumns / kChunk) * kChunk;
         const bool inside = t0 + row < v.t && at < group.columns;
         copy_16_async(
-            tile + T::kWide + row * T::kCoefRow + at,
+            tile + T::kFactorAt + row * T::kCoefRow + at,
             coefficients +
                 (inside ? static_cast<std::int64_t>(t0 + row) * v.columns + group.column + at : 0),
             inside);
@@ -81,13 +125,12 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
     }
     commit();
   };
-  const auto drop = [&](int step) {  // what this thread copied
+  const auto each_copied = [&](int step, const auto& f) {  // f(k, row of x, its chunk)
     bf16_t* tile = tiles + step % kStages * T::kStage;
-    const int t0 = (first_step + step) * T::kRows;
-    for (int e = tid; e < T::kWide / kChunk; e += kThreads) {
-      const int row = e / (T::kWidth / kChunk), chunk = e % (T::kWidth / kChunk);
-      drop_8(mask, t0 + row, column0 + chunk * kChunk,
-             tile + row * T::kWidth + swizzled(row, chunk));
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      const int row = my_row + k * kRowStep;
+      f(k, (first_step + step) * T::kRows + row, tile + row * T::kWidth + swizzled(row, my_chunk));
     }
   };
 
@@ -95,12 +138,23 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   float sum[kColumns / 16][kWarpColumns / 8][4] = {};
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
+    float rstd[kCopies];  // on its way beside the tile
+    if constexpr (kMade == Made::kNorm)
+      each_copied(step, [&](int k, int t, bf16_t*) { rstd[k] = t < v.t ? wide.rstd[t] : 0.0f; });
     wait<kStages - 2>();
-    if (drops) drop(step);
+    if constexpr (kMade != Made::kGiven)
+      each_copied(step, [&](int k, int, bf16_t* to) {
+        uint4& x = *reinterpret_cast<uint4*>(to);
+        if constexpr (kMade == Made::kNorm)
+          x = norm_8(x, rstd[k], weight);
+        else
+          x = silu_mul_8(x, *reinterpret_cast<const uint4*>(to + T::kWide));
+      });
+    if (drops) each_copied(step, [&](int, int t, bf16_t* x) { drop_8(mask, t, my_column, x); });
     __syncthreads();
     load(step + kStages - 1);
     const bf16_t* tile = tiles + step % kStages * T::kStage;
-    const bf16_t* factor = tile + T::kWide;
+    const bf16_t* factor = tile + T::kFactorAt;
 #pragma unroll
     for (int k = 0; k < kWarpRows; k += 16) {
       const int t = below * kWarpRows + k;
@@ -157,36 +211,36 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
 #endif
 }
 
-template <int kColumns>
-void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, const Tensor& wide,
+template <int kColumns, Made kMade>
+void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, const Wide& wide,
            const Tensor& coefficients) {
   int columns = 0;
   for (int s = 0; s < v.sites; ++s) columns = std::max(columns, v.site[s].n);
-  if (is_a) columns = static_cast<int>(wide.dim(1));
+  if (is_a) columns = wide.width;
   const unsigned cluster = cluster_size(v.t / kRowsPerBlock);
   const auto groups = static_cast<unsigned>(by_site ? v.sites : 1);
   const auto start = [&](auto kernel, int width, std::size_t bytes) {
     launch(stream, kernel,
            dim3(cluster, static_cast<unsigned>((columns + width - 1) / width), groups), cluster,
-           bytes, v, is_a, wide.as<const bf16_t>(), static_cast<int>(wide.dim(1)), by_site,
-           coefficients.as<const bf16_t>());
+           bytes, v, is_a, wide, by_site, coefficients.as<const bf16_t>());
   };
-  using Broad = Tiles<kColumns, 8>;
-  using Narrow = Tiles<kColumns, 2>;
-  if (columns >= 2048) return start(outer_kernel<kColumns, 8>, Broad::kWidth, Broad::kBytes);
-  start(outer_kernel<kColumns, 2>, Narrow::kWidth, Narrow::kBytes);
+  using Broad = Tiles<kColumns, 8, kMade>;
+  using Narrow = Tiles<kColumns, 2, kMade>;
+  if (columns >= 2048) return start(outer_kernel<kColumns, 8, kMade>, Broad::kWidth, Broad::kBytes);
+  start(outer_kernel<kColumns, 2, kMade>, Narrow::kWidth, Narrow::kBytes);
 }
 
-void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, const Tensor& wide,
+template <Made kMade>
+void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, const Wide& wide,
          const Tensor& coefficients) {
-  if (wide.dim(0) == 0) return;
-  const SegmentsView v = segments_view(sites.sites, 0, sites.rows, wide.dim(0));
+  if (coefficients.dim(0) == 0) return;
+  const SegmentsView v = segments_view(sites.sites, 0, sites.rows, coefficients.dim(0));
   const int columns = by_site ? v.rank_max : v.columns;
-  const auto pass = columns <= 16   ? outer<16>
-                    : columns <= 32 ? outer<32>
-                    : columns <= 48 ? outer<48>
-                    : columns <= 64 ? outer<64>
-                                    : outer<128>;
+  const auto pass = columns <= 16   ? outer<16, kMade>
+                    : columns <= 32 ? outer<32, kMade>
+                    : columns <= 48 ? outer<48, kMade>
+                    : columns <= 64 ? outer<64, kMade>
+                                    : outer<128, kMade>;
   TANDEM_CHECK_LE(columns, kThinColumnsMax);
   pass(stream, v, is_a, by_site, wide, coefficients);
 }
@@ -194,12 +248,25 @@ void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, c
 }  // namespace
 }  // namespace thin
 
-void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x, const Tensor& du) {
-  thin::run(stream, sites, true, sites.rows.dropout > 0.0f || du.dim(1) > kThinColumnsMax, x, du);
+void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
+                  const LinearInputRecipe& make_x, const Tensor& du) {
+  const bool by_site = sites.rows.dropout > 0.0f || du.dim(1) > kThinColumnsMax;
+  const AddRmsNormArgs& norm = make_x.norm;
+  thin::Wide wide{static_cast<const thin::bf16_t*>(x.data), static_cast<int>(x.dim(1))};
+  if (x.defined()) return thin::run<thin::Made::kGiven>(stream, sites, true, by_site, wide, du);
+  if (norm.residual.defined()) {
+    wide.at = norm.residual.as<const thin::bf16_t>();
+    wide.weight = norm.weight.as<const thin::bf16_t>();
+    wide.rstd = norm.rstd.as<const float>();
+    return thin::run<thin::Made::kNorm>(stream, sites, true, by_site, wide, du);
+  }
+  wide.at = make_x.silu_mul.gate_up.as<const thin::bf16_t>();
+  thin::run<thin::Made::kSiluMul>(stream, sites, true, by_site, wide, du);
 }
 
 void lora_thin_db(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& u) {
-  thin::run(stream, sites, false, true, dy, u);
+  thin::run<thin::Made::kGiven>(stream, sites, false, true,
+                                {dy.as<const thin::bf16_t>(), static_cast<int>(dy.dim(1))}, u);
 }
 
 }  // namespace tandem::kernels::cuda

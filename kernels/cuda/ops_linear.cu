@@ -321,7 +321,7 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
   }
   {
     const Profiler::Scope pass = pass_scope(profiler_, s, "da", a.x);
-    lora_thin_da(s, sites, a.x, du);
+    lora_thin_da(s, sites, a.x, a.make_x, du);
   }
   if (!a.dx.defined()) return;
   const Matrix w = weight_matrix(*a.weight);

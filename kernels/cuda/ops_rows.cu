@@ -2,6 +2,7 @@
 // memory traffic; each reads its inputs once, in 16-byte accesses where rows allow it.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/silu.cuh"
 
 #include <cuda_fp16.h>
 
@@ -277,10 +278,6 @@ void rope(cudaStream_t stream, const Tensor& qkv, const Tensor& positions, const
 // -- silu
 // -----------------------------------------------------------------------------------------
 
-__device__ inline float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
-
 template <class T, bool kVector>
 __global__ void silu_mul_kernel(const T* gate_up, std::int64_t rows, std::int64_t width, T* out) {
   launch_dependents();
@@ -294,10 +291,8 @@ __global__ void silu_mul_kernel(const T* gate_up, std::int64_t rows, std::int64_
     const C up = C::load(gate_up + (row * 2 + 1) * width + c);
     C y;
 #pragma unroll
-    for (int j = 0; j < C::kSize; ++j) {
-      const float g = load_f32(gate.at[j]);
-      y.at[j] = store_as<T>(g * sigmoid(g) * load_f32(up.at[j]));
-    }
+    for (int j = 0; j < C::kSize; ++j)
+      y.at[j] = store_as<T>(silu_mul(load_f32(gate.at[j]), load_f32(up.at[j])));
     y.store(out + row * width + c);
   }
 }
@@ -316,9 +311,10 @@ __global__ void silu_mul_backward_kernel(const T* dout, const T* gate_up, std::i
     C dgate, dup;
 #pragma unroll
     for (int j = 0; j < C::kSize; ++j) {
-      const float g = load_f32(gate.at[j]), s = sigmoid(g), dy = load_f32(d.at[j]);
-      dgate.at[j] = store_as<T>(dy * load_f32(up.at[j]) * s * (1.0f + g * (1.0f - s)));
-      dup.at[j] = store_as<T>(dy * g * s);
+      const SiluMulGrad grad =
+          silu_mul_grad(load_f32(d.at[j]), load_f32(gate.at[j]), load_f32(up.at[j]));
+      dgate.at[j] = store_as<T>(grad.gate);
+      dup.at[j] = store_as<T>(grad.up);
     }
     dgate.store(dgate_up + at);
     dup.store(dgate_up + at + width);
@@ -326,7 +322,7 @@ __global__ void silu_mul_backward_kernel(const T* dout, const T* gate_up, std::i
 }
 
 template <class T>
-void silu_mul(cudaStream_t stream, const SiluMulArgs& a) {
+void run_silu_mul(cudaStream_t stream, const SiluMulArgs& a) {
   const std::int64_t rows = a.out.dim(0), width = a.out.dim(1);
   const bool vector =
       aligned({a.gate_up.data, a.out.data}, width * static_cast<std::int64_t>(sizeof(T)));
@@ -466,7 +462,7 @@ void CudaOps::do_rope_backward(Exec& exec, const RopeBackwardArgs& a) {
 void CudaOps::do_silu_mul_forward(Exec& exec, const SiluMulArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "silu_mul",
                               static_cast<double>(3 * a.out.bytes()));
-  TANDEM_CUDA_DISPATCH(a.out.dtype, silu_mul, stream(exec), a);
+  TANDEM_CUDA_DISPATCH(a.out.dtype, run_silu_mul, stream(exec), a);
 }
 
 void CudaOps::do_silu_mul_backward(Exec& exec, const SiluMulBackwardArgs& a) {

@@ -55,6 +55,18 @@ std::vector<LinearShape> decode_shapes() {
   return shapes;
 }
 const std::vector<LinearShape> kDecode = decode_shapes();
+/// Of inputs that backward makes: x and dy narrow and wide, whole tiles and parts of them.
+const LinearShape kMade[] = {
+    {5, 33, 62, 0, {}, {}, {}, false},                        // no adapter: x is not needed
+    {19, 40, 50, 2, {8}, {0, 4, 15, 15}, {-1, 0, -1}, true},  // several segments
+    {23, 96, 70, 2, {4, 0, 9}, {0, 3, 9, 14, 23}, {2, 0, -1, 1}, false},
+    {70, 64, 96, 2, {8}, {0, 70}, {0}, false},
+    {301, 2056, 144, 3, {16}, {0, 301}, {0}, false},
+    {301, 136, 4640, 2, {16}, {0, 301}, {0}, false},
+    {200, 72, 2064, 2, {24}, {0, 200}, {0}, false},
+    {200, 264, 528, 2, {64}, {0, 200}, {0}, false},
+    {90, 104, 48, 3, {48}, {0, 90}, {0}, false},
+};
 
 /// A case in f64 and what it takes on a device.
 class LinearSetup {
@@ -265,6 +277,92 @@ TEST_P(Linear, BackwardMatchesTheReference) {
 TEST_P(LinearWide, BackwardMatchesTheReference) {
   if (backend() == "cpu") GTEST_SKIP() << "one path for all sizes";
   check_backward(row(kWide));
+}
+
+enum class Made { kNorm, kSiluMul, kGradient };
+
+/// A backward whose x, or dy, the op makes itself, or is given as the op of its recipe makes it.
+class LinearMade : public OpTest {
+ protected:
+  static constexpr float kEps = 1e-5f;
+
+  static Outputs backward(LinearSetup& setup, Made made, bool by_recipe, bool keep_u,
+                          float dropout) {
+    const LinearCase& c = setup.reference();
+    return run_op(backend(), [&](TestDevice& device) {
+      setup.place(device, true, dropout);
+      const auto random = [&](std::int64_t columns, std::uint64_t seed) {
+        return random_values(c.t * columns, dtype(), seed);
+      };
+      const Tensor x = device.output("x", dtype(), {c.t, c.i});
+      LinearInputRecipe make_x;
+      if (made == Made::kSiluMul) {
+        make_x.silu_mul.gate_up = device.input(random(2 * c.i, 21), dtype(), {c.t, 2 * c.i});
+        device.ops().silu_mul_forward(device.exec(), {make_x.silu_mul.gate_up, x});
+      } else {
+        make_x.norm = {device.input(random(c.i, 22), dtype(), {c.t, c.i}),
+                       {},
+                       device.input(random_values(c.i, dtype(), 23), dtype(), {c.i}),
+                       kEps,
+                       {},
+                       device.output("rstd", DType::kF32, {c.t})};
+        AddRmsNormArgs norm = make_x.norm;
+        norm.y = x;
+        device.ops().add_rms_norm_forward(device.exec(), norm);
+      }
+      Tensor u;
+      if (keep_u) {
+        u = device.output("u", dtype(), setup.u_shape());
+        device.ops().linear_forward(device.exec(),
+                                    {x, &setup.weight, setup.bias, setup.sites, setup.adapters(),
+                                     device.output("y", dtype(), {c.t, c.n}), u});
+      }
+      const bool makes_dy = made == Made::kGradient;
+      // In place, as a block has it.
+      const Tensor dy = device.in_out("dy", random(c.n, 24), dtype(), {c.t, c.n});
+      const SiluMulBackwardArgs make_dy{device.input(random(c.n / 2, 25), dtype(), {c.t, c.n / 2}),
+                                        dy, dy};
+      if (makes_dy && !by_recipe) device.ops().silu_mul_backward(device.exec(), make_dy);
+      LinearBackwardArgs args{dy,
+                              x,
+                              &setup.weight,
+                              setup.sites,
+                              setup.adapters(),
+                              u,
+                              device.output("dx", dtype(), {c.t, c.i})};
+      if (by_recipe && makes_dy) args.make_dy = make_dy;
+      if (by_recipe && !makes_dy) {
+        args.x = {};
+        args.make_x = make_x;
+      }
+      device.ops().linear_backward(device.exec(), args);
+    });
+  }
+
+  static void expect_same_bits(Made made) {
+    const LinearShape& s = row(kMade);
+    if (backend() == "cpu" && s.t * (s.i + s.n) > 1 << 18) GTEST_SKIP() << "one path for all sizes";
+    for (const float dropout : {0.0f, 0.25f})
+      for (const bool keep_u : {true, false}) {
+        LinearSetup setup(s, dtype());
+        const Outputs given = backward(setup, made, false, keep_u, dropout);
+        const Outputs by_recipe = backward(setup, made, true, keep_u, dropout);
+        for (const auto& [name, output] : given)
+          EXPECT_EQ(by_recipe.at(name).bytes, output.bytes)
+              << name << ", dropout " << dropout << (keep_u ? "" : ", u not kept");
+      }
+  }
+};
+TANDEM_OP_TEST(LinearMade, kMade);
+
+TEST_P(LinearMade, ANormMadeByBackwardGivesTheBitsOfOneGiven) {
+  expect_same_bits(Made::kNorm);
+}
+TEST_P(LinearMade, ASiluMulMadeByBackwardGivesTheBitsOfOneGiven) {
+  expect_same_bits(Made::kSiluMul);
+}
+TEST_P(LinearMade, AGradientMadeByBackwardGivesTheBitsOfOneGiven) {
+  expect_same_bits(Made::kGradient);
 }
 
 void Linear::check_alone(const LinearShape& s) const {

@@ -134,6 +134,28 @@ void add_linear_cases(std::vector<Case>& cases) {
                side.exec, {side.zeros(cd, {s.t, s.n}), side.zeros(cd, {s.t, s.i}), &w, a.sites,
                            s.sites > 0 ? &a.rows : nullptr, u, side.zeros(cd, {s.t, s.i})});
          }});
+    cases.push_back(
+        {"linear backward of what it makes " + shape, [s](Side& side, DType cd) {
+           const PackedWeight w = side.weight(cd, s.n, s.i);
+           Adapters a;
+           if (s.sites > 0)
+             a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments, s.dropout);
+           Tensor u;
+           if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
+           const Tensor dy = side.zeros(cd, {s.t, s.n});
+           LinearBackwardArgs args{
+               dy, {}, &w, a.sites, s.sites > 0 ? &a.rows : nullptr, u, side.zeros(cd, {s.t, s.i})};
+           args.make_dy = {side.zeros(cd, {s.t, s.n / 2}), dy, dy};
+           args.make_x.silu_mul.gate_up = side.zeros(cd, {s.t, 2 * s.i});
+           side.backend.ops->linear_backward(side.exec, args);
+           args.make_x = {.norm = {side.zeros(cd, {s.t, s.i}),
+                                   {},
+                                   side.zeros(cd, {s.i}),
+                                   1e-5f,
+                                   {},
+                                   side.zeros(DType::kF32, {s.t})}};
+           side.backend.ops->linear_backward(side.exec, args);
+         }});
   }
 }
 
@@ -310,6 +332,32 @@ TEST(Workspace, LossNeverHoldsAllLogits) {
                                                      {},
                                                      meta.zeros(DType::kBF16, {t, 576})});
   EXPECT_LT(meta.workspace.peak_used(), 4 * t * 49'152 / 4);
+}
+
+TEST(Workspace, AnInputMadeWhereItIsReadTakesNoScratch) {
+  DeviceProfile hopper;
+  hopper.type = DeviceType::kCuda;
+  hopper.compute_capability = 90;
+  const std::int64_t t = 512, i = 256, n = 384, rank = 16;
+  const auto scratch = [&](bool keep_u, bool by_recipe) {
+    Side meta(make_meta_backend(hopper));
+    const DType cd = DType::kBF16;
+    const PackedWeight w = meta.weight(cd, n, i);
+    const Adapters a = adapters(meta, cd, t, i, n, 2, 1, rank, 1, 0.0f);
+    LinearBackwardArgs args{meta.zeros(cd, {t, n}),
+                            by_recipe ? Tensor{} : meta.zeros(cd, {t, i}),
+                            &w,
+                            a.sites,
+                            &a.rows,
+                            keep_u ? meta.zeros(cd, {t, 2 * rank}) : Tensor{},
+                            meta.zeros(cd, {t, i})};
+    if (by_recipe) args.make_x.silu_mul.gate_up = meta.zeros(cd, {t, 2 * i});
+    meta.backend.ops->linear_backward(meta.exec, args);
+    return meta.workspace.peak_used();
+  };
+  EXPECT_EQ(scratch(true, true), scratch(true, false));
+  // u wants x in memory.
+  EXPECT_EQ(scratch(false, true), scratch(false, false) + t * i * 2);
 }
 
 TEST(MetaBackend, DownloadsZerosAndNeverCallsFill) {

@@ -82,11 +82,14 @@ struct BlockRun {
     ctx.ops.linear_forward(ctx.exec, {x, &weight, bias, sites(fused),
                                       has_adapters() ? &batch.adapters : nullptr, y, u});
   }
+  /// x undefined: by its recipe; dy as `make_dy` says, where that says something.
   void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
-                       const kernels::PackedWeight& weight, const Tensor& u,
-                       const Tensor& dx) const {
-    ctx.ops.linear_backward(ctx.exec, {dy, x, &weight, sites(fused),
-                                       has_adapters() ? &batch.adapters : nullptr, u, dx});
+                       const kernels::PackedWeight& weight, const Tensor& u, const Tensor& dx,
+                       const kernels::LinearInputRecipe& make_x = {},
+                       const kernels::SiluMulBackwardArgs& make_dy = {}) const {
+    ctx.ops.linear_backward(
+        ctx.exec, {dy, x, &weight, sites(fused), has_adapters() ? &batch.adapters : nullptr, u, dx,
+                   x.defined() ? kernels::LinearInputRecipe{} : make_x, make_dy});
   }
   /// Gradients of a weight, where they are wanted: see BlockGrads.
   void weight_grad(const Tensor& dy, const Tensor& x, Tensor BlockGrads::*weight,
@@ -196,11 +199,6 @@ Tensor norm_all_rows(const BlockRun& run, const Tensor& kept, const Tensor& all,
   return to;
 }
 
-void forward_mlp_hidden(const BlockRun& run, const Tensor& normed, const SavedBlock& s) {
-  run.linear(Fused::kGateUp, normed, run.weights.gate_up, {}, s.gate_up, s.u[2]);
-  run.ctx.ops.silu_mul_forward(run.ctx.exec, {s.gate_up, s.act});
-}
-
 /// One block. On entry the residual stream is `s.x` + `before` (undefined: s.x alone); s.x then
 /// holds it whole. On return it is s.residual_attention (memory given by the caller, as is
 /// `mlp_out`) + mlp_out. Everything else that `keep` names is allocated here.
@@ -225,7 +223,8 @@ void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, con
   });
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
-  forward_mlp_hidden(run, normed_mlp, b);
+  run.linear(Fused::kGateUp, normed_mlp, run.weights.gate_up, {}, b.gate_up, b.u[2]);
+  run.ctx.ops.silu_mul_forward(run.ctx.exec, {b.gate_up, b.act});
   run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], all);
 }
 
@@ -241,10 +240,17 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   const Tensor dnormed_all = run.rows(run.config.width), dnormed = run.mine(dnormed_all);
   // The gradient of what o and down gave, which is all rows.
   const Tensor dstream = run.sequence_parallel() ? run.rows(run.config.width) : dresidual;
-  // The norm of a stream that is whole already: once more, where it was not kept; and all its rows,
-  // which arrive beside the product that comes first.
+  // Gradients of weights are the only other readers of a linear's x: without them, x that was not
+  // kept is made by the product's backward.
+  const bool by_recipe = run.grads == nullptr;
+  const auto norm_recipe = [&](const Tensor& stream, const Tensor& weight, const Tensor& rstd) {
+    return kernels::LinearInputRecipe{.norm = {stream, {}, weight, run.config.norm_eps, {}, rstd}};
+  };
+  // The norm of a stream that is whole already: undefined with its recipe; else once more, where it
+  // was not kept; and all its rows, which arrive beside the product that comes first.
   const auto normed = [&](const Tensor& kept, const Tensor& stream, const Tensor& weight) {
     if (run.has_all_rows(kept)) return Gathered{kept, nullptr};
+    if (by_recipe && !run.sequence_parallel()) return Gathered{};
     const Tensor all = run.rows(run.config.width);
     const Tensor mine = kept.defined() ? kept : run.mine(all);
     if (!kept.defined()) add_and_norm(run.ctx, run.config, stream, {}, weight, mine, {});
@@ -255,20 +261,24 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
     SavedBlock again = s;
     run.gather(dresidual, dstream);
     Gathered normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
-    if (!s.act.defined()) again.act = run.rows(run.config.mlp_width);
     if (!s.gate_up.defined()) {
       again.gate_up = run.rows(2 * run.config.mlp_width);
-      forward_mlp_hidden(run, normed_mlp.wait(run.ctx), again);
-    } else if (!s.act.defined()) {
+      run.linear(Fused::kGateUp, normed_mlp.wait(run.ctx), run.weights.gate_up, {}, again.gate_up,
+                 s.u[2]);
+    }
+    if (!s.act.defined() && !by_recipe) {
+      again.act = run.rows(run.config.mlp_width);
       ops.silu_mul_forward(run.ctx.exec, {again.gate_up, again.act});
     }
     const Tensor dact = run.rows(run.config.mlp_width);
-    run.linear_backward(Fused::kDown, dstream, again.act, run.weights.down, s.u[3], dact);
+    run.linear_backward(Fused::kDown, dstream, again.act, run.weights.down, s.u[3], dact,
+                        {.silu_mul = {again.gate_up, {}}});
     run.weight_grad(dstream, again.act, &BlockGrads::down);
-    // The gradient takes gate_up's memory: nobody reads that again.
-    ops.silu_mul_backward(run.ctx.exec, {dact, again.gate_up, again.gate_up});
     const Tensor& x = normed_mlp.wait(run.ctx);
-    run.linear_backward(Fused::kGateUp, again.gate_up, x, run.weights.gate_up, s.u[2], dnormed_all);
+    // The gradient takes gate_up's memory: nobody reads that again.
+    run.linear_backward(Fused::kGateUp, again.gate_up, x, run.weights.gate_up, s.u[2], dnormed_all,
+                        norm_recipe(s.residual_attention, run.weights.mlp_norm, s.rstd_mlp),
+                        {dact, again.gate_up, again.gate_up});
     run.weight_grad(again.gate_up, x, &BlockGrads::gate_up);
     run.sum_over_ranks(dnormed_all, dnormed);
   }
@@ -289,7 +299,8 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
                                    run.config.kv_heads, run.config.head_dim});
   const Tensor& x = normed_attention.wait(run.ctx);
   run.linear_backward(Fused::kQkv, dqkv, x, run.weights.qkv, s.u[0],
-                      want_dx ? dnormed_all : Tensor{});
+                      want_dx ? dnormed_all : Tensor{},
+                      norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention));
   run.weight_grad(dqkv, x, &BlockGrads::qkv, run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
   if (!want_dx) return;
   run.sum_over_ranks(dnormed_all, dnormed);
