@@ -110,6 +110,13 @@ const std::vector<SettingInfo>& Settings::known() {
       {"batch_tokens_max", "512", "tokens of one serving iteration (prefill is chunked to fit)"},
       {"running_requests_max", "64", "requests decoding at once in one engine"},
       {"train_share_min", "0.25", "share of device time a training job keeps while requests run"},
+      {"serve_interval_ms", "auto",
+       "while a job trains, from the end of one serving step to that of the next; auto: 22 on a "
+       "GPU, 0 on CPU"},
+      {"batch_tokens_beside", "auto",
+       "batch_tokens_max while a job trains; auto: 256 on a GPU, unchanged on CPU"},
+      {"serve_multiprocessors", "0",
+       "of a GPU, that training leaves to small serving steps, which then run beside it"},
       {"drain_timeout_s", "25", "seconds SIGTERM waits for running work"},
       {"gang_timeout_s", "120",
        "a rank that is silent this long (and 5 of its longest recent steps) ends its job's gang"},

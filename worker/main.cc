@@ -124,6 +124,26 @@ class Program {
     return options;
   }
 
+  /// How requests and a job take turns.
+  Status share_device(runtime::EngineOptions& options) const {
+    constexpr std::int64_t kIntervalMs = 22, kTokensBeside = 256, kRowsBeside = 64;
+    const bool cuda = id_.device == "cuda";
+    const auto either = [&](const char* name, std::int64_t on_gpu) -> Result<std::int64_t> {
+      if (settings_.get(name) == "auto") return cuda ? on_gpu : 0;
+      return settings_.get_int(name);
+    };
+    TANDEM_ASSIGN_OR_RETURN(const std::int64_t interval_ms,
+                            either("serve_interval_ms", kIntervalMs));
+    TANDEM_ASSIGN_OR_RETURN(options.batch_tokens_beside,
+                            either("batch_tokens_beside", kTokensBeside));
+    TANDEM_ASSIGN_OR_RETURN(const std::int64_t spare, settings_.get_int("serve_multiprocessors"));
+    options.turns.train_share_min = std::atof(settings_.get("train_share_min").c_str());
+    options.turns.step_interval_ns = interval_ms * 1'000'000;
+    options.turns.beside_rows_max = spare > 0 ? kRowsBeside : 0;
+    options.spare_multiprocessors = static_cast<int>(spare);
+    return {};
+  }
+
   Result<int> run_engine() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
     TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device());
@@ -135,7 +155,7 @@ class Program {
     options.device_name = profile.name;
     options.slot = id_.slot;
     TANDEM_ASSIGN_OR_RETURN(options.model, model_options(settings_, profile, id_));
-    options.train_share_min = std::atof(settings_.get("train_share_min").c_str());
+    TANDEM_RETURN_IF_ERROR(share_device(options));
     options.drain_timeout_ms = drain_s * 1000;
     options.data_directory = settings_.data_dir();
     log_info("engine starts: ", profile.name, ", ", profile.threads, " threads, ",

@@ -127,6 +127,11 @@ class WeightSource {
   virtual const BlockWeights& acquire(std::int64_t layer, Phase phase) = 0;
   virtual void release(std::int64_t layer, Phase phase) = 0;
   [[nodiscard]] virtual const BaseWeights& base() const = 0;
+  /// A point of a pass that is no block's begin but where others may use the device all the same.
+  virtual void yield() {}
+  /// The host is about to wait for what was issued: where others may use the device meanwhile,
+  /// returns when it is done.
+  virtual void settle() {}
 };
 std::unique_ptr<WeightSource> make_resident_weights(std::shared_ptr<const BaseWeights> base);
 

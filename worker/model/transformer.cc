@@ -166,6 +166,10 @@ Keep keep_of(bool saved, Recompute recompute) {
 }
 constexpr Keep kKeepAll{true, true, true, true, true};
 
+/// Rows of the loss that are issued together: a head is as much work as several blocks, and nobody
+/// else gets in before the end of what was issued.
+constexpr std::int64_t kLossRows = 1024;
+
 /// What is kept, first; what is not lies behind it and is given back at the end of the block.
 void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
   s.qkv = run.rows(run.qkv_width());
@@ -487,8 +491,18 @@ void Transformer::loss(Context& ctx, Tensor hidden, Tensor labels, float gradien
     return vocab_loss(ctx, weights_.base(),
                       {hidden, labels, gradient_scale, loss, correct, dhidden,
                        ends != nullptr ? ends->head : Tensor{}});
-  ctx.ops.linear_cross_entropy(ctx.exec, {hidden, &weights_.base().lm_head(), labels,
-                                          gradient_scale, loss, correct, dhidden});
+  const auto part = [](const Tensor& x, std::int64_t begin, std::int64_t rows) {
+    return x.defined() ? x.rows(begin, rows) : x;
+  };
+  const std::int64_t t = hidden.dim(0);
+  for (std::int64_t begin = 0; begin < t; begin += kLossRows) {
+    const std::int64_t rows = std::min(kLossRows, t - begin);
+    if (begin > 0) weights_.yield();
+    ctx.ops.linear_cross_entropy(
+        ctx.exec, {part(hidden, begin, rows), &weights_.base().lm_head(), part(labels, begin, rows),
+                   gradient_scale, part(loss, begin, rows), part(correct, begin, rows),
+                   part(dhidden, begin, rows)});
+  }
 }
 
 }  // namespace tandem::worker::model

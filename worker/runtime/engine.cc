@@ -5,7 +5,6 @@
 #include "worker/memory/estimator.h"
 #include "worker/memory/layout_planner.h"
 #include "worker/runtime/agent_watch.h"
-#include "worker/runtime/device_arbiter.h"
 #include "worker/runtime/job_host.h"
 #include "worker/runtime/model_files.h"
 #include "worker/runtime/process.h"
@@ -44,12 +43,12 @@ class Engine {
         clock_(clock),
         incarnation_(entropy64() | 1),
         bulk_(std::move(endpoints.bulk), clock),
-        arbiter_(options.train_share_min),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
              [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
         tasks_(kTasksMax),
-        serve_(io_, tasks_, bulk_, [this](Task task) { post(serve_inbox_, std::move(task)); }) {
+        serve_(io_, tasks_, bulk_, [this](Task task) { post(serve_inbox_, std::move(task)); }),
+        turns_(options.turns, serve_, [this] { drain_inbox(serve_inbox_); }) {
     beat();  // the I/O thread has something to say from the start
   }
 
@@ -61,16 +60,18 @@ class Engine {
     while (exit_code_ < 0) {
       beat();
       handle_signals();
-      drain_inbox(serve_inbox_);
+      if (!turns_.step_under_way()) drain_inbox(serve_inbox_);
       drain_inbox(control_inbox_);
       if (job_ && job_->over()) job_.reset();
-      const bool training = job_ && job_->runnable();
-      if (serve_.has_work() && arbiter_.serve_next(training))
-        serve_step();
-      else if (training)
-        train_slice();
-      else
+      set_budget();
+      if (job_ && job_->runnable()) {
+        yield();
+        turns_.train([this] { job_->run_slice(); });
+      } else if (turns_.step_under_way() || serve_.has_work()) {
+        turns_.serve();
+      } else {
         wait();
+      }
       if (agent_.gone()) g_stop_signals.at_least_one();
     }
     (void)io_.send(
@@ -206,6 +207,7 @@ class Engine {
   void load_model(const protocol::ModelRef& ref, const Result<std::string>& path,
                   std::int64_t begin) {
     loading_ = {};
+    turns_.finish();
     if (!path.ok()) return report_loaded(ref.digest, path.status(), 0);
     serve_.set_model(nullptr);
     model_.reset();
@@ -213,6 +215,7 @@ class Engine {
         ModelHost::load(backend_, clock_, ref, *path, options_.model, [this] { yield(); });
     if (!loaded.ok()) return report_loaded(ref.digest, loaded.status(), 0);
     model_ = std::move(*loaded);
+    short_steps_ = false;
     serve_.set_model(model_.get());
     const double seconds = static_cast<double>(steady_ns() - begin) / 1e9;
     log_info("model ", ref.name, " (", ref.digest, ") ready in ", seconds, " s, ",
@@ -385,30 +388,22 @@ class Engine {
 
   // -- device thread: work
   // ----------------------------------------------------------------------------
-  void serve_step() {
-    const std::int64_t begin = steady_ns();
-    serve_.step();
-    arbiter_.add_serve_ns(steady_ns() - begin);
-  }
-
-  void train_slice() {
-    slice_mark_ns_ = steady_ns();
-    job_->run_slice();
-    arbiter_.add_train_ns(steady_ns() - slice_mark_ns_);
-  }
-
   /// Between two blocks of a training pass: requests may arrive and run, jobs' messages wait.
   void yield() {
     beat();
-    drain_inbox(serve_inbox_);
-    if (!serve_.has_work()) return;
-    const std::int64_t now = steady_ns();
-    arbiter_.add_train_ns(now - slice_mark_ns_);
-    while (serve_.has_work() && arbiter_.serve_next(true)) {
-      serve_step();
-      drain_inbox(serve_inbox_);
-    }
-    slice_mark_ns_ = steady_ns();
+    turns_.between();
+    const bool serving = turns_.step_under_way() || serve_.has_work();
+    model_->spare_multiprocessors(serving ? options_.spare_multiprocessors : 0);
+  }
+
+  /// Steps are shorter while a job trains: one that is long makes all its answers wait.
+  void set_budget() {
+    if (!model_ || options_.batch_tokens_beside == 0) return;
+    const bool beside = job_ && job_->runnable();
+    if (beside == short_steps_) return;
+    short_steps_ = beside;
+    model_->serve().set_token_budget(beside ? options_.batch_tokens_beside
+                                            : options_.model.batch_tokens_max);
   }
 
   void handle_signals() {
@@ -432,14 +427,13 @@ class Engine {
   const Clock& clock_;
   const Incarnation incarnation_;
   BulkClient bulk_;
-  DeviceArbiter arbiter_;
   std::unique_ptr<ModelHost> model_;
   std::unique_ptr<JobHost> job_;
   Digest loading_;
   int exit_code_ = -1;
   bool draining_ = false;
   TimeMs drain_until_ms_ = 0, snapshot_ms_ = 0;
-  std::int64_t slice_mark_ns_ = 0;
+  bool short_steps_ = false;
   std::atomic<TimeMs> last_beat_ms_{0};
   std::atomic<bool> idle_{false};
   std::mutex snapshot_mutex_;
@@ -451,6 +445,7 @@ class Engine {
   EngineIo io_;
   TaskThread tasks_;  // ends before what its tasks use
   ServeHost serve_;
+  DeviceTurns turns_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "kernels/ops.h"
 #include "protocol/base/clock.h"
 #include "protocol/transport.h"
+#include "worker/runtime/device_turns.h"
 #include "worker/runtime/model_host.h"
 #include "worker/runtime/slot.h"
 
@@ -20,7 +21,11 @@ struct EngineOptions {
   std::string host, device, device_name;
   int slot = 0;
   ModelHostOptions model;
-  double train_share_min = 0.25;
+  DeviceTurnsOptions turns;
+  /// Of a GPU: training leaves so many multiprocessors to steps that run beside it.
+  int spare_multiprocessors = 0;
+  /// Rows of a serving step while a job trains; 0: model.batch_tokens_max.
+  std::int64_t batch_tokens_beside = 0;
   std::int64_t drain_timeout_ms = 25000;
   std::int64_t hung_after_ms =
       120000;                  ///< a device thread that is silent longer gets no more heartbeats

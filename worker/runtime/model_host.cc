@@ -22,20 +22,27 @@ class YieldingWeights final : public model::WeightSource {
                   std::function<void()> yield)
       : weights_(weights), context_(context), yield_(std::move(yield)) {}
   const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
-    const std::uint64_t here = context_.ops.mark(context_.exec);
-    yield_();
-    while (!context_.ops.passed(before_)) {
-      std::this_thread::sleep_for(kPoll);
-      yield_();
-    }
-    before_ = here;
+    yield();
     return weights_.acquire(layer, phase);
   }
+  void yield() override {
+    const std::uint64_t here = context_.ops.mark(context_.exec);
+    wait(before_);
+    before_ = here;
+  }
+  void settle() override { wait(context_.ops.mark(context_.exec)); }
   void release(std::int64_t layer, model::Phase phase) override { weights_.release(layer, phase); }
   [[nodiscard]] const model::BaseWeights& base() const override { return weights_.base(); }
 
  private:
   static constexpr std::chrono::microseconds kPoll{20};
+  void wait(std::uint64_t mark) {
+    yield_();
+    while (!context_.ops.passed(mark)) {
+      std::this_thread::sleep_for(kPoll);
+      yield_();
+    }
+  }
   model::WeightSource& weights_;
   model::Context& context_;
   std::function<void()> yield_;
@@ -140,14 +147,25 @@ Result<std::unique_ptr<ModelHost>> ModelHost::load(kernels::Backend& backend, co
                                                    const std::string& path,
                                                    const ModelHostOptions& options,
                                                    std::function<void()> yield) {
+  TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(path));
+  return adopt(backend, clock, model, std::move(loaded), path, options, std::move(yield));
+}
+
+Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend, const Clock& clock,
+                                                    const protocol::ModelRef& model,
+                                                    model::LoadedModel loaded,
+                                                    const std::string& path,
+                                                    const ModelHostOptions& options,
+                                                    std::function<void()> yield) {
   std::unique_ptr<ModelHost> host(new ModelHost(backend, options));
   host->ref_ = model;
+  host->loaded_ = std::move(loaded);
   TANDEM_RETURN_IF_ERROR(host->build(clock, path, std::move(yield)));
   return host;
 }
 
 Status ModelHost::build(const Clock& clock, const std::string& path, std::function<void()> yield) {
-  TANDEM_ASSIGN_OR_RETURN(loaded_, model::load_model(path));
+  TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded_, path));
   auto& ops = *backend_.ops;
   comm_ = comm::make_single_communicator([&ops](kernels::Exec& exec, kernels::Tensor from,
                                                 kernels::Tensor to) { ops.copy(exec, from, to); });
@@ -163,7 +181,6 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
                              " for weights and ", format_bytes(options_.kv_bytes_max),
                              " for the KV cache; this engine may use ",
                              format_bytes(options_.memory_bytes_max), " (memory_bytes_max)"));
-  TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded_, path));
   encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
   weights_ = model::make_resident_weights(base_);
   ops.synchronize(memory_->serve_exec);  // training reads the weights in another queue
@@ -198,6 +215,10 @@ Result<std::unique_ptr<JobSession>> ModelHost::open_session(
   if (from.state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*from.state));
   return std::unique_ptr<JobSession>(std::make_unique<LocalSession>(
       std::move(session), backend_, memory_->serve_exec, loaded_.config, options_.dtype));
+}
+
+void ModelHost::spare_multiprocessors(int count) {
+  memory_->train_exec.spare_multiprocessors = count;
 }
 
 Status ModelHost::install_adapter(const Digest& digest,

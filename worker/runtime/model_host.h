@@ -43,6 +43,13 @@ class ModelHost final : public JobModel, public ServedModel {
                                                  const std::string& path,
                                                  const ModelHostOptions& options,
                                                  std::function<void()> yield);
+  /// The same of a model that was opened before; `path` begins errors of its tokenizer.
+  static Result<std::unique_ptr<ModelHost>> adopt(kernels::Backend& backend, const Clock& clock,
+                                                  const protocol::ModelRef& model,
+                                                  model::LoadedModel loaded,
+                                                  const std::string& path,
+                                                  const ModelHostOptions& options,
+                                                  std::function<void()> yield);
   ~ModelHost() override;
   ModelHost(const ModelHost&) = delete;
   ModelHost& operator=(const ModelHost&) = delete;
@@ -56,6 +63,8 @@ class ModelHost final : public JobModel, public ServedModel {
     return loaded_.generation;
   }
   serve::ServeEngine& serve() override { return *serve_; }
+  /// From the next op on, training leaves so many of a GPU's multiprocessors to serving.
+  void spare_multiprocessors(int count);
 
   /// Borrows weights, activations and the slot beyond serving's.
   Result<std::unique_ptr<JobSession>> open_session(const protocol::TrainSettings& settings,

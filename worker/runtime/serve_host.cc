@@ -170,7 +170,12 @@ void ServeHost::load_adapter(const Digest& adapter, const std::string& manifest)
 }
 
 void ServeHost::step() {
-  const serve::StepOutput out = model_->serve().step();
+  (void)start_step();
+  finish_step();
+}
+
+void ServeHost::finish_step() {
+  const serve::StepOutput out = model_->serve().finish_step();
   for (const auto& output : out.outputs) deliver(output);
   request_missing();
 }

@@ -4,6 +4,7 @@
 
 #include "worker/runtime/adapter_codec.h"
 #include "worker/runtime/bulk_client.h"
+#include "worker/runtime/device_turns.h"
 #include "worker/runtime/engine_io.h"
 #include "worker/runtime/model_host.h"
 #include "worker/runtime/served_model.h"
@@ -20,12 +21,12 @@ namespace tandem::worker::runtime {
 void describe_serving(const serve::ServeStats& stats, const kernels::MemoryLedger& ledger,
                       const ModelHostOptions& options, protocol::Heartbeat& beat);
 
-class ServeHost {
+class ServeHost final : public StepServer {
  public:
   /// `to_device` runs a closure on the device thread soon, between blocks of a training pass too.
   ServeHost(EngineIo& io, TaskThread& tasks, BulkClient& bulk, std::function<void(Task)> to_device)
       : io_(io), tasks_(tasks), bulk_(bulk), to_device_(std::move(to_device)) {}
-  ~ServeHost() { *alive_ = false; }
+  ~ServeHost() override { *alive_ = false; }
   ServeHost(const ServeHost&) = delete;
   ServeHost& operator=(const ServeHost&) = delete;
 
@@ -38,7 +39,11 @@ class ServeHost {
   void prefetch(const protocol::Announce& announce);
   /// One iteration; sends what came out. Call while has_work().
   void step();
-  [[nodiscard]] bool has_work() const { return model_ && model_->serve().has_work(); }
+  /// The same in two halves (serve::ServeEngine::start_step). The model stays between them.
+  std::int64_t start_step() override { return model_->serve().start_step(); }
+  [[nodiscard]] bool step_ready() const override { return model_->serve().step_ready(); }
+  void finish_step() override;
+  [[nodiscard]] bool has_work() const override { return model_ && model_->serve().has_work(); }
   [[nodiscard]] std::vector<RequestId> live() const;
   [[nodiscard]] std::size_t live_count() const { return requests_.size(); }
 

@@ -355,22 +355,18 @@ void BatchRunner::score(std::span<const RunRows> rows, RunResult& result) {
   }
 }
 
-void BatchRunner::run(std::span<const RunRows> rows, std::int64_t rank_max, RunResult& result) {
+void BatchRunner::start(std::span<const RunRows> rows, std::int64_t rank_max) {
   std::int64_t tokens = 0, samples = 0;
-  bool scored = false, banned = false;
+  bool banned = false;
   for (const RunRows& run : rows) {
     tokens += run.rows.count;
     samples += run.rows.sample ? 1 : 0;
-    scored |= run.score_from >= 0;
     banned |= run.rows.sample && !run.banned.empty();
   }
   const Extent e = extent(rows, tokens, samples);
   stage_rows(rows, e, rank_max);
   stage_sampling(rows, e);
   inputs_.upload(context_.ops, context_.exec);
-  result.ids.clear();
-  result.scores.clear();
-  result.top_count = 0;
   if (samples == 0) {
     forward();
   } else if (banned) {
@@ -380,6 +376,19 @@ void BatchRunner::run(std::span<const RunRows> rows, std::int64_t rank_max, RunR
   } else {
     forward_and_sample(e);
   }
+  started_ = context_.ops.mark(context_.exec);
+}
+
+void BatchRunner::finish(std::span<const RunRows> rows, RunResult& result) {
+  std::int64_t samples = 0;
+  bool scored = false;
+  for (const RunRows& run : rows) {
+    samples += run.rows.sample ? 1 : 0;
+    scored |= run.score_from >= 0;
+  }
+  result.ids.clear();
+  result.scores.clear();
+  result.top_count = 0;
   if (samples > 0) download_samples(samples, result);
   if (scored) score(rows, result);
 }

@@ -61,9 +61,13 @@ class BatchRunner {
   static std::int64_t bytes_needed(const model::ModelConfig& config, DType dtype,
                                    const RunnerLimits& limits);
 
-  /// Forward of all rows, one drawn token for every row group with `sample`. `rank_max`: of the
-  /// adapters named. `result` is overwritten.
-  void run(std::span<const RunRows> rows, std::int64_t rank_max, RunResult& result);
+  /// Issues the forward of all rows and one draw for every row group with `sample`. `rank_max`: of
+  /// the adapters named. No other call but passed() until finish().
+  void start(std::span<const RunRows> rows, std::int64_t rank_max);
+  /// The device has done what start() issued: finish() does not wait for it.
+  [[nodiscard]] bool passed() const { return context_.ops.passed(started_); }
+  /// What came out of the same rows. `result` is overwritten.
+  void finish(std::span<const RunRows> rows, RunResult& result);
   /// The largest batch, inert: every op is called with the largest shapes.
   void run_worst_case();
 
@@ -110,6 +114,7 @@ class BatchRunner {
   model::PagedKv paged_;
   kernels::Tensor sample_index_;  ///< [samples] i32
   kernels::SampleArgs sample_args_;
+  std::uint64_t started_ = 0;  ///< the mark behind what start() issued
   /// Host sides of what sample() left.
   std::span<const std::int32_t> sampled_ids_, top_ids_;
   std::span<const float> sampled_logprobs_, top_logprobs_;

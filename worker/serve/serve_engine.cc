@@ -57,6 +57,7 @@ struct ServeEngine::Impl {
 
   /// Every call begins with this: `now` is one time for all of it, on all ranks.
   void begin() {
+    settle();
     if (!follows()) now = parts.clock.now_ms();
   }
   /// Of a sharded replica: rank 0, and the others.
@@ -84,6 +85,7 @@ struct ServeEngine::Impl {
   void expire_waits();
   [[nodiscard]] bool wait_expired(const LiveRequest& live, TimeMs at) const;
   std::int64_t bind_adapters();
+  void settle();
   void collect(StepOutput& out);
   void count(const StepOutput& out, std::int64_t start_ns);
   LiveRequest& live_of(const Sequence& sequence) { return *by_age.at(sequence.age); }
@@ -115,6 +117,11 @@ struct ServeEngine::Impl {
   std::vector<RunRows> runs;
   std::vector<Digest> step_adapters;
   RunResult result;
+  /// Of a step that was started and not finished: what it says so far, and whether its rows are
+  /// under way.
+  std::optional<StepOutput> started;
+  std::int64_t started_ns = 0;
+  bool under_way = false;
 
   std::int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0;
   double decode_rate = 0, prefill_rate = 0, service_ms = 0;
@@ -354,14 +361,20 @@ std::int64_t ServeEngine::Impl::bind_adapters() {
 }
 
 StepOutput ServeEngine::step() {
+  (void)start_step();
+  return finish_step();
+}
+
+std::int64_t ServeEngine::start_step() {
   Impl& impl = *impl_;
-  const std::int64_t start = steady_ns();
+  TANDEM_CHECK(!impl.started, "the step before was not finished");
+  impl.started_ns = steady_ns();
   impl.begin();
   if (impl.leads()) {
     impl.tell({.kind = EngineCall::Kind::kStep});
     impl.flush();
   }
-  StepOutput out;
+  StepOutput& out = impl.started.emplace();
   impl.expire_waits();
   impl.scheduler.next(impl.batch);
   for (Sequence* s : impl.batch.too_large) {
@@ -375,13 +388,32 @@ StepOutput ServeEngine::step() {
   }
   out.outputs = std::move(impl.pending);
   impl.pending.clear();
-  if (impl.batch.rows.empty()) return out;
+  if (impl.batch.rows.empty()) return 0;
   const std::int64_t rank_max = impl.bind_adapters();
-  impl.runner.run(impl.runs, rank_max, impl.result);
-  impl.scheduler.commit(impl.batch);
-  impl.collect(out);
-  impl.count(out, start);
+  impl.runner.start(impl.runs, rank_max);
+  impl.under_way = true;
+  return impl.batch.tokens;
+}
+
+bool ServeEngine::step_ready() const {
+  return !impl_->under_way || impl_->runner.passed();
+}
+
+StepOutput ServeEngine::finish_step() {
+  TANDEM_CHECK(impl_->started.has_value(), "no step was started");
+  impl_->settle();
+  StepOutput out = std::move(*impl_->started);
+  impl_->started.reset();
   return out;
+}
+
+void ServeEngine::Impl::settle() {
+  if (!under_way) return;
+  under_way = false;
+  runner.finish(runs, result);
+  scheduler.commit(batch);
+  collect(*started);
+  count(*started, started_ns);
 }
 
 void ServeEngine::Impl::collect(StepOutput& out) {

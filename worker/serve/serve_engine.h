@@ -126,6 +126,13 @@ class ServeEngine {
   [[nodiscard]] bool has_work() const;
   /// One iteration: at most one packed batch through the model, each sampled row's token back.
   StepOutput step();
+  /// The same in two halves, for a device that works behind this thread's back: start_step() issues
+  /// the batch and returns its rows, finish_step() waits for it. Every other call in between waits
+  /// for it first. No start before the last one is finished.
+  std::int64_t start_step();
+  /// finish_step() would not wait.
+  [[nodiscard]] bool step_ready() const;
+  StepOutput finish_step();
 
   /// Rows per step from now on, at most max_batch_tokens, more than max_running: a worker that also
   /// trains keeps steps short.

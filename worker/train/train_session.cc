@@ -175,12 +175,14 @@ double TrainSession::Impl::run_micro_batch(const LocalBatch& batch) {
     PhaseTimer timer(times_.backward);
     transformer_.backward(ctx, device.tokens, dhidden, saved, recompute_, {}, params_.sink());
   }
+  params_.weights().settle();
   return sum_rows(ctx, loss);
 }
 
 Result<SliceEvent> TrainSession::Impl::finish_step() {
   PhaseTimer timer(times_.optimizer);
   params_.measure_gradients();
+  params_.weights().settle();
   const double norm = std::sqrt(sum_rows(parts_.context, params_.squared_norm()));
   sum_over_ranks(parts_.ranks, parts_.context, {&loss_sum_, 1});
   const auto trained = static_cast<double>(current_->trained_tokens);
@@ -245,6 +247,7 @@ Result<SliceEvent> TrainSession::Impl::eval_slice() {
       transformer_.forward(ctx, device.tokens, {}, hidden, nullptr, recompute_);
     if (parts_.weights.base().has_head() && mine < all.size()) {
       transformer_.loss(ctx, hidden, device.labels, 0.0f, loss, correct, {});
+      params_.weights().settle();
       eval_loss_ += sum_rows(ctx, loss);
       eval_correct_ += sum_rows(ctx, correct);
     }
