@@ -167,7 +167,8 @@ TEST_F(Gangs, RunsOnTheGpusOfAHostThatHasEnoughAndElseOnItsProcessors) {
 TEST_F(Gangs, RightAfterAStartOfTheCoordinatorAJobWaitsForWorkersToComeBack) {
   const JobId id = h.submit(kFourRanks);
   EXPECT_EQ(h.job(id).state, JobState::kQueued);
-  EXPECT_NE(reason(id).find("host has 3, no host more"), std::string::npos) << reason(id);
+  EXPECT_NE(reason(id).find("host has 3 CPU workers, no host more"), std::string::npos)
+      << reason(id);
 }
 
 TEST_F(Gangs, AnAgentThatKnowsNoGangsIsNotGivenOne) {
