@@ -47,7 +47,7 @@ void Calls::replica_add(const Ask& ask, Params& params) {
     return;
   }
   const std::string id = str("replica:", ++estimate_ids_);
-  estimates_.ask_serving(id, model_ref(**model),
+  estimates_.ask_serving(id, model_ref(**model), wanted.wanted.tp * wanted.wanted.pp,
                          Json{{"tp", wanted.wanted.tp}, {"pp", wanted.wanted.pp}}.dump());
   replica_asks_[id] = std::move(wanted);
 }

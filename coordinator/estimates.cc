@@ -11,7 +11,8 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                     const protocol::TrainSettings& settings, bool patient) {
   asked_[id] = {model,
                 settings,
-                settings.ranks() > 1 || settings.full() || settings.layout == "auto" ? "cpu" : "",
+                settings.dp_choices().back() * settings.tp * settings.pp,
+                settings.ranks() > 1 || settings.full() || settings.layout == "auto",
                 patient,
                 context_.now().ms,
                 0,
@@ -21,8 +22,8 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
 }
 
 void Estimates::ask_serving(const std::string& id, const protocol::ModelRef& model,
-                            const std::string& serve_json) {
-  asked_[id] = {model, {}, "cpu", false, context_.now().ms, 0, {}, 0, serve_json};
+                            std::int64_t ranks, const std::string& serve_json) {
+  asked_[id] = {model, {}, ranks, true, false, context_.now().ms, 0, {}, 0, serve_json};
 }
 
 std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {
@@ -37,13 +38,14 @@ std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& rep
   return {{reply.call_id, reply.status, reply.result_json}};
 }
 
-std::string Estimates::train_json(const Asked& asked) const {
+std::string Estimates::train_json(const Asked& asked, const std::string& device) const {
   if (!asked.serve_json.empty()) return "";
   if (asked.settings.layout != "auto") return asked.settings.to_json();
   protocol::TrainSettings settings = asked.settings;
+  const HostSlots largest = largest_host(workers_, device);
   const auto slots = std::max<std::int64_t>(
-      1, std::min<std::int64_t>(static_cast<std::int64_t>(largest_host(workers_).first),
-                                protocol::kGangMembersMax));
+      1,
+      std::min<std::int64_t>(static_cast<std::int64_t>(largest.count), protocol::kGangMembersMax));
   if (settings.ranks_max == 0 || settings.ranks_max > slots) settings.ranks_max = slots;
   return settings.to_json();
 }
@@ -51,14 +53,14 @@ std::string Estimates::train_json(const Asked& asked) const {
 Worker* Estimates::choose(const Asked& asked) {
   Worker* best = nullptr;
   int best_score = -1;
+  const std::string device = asked.gang ? gang_device(workers_, asked.ranks) : "";
   for (auto& [id, worker] : workers_.all()) {
     if (!worker.engine.alive) continue;
     if (!asked.serve_json.empty() && !protocol::has_replicas(worker.engine.version)) continue;
     // An engine that trains answers between steps only, so it comes last.
-    const int score = (worker.device == asked.device ? 8 : 0) +
-                      (worker.engine.model == asked.model.digest ? 2 : 0) +
-                      (worker.engine.jobs.empty() ? 4 : 0) +
-                      (worker.engine.requests.empty() ? 1 : 0);
+    const int score =
+        (worker.device == device ? 8 : 0) + (worker.engine.model == asked.model.digest ? 2 : 0) +
+        (worker.engine.jobs.empty() ? 4 : 0) + (worker.engine.requests.empty() ? 1 : 0);
     if (score > best_score) {
       best = &worker;
       best_score = score;
@@ -94,7 +96,8 @@ std::vector<EstimateOutcome> Estimates::tick() {
         ++asked.sends;
         context_.send_worker(
             engine->engine.peer,
-            protocol::EstimateRequest{id, asked.model, train_json(asked), asked.serve_json});
+            protocol::EstimateRequest{id, asked.model, train_json(asked, engine->device),
+                                      asked.serve_json});
       }
     }
     ++entry;

@@ -27,7 +27,7 @@ class Estimates {
   void ask(const std::string& id, const protocol::ModelRef& model,
            const protocol::TrainSettings& settings, bool patient);
   /// Of a replica over several ranks; kUnavailable after estimate_timeout_ms.
-  void ask_serving(const std::string& id, const protocol::ModelRef& model,
+  void ask_serving(const std::string& id, const protocol::ModelRef& model, std::int64_t ranks,
                    const std::string& serve_json);
   void forget(const std::string& id) { asked_.erase(id); }
   /// An engine's answer; nothing when nobody waits for it any more.
@@ -40,7 +40,8 @@ class Estimates {
   struct Asked {
     protocol::ModelRef model;
     protocol::TrainSettings settings;
-    std::string device;  ///< asked rather; "": any
+    std::int64_t ranks = 1;  ///< the fewest that it can do with
+    bool gang = false;       ///< asks an engine with the device of the gang that it will be
     bool patient = false;
     TimeMs asked_ms = 0, sent_ms = 0;
     WorkerId worker;  ///< empty: not sent
@@ -48,8 +49,9 @@ class Estimates {
     std::string serve_json = {};  ///< of a replica; "": a job
   };
   Worker* choose(const Asked& asked);
-  /// The settings as an engine sees them; layout auto is told how many ranks the pool has.
-  [[nodiscard]] std::string train_json(const Asked& asked) const;
+  /// The settings as an engine with that device sees them; layout auto is told how many such ranks
+  /// the pool has.
+  [[nodiscard]] std::string train_json(const Asked& asked, const std::string& device) const;
 
   Context& context_;
   WorkerTable& workers_;

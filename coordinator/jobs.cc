@@ -147,14 +147,12 @@ void Jobs::ask_estimate(Job& job) {
 /// nobody knows how many there are, so the job then waits.
 Status Jobs::check_pool(const Job& job) const {
   const std::int64_t ranks = job.sizes.back();
-  const auto [slots, host] = largest_host(workers_);
-  if (!job.needs_gang() || static_cast<std::int64_t>(slots) >= ranks ||
+  const HostSlots largest = largest_host(workers_, estimated_device(job.estimate_json));
+  if (!job.needs_gang() || static_cast<std::int64_t>(largest.count) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
   return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
-                           slots == 0 ? std::string("no CPU worker is known")
-                                      : str(host, " has ", slots, " CPU workers, no host more"),
-                           "; start more (tandem up --workers ", ranks,
+                           describe_largest(largest), "; start more (tandem up --workers ", ranks,
                            ") or use fewer ranks (dp, tp, pp)"));
 }
 

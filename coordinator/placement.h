@@ -31,10 +31,10 @@ using Without = std::set<JobId>;
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
                 const std::set<WorkerId>& reserved, const Without& without = {});
 
-/// Workers for a queued job of several ranks: all at once, one per rank, on one host, CPU slots
-/// that train nothing and have memory for a rank beside their engine (whose base does not matter).
-/// The leader's agent must be there. Of an elastic job's sizes the largest that fits.
-/// Deterministic.
+/// Workers for a queued job of several ranks: all at once, one per rank, on one host, slots with
+/// the device of the job's estimate that train nothing and have memory for a rank beside their
+/// engine (whose base does not matter). The leader's agent must be there. Of an elastic job's sizes
+/// the largest that fits. Deterministic.
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
                      const std::set<WorkerId>& reserved, const Without& without = {});
 
@@ -54,8 +54,21 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
                      const Without& without = {});
 
-/// The most CPU slots that one host is known to have, and its name.
-std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers);
+/// The most slots with one device that a host is known to have; count 0: no worker is known.
+struct HostSlots {
+  std::size_t count = 0;
+  std::string name, device = "cpu";
+  /// "4 CPU workers"
+  [[nodiscard]] std::string to_string() const;
+};
+/// Of all hosts; `device` "": of any device.
+HostSlots largest_host(const WorkerTable& workers, const std::string& device = "");
+/// "no CPU worker is known" or "HOST has 2 CPU workers, no host more".
+std::string describe_largest(const HostSlots& largest);
+/// Where a gang of so many ranks is to run: on GPUs, where a host has as many, else on CPUs.
+std::string gang_device(const WorkerTable& workers, std::int64_t ranks);
+/// The device that a job's dry run was made for.
+std::string estimated_device(const std::string& estimate_json);
 
 /// The job a worker is reserved for by the tables, or null.
 const Job* job_on(const Tables& tables, const WorkerId& worker, const Without& without = {});

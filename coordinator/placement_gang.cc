@@ -3,15 +3,13 @@
 
 #include "protocol/version.h"
 
+#include <nlohmann/json.hpp>
+
 #include <map>
 #include <tuple>
 
 namespace tandem::coordinator {
 namespace {
-
-bool is_cpu_slot(const Worker& worker) {
-  return worker.device == "cpu";
-}
 
 /// The workers of one host that a gang could have: those it can have now, and those that are in the
 /// way of nothing but time.
@@ -44,14 +42,38 @@ Host look_at(const std::string& name, const std::vector<const Worker*>& slots, c
 
 }  // namespace
 
-std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers) {
-  std::map<std::string, std::size_t> slots;
+std::string HostSlots::to_string() const {
+  return str(count, " ", device == "cpu" ? "CPU" : "GPU", " workers");
+}
+
+HostSlots largest_host(const WorkerTable& workers, const std::string& device) {
+  std::map<std::pair<std::string, std::string>, std::size_t> slots;
   for (const auto& [id, worker] : workers.all())
-    if (is_cpu_slot(worker)) ++slots[worker.host];
-  std::pair<std::size_t, std::string> best;
-  for (const auto& [name, count] : slots)
-    if (count > best.first) best = {count, name};
+    if (!worker.device.empty()) ++slots[{worker.host, worker.device}];
+  HostSlots best;
+  if (!device.empty()) best.device = device;
+  for (const auto& [slot, count] : slots)
+    if (count > best.count && (device.empty() || slot.second == device))
+      best = {count, slot.first, slot.second};
   return best;
+}
+
+std::string describe_largest(const HostSlots& largest) {
+  if (largest.count == 0)
+    return str("no ", largest.device == "cpu" ? "CPU" : "GPU", " worker is known");
+  return str(largest.name, " has ", largest.to_string(), ", no host more");
+}
+
+std::string gang_device(const WorkerTable& workers, std::int64_t ranks) {
+  const HostSlots gpus = largest_host(workers, "cuda");
+  return gpus.count > 0 && static_cast<std::int64_t>(gpus.count) >= ranks ? "cuda" : "cpu";
+}
+
+std::string estimated_device(const std::string& estimate_json) {
+  const auto json = nlohmann::json::parse(estimate_json, nullptr, false);
+  if (!json.is_object()) return "cpu";
+  const auto device = json.find("device");
+  return device != json.end() && device->is_string() ? device->get<std::string>() : "cpu";
 }
 
 std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
@@ -72,9 +94,10 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
                      const Without& without) {
   const auto wanted = static_cast<std::size_t>(size);
+  const std::string device = estimated_device(job.estimate_json);
   std::map<std::string, std::vector<const Worker*>> by_host;
   for (const auto& [id, worker] : workers.all())
-    if (is_cpu_slot(worker)) by_host[worker.host].push_back(&worker);
+    if (worker.device == device) by_host[worker.host].push_back(&worker);
   std::optional<Host> best;
   for (const auto& [name, slots] : by_host) {
     if (slots.size() < wanted) continue;
@@ -86,10 +109,10 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
   }
   Placement placement;
   if (!best) {
-    const auto [count, name] = largest_host(workers);
-    placement.waiting = str("needs ", size, " CPU workers on one host; ",
-                            count == 0 ? "none is" : str(name, " has ", count, ", no host more"),
-                            "; tandem up --workers ", size, " starts as many");
+    const HostSlots largest = largest_host(workers, device);
+    placement.waiting =
+        str("needs ", HostSlots{wanted, "", device}.to_string(), " on one host; ",
+            describe_largest(largest), "; tandem up --workers ", size, " starts as many");
     return placement;
   }
   const Worker* leader = best->free.empty() ? nullptr : best->free.front();
@@ -137,7 +160,8 @@ Placement place_replica(const Replica& replica, const Tables& tables, const Work
   gang.worker = replica.worker;
   gang.ranks = replica.ranks();
   gang.sizes = {gang.ranks};
-  gang.estimate_json = str("{\"peak_bytes\":", replica.peak_bytes, "}");
+  gang.estimate_json =
+      nlohmann::json{{"peak_bytes", replica.peak_bytes}, {"device", replica.device}}.dump();
   Placement placement = place_gang(gang, tables, workers, reserved);
   if (placement.worker.empty()) return placement;
   const protocol::Version& version = workers.find(placement.worker)->agent.version;

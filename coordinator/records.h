@@ -134,6 +134,7 @@ struct Replica {
   bool removing = false;          ///< ends for good
   std::string error;              ///< why it ended last
   std::int64_t peak_bytes = 0;    ///< largest rank and the engine of its slot, by the dry run
+  std::string device = "cpu";     ///< of all its workers, by the dry run
   std::int64_t created_unix_ms = 0, updated_unix_ms = 0;
 
   [[nodiscard]] std::int64_t ranks() const { return tp * pp; }

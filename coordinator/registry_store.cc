@@ -139,6 +139,7 @@ SettingRecord to_record(const Replica& r) {
                   {"removing", r.removing},
                   {"error", r.error},
                   {"peak_bytes", r.peak_bytes},
+                  {"device", r.device},
                   {"created", r.created_unix_ms},
                   {"updated", r.updated_unix_ms}};
   return {kReplicaPrefix + r.id.value, json.dump(-1, ' ', false, Json::error_handler_t::replace)};
@@ -166,6 +167,7 @@ Result<Replica> replica_of(const SettingRecord& record) {
     r.removing = json.at("removing").get<bool>();
     r.error = json.at("error").get<std::string>();
     r.peak_bytes = json.at("peak_bytes").get<std::int64_t>();
+    r.device = json.value("device", "cpu");
     r.created_unix_ms = json.at("created").get<std::int64_t>();
     r.updated_unix_ms = json.at("updated").get<std::int64_t>();
   } catch (const Json::exception& error) {

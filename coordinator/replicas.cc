@@ -32,15 +32,13 @@ Status Replicas::check(const Wanted& wanted) const {
                              context_.limits().replicas_max, "; ", wanted.count,
                              " more do not fit; remove some (tandem replica rm)"));
   const std::int64_t ranks = wanted.tp * wanted.pp;
-  const auto [slots, host] = largest_host(workers_);
+  const HostSlots largest = largest_host(workers_);
   // Right after a start of the coordinator nobody knows how many slots there are.
-  if (static_cast<std::int64_t>(slots) >= ranks ||
+  if (static_cast<std::int64_t>(largest.count) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
   return refused_error(str("a replica of tp ", wanted.tp, " x pp ", wanted.pp, " has ", ranks,
-                           " ranks, one worker each on one host, and ",
-                           slots == 0 ? std::string("no CPU worker is known")
-                                      : str(host, " has ", slots, " CPU workers, no host more"),
+                           " ranks, one worker each on one host, and ", describe_largest(largest),
                            "; start more (tandem up --workers ", ranks, ") or use fewer ranks"));
 }
 
@@ -69,6 +67,7 @@ Result<std::vector<JobId>> Replicas::add(const Wanted& wanted, const std::string
     replica.tp = wanted.tp;
     replica.pp = wanted.pp;
     replica.peak_bytes = peak;
+    replica.device = estimated_device(estimate_json);
     replica.created_unix_ms = context_.now().unix_ms;
     ids.push_back(replica.id);
     context_.log(LogLevel::kInfo, replica.id, " is asked for: tp ", replica.tp, ", pp ",

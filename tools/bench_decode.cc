@@ -63,7 +63,7 @@ struct Rig {
         slots(std::max<std::int64_t>(1, o.adapters)),
         table(*backend.ops, exec, *table_arena, base->config(), slots),
         context{*backend.ops, exec, *groups.tp, *activations, dtype},
-        link(serve::make_comm_link(*groups.model, context)),
+        link(serve::make_comm_link(gang.wire(), exec)),
         ranks{*groups.model, *groups.pp, *link} {
     serve::ServeOptions options;
     options.max_running = *std::max_element(o.batches.begin(), o.batches.end());

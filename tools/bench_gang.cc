@@ -2,8 +2,8 @@
 
 #include "protocol/base/clock.h"
 #include "protocol/base/str.h"
+#include "worker/comm/device_gang.h"
 #include "worker/comm/mpi_communicator.h"
-#include "worker/comm/nccl_communicator.h"
 
 #include <cstdlib>
 
@@ -32,18 +32,10 @@ Result<BenchGang> make_bench_gang(int ranks, bool gathers, kernels::Ops& ops, ke
   if (gang.host->size() != ranks)
     return invalid_error(
         str("the layout has ", ranks, " ranks; mpirun started ", gang.host->size()));
-  if (ops.profile().type != kernels::DeviceType::kCuda) return gang;
   worker::comm::NcclOptions options;
-  options.rank = gang.host->rank();
-  options.size = ranks;
   options.device = local_rank();
   if (gathers) options.multiprocessors_max = worker::comm::kGatherMultiprocessors;
-  if (options.rank == 0) {
-    TANDEM_ASSIGN_OR_RETURN(options.id, worker::comm::make_nccl_id());
-  }
-  gang.host->broadcast(
-      exec, {options.id.data(), DType::kU8, {static_cast<std::int64_t>(options.id.size())}}, 0);
-  TANDEM_ASSIGN_OR_RETURN(gang.device, worker::comm::make_nccl_communicator(options));
+  TANDEM_ASSIGN_OR_RETURN(gang.device, worker::comm::join_devices(*gang.host, ops, exec, options));
   exec.stream = ops.make_stream(false);
   return gang;
 }

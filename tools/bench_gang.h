@@ -17,6 +17,8 @@ struct BenchGang {
   std::unique_ptr<worker::comm::Communicator> host;    ///< over MPI; null for one rank alone
   std::unique_ptr<worker::comm::Communicator> device;  ///< over NCCL, or of one rank
   worker::comm::Communicator& comm() { return device ? *device : *host; }
+  /// Moves host memory; not of one rank alone on a GPU.
+  worker::comm::Communicator& wire() { return host ? *host : *device; }
 };
 
 /// `ranks`: as many as mpirun must have started; 1 needs no mpirun. `gathers`: weights are gathered

@@ -25,7 +25,7 @@ struct Options : tools::TrainingCase {
   std::string model, shape;
   std::string device = "cpu";
   int threads = 2;
-  std::string balance = "compute", sequence_parallel = "on";
+  std::string balance = "compute", sequence_parallel = "on", layout_text;
   worker::comm::Layout layout;
 };
 
@@ -76,12 +76,27 @@ double seconds(std::int64_t ns) {
   return static_cast<double>(ns) * 1e-9;
 }
 
-Status run(const Options& options) {
+/// --layout, over all ranks that were started.
+Result<worker::comm::Layout> chosen_layout(const Options& options,
+                                           const kernels::DeviceProfile& profile,
+                                           const worker::model::ModelConfig& config) {
+  if (options.layout_text.empty()) return options.layout;
+  if (options.layout_text == "auto")
+    return tools::fastest_layout(options, profile, config, tools::started_ranks());
+  TANDEM_ASSIGN_OR_RETURN(auto layout, worker::comm::Layout::parse(options.layout_text));
+  layout.sequence_parallel = options.layout.sequence_parallel;
+  layout.balance = options.layout.balance;
+  return layout;
+}
+
+Status run(Options options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
-  TANDEM_RETURN_IF_ERROR(options.layout.validate());
   TANDEM_ASSIGN_OR_RETURN(
       kernels::Backend backend,
       tools::open_bench_device(options.device, options.threads, tools::local_rank()));
+  TANDEM_ASSIGN_OR_RETURN(options.layout,
+                          chosen_layout(options, backend.ops->profile(), loaded.config));
+  TANDEM_RETURN_IF_ERROR(options.layout.validate());
   const std::int64_t context_bytes = backend.bytes_in_use();
   kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
                            "workspace", std::int64_t{1} << 38);
@@ -175,6 +190,7 @@ Status run(const Options& options) {
       {"ledger_peak_bytes", peak},
       {"context_bytes", context_bytes},
       {"driver_peak_bytes", driver},
+      {"beside_ledger_bytes", driver - peak},
       {"resident_peak_bytes", resident},
       {"peak_bytes_of_ranks", peaks},
       {"stages_of_rank_0", stages},
@@ -213,16 +229,20 @@ int main(int argc, char** argv) {
   app.add_option("--micro-batches", options.micro_batches, "of a step, over all ranks")
       ->check(CLI::Range(1, 4096));
   app.add_option("--method", options.method)->check(CLI::IsMember({"lora", "full"}));
-  app.add_option("--dp", options.layout.dp, "data-parallel ranks")->check(CLI::Range(1, 1024));
-  app.add_option("--tp", options.layout.tp, "tensor-parallel ranks")->check(CLI::Range(1, 1024));
-  app.add_option("--pp", options.layout.pp, "pipeline stages")->check(CLI::Range(1, 1024));
-  app.add_option("--virtual-pp", options.layout.virtual_pp, "stages on each pipeline rank")
-      ->check(CLI::Range(1, 1024));
+  auto* layout = app.add_option("--layout", options.layout_text,
+                                "all of it at once: tp2xpp2, dp2xzero3, pp2xvirtual2, or auto");
+  const auto axis = [&](const char* flag, int& size, const char* what, int least, int most) {
+    app.add_option(flag, size, what)->check(CLI::Range(least, most))->excludes(layout);
+  };
+  axis("--dp", options.layout.dp, "data-parallel ranks", 1, 1024);
+  axis("--tp", options.layout.tp, "tensor-parallel ranks", 1, 1024);
+  axis("--pp", options.layout.pp, "pipeline stages", 1, 1024);
+  axis("--virtual-pp", options.layout.virtual_pp, "stages on each pipeline rank", 1, 1024);
+  axis("--zero", options.layout.zero, "0 to 3", 0, 3);
   app.add_option("--pipeline-balance", options.balance, "what stages share evenly")
       ->check(CLI::IsMember({"compute", "memory", "blocks"}));
   app.add_option("--sequence-parallel", options.sequence_parallel, "over tensor-parallel ranks")
       ->check(CLI::IsMember({"on", "off"}));
-  app.add_option("--zero", options.layout.zero, "0 to 3")->check(CLI::Range(0, 3));
   app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
   app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
   CLI11_PARSE(app, argc, argv);

@@ -51,6 +51,22 @@ std::vector<worker::data::OptimizerStep> random_steps(const TrainingCase& c, std
   return steps;
 }
 
+Result<worker::comm::Layout> fastest_layout(const TrainingCase& c,
+                                            const kernels::DeviceProfile& profile,
+                                            const worker::model::ModelConfig& config, int ranks) {
+  namespace memory = worker::memory;
+  const bool gpu = profile.type == kernels::DeviceType::kCuda;  // else ranks share the memory
+  const worker::train::BatchBounds bounds{c.rows * c.length, c.rows, c.length};
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto planned,
+      memory::plan_layouts(profile, config, c.compute_dtype(), c.settings({}), bounds,
+                           {ranks, gpu ? profile.memory_bytes : profile.memory_bytes / ranks},
+                           memory::default_cost_model(profile)));
+  for (const memory::PlannedLayout& plan : planned)
+    if (plan.fits && plan.layout.ranks() == ranks) return plan.layout;
+  return refused_error(str("no layout of ", ranks, " ranks fits"));
+}
+
 double product_rate(worker::model::Context& ctx, kernels::Backend& backend) {
   // Large enough for the device at hand.
   const bool gpu = backend.ops->profile().type == kernels::DeviceType::kCuda;

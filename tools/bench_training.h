@@ -30,6 +30,12 @@ struct TrainingCase {
 /// as many of ragged lengths as fill it.
 std::vector<worker::data::OptimizerStep> random_steps(const TrainingCase& c, std::int64_t vocab);
 
+/// Of all layouts over exactly so many ranks the one that layout auto's default cost model finds
+/// fastest among those that fit. refused_error: none fits.
+Result<worker::comm::Layout> fastest_layout(const TrainingCase& c,
+                                            const kernels::DeviceProfile& profile,
+                                            const worker::model::ModelConfig& config, int ranks);
+
 /// Operations per second of one large product through the engine's own linear op.
 double product_rate(worker::model::Context& context, kernels::Backend& backend);
 

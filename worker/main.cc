@@ -88,12 +88,6 @@ class Program {
     return kernels::CudaDevice{profile.name, "", profile.memory_bytes, 0};
   }
 
-  Result<kernels::Backend> open_device() const {
-    if (id_.device == "cuda") return kernels::make_cuda_backend({.device = id_.slot});
-    TANDEM_ASSIGN_OR_RETURN(const auto options, cpu_options(settings_, id_));
-    return kernels::make_cpu_backend(options);
-  }
-
   Result<int> run_agent() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
     TANDEM_ASSIGN_OR_RETURN(const auto device, describe_device());
@@ -103,24 +97,25 @@ class Program {
                                   id_.device,     device.name,
                                   id_.slot,       device.memory_bytes,
                                   drain_s * 1000, {}};
-    if (id_.device == "cpu") {
-      TANDEM_ASSIGN_OR_RETURN(options.gang, gang_options());
-    }
+    TANDEM_ASSIGN_OR_RETURN(options.gang, gang_options());
     return runtime::run_agent(options, paths_, std::move(endpoint), clock_);
   }
 
-  /// Ranks get this slot's share of the machine, whatever mpirun says of them.
+  /// Ranks get this slot's share of the machine, whatever mpirun says of them. A GPU is the rank's
+  /// whole, as it is the engine's; what both take is counted before a gang is placed.
   Result<runtime::GangOptions> gang_options() const {
     TANDEM_ASSIGN_OR_RETURN(const auto cpu, cpu_options(settings_, id_));
-    TANDEM_ASSIGN_OR_RETURN(const auto model,
-                            model_options(settings_, kernels::cpu_profile(cpu), id_));
     runtime::GangOptions options;
     options.rank_program = executable_.substr(0, executable_.rfind('/')) + "/tandem-rank";
     options.rank_arguments = child_arguments("--gang");
-    options.rank_arguments.insert(
-        options.rank_arguments.end(),
-        {"--threads", str(cpu.threads), "--memory-bytes-max", str(model.memory_bytes_max)});
-    options.log = str(settings_.log_dir(), "/gang-cpu", id_.slot, ".log");
+    options.rank_arguments.insert(options.rank_arguments.end(), {"--threads", str(cpu.threads)});
+    if (id_.device == "cpu") {
+      TANDEM_ASSIGN_OR_RETURN(const auto model,
+                              model_options(settings_, kernels::cpu_profile(cpu), id_));
+      options.rank_arguments.insert(options.rank_arguments.end(),
+                                    {"--memory-bytes-max", str(model.memory_bytes_max)});
+    }
+    options.log = str(settings_.log_dir(), "/gang-", id_.device, id_.slot, ".log");
     return options;
   }
 
@@ -146,7 +141,7 @@ class Program {
 
   Result<int> run_engine() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
-    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device());
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings_, id_));
     const auto& profile = backend.ops->profile();
     runtime::EngineOptions options;
     options.worker = worker_;

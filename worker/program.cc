@@ -67,6 +67,12 @@ Result<kernels::CpuOptions> cpu_options(const Settings& settings, const Identity
   return options;
 }
 
+Result<kernels::Backend> open_device(const Settings& settings, const Identity& id) {
+  if (id.device == "cuda") return kernels::make_cuda_backend({.device = id.slot});
+  TANDEM_ASSIGN_OR_RETURN(const auto options, cpu_options(settings, id));
+  return kernels::make_cpu_backend(options);
+}
+
 Result<runtime::ModelHostOptions> model_options(const Settings& settings,
                                                 const kernels::DeviceProfile& profile,
                                                 const Identity& id) {

@@ -25,6 +25,9 @@ Result<Identity> identity(const protocol::CommandLine& line, const protocol::Set
 /// Threads: as set, else this slot's share of the cores.
 Result<kernels::CpuOptions> cpu_options(const protocol::Settings& settings, const Identity& id);
 
+/// The device of that slot: a GPU by its number, or the slot's share of the processors.
+Result<kernels::Backend> open_device(const protocol::Settings& settings, const Identity& id);
+
 /// Compute dtype, numerics and memory on this device.
 Result<runtime::ModelHostOptions> model_options(const protocol::Settings& settings,
                                                 const kernels::DeviceProfile& profile,

@@ -1,7 +1,7 @@
-// tandem-rank: one rank of a job, or of a replica that serves, over several CPU workers. Started by
-// mpirun, which the agent of the leader's worker starts (worker/runtime/gang_keeper.h); the only
-// program of a pool that loads MPI, so that agents and engines never do. The engines of these slots
-// go on serving.
+// tandem-rank: one rank of a job, or of a replica that serves, over several workers: on the device
+// of the gang's member of that number. Started by mpirun, which the agent of the leader's worker
+// starts (worker/runtime/gang_keeper.h); the only program of a pool that loads MPI, so that agents
+// and engines never do. The engines of these slots go on serving.
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/device_error.h"
 #include "protocol/base/log.h"
@@ -64,6 +64,36 @@ Result<int> follow(const Settings& settings, const Identity& id, const protocol:
   return 0;
 }
 
+/// A rank whose device failed can only end, and at once: MPI or a kernel that waits for another
+/// rank may hold this process for ever, and so may giving back what lies on the device. mpirun ends
+/// the others.
+[[noreturn]] void end_by_failure(const runtime::GangPaths& paths, const std::string& what) {
+  log_error("the gang ends: ", what);
+  paths.leave_word(what);
+  std::_Exit(1);
+}
+
+/// Runs a rank to its end while its device works.
+template <class Work>
+Result<int> while_device_works(const runtime::GangPaths& paths, const Work& work) {
+  try {
+    return work();
+  } catch (const kernels::DeviceError& error) {
+    end_by_failure(paths, error.what());
+  }
+}
+
+/// `leader` is the slot whose agent started the gang; each rank has the device of its own member.
+Result<Identity> identity_of_rank(const Identity& leader, const protocol::StartJob& start,
+                                  int rank) {
+  if (rank >= static_cast<int>(start.members.size()))
+    return corrupt_error(str("rank ", rank, " of a gang of ", start.members.size(), " workers"));
+  Identity mine = leader;
+  TANDEM_ASSIGN_OR_RETURN(mine.slot,
+                          runtime::slot_of(start.members[static_cast<std::size_t>(rank)]));
+  return mine;
+}
+
 Result<int> run(const Settings& settings, const Identity& id) {
   TANDEM_ASSIGN_OR_RETURN(const auto slot,
                           runtime::SlotPaths::create(settings.run_dir(), id.device, id.slot));
@@ -71,7 +101,6 @@ Result<int> run(const Settings& settings, const Identity& id) {
   TANDEM_ASSIGN_OR_RETURN(const protocol::StartJob start, read_start(paths.start));
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t timeout_s, settings.get_int("gang_timeout_s"));
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings.get_int("drain_timeout_s"));
-  TANDEM_ASSIGN_OR_RETURN(const auto cpu, cpu_options(settings, id));
   runtime::install_rank_signals();
   runtime::GangPatience patience(timeout_s * 1000);
   comm::MpiOptions mpi;
@@ -80,14 +109,17 @@ Result<int> run(const Settings& settings, const Identity& id) {
   set_log_component(str("rank ", gang->rank(), "/", id.device, id.slot));
   TANDEM_ASSIGN_OR_RETURN(const auto lock,
                           runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
-  kernels::Backend backend = kernels::make_cpu_backend(cpu);
-  TANDEM_ASSIGN_OR_RETURN(const auto options, model_options(settings, backend.ops->profile(), id));
-  if (gang->rank() == 0)
-    log_info(start.job, " epoch ", start.epoch, ": ", gang->size(), " ranks of ", cpu.threads,
-             " threads, ", dtype_name(options.dtype));
+  TANDEM_ASSIGN_OR_RETURN(const Identity mine, identity_of_rank(id, start, gang->rank()));
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings, mine));
+  const auto& profile = backend.ops->profile();
+  TANDEM_ASSIGN_OR_RETURN(const auto options, model_options(settings, profile, mine));
+  log_info(start.job, " epoch ", start.epoch, ": rank ", gang->rank(), " of ", gang->size(), " on ",
+           mine.device, mine.slot, " (", profile.name, ", ", profile.threads, " threads), ",
+           dtype_name(options.dtype));
   const runtime::GangLeadOptions lead{
       WorkerId(str(runtime::host_name(), "/", id.device, id.slot)),
       runtime::host_name(),
+      id.device,
       start,
       settings.data_dir(),
       str(settings.data_dir(), "/cache/models/.publish-", id.device, id.slot),
@@ -101,17 +133,23 @@ Result<int> run(const Settings& settings, const Identity& id) {
     TANDEM_ASSIGN_OR_RETURN(made.bulk, connect(*context, settings, id, "bulk"));
     return made;
   };
+  const runtime::GangRank::Options on_device{
+      options.dtype, options.numerics, options.memory_bytes_max, mine.slot,
+      [&paths](const std::string& what) { end_by_failure(paths, what); }};
   if (!start.serve_json.empty()) {
-    runtime::ReplicaRank rank(backend, options, *gang, patience, clock);
-    if (gang->rank() != 0) return runtime::follow(rank), 0;
-    TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
-    return runtime::lead_replica(lead, rank, std::move(made), clock);
+    runtime::ReplicaRank rank(backend, on_device, options, *gang, patience, clock);
+    return while_device_works(paths, [&]() -> Result<int> {
+      if (gang->rank() != 0) return runtime::follow(rank), 0;
+      TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
+      return runtime::lead_replica(lead, rank, std::move(made), clock);
+    });
   }
-  runtime::GangRank rank(backend, {options.dtype, options.numerics, options.memory_bytes_max},
-                         *gang, patience);
-  if (gang->rank() != 0) return follow(settings, id, start, rank);
-  TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
-  return runtime::lead_gang(lead, rank, std::move(made), patience, clock);
+  runtime::GangRank rank(backend, on_device, *gang, patience);
+  return while_device_works(paths, [&]() -> Result<int> {
+    if (gang->rank() != 0) return follow(settings, id, start, rank);
+    TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
+    return runtime::lead_gang(lead, rank, std::move(made), patience, clock);
+  });
 }
 
 Result<int> start(int argc, char** argv) {

@@ -96,7 +96,7 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   hello.worker = worker(slot);
   hello.host = "host";
   hello.slot = slot;
-  hello.device = "cpu";
+  hello.device = device(slot);
   hello.memory_bytes = 1 << 30;
   hello.incarnation = incarnation;
   hello.credits = 2;
@@ -112,7 +112,7 @@ void CoreHarness::agent(int slot, std::vector<protocol::RunningJob> jobs) {
   hello.worker = worker(slot);
   hello.host = "host";
   hello.slot = slot;
-  hello.device = "cpu";
+  hello.device = device(slot);
   hello.incarnation = 1;
   hello.jobs = std::move(jobs);
   from_agent(slot, hello);
@@ -217,8 +217,12 @@ JobId CoreHarness::submit(const nlohmann::json& more, const std::string& key) {
   from_client("c", protocol::Call{id, key, "job.submit", nlohmann::json{{"spec", spec}}.dump()});
   for (const auto& [slot, incarnation] : incarnations_)
     for (const auto& asked : to_engine<protocol::EstimateRequest>(slot))
-      from_engine(slot,
-                  protocol::EstimateReply{asked.call_id, {}, R"({"peak_bytes":10,"fits":true})"});
+      from_engine(
+          slot,
+          protocol::EstimateReply{
+              asked.call_id,
+              {},
+              nlohmann::json{{"peak_bytes", 10}, {"fits", true}, {"device", device(slot)}}.dump()});
   for (const auto& reply : to_client<protocol::CallReply>("c"))
     if (reply.call_id == id && reply.status.ok())
       return JobId(nlohmann::json::parse(reply.result_json)["job"].get<std::string>());

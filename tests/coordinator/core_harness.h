@@ -43,6 +43,9 @@ class CoreHarness {
   void from_agent(int slot, protocol::WorkerMessage message);
   void from_gang(int slot, protocol::WorkerMessage message);
   static WorkerId worker(int slot) { return WorkerId(str("host/cpu", slot)); }
+  /// Slots from this one on are GPUs.
+  int first_gpu = 1 << 20;
+  [[nodiscard]] std::string device(int slot) const { return slot < first_gpu ? "cpu" : "cuda"; }
   static std::string engine_peer(int slot) { return str("engine", slot); }
   static std::string agent_peer(int slot) { return str("agent", slot); }
   static std::string gang_peer(int slot) { return str("gang", slot); }

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace tandem::coordinator {
 namespace {
 
@@ -143,10 +145,30 @@ TEST_F(Gangs, LayoutAutoIsToldThePoolAndTakesWhatTheDryRunChose) {
   EXPECT_EQ(spec->train.zero, 1);
 }
 
+TEST_F(Gangs, RunsOnTheGpusOfAHostThatHasEnoughAndElseOnItsProcessors) {
+  h.first_gpu = 3;
+  for (const int slot : {3, 4}) {
+    h.agent(slot);
+    h.engine(slot);
+  }
+  const JobId two = h.submit(kTwoRanks);
+  const std::vector<WorkerId> gpus{CoreHarness::worker(3), CoreHarness::worker(4)};
+  EXPECT_EQ(h.job(two).members, gpus);
+  const JobId waits = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(waits).state, JobState::kQueued) << "its bytes are those of a GPU";
+  EXPECT_NE(reason(waits).find("needs 2 workers of host at once, 0 are free"), std::string::npos)
+      << reason(waits);
+  const JobId three = h.submit({{"train", {{"pp", 3}, {"gradient_accumulation_steps", 3}}}});
+  EXPECT_EQ(h.job(three).members.size(), 3u) << reason(three);
+  for (const WorkerId& member : h.job(three).members)
+    EXPECT_EQ(std::ranges::count(gpus, member), 0) << member << ": two kinds in one gang";
+}
+
 TEST_F(Gangs, RightAfterAStartOfTheCoordinatorAJobWaitsForWorkersToComeBack) {
   const JobId id = h.submit(kFourRanks);
   EXPECT_EQ(h.job(id).state, JobState::kQueued);
-  EXPECT_NE(reason(id).find("host has 3, no host more"), std::string::npos) << reason(id);
+  EXPECT_NE(reason(id).find("host has 3 CPU workers, no host more"), std::string::npos)
+      << reason(id);
 }
 
 TEST_F(Gangs, AnAgentThatKnowsNoGangsIsNotGivenOne) {

@@ -22,8 +22,7 @@ const Json kSettings{{"method", "full"},  {"learning_rate", 1e-3},
 
 class Fulls : public TinyPool {
  protected:
-  static constexpr int kWorkers = 2;
-  static void SetUpTestSuite() { start_pool(kWorkers, 64); }
+  static void SetUpTestSuite() { start_pool(2, 64); }
 
   static std::string submit(const std::string& name, const Json& settings) {
     const Json spec{{"model", "tiny"}, {"dataset", data_}, {"name", name}, {"train", settings}};
@@ -66,8 +65,9 @@ TEST_F(Fulls, EndsInAModelThatKnowsItsOriginAndIsServedUnderItsName) {
   EXPECT_NE(trained->tokens, before->tokens);
   const auto listed = platform_->cli({"model", "list"});
   EXPECT_NE(listed.out.find(job), std::string::npos) << listed.out;
-  for (int slot = 0; slot < kWorkers; ++slot)
-    EXPECT_FALSE(fs::exists(str(platform_->data_dir(), "/cache/models/.publish-cpu", slot)));
+  for (int slot = 0; slot < workers(); ++slot)
+    EXPECT_FALSE(fs::exists(
+        str(platform_->data_dir(), "/cache/models/.publish-", platform_->device(), slot)));
   const Json check = platform_->call("registry.check", Json::object());
   EXPECT_TRUE(check.value("ok", false)) << check.dump(1);
 }

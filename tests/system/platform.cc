@@ -10,7 +10,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -28,7 +30,15 @@ std::string read_all(const std::string& path) try {
 }
 
 std::string program(const std::string& name) {
-  return std::string(TANDEM_BIN_DIR) + "/" + name;
+  static const std::string folder = [] {
+    if (const char* set = std::getenv("TANDEM_BIN_DIR")) return std::string(set);
+    std::error_code error;
+    const fs::path here = fs::read_symlink("/proc/self/exe", error).parent_path();
+    for (const fs::path& beside : {here, here.parent_path()})
+      if (fs::exists(beside / "tandem-coordinator", error)) return beside.string();
+    return std::string(TANDEM_BIN_DIR);
+  }();
+  return folder + "/" + name;
 }
 
 /// True until every thread of the process is gone (a leader can be a zombie before its files are
@@ -55,6 +65,8 @@ bool eventually(TimeMs timeout_ms, const std::function<bool()>& condition) {
 }
 
 Platform::Platform(std::vector<std::string> flags) : flags_(std::move(flags)) {
+  const auto device = std::find(flags_.begin(), flags_.end(), "--device");
+  if (device != flags_.end() && device + 1 != flags_.end()) device_ = *(device + 1);
   char name[] = "/tmp/tandem-system-XXXXXX";
   directory_ = ::mkdtemp(name);
   fs::create_directories(data_dir() + "/log");
@@ -129,8 +141,12 @@ void Platform::kill_coordinator() {
   kill_process(coordinator_);
 }
 
+std::string Platform::slot_directory(int slot) const {
+  return data_dir() + "/run/worker-" + device_ + std::to_string(slot);
+}
+
 pid_t Platform::lock_holder(int slot, const std::string& lock) const {
-  const std::string path = data_dir() + "/run/worker-cpu" + std::to_string(slot) + "/" + lock;
+  const std::string path = slot_directory(slot) + "/" + lock;
   if (!worker::runtime::FileLock::is_held(path)) return 0;
   const std::string text = read_all(path);
   return text.empty() ? 0 : static_cast<pid_t>(std::atoi(text.c_str()));
@@ -147,7 +163,7 @@ pid_t Platform::engine(int slot) const {
 }
 
 std::string Platform::gang_directory(int slot) const {
-  return data_dir() + "/run/worker-cpu" + std::to_string(slot) + "/gang";
+  return slot_directory(slot) + "/gang";
 }
 pid_t Platform::gang_mpirun(int slot) const {
   return lock_holder(slot, "gang/gang.lock");

@@ -21,7 +21,9 @@ using Json = nlohmann::ordered_json;
 
 class Platform {
  public:
-  /// `flags`: further settings for every process ("--dtype", "f32", ...).
+  /// `flags`: further settings for every process ("--dtype", "f32", ...). Programs are those in
+  /// the folder that the environment's TANDEM_BIN_DIR names, else those beside the test or in the
+  /// folder above it, else those that were built with it.
   explicit Platform(std::vector<std::string> flags = {});
   ~Platform();
   Platform(const Platform&) = delete;
@@ -69,13 +71,16 @@ class Platform {
   Output cli(const std::vector<std::string>& arguments) const;
 
   [[nodiscard]] const std::string& directory() const { return directory_; }
+  /// "cpu" or "cuda": of all workers, from the flags.
+  [[nodiscard]] const std::string& device() const { return device_; }
   [[nodiscard]] std::string data_dir() const { return directory_ + "/data"; }
 
  private:
   pid_t spawn(const std::string& program, std::vector<std::string> arguments);
+  [[nodiscard]] std::string slot_directory(int slot) const;
   [[nodiscard]] pid_t lock_holder(int slot, const std::string& lock) const;
 
-  std::string directory_;
+  std::string directory_, device_ = "cpu";
   std::vector<std::string> flags_;
   pid_t coordinator_ = 0;
   std::vector<pid_t> supervisors_;

@@ -14,8 +14,7 @@ const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
 
 class Resizing : public TinyPool {
  protected:
-  static constexpr int kWorkers = 2;
-  static void SetUpTestSuite() { start_pool(kWorkers, 256); }
+  static void SetUpTestSuite() { start_pool(2, 256); }
 
   static std::string submit(const std::string& adapter, const Json& settings, int priority = 0) {
     const Json spec{{"model", "tiny"},

@@ -1,12 +1,16 @@
-// What tests of jobs and replicas over several workers share: one platform of CPU workers with a
-// tiny model "tiny" and a data set, for all tests of a program, and what they ask of jobs.
+// What tests of jobs and replicas over several workers share: one platform with a tiny model "tiny"
+// and a data set, for all tests of a program, and what they ask of jobs. Its workers are CPU slots,
+// or, with TANDEM_TEST_GPU set, the first two GPUs of this machine.
 #pragma once
 
+#include "kernels/cuda/cuda_backend.h"
 #include "tests/support/tiny_model.h"
 #include "tests/system/platform.h"
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -18,27 +22,56 @@ inline Json with(Json settings, const Json& more) {
   return settings;
 }
 
+/// Ends a test that needs more workers than the pool has.
+#define TANDEM_NEEDS_WORKERS(count) \
+  if (workers() < (count))          \
+  GTEST_SKIP() << "it takes " << (count) << " workers, and this pool has " << workers()
+
 class TinyPool : public testing::Test {
  protected:
-  /// Starts the platform and waits until all `workers` are ready. `rows` of data, `layers` blocks.
-  static void start_pool(int workers, int rows, std::int64_t layers = 2) {
-    platform_ = std::make_unique<Platform>(
-        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
-                                 "--device", "cpu", "--gang-timeout-s", "5"});
+  static constexpr int kGpus = 2;
+  static bool on_gpus() { return std::getenv("TANDEM_TEST_GPU") != nullptr; }
+  static int workers() { return workers_; }
+  /// How long a gang with a hanging rank may take to end: its patience, and as much again.
+  static TimeMs hang_limit_ms() { return on_gpus() ? 30'000 : 10'000; }
+
+  void SetUp() override {
+    if (!missing_.empty()) GTEST_SKIP() << missing_;
+  }
+
+  /// Starts the platform and waits until all workers are ready: `cpus`, or as many GPUs as tests
+  /// use. `rows` of data, `layers` blocks.
+  static void start_pool(int cpus, int rows, std::int64_t layers = 2) {
+    workers_ = on_gpus() ? kGpus : cpus;
+    if (on_gpus())
+      if (const auto last = kernels::probe_cuda_device(kGpus - 1); !last.ok()) {
+        missing_ = str("it takes ", kGpus, " GPUs: ", last.status().message());
+        return;
+      }
+    platform_ = std::make_unique<Platform>(std::vector<std::string>{
+        "--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB", "--device",
+        on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", on_gpus() ? "15" : "5"});
     write_tiny_model(platform_->directory() + "/model", 7, layers);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", rows, 8);
     platform_->start_coordinator();
-    for (int slot = 0; slot < workers; ++slot) platform_->start_worker(slot);
+    for (int slot = 0; slot < workers_; ++slot) platform_->start_worker(slot);
     platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
     data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
     ASSERT_TRUE(eventually(60'000, [&] {
       int ready = 0;
       const Json listed = platform_->call("worker.list", Json::object());
       for (const Json& worker : listed["workers"]) ready += worker.value("state", "") == "ready";
-      return ready == workers;
+      return ready == workers_;
     }));
   }
   static void TearDownTestSuite() { platform_.reset(); }
+  /// Whatever happened: nothing of any gang is left.
+  static void expect_no_gangs() {
+    for (int slot = 0; platform_ && slot < workers_; ++slot)
+      EXPECT_TRUE(eventually(10'000, [&] {
+        return !std::filesystem::exists(platform_->gang_directory(slot));
+      })) << platform_->gang_directory(slot);
+  }
 
   /// A job that publishes an adapter; its id.
   static std::string submit(const std::string& adapter, const Json& settings) {
@@ -62,6 +95,10 @@ class TinyPool : public testing::Test {
 
   static inline std::unique_ptr<Platform> platform_;
   static inline std::string data_;
+
+ private:
+  static inline int workers_ = 0;
+  static inline std::string missing_;
 };
 
 }  // namespace tandem::test

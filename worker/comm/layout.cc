@@ -2,6 +2,11 @@
 
 #include "protocol/base/str.h"
 
+#include <algorithm>
+#include <charconv>
+#include <iterator>
+#include <utility>
+
 namespace tandem::worker::comm {
 
 std::string Layout::to_string() const {
@@ -9,6 +14,36 @@ std::string Layout::to_string() const {
              virtual_pp > 1 ? str(" (", virtual_pp, " virtual)") : std::string(),
              zero > 0 ? str(", zero ", zero) : std::string(),
              tp > 1 && !sequence_parallel ? ", whole streams" : "");
+}
+
+Result<Layout> Layout::parse(std::string_view text) {
+  Layout layout;
+  const std::pair<std::string_view, int*> fields[] = {{"dp", &layout.dp},
+                                                      {"tp", &layout.tp},
+                                                      {"pp", &layout.pp},
+                                                      {"zero", &layout.zero},
+                                                      {"virtual", &layout.virtual_pp}};
+  const auto wrong = [&] {
+    return invalid_error(str("layout \"", text,
+                             "\" is not like tp2xpp2 or dp2xzero3: dp, tp, pp, zero and virtual, "
+                             "each with its number"));
+  };
+  std::string_view rest = text;
+  while (!rest.empty()) {
+    const auto field = std::find_if(std::begin(fields), std::end(fields),
+                                    [&](const auto& f) { return rest.starts_with(f.first); });
+    if (field == std::end(fields)) return wrong();
+    rest.remove_prefix(field->first.size());
+    if (rest.starts_with(' ')) rest.remove_prefix(1);
+    const auto [end, error] =
+        std::from_chars(rest.data(), rest.data() + rest.size(), *field->second);
+    if (error != std::errc()) return wrong();
+    rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
+    const std::size_t next = rest.find_first_not_of(" ,x");
+    if (next == 0) return wrong();
+    rest.remove_prefix(std::min(next, rest.size()));
+  }
+  return layout;
 }
 
 Status Layout::validate() const {
@@ -21,6 +56,13 @@ Status Layout::validate() const {
     return invalid_error(
         str("virtual_pipeline_size ", virtual_pp, " cuts the stages of a pipeline; pp is 1"));
   return {};
+}
+
+int Layout::groups() const {
+  if (ranks() == 1) return 0;
+  int count = 1;
+  for (const int size : {tp, dp, pp, tp * pp}) count += size > 1 && size < ranks();
+  return count + (pp > 2);  // first and last stage
 }
 
 Groups make_groups(Communicator& gang, const Layout& layout) {

@@ -6,6 +6,7 @@
 #include "worker/comm/communicator.h"
 
 #include <string>
+#include <string_view>
 
 namespace tandem::worker::comm {
 
@@ -31,9 +32,16 @@ struct Layout {
   /// "dp2 x tp2 x pp1, zero 3"; "dp1 x tp1 x pp2 (2 virtual)"; "dp1 x tp2 x pp1,
   /// whole streams" without sequence parallelism
   [[nodiscard]] std::string to_string() const;
+  /// "tp2xpp2", "dp2 x zero3", "pp2, virtual 2", or what to_string() says of dp, tp, pp and zero: a
+  /// name and a number each, what is not named is 1 (zero 0). invalid_error names what it cannot
+  /// read. validate() is the caller's.
+  static Result<Layout> parse(std::string_view text);
   /// Sizes at least 1, zero 0..3 (and only with data parallelism behind it), virtual stages only
   /// with pipeline ranks.
   [[nodiscard]] Status validate() const;
+  /// Communicators of several ranks that a rank of a job has, the gang's own among them (which is
+  /// also that of every group of all ranks).
+  [[nodiscard]] int groups() const;
 };
 
 /// One rank's communicators. Each is of size 1 where the layout does not split.

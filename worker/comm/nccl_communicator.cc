@@ -9,9 +9,12 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <numeric>
+#include <thread>
 #include <utility>
 
 namespace tandem::worker::comm {
@@ -48,12 +51,130 @@ ncclDataType_t nccl_type(DType dtype) {
   }
 }
 
+/// Looks after all communicators of one gang on a thread of its own: NCCL reports what fails after
+/// a call to whoever asks, and what never ends is not reported at all.
+class Watch {
+ public:
+  explicit Watch(const NcclOptions& options) : options_(options) {
+    if (options_.on_failure) thread_ = std::thread([this] { run(); });
+  }
+  ~Watch() {
+    over_ = true;
+    if (thread_.joinable()) thread_.join();
+  }
+  Watch(const Watch&) = delete;
+  Watch& operator=(const Watch&) = delete;
+
+  [[nodiscard]] const NcclOptions& options() const { return options_; }
+  [[nodiscard]] TimeMs timeout_ms() const {
+    const auto& current = options_.current_timeout_ms;
+    return scaled_ms(current != nullptr ? current->load() : options_.timeout_ms);
+  }
+  [[nodiscard]] std::string rank_name() const {
+    return str("rank ", options_.rank, " of ", options_.size);
+  }
+  /// Held over every call into NCCL: asking a communicator how it is takes part in its calls.
+  [[nodiscard]] std::unique_lock<std::recursive_mutex> in_nccl() {
+    return std::unique_lock(mutex_);
+  }
+  void add(const ncclComm_t* comm) {
+    const auto lock = in_nccl();
+    comms_.push_back(comm);
+  }
+  void remove(const ncclComm_t* comm) {
+    const auto lock = in_nccl();
+    std::erase(comms_, comm);
+  }
+  /// The device thread has put a collective on `queue`.
+  void note(const char* what, cudaStream_t queue) {
+    what_.store(what, std::memory_order_relaxed);
+    queue_.store(queue, std::memory_order_relaxed);
+    noted_.fetch_add(1, std::memory_order_release);
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kLook{100};
+
+  void run() {
+    (void)cudaSetDevice(options_.device);
+    std::string failure;
+    if (cudaEventCreateWithFlags(&passed_, cudaEventDisableTiming) != cudaSuccess)
+      failure = str("CUDA: no event to watch ", rank_name(), " with");
+    while (failure.empty() && !over_) {
+      std::this_thread::sleep_for(kLook);
+      failure = reported();
+      if (failure.empty()) failure = overdue();
+    }
+    if (!failure.empty() && !over_) return options_.on_failure(failure);
+    (void)cudaEventDestroy(passed_);
+  }
+
+  /// What NCCL knows to have failed; "": nothing, or the device thread is in a call, which asks.
+  std::string reported() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return "";
+    for (const ncclComm_t* comm : comms_) {
+      const ncclComm_t made = __atomic_load_n(comm, __ATOMIC_ACQUIRE);
+      ncclResult_t state = ncclSuccess;
+      if (made == nullptr || ncclCommGetAsyncError(made, &state) != ncclSuccess) continue;
+      if (state != ncclSuccess && state != ncclInProgress)
+        return str("NCCL: ", last(), " on ", rank_name(), ": ", ncclGetErrorString(state), ": ",
+                   ncclGetLastError(made));
+    }
+    return "";
+  }
+
+  /// A point behind the newest collective that the device does not reach in time; "": none.
+  std::string overdue() {
+    if (!pending_) {
+      const std::uint64_t noted = noted_.load(std::memory_order_acquire);
+      if (noted == seen_) return "";
+      seen_ = noted;
+      pending_what_ = last();
+      begin_ns_ = steady_ns();
+      pending_ = true;
+      const cudaError_t code = cudaEventRecord(passed_, queue_.load(std::memory_order_relaxed));
+      if (code != cudaSuccess) return device_failure(code);
+    }
+    const cudaError_t code = cudaEventQuery(passed_);
+    if (code == cudaSuccess) {
+      pending_ = false;
+      return "";
+    }
+    if (code != cudaErrorNotReady) return device_failure(code);
+    const TimeMs limit = timeout_ms();
+    if (steady_ns() - begin_ns_ <= limit * 1'000'000) return "";
+    return str("NCCL: ", pending_what_, " on ", rank_name(), " did not end within ", limit,
+               " ms: a member of the gang is gone or hangs");
+  }
+  [[nodiscard]] std::string device_failure(cudaError_t code) const {
+    return str("CUDA: after ", pending_what_, " on ", rank_name(), ": ", cudaGetErrorString(code));
+  }
+  [[nodiscard]] const char* last() const { return what_.load(std::memory_order_relaxed); }
+
+  const NcclOptions options_;
+  std::atomic<const char*> what_{"start"};
+  std::atomic<cudaStream_t> queue_{nullptr};
+  std::atomic<std::uint64_t> noted_{0};
+  std::atomic<bool> over_{false};
+  std::recursive_mutex mutex_;
+  std::vector<const ncclComm_t*> comms_;
+  // The watching thread's.
+  cudaEvent_t passed_ = nullptr;
+  bool pending_ = false;
+  std::uint64_t seen_ = 0;
+  std::int64_t begin_ns_ = 0;
+  const char* pending_what_ = "";
+  std::thread thread_;
+};
+
 /// One ncclComm_t. It never blocks: every call is followed until NCCL has taken it or has failed.
 class Handle {
  public:
-  Handle(TimeMs timeout_ms, int multiprocessors_max)
-      : timeout_ms_(timeout_ms), multiprocessors_max_(multiprocessors_max) {}
+  explicit Handle(std::shared_ptr<Watch> watch) : watch_(std::move(watch)) { watch_->add(&comm_); }
   ~Handle() {
+    const auto lock = watch_->in_nccl();
+    watch_->remove(&comm_);
     if (comm_ == nullptr || failed_) return;  // after a failure even ending it can hang
     try {
       call("end", ncclCommFinalize(comm_));
@@ -67,18 +188,20 @@ class Handle {
 
   ncclComm_t* out() { return &comm_; }
   operator ncclComm_t() const { return comm_; }
-  [[nodiscard]] TimeMs timeout_ms() const { return timeout_ms_; }
-  [[nodiscard]] int multiprocessors_max() const { return multiprocessors_max_; }
+  [[nodiscard]] const std::shared_ptr<Watch>& watch() const { return watch_; }
+  [[nodiscard]] TimeMs timeout_ms() const { return watch_->timeout_ms(); }
   [[nodiscard]] ncclConfig_t config() const {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    if (multiprocessors_max_ > 0) config.maxCTAs = multiprocessors_max_;
+    const int most = watch_->options().multiprocessors_max;
+    if (most > 0) config.maxCTAs = most;
     return config;
   }
 
   /// Follows what `code` says was begun.
   void call(const char* what, ncclResult_t code) {
-    const std::int64_t deadline = steady_ns() + timeout_ms_ * 1'000'000;
+    const TimeMs limit = timeout_ms();
+    const std::int64_t deadline = steady_ns() + limit * 1'000'000;
     while (code == ncclInProgress) {
       // A new communicator's handle may appear only after the call that asked for it.
       if (ncclComm_t made = __atomic_load_n(&comm_, __ATOMIC_ACQUIRE); made != nullptr) {
@@ -87,7 +210,7 @@ class Handle {
         if (code == ncclSuccess) code = state;
       }
       if (code != ncclInProgress) break;
-      if (steady_ns() > deadline) fail(what, str("not done within ", timeout_ms_, " ms"));
+      if (steady_ns() > deadline) fail(what, str("not done within ", limit, " ms"));
       ::sched_yield();
     }
     if (code != ncclSuccess)
@@ -95,12 +218,11 @@ class Handle {
   }
   [[noreturn]] void fail(const char* what, const std::string& why) {
     failed_ = true;
-    throw DeviceError(str("NCCL: ", what, ": ", why));
+    throw DeviceError(str("NCCL: ", what, " on ", watch_->rank_name(), ": ", why));
   }
 
  private:
-  const TimeMs timeout_ms_;
-  const int multiprocessors_max_;
+  const std::shared_ptr<Watch> watch_;
   ncclComm_t comm_ = nullptr;
   bool failed_ = false;
 };
@@ -173,8 +295,10 @@ class NcclCommunicator final : public Communicator {
 
   void all_reduce_sum(Exec& exec, Tensor x) override {
     if (x.elements() == 0) return;
-    call("all_reduce", ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum,
-                                     *handle_, stream_of(exec)));
+    const cudaStream_t s = stream_of(exec);
+    issue("all_reduce", s, [&] {
+      return ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum, *handle_, s);
+    });
   }
   void all_gather(Exec& exec, Tensor x, Tensor out) override { gather(stream_of(exec), x, out); }
   std::unique_ptr<Pending> start_all_gather(Exec& exec, Tensor x, Tensor out) override {
@@ -186,53 +310,60 @@ class NcclCommunicator final : public Communicator {
     TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
     TANDEM_CHECK(x.dtype == out.dtype);
     if (out.elements() == 0) return;
-    call("reduce_scatter", ncclReduceScatter(x.data, out.data, count(out), nccl_type(x.dtype),
-                                             ncclSum, *handle_, stream_of(exec)));
+    const cudaStream_t s = stream_of(exec);
+    issue("reduce_scatter", s, [&] {
+      return ncclReduceScatter(x.data, out.data, count(out), nccl_type(x.dtype), ncclSum, *handle_,
+                               s);
+    });
   }
   void broadcast(Exec& exec, Tensor x, int root) override {
     TANDEM_CHECK(root >= 0 && root < size_, "root ", root);
     if (x.elements() == 0) return;
-    call("broadcast",
-         ncclBroadcast(x.data, x.data, bytes(x), ncclUint8, root, *handle_, stream_of(exec)));
+    const cudaStream_t s = stream_of(exec);
+    issue("broadcast", s,
+          [&] { return ncclBroadcast(x.data, x.data, bytes(x), ncclUint8, root, *handle_, s); });
   }
   void barrier(Exec& exec) override {
     const cudaStream_t s = stream_of(exec);
     const ArenaScope scope(exec.workspace);
     void* word = exec.workspace.alloc_bytes(sizeof(float));
     check_cuda(cudaMemsetAsync(word, 0, sizeof(float), s), "barrier");
-    call("barrier", ncclAllReduce(word, word, 1, ncclFloat32, ncclSum, *handle_, s));
-    const std::int64_t deadline = steady_ns() + handle_->timeout_ms() * 1'000'000;
+    issue("barrier", s,
+          [&] { return ncclAllReduce(word, word, 1, ncclFloat32, ncclSum, *handle_, s); });
+    const TimeMs limit = handle_->timeout_ms();
+    const std::int64_t deadline = steady_ns() + limit * 1'000'000;
     for (;;) {
       const cudaError_t code = cudaStreamQuery(s);
       if (code == cudaSuccess) return;
       if (code != cudaErrorNotReady) check_cuda(code, "barrier");
       if (steady_ns() > deadline)
         handle_->fail("barrier",
-                      str("not done within ", handle_->timeout_ms(), " ms on rank ", rank_, " of ",
-                          size_, ": a member of the gang is gone or hangs"));
+                      str("not done within ", limit, " ms: a member of the gang is gone or hangs"));
       ::sched_yield();
     }
   }
   void exchange_all(Exec& exec, std::span<const Message> sends,
                     std::span<const Message> receives) override {
     const cudaStream_t s = stream_of(exec);
+    const auto lock = in_nccl();
     call("exchange", ncclGroupStart());
     for (const Message& m : sends)
       queue(ncclSend(m.x.data, bytes(m.x), ncclUint8, other(m.rank), *handle_, s));
     for (const Message& m : receives)
       queue(ncclRecv(m.x.data, bytes(m.x), ncclUint8, other(m.rank), *handle_, s));
-    call("exchange", ncclGroupEnd());
+    issue("exchange", s, [&] { return ncclGroupEnd(); });
   }
 
   std::unique_ptr<Communicator> sub(std::span<const int> members) override {
     const auto at = std::find(members.begin(), members.end(), rank_);
     TANDEM_CHECK(at != members.end(), "rank ", rank_, " is not among the members");
     const int key = static_cast<int>(at - members.begin());
+    const auto lock = in_nccl();
     // Each communicator of NCCL's takes memory of the GPU: a group of all shares this one, and a
     // group of one needs none.
     if (std::equal(members.begin(), members.end(), all_.begin(), all_.end()))
       return std::make_unique<NcclCommunicator>(handle_, side_, rank_, size_);
-    auto part = std::make_unique<Handle>(handle_->timeout_ms(), handle_->multiprocessors_max());
+    auto part = std::make_unique<Handle>(handle_->watch());
     ncclConfig_t config = part->config();
     const bool single = members.size() == 1;
     const int color =
@@ -254,7 +385,17 @@ class NcclCommunicator final : public Communicator {
  private:
   static std::size_t count(const Tensor& x) { return static_cast<std::size_t>(x.elements()); }
   static std::size_t bytes(const Tensor& x) { return static_cast<std::size_t>(x.bytes()); }
+  [[nodiscard]] std::unique_lock<std::recursive_mutex> in_nccl() const {
+    return handle_->watch()->in_nccl();
+  }
   void call(const char* what, ncclResult_t code) { handle_->call(what, code); }
+  /// `begin` puts a collective on `queue`.
+  template <class Begin>
+  void issue(const char* what, cudaStream_t queue, const Begin& begin) {
+    const auto lock = in_nccl();
+    handle_->call(what, begin());
+    handle_->watch()->note(what, queue);
+  }
   /// Inside a group: what is begun ends with the group.
   void queue(ncclResult_t code) {
     if (code != ncclSuccess && code != ncclInProgress) call("exchange", code);
@@ -267,7 +408,8 @@ class NcclCommunicator final : public Communicator {
   void gather(cudaStream_t s, const Tensor& x, const Tensor& out) {
     TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size_);
     if (x.elements() == 0) return;
-    call("all_gather", ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s));
+    issue("all_gather", s,
+          [&] { return ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s); });
   }
 
   const std::shared_ptr<Handle> handle_;  ///< shared by groups of all ranks
@@ -292,8 +434,8 @@ Result<std::unique_ptr<Communicator>> make(const NcclOptions& options) {
   (void)::setenv("NCCL_NVLS_ENABLE", "0", 0);
   try {
     check_cuda(cudaSetDevice(options.device), "device");
-    auto handle =
-        std::make_unique<Handle>(scaled_ms(options.timeout_ms), options.multiprocessors_max);
+    auto handle = std::make_unique<Handle>(std::make_shared<Watch>(options));
+    const auto lock = handle->watch()->in_nccl();
     ncclUniqueId id;
     std::memcpy(&id, options.id.data(), sizeof id);
     ncclConfig_t config = handle->config();

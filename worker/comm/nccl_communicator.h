@@ -6,8 +6,10 @@
 // at once; barrier() alone waits for the device. Sums are NCCL's: the same bits on every rank and
 // in every run of one gang on one machine, bf16 rounded after each addition. Scratch is NCCL's own.
 // A rank that dies is not noticed here: NCCL reports nothing within a host. Whoever watches the
-// processes ends the gang. What NCCL itself reports, and a start or a barrier that takes longer
-// than timeout_ms, is a DeviceError.
+// processes ends the gang. What NCCL itself reports to a call, and a start or a barrier that takes
+// longer than timeout_ms, is a DeviceError. Collectives fail behind the caller's back, too, or
+// never end because a member hangs: then the caller may wait for its device for ever, and a thread
+// of this one's says so (NcclOptions::on_failure).
 #pragma once
 
 #include "protocol/base/clock.h"
@@ -15,7 +17,11 @@
 #include "worker/comm/communicator.h"
 
 #include <array>
+#include <atomic>
 #include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
 
 namespace tandem::worker::comm {
 
@@ -32,8 +38,15 @@ struct NcclOptions {
   /// Multiprocessors that a collective may take; 0: as many as NCCL likes. For gangs that gather in
   /// the background: kGatherMultiprocessors.
   int multiprocessors_max = 0;
-  /// Of the start and of barrier(), times TANDEM_TIME_SCALE.
+  /// Of the start, of barrier() and of what the watching thread waits for, times TANDEM_TIME_SCALE.
   TimeMs timeout_ms = 120'000;
+  /// Where given, read at each wait instead: the gang's longest steps are known only as it runs.
+  std::shared_ptr<const std::atomic<TimeMs>> current_timeout_ms{};
+  /// Where given, called once, on a thread of its own: a collective has failed, or what was put on
+  /// its queue is not done in time. The message names the collective and the rank. Nothing of this
+  /// process's device can be relied on from then on, its destruction included: end the process. No
+  /// graph may be recorded on a watched queue.
+  std::function<void(const std::string&)> on_failure{};
 };
 /// Called by all ranks at once. The thread that calls it is the one that communicates.
 Result<std::unique_ptr<Communicator>> make_nccl_communicator(const NcclOptions& options);

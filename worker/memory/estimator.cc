@@ -1,6 +1,7 @@
 #include "worker/memory/estimator.h"
 
 #include "protocol/base/clock.h"
+#include "protocol/base/units.h"
 #include "worker/memory/dry_engine.h"
 #include "worker/model/shard.h"
 #include "worker/train/ranks.h"
@@ -16,6 +17,11 @@
 namespace tandem::worker::memory {
 
 namespace {
+
+/// Of an H100: what the driver counts for a process that has opened the CUDA backend.
+constexpr std::int64_t kCudaContextBytes = 544 * kMiB;
+/// Room for the channels of one NCCL communicator of ranks on NVLink.
+constexpr std::int64_t kNcclBytes = 384 * kMiB;
 
 /// A micro-batch at the bounds: documents of the longest length, every token trained.
 data::MicroBatch batch_at(const train::BatchBounds& bounds) {
@@ -161,6 +167,13 @@ Estimate read_ledger(const kernels::MemoryLedger& ledger) {
   return estimate;
 }
 
+BesideLedger beside_ledger(const kernels::DeviceProfile& profile, const comm::Layout& layout,
+                           const Estimate& rank) {
+  if (profile.type == kernels::DeviceType::kCpu)
+    return {rank.of(kernels::MemoryKind::kOptimizer), 0, 0};
+  return {0, kCudaContextBytes, kNcclBytes * layout.groups()};
+}
+
 train::BatchBounds worst_case_bounds(const protocol::TrainSettings& settings) {
   const std::int64_t tokens = settings.per_device_train_batch_size * settings.max_length;
   // A document has two tokens at least: one to see, one to learn.
@@ -225,7 +238,7 @@ Result<Estimate> estimate_serving(const kernels::DeviceProfile& profile,
                           DryEngine::create(profile, config, dtype, adapter_slots, {layout, rank}));
   const ManualClock clock;
   const comm::Groups& groups = engine->ranks.groups;
-  const auto link = serve::make_comm_link(*groups.model, engine->context);
+  const auto link = serve::make_comm_link(*groups.model, engine->exec());
   const serve::ReplicaRanks ranks{*groups.model, *groups.pp, *link};
   TANDEM_ASSIGN_OR_RETURN(
       const auto serving,

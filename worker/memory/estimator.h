@@ -74,14 +74,26 @@ Result<DryStep> trace_training(const kernels::DeviceProfile& profile,
                                const train::BatchBounds& bounds, const TrainingPlan& plan,
                                const CostModel& model);
 
-/// Every rank of a job over several CPU workers, in rank order, each on a process of its own
+/// What the process of a gang's rank takes of its slot's memory beside what its ledger counts.
+struct BesideLedger {
+  /// Copies of the masters and both moments, in f32, while they are stored. A GPU's are in host
+  /// memory and not counted.
+  std::int64_t checkpoint_copy = 0;
+  std::int64_t context = 0;  ///< a GPU's: the driver's and the libraries'
+  std::int64_t nccl = 0;     ///< NCCL's buffers
+  [[nodiscard]] std::int64_t total() const { return checkpoint_copy + context + nccl; }
+};
+BesideLedger beside_ledger(const kernels::DeviceProfile& profile, const comm::Layout& layout,
+                           const Estimate& rank);
+
+/// Every rank of a job over several workers, in rank order, each on a process of its own
 /// (tandem-rank). refused_error: the model cannot be cut so, with the nearest layout that works.
 Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,
                                             const model::ModelConfig& config, DType dtype,
                                             const protocol::TrainSettings& settings,
                                             const train::BatchBounds& bounds);
 
-/// Every rank of a replica that serves over several CPU workers, in rank order. refused_error: the
+/// Every rank of a replica that serves over several workers, in rank order. refused_error: the
 /// model cannot be cut so, with the nearest layout of two ranks and more that works.
 Result<std::vector<Estimate>> estimate_replica(const kernels::DeviceProfile& profile,
                                                const model::ModelConfig& config, DType dtype,

@@ -2,9 +2,8 @@
 
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
-#include "worker/memory/estimator.h"
-#include "worker/memory/layout_planner.h"
 #include "worker/runtime/agent_watch.h"
+#include "worker/runtime/job_estimate.h"
 #include "worker/runtime/job_host.h"
 #include "worker/runtime/model_files.h"
 #include "worker/runtime/process.h"
@@ -26,7 +25,6 @@ namespace {
 
 constexpr std::size_t kInboxMax = 65536, kTasksMax = 1024;
 constexpr auto kIdleWait = std::chrono::milliseconds(50);
-constexpr std::size_t kLayoutsShown = 10;  ///< of those that layout auto looked at
 
 StopSignals g_stop_signals;
 void on_signal(int) {
@@ -246,112 +244,25 @@ class Engine {
     TANDEM_ASSIGN_OR_RETURN(const std::string path,
                             locate_model(request.model, options_.data_directory, bulk_));
     TANDEM_ASSIGN_OR_RETURN(const auto config, model::read_model_config(path));
-    if (!request.serve_json.empty())
-      return estimate_replica(backend_.ops->profile(), config, options_.model, request.serve_json);
-    TANDEM_ASSIGN_OR_RETURN(const auto settings, protocol::TrainSettings::parse(request.spec_json));
-    if (settings.max_length > config.context_max)
-      return refused_error(str("max_length ", settings.max_length, " exceeds the context of model ",
-                               request.model.name, " (", config.context_max, ")"));
-    if (settings.layout == "auto") return estimate_auto(settings, config);
-    return estimate_layout(settings, config);
-  }
-
-  Result<std::string> estimate_layout(const protocol::TrainSettings& settings,
-                                      const model::ModelConfig& config) {
-    if (settings.ranks() > 1 || settings.full()) return estimate_gang(settings, config);
-    TANDEM_ASSIGN_OR_RETURN(
-        const auto estimate,
-        memory::estimate_training(backend_.ops->profile(), config, options_.model.dtype, settings,
-                                  memory::worst_case_bounds(settings),
-                                  {options_.model.adapter_slots + 1, true, true}));
-    const std::int64_t total = estimate.peak_total + options_.model.kv_bytes_max;
-    auto json = nlohmann::json::parse(estimate.to_json());
-    json["kv_cache"] = options_.model.kv_bytes_max;
-    return nlohmann::json{{"peak_bytes", total},
-                          {"by_kind", json},
-                          {"limit_bytes", options_.model.memory_bytes_max},
-                          {"dtype", dtype_name(options_.model.dtype)},
-                          {"fits", total <= options_.model.memory_bytes_max}}
-        .dump();
-  }
-
-  /// The first of the planned layouts, fastest first, that fits beside the serving engine as well
-  /// (a job of one rank runs in that engine).
-  Result<std::string> estimate_auto(protocol::TrainSettings settings,
-                                    const model::ModelConfig& config) {
-    const auto& o = options_.model;
     const kernels::DeviceProfile& profile = backend_.ops->profile();
-    settings.layout = "manual";
-    auto costs = memory::read_cost_model(options_.data_directory + "/" + memory::kCostModelFile);
-    if (costs.status().code() == StatusCode::kNotFound) costs = memory::default_cost_model(profile);
-    TANDEM_RETURN_IF_ERROR(costs.status());
-    const bool alone = options_.device != "cpu";  // GPUs have no gangs yet
-    const memory::LayoutLimits limits{
-        alone ? 1 : static_cast<int>(std::max<std::int64_t>(1, settings.ranks_max)),
-        o.memory_bytes_max};
-    TANDEM_ASSIGN_OR_RETURN(
-        const auto planned,
-        memory::plan_layouts(profile, config, o.dtype, settings,
-                             memory::worst_case_bounds(settings), limits, *costs));
-    std::string first;
-    for (const memory::PlannedLayout& plan : planned) {
-      TANDEM_ASSIGN_OR_RETURN(const std::string text,
-                              estimate_layout(memory::with_layout(settings, plan.layout), config));
-      auto json = nlohmann::json::parse(text);
-      json["layout"] = {{"dp", plan.layout.dp},
-                        {"tp", plan.layout.tp},
-                        {"pp", plan.layout.pp},
-                        {"zero", plan.layout.zero},
-                        {"virtual_pipeline_size", plan.layout.virtual_pp}};
-      json["layout_name"] = plan.layout.to_string();
-      json["layouts"] = nlohmann::json::parse(memory::to_json(planned, kLayoutsShown));
-      if (json.value("fits", false)) return json.dump();
-      if (first.empty()) first = json.dump();
-    }
-    return first;
-  }
-
-  /// Each rank is a process beside the engine of its slot, which goes on serving: both must fit.
-  Result<std::string> estimate_gang(const protocol::TrainSettings& settings,
-                                    const model::ModelConfig& config) {
-    if (options_.device != "cpu")
-      return refused_error(
-          str("a job ", settings.full() ? "of method full" : str("of ", settings.ranks(), " ranks"),
-              " needs CPU workers so far; ", options_.worker, " is a GPU's"));
-    const auto& o = options_.model;
-    TANDEM_ASSIGN_OR_RETURN(
-        auto ranks, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, settings,
-                                          memory::worst_case_bounds(settings)));
-    if (const auto choices = settings.dp_choices(); choices.size() > 1) {
-      // Fewer ranks have larger parts each: an elastic job must fit at its smallest too.
-      auto fewest = settings;
-      fewest.dp = choices.back();
+    auto reply = nlohmann::json::object();
+    if (!request.serve_json.empty()) {
       TANDEM_ASSIGN_OR_RETURN(
-          const auto more, memory::estimate_gang(backend_.ops->profile(), config, o.dtype, fewest,
-                                                 memory::worst_case_bounds(fewest)));
-      ranks.insert(ranks.end(), more.begin(), more.end());
+          const auto text, estimate_replica(profile, config, options_.model, request.serve_json));
+      reply = nlohmann::json::parse(text);
+    } else {
+      TANDEM_ASSIGN_OR_RETURN(const auto settings,
+                              protocol::TrainSettings::parse(request.spec_json));
+      if (settings.max_length > config.context_max)
+        return refused_error(str("max_length ", settings.max_length,
+                                 " exceeds the context of model ", request.model.name, " (",
+                                 config.context_max, ")"));
+      TANDEM_ASSIGN_OR_RETURN(const auto text, estimate_job(profile, config, options_.model,
+                                                            settings, options_.data_directory));
+      reply = nlohmann::json::parse(text);
     }
-    TANDEM_ASSIGN_OR_RETURN(const auto serving,
-                            memory::estimate_serving(backend_.ops->profile(), config, o.dtype,
-                                                     serve_options(o), o.adapter_slots + 1));
-    const auto largest =
-        std::max_element(ranks.begin(), ranks.end(),
-                         [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
-    auto per_rank = nlohmann::json::array();
-    for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
-    // The ranks' copies of the state while it is stored: masters and both moments, in f32.
-    const std::int64_t copies = largest->of(kernels::MemoryKind::kOptimizer);
-    const std::int64_t total = largest->peak_total + copies + serving.peak_total;
-    auto kinds = nlohmann::json::parse(largest->to_json());
-    kinds["checkpoint_copy"] = copies;
-    kinds["serving_engine"] = serving.peak_total;
-    return nlohmann::json{{"peak_bytes", total},
-                          {"by_kind", kinds},
-                          {"ranks", per_rank},
-                          {"limit_bytes", o.memory_bytes_max},
-                          {"dtype", dtype_name(o.dtype)},
-                          {"fits", total <= o.memory_bytes_max}}
-        .dump();
+    reply["device"] = options_.device;
+    return reply.dump();
   }
 
   void on(protocol::StartJob& start) {

@@ -24,6 +24,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr std::size_t kWordBytesMax = 1000;
 constexpr std::uintmax_t kLogBytesMax = 16 << 20;  ///< then it begins anew, one old one is kept
 
 /// Variables that a rank may see. Nothing of an outer mpirun, Slurm or PMIx: a nested mpirun would
@@ -33,8 +34,8 @@ bool allowed(std::string_view variable) {
   for (const char* exact : {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMPDIR",
                             "LD_LIBRARY_PATH", "GLIBC_TUNABLES", "OPAL_PREFIX"})
     if (name == exact) return true;
-  for (const char* prefix : {"TANDEM_", "LC_", "XDG_", "OMP_", "GOMP_", "ASAN_", "UBSAN_", "TSAN_",
-                             "LSAN_", "GCOV_", "LLVM_"})
+  for (const char* prefix : {"TANDEM_", "LC_", "XDG_", "OMP_", "GOMP_", "CUDA_", "NVIDIA_", "NCCL_",
+                             "ASAN_", "UBSAN_", "TSAN_", "LSAN_", "GCOV_", "LLVM_"})
     if (name.starts_with(prefix)) return true;
   return false;
 }
@@ -99,10 +100,26 @@ GangPaths::GangPaths(const SlotPaths& slot)
     : directory(slot.directory + "/gang"),
       start(directory + "/start.bin"),
       lock(directory + "/gang.lock"),
-      json(directory + "/gang.json") {}
+      json(directory + "/gang.json"),
+      last_word(directory + "/why") {}
 
 std::string GangPaths::rank_lock(int rank) const {
   return str(directory, "/rank-", rank, ".lock");
+}
+
+void GangPaths::leave_word(const std::string& why) const {
+  const int fd = ::open(last_word.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  if (fd < 0) return;
+  (void)!::write(fd, why.data(), std::min(why.size(), kWordBytesMax));
+  ::close(fd);
+}
+
+std::string GangPaths::word() const {
+  std::ifstream in(last_word, std::ios::binary);
+  std::string why(kWordBytesMax, '\0');
+  in.read(why.data(), static_cast<std::streamsize>(why.size()));
+  why.resize(static_cast<std::size_t>(in.gcount()));
+  return why;
 }
 
 GangKeeper::GangKeeper(GangOptions options, const SlotPaths& slot)
@@ -211,6 +228,7 @@ std::optional<std::string> GangKeeper::poll() {
   if (!ranks.empty()) return std::nullopt;
   running_.reset();
   mpirun_ = 0;
+  if (const std::string why = paths_.word(); !why.empty()) how_ += ": " + why;
   clear();
   return how_;
 }

@@ -5,6 +5,7 @@
 //                          gang.lock    held (flock) by mpirun, which inherits it; has its pid
 //                          gang.json    {"job", "epoch"} for an agent that comes later
 //                          rank-R.lock  held by rank R, with its pid
+//                          why          what the first rank that failed says of it
 //                          ...          Open MPI's session and shared-memory files
 //
 // mpirun is a session of its own and does not die with the agent: the next agent adopts it. Its
@@ -23,8 +24,11 @@ namespace tandem::worker::runtime {
 /// Files of a slot's gang.
 struct GangPaths {
   explicit GangPaths(const SlotPaths& slot);
-  std::string directory, start, lock, json;
+  std::string directory, start, lock, json, last_word;
   [[nodiscard]] std::string rank_lock(int rank) const;
+  /// Why a rank ends; the first one to say so is heard, and poll() tells it.
+  void leave_word(const std::string& why) const;
+  [[nodiscard]] std::string word() const;  ///< "": none was left
 };
 
 struct GangOptions {

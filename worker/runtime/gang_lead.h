@@ -12,7 +12,7 @@ namespace tandem::worker::runtime {
 
 struct GangLeadOptions {
   WorkerId worker;  ///< whose agent started the gang
-  std::string host;
+  std::string host, device;
   protocol::StartJob start;    ///< with gang and members
   std::string data_directory;  ///< caches and metrics below it
   std::string model_folder;    ///< this slot's own, see JobParts

@@ -2,6 +2,7 @@
 
 #include "protocol/base/log.h"
 #include "storage/file_io.h"
+#include "worker/comm/device_gang.h"
 #include "worker/model/weight_door.h"
 #include "worker/runtime/model_folder.h"
 #include "worker/train/model_export.h"
@@ -21,6 +22,19 @@ void GangPatience::add_slice(double seconds) {
   *now_ms_ = std::max(least_ms_, 5 * longest);
 }
 
+Result<std::unique_ptr<comm::Communicator>> join_devices(comm::Communicator& gang,
+                                                         kernels::Ops& ops, kernels::Exec& exec,
+                                                         const GangRank::Options& rank,
+                                                         const GangPatience& patience,
+                                                         bool gathers) {
+  comm::NcclOptions options;
+  options.device = rank.device;
+  options.current_timeout_ms = patience.timeout_ms();
+  options.on_failure = rank.device_failed;
+  if (gathers) options.multiprocessors_max = comm::kGatherMultiprocessors;
+  return comm::join_devices(gang, ops, exec, options);
+}
+
 /// Address space only; what is used is mapped and booked as it is used.
 struct GangRank::Memory {
   Memory(kernels::Backend& b, const Options& o)
@@ -32,7 +46,7 @@ struct GangRank::Memory {
                     "training activations", o.memory_bytes_max),
         workspace(*b.allocator, *b.ledger, kernels::MemoryKind::kWorkspace, "training workspace",
                   o.memory_bytes_max),
-        exec{workspace, {}, o.numerics} {}
+        exec{workspace, b.ops->make_stream(false), o.numerics} {}
   kernels::Arena weights, table, activations, workspace;
   kernels::Exec exec;
 };
@@ -85,7 +99,9 @@ Status GangRank::load(const GangPlan& plan) {
   config_ = loaded.config;
   model_path_ = plan.model_path;
   TANDEM_RETURN_IF_ERROR(model::check_shard(config_, layout.tp, layout.pp, layout.virtual_pp));
-  ranks_.emplace(train::make_ranks(gang_, layout));
+  TANDEM_ASSIGN_OR_RETURN(devices_, join_devices(gang_, *backend_.ops, memory_->exec, options_,
+                                                 patience_, layout.zero == 3));
+  ranks_.emplace(train::make_ranks(devices_ ? *devices_ : gang_, layout));
   context_.emplace(model::Context{*backend_.ops, memory_->exec, *ranks_->groups.tp,
                                   memory_->activations, options_.dtype});
   const bool full = plan.settings.full();

@@ -44,7 +44,11 @@ class GangRank {
     DType dtype = DType::kF32;
     kernels::Numerics numerics = kernels::Numerics::kReplay;
     std::int64_t memory_bytes_max = 0;
+    int device = 0;  ///< of its kind on this host: a GPU's number
+    /// As comm::NcclOptions::on_failure.
+    std::function<void(const std::string&)> device_failed{};
   };
+  /// `gang`: all ranks, over host memory. Their devices are joined by open().
   GangRank(kernels::Backend& backend, const Options& options, comm::Communicator& gang,
            GangPatience& patience);
   ~GangRank();
@@ -92,6 +96,7 @@ class GangRank {
   GangPatience& patience_;
   std::function<void()> on_block_;
   std::unique_ptr<Memory> memory_;
+  std::unique_ptr<comm::Communicator> devices_;  ///< null: `gang_` moves what ops work on, too
   GangWire wire_;
   std::optional<train::Ranks> ranks_;
   std::string model_path_;
@@ -106,6 +111,14 @@ class GangRank {
   std::string pin_;
   std::shared_ptr<Storing> storing_;  ///< shared with the task
 };
+
+/// comm::join_devices for a rank of a job or a replica; `gathers`: weights are gathered in the
+/// background (ZeRO-3).
+Result<std::unique_ptr<comm::Communicator>> join_devices(comm::Communicator& gang,
+                                                         kernels::Ops& ops, kernels::Exec& exec,
+                                                         const GangRank::Options& rank,
+                                                         const GangPatience& patience,
+                                                         bool gathers);
 
 /// A rank that is not the first: does what it hears until the end.
 void follow(GangRank& rank);

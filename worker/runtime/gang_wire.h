@@ -1,6 +1,6 @@
 // How a gang's first rank takes the others along: before everything that all do together it
 // broadcasts a word, so a command (checkpoint, pause, cancel) reaches all ranks between the same
-// two slices. Over host memory, by the gang's own communicator: ranks on CPUs. One device thread
+// two slices. Over host memory, whatever the ranks' devices are. One device thread
 // per rank; a member that is gone is a DeviceError.
 #pragma once
 

@@ -168,7 +168,7 @@ class ReplicaLead {
     hello.role = protocol::WorkerRole::kGang;
     hello.worker = options_.worker;
     hello.host = options_.host;
-    hello.device = "cpu";
+    hello.device = options_.device;
     hello.pid = ::getpid();
     hello.incarnation = options_.start.gang;
     hello.jobs = {claim()};

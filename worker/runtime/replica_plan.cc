@@ -1,10 +1,8 @@
 #include "worker/runtime/replica_plan.h"
 
-#include "worker/memory/estimator.h"
+#include "worker/runtime/job_estimate.h"
 
 #include <nlohmann/json.hpp>
-
-#include <algorithm>
 
 namespace tandem::worker::runtime {
 
@@ -27,30 +25,11 @@ Result<std::string> estimate_replica(const kernels::DeviceProfile& profile,
                                      const model::ModelConfig& config,
                                      const ModelHostOptions& options, const std::string& json) {
   TANDEM_ASSIGN_OR_RETURN(const comm::Layout layout, parse_replica(json));
-  if (profile.type != kernels::DeviceType::kCpu)
-    return refused_error(str("a replica of ", layout.ranks(), " ranks needs CPU workers so far"));
-  const serve::ServeOptions serve = serve_options(options);
-  TANDEM_ASSIGN_OR_RETURN(const auto ranks,
-                          memory::estimate_replica(profile, config, options.dtype, serve,
-                                                   options.adapter_slots, layout));
   TANDEM_ASSIGN_OR_RETURN(
-      const auto engine,
-      memory::estimate_serving(profile, config, options.dtype, serve, options.adapter_slots + 1));
-  const auto largest =
-      std::max_element(ranks.begin(), ranks.end(),
-                       [](const auto& a, const auto& b) { return a.peak_total < b.peak_total; });
-  auto per_rank = nlohmann::json::array();
-  for (const auto& rank : ranks) per_rank.push_back(nlohmann::json::parse(rank.to_json()));
-  auto kinds = nlohmann::json::parse(largest->to_json());
-  kinds["serving_engine"] = engine.peak_total;
-  const std::int64_t total = largest->peak_total + engine.peak_total;
-  return nlohmann::json{{"peak_bytes", total},
-                        {"by_kind", kinds},
-                        {"ranks", per_rank},
-                        {"limit_bytes", options.memory_bytes_max},
-                        {"dtype", dtype_name(options.dtype)},
-                        {"fits", total <= options.memory_bytes_max}}
-      .dump();
+      const auto ranks,
+      memory::estimate_replica(profile, config, options.dtype, serve_options(options),
+                               options.adapter_slots, layout));
+  return gang_reply(profile, config, options, layout, ranks);
 }
 
 ByteVector ReplicaPlan::encode() const {

@@ -23,14 +23,16 @@ struct ReplicaRank::Memory {
                     "serving activations", o.memory_bytes_max),
         workspace(*b.allocator, *b.ledger, kernels::MemoryKind::kWorkspace, "serving workspace",
                   o.memory_bytes_max),
-        exec{workspace, {}, o.numerics} {}
+        exec{workspace, b.ops->make_stream(true), o.numerics} {}
   kernels::Arena weights, table, activations, workspace;
   kernels::Exec exec;
 };
 
-ReplicaRank::ReplicaRank(kernels::Backend& backend, const ModelHostOptions& options,
-                         comm::Communicator& gang, GangPatience& patience, const Clock& clock)
+ReplicaRank::ReplicaRank(kernels::Backend& backend, const GangRank::Options& device,
+                         const ModelHostOptions& options, comm::Communicator& gang,
+                         GangPatience& patience, const Clock& clock)
     : backend_(backend),
+      device_(device),
       options_(options),
       gang_(gang),
       patience_(patience),
@@ -57,7 +59,8 @@ Status ReplicaRank::load(const ReplicaPlan& plan) {
   TANDEM_ASSIGN_OR_RETURN(encoder_, make_encoder(loaded_, plan.model_path));
   const int rank = gang_.rank();
   const model::ModelShard shard{
-      plan.layout.tp_rank(rank), plan.layout.tp,
+      plan.layout.tp_rank(rank),
+      plan.layout.tp,
       {model::stage_at(config.layers, plan.layout.pp, plan.layout.pp_rank(rank))}};
   TANDEM_ASSIGN_OR_RETURN(
       auto base, model::BaseWeights::load(*backend_.ops, memory_->exec, memory_->weights, config,
@@ -74,13 +77,15 @@ Status ReplicaRank::load(const ReplicaPlan& plan) {
 }
 
 Status ReplicaRank::build(const ReplicaPlan& plan) {
-  groups_ = comm::make_groups(gang_, plan.layout);
+  TANDEM_ASSIGN_OR_RETURN(
+      devices_, join_devices(gang_, *backend_.ops, memory_->exec, device_, patience_, false));
+  groups_ = comm::make_groups(devices_ ? *devices_ : gang_, plan.layout);
   adapters_ =
       std::make_unique<model::AdapterTable>(*backend_.ops, memory_->exec, memory_->table,
                                             weights_->base().config(), options_.adapter_slots);
   context_.emplace(model::Context{*backend_.ops, memory_->exec, *groups_.tp, memory_->activations,
                                   options_.dtype});
-  link_ = serve::make_comm_link(*groups_.model, *context_);
+  link_ = serve::make_comm_link(gang_, memory_->exec);
   ranks_.emplace(serve::ReplicaRanks{*groups_.model, *groups_.pp, *link_});
   serve::ServeOptions serve = serve_options(options_);
   serve.base_digest = plan.base;

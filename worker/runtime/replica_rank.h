@@ -17,8 +17,11 @@ namespace tandem::worker::runtime {
 
 class ReplicaRank {
  public:
-  ReplicaRank(kernels::Backend& backend, const ModelHostOptions& options, comm::Communicator& gang,
-              GangPatience& patience, const Clock& clock);
+  /// `device` (of which memory_bytes_max and numerics are those of `options`) and `gang`: as
+  /// GangRank has them.
+  ReplicaRank(kernels::Backend& backend, const GangRank::Options& device,
+              const ModelHostOptions& options, comm::Communicator& gang, GangPatience& patience,
+              const Clock& clock);
   ~ReplicaRank();
   ReplicaRank(const ReplicaRank&) = delete;
   ReplicaRank& operator=(const ReplicaRank&) = delete;
@@ -43,11 +46,13 @@ class ReplicaRank {
   Status build(const ReplicaPlan& plan);
 
   kernels::Backend& backend_;
+  const GangRank::Options device_;
   const ModelHostOptions options_;
   comm::Communicator& gang_;
   GangPatience& patience_;
   const Clock& clock_;
   std::unique_ptr<Memory> memory_;
+  std::unique_ptr<comm::Communicator> devices_;  ///< null: `gang_` moves what ops work on, too
   GangWire wire_;
   comm::Groups groups_;
   model::LoadedModel loaded_;

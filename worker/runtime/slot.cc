@@ -92,6 +92,14 @@ std::optional<EngineInfo> running_engine(const SlotPaths& paths) {
   return EngineInfo{json["pid"].get<pid_t>(), json.value("incarnation", Incarnation{0})};
 }
 
+Result<int> slot_of(const WorkerId& worker) {
+  const std::size_t begin = worker.value.find_last_not_of("0123456789") + 1;
+  const std::string digits = worker.value.substr(begin);
+  if (digits.empty() || digits.size() > 6)
+    return invalid_error(str("worker ", worker, " has no slot at its end"));
+  return std::stoi(digits);
+}
+
 std::string host_name() {
   char name[256] = {};
   if (::gethostname(name, sizeof name - 1) != 0 || !name[0]) return "localhost";

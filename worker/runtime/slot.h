@@ -54,4 +54,7 @@ std::optional<EngineInfo> running_engine(const SlotPaths& paths);
 /// This host's name, for WorkerId and hello.
 std::string host_name();
 
+/// The number at the end of HOST/cpu3 or HOST/cuda3; invalid_error: there is none.
+Result<int> slot_of(const WorkerId& worker);
+
 }  // namespace tandem::worker::runtime

@@ -9,12 +9,12 @@
 namespace tandem::worker::serve {
 namespace {
 
-/// Most frames go in one broadcast; longer ones take further ones of at most so many bytes.
-constexpr std::int64_t kFirstBytes = 4096, kMoreBytes = std::int64_t{4} << 20;
+/// Most frames go in one broadcast; longer ones take a second.
+constexpr std::int64_t kFirstBytes = 4096;
 
 class CommLink final : public CallLink {
  public:
-  CommLink(comm::Communicator& model, model::Context& context) : model_(model), ctx_(context) {}
+  CommLink(comm::Communicator& host, kernels::Exec& exec) : host_(host), exec_(exec) {}
 
   void send(std::span<const std::byte> frame) override {
     const auto size = static_cast<std::int64_t>(frame.size());
@@ -42,21 +42,13 @@ class CommLink final : public CallLink {
   }
 
   Status agree(const Status& mine) override {
-    const auto ranks = static_cast<std::size_t>(model_.size());
+    const auto ranks = static_cast<std::size_t>(host_.size());
     Verdict verdict;
     verdict.code = static_cast<std::int64_t>(mine.code());
     mine.message().copy(verdict.message.data(), verdict.message.size() - 1);
     std::vector<Verdict> all(ranks);
-    {
-      const kernels::ArenaScope scope(ctx_.activations);
-      constexpr auto kBytes = static_cast<std::int64_t>(sizeof verdict);
-      const kernels::Tensor one = ctx_.activations.alloc({kBytes}, DType::kU8);
-      const kernels::Tensor each =
-          ctx_.activations.alloc({static_cast<std::int64_t>(ranks) * kBytes}, DType::kU8);
-      ctx_.ops.upload(ctx_.exec, std::as_bytes(std::span(&verdict, 1)), one);
-      model_.all_gather(ctx_.exec, one, each);
-      ctx_.ops.download(ctx_.exec, each, std::as_writable_bytes(std::span(all)));
-    }
+    host_.all_gather(exec_, view(std::as_writable_bytes(std::span(&verdict, 1))),
+                     view(std::as_writable_bytes(std::span(all))));
     for (std::size_t r = 0; r < ranks; ++r) {
       if (all[r].code == 0) continue;
       const std::string message = all[r].message.data();
@@ -74,28 +66,22 @@ class CommLink final : public CallLink {
     std::array<char, 1016> message{};  ///< cut to fit
   };
 
-  /// Rank 0's bytes to everybody, through device memory, which is what communicators move.
+  static kernels::Tensor view(std::span<std::byte> bytes) {
+    return {bytes.data(), DType::kU8, {static_cast<std::int64_t>(bytes.size())}};
+  }
+  /// Rank 0's bytes to everybody.
   void broadcast(std::span<std::byte> bytes) {
-    for (std::size_t at = 0; at < bytes.size(); at += kMoreBytes) {
-      const auto part =
-          bytes.subspan(at, std::min(bytes.size() - at, static_cast<std::size_t>(kMoreBytes)));
-      const kernels::ArenaScope scope(ctx_.activations);
-      const kernels::Tensor x =
-          ctx_.activations.alloc({static_cast<std::int64_t>(part.size())}, DType::kU8);
-      if (model_.rank() == 0) ctx_.ops.upload(ctx_.exec, part, x);
-      model_.broadcast(ctx_.exec, x, 0);
-      if (model_.rank() != 0) ctx_.ops.download(ctx_.exec, x, part);
-    }
+    if (!bytes.empty()) host_.broadcast(exec_, view(bytes), 0);
   }
 
-  comm::Communicator& model_;
-  model::Context& ctx_;
+  comm::Communicator& host_;
+  kernels::Exec& exec_;
 };
 
 }  // namespace
 
-std::unique_ptr<CallLink> make_comm_link(comm::Communicator& model, model::Context& context) {
-  return std::make_unique<CommLink>(model, context);
+std::unique_ptr<CallLink> make_comm_link(comm::Communicator& host, kernels::Exec& exec) {
+  return std::make_unique<CommLink>(host, exec);
 }
 
 }  // namespace tandem::worker::serve

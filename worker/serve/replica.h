@@ -6,7 +6,6 @@
 
 #include "protocol/base/status.h"
 #include "worker/comm/communicator.h"
-#include "worker/model/context.h"
 
 #include <cstddef>
 #include <memory>
@@ -34,8 +33,8 @@ struct ReplicaRanks {
   CallLink& calls;
 };
 
-/// Over the communicator of the replica itself. A follower waits in a collective: the leader sends
-/// at least an empty frame before the communicator's time-out.
-std::unique_ptr<CallLink> make_comm_link(comm::Communicator& model, model::Context& context);
+/// Over the communicator of the replica's ranks that moves host memory. A follower waits in a
+/// collective: the leader sends at least an empty frame before the communicator's time-out.
+std::unique_ptr<CallLink> make_comm_link(comm::Communicator& host, kernels::Exec& exec);
 
 }  // namespace tandem::worker::serve

@@ -87,6 +87,29 @@ TEST(Layout, RefusesSizesThatMakeNoSense) {
   EXPECT_FALSE((Layout{1, 2, 1, 1}).validate().ok());
 }
 
+TEST(Layout, IsReadFromOneWord) {
+  const Layout both = Layout::parse("tp2xpp3").value();
+  EXPECT_EQ(both.tp, 2);
+  EXPECT_EQ(both.pp, 3);
+  EXPECT_EQ(both.dp, 1);
+  const Layout sharded = Layout::parse("dp4 x zero3").value();
+  EXPECT_EQ(sharded.dp, 4);
+  EXPECT_EQ(sharded.zero, 3);
+  EXPECT_EQ(Layout::parse("pp2, virtual 2").value().virtual_pp, 2);
+  const Layout printed{2, 1, 4, 1};
+  EXPECT_EQ(Layout::parse(printed.to_string()).value().to_string(), printed.to_string());
+  for (const char* wrong : {"tp", "2tp", "tp2yp2", "tp2pp2", "sp2", "tp2xtp", "x", "tp99999999999"})
+    EXPECT_EQ(Layout::parse(wrong).status().code(), StatusCode::kInvalid) << wrong;
+}
+
+TEST(Layout, CountsTheCommunicatorsOfARank) {
+  EXPECT_EQ((Layout{1, 1, 1, 0}).groups(), 0);
+  EXPECT_EQ((Layout{2, 1, 1, 3}).groups(), 1);
+  EXPECT_EQ((Layout{1, 2, 2, 0}).groups(), 3);  // all, tp, pp
+  EXPECT_EQ((Layout{1, 1, 4, 0}).groups(), 2);  // all, both ends
+  EXPECT_EQ((Layout{2, 2, 1, 0}).groups(), 4);  // all, tp, dp, and tp x pp of its own
+}
+
 TEST(SingleCommunicator, IsTheIdentity) {
   RankDevice device;
   const auto comm =

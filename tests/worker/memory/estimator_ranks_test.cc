@@ -103,6 +103,22 @@ TEST(EstimatorOfRanks, ShardingAnEightBillionModelSavesWhatItShould) {
   EXPECT_NEAR(bytes({4, 1, 1, 2}, MemoryKind::kGradients), reduced, 0.01 * reduced);
 }
 
+TEST(EstimatorOfRanks, WhatLiesBesideTheLedgerDependsOnTheDevice) {
+  worker::memory::Estimate rank;
+  rank.peak_bytes[static_cast<std::size_t>(kernels::MemoryKind::kOptimizer)] = 1000;
+  kernels::DeviceProfile gpu;
+  gpu.type = kernels::DeviceType::kCuda;
+  const auto on_cpu = worker::memory::beside_ledger({}, {1, 2, 2, 0}, rank);
+  EXPECT_EQ(on_cpu.total(), 1000) << "a checkpoint is copied where the rank computes";
+  const auto on_gpu = worker::memory::beside_ledger(gpu, {1, 2, 2, 0}, rank);
+  EXPECT_EQ(on_gpu.checkpoint_copy, 0);
+  EXPECT_GT(on_gpu.context, 0);
+  const auto two = worker::memory::beside_ledger(gpu, {2, 1, 1, 0}, rank);
+  EXPECT_GT(two.nccl, 0);
+  EXPECT_EQ(on_gpu.nccl, 3 * two.nccl) << "a communicator each for all, tp and pp";
+  EXPECT_EQ(worker::memory::beside_ledger(gpu, {}, rank).nccl, 0) << "a gang of one has none";
+}
+
 TEST(EstimatorOfRanks, SequenceParallelismCutsWhatLiesBetweenBlocks) {
   protocol::TrainSettings settings;
   settings.recompute = "block";

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <thread>
 
 #include <unistd.h>
@@ -115,19 +116,35 @@ TEST(GangState, ComesBackAsItWas) {
   EXPECT_EQ(copy.tensors[0].first, 4);
 }
 
+TEST(GangPaths, KeepTheWordOfTheRankThatFailedFirst) {
+  const auto slot =
+      SlotPaths::create(testing::TempDir() + str("tandem_word_", ::getpid()), "cuda", 1);
+  const GangPaths paths(slot.value());
+  EXPECT_EQ(paths.word(), "");
+  std::filesystem::create_directories(paths.directory);
+  paths.leave_word("rank 1: out of GPU memory");
+  paths.leave_word("rank 0: a member of the gang is gone");
+  EXPECT_EQ(paths.word(), "rank 1: out of GPU memory");
+  std::filesystem::remove_all(paths.directory);
+  paths.leave_word("nobody is there to hear it");
+  EXPECT_EQ(paths.word(), "");
+}
+
 TEST(GangEnvironment, HoldsNothingOfAnOuterMpirunOrSlurm) {
   for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_JOB_ID", "ORTE_X", "SECRET"})
     ::setenv(name, "1", 1);
   ::setenv("TANDEM_TIME_SCALE", "1", 1);
-  bool scale = false, path = false, root = false;
+  ::setenv("NCCL_NVLS_ENABLE", "0", 1);
+  bool scale = false, path = false, root = false, nccl = false;
   for (const std::string& variable : gang_environment("/run/gang")) {
     for (const char* name : {"OMPI_COMM", "PMIX_", "SLURM_", "ORTE_", "SECRET"})
       EXPECT_FALSE(variable.starts_with(name)) << variable;
     scale = scale || variable == "TANDEM_TIME_SCALE=1";
+    nccl = nccl || variable == "NCCL_NVLS_ENABLE=0";
     path = path || variable.starts_with("PATH=");
     root = root || variable == "OMPI_ALLOW_RUN_AS_ROOT=1";
   }
-  EXPECT_TRUE(scale && path);
+  EXPECT_TRUE(scale && path && nccl);
   EXPECT_EQ(root, ::geteuid() == 0);
 }
 

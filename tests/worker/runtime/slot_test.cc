@@ -16,6 +16,13 @@ std::string temporary(const std::string& name) {
   return testing::TempDir() + "tandem_slot_" + std::to_string(::getpid()) + "_" + name;
 }
 
+TEST(SlotOf, IsTheNumberAtTheEndOfAWorker) {
+  EXPECT_EQ(slot_of(WorkerId("node7/cuda3")).value(), 3);
+  EXPECT_EQ(slot_of(WorkerId("host/cpu12")).value(), 12);
+  for (const char* wrong : {"", "host/cpu", "host/cuda99999999"})
+    EXPECT_EQ(slot_of(WorkerId(wrong)).status().code(), StatusCode::kInvalid) << wrong;
+}
+
 TEST(FileLock, NamesItsHolderToTheSecondWhoWantsIt) {
   const std::string path = temporary("lock");
   {

@@ -61,7 +61,7 @@ struct ReplicaRank {
     weights = model::make_resident_weights(base);
     table.emplace(*backend.ops, exec, adapters_arena, base->config(), 4);
     context.emplace(model::Context{*backend.ops, exec, *groups.tp, activations, DType::kF32});
-    link = make_comm_link(*groups.model, *context);
+    link = make_comm_link(*groups.model, context->exec);
     ranks.emplace(ReplicaRanks{*groups.model, *groups.pp, *link});
   }
 

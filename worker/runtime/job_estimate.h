@@ -1,0 +1,30 @@
+// What a job takes of a worker, as the coordinator is told: the dry run's bytes beside what serving
+// takes there, as an EstimateReply's JSON. Pure but for time and the cost model's file; any thread.
+#pragma once
+
+#include "kernels/device_profile.h"
+#include "protocol/job_spec.h"
+#include "worker/memory/estimator.h"
+#include "worker/runtime/model_host.h"
+
+#include <string>
+#include <vector>
+
+namespace tandem::worker::runtime {
+
+/// Of a job in the engine itself, of one over several ranks (each beside the engine of its slot),
+/// or, with layout auto, of the fastest layout that fits. `data_directory` may hold a cost model.
+/// Errors as memory::estimate_training and estimate_gang.
+Result<std::string> estimate_job(const kernels::DeviceProfile& profile,
+                                 const model::ModelConfig& config, const ModelHostOptions& options,
+                                 const protocol::TrainSettings& settings,
+                                 const std::string& data_directory);
+
+/// The reply about a gang: its largest rank, that rank's process and the engine of its slot must
+/// fit together.
+Result<std::string> gang_reply(const kernels::DeviceProfile& profile,
+                               const model::ModelConfig& config, const ModelHostOptions& options,
+                               const comm::Layout& layout,
+                               const std::vector<memory::Estimate>& ranks);
+
+}  // namespace tandem::worker::runtime
