@@ -17,9 +17,11 @@ std::int64_t packed_bytes(DType format, std::int64_t n, std::int64_t k);
 inline constexpr std::int64_t kRetileBytesMax = 16 << 20;
 
 /// y[T, n] = x[T, k] W^T and dx[T, k] = dy[T, n] W, with `terms` low-rank terms whose ranks sum to
-/// `rank_sum` (0: none). Fewer rows may take more: each is for exactly T rows.
+/// `rank_sum` (0: none) and, forward, pieces of at most `piece_rank` (0: none). Fewer rows may take
+/// more: each is for exactly T rows.
 std::int64_t linear_forward_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
-                                    std::int64_t terms, std::int64_t rank_sum, int threads);
+                                    std::int64_t terms, std::int64_t rank_sum,
+                                    std::int64_t piece_rank, int threads);
 std::int64_t linear_input_grad_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
                                        std::int64_t terms, std::int64_t rank_sum, int threads);
 /// y[T, out] = x[T, in] times a small matrix.

@@ -72,7 +72,7 @@ LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const Devic
   ScratchLayout layout;
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
-  std::int64_t terms = 0, rank_sum = 0;
+  std::int64_t terms = 0, rank_sum = 0, piece_rank = 0;
   if (has_adapters(a.sites, a.adapters)) {
     const std::int64_t rank_max = a.adapters->rank_max;
     const std::int64_t columns = static_cast<std::int64_t>(a.sites.size()) * rank_max;
@@ -81,15 +81,16 @@ LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const Devic
     if (fuses_adapters(a.sites, a.adapters)) {
       terms = static_cast<std::int64_t>(a.sites.size());
       rank_sum = columns;
+    } else {
+      piece_rank = rank_max;
     }
-    const std::int64_t n_max = site_outputs_max(a.sites);
     w.gemm_bytes = most_over_rows(t, [&](std::int64_t rows) {  // of a segment
-      return std::max(cpu::small_product_scratch(cd, rows, i, rank_max, profile.threads),
-                      cpu::small_product_scratch(cd, rows, rank_max, n_max, profile.threads));
+      return cpu::small_product_scratch(cd, rows, i, rank_max, profile.threads);
     });
   }
-  w.gemm_bytes = std::max(w.gemm_bytes, cpu::linear_forward_scratch(a.weight->dtype, t, n, i, terms,
-                                                                    rank_sum, profile.threads));
+  w.gemm_bytes =
+      std::max(w.gemm_bytes, cpu::linear_forward_scratch(a.weight->dtype, t, n, i, terms, rank_sum,
+                                                         piece_rank, profile.threads));
   w.gemm = layout.add(w.gemm_bytes);
   w.bytes = layout.bytes();
   return w;
@@ -154,7 +155,7 @@ LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntr
   w.gemm_bytes = most_over_rows(w.chunk_rows, [&](std::int64_t rows) {
     const DType format = a.weight->dtype;
     const std::int64_t forward =
-        cpu::linear_forward_scratch(format, rows, v, c, 0, 0, profile.threads);
+        cpu::linear_forward_scratch(format, rows, v, c, 0, 0, 0, profile.threads);
     if (!a.dx.defined()) return forward;
     std::int64_t backward = 0;
     for (const std::int64_t n : {std::min(v, kVocabularyBlock), v % kVocabularyBlock})

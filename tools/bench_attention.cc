@@ -179,7 +179,7 @@ void bench_lora(DType dtype, std::int64_t t, std::int64_t n, std::int64_t k,
   Bytes packed(packed_bytes(dtype, n, k));
   pack_rows(packed.data(), dtype, n, k, 0, n, w.view());
   const PackedMatrix weight{packed.data(), dtype, n, k};
-  Bytes scratch(std::max({linear_forward_scratch(dtype, t, n, k, count, ranks, threads),
+  Bytes scratch(std::max({linear_forward_scratch(dtype, t, n, k, count, ranks, 0, threads),
                           linear_input_grad_scratch(dtype, t, n, k, 1, ranks, threads),
                           small_product_scratch(dtype, t, std::max(n, k), ranks, threads),
                           outer_accumulate_scratch(dtype, t, n, ranks, threads),

@@ -111,17 +111,38 @@ std::int64_t thread_bytes(std::int64_t t, std::int64_t reduction, std::int64_t c
                                     terms == 0 ? 0 : rank_sum + (kTileK - 1) * terms);
 }
 
-// What the caller may have counted: all terms, though some may have rank 0.
+// What the caller may have counted: all terms, though some may have rank 0. Pieces are one more,
+// the largest.
 struct TermSizes {
   std::int64_t terms = 0, rank_sum = 0;
 };
+TermSizes with_pieces(TermSizes sizes, std::int64_t piece_rank) {
+  if (piece_rank > 0) sizes = {sizes.terms + 1, sizes.rank_sum + piece_rank};
+  return sizes;
+}
 TermSizes sizes_of(const LinearOptions& options) {
   TermSizes sizes;
   for (const LowRankTerm& term : options.low_rank) {
     ++sizes.terms;
     sizes.rank_sum += term.rank;
   }
-  return sizes;
+  std::int64_t piece_rank = 0;
+  for (const LowRankPiece& piece : options.pieces) piece_rank = std::max(piece_rank, piece.rank);
+  return with_pieces(sizes, piece_rank);
+}
+
+void take_pieces(Product& p, DType format, std::span<const LowRankPiece> pieces) {
+  for (const LowRankPiece& piece : pieces) {
+    TANDEM_CHECK(piece.begin >= 0 && piece.count > 0 && piece.begin + piece.count <= p.columns,
+                 "low-rank columns ", piece.begin, "+", piece.count, " of ", p.columns);
+    TANDEM_CHECK(piece.row_begin >= 0 && piece.row_begin < piece.row_end && piece.row_end <= p.t,
+                 "low-rank rows ", piece.row_begin, "..", piece.row_end, " of ", p.t);
+    TANDEM_CHECK(piece.rank > 0 && piece.rank <= kLowRankMax, "rank ", piece.rank);
+    TANDEM_CHECK(piece.u.dtype == format && piece.v.dtype == format, "low-rank dtypes ",
+                 dtype_name(piece.u.dtype), ", ", dtype_name(piece.v.dtype));
+  }
+  p.pieces = pieces.data();
+  p.pieces_count = static_cast<std::int64_t>(pieces.size());
 }
 
 void check_rows(DType format, const ConstRows& x, const Rows& y) {
@@ -174,8 +195,11 @@ void retile(const PackedMatrix& w, std::int64_t k_begin, std::int64_t k_end, cha
 }  // namespace
 
 std::int64_t linear_forward_scratch(DType format, std::int64_t t, std::int64_t n, std::int64_t k,
-                                    std::int64_t terms, std::int64_t rank_sum, int threads) {
-  return terms_bytes(format, n, terms, rank_sum) + threads * thread_bytes(t, k, n, terms, rank_sum);
+                                    std::int64_t terms, std::int64_t rank_sum,
+                                    std::int64_t piece_rank, int threads) {
+  const TermSizes all = with_pieces({terms, rank_sum}, piece_rank);
+  return terms_bytes(format, n, terms, rank_sum) +
+         threads * thread_bytes(t, k, n, all.terms, all.rank_sum);
 }
 
 void linear_forward(const PackedMatrix& w, std::int64_t t, ConstRows x, Rows y,
@@ -189,6 +213,7 @@ void linear_forward(const PackedMatrix& w, std::int64_t t, ConstRows x, Rows y,
   p.bias_bf16 = options.bias_dtype == DType::kBF16;
   for (const LowRankTerm& term : options.low_rank)
     if (term.rank > 0) add_term(p, w.format, term, SmallLayout::kOutByIn, scratch);
+  take_pieces(p, w.format, options.pieces);
   const TermSizes sizes = sizes_of(options);
   give_scratch(p, scratch, sizes.terms, sizes.rank_sum);
   run_product(p, w.format);
@@ -203,7 +228,8 @@ std::int64_t linear_input_grad_scratch(DType format, std::int64_t t, std::int64_
 void linear_input_grad(const PackedMatrix& w, std::int64_t t, ConstRows dy, Rows dx,
                        const LinearOptions& options, std::span<std::byte> scratch_bytes) {
   check_rows(w.format, dy, dx);
-  TANDEM_CHECK(options.bias == nullptr, "an input gradient has no bias");
+  TANDEM_CHECK(options.bias == nullptr && options.pieces.empty(),
+               "an input gradient has no bias and no pieces");
   Scratch scratch(scratch_bytes);
   Product whole = start_product(t, w.n, w.k, dy, dx);
   whole.accumulate = options.accumulate;

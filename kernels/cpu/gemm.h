@@ -76,11 +76,22 @@ struct LowRankTerm {
   ConstRows u, v;
 };
 
+/// A term of some rows and of a forward product alone:
+/// y[t, begin + j] += sum_r u[t, r] * v[j, r] for t in [row_begin, row_end).
+/// u and v as a term's. Of pieces that share a column each row has at most one. There may be any
+/// number: v is brought into order panel by panel, as it is needed, so no scratch grows with them.
+struct LowRankPiece {
+  std::int64_t row_begin = 0, row_end = 0;
+  std::int64_t begin = 0, count = 0, rank = 0;
+  ConstRows u, v;
+};
+
 struct LinearOptions {
   const void* bias = nullptr;      ///< [N] added to every row (forward only)
   DType bias_dtype = DType::kF32;  ///< f32 or bf16
   bool accumulate = false;         ///< add to the output instead of overwriting it
   std::span<const LowRankTerm> low_rank;
+  std::span<const LowRankPiece> pieces;  ///< forward only; added after the terms
 };
 
 /// y[T, n] = x[T, k] W^T. x in the format's dtype; y f32, or bf16 when the format is bf16.

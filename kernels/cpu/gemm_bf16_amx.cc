@@ -108,6 +108,7 @@ struct RowBlock {
   std::int64_t row = 0, rows = 0;
   char* x_tiles = nullptr;  ///< packed rows of the current stretch, when `packed`
   char* u_tiles[kTermsMax] = {};
+  char* piece = nullptr;  ///< one piece's rows and panel as tiles
   bool packed = false;
 };
 
@@ -118,6 +119,32 @@ void pack_terms(const Product& p, RowBlock& block, char* to) {
     pack_rows_to_tiles(static_cast<const bf16*>(term.u) + block.row * term.ldu, term.ldu,
                        block.rows, 0, term.rank, to);
     to += round_up(block.rows, 32) * round_up(term.rank, kTileK) * 2;
+  }
+}
+
+// Adds the pieces to the sums c of one strip. A piece's rows are summed in a place of their own, so
+// that nothing of it, not even a NaN times zero, meets the other rows.
+void add_pieces(const Product& p, const RowBlock& block, std::int64_t strip, std::int64_t rows,
+                std::int64_t panel, float* c, Aside& aside) {
+  alignas(64) float sums[32 * kPanel];
+  for (std::int64_t i = 0; i < p.pieces_count; ++i) {
+    const LowRankPiece& piece = p.pieces[i];
+    const PieceRows part = piece_rows(piece, panel, block.row + strip, rows);
+    const std::int64_t count = part.end - part.begin;
+    if (count <= 0) continue;
+    const std::int64_t padded = round_up(piece.rank, kTileK);
+    char* v = block.piece + 32 * padded * 2;
+    pack_rows_to_tiles(static_cast<const bf16*>(piece.u.data) + part.begin * piece.u.ld, piece.u.ld,
+                       count, 0, piece.rank, block.piece);
+    pack_piece_bf16_avx512(piece, panel, v);
+    float* mine = c + (part.begin - block.row - strip) * kPanel;
+    const auto bytes = static_cast<std::size_t>(count * kPanel * 4);
+    std::memcpy(sums, mine, bytes);
+    std::memset(reinterpret_cast<char*>(sums) + bytes, 0, sizeof sums - bytes);
+    const Stretch stretch{block.piece, 1024, 64, 2048, v, padded / kTileK};
+    count > 16 ? sum_tiles<2, 2>(p, &stretch, 1, true, sums, aside)
+               : sum_tiles<1, 2>(p, &stretch, 1, true, sums, aside);
+    std::memcpy(mine, sums, bytes);
   }
 }
 
@@ -162,6 +189,7 @@ void run_panel(const Product& p, const RowBlock& block, std::int64_t panel, std:
     else
       narrow ? sum_tiles<1, 1>(p, stretches, count, !first, c, aside)
              : sum_tiles<1, 2>(p, stretches, count, !first, c, aside);
+    if (last) add_pieces(p, block, strip, rows, panel, c, aside);
     if (last) aside.finished = {c, block.row + strip, rows, panel * kPanel};
   }
 }
@@ -174,7 +202,11 @@ char* begin_rows(const Product& p, RowBlock& block, std::int64_t stretch, char* 
   pack_terms(p, block, scratch);
   for (std::int64_t i = 0; i < p.terms_count; ++i)
     scratch += padded_rows * round_up(p.terms[i].rank, kTileK) * 2;
-  return scratch;
+  std::int64_t piece_rank = 0;
+  for (std::int64_t i = 0; i < p.pieces_count; ++i)
+    piece_rank = max_of(piece_rank, p.pieces[i].rank);
+  block.piece = scratch;
+  return scratch + (32 + kPanel) * round_up(piece_rank, kTileK) * 2;
 }
 
 void run_task(const Product& p, const Task& task, char* scratch) {

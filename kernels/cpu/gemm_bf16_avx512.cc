@@ -159,6 +159,22 @@ struct Task {
   std::int64_t row, rows, panel_begin, panel_end;
 };
 
+// Adds the pieces to the sums c of one panel, all rows of the task.
+template <class Math, int H>
+void add_pieces(const Product& p, const Task& task, std::int64_t panel, float* c, char* scratch) {
+  for (std::int64_t i = 0; i < p.pieces_count; ++i) {
+    const LowRankPiece& piece = p.pieces[i];
+    const PieceRows rows = piece_rows(piece, panel, task.row, task.rows);
+    if (rows.begin >= rows.end) continue;
+    pack_piece_bf16_avx512(piece, panel, scratch);
+    const auto u = Math::prepare(piece.u.data, piece.u.ld, rows.begin, rows.end - rows.begin, 0,
+                                 piece.rank, scratch + panel_bytes(DType::kBF16, piece.rank));
+    for (std::int64_t row = rows.begin; row < rows.end; row += Math::kRows)
+      sum_rows<Math, H>(min_of(Math::kRows, rows.end - row), u.data + (row - rows.begin) * u.ld,
+                        u.ld, piece.rank, scratch, true, c + (row - task.row) * kPanel);
+  }
+}
+
 template <class Math, int H>
 void run_task(const Product& p, const Task& task, char* scratch) {
   using Element = typename Math::Element;
@@ -173,6 +189,11 @@ void run_task(const Product& p, const Task& task, char* scratch) {
   }
   auto* parked = reinterpret_cast<float*>(round_up(reinterpret_cast<std::int64_t>(scratch), 64));
   alignas(64) float local[Math::kRows * kPanel];
+  // With pieces, a panel's sums of all rows wait for them, where they are not parked anyway.
+  const bool pieces = p.pieces_count > 0, park = p.reduction > stretch;
+  const std::int64_t padded_rows = round_up(task.rows, 32);
+  const std::int64_t parked_panels = park ? task.panel_end - task.panel_begin : pieces ? 1 : 0;
+  auto* piece_scratch = reinterpret_cast<char*>(parked + parked_panels * padded_rows * kPanel);
   // Groups of rows as even as they come: a last group of few would waste what a panel's walk costs.
   const std::int64_t group = ceil_div(task.rows, ceil_div(task.rows, Math::kRows));
   for (std::int64_t begin = 0; begin < p.reduction; begin += stretch) {
@@ -183,10 +204,9 @@ void run_task(const Product& p, const Task& task, char* scratch) {
           p.panels + panel * panel_bytes(DType::kBF16, p.reduction) + begin * kPanel * 2;
       for (std::int64_t row = 0; row < task.rows; row += group) {
         const std::int64_t rows = min_of(group, task.rows - row);
-        float* c =
-            p.reduction > stretch
-                ? parked + ((panel - task.panel_begin) * round_up(task.rows, 32) + row) * kPanel
-                : local;
+        float* c = park     ? parked + ((panel - task.panel_begin) * padded_rows + row) * kPanel
+                   : pieces ? parked + row * kPanel
+                            : local;
         sum_rows<Math, H>(rows, x.data + row * x.ld, x.ld, end - begin, b, begin > 0, c);
         if (end < p.reduction) continue;
         for (std::int64_t i = 0; i < p.terms_count; ++i) {
@@ -197,9 +217,15 @@ void run_task(const Product& p, const Task& task, char* scratch) {
               term.panels + (panel - term.panel_begin) * panel_bytes(DType::kBF16, term.rank), true,
               c);
         }
+        if (pieces) continue;
         Finished finished{c, task.row + row, rows, panel * kPanel};
         write_rows(p, finished, rows);
       }
+      if (!pieces || end < p.reduction) continue;
+      float* c = parked + (park ? (panel - task.panel_begin) * padded_rows * kPanel : 0);
+      add_pieces<Math, H>(p, task, panel, c, piece_scratch);
+      Finished finished{c, task.row, task.rows, panel * kPanel};
+      write_rows(p, finished, task.rows);
     }
   }
 }
@@ -315,6 +341,26 @@ void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::
       transpose_16x16(r);
       char* block = to + tile / 2 * stride + j * kPanel * 2 + tile % 2 * 1024;
       for (int i = 0; i < 16; ++i) _mm512_store_si512(block + i * 64, r[i]);
+    }
+}
+
+void pack_piece_bf16_avx512(const LowRankPiece& piece, std::int64_t panel, char* to) {
+  const auto* from = static_cast<const std::uint16_t*>(piece.v.data);
+  const std::int64_t first = panel * kPanel - piece.begin;
+  for (std::int64_t j = 0; j < piece.rank; j += kTileK)
+    for (std::int64_t half = 0; half < 2; ++half) {
+      const std::int64_t valid = min_of(kTileK, piece.rank - j);
+      const __mmask32 m = valid >= 32 ? ~__mmask32{0} : ((__mmask32{1} << valid) - 1);
+      __m512i r[16];
+      for (std::int64_t i = 0; i < 16; ++i) {
+        const std::int64_t row = first + half * 16 + i;
+        r[i] = row >= 0 && row < piece.count
+                   ? _mm512_maskz_loadu_epi16(m, from + row * piece.v.ld + j)
+                   : _mm512_setzero_si512();
+      }
+      transpose_16x16(r);
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(to + j * kPanel * 2 + half * 1024 + i * 64, r[i]);
     }
 }
 

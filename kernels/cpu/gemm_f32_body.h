@@ -72,10 +72,13 @@ void add_stretch(std::int64_t rows, const float* x, std::int64_t ldx, std::int64
   }
 }
 
+float widened(bf16 x) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
+}
+
 float bias_at(const Product& p, std::int64_t j) {
-  if (!p.bias_bf16) return static_cast<const float*>(p.bias)[j];
-  return __builtin_bit_cast(
-      float, static_cast<std::uint32_t>(static_cast<const bf16*>(p.bias)[j].bits) << 16);
+  return p.bias_bf16 ? widened(static_cast<const bf16*>(p.bias)[j])
+                     : static_cast<const float*>(p.bias)[j];
 }
 
 struct Task {
@@ -105,6 +108,36 @@ void add_terms(const Product& p, const Task& task) {
                       (panel - term.panel_begin) * term.rank * kPanel,
                   true, static_cast<float*>(p.y) + task.row * p.ldy + panel * kPanel, p.ldy,
                   min_of(kPanel, p.columns - panel * kPanel));
+  }
+}
+
+// v of a piece, as far as it meets one panel: panel[rank][32] in f32.
+void pack_piece(const LowRankPiece& piece, std::int64_t panel, float* to) {
+  const std::int64_t first = panel * kPanel - piece.begin;
+  for (std::int64_t i = 0; i < kPanel; ++i) {
+    const bool exists = first + i >= 0 && first + i < piece.count;
+    const std::int64_t from = (first + i) * piece.v.ld;
+    for (std::int64_t r = 0; r < piece.rank; ++r)
+      to[r * kPanel + i] = !exists ? 0.0f
+                           : piece.v.dtype == DType::kF32
+                               ? static_cast<const float*>(piece.v.data)[from + r]
+                               : widened(static_cast<const bf16*>(piece.v.data)[from + r]);
+  }
+}
+
+void add_pieces(const Product& p, const Task& task, float* scratch) {
+  for (std::int64_t i = 0; i < p.pieces_count; ++i) {
+    const LowRankPiece& piece = p.pieces[i];
+    for (std::int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+      const PieceRows rows = piece_rows(piece, panel, task.row, task.rows);
+      if (rows.begin >= rows.end) continue;
+      pack_piece(piece, panel, scratch);
+      add_stretch(rows.end - rows.begin,
+                  static_cast<const float*>(piece.u.data) + rows.begin * piece.u.ld, piece.u.ld,
+                  piece.rank, scratch, true,
+                  static_cast<float*>(p.y) + rows.begin * p.ldy + panel * kPanel, p.ldy,
+                  min_of(kPanel, p.columns - panel * kPanel));
+    }
   }
 }
 
@@ -164,6 +197,7 @@ void run_task(const Product& p, const Task& task, float* scratch) {
   }
   scale_rows(p, task);
   add_terms(p, task);
+  add_pieces(p, task, scratch);
 }
 
 // -- bf16 operands on processors without bf16 instructions ----------------------------------------
@@ -173,17 +207,14 @@ void widen_panel(const char* from, std::int64_t begin, std::int64_t count, float
   const auto* panel = reinterpret_cast<const bf16*>(from);
   for (std::int64_t k = 0; k < count; ++k)
     for (std::int64_t i = 0; i < kPanel; ++i)
-      to[k * kPanel + i] = __builtin_bit_cast(
-          float, static_cast<std::uint32_t>(panel[bf16_panel_index(i, begin + k)].bits) << 16);
+      to[k * kPanel + i] = widened(panel[bf16_panel_index(i, begin + k)]);
 }
 
 void widen_rows(const void* x, std::int64_t ld, std::int64_t row, std::int64_t rows,
                 std::int64_t begin, std::int64_t count, float* to) {
   const auto* from = static_cast<const bf16*>(x) + row * ld + begin;
   for (std::int64_t i = 0; i < rows; ++i)
-    for (std::int64_t k = 0; k < count; ++k)
-      to[i * count + k] =
-          __builtin_bit_cast(float, static_cast<std::uint32_t>(from[i * ld + k].bits) << 16);
+    for (std::int64_t k = 0; k < count; ++k) to[i * count + k] = widened(from[i * ld + k]);
 }
 
 bf16 round_bf16(float x) {
@@ -201,7 +232,7 @@ void write_sums(const Product& p, const Task& task, std::int64_t panel, const fl
       if (p.bias != nullptr) s += bias_at(p, panel * kPanel + j);
       if (p.y_bf16) {
         auto* y = static_cast<bf16*>(p.y) + at;
-        if (p.accumulate) s += __builtin_bit_cast(float, static_cast<std::uint32_t>(y->bits) << 16);
+        if (p.accumulate) s += widened(*y);
         *y = round_bf16(s);
       } else {
         auto* y = static_cast<float*>(p.y) + at;
@@ -234,6 +265,17 @@ void run_widened(const Product& p, const Task& task, float* scratch) {
           term.panels + (panel - term.panel_begin) * panel_bytes(DType::kBF16, term.rank);
       for (std::int64_t begin = 0; begin < term.rank; begin += stretch)
         add(term.u, term.ldu, at, term.rank, begin, true, true);
+    }
+    for (std::int64_t i = 0; i < p.pieces_count; ++i) {
+      const LowRankPiece& piece = p.pieces[i];
+      const PieceRows rows = piece_rows(piece, panel, task.row, task.rows);
+      if (rows.begin >= rows.end) continue;
+      float* u = rows_block + task.rows * stretch;
+      float* v = u + task.rows * round_up(piece.rank, kTileK);
+      widen_rows(piece.u.data, piece.u.ld, rows.begin, rows.end - rows.begin, 0, piece.rank, u);
+      pack_piece(piece, panel, v);
+      add_stretch(rows.end - rows.begin, u, piece.rank, piece.rank, v, true,
+                  sums + (rows.begin - task.row) * kPanel, kPanel, kPanel);
     }
     write_sums(p, task, panel, sums);
   }

@@ -2,6 +2,7 @@
 // the per-instruction-set files run it. Plain data only (see gemm_layout.h about inline functions).
 #pragma once
 
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/gemm_layout.h"
 
 namespace tandem::kernels::cpu {
@@ -18,7 +19,18 @@ struct PackedTerm {
 
 inline constexpr std::int64_t kTermsMax = 16;  ///< kLowRankTermsMax of gemm.h
 
-/// y[t, columns] (+)= scale * x[t, reduction] * panels, + bias, + terms.
+/// The rows of [row, row + rows) that a piece has, if it has columns of `panel`.
+struct PieceRows {
+  std::int64_t begin = 0, end = 0;
+};
+TANDEM_ALWAYS_INLINE PieceRows piece_rows(const LowRankPiece& piece, std::int64_t panel,
+                                          std::int64_t row, std::int64_t rows) {
+  if (piece.begin >= (panel + 1) * kPanel || piece.begin + piece.count <= panel * kPanel)
+    return {0, 0};
+  return {max_of(piece.row_begin, row), min_of(piece.row_end, row + rows)};
+}
+
+/// y[t, columns] (+)= scale * x[t, reduction] * panels, + bias, + terms, + pieces.
 struct Product {
   std::int64_t t = 0, reduction = 0, columns = 0;
   const void* x = nullptr;  ///< f32 or bf16 like the panels
@@ -34,6 +46,8 @@ struct Product {
   bool bias_bf16 = false;
   PackedTerm terms[kTermsMax];
   std::int64_t terms_count = 0;
+  const LowRankPiece* pieces = nullptr;
+  std::int64_t pieces_count = 0;
   char* scratch = nullptr;  ///< threads * product_scratch_per_thread bytes
   std::int64_t scratch_per_thread = 0;
 };
@@ -49,8 +63,8 @@ TANDEM_ALWAYS_INLINE constexpr std::int64_t reduction_block(std::int64_t t,
 }
 
 /// Bytes each thread needs to run a product, whichever file runs it: rows of x and of the terms' u
-/// (as f32), one panel as f32, parked sums. `rank_padded` is the sum of the terms' ranks, each
-/// rounded up to kTileK.
+/// (as f32), one panel as f32, sums of one panel, parked sums. `rank_padded` is the sum of the
+/// terms' ranks and the largest of the pieces', each rounded up to kTileK.
 TANDEM_ALWAYS_INLINE constexpr std::int64_t product_scratch_per_thread(std::int64_t t,
                                                                        std::int64_t reduction,
                                                                        std::int64_t columns,
@@ -86,6 +100,8 @@ void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::
                          std::int64_t out_shift, char* to);  ///< w [out, in]
 void pack_bf16_in_by_out(const void* w, std::int64_t ld, std::int64_t in, std::int64_t out,
                          std::int64_t out_shift, char* to);  ///< w [in, out]
+/// What of a bf16 piece's v meets one panel of the output: a panel of panel_bytes(kBF16, rank).
+void pack_piece_bf16_avx512(const LowRankPiece& piece, std::int64_t panel, char* to);
 
 // -- weight gradients -----------------------------------------------------------------------------
 

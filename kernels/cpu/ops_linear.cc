@@ -95,37 +95,31 @@ LinearOptions with_bias(const Tensor& bias) {
   return options;
 }
 
-/// y = x W^T + bias, then each segment's low-rank part; or all in one product where one adapter at
-/// most can appear.
+/// y = x W^T + bias and every low-rank part, in one product: as a term of all rows where one
+/// adapter at most can appear, else as pieces of each segment's rows.
 void forward_with_adapters(const LinearArgs& a, const LoraCall& call, std::span<std::byte> gemm) {
   const std::int64_t t = a.x.dim(0);
-  const bool fused = fuses_adapters(a.sites, a.adapters);
+  const bool single = fuses_adapters(a.sites, a.adapters);
   LinearOptions options = with_bias(a.bias);
   std::vector<LowRankTerm> terms;
+  std::vector<LowRankPiece> pieces;
   for (std::size_t s = 0; s < a.sites.size(); ++s) {
     const LoraSite& site = a.sites[s];
     make_u(call, s, dropped_input(call, site, a.x));
-    if (const LoraEntry* entry = fused ? single_entry(call, site, t) : nullptr)
-      terms.push_back({site.n_begin,
-                       site.n,
-                       entry->rank,
-                       part(call.u, 0, call.column(s)),
-                       {entry->b, entry->rank, a.x.dtype}});
-  }
-  options.low_rank = terms;
-  linear_forward(packed(*a.weight), t, part(a.x, 0, 0), part_of(a.y, 0, 0), options, gemm);
-  if (fused) return;
-  for (std::size_t s = 0; s < a.sites.size(); ++s) {
-    const LoraSite& site = a.sites[s];
+    const ConstRows u = part(call.u, 0, call.column(s));
+    if (const LoraEntry* entry = single ? single_entry(call, site, t) : nullptr)
+      terms.push_back({site.n_begin, site.n, entry->rank, u, {entry->b, entry->rank, a.x.dtype}});
     for_each_segment(call.rows, t, [&](std::int64_t begin, std::int64_t end, auto slot) {
-      if (slot < 0) return;
+      if (single || slot < 0) return;
       const LoraEntry& entry = lora_entry(site, slot, call.rows);
-      if (entry.rank == 0) return;
-      small_product(end - begin, entry.rank, site.n, part(call.u, begin, call.column(s)),
-                    {entry.b, entry.rank, a.x.dtype}, SmallLayout::kOutByIn, 1.0f, true,
-                    part_of(a.y, begin, site.n_begin), gemm);
+      if (entry.rank > 0)
+        pieces.push_back(
+            {begin, end, site.n_begin, site.n, entry.rank, u, {entry.b, entry.rank, a.x.dtype}});
     });
   }
+  options.low_rank = terms;
+  options.pieces = pieces;
+  linear_forward(packed(*a.weight), t, part(a.x, 0, 0), part_of(a.y, 0, 0), options, gemm);
 }
 
 /// du = s dy B of each segment, then dA += du^T dropout(x) and dB += dy^T u where wanted.

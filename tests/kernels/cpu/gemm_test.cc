@@ -44,11 +44,12 @@ std::string name_of(const Case& c, DType format) {
 
 void forward(const Weight& w, std::int64_t t, ConstRows x, Rows y,
              const LinearOptions& options = {}) {
-  std::int64_t rank_sum = 0;
+  std::int64_t rank_sum = 0, piece_rank = 0;
   for (const LowRankTerm& term : options.low_rank) rank_sum += term.rank;
+  for (const LowRankPiece& piece : options.pieces) piece_rank = std::max(piece_rank, piece.rank);
   const Buffer scratch(linear_forward_scratch(w.view.format, t, w.view.n, w.view.k,
                                               static_cast<std::int64_t>(options.low_rank.size()),
-                                              rank_sum, omp_get_max_threads()));
+                                              rank_sum, piece_rank, omp_get_max_threads()));
   linear_forward(w.view, t, x, y, options, scratch.span());
 }
 
@@ -138,6 +139,60 @@ TEST(LinearForward, AddsLowRankTermsToTheirColumns) {
           exact.add(u.get(i, 16 + r) * v1.get(j - cut, r));
         return exact;
       });
+    }
+}
+
+TEST(LinearForward, AddsPiecesToTheirRowsAndColumns) {
+  for (const Setting& setting : kSettings)
+    for (const Case& c : {Case{3, 96, 64}, Case{17, 16, 40}, Case{40, 100, 40}, Case{70, 192, 1700},
+                          Case{300, 64, 96}}) {
+      const Matrix w = random_matrix(c.n, c.k, setting.format, 1);
+      const Matrix x = random_matrix(c.t, c.k, setting.format, 2);
+      const Matrix u = random_matrix(c.t, 48, setting.format, 3);
+      const std::int64_t cut = c.n / 2 - 3, first = c.t / 3, last = c.t - 1;
+      const Matrix v0 = random_matrix(cut, 16, setting.format, 4, 2);
+      const Matrix v1 = random_matrix(c.n - cut, 7, setting.format, 5);
+      const Matrix v2 = random_matrix(cut, 40, setting.format, 6);
+      const Matrix y(c.t, c.n, setting.out);
+      const LowRankPiece pieces[] = {{0, first, 0, cut, 16, u.view(), v0.view()},
+                                     {first, last, 0, cut, 40, u.view(), v2.view()},
+                                     {first, last, cut, c.n - cut, 7, u.view(0, 16), v1.view()}};
+      LinearOptions options;
+      options.pieces = pieces;
+      forward(Weight(w, setting.format), c.t, x.view(), y.out(), options);
+      expect_sums(y, c.k + 40, name_of(c, setting.format), [&](std::int64_t i, std::int64_t j) {
+        ExactSum exact;
+        for (std::int64_t k = 0; k < c.k; ++k) exact.add(x.get(i, k) * w.get(j, k));
+        for (std::int64_t r = 0; i < first && j < cut && r < 16; ++r)
+          exact.add(u.get(i, r) * v0.get(j, r));
+        const bool middle = i >= first && i < last;
+        for (std::int64_t r = 0; middle && j < cut && r < 40; ++r)
+          exact.add(u.get(i, r) * v2.get(j, r));
+        for (std::int64_t r = 0; middle && j >= cut && r < 7; ++r)
+          exact.add(u.get(i, 16 + r) * v1.get(j - cut, r));
+        return exact;
+      });
+    }
+}
+
+TEST(LinearForward, APieceReachesNoOtherRowEvenWhenItIsNotANumber) {
+  for (const Setting& setting : kSettings)
+    for (const std::int64_t t : {7, 30, 80}) {
+      const Weight w(random_matrix(96, 64, setting.format, 1), setting.format);
+      const Matrix x = random_matrix(t, 64, setting.format, 2);
+      const Matrix u = random_matrix(t, 16, setting.format, 3);
+      const Matrix v = random_matrix(96, 16, setting.format, 4);
+      const Matrix bad(96, 16, setting.format);  // NaN until it is written
+      const Matrix alone(t, 96, setting.out), beside(t, 96, setting.out);
+      const LowRankPiece pieces[] = {{0, 3, 0, 96, 16, u.view(), v.view()},
+                                     {3, 6, 0, 96, 16, u.view(), bad.view()}};
+      LinearOptions options;
+      options.pieces = std::span(pieces).first(1);
+      forward(w, t, x.view(), alone.out(), options);
+      options.pieces = pieces;
+      forward(w, t, x.view(), beside.out(), options);
+      for (std::int64_t i = 0; i < t; ++i)
+        EXPECT_EQ(same_row(alone, i, beside, i), i < 3 || i >= 6) << "row " << i << " of " << t;
     }
 }
 
