@@ -5,6 +5,7 @@
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/device_error.h"
+#include "kernels/fault_injection.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "protocol/dial.h"
@@ -88,7 +89,14 @@ class Program {
     return kernels::CudaDevice{profile.name, "", profile.memory_bytes, 0};
   }
 
+  /// TANDEM_TEST_FAULT_FILE: for tests; a slot's faults are those of this name and its number.
   Result<kernels::Backend> open_device() const {
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_backend());
+    const char* faults = std::getenv("TANDEM_TEST_FAULT_FILE");
+    if (faults == nullptr) return backend;
+    return kernels::with_faults(std::move(backend), str(faults, id_.slot));
+  }
+  Result<kernels::Backend> open_backend() const {
     if (id_.device == "cuda") return kernels::make_cuda_backend({.device = id_.slot});
     TANDEM_ASSIGN_OR_RETURN(const auto options, cpu_options(settings_, id_));
     return kernels::make_cpu_backend(options);
@@ -166,12 +174,7 @@ class Program {
     runtime::EngineEndpoints endpoints;
     TANDEM_ASSIGN_OR_RETURN(endpoints.control, connect("workers", "engine"));
     TANDEM_ASSIGN_OR_RETURN(endpoints.bulk, connect("bulk", "engine"));
-    try {
-      return runtime::run_engine(options, paths_, backend, std::move(endpoints), clock_);
-    } catch (const kernels::DeviceError& error) {
-      log_error("device failure, the engine ends: ", error.what());
-      std::_Exit(1);  // threads may hold the device; the agent starts another engine
-    }
+    return runtime::run_engine(options, paths_, backend, std::move(endpoints), clock_);
   }
 
   const protocol::CommandLine line_;
