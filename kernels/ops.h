@@ -60,7 +60,7 @@ class Ops {
                                                          std::int64_t i) const = 0;
   /// Packs host rows W [n, i] (f32, bf16 or f16, converted) into `arena`. Set-up time only. `fill`
   /// is called for blocks of consecutive rows so that the source never exists twice: fill(row,
-  /// rows, out f32 [rows, i]).
+  /// rows, out f32 [rows, i]); on a GPU's backend from several threads at once.
   using FillRows = std::function<void(std::int64_t row, std::int64_t rows, float* out)>;
   PackedWeight pack_weight(Exec& exec, Arena& arena, DType dtype, std::int64_t n, std::int64_t i,
                            const FillRows& fill);

@@ -33,7 +33,7 @@ struct Options {
   std::int64_t kv_gib = 4, running_max = 64, batch_tokens = 512, batch_tokens_beside = 256;
   double rate = 8.0, seconds = 30.0, warmup_seconds = 5.0;
   std::int64_t prompt = 512, new_tokens = 128, seed = 1, idle_steps = 12;
-  double interval_ms = 22.0, share_min = 0.25;
+  double interval_ms = 22.0, soon_ms = 8.0, share_min = 0.25;
   std::int64_t beside_rows = 0;
   int spare = 0;
   bool skip_alone = false, skip_serving_alone = false;
@@ -208,11 +208,14 @@ class Engine {
     ref.digest = sha256("bench");
     TANDEM_ASSIGN_OR_RETURN(
         host_, worker::runtime::ModelHost::adopt(backend_, clock_, ref, std::move(loaded), "bench",
-                                                 options, [this] { yield(); }));
+                                                 options, [this] { return yield(); }));
     load_.emplace(host_->serve(), o_, host_->config().vocab);
     turns_.emplace(
         worker::runtime::DeviceTurnsOptions{
-            o_.share_min, static_cast<std::int64_t>(o_.interval_ms * 1e6), o_.beside_rows},
+            .train_share_min = o_.share_min,
+            .step_interval_ns = static_cast<std::int64_t>(o_.interval_ms * 1e6),
+            .soon_ns = static_cast<std::int64_t>(o_.soon_ms * 1e6),
+            .beside_rows_max = o_.beside_rows},
         *load_, [this] { load_->arrivals(); });
     protocol::TrainSettings settings = o_.training.settings({});
     settings.per_device_train_batch_size = o_.training.rows;
@@ -233,7 +236,7 @@ class Engine {
     std::vector<double> rates;
     std::int64_t first = 0, last = 0, count = 0;
     while (count <= steps && steady_ns() < end) {
-      yield();
+      (void)yield();
       Status status;
       turns_->train([&] {
         auto event = session_->run_slice();
@@ -265,9 +268,10 @@ class Engine {
   void set_budget(std::int64_t tokens) { host_->serve().set_token_budget(tokens); }
 
  private:
-  void yield() {
+  bool yield() {
     turns_->between();
     host_->spare_multiprocessors(turns_->step_under_way() || load_->has_work() ? o_.spare : 0);
+    return turns_->soon();
   }
 
   kernels::Backend& backend_;
@@ -294,6 +298,7 @@ Status run(const Options& o) {
            {"new_tokens", o.new_tokens},
            {"seed", o.seed},
            {"serve_interval_ms", o.interval_ms},
+           {"soon_ms", o.soon_ms},
            {"train_share_min", o.share_min},
            {"batch_tokens_beside", o.batch_tokens_beside},
            {"beside_rows_max", o.beside_rows},
@@ -363,6 +368,7 @@ int main(int argc, char** argv) {
   app.add_option("--batch-tokens", o.batch_tokens, "rows of a step that serves alone");
   app.add_option("--batch-tokens-beside", o.batch_tokens_beside, "while a job trains");
   app.add_option("--interval-ms", o.interval_ms, "from one serving step's end to the next one's");
+  app.add_option("--soon-ms", o.soon_ms, "before a step is due, training issues nothing ahead");
   app.add_option("--share-min", o.share_min, "of device time, that training keeps");
   app.add_option("--beside-rows", o.beside_rows, "steps of so many rows run beside training's");
   app.add_option("--spare", o.spare, "multiprocessors that training leaves to serving");

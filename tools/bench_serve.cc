@@ -2,7 +2,10 @@
 // machine, settings, and
 //   coordinator_ms         the coordinator's share of the first token's time
 //   cached                 a repeated greedy request against the same one uncached
-//   publish_to_first_token last training step of a short job to the first token of its adapter
+//   publish_to_first_token last training step of a short job to the first token of its adapter;
+//                          publish_parts_ms: what of it the engine did (hand_over_ms: the trained
+//                          tensors become serving's), disk_mb_per_second: what the registry's disk
+//                          takes, file by file with fsync
 // Needs a platform that is idle: tandem up; tandem model add NAME PATH; bench_serve --model NAME
 // --data FILE
 #include "protocol/base/clock.h"
@@ -12,9 +15,13 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <thread>
 
 namespace tandem::tools {
@@ -116,8 +123,12 @@ std::string upload(Client& client, const std::string& path) {
   return Json::parse(need(client.call("data.add", params.dump()))).value("digest", "");
 }
 
+/// Where a publish's time went, by part.
+using Parts = std::map<std::string, std::vector<double>>;
+
 /// Milliseconds from the last step's event to the first token of the adapter it published.
-double publish_once(Client& client, const Options& options, const std::string& data, int index) {
+double publish_once(Client& client, const Options& options, const std::string& data, int index,
+                    Parts& parts) {
   const Json spec{{"model", options.model},
                   {"dataset", data},
                   {"adapter", "bench-publish"},
@@ -151,7 +162,32 @@ double publish_once(Client& client, const Options& options, const std::string& d
     if (state == "done" || state == "failed") break;
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
+  const Json shown =
+      Json::parse(need(client.call("adapter.show", Json{{"adapter", "bench-publish"}}.dump())));
+  const Json metadata = shown.value("metadata", Json::object());
+  for (const auto& [name, value] : metadata.items())
+    if (name.ends_with("_ms")) parts[name].push_back(value.get<double>());
   return total - (timed.total_ms - timed.first_ms);
+}
+
+/// Files of the size of an adapter, written and synced one after the other.
+double disk_mb_per_second(const std::string& folder) {
+  constexpr std::size_t kBytes = std::size_t{64} << 20;
+  constexpr int kFiles = 4;
+  const std::string path = folder + "/bench-disk", data(kBytes, 'x');
+  const std::int64_t begin = steady_ns();
+  for (int i = 0; i < kFiles; ++i) {
+    const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    const bool written =
+        fd >= 0 && ::write(fd, data.data(), kBytes) == static_cast<ssize_t>(kBytes);
+    if (!written || ::fsync(fd) != 0) {
+      std::cerr << "bench_serve: cannot write " << path << "\n";
+      std::exit(1);
+    }
+    ::close(fd);
+  }
+  ::unlink(path.c_str());
+  return kFiles * kBytes / (static_cast<double>(steady_ns() - begin) * 1e-9) / 1e6;
 }
 
 std::string processor() {
@@ -184,9 +220,14 @@ int run(const Options& options) {
   if (!options.data.empty()) {
     const std::string data = upload(*client, options.data);
     std::vector<double> latencies;
+    Parts parts;
+    publish_once(*client, options, data, 0, parts);  // warm
+    parts.clear();
     for (int i = 0; i < options.publishes; ++i)
-      latencies.push_back(publish_once(*client, options, data, i + 1));
+      latencies.push_back(publish_once(*client, options, data, i + 1, parts));
     result["publish_to_first_token_ms"] = summary(latencies);
+    for (const auto& [name, values] : parts) result["publish_parts_ms"][name] = summary(values);
+    result["disk_mb_per_second"] = disk_mb_per_second(settings.data_dir());
   }
   std::cout << result.dump(2) << "\n";
   return 0;

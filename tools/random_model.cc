@@ -1,7 +1,16 @@
 #include "tools/random_model.h"
 
+#include "storage/safetensors.h"
+#include "worker/model/base_weights.h"
+
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <thread>
 #include <vector>
 
 namespace tandem::tools {
@@ -31,6 +40,74 @@ std::vector<std::string> byte_characters() {
 Json special_token(int id, const std::string& content) {
   return {{"id", id},        {"content", content},  {"single_word", false}, {"lstrip", false},
           {"rstrip", false}, {"normalized", false}, {"special", true}};
+}
+
+Json config_json(const worker::model::ModelConfig& c) {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"model_type", "llama"},
+          {"vocab_size", c.vocab},
+          {"hidden_size", c.width},
+          {"num_hidden_layers", c.layers},
+          {"num_attention_heads", c.heads},
+          {"num_key_value_heads", c.kv_heads},
+          {"head_dim", c.head_dim},
+          {"intermediate_size", c.mlp_width},
+          {"max_position_embeddings", c.context_max},
+          {"rms_norm_eps", c.norm_eps},
+          {"rope_theta", c.rope_theta},
+          {"hidden_act", "silu"},
+          {"tie_word_embeddings", c.tied_embedding},
+          {"bos_token_id", kStart},
+          {"eos_token_id", kEnd},
+          {"torch_dtype", "bfloat16"}};
+}
+
+Status write_text(const std::string& path, const std::string& text) {
+  std::ofstream out(path);
+  out << text;
+  out.close();
+  return out ? Status{} : internal_error(str("cannot write ", path));
+}
+
+/// Rows of one tensor that are filled together.
+struct Piece {
+  const worker::model::TensorSpec* spec;
+  std::int64_t row, rows;
+};
+
+std::vector<Piece> cut(const std::vector<worker::model::TensorSpec>& specs) {
+  constexpr std::int64_t kPieceElements = 1 << 20;
+  std::vector<Piece> pieces;
+  for (const auto& spec : specs) {
+    const std::int64_t rows =
+        std::max<std::int64_t>(1, kPieceElements / std::max<std::int64_t>(1, spec.i));
+    for (std::int64_t row = 0; row < spec.n; row += rows)
+      pieces.push_back({&spec, row, std::min(rows, spec.n - row)});
+  }
+  return pieces;
+}
+
+void fill(const storage::SafetensorsDraft& draft, const std::vector<Piece>& pieces,
+          const worker::model::TensorSource& source) {
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    std::vector<float> values;
+    std::vector<bf16> rounded;
+    for (std::size_t p = next++; p < pieces.size(); p = next++) {
+      const Piece& piece = pieces[p];
+      const std::int64_t width = std::max<std::int64_t>(1, piece.spec->i);
+      values.resize(static_cast<std::size_t>(piece.rows * width));
+      rounded.resize(values.size());
+      source.read_rows(piece.spec->name, piece.row, piece.rows, values.data());
+      std::transform(values.begin(), values.end(), rounded.begin(), to_bf16);
+      std::memcpy(draft.room(piece.spec->name).data() + piece.row * width * 2, rounded.data(),
+                  rounded.size() * sizeof(bf16));
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned t = 1; t < std::thread::hardware_concurrency(); ++t) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
@@ -70,6 +147,31 @@ worker::model::TokenizerFiles byte_tokenizer() {
        "'<|im_start|>assistant\n' }}"
        "{% endif %}"}}.dump();
   return files;
+}
+
+Status write_model(const std::string& folder, const worker::model::ModelConfig& config,
+                   const worker::model::TensorSource& source) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) return internal_error(str("cannot make ", folder, ": ", error.message()));
+  const auto tokenizer = byte_tokenizer();
+  TANDEM_RETURN_IF_ERROR(write_text(folder + "/config.json", config_json(config).dump(2)));
+  TANDEM_RETURN_IF_ERROR(write_text(folder + "/tokenizer.json", tokenizer.tokenizer_json));
+  TANDEM_RETURN_IF_ERROR(
+      write_text(folder + "/tokenizer_config.json", tokenizer.tokenizer_config_json));
+  const auto specs = worker::model::expected_tensors(config);
+  std::vector<storage::TensorInfo> tensors;
+  for (const auto& spec : specs) {
+    storage::TensorInfo& info = tensors.emplace_back();
+    info.name = spec.name;
+    info.dtype = DType::kBF16;
+    info.shape = spec.i > 0 ? std::vector{spec.n, spec.i} : std::vector{spec.n};
+  }
+  const std::string path = folder + "/model.safetensors";
+  TANDEM_RETURN_IF_ERROR(storage::SafetensorsDraft::create(path, tensors, {{"format", "pt"}}));
+  TANDEM_ASSIGN_OR_RETURN(const auto draft, storage::SafetensorsDraft::open(path));
+  fill(draft, cut(specs), source);
+  return {};
 }
 
 }  // namespace tandem::tools

@@ -12,4 +12,10 @@ namespace tandem::tools {
 /// ChatML template.
 worker::model::TokenizerFiles byte_tokenizer();
 
+/// Writes a model of the Llama family as a Hugging Face folder (made when missing): its weights,
+/// rounded to bf16, and byte_tokenizer(). All processors fill the file, which is not synced: a
+/// crash of the machine may lose it. Errors: a folder that cannot be written, a full disk.
+Status write_model(const std::string& folder, const worker::model::ModelConfig& config,
+                   const worker::model::TensorSource& source);
+
 }  // namespace tandem::tools

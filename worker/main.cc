@@ -5,6 +5,7 @@
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/device_error.h"
+#include "kernels/fault_injection.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "protocol/dial.h"
@@ -88,6 +89,14 @@ class Program {
     return kernels::CudaDevice{profile.name, "", profile.memory_bytes, 0};
   }
 
+  /// TANDEM_TEST_FAULT_FILE: for tests; a slot's faults are those of this name and its number.
+  Result<kernels::Backend> open_engine_device() const {
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings_, id_));
+    const char* faults = std::getenv("TANDEM_TEST_FAULT_FILE");
+    if (faults == nullptr) return backend;
+    return kernels::with_faults(std::move(backend), str(faults, id_.slot));
+  }
+
   Result<int> run_agent() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
     TANDEM_ASSIGN_OR_RETURN(const auto device, describe_device());
@@ -141,7 +150,7 @@ class Program {
 
   Result<int> run_engine() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
-    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings_, id_));
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_engine_device());
     const auto& profile = backend.ops->profile();
     runtime::EngineOptions options;
     options.worker = worker_;
@@ -161,12 +170,7 @@ class Program {
     runtime::EngineEndpoints endpoints;
     TANDEM_ASSIGN_OR_RETURN(endpoints.control, connect("workers", "engine"));
     TANDEM_ASSIGN_OR_RETURN(endpoints.bulk, connect("bulk", "engine"));
-    try {
-      return runtime::run_engine(options, paths_, backend, std::move(endpoints), clock_);
-    } catch (const kernels::DeviceError& error) {
-      log_error("device failure, the engine ends: ", error.what());
-      std::_Exit(1);  // threads may hold the device; the agent starts another engine
-    }
+    return runtime::run_engine(options, paths_, backend, std::move(endpoints), clock_);
   }
 
   const protocol::CommandLine line_;

@@ -1,6 +1,7 @@
 // Memory traffic between host and device, and the life of the backend.
 #include "kernels/cuda/cuda_ops.h"
 
+#include "kernels/cuda/weight_upload.h"
 #include "protocol/base/units.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ namespace tandem::kernels::cuda {
 /// part is waited for only when the device is a whole ring behind.
 class PinnedRing {
  public:
-  PinnedRing() {
+  explicit PinnedRing(int device) : weights_(device) {
     TANDEM_CUDA(cudaMallocHost(&base_, kParts * kPartBytes));
     for (cudaEvent_t& event : used_)
       TANDEM_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -26,6 +27,9 @@ class PinnedRing {
   }
   PinnedRing(const PinnedRing&) = delete;
   PinnedRing& operator=(const PinnedRing&) = delete;
+
+  /// Pinned memory that weights come through.
+  UploadThreads& weights() { return weights_; }
 
   void upload(cudaStream_t stream, std::span<const std::byte> host, void* to) {
     for (std::size_t at = 0; at < host.size(); at += kPartBytes) {
@@ -56,6 +60,7 @@ class PinnedRing {
     TANDEM_CUDA(cudaEventSynchronize(used_[next_]));
     return base_ + next_ * kPartBytes;
   }
+  UploadThreads weights_;
   std::byte* base_ = nullptr;
   std::size_t next_ = 0;
   std::array<cudaEvent_t, kParts> used_{};
@@ -104,7 +109,7 @@ class Graphs {
 CudaOps::CudaOps(const CudaOptions& options, const DeviceProfile& profile)
     : options_(options),
       profile_(profile),
-      ring_(std::make_unique<PinnedRing>()),
+      ring_(std::make_unique<PinnedRing>(options.device)),
       graphs_(std::make_unique<Graphs>()) {
   TANDEM_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   for (cudaEvent_t& event : marks_)
@@ -164,20 +169,8 @@ void CudaOps::do_fill_zero(Exec& exec, Tensor x) {
   TANDEM_CUDA(cudaMemsetAsync(x.data, 0, static_cast<std::size_t>(x.bytes()), stream(exec)));
 }
 
-// Blocks of f32 rows go to the device as they are filled and are rounded there.
 void CudaOps::do_pack_weight(Exec& exec, PackedWeight& w, const FillRows& fill) {
-  const PackWeightWorkspace layout = pack_weight_workspace(w.n, w.i);
-  const Scratch scratch(exec, layout.bytes);
-  std::vector<float> block(static_cast<std::size_t>(layout.block_rows * w.i));
-  const std::int64_t row_bytes = w.i * dtype_bytes(w.dtype);
-  for (std::int64_t row = 0; row < w.n; row += layout.block_rows) {
-    const Shape shape{std::min(layout.block_rows, w.n - row), w.i};
-    fill(row, shape[0], block.data());
-    const Tensor staged = scratch.tensor(0, DType::kF32, shape);
-    do_upload(exec, std::as_bytes(std::span(block)).first(static_cast<std::size_t>(staged.bytes())),
-              staged);
-    do_copy(exec, staged, {static_cast<char*>(w.storage.data) + row * row_bytes, w.dtype, shape});
-  }
+  ring_->weights().upload(stream(exec), w, fill);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -68,6 +68,7 @@ class MetaOps final : public Ops {
   void do_copy(Exec&, Tensor from, Tensor to) override { moved(from.bytes() + to.bytes()); }
   void do_fill_zero(Exec&, Tensor x) override { moved(x.bytes()); }
   void do_pack_weight(Exec& exec, PackedWeight& w, const FillRows&) override {
+    if (packs_rows(profile_)) return;  // through pinned memory: a GPU needs no scratch for it
     take(exec, pack_weight_workspace(w.n, w.i).bytes);
   }
   void do_embedding_forward(Exec&, const EmbeddingArgs& a) override { note(a); }

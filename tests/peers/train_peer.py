@@ -3,6 +3,8 @@
     python tests/peers/train_peer.py MODEL.gguf [--ours build/release/bin/bench_train]
                                      [--threads 2] [--rows 8] [--length 512] [--steps 3]
                                      [--modes eager,compiled]
+    python tests/peers/train_peer.py --shape llama3-8b --device cuda --rows 2 --length 2048
+                                     --ours bin/bench_train --recompute elementwise
 
 LoRA of rank 16 on all linear layers, bf16, AdamW, `rows` documents of `length` tokens per step (no
 padding on either side), eager and torch.compile; the median of the measured steps counts. With
@@ -20,9 +22,24 @@ import time
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of bench_train's shapes, those that a peer is asked about: layers, width, mlp, heads, kv heads,
+# head dim, vocabulary, tied.
+SHAPES = {"smollm2-135m": (30, 576, 1536, 9, 3, 64, 49152, True),
+          "llama3.2-1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
+          "llama3-8b": (32, 4096, 14336, 32, 8, 128, 128256, False)}
+
+
+def read_config(args):
+    if args.model:
+        folder, name = os.path.split(os.path.abspath(args.model))
+        return AutoConfig.from_pretrained(folder, gguf_file=name)
+    layers, width, mlp, heads, kv_heads, head_dim, vocab, tied = SHAPES[args.shape]
+    return LlamaConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=mlp,
+                       num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+                       vocab_size=vocab, tie_word_embeddings=tied, max_position_embeddings=131072)
 
 
 def time_steps(model, args, vocab):
@@ -32,13 +49,15 @@ def time_steps(model, args, vocab):
                                   fused=True)
     times, processor = [], []
     for step in range(args.steps + 1):
-        ids = torch.randint(vocab, (args.rows, args.length))
+        ids = torch.randint(vocab, (args.rows, args.length), device=args.device)
         begin, begin_processor = time.perf_counter(), time.process_time()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         if step:
             times.append(time.perf_counter() - begin)
             processor.append(time.process_time() - begin_processor)
@@ -46,16 +65,15 @@ def time_steps(model, args, vocab):
 
 
 def peer(args):
-    folder, name = os.path.split(os.path.abspath(args.model))
     tokens = args.rows * args.length
     out = {}
     for mode in args.modes.split(","):
         torch.manual_seed(0)
         # Random weights of the same shapes: a GGUF file's own would stay packed in its blocks and
         # be unpacked in every product. Time does not depend on the values.
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16,
-                                                attn_implementation="sdpa")
+        with torch.device(args.device):
+            base = AutoModelForCausalLM.from_config(read_config(args), dtype=torch.bfloat16,
+                                                    attn_implementation="sdpa")
         base.config.use_cache = False
         model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=SITES,
                                                 task_type="CAUSAL_LM"), autocast_adapter_dtype=True)
@@ -64,23 +82,33 @@ def peer(args):
             run = torch.compile(model) if mode == "compiled" else model
             seconds, processor = time_steps(run, args, base.config.vocab_size)
             out[mode] = tokens / seconds
+            if args.device == "cuda":
+                out[mode + "_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             out[mode + "_processor_seconds"] = processor
         except Exception as error:  # no compiler on this machine: say so, do not hide it
             out[mode] = None
             out[mode + "_error"] = str(error)[:300]
         del model, base
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     return out
 
 
 def ours(args):
-    command = [args.ours, "--model", args.model, "--threads", str(args.threads), "--rows",
-               str(args.rows), "--length", str(args.length), "--steps", str(args.steps)]
+    which = ["--model", args.model] if args.model else ["--shape", args.shape]
+    command = [args.ours, *which, "--device", args.device, "--threads", str(args.threads),
+               "--rows", str(args.rows), "--length", str(args.length), "--steps", str(args.steps),
+               "--recompute", args.recompute]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--recompute", default="none", help="of --ours")
     parser.add_argument("--ours")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8)
@@ -88,6 +116,8 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--modes", default="eager,compiled")
     args = parser.parse_args()
+    if bool(args.model) == bool(args.shape):
+        parser.error("name a MODEL or a --shape")
     torch.set_num_threads(args.threads)
     report = {"bench": "train_peer", "torch": torch.__version__, "threads": args.threads,
               "rows": args.rows, "length": args.length, "load_before": os.getloadavg()[0]}

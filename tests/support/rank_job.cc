@@ -114,7 +114,7 @@ protocol::TrainSettings rank_job_settings(const RankJob& job) {
   settings.lora_r = 3;
   settings.lora_alpha = 6.0;
   settings.lora_dropout = job.lora_dropout;
-  settings.learning_rate = job.full ? 4e-3 : 2e-2;
+  settings.learning_rate = (job.full ? 4e-3 : 2e-2) * job.learning_rate_scale;
   settings.weight_decay = 0.1;
   settings.warmup_steps = 2;
   settings.max_grad_norm = job.max_grad_norm;

@@ -22,6 +22,7 @@ struct RankJob {
   bool tied = true, bias = true;
   std::int64_t steps = 30;
   double max_grad_norm = 1.0;
+  double learning_rate_scale = 1.0;
   double lora_dropout = 0.0;
   std::string recompute = "none";
   bool eval = false;

@@ -21,6 +21,7 @@ constexpr TimeMs kTakeOverWaitMs = 10000;
 constexpr TimeMs kReportMs = 1000;
 constexpr TimeMs kLastWordMs = 1000;   ///< of a gang whose worker has been given another one
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
+constexpr TimeMs kLongDelayMs = 1000;  ///< before an engine's start: worth a line in the log
 
 StopSignals g_stop_signals;
 std::atomic<bool> g_hand_over{false};
@@ -237,7 +238,10 @@ class Agent {
       engine_ = 0;
       kill_at_ms_ = 0;
       if (upgrading_) restart_in_place();
-      start_at_ms_ = clock_.now_ms() + backoff_.next_delay_ms(clock_.now_ms() - started_ms_);
+      const std::int64_t delay_ms =
+          backoff_.next_delay_ms(clock_.now_ms() - started_ms_, by_itself_);
+      if (delay_ms >= kLongDelayMs) log_warn("the next engine starts in ", delay_ms, " ms");
+      start_at_ms_ = clock_.now_ms() + delay_ms;
     }
     if (stopping_ || exit_code_ >= 0 || clock_.now_ms() < start_at_ms_) return;
     if (auto running = running_engine(paths_)) {
@@ -266,7 +270,10 @@ class Agent {
       return !running || running->pid != engine_;
     }
     int wait_status = 0;
+    by_itself_ = false;
     if (::waitpid(engine_, &wait_status, WNOHANG) != engine_) return false;
+    by_itself_ = WIFEXITED(wait_status) ? WEXITSTATUS(wait_status) != kExitAsked
+                                        : WTERMSIG(wait_status) != SIGKILL;
     if (WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == kExitUsage) exit_code_ = kExitUsage;
     if (!stopping_) log_warn("engine ", engine_, " ended by ", describe_wait_status(wait_status));
     return true;
@@ -297,7 +304,7 @@ class Agent {
   TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0;
   RestartBackoff backoff_;
   pid_t engine_ = 0;
-  bool child_ = false, stopping_ = false, upgrading_ = false;
+  bool child_ = false, stopping_ = false, upgrading_ = false, by_itself_ = false;
   int stops_seen_ = 0, exit_code_ = -1;
   TimeMs started_ms_ = 0, start_at_ms_ = 0, kill_at_ms_ = 0;
 };

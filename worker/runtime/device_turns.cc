@@ -32,9 +32,14 @@ void DeviceTurns::train(const std::function<void()>& slice) {
 }
 
 /// A step begins so early that it ends, if it takes what steps take, an interval after the last.
-bool DeviceTurns::due(std::int64_t now) const {
+bool DeviceTurns::due(std::int64_t at) const {
   const auto interval = static_cast<double>(options_.step_interval_ns);
-  return static_cast<double>(now - step_end_ns_) + step_ns_ >= interval;
+  return static_cast<double>(at - step_end_ns_) + step_ns_ >= interval;
+}
+
+bool DeviceTurns::soon() const {
+  return options_.step_interval_ns > 0 && !under_way_ && server_.has_work() &&
+         due(now_ns_() + options_.soon_ns);
 }
 
 void DeviceTurns::count_training() {

@@ -32,6 +32,9 @@ struct DeviceTurnsOptions {
   double train_share_min = 0.25;
   /// From one step's end to the next one's, while a job trains; 0: steps follow each other.
   std::int64_t step_interval_ns = 0;
+  /// So long before a step is due training issues nothing ahead: a step that waits for one block
+  /// ends when it was expected to, one that waits for two does not.
+  std::int64_t soon_ns = 8'000'000;
   /// Training goes on beside a step of at most so many rows; 0: beside none.
   std::int64_t beside_rows_max = 0;
 };
@@ -48,12 +51,14 @@ class DeviceTurns {
   void train(const std::function<void()>& slice);
   /// Ends a step that is done, lets messages in, and runs what is due.
   void between();
+  /// A step is due soon: what was issued should be done before more is.
+  [[nodiscard]] bool soon() const;
   /// Waits for the step that is under way, if any.
   void finish();
   [[nodiscard]] bool step_under_way() const { return under_way_; }
 
  private:
-  [[nodiscard]] bool due(std::int64_t now) const;
+  [[nodiscard]] bool due(std::int64_t at) const;
   void start();
   /// Training's time since the last step or count.
   void count_training();

@@ -1,5 +1,6 @@
 #include "worker/runtime/engine.h"
 
+#include "kernels/device_error.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "worker/runtime/agent_watch.h"
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <atomic>
 #include <csignal>
+#include <cstdlib>
 #include <mutex>
 
 namespace tandem::worker::runtime {
@@ -55,6 +57,18 @@ class Engine {
   [[nodiscard]] Incarnation incarnation() const { return incarnation_; }
 
   int run() {
+    try {
+      return loop();
+    } catch (const kernels::DeviceError& error) {
+      device_failed(error);
+    }
+  }
+
+ private:
+  static constexpr useconds_t kByeUs = 50000;
+  using Inbox = BoundedQueue<Task>;
+
+  int loop() {
     while (exit_code_ < 0) {
       beat();
       handle_signals();
@@ -63,7 +77,7 @@ class Engine {
       if (job_ && job_->over()) job_.reset();
       set_budget();
       if (job_ && job_->runnable()) {
-        yield();
+        (void)yield();
         turns_.train([this] { job_->run_slice(); });
       } else if (turns_.step_under_way() || serve_.has_work()) {
         turns_.serve();
@@ -72,15 +86,28 @@ class Engine {
       }
       if (agent_.gone()) g_stop_signals.at_least_one();
     }
-    (void)io_.send(
-        protocol::WorkerBye{options_.worker, protocol::WorkerRole::kEngine, incarnation_});
-    ::usleep(kByeUs);  // lets the I/O thread hand it over
+    say_goodbye();
     return exit_code_;
   }
 
- private:
-  static constexpr useconds_t kByeUs = 50000;
-  using Inbox = BoundedQueue<Task>;
+  void say_goodbye() {
+    io_.send(protocol::WorkerBye{options_.worker, protocol::WorkerRole::kEngine, incarnation_});
+    ::usleep(kByeUs);  // lets the I/O thread hand it over
+  }
+
+  /// A failure outside of serving's steps is the job's, whose next failures in a row end it: what
+  /// it asks of a device may be what breaks it. Requests go to other workers, or wait for the next
+  /// engine.
+  [[noreturn]] void device_failed(const kernels::DeviceError& error) {
+    log_error("device failure, the engine ends: ", error.what());
+    if (job_ && !job_->over() && !turns_.step_under_way())
+      io_.send(protocol::JobEnded{
+          job_->job(), job_->epoch(),
+          internal_error(str("device failure on ", options_.worker, ": ", error.what())),
+          job_->step(), "{}"});
+    say_goodbye();
+    std::_Exit(1);  // threads may hold the device
+  }
 
   void post(Inbox& inbox, Task task) {
     if (!inbox.try_push(std::move(task)))
@@ -210,7 +237,7 @@ class Engine {
     serve_.set_model(nullptr);
     model_.reset();
     auto loaded =
-        ModelHost::load(backend_, clock_, ref, *path, options_.model, [this] { yield(); });
+        ModelHost::load(backend_, clock_, ref, *path, options_.model, [this] { return yield(); });
     if (!loaded.ok()) return report_loaded(ref.digest, loaded.status(), 0);
     model_ = std::move(*loaded);
     short_steps_ = false;
@@ -299,12 +326,14 @@ class Engine {
 
   // -- device thread: work
   // ----------------------------------------------------------------------------
-  /// Between two blocks of a training pass: requests may arrive and run, jobs' messages wait.
-  void yield() {
+  /// Between two blocks of a training pass: requests may arrive and run, jobs' messages wait. True:
+  /// a step is due soon.
+  bool yield() {
     beat();
     turns_.between();
     const bool serving = turns_.step_under_way() || serve_.has_work();
     model_->spare_multiprocessors(serving ? options_.spare_multiprocessors : 0);
+    return turns_.soon();
   }
 
   /// Steps are shorter while a job trains: one that is long makes all its answers wait.

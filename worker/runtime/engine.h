@@ -37,8 +37,9 @@ struct EngineEndpoints {
 };
 
 /// Takes the slot's engine lock, serves until SIGTERM (drains), SIGINT after it (ends at once), the
-/// coordinator's refusal, or the loss of its agent. Returns the process's exit code. Throws
-/// DeviceError.
+/// coordinator's refusal, or the loss of its agent. Returns the process's exit code. A DeviceError
+/// ends the process: what failed on a device may fail for ever after, and the agent starts another
+/// engine.
 int run_engine(const EngineOptions& options, const SlotPaths& paths, kernels::Backend& backend,
                EngineEndpoints endpoints, const Clock& clock);
 

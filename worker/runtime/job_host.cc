@@ -256,8 +256,10 @@ void JobHost::checkpoint_stored(std::int64_t step, const Result<std::string>& ma
 void JobHost::publish() {
   phase_ = Phase::kPublishing;
   if (spec_.train.full()) return publish_model();
+  const std::int64_t copy_begin = steady_ns();
   auto flat = session_->flat_adapter(adapter_dtype_);
   if (!flat.ok()) return end(flat.status());
+  publish_times_.copy_ms = static_cast<double>(steady_ns() - copy_begin) / 1e6;
   const auto adapter = std::make_shared<const model::FlatAdapter>(std::move(*flat));
   packed_ = std::make_shared<PackedObject>();
   auto failure = std::make_shared<Status>();
@@ -284,6 +286,7 @@ void JobHost::publish() {
   // Meanwhile, on the device: what was trained must be what is served after loading it again.
   const std::int64_t probe_begin = steady_ns();
   served_ = session_->build_adapter(*adapter);
+  publish_times_.build_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
   probe_difference_ = session_->probe(probe_prompt_, *adapter, served_);
   const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
   if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
@@ -351,19 +354,24 @@ void JobHost::keep_model(const Digest& model) const {
 
 void JobHost::publish_when_ready() {
   if (!uploaded_ || !probed_ || phase_ != Phase::kPublishing) return;
+  const std::int64_t hand_over_begin = steady_ns();
   if (spec_.train.full())
     log_info("the model is uploaded, ", packed_->blobs.size(), " blobs");
   else if (auto installed = model_.install_adapter(packed_->digest, served_); !installed.ok())
     log_warn("the new adapter is not resident: ", installed.message());
+  publish_times_.hand_over_ms = static_cast<double>(steady_ns() - hand_over_begin) / 1e6;
   const Json metadata{
       {"probe_max_abs_difference", probe_difference_},
       {"train_loss_first", first_loss_},
       {"train_loss_last", last_loss_},
       {"steps", session_->step()},
       {"dtype", dtype_name(adapter_dtype_)},
+      {"copy_ms", publish_times_.copy_ms},
       {"pack_ms", publish_times_.pack_ms},
       {"upload_ms", publish_times_.upload_ms},
+      {"build_ms", publish_times_.build_ms},
       {"probe_ms", publish_times_.probe_ms},
+      {"hand_over_ms", publish_times_.hand_over_ms},
       {"publish_prepare_ms", static_cast<double>(steady_ns() - last_step_ns_) / 1e6}};
   parts_.io.send_reliably(start_.job, "publish",
                           protocol::Publish{start_.job, start_.epoch, session_->step(),

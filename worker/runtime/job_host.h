@@ -106,7 +106,7 @@ class JobHost {
   double probe_difference_ = 0;
   /// Where a publish's time goes; part of the version's metadata.
   struct PublishTimes {
-    double pack_ms = 0, upload_ms = 0, probe_ms = 0;
+    double copy_ms = 0, pack_ms = 0, upload_ms = 0, build_ms = 0, probe_ms = 0, hand_over_ms = 0;
   };
   PublishTimes publish_times_;
 };

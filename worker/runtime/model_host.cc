@@ -2,6 +2,7 @@
 
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
+#include "worker/memory/estimator.h"
 #include "worker/runtime/encoder.h"
 
 #include <algorithm>
@@ -14,12 +15,13 @@ namespace {
 constexpr std::int64_t kAdapterTableBytesMax = kGiB;
 
 /// Training's view of the weights: between two blocks of a pass it lets requests run, and it issues
-/// no block before the device has finished the one before the last. A device that works behind this
-/// thread's back is thereby never idle, and a request never waits for more than a block or two.
+/// no block before the device has finished the one before the last (or, when requests are due soon,
+/// the last). A device that works behind this thread's back is thereby hardly ever idle, and a
+/// request never waits for more than a block or two.
 class YieldingWeights final : public model::WeightSource {
  public:
   YieldingWeights(model::WeightSource& weights, model::Context& context,
-                  std::function<void()> yield)
+                  std::function<bool()> yield)
       : weights_(weights), context_(context), yield_(std::move(yield)) {}
   const model::BlockWeights& acquire(std::int64_t layer, model::Phase phase) override {
     yield();
@@ -27,25 +29,22 @@ class YieldingWeights final : public model::WeightSource {
   }
   void yield() override {
     const std::uint64_t here = context_.ops.mark(context_.exec);
-    wait(before_);
+    while (!context_.ops.passed(yield_() ? here : before_)) std::this_thread::sleep_for(kPoll);
     before_ = here;
   }
-  void settle() override { wait(context_.ops.mark(context_.exec)); }
+  void settle() override {
+    const std::uint64_t here = context_.ops.mark(context_.exec);
+    for ((void)yield_(); !context_.ops.passed(here); (void)yield_())
+      std::this_thread::sleep_for(kPoll);
+  }
   void release(std::int64_t layer, model::Phase phase) override { weights_.release(layer, phase); }
   [[nodiscard]] const model::BaseWeights& base() const override { return weights_.base(); }
 
  private:
   static constexpr std::chrono::microseconds kPoll{20};
-  void wait(std::uint64_t mark) {
-    yield_();
-    while (!context_.ops.passed(mark)) {
-      std::this_thread::sleep_for(kPoll);
-      yield_();
-    }
-  }
   model::WeightSource& weights_;
   model::Context& context_;
-  std::function<void()> yield_;
+  std::function<bool()> yield_;
   std::uint64_t before_ = 0;
 };
 
@@ -146,7 +145,7 @@ Result<std::unique_ptr<ModelHost>> ModelHost::load(kernels::Backend& backend, co
                                                    const protocol::ModelRef& model,
                                                    const std::string& path,
                                                    const ModelHostOptions& options,
-                                                   std::function<void()> yield) {
+                                                   std::function<bool()> yield) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(path));
   return adopt(backend, clock, model, std::move(loaded), path, options, std::move(yield));
 }
@@ -156,7 +155,7 @@ Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend, c
                                                     model::LoadedModel loaded,
                                                     const std::string& path,
                                                     const ModelHostOptions& options,
-                                                    std::function<void()> yield) {
+                                                    std::function<bool()> yield) {
   std::unique_ptr<ModelHost> host(new ModelHost(backend, options));
   host->ref_ = model;
   host->loaded_ = std::move(loaded);
@@ -164,8 +163,26 @@ Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend, c
   return host;
 }
 
-Status ModelHost::build(const Clock& clock, const std::string& path, std::function<void()> yield) {
+/// By the dry run, before a byte is read.
+Status ModelHost::check_fit() const {
+  using kernels::MemoryKind;
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto need,
+      memory::estimate_serving(backend_.ops->profile(), loaded_.config, options_.dtype,
+                               serve_options(options_), options_.adapter_slots + 1));
+  if (need.peak_total <= options_.memory_bytes_max) return {};
+  const std::int64_t weights = need.of(MemoryKind::kWeights), kv = need.of(MemoryKind::kKv);
+  return refused_error(
+      str("model ", ref_.name, " needs ", format_bytes(need.peak_total),
+          " to be served: ", format_bytes(weights), " for weights, ", format_bytes(kv),
+          " for the KV cache, ", format_bytes(need.peak_total - weights - kv),
+          " for batches; this engine may use ", format_bytes(options_.memory_bytes_max),
+          " (memory_bytes_max); lower kv_bytes_max or batch_tokens_max, or shard the model"));
+}
+
+Status ModelHost::build(const Clock& clock, const std::string& path, std::function<bool()> yield) {
   TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded_, path));
+  TANDEM_RETURN_IF_ERROR(check_fit());
   auto& ops = *backend_.ops;
   comm_ = comm::make_single_communicator([&ops](kernels::Exec& exec, kernels::Tensor from,
                                                 kernels::Tensor to) { ops.copy(exec, from, to); });
@@ -175,12 +192,6 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
       base_, model::BaseWeights::load(ops, memory_->serve_exec, memory_->weights, loaded_.config,
                                       options_.dtype, *loaded_.source));
   loaded_.source.reset();
-  const std::int64_t weights = memory_->weights.used();
-  if (weights + options_.kv_bytes_max > options_.memory_bytes_max)
-    return refused_error(str("model ", ref_.name, " needs ", format_bytes(weights),
-                             " for weights and ", format_bytes(options_.kv_bytes_max),
-                             " for the KV cache; this engine may use ",
-                             format_bytes(options_.memory_bytes_max), " (memory_bytes_max)"));
   encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
   weights_ = model::make_resident_weights(base_);
   ops.synchronize(memory_->serve_exec);  // training reads the weights in another queue

@@ -36,20 +36,21 @@ serve::ServeOptions serve_options(const ModelHostOptions& options);
 class ModelHost final : public JobModel, public ServedModel {
  public:
   /// Loads from `path` (verified before by the caller). Errors: those of the loader; refused_error
-  /// when the weights and the KV cache do not fit memory_bytes_max (names the three numbers).
-  /// `yield` is called between blocks of training's passes.
+  /// when what serving needs does not fit memory_bytes_max (names the numbers).
+  /// `yield` is called between blocks of training's passes, and again while the device is busy with
+  /// them; true: the next block is to be issued when the device has done all that was.
   static Result<std::unique_ptr<ModelHost>> load(kernels::Backend& backend, const Clock& clock,
                                                  const protocol::ModelRef& model,
                                                  const std::string& path,
                                                  const ModelHostOptions& options,
-                                                 std::function<void()> yield);
+                                                 std::function<bool()> yield);
   /// The same of a model that was opened before; `path` begins errors of its tokenizer.
   static Result<std::unique_ptr<ModelHost>> adopt(kernels::Backend& backend, const Clock& clock,
                                                   const protocol::ModelRef& model,
                                                   model::LoadedModel loaded,
                                                   const std::string& path,
                                                   const ModelHostOptions& options,
-                                                  std::function<void()> yield);
+                                                  std::function<bool()> yield);
   ~ModelHost() override;
   ModelHost(const ModelHost&) = delete;
   ModelHost& operator=(const ModelHost&) = delete;
@@ -82,7 +83,8 @@ class ModelHost final : public JobModel, public ServedModel {
 
  private:
   ModelHost(kernels::Backend& backend, const ModelHostOptions& options);
-  Status build(const Clock& clock, const std::string& path, std::function<void()> yield);
+  Status build(const Clock& clock, const std::string& path, std::function<bool()> yield);
+  [[nodiscard]] Status check_fit() const;
 
   kernels::Backend& backend_;
   const ModelHostOptions options_;

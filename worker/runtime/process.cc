@@ -16,6 +16,7 @@ namespace tandem::worker::runtime {
 namespace {
 constexpr std::int64_t kSameWishNs = 1'000'000'000;
 constexpr std::int64_t kYoungMs = 5000, kDelayFirstMs = 20, kDelayMaxMs = 5000;
+constexpr std::int64_t kYoungByItselfMs = 120'000, kDelayMaxByItselfMs = 60'000;
 
 /// Async-signal-safe.
 void write_own_pid(int fd) {
@@ -99,11 +100,12 @@ void StopSignals::at_least_one() {
   if (count_ == 0) note();
 }
 
-std::int64_t RestartBackoff::next_delay_ms(std::int64_t lived_ms) {
-  if (lived_ms >= kYoungMs)
+std::int64_t RestartBackoff::next_delay_ms(std::int64_t lived_ms, bool by_itself) {
+  const std::int64_t most = by_itself ? kDelayMaxByItselfMs : kDelayMaxMs;
+  if (lived_ms >= (by_itself ? kYoungByItselfMs : kYoungMs))
     delay_ms_ = 0;
   else
-    delay_ms_ = std::min(kDelayMaxMs, std::max(kDelayFirstMs, 2 * delay_ms_));
+    delay_ms_ = std::min(most, std::max(kDelayFirstMs, 2 * delay_ms_));
   return delay_ms_;
 }
 

@@ -44,11 +44,13 @@ class StopSignals {
   std::atomic<std::int64_t> last_ns_{0};
 };
 
-/// Grows from 20 ms, doubling to 5 s while children die within 5 s of their start; else 0.
+/// Grows from 20 ms, doubling to 5 s while children die within 5 s of their start; else 0. Of
+/// children that end by themselves (a device that fails, a model that finds no memory) to a minute,
+/// and within two: a large model loads for longer than 5 s before it fails again.
 class RestartBackoff {
  public:
   /// Milliseconds to wait before the next start of a child that lived `lived_ms`.
-  std::int64_t next_delay_ms(std::int64_t lived_ms);
+  std::int64_t next_delay_ms(std::int64_t lived_ms, bool by_itself = false);
 
  private:
   std::int64_t delay_ms_ = 0;

@@ -3,11 +3,13 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "tests/support/engine_fixture.h"
+#include "tools/bench_training.h"
 #include "worker/train/train_session.h"
 
 #include <gtest/gtest.h>
 
-#include <fstream>
+#include <algorithm>
+#include <iostream>
 
 namespace tandem::worker::memory {
 namespace {
@@ -41,8 +43,32 @@ struct Case {
   std::int64_t slots = 2;
 };
 
+/// What the driver counts beside the ledger. On a CPU nothing: resident bytes say little.
+class DriverWatch {
+ public:
+  explicit DriverWatch(const kernels::Backend& backend)
+      : in_use_(backend.bytes_in_use), context_(in_use_()) {}
+  void look() { most_ = std::max(most_, in_use_()); }
+  /// Between the estimate and 1 % or 128 MiB more (code of kernels and libraries that is loaded at
+  /// its first use), the larger; the context, which was there before, apart.
+  void expect(const std::string& name, std::int64_t estimate) const {
+    if (!test::on_gpu()) return;
+    constexpr std::int64_t kMiB = std::int64_t{1} << 20;
+    const std::int64_t peak = most_ - context_;
+    std::cout << "driver: " << name << ": estimate " << estimate / kMiB << " MiB, driver "
+              << peak / kMiB << " MiB, context and libraries before it " << context_ / kMiB
+              << " MiB\n";
+    EXPECT_GE(peak, estimate) << name;
+    EXPECT_LE(peak, estimate + std::max(estimate / 100, 128 * kMiB)) << name;
+  }
+
+ private:
+  std::function<std::int64_t()> in_use_;
+  std::int64_t context_, most_ = 0;
+};
+
 std::vector<Case> cases() {
-  std::vector<Case> all(12);
+  std::vector<Case> all(17);
   all[0] = {.name = "f32"};
   all[1] = {.name = "bf16", .dtype = DType::kBF16};
   all[2] = {.name = "recompute_mlp", .recompute = "mlp"};
@@ -59,6 +85,18 @@ std::vector<Case> cases() {
       .name = "evaluated_and_published", .dtype = DType::kBF16, .eval = true, .publish = true};
   all[10] = {.name = "tied_with_bias", .tied = true, .bias = true, .threads = 1};
   all[11] = {.name = "tiny_batch_many_slots", .lengths = {3, 2}, .publish = true, .slots = 40};
+  all[12] = {.name = "elementwise", .recompute = "elementwise"};
+  all[13] = {.name = "elementwise_bf16",
+             .dtype = DType::kBF16,
+             .recompute = "elementwise",
+             .lengths = {700, 300}};
+  all[14] = {.name = "rank_1", .dtype = DType::kBF16, .rank = 1};
+  all[15] = {.name = "rank_128", .dtype = DType::kBF16, .recompute = "elementwise", .rank = 128};
+  all[16] = {.name = "sixteen_documents_recomputed",
+             .dtype = DType::kBF16,
+             .recompute = "block",
+             .lengths = std::vector<std::int64_t>(16, 128),
+             .publish = true};
   return all;
 }
 
@@ -102,8 +140,10 @@ model::ModelConfig config_of(const Case& c) {
 /// The same job for real: two steps, the smaller micro-batch first.
 Estimate run_for_real(const Case& c, train::BatchBounds& bounds) {
   const model::ModelConfig config = config_of(c);
-  test::Engine engine(test::make_test_backend(c.threads), config, c.dtype,
-                      *model::make_random_source(config, 1), c.slots);
+  auto backend = test::make_test_backend(c.threads);
+  DriverWatch driver(backend);
+  test::Engine engine(std::move(backend), config, c.dtype, *model::make_random_source(config, 1),
+                      c.slots);
   const data::MicroBatch large = random_batch(c.lengths, config.vocab);
   const data::MicroBatch small = random_batch({2}, config.vocab);
   std::vector<data::OptimizerStep> steps{
@@ -117,14 +157,19 @@ Estimate run_for_real(const Case& c, train::BatchBounds& bounds) {
   options.settings = settings_of(c);
   auto session =
       train::TrainSession::create(engine.session_parts(), options, std::move(batches)).value();
-  while (!session->finished()) TANDEM_CHECK(session->run_slice().ok());
+  while (!session->finished()) {
+    TANDEM_CHECK(session->run_slice().ok());
+    driver.look();
+  }
   if (c.publish) {
     const auto snapshot = session->snapshot_adapter();
-    auto reloaded = model::build_adapter(*engine.backend.ops, engine.exec,
-                                         *engine.backend.allocator, *engine.backend.ledger, config,
-                                         c.dtype, session->flat_adapter(c.dtype));
-    session->probe(std::vector<std::int32_t>(train::kProbeTokens, 1), std::move(reloaded));
+    const auto reloaded = model::build_adapter(*engine.backend.ops, engine.exec,
+                                               *engine.backend.allocator, *engine.backend.ledger,
+                                               config, c.dtype, session->flat_adapter(c.dtype));
+    session->probe(std::vector<std::int32_t>(train::kProbeTokens, 1), reloaded);
+    driver.look();
   }
+  driver.expect(c.name, engine.backend.ledger->peak_total());
   return read_ledger(*engine.backend.ledger);
 }
 
@@ -142,6 +187,63 @@ TEST_P(TrainingEstimate, EqualsTheRealLedgerByteForByte) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Configurations, TrainingEstimate, testing::ValuesIn(cases()),
+                         [](const auto& one) { return std::string(one.param.name); });
+
+/// Training without the base beside it (full), and the shape of a job that is a single batch.
+struct WholeCase {
+  const char* name;
+  tools::TrainingCase training;
+  bool tied = false;
+};
+
+std::vector<WholeCase> whole_cases() {
+  const auto of = [](const char* name, const char* dtype, const char* recompute, std::int64_t rows,
+                     std::int64_t length, bool tied = false) {
+    tools::TrainingCase c;
+    c.method = "full";
+    c.dtype = dtype;
+    c.recompute = recompute;
+    c.rows = rows;
+    c.length = length;
+    c.steps = 1;
+    return WholeCase{name, c, tied};
+  };
+  return {of("f32", "f32", "none", 3, 100),
+          of("bf16", "bf16", "none", 3, 100),
+          of("elementwise", "bf16", "elementwise", 4, 128),
+          of("mlp", "bf16", "mlp", 2, 300),
+          of("block", "bf16", "block", 8, 64),
+          of("long", "bf16", "block", 1, 1000),
+          of("tied", "bf16", "none", 2, 70, true)};
+}
+
+class FullEstimate : public testing::TestWithParam<WholeCase> {};
+
+TEST_P(FullEstimate, EqualsTheRealLedgerAndTheDriversPeak) {
+  const WholeCase& c = GetParam();
+  model::LoadedModel loaded;
+  loaded.config = medium_config();
+  loaded.config.tied_embedding = c.tied;
+  loaded.source = model::make_random_source(loaded.config, 1);
+  kernels::Backend backend = test::make_test_backend(2);
+  DriverWatch driver(backend);
+  kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
+                           "workspace", test::kEngineArenaBytes);
+  kernels::Exec exec{workspace};
+  const auto comm =
+      comm::make_single_communicator([&](kernels::Exec& e, kernels::Tensor from,
+                                         kernels::Tensor to) { backend.ops->copy(e, from, to); });
+  const auto rig = tools::TrainingRig::create(backend, exec, *comm, {}, loaded, c.training).value();
+  while (!rig->session().finished()) {
+    ASSERT_TRUE(rig->session().run_slice().ok());
+    driver.look();
+  }
+  EXPECT_EQ(rig->estimate().to_json(), read_ledger(*backend.ledger).to_json());
+  EXPECT_GT(rig->estimate().of(kernels::MemoryKind::kGradients), 0);
+  driver.expect(str("full ", c.name), rig->estimate().peak_total);
+}
+
+INSTANTIATE_TEST_SUITE_P(Configurations, FullEstimate, testing::ValuesIn(whole_cases()),
                          [](const auto& one) { return std::string(one.param.name); });
 
 TEST(TrainingEstimate, KnownWithoutTheDeviceAndWithoutMemory) {
@@ -192,28 +294,48 @@ TEST(TrainingEstimate, ImpossibleBoundsAndSettingsAreRefused) {
   EXPECT_EQ(estimate({10, 1, 10}).code(), StatusCode::kInvalid);
 }
 
-TEST(ServingEstimate, EqualsTheRealLedgerByteForByte) {
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
-    serve::ServeOptions options;
-    options.kv_bytes_max = 8 << 20;
-    options.max_batch_tokens = 200;
-    options.max_running = 8;
-    const model::ModelConfig config = medium_config();
-    test::Engine engine(test::make_test_backend(2), config, dtype,
-                        *model::make_random_source(config, 1), 4);
-    const ManualClock clock;
-    auto serving = serve::ServeEngine::create(
-                       {*engine.backend.allocator, *engine.backend.ledger, engine.context,
-                        *engine.weights, &engine.adapters, 0, 4, std::nullopt, clock},
-                       options)
-                       .value();
-    serving->reserve_worst_case();
-    const Estimate dry =
-        estimate_serving(engine.backend.ops->profile(), config, dtype, options, 4).value();
-    EXPECT_EQ(dry.to_json(), read_ledger(*engine.backend.ledger).to_json());
-    EXPECT_GT(dry.of(kernels::MemoryKind::kKv), 0);
-  }
+struct ServingCase {
+  const char* name;
+  DType dtype;
+  std::int64_t kv_bytes, batch_tokens, running, slots;
+};
+
+class ServingEstimate : public testing::TestWithParam<ServingCase> {};
+
+TEST_P(ServingEstimate, EqualsTheRealLedgerByteForByte) {
+  const ServingCase& c = GetParam();
+  serve::ServeOptions options;
+  options.kv_bytes_max = c.kv_bytes;
+  options.max_batch_tokens = c.batch_tokens;
+  options.max_running = c.running;
+  const model::ModelConfig config = medium_config();
+  auto backend = test::make_test_backend(2);
+  DriverWatch driver(backend);
+  test::Engine engine(std::move(backend), config, c.dtype, *model::make_random_source(config, 1),
+                      c.slots);
+  const ManualClock clock;
+  auto serving = serve::ServeEngine::create(
+                     {*engine.backend.allocator, *engine.backend.ledger, engine.context,
+                      *engine.weights, &engine.adapters, 0, c.slots, std::nullopt, clock},
+                     options)
+                     .value();
+  serving->reserve_worst_case();
+  driver.look();
+  const Estimate dry =
+      estimate_serving(engine.backend.ops->profile(), config, c.dtype, options, c.slots).value();
+  EXPECT_EQ(dry.to_json(), read_ledger(*engine.backend.ledger).to_json());
+  EXPECT_GT(dry.of(kernels::MemoryKind::kKv), 0);
+  driver.expect(str("serving ", c.name), dry.peak_total);
 }
+
+INSTANTIATE_TEST_SUITE_P(
+    Configurations, ServingEstimate,
+    testing::Values(ServingCase{"f32", DType::kF32, 8 << 20, 200, 8, 4},
+                    ServingCase{"bf16", DType::kBF16, 8 << 20, 200, 8, 4},
+                    ServingCase{"small_pool", DType::kBF16, 2 << 20, 64, 4, 1},
+                    ServingCase{"large_pool", DType::kBF16, 64 << 20, 512, 32, 4},
+                    ServingCase{"many_slots", DType::kF32, 16 << 20, 256, 16, 40}),
+    [](const auto& one) { return std::string(one.param.name); });
 
 }  // namespace
 }  // namespace tandem::worker::memory

@@ -3,6 +3,8 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "storage/file_io.h"
 #include "tests/support/model_golden.h"
+#include "tools/bench_device.h"
+#include "tools/random_model.h"
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -55,6 +57,29 @@ TEST_F(ModelFolder, IsReadWithItsTokenizerTemplateAndDefaults) {
                                       "tokenizer.json", "tokenizer_config.json"}));
   write("chat_template.jinja", "J");  // the file goes first
   EXPECT_EQ(load_model(folder.string()).value().chat_template, "J");
+}
+
+TEST_F(ModelFolder, OfAMadeModelGivesItsWeightsRoundedAndItsConfiguration) {
+  const auto made = tools::load_bench_model("", "tiny").value();
+  const std::string path = (folder / "made").string();
+  ASSERT_TRUE(tools::write_model(path, made.config, *made.source).ok());
+  const auto read = load_model(path);
+  ASSERT_TRUE(read.ok()) << read.status().to_string();
+  ModelConfig config = read->config;
+  EXPECT_EQ(config.eos_ids, (std::vector<std::int32_t>{257}));
+  config.eos_ids.clear();
+  config.bos_id = made.config.bos_id;
+  EXPECT_EQ(config.canonical_json(), made.config.canonical_json());
+  for (const TensorSpec& spec : expected_tensors(made.config)) {
+    ASSERT_TRUE(read->source->has(spec.name, spec.n, spec.i).ok()) << spec.name;
+    std::vector<float> want(static_cast<std::size_t>(spec.n * std::max<std::int64_t>(1, spec.i)));
+    std::vector<float> got = want;
+    made.source->read_rows(spec.name, 0, spec.n, want.data());
+    read->source->read_rows(spec.name, 0, spec.n, got.data());
+    for (float& value : want) value = to_f32(to_bf16(value));
+    ASSERT_EQ(got, want) << spec.name;
+  }
+  EXPECT_FALSE(read->chat_template.empty());
 }
 
 TEST_F(ModelFolder, WhatIsMissingIsNamed) {

@@ -101,6 +101,21 @@ TEST(DeviceTurns, TrainingGoesOnBesideAStepOfFewRowsOnly) {
   }
 }
 
+TEST(DeviceTurns, SaysWhenAStepIsDueSoon) {
+  FakeDevice device;
+  DeviceTurns turns(
+      {.step_interval_ns = 22 * kMs, .soon_ns = 8 * kMs}, device, [] {},
+      [&] { return device.now; });
+  turns.serve();  // steps take 7 ms: the next one begins 15 ms after this one's end
+  EXPECT_FALSE(turns.soon());
+  device.now += 6 * kMs;
+  EXPECT_FALSE(turns.soon());
+  device.now += 1 * kMs;
+  EXPECT_TRUE(turns.soon());
+  device.work = false;
+  EXPECT_FALSE(turns.soon());
+}
+
 TEST(DeviceTurns, MessagesComeInOnlyBetweenSteps) {
   FakeDevice device;
   int messages = 0;

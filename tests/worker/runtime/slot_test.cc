@@ -92,6 +92,14 @@ TEST(RestartBackoff, GrowsForTheShortLivedAndForgetsAfterALongLife) {
   EXPECT_EQ(backoff.next_delay_ms(60'000), 0);
 }
 
+TEST(RestartBackoff, OfAChildThatEndsByItselfGrowsToAMinuteHoweverLongItLoaded) {
+  RestartBackoff backoff;
+  std::int64_t last = 0;
+  for (int i = 0; i < 20; ++i) last = backoff.next_delay_ms(10'000, true);
+  EXPECT_EQ(last, 60'000);
+  EXPECT_EQ(backoff.next_delay_ms(120'000, true), 0);
+}
+
 TEST(Process, SaysHowAChildEnded) {
   auto child = start_process("/bin/sh", {"-c", "exit 7"}, true);
   ASSERT_TRUE(child.ok());

@@ -330,6 +330,43 @@ TEST(ServeCancel, AnIdSubmittedAgainAfterCancellingIsANewRequest) {
   EXPECT_EQ(got.finish, FinishReason::kLength);
 }
 
+// -- a step in two halves -------------------------------------------------------------------------
+
+TEST(ServeStep, TwoHalvesAreAStepWhateverIsCalledBetweenThem) {
+  Fixture f;
+  auto engine = f.engine();
+  const GenerateRequest a = request("a", f.prompt(10), 6), b = request("b", f.prompt(7), 6);
+  const Outcome alone_a = run_alone(*engine, a), alone_b = run_alone(*engine, b);
+  Outcomes got;
+  ASSERT_TRUE(engine->submit(a).ok());
+  EXPECT_EQ(engine->start_step(), 10);
+  ASSERT_TRUE(engine->submit(b).ok()) << "it waits for the step and joins the next";
+  EXPECT_TRUE(engine->step_ready());
+  take(engine->finish_step(), got);
+  EXPECT_EQ(got["a"].ids.size(), 1u);
+  while (engine->has_work()) {
+    EXPECT_GT(engine->start_step(), 0);
+    engine->cancel(RequestId("nobody"));
+    take(engine->finish_step(), got);
+  }
+  EXPECT_EQ(got["a"].ids, alone_a.ids);
+  EXPECT_EQ(got["b"].ids, alone_b.ids);
+}
+
+TEST(ServeStep, ARequestCancelledWhileItRunsEndsWithTheNextStep) {
+  Fixture f;
+  auto engine = f.engine();
+  const GenerateRequest r = request("r", f.prompt(10), 6);
+  ASSERT_TRUE(engine->submit(r).ok());
+  engine->start_step();
+  engine->cancel(r.id);
+  Outcomes got;
+  take(engine->finish_step(), got);
+  EXPECT_EQ(got["r"].finish, FinishReason::kNone);
+  EXPECT_EQ(drain(*engine)["r"].finish, FinishReason::kCancelled);
+  EXPECT_EQ(engine->stats().running, 0);
+}
+
 // -- adapters -------------------------------------------------------------------------------------
 
 TEST(ServeAdapters, WaitForTheirWeightsWhileOthersAreServed) {

@@ -130,7 +130,10 @@ RankResult alone(RankJob job) {
 }
 
 /// f32: what other orders of sums do over 30 steps on the CPU, too, and ten times that. bf16: the
-/// partial sums of a sharded product are rounded once more each, 2^-9 of them.
+/// partial sums of a sharded product are rounded once more each, 2^-9 of them; at the f32 run's
+/// rate the steepest steps take a fifth of the loss, so that noise which moves the descent by a
+/// fifth of a step reads as 4 % there and is gone at the end. An eighth of the rate keeps a step's
+/// share of the loss near 2 %.
 void check_layouts(DType dtype, double allowed) {
   int jobs = 0;
   for (const auto& layout : tested_layouts())
@@ -142,6 +145,7 @@ void check_layouts(DType dtype, double allowed) {
       job.full = full;
       job.gpu = tools::local_rank();
       job.dtype = dtype;
+      if (dtype == DType::kBF16) job.learning_rate_scale = 0.125;
       const RankResult want = alone(job), got = run_rank(gang(), job),
                        again = run_rank(gang(), job);
       ASSERT_EQ(got.losses.size(), 30u);
