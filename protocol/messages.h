@@ -213,7 +213,7 @@ struct WorkerHello {
   WorkerId worker;
   std::string host;
   std::int32_t slot = 0;
-  std::string device;  ///< "cpu" or the GPU's UUID
+  std::string device;  ///< "cpu" or "cuda"
   std::string device_name;
   std::int64_t memory_bytes = 0, pid = 0;
   Incarnation incarnation = 0;

@@ -22,6 +22,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 
 namespace tandem::worker {
 namespace {
@@ -67,21 +68,28 @@ Result<int> follow(const Settings& settings, const Identity& id, const protocol:
 /// A rank whose device failed can only end, and at once: MPI or a kernel that waits for another
 /// rank may hold this process for ever, and so may giving back what lies on the device. mpirun ends
 /// the others.
-[[noreturn]] void end_by_failure(const runtime::GangPaths& paths, const std::string& what) {
-  log_error("the gang ends: ", what);
-  paths.leave_word(what);
-  std::_Exit(1);
-}
-
-/// Runs a rank to its end while its device works.
-template <class Work>
-Result<int> while_device_works(const runtime::GangPaths& paths, const Work& work) {
-  try {
-    return work();
-  } catch (const kernels::DeviceError& error) {
-    end_by_failure(paths, error.what());
+class Watched {
+ public:
+  Watched(const runtime::GangPaths& paths, int rank) : paths_(paths), rank_(rank) {}
+  [[noreturn]] void end(const std::string& why) const {
+    log_error("the gang ends: ", why);
+    paths_.leave_word(str("rank ", rank_, ": ", why));
+    std::_Exit(1);
   }
-}
+  /// What `work` returns; what it holds on the device must outlive the call.
+  template <class Work>
+  auto run(const Work& work) const {
+    try {
+      return work();
+    } catch (const kernels::DeviceError& error) {
+      end(error.what());
+    }
+  }
+
+ private:
+  const runtime::GangPaths& paths_;
+  const int rank_;
+};
 
 /// `leader` is the slot whose agent started the gang; each rank has the device of its own member.
 Result<Identity> identity_of_rank(const Identity& leader, const protocol::StartJob& start,
@@ -110,7 +118,10 @@ Result<int> run(const Settings& settings, const Identity& id) {
   TANDEM_ASSIGN_OR_RETURN(const auto lock,
                           runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
   TANDEM_ASSIGN_OR_RETURN(const Identity mine, identity_of_rank(id, start, gang->rank()));
-  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings, mine));
+  const Watched watched(paths, gang->rank());
+  auto opened = watched.run([&] { return open_device(settings, mine); });
+  if (!opened.ok()) watched.end(opened.status().to_string());
+  kernels::Backend& backend = *opened;
   const auto& profile = backend.ops->profile();
   TANDEM_ASSIGN_OR_RETURN(const auto options, model_options(settings, profile, mine));
   log_info(start.job, " epoch ", start.epoch, ": rank ", gang->rank(), " of ", gang->size(), " on ",
@@ -135,20 +146,22 @@ Result<int> run(const Settings& settings, const Identity& id) {
   };
   const runtime::GangRank::Options on_device{
       options.dtype, options.numerics, options.memory_bytes_max, mine.slot,
-      [&paths](const std::string& what) { end_by_failure(paths, what); }};
+      [&watched](const std::string& why) { watched.end(why); }};
   if (!start.serve_json.empty()) {
-    runtime::ReplicaRank rank(backend, on_device, options, *gang, patience, clock);
-    return while_device_works(paths, [&]() -> Result<int> {
-      if (gang->rank() != 0) return runtime::follow(rank), 0;
+    std::optional<runtime::ReplicaRank> rank;
+    return watched.run([&]() -> Result<int> {
+      rank.emplace(backend, on_device, options, *gang, patience, clock);
+      if (gang->rank() != 0) return runtime::follow(*rank), 0;
       TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
-      return runtime::lead_replica(lead, rank, std::move(made), clock);
+      return runtime::lead_replica(lead, *rank, std::move(made), clock);
     });
   }
-  runtime::GangRank rank(backend, on_device, *gang, patience);
-  return while_device_works(paths, [&]() -> Result<int> {
-    if (gang->rank() != 0) return follow(settings, id, start, rank);
+  std::optional<runtime::GangRank> rank;
+  return watched.run([&]() -> Result<int> {
+    rank.emplace(backend, on_device, *gang, patience);
+    if (gang->rank() != 0) return follow(settings, id, start, *rank);
     TANDEM_ASSIGN_OR_RETURN(auto made, endpoints());
-    return runtime::lead_gang(lead, rank, std::move(made), patience, clock);
+    return runtime::lead_gang(lead, *rank, std::move(made), patience, clock);
   });
 }
 

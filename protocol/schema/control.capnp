@@ -85,7 +85,7 @@ struct WorkerHello {
   worker @2 :Text;       # at most 256 bytes
   host @3 :Text;
   slot @4 :Int32;
-  device @5 :Text;       # "cpu" or the GPU's UUID
+  device @5 :Text;       # "cpu" or "cuda": a gang has one kind
   deviceName @6 :Text;
   memoryBytes @7 :Int64; # what the device may give to this worker
   pid @8 :Int64;

@@ -49,8 +49,8 @@ class TinyPool : public testing::Test {
         return;
       }
     platform_ = std::make_unique<Platform>(std::vector<std::string>{
-        "--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB", "--device",
-        on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", on_gpus() ? "15" : "5"});
+        "--dtype", "f32", "--numerics", "invariant", "--threads", "1", "--kv-bytes-max", "4MiB",
+        "--device", on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", on_gpus() ? "15" : "5"});
     write_tiny_model(platform_->directory() + "/model", 7, layers);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", rows, 8);
     platform_->start_coordinator();

@@ -282,8 +282,8 @@ class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(std::shared_ptr<Handle> handle, std::shared_ptr<SideQueue> side, int rank,
                    int size)
-      : handle_(std::move(handle)),
-        side_(std::move(side)),
+      : side_(std::move(side)),
+        handle_(std::move(handle)),
         rank_(rank),
         size_(size),
         all_(static_cast<std::size_t>(size)) {
@@ -412,8 +412,8 @@ class NcclCommunicator final : public Communicator {
           [&] { return ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s); });
   }
 
-  const std::shared_ptr<Handle> handle_;  ///< shared by groups of all ranks
-  const std::shared_ptr<SideQueue> side_;
+  const std::shared_ptr<SideQueue> side_;  ///< outlives who watches what is on it
+  const std::shared_ptr<Handle> handle_;   ///< shared by groups of all ranks
   const int rank_, size_;
   std::vector<int> all_;  ///< 0 .. size - 1
 };
