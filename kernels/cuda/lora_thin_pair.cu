@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
   extern __shared__ __align__(128) unsigned char memory[];
   auto* tiles = reinterpret_cast<bf16_t*>(memory);
   auto* sums = reinterpret_cast<float*>(memory + P::kSumsAt);
+  launch_dependents();
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const int index = static_cast<int>(blockIdx.y);
   const ColumnBlock block = find_block(v, P::kWidth, index);
@@ -156,7 +157,6 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
     }
   };
 
-  for (int step = 0; step < P::kStages - 1; ++step) load(step);
   // B of this warp's columns: lane (g, q) has rank g of each eight and columns 2q, 2q + 1, +8, +9.
   std::uint32_t b[kWarpColumns / 16][kColumns / 8][2];
 #pragma unroll
@@ -172,6 +172,8 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
         b[k / 16][c / 8][j] = here ? pack_bf16(from[0], from[entry.rank]) : std::uint32_t{0};
       }
 
+  wait_for_inputs();
+  for (int step = 0; step < P::kStages - 1; ++step) load(step);
   float db[kColumns / 16][kWarpColumns / 8][4] = {};
   for (int step = 0; step < steps; ++step) {
     wait<P::kStages - 2>();
@@ -232,51 +234,52 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
 #endif
 }
 
-/// du and dB from their parts, and A of all sites as one matrix.
+/// du and dB from their parts, and A of all sites as one matrix. Grid (blocks, sites).
 __global__ void __launch_bounds__(kThreads)
     add_parts_kernel(const SegmentsView v, int block_width, int parts, const float* du_parts,
                      const float* db_parts, int width, bf16_t* du, int inputs, bf16_t* a) {
   const int first = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const int stride = static_cast<int>(gridDim.x) * kThreads, pairs = v.rank_max / 2;
+  launch_dependents();
+  const int s = static_cast<int>(blockIdx.y);
+  const auto blocks_of = [&](int other) {
+    return (v.site[other].n + block_width - 1) / block_width;
+  };
   int block = 0;
-  for (int s = 0; s < v.sites; ++s) {
-    const SiteView& site = v.site[s];
-    const LoraEntry entry = find_entry(v, site, v.slots[0]);
-    const int blocks = (site.n + block_width - 1) / block_width;
-    for (int e = first; e < v.t * pairs; e += stride) {
-      const int t = e / pairs, r = e % pairs * 2;
-      float2 total = make_float2(0.0f, 0.0f);
-      for (int k = 0; k < blocks; ++k) {
-        const float2 x = *reinterpret_cast<const float2*>(
-            du_parts + (static_cast<std::int64_t>(block + k) * v.t + t) * v.rank_max + r);
-        total.x += x.x;
-        total.y += x.y;
-      }
-      *reinterpret_cast<std::uint32_t*>(du + static_cast<std::int64_t>(t) * v.columns +
-                                        site.column + r) =
-          pack_bf16(entry.scale * total.x, entry.scale * total.y);
+  for (int before = 0; before < s; ++before) block += blocks_of(before);
+  const SiteView& site = v.site[s];
+  const int blocks = blocks_of(s);
+  const LoraEntry entry = find_entry(v, site, v.slots[0]);
+  wait_for_inputs();
+  for (int e = first; e < v.t * pairs; e += stride) {
+    const int t = e / pairs, r = e % pairs * 2;
+    float2 total = make_float2(0.0f, 0.0f);
+    for (int k = 0; k < blocks; ++k) {
+      const float2 x = *reinterpret_cast<const float2*>(
+          du_parts + (static_cast<std::int64_t>(block + k) * v.t + t) * v.rank_max + r);
+      total.x += x.x;
+      total.y += x.y;
     }
-    block += blocks;
-    for (int e = first; entry.db != nullptr && e < site.n * entry.rank; e += stride) {
-      const int n = e / entry.rank, r = e % entry.rank;
-      float total = 0.0f;
-      for (int k = 0; k < parts; ++k)
-        total +=
-            db_parts[(static_cast<std::int64_t>(k) * width + site.n_begin + n) * v.rank_max + r];
-      entry.db[e] += total;
-    }
-    if (a == nullptr) continue;
-    const int chunks = inputs / kChunk;
-    const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
-    for (int e = first; e < v.rank_max * chunks; e += stride) {
-      const int r = e / chunks, at = e % chunks * kChunk;
-      const bf16_t* from =
-          static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(r) * inputs + at;
-      uint4 bits{0, 0, 0, 0};
-      if (r < entry.rank) bits = load_8(from, 0, kChunk, aligned);
-      *reinterpret_cast<uint4*>(a + static_cast<std::int64_t>(site.column + r) * inputs + at) =
-          bits;
-    }
+    *reinterpret_cast<std::uint32_t*>(du + static_cast<std::int64_t>(t) * v.columns + site.column +
+                                      r) = pack_bf16(entry.scale * total.x, entry.scale * total.y);
+  }
+  for (int e = first; entry.db != nullptr && e < site.n * entry.rank; e += stride) {
+    const int n = e / entry.rank, r = e % entry.rank;
+    float total = 0.0f;
+    for (int k = 0; k < parts; ++k)
+      total += db_parts[(static_cast<std::int64_t>(k) * width + site.n_begin + n) * v.rank_max + r];
+    entry.db[e] += total;
+  }
+  if (a == nullptr) return;
+  const int chunks = inputs / kChunk;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
+  for (int e = first; e < v.rank_max * chunks; e += stride) {
+    const int r = e / chunks, at = e % chunks * kChunk;
+    const bf16_t* from =
+        static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(r) * inputs + at;
+    uint4 bits{0, 0, 0, 0};
+    if (r < entry.rank) bits = load_8(from, 0, kChunk, aligned);
+    *reinterpret_cast<uint4*>(a + static_cast<std::int64_t>(site.column + r) * inputs + at) = bits;
   }
 }
 
@@ -330,11 +333,13 @@ void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairL
     thin::start<true>(call, l.columns, 2 * l.width);
   else
     thin::start<false>(call, l.columns, l.width);
-  thin::add_parts_kernel<<<264, thin::kThreads, 0, stream>>>(
-      call.v, static_cast<int>(l.width), parts, du_parts, db_parts, static_cast<int>(dy.dim(1)),
-      du.as<thin::bf16_t>(), a.defined() ? static_cast<int>(a.dim(1)) : 0,
-      a.defined() ? a.as<thin::bf16_t>() : nullptr);
-  TANDEM_LAUNCHED("add_parts_kernel");
+  constexpr unsigned kAddBlocks = 264;  // over all sites
+  const auto count = static_cast<unsigned>(call.v.sites);
+  launch_early("add_parts_kernel", thin::add_parts_kernel, dim3(kAddBlocks / count, count),
+               dim3(thin::kThreads), 0, stream, call.v, static_cast<int>(l.width), parts,
+               static_cast<const float*>(du_parts), static_cast<const float*>(db_parts),
+               static_cast<int>(dy.dim(1)), du.as<thin::bf16_t>(),
+               a.defined() ? static_cast<int>(a.dim(1)) : 0, static_cast<thin::bf16_t*>(a.data));
 }
 
 }  // namespace tandem::kernels::cuda
