@@ -35,22 +35,32 @@ bool is_thin(const std::vector<LoraSite>& sites, const AdapterRows& rows, const 
 constexpr std::int64_t kPairBlocks = 132;
 constexpr std::int64_t kPairRowsMin = 64;  ///< of a part
 
-ThinPairLayout thin_pair_layout(const std::vector<LoraSite>& sites, std::int64_t rank_max,
-                                std::int64_t t, std::int64_t outputs, ScratchLayout& layout) {
+/// Gate and up of one product, both with an adapter: the pass can make their gradient.
+bool makes_dy(const LinearBackwardArgs& a) {
+  if (!a.make_dy.dout.defined() || a.sites.size() != 2) return false;
+  const LoraSite &gate = a.sites[0], &up = a.sites[1];
+  return gate.n_begin == 0 && up.n_begin == gate.n && up.n == gate.n && 2 * up.n == a.weight->n;
+}
+
+ThinPairLayout thin_pair_layout(const LinearBackwardArgs& a, ScratchLayout& layout) {
   ThinPairLayout l;
+  const std::int64_t rank_max = a.adapters->rank_max, t = a.dy.dim(0);
   if (rank_max > 64) return l;
   std::int64_t widest = 0;
-  for (const LoraSite& s : sites) widest = std::max(widest, s.n);
+  for (const LoraSite& s : a.sites) widest = std::max(widest, s.n);
   l.columns = rank_max <= 16 ? 16 : rank_max <= 32 ? 32 : 64;
   // Sums of a warp's columns of dB, rank by rank, stay in its registers.
   const std::int64_t width_max = (std::int64_t{1} << 14) / l.columns;
   l.width = std::min(width_max, widest >= 2048 ? 1024 : widest >= 1024 ? 512 : std::int64_t{256});
-  for (const LoraSite& s : sites) l.blocks += (s.n + l.width - 1) / l.width;
   const std::int64_t fill = l.width == width_max ? kPairBlocks : 2 * kPairBlocks;
-  l.parts = std::clamp<std::int64_t>(fill / std::max<std::int64_t>(l.blocks, 1), 1,
+  l.makes_dy = makes_dy(a);
+  if (l.makes_dy) l.width /= 2;  // of gate, and as many of up
+  for (const LoraSite& s : a.sites) l.blocks += (s.n + l.width - 1) / l.width;
+  const std::int64_t started = l.makes_dy ? l.blocks / 2 : l.blocks;
+  l.parts = std::clamp<std::int64_t>(fill / std::max<std::int64_t>(started, 1), 1,
                                      std::max<std::int64_t>(1, t / kPairRowsMin));
   l.du = layout.add(l.blocks * t * rank_max * 4);
-  l.db = layout.add(l.parts * outputs * rank_max * 4);
+  l.db = layout.add(l.parts * a.weight->n * rank_max * 4);
   return l;
 }
 
@@ -90,7 +100,7 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
     if (!a.u.defined()) l.u = layout.add(t * l.columns * size);
     l.du = layout.add(t * l.columns * size);
     if (l.single) l.a = layout.add(l.columns * i * size);
-    if (l.thin) l.pair = thin_pair_layout(a.sites, a.adapters->rank_max, t, n, layout);
+    if (l.thin) l.pair = thin_pair_layout(a, layout);
     if (l.single && !l.thin) {
       if (!a.u.defined()) l.a_scaled = layout.add(l.columns * i * size);
       l.b = layout.add(n * l.columns * size);

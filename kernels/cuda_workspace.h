@@ -32,7 +32,7 @@ LinearForwardLayout linear_forward_layout(const LinearArgs& args, const DevicePr
 /// du and dB in one pass over dy (lora_thin_pair.cu): what its blocks leave to be added up.
 struct ThinPairLayout {
   std::int64_t columns = 0;  ///< of the kernel, at least rank_max; 0: two passes instead
-  std::int64_t width = 0;    ///< columns of dy a block takes
+  std::int64_t width = 0;    ///< columns of a site a block takes
   std::int64_t blocks = 0;   ///< of columns, over all sites
   std::int64_t parts = 0;    ///< of the rows
   bool makes_dy = false;     ///< of dout and gate_up, on the way

@@ -112,8 +112,10 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const bool gathers = gathered != nullptr && blockIdx.z == gridDim.z - 1;
   const Group group = find_group(v, by_site && !gathers, static_cast<int>(blockIdx.z));
+  launch_dependents();
   if (tid < group.count) entries[tid] = find_entry(v, v.site[group.first + tid], v.slots[0]);
   __syncthreads();
+  wait_for_inputs();
   if (gathers) {
     gather<kIsU>(v, entries, gather_size, static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x),
                  static_cast<int>(gridDim.x * gridDim.y), gathered);

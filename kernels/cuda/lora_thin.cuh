@@ -57,23 +57,27 @@ __device__ inline void drop_8(const DropoutMask& mask, int row, int column, bf16
   *reinterpret_cast<uint4*>(x) = bits;
 }
 
-/// A launch of clusters of `cluster` blocks along x.
+/// A launch of clusters of `cluster` blocks along x, begun early (see launch_dependents()). Before
+/// wait_for_inputs() these kernels read what no kernel of a step writes: slots, entries, and in
+/// backward the factors, which the forward before it has read already.
 template <class... Parameters, class... Args>
 void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
             std::size_t shared, Args... args) {
   TANDEM_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared)));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   TANDEM_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
 }
 

@@ -75,9 +75,11 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   const SiteView& site = v.site[group.first];
   const int column_end = is_a ? width : site.n_begin + site.n;
   const int column0 = (is_a ? 0 : site.n_begin) + static_cast<int>(blockIdx.y) * T::kWidth;
-  if (column0 >= column_end) return;
+  launch_dependents();
   if (tid < group.count) entries[tid] = find_entry(v, v.site[group.first + tid], v.slots[0]);
   __syncthreads();
+  wait_for_inputs();
+  if (column0 >= column_end) return;
   bool wanted = false;
   for (int s = 0; s < group.count; ++s)
     wanted = wanted || (entries[s].rank > 0 && (is_a ? entries[s].da : entries[s].db) != nullptr);

@@ -3,25 +3,55 @@
 // dB in registers, and add up du of every few rows through shared memory. What blocks found lies in
 // scratch, [block of columns][T, rank_max] of du and [part of the rows][N, rank_max] of dB, a few
 // percent of dy's bytes, until a second launch adds it up in order.
+// Where dy is the gradient of gate and up, the pass can make it: a block takes the same columns of
+// both, half of its warps each, and writes what it makes before it multiplies it.
 #include "kernels/cuda/lora_thin.cuh"
+#include "kernels/cuda/silu.cuh"
 
 namespace tandem::kernels::cuda {
 namespace thin {
 namespace {
 
-/// What a block holds: kColumns ranks, kWarpColumns of dy a warp, kRows rows a step.
-template <int kColumns, int kWarpColumns, int kRows>
+/// What a block holds: kColumns ranks, kWarpColumns of dy a warp, kRows rows a step. A stage is
+/// dy's tile of each site of the block (before: gate's and up's), dout's, and u's of each site.
+template <int kColumns, int kWarpColumns, int kRows, bool kMakes>
 struct Pair {
-  static constexpr int kWidth = kWarps * kWarpColumns;
-  static constexpr int kWide = kRows * kWidth;
-  static constexpr int kURow = kColumns + kChunk;
-  static constexpr int kStage = kWide + kRows * kURow;
-  static constexpr int kStageBytes = 2 * kStage;
-  static constexpr int kStages = std::min(8, ((kWidth == 1024 ? 120 : 72) << 10) / kStageBytes);
+  static constexpr int kSites = kMakes ? 2 : 1, kSiteWarps = kWarps / kSites;
+  static constexpr int kWidth = kSiteWarps * kWarpColumns;  ///< columns of one site
+  static constexpr int kTile = kRows * kWidth;
+  static constexpr int kURow = kSites * kColumns + kChunk;
+  static constexpr int kUAt = (kMakes ? 3 : 1) * kTile;
+  static constexpr int kStage = kUAt + kRows * kURow;
   static constexpr int kSumRow = kColumns + 4, kSums = kRows * kSumRow;
+  static constexpr int kSumsBytes = static_cast<int>(sizeof(float)) * 2 * kWarps * kSums;
+  static constexpr int kBlockWidth = kSites * kWidth;
+  static constexpr bool kAlone = kColumns * kBlockWidth == 1 << 14;  ///< on its multiprocessor
+  static constexpr int kStagesBytes = !kMakes  ? (kBlockWidth == 1024 ? 120 : 72) << 10
+                                      : kAlone ? (226 << 10) - kSumsBytes
+                                               : 88 << 10;
+  static constexpr int kStages = std::min(8, kStagesBytes / (2 * kStage));
   static constexpr std::size_t kSumsAt = sizeof(bf16_t) * kStages * kStage;
-  static constexpr std::size_t kBytes = kSumsAt + sizeof(float) * 2 * kWarps * kSums;
+  static constexpr std::size_t kBytes = kSumsAt + kSumsBytes;
 };
+
+/// What dy is made of: gate_up [T, 2 F], which may be its memory, and dout [T, F].
+struct MadeOf {
+  const bf16_t *gate_up, *dout;
+};
+
+/// dgate to `gate` and dup to `up`, eight columns, rounded as the op rounds them.
+__device__ inline void silu_mul_grad_8(const uint4& dout, uint4& gate, uint4& up) {
+  const auto one = [](std::uint32_t d, std::uint32_t& g, std::uint32_t& u) {
+    const SiluMulGrad low = silu_mul_grad(low_f32(d), low_f32(g), low_f32(u));
+    const SiluMulGrad high = silu_mul_grad(high_f32(d), high_f32(g), high_f32(u));
+    g = pack_bf16(low.gate, high.gate);
+    u = pack_bf16(low.up, high.up);
+  };
+  one(dout.x, gate.x, up.x);
+  one(dout.y, gate.y, up.y);
+  one(dout.z, gate.z, up.z);
+  one(dout.w, gate.w, up.w);
+}
 
 /// The site and first column of a block.
 struct ColumnBlock {
@@ -37,20 +67,25 @@ __device__ inline ColumnBlock find_block(const SegmentsView& v, int width, int i
   __trap();
 }
 
-/// Grid (parts of the rows, blocks of columns).
-template <int kColumns, int kWarpColumns, int kRows>
-__global__ void __launch_bounds__(kThreads)
-    pair_kernel(const SegmentsView v, const bf16_t* dy, int width, const bf16_t* u, float* du_parts,
-                float* db_parts) {
+/// Grid (parts of the rows, blocks of columns). With kMakes two sites of equal width.
+template <int kColumns, int kWarpColumns, int kRows, bool kMakes>
+__global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128 ? 2 : 1)
+    pair_kernel(const SegmentsView v, const MadeOf made_of, bf16_t* dy, int width, const bf16_t* u,
+                float* du_parts, float* db_parts) {
 #if __CUDA_ARCH__ >= 900
-  using P = Pair<kColumns, kWarpColumns, kRows>;
+  using P = Pair<kColumns, kWarpColumns, kRows, kMakes>;
   extern __shared__ __align__(128) unsigned char memory[];
   auto* tiles = reinterpret_cast<bf16_t*>(memory);
   auto* sums = reinterpret_cast<float*>(memory + P::kSumsAt);
+  launch_dependents();
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const int index = static_cast<int>(blockIdx.y);
   const ColumnBlock block = find_block(v, P::kWidth, index);
-  const SiteView& site = v.site[block.site];
+  // Of this warp: its site (gate or up), and its first column there.
+  const int half = warp / P::kSiteWarps, to_up = v.site[0].n;
+  const int warp_column = warp % P::kSiteWarps * kWarpColumns;
+  const SiteView& site = v.site[block.site + half];
+  const int first_n = block.begin + half * to_up + warp_column, end_n = block.end + half * to_up;
   const LoraEntry entry = find_entry(v, site, v.slots[0]);
   const int parts = static_cast<int>(gridDim.x), part = static_cast<int>(blockIdx.x);
   const int steps_all = (v.t + kRows - 1) / kRows;
@@ -58,43 +93,70 @@ __global__ void __launch_bounds__(kThreads)
   const int first_step = part * steps_part;
   const int steps = max(0, min(steps_part, steps_all - first_step));
 
+  /// f(row of dy, column of the first site, place in its tile) of each chunk that this thread has.
+  const auto each_chunk = [&](int step, const auto& f) {
+    bf16_t* tile = tiles + step % P::kStages * P::kStage;
+#pragma unroll
+    for (int e = tid; e < P::kTile / kChunk; e += kThreads) {
+      const int row = e / (P::kWidth / kChunk), chunk = e % (P::kWidth / kChunk);
+      f((first_step + step) * kRows + row, block.begin + chunk * kChunk,
+        tile + row * P::kWidth + swizzled(row, chunk));
+    }
+  };
   const auto load = [&](int step) {
     if (step < steps) {
-      bf16_t* tile = tiles + step % P::kStages * P::kStage;
-      const int t0 = (first_step + step) * kRows;
-#pragma unroll
-      for (int e = tid; e < P::kWide / kChunk; e += kThreads) {
-        const int row = e / (P::kWidth / kChunk), chunk = e % (P::kWidth / kChunk);
-        const int at = block.begin + chunk * kChunk;
-        const bool inside = t0 + row < v.t && at < block.end;
-        copy_16_async(tile + row * P::kWidth + swizzled(row, chunk),
-                      dy + (inside ? static_cast<std::int64_t>(t0 + row) * width + at : 0), inside);
-      }
-      for (int e = tid; e < kRows * kColumns / kChunk; e += kThreads) {
-        const int row = e / (kColumns / kChunk), at = e % (kColumns / kChunk) * kChunk;
-        const bool inside = t0 + row < v.t && at < v.rank_max;
-        copy_16_async(
-            tile + P::kWide + row * P::kURow + at,
-            u + (inside ? static_cast<std::int64_t>(t0 + row) * v.columns + site.column + at : 0),
-            inside);
+      each_chunk(step, [&](int t, int at, bf16_t* to) {
+        const bool inside = t < v.t && at < block.end;
+        const std::int64_t from = inside ? static_cast<std::int64_t>(t) * width + at : 0;
+        copy_16_async(to, (kMakes ? made_of.gate_up : dy) + from, inside);
+        if constexpr (kMakes) {
+          copy_16_async(to + P::kTile, made_of.gate_up + from + (inside ? to_up : 0), inside);
+          copy_16_async(to + 2 * P::kTile,
+                        made_of.dout + (inside ? static_cast<std::int64_t>(t) * to_up + at : 0),
+                        inside);
+        }
+      });
+      bf16_t* tile = tiles + step % P::kStages * P::kStage + P::kUAt;
+      for (int e = tid; e < P::kSites * kRows * kColumns / kChunk; e += kThreads) {
+        const int row = e / (P::kSites * kColumns / kChunk), t = (first_step + step) * kRows + row;
+        const int column = e % (P::kSites * kColumns / kChunk) * kChunk, r = column % kColumns;
+        const bool inside = t < v.t && r < v.rank_max;
+        const int of_site = v.site[block.site + column / kColumns].column;
+        copy_16_async(tile + row * P::kURow + column,
+                      u + (inside ? static_cast<std::int64_t>(t) * v.columns + of_site + r : 0),
+                      inside);
       }
     }
     commit();
   };
+  /// dy of a step, in its tile and in memory.
+  const auto make = [&](int step) {
+    each_chunk(step, [&](int t, int at, bf16_t* tile) {
+      uint4& gate = *reinterpret_cast<uint4*>(tile);
+      uint4& up = *reinterpret_cast<uint4*>(tile + P::kTile);
+      silu_mul_grad_8(*reinterpret_cast<const uint4*>(tile + 2 * P::kTile), gate, up);
+      if (t >= v.t || at >= block.end) return;
+      bf16_t* to = dy + static_cast<std::int64_t>(t) * width + at;
+      *reinterpret_cast<uint4*>(to) = gate;
+      *reinterpret_cast<uint4*>(to + to_up) = up;
+    });
+  };
   /// du of a step, from what the warps found.
   const auto store_du = [&](int step) {
-    const float* from = sums + step % 2 * kWarps * P::kSums;
-    for (int e = tid; e < kRows * kColumns; e += kThreads) {
-      const int row = e / kColumns, r = e % kColumns, t = (first_step + step) * kRows + row;
+    const float* sums_of_step = sums + step % 2 * kWarps * P::kSums;
+    for (int e = tid; e < P::kSites * kRows * kColumns; e += kThreads) {
+      const int row = e / kColumns % kRows, r = e % kColumns, of_half = e / kColumns / kRows;
+      const int t = (first_step + step) * kRows + row;
       if (t >= v.t || r >= v.rank_max) continue;
+      const float* from = sums_of_step + of_half * P::kSiteWarps * P::kSums;
       float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += from[w * P::kSums + row * P::kSumRow + r];
-      du_parts[(static_cast<std::int64_t>(index) * v.t + t) * v.rank_max + r] = total;
+      for (int w = 0; w < P::kSiteWarps; ++w) total += from[w * P::kSums + row * P::kSumRow + r];
+      const int part_of_du = of_half * static_cast<int>(gridDim.y) + index;
+      du_parts[(static_cast<std::int64_t>(part_of_du) * v.t + t) * v.rank_max + r] = total;
     }
   };
 
-  for (int step = 0; step < P::kStages - 1; ++step) load(step);
   // B of this warp's columns: lane (g, q) has rank g of each eight and columns 2q, 2q + 1, +8, +9.
   std::uint32_t b[kWarpColumns / 16][kColumns / 8][2];
 #pragma unroll
@@ -102,23 +164,26 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int c = 0; c < kColumns; c += 8)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int n = block.begin + warp * kWarpColumns + k + 8 * half + lane % 4 * 2;
-        const int r = c + lane / 4;
+      for (int j = 0; j < 2; ++j) {
+        const int n = first_n + k + 8 * j + lane % 4 * 2, r = c + lane / 4;
         const bf16_t* from = static_cast<const bf16_t*>(entry.b) +
                              static_cast<std::int64_t>(n - site.n_begin) * entry.rank + r;
-        const bool here = r < entry.rank && n < block.end;  // n even, block.end a multiple of 8
-        b[k / 16][c / 8][half] = here ? pack_bf16(from[0], from[entry.rank]) : std::uint32_t{0};
+        const bool here = r < entry.rank && n < end_n;  // n even, end_n a multiple of 8
+        b[k / 16][c / 8][j] = here ? pack_bf16(from[0], from[entry.rank]) : std::uint32_t{0};
       }
 
+  wait_for_inputs();
+  for (int step = 0; step < P::kStages - 1; ++step) load(step);
   float db[kColumns / 16][kWarpColumns / 8][4] = {};
   for (int step = 0; step < steps; ++step) {
     wait<P::kStages - 2>();
+    if constexpr (kMakes) make(step);
     __syncthreads();
     load(step + P::kStages - 1);
     if (step > 0) store_du(step - 1);
-    const bf16_t* tile = tiles + step % P::kStages * P::kStage;
-    const bf16_t* factor = tile + P::kWide;
+    const bf16_t* stage = tiles + step % P::kStages * P::kStage;
+    const bf16_t* tile = stage + half * P::kTile;
+    const bf16_t* factor = stage + P::kUAt + half * kColumns;
     float* to = sums + (step % 2 * kWarps + warp) * P::kSums;
 #pragma unroll
     for (int t = 0; t < kRows; t += 16) {
@@ -130,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
             f[c / 16], factor + (t + lane / 16 * 8 + lane % 8) * P::kURow + c + lane / 8 % 2 * 8);
 #pragma unroll
       for (int k = 0; k < kWarpColumns; k += 16) {
-        const int row = t + lane % 16, chunk = (warp * kWarpColumns + k) / kChunk + lane / 16;
+        const int row = t + lane % 16, chunk = (warp_column + k) / kChunk + lane / 16;
         const bf16_t* at = tile + row * P::kWidth + swizzled(row, chunk);
         std::uint32_t x[4], y[4];
         load_matrices(x, at);
@@ -147,10 +212,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int c = 0; c < kColumns; c += 8)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(to + (t + lane / 4 + 8 * half) * P::kSumRow + c +
-                                     lane % 4 * 2) =
-              make_float2(du[c / 8][2 * half], du[c / 8][2 * half + 1]);
+        for (int j = 0; j < 2; ++j)
+          *reinterpret_cast<float2*>(to + (t + lane / 4 + 8 * j) * P::kSumRow + c + lane % 4 * 2) =
+              make_float2(du[c / 8][2 * j], du[c / 8][2 * j + 1]);
     }
   }
   wait<0>();
@@ -162,92 +226,120 @@ __global__ void __launch_bounds__(kThreads)
     for (int n8 = 0; n8 < kWarpColumns; n8 += 8)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int n = block.begin + warp * kWarpColumns + n8 + lane % 4 * 2 + j, r = c + lane / 4;
-        if (n < block.end && r < v.rank_max)
+        const int n = first_n + n8 + lane % 4 * 2 + j, r = c + lane / 4;
+        if (n < end_n && r < v.rank_max)
           db_parts[(static_cast<std::int64_t>(part) * width + n) * v.rank_max + r] =
               db[c / 16][n8 / 8][c / 8 % 2 * 2 + j];
       }
 #endif
 }
 
-/// du and dB from their parts, and A of all sites as one matrix.
+/// du and dB from their parts, and A of all sites as one matrix. Grid (blocks, sites).
 __global__ void __launch_bounds__(kThreads)
     add_parts_kernel(const SegmentsView v, int block_width, int parts, const float* du_parts,
                      const float* db_parts, int width, bf16_t* du, int inputs, bf16_t* a) {
   const int first = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const int stride = static_cast<int>(gridDim.x) * kThreads, pairs = v.rank_max / 2;
+  launch_dependents();
+  const int s = static_cast<int>(blockIdx.y);
+  const auto blocks_of = [&](int other) {
+    return (v.site[other].n + block_width - 1) / block_width;
+  };
   int block = 0;
-  for (int s = 0; s < v.sites; ++s) {
-    const SiteView& site = v.site[s];
-    const LoraEntry entry = find_entry(v, site, v.slots[0]);
-    const int blocks = (site.n + block_width - 1) / block_width;
-    for (int e = first; e < v.t * pairs; e += stride) {
-      const int t = e / pairs, r = e % pairs * 2;
-      float2 total = make_float2(0.0f, 0.0f);
-      for (int k = 0; k < blocks; ++k) {
-        const float2 x = *reinterpret_cast<const float2*>(
-            du_parts + (static_cast<std::int64_t>(block + k) * v.t + t) * v.rank_max + r);
-        total.x += x.x;
-        total.y += x.y;
-      }
-      *reinterpret_cast<std::uint32_t*>(du + static_cast<std::int64_t>(t) * v.columns +
-                                        site.column + r) =
-          pack_bf16(entry.scale * total.x, entry.scale * total.y);
+  for (int before = 0; before < s; ++before) block += blocks_of(before);
+  const SiteView& site = v.site[s];
+  const int blocks = blocks_of(s);
+  const LoraEntry entry = find_entry(v, site, v.slots[0]);
+  wait_for_inputs();
+  for (int e = first; e < v.t * pairs; e += stride) {
+    const int t = e / pairs, r = e % pairs * 2;
+    float2 total = make_float2(0.0f, 0.0f);
+    for (int k = 0; k < blocks; ++k) {
+      const float2 x = *reinterpret_cast<const float2*>(
+          du_parts + (static_cast<std::int64_t>(block + k) * v.t + t) * v.rank_max + r);
+      total.x += x.x;
+      total.y += x.y;
     }
-    block += blocks;
-    for (int e = first; entry.db != nullptr && e < site.n * entry.rank; e += stride) {
-      const int n = e / entry.rank, r = e % entry.rank;
-      float total = 0.0f;
-      for (int k = 0; k < parts; ++k)
-        total +=
-            db_parts[(static_cast<std::int64_t>(k) * width + site.n_begin + n) * v.rank_max + r];
-      entry.db[e] += total;
-    }
-    if (a == nullptr) continue;
-    const int chunks = inputs / kChunk;
-    const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
-    for (int e = first; e < v.rank_max * chunks; e += stride) {
-      const int r = e / chunks, at = e % chunks * kChunk;
-      const bf16_t* from =
-          static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(r) * inputs + at;
-      uint4 bits{0, 0, 0, 0};
-      if (r < entry.rank) bits = load_8(from, 0, kChunk, aligned);
-      *reinterpret_cast<uint4*>(a + static_cast<std::int64_t>(site.column + r) * inputs + at) =
-          bits;
-    }
+    *reinterpret_cast<std::uint32_t*>(du + static_cast<std::int64_t>(t) * v.columns + site.column +
+                                      r) = pack_bf16(entry.scale * total.x, entry.scale * total.y);
+  }
+  for (int e = first; entry.db != nullptr && e < site.n * entry.rank; e += stride) {
+    const int n = e / entry.rank, r = e % entry.rank;
+    float total = 0.0f;
+    for (int k = 0; k < parts; ++k)
+      total += db_parts[(static_cast<std::int64_t>(k) * width + site.n_begin + n) * v.rank_max + r];
+    entry.db[e] += total;
+  }
+  if (a == nullptr) return;
+  const int chunks = inputs / kChunk;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
+  for (int e = first; e < v.rank_max * chunks; e += stride) {
+    const int r = e / chunks, at = e % chunks * kChunk;
+    const bf16_t* from =
+        static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(r) * inputs + at;
+    uint4 bits{0, 0, 0, 0};
+    if (r < entry.rank) bits = load_8(from, 0, kChunk, aligned);
+    *reinterpret_cast<uint4*>(a + static_cast<std::int64_t>(site.column + r) * inputs + at) = bits;
   }
 }
 
-template <int kColumns, int kWarpColumns, int kRows>
-void start(cudaStream_t stream, const SegmentsView& v, int parts, int blocks, const Tensor& dy,
-           const Tensor& u, float* du_parts, float* db_parts) {
-  launch(stream, pair_kernel<kColumns, kWarpColumns, kRows>,
-         dim3(static_cast<unsigned>(parts), static_cast<unsigned>(blocks)), 1,
-         Pair<kColumns, kWarpColumns, kRows>::kBytes, v, dy.as<const bf16_t>(),
-         static_cast<int>(dy.dim(1)), u.as<const bf16_t>(), du_parts, db_parts);
+/// What the passes take from their caller.
+struct Call {
+  cudaStream_t stream;
+  SegmentsView v;
+  int parts, blocks;
+  MadeOf made_of;
+  Tensor dy, u;
+  float *du_parts, *db_parts;
+};
+
+template <int kColumns, int kWarpColumns, int kRows, bool kMakes>
+void start(const Call& c) {
+  using P = Pair<kColumns, kWarpColumns, kRows, kMakes>;
+  launch(c.stream, pair_kernel<kColumns, kWarpColumns, kRows, kMakes>,
+         dim3(static_cast<unsigned>(c.parts), static_cast<unsigned>(c.blocks / P::kSites)), 1,
+         P::kBytes, c.v, c.made_of, c.dy.as<bf16_t>(), static_cast<int>(c.dy.dim(1)),
+         c.u.as<const bf16_t>(), c.du_parts, c.db_parts);
+}
+
+template <bool kMakes>
+void start(const Call& c, std::int64_t columns, std::int64_t width) {
+  if (columns == 64) return start<64, 32, 16, kMakes>(c);
+  if (columns == 32)
+    return width == 512 ? start<32, 64, 16, kMakes>(c) : start<32, 32, 32, kMakes>(c);
+  if (width == 1024) return start<16, 128, 16, kMakes>(c);
+  return width == 512 ? start<16, 64, 16, kMakes>(c) : start<16, 32, 32, kMakes>(c);
 }
 
 }  // namespace
 }  // namespace thin
 
 void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& l,
-                    const Tensor& dy, const Tensor& u, const Tensor& du, const Tensor& a,
-                    float* du_parts, float* db_parts) {
+                    const SiluMulBackwardArgs& make_dy, const Tensor& dy, const Tensor& u,
+                    const Tensor& du, const Tensor& a, float* du_parts, float* db_parts) {
   if (dy.dim(0) == 0) return;
-  const SegmentsView v = segments_view(sites.sites, 0, sites.rows, dy.dim(0));
-  const auto start = l.columns == 64 ? thin::start<64, 32, 16>
-                     : l.columns == 32
-                         ? (l.width == 512 ? thin::start<32, 64, 16> : thin::start<32, 32, 32>)
-                     : l.width == 1024 ? thin::start<16, 128, 16>
-                     : l.width == 512  ? thin::start<16, 64, 16>
-                                       : thin::start<16, 32, 32>;
   const int blocks = static_cast<int>(l.blocks), parts = static_cast<int>(l.parts);
-  start(stream, v, parts, blocks, dy, u, du_parts, db_parts);
-  thin::add_parts_kernel<<<264, thin::kThreads, 0, stream>>>(
-      v, static_cast<int>(l.width), parts, du_parts, db_parts, static_cast<int>(dy.dim(1)),
-      du.as<thin::bf16_t>(), a.defined() ? static_cast<int>(a.dim(1)) : 0,
-      a.defined() ? a.as<thin::bf16_t>() : nullptr);
-  TANDEM_LAUNCHED("add_parts_kernel");
+  const thin::Call call{stream,
+                        segments_view(sites.sites, 0, sites.rows, dy.dim(0)),
+                        parts,
+                        blocks,
+                        {static_cast<const thin::bf16_t*>(make_dy.gate_up.data),
+                         static_cast<const thin::bf16_t*>(make_dy.dout.data)},
+                        dy,
+                        u,
+                        du_parts,
+                        db_parts};
+  if (l.makes_dy)
+    thin::start<true>(call, l.columns, 2 * l.width);
+  else
+    thin::start<false>(call, l.columns, l.width);
+  constexpr unsigned kAddBlocks = 264;  // over all sites
+  const auto count = static_cast<unsigned>(call.v.sites);
+  launch_early("add_parts_kernel", thin::add_parts_kernel, dim3(kAddBlocks / count, count),
+               dim3(thin::kThreads), 0, stream, call.v, static_cast<int>(l.width), parts,
+               static_cast<const float*>(du_parts), static_cast<const float*>(db_parts),
+               static_cast<int>(dy.dim(1)), du.as<thin::bf16_t>(),
+               a.defined() ? static_cast<int>(a.dim(1)) : 0, static_cast<thin::bf16_t*>(a.data));
 }
 
 }  // namespace tandem::kernels::cuda

@@ -311,9 +311,10 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
   if (!a.u.defined()) lora_thin_u(s, sites, a.x, u, {});
   const Tensor gathered = extends ? factor_a : Tensor{};
   if (layout.pair.columns > 0) {
-    const Profiler::Scope pass = pass_scope(profiler_, s, "du db", a.dy);
-    lora_thin_pair(s, sites, layout.pair, a.dy, u, du, gathered, scratch.at<float>(layout.pair.du),
-                   scratch.at<float>(layout.pair.db));
+    const Profiler::Scope pass =
+        pass_scope(profiler_, s, layout.pair.makes_dy ? "silu du db" : "du db", a.dy);
+    lora_thin_pair(s, sites, layout.pair, a.make_dy, a.dy, u, du, gathered,
+                   scratch.at<float>(layout.pair.du), scratch.at<float>(layout.pair.db));
   } else {
     const Profiler::Scope pass = pass_scope(profiler_, s, "du, db", a.dy);
     lora_thin_du(s, sites, a.dy, du, gathered);

@@ -142,6 +142,8 @@ template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_backward_kernel(const T* dy, const T* residual, const T* weight, const float* rstd,
                              std::int64_t columns, T* dresidual) {
+  launch_dependents();
+  wait_for_inputs();
   const std::int64_t row = blockIdx.x, base = row * columns;
   using C = Chunk<T, kVector>;
   float dot = 0.0f;
@@ -183,11 +185,10 @@ void run_rms_norm_backward(cudaStream_t stream, const RmsNormBackwardArgs& a) {
                               columns * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel =
       vector ? rms_norm_backward_kernel<T, true> : rms_norm_backward_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(a.dy.dim(0)), kThreads, 0, stream>>>(
-      static_cast<const T*>(a.dy.data), static_cast<const T*>(a.residual.data),
-      static_cast<const T*>(a.weight.data), a.rstd.as<float>(), columns,
-      static_cast<T*>(a.dresidual.data));
-  TANDEM_LAUNCHED("rms_norm_backward_kernel");
+  launch_early("rms_norm_backward_kernel", kernel, dim3(static_cast<unsigned>(a.dy.dim(0))),
+               dim3(kThreads), 0, stream, static_cast<const T*>(a.dy.data),
+               static_cast<const T*>(a.residual.data), static_cast<const T*>(a.weight.data),
+               a.rstd.as<const float>(), columns, static_cast<T*>(a.dresidual.data));
 }
 
 // -- rotation
@@ -208,6 +209,8 @@ __global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* 
                             CacheTarget cache) {
   using C = Chunk<T, kVector>;
   extern __shared__ float angles[];  // [half] cosines, [half] sines
+  launch_dependents();
+  wait_for_inputs();
   const std::int64_t row = blockIdx.x;
   const int dim = 2 * half, per_head = half / C::kSize, pairs = (heads + kv_heads) * per_head;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
@@ -268,11 +271,12 @@ void rope(cudaStream_t stream, const Tensor& qkv, const Tensor& positions, const
   const auto pairs = static_cast<int>((heads + kv_heads) * half / (vector ? Vec<T>::kSize : 1));
   const int threads = std::clamp((pairs + 31) / 32 * 32, 64, 512);
   const auto kernel = vector ? rope_kernel<T, true> : rope_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(qkv.dim(0)), threads,
-           2 * static_cast<std::size_t>(half) * sizeof(float), stream>>>(
-      static_cast<T*>(qkv.data), positions.as<std::int32_t>(), inv_freq.as<float>(), factor, sign,
-      static_cast<int>(heads), static_cast<int>(kv_heads), half, cache);
-  TANDEM_LAUNCHED("rope_kernel");
+  launch_early("rope_kernel", kernel, dim3(static_cast<unsigned>(qkv.dim(0))),
+               dim3(static_cast<unsigned>(threads)),
+               2 * static_cast<std::size_t>(half) * sizeof(float), stream,
+               static_cast<T*>(qkv.data), positions.as<const std::int32_t>(),
+               inv_freq.as<const float>(), factor, sign, static_cast<int>(heads),
+               static_cast<int>(kv_heads), half, cache);
 }
 
 // -- silu
@@ -300,6 +304,8 @@ __global__ void silu_mul_kernel(const T* gate_up, std::int64_t rows, std::int64_
 template <class T, bool kVector>
 __global__ void silu_mul_backward_kernel(const T* dout, const T* gate_up, std::int64_t rows,
                                          std::int64_t width, T* dgate_up) {
+  launch_dependents();
+  wait_for_inputs();
   using C = Chunk<T, kVector>;
   const std::int64_t per_row = width / C::kSize;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -341,10 +347,12 @@ void run_silu_mul_backward(cudaStream_t stream, const SiluMulBackwardArgs& a) {
                               width * static_cast<std::int64_t>(sizeof(T)));
   const auto kernel =
       vector ? silu_mul_backward_kernel<T, true> : silu_mul_backward_kernel<T, false>;
-  kernel<<<blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads), kThreads, 0,
-           stream>>>(static_cast<const T*>(a.dout.data), static_cast<const T*>(a.gate_up.data),
-                     rows, width, static_cast<T*>(a.dgate_up.data));
-  TANDEM_LAUNCHED("silu_mul_backward_kernel");
+  launch_early(
+      "silu_mul_backward_kernel", kernel,
+      dim3(
+          static_cast<unsigned>(blocks_for(rows * width / (vector ? Vec<T>::kSize : 1), kThreads))),
+      dim3(kThreads), 0, stream, static_cast<const T*>(a.dout.data),
+      static_cast<const T*>(a.gate_up.data), rows, width, static_cast<T*>(a.dgate_up.data));
 }
 
 // -- copies

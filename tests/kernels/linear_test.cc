@@ -64,6 +64,8 @@ const LinearShape kMade[] = {
     {301, 2056, 144, 3, {16}, {0, 301}, {0}, false},
     {301, 136, 4640, 2, {16}, {0, 301}, {0}, false},
     {200, 72, 2064, 2, {24}, {0, 200}, {0}, false},
+    {150, 64, 2064, 2, {16}, {0, 150}, {0}, false},
+    {150, 64, 528, 2, {32}, {0, 150}, {0}, false},
     {200, 264, 528, 2, {64}, {0, 200}, {0}, false},
     {90, 104, 48, 3, {48}, {0, 90}, {0}, false},
 };
@@ -347,9 +349,16 @@ class LinearMade : public OpTest {
         LinearSetup setup(s, dtype());
         const Outputs given = backward(setup, made, false, keep_u, dropout);
         const Outputs by_recipe = backward(setup, made, true, keep_u, dropout);
-        for (const auto& [name, output] : given)
-          EXPECT_EQ(by_recipe.at(name).bytes, output.bytes)
-              << name << ", dropout " << dropout << (keep_u ? "" : ", u not kept");
+        for (const auto& [name, output] : given) {
+          const std::string what = str(name, ", dropout ", dropout, keep_u ? "" : ", u not kept");
+          // A pass that makes dy cuts the sums of du and dB otherwise: du is then rounded from
+          // other last bits.
+          if (made == Made::kGradient && backend() != "cpu" && name[0] == 'd' && name != "dy")
+            expect_close(what, by_recipe.at(name).values(), output.values(),
+                         tolerance(dtype(), s.t + s.n + s.i));
+          else
+            EXPECT_EQ(by_recipe.at(name).bytes, output.bytes) << what;
+        }
       }
   }
 };

@@ -35,8 +35,8 @@ struct TokenBatch {
 };
 
 /// What is recomputed in backward instead of kept: nothing; the norms' outputs and silu(gate) * up
-/// (cheap: no product, no attention); gate_up and what follows from it (a product); whole blocks.
-/// With sequence parallelism all but the first gather the norms' outputs once more.
+/// (cheap: where a product's backward reads them); gate_up and what follows from it (a product);
+/// whole blocks. With sequence parallelism all but the first gather the norms' outputs once more.
 enum class Recompute : int { kNone = 0, kMlp = 1, kBlock = 2, kElementwise = 3 };
 
 /// What one block keeps for its backward (cd unless noted). Recomputed tensors are absent: normed_*
