@@ -155,6 +155,8 @@ __device__ void merge_warps(Merged<kDim>& m, const WarpState<kDim>& state) {
 /// Block (split, tile, kv head and part of its group); the splits of a tile are one cluster.
 template <int kDim>
 __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) {
+  launch_dependents();
+  wait_for_inputs();
   __shared__ Merged<kDim> merged;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
@@ -268,15 +270,16 @@ unsigned head_parts(const PagedView& v) {
 template <int kDim>
 void launch(cudaStream_t stream, const PagedView& v, int splits) {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
   config.gridDim = dim3(static_cast<unsigned>(splits), decode_tiles(v), head_parts(v));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(splits);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = splits > 1 ? 1 : 0;
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = starts_early() ? 2 : 0;  // one compute capability for both
   TANDEM_CUDA(cudaLaunchKernelEx(&config, decode_kernel<kDim>, v));
 }
 
