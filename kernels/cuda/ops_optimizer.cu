@@ -4,21 +4,38 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 namespace tandem::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
+constexpr std::int64_t kVector = 4;  ///< elements of one access
+static_assert(kSquaredNormChunk % kVector == 0);
+
+__device__ inline bool is_aligned(std::initializer_list<const void*> pointers) {
+  std::uintptr_t bits = 0;
+  for (const void* p : pointers) bits |= reinterpret_cast<std::uintptr_t>(p);
+  return bits % 16 == 0;
+}
+
 /// One block a chunk of kSquaredNormChunk elements; f64, in an order that is fixed.
 __global__ void __launch_bounds__(kThreads)
     squared_norm_kernel(const float* x, std::int64_t n, double* partial) {
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSquaredNormChunk;
   const std::int64_t end = n < begin + kSquaredNormChunk ? n : begin + kSquaredNormChunk;
+  const auto square = [](float value) {
+    return static_cast<double>(value) * static_cast<double>(value);
+  };
   double sum = 0.0;
-#pragma unroll 8
-  for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads)
-    sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const std::int64_t whole = is_aligned({x}) ? begin + (end - begin) / kVector * kVector : begin;
+#pragma unroll 4
+  for (std::int64_t i = begin + threadIdx.x * kVector; i < whole; i += kThreads * kVector) {
+    const float4 four = __ldcs(reinterpret_cast<const float4*>(x + i));
+    sum += square(four.x) + square(four.y) + (square(four.z) + square(four.w));
+  }
+  for (std::int64_t i = whole + threadIdx.x; i < end; i += kThreads) sum += square(x[i]);
   __shared__ double sums[kThreads];
   sums[threadIdx.x] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -51,25 +68,40 @@ __global__ void __launch_bounds__(kThreads)
                  const float* squared_norm, std::int64_t n, Step a) {
   float clip = 1.0f;
   if (a.max_norm > 0.0f) clip = fminf(1.0f, a.max_norm / (sqrtf(*squared_norm) + 1e-6f));
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n;
-       i += static_cast<std::int64_t>(gridDim.x) * kThreads) {
-    const float g = grad[i] * clip, m_old = m[i];
-    const float m_new = fmaf(1.0f - a.beta1, g - m_old, m_old);
-    const float v_new = fmaf(1.0f - a.beta2, g * g, a.beta2 * v[i]);
-    const float update = m_new / fmaf(sqrtf(v_new), 1.0f / a.root2, a.eps);
-    const float p = fmaf(-a.step_size, update, param[i] * a.keep);
-    m[i] = m_new;
-    v[i] = v_new;
-    param[i] = p;
-    if (param_cd != nullptr) param_cd[i] = store_as<T>(p);
+  const auto step = [&](float gradient, float& p, float& m_at, float& v_at) {
+    const float g = gradient * clip;
+    m_at = fmaf(1.0f - a.beta1, g - m_at, m_at);
+    v_at = fmaf(1.0f - a.beta2, g * g, a.beta2 * v_at);
+    const float update = m_at / fmaf(sqrtf(v_at), 1.0f / a.root2, a.eps);
+    p = fmaf(-a.step_size, update, p * a.keep);
+  };
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  const std::int64_t whole = is_aligned({param, grad, m, v}) ? n / kVector * kVector : 0;
+  for (std::int64_t i = first * kVector; i < whole; i += stride * kVector) {
+    const Vec<float> g = load_vec(grad + i);
+    Vec<float> p = load_vec(param + i), m4 = load_vec(m + i), v4 = load_vec(v + i);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) step(g.at[e], p.at[e], m4.at[e], v4.at[e]);
+    store_vec(m + i, m4);
+    store_vec(v + i, v4);
+    store_vec(param + i, p);
+    if (param_cd == nullptr) continue;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) param_cd[i + e] = store_as<T>(p.at[e]);
+  }
+  for (std::int64_t i = whole + first; i < n; i += stride) {
+    step(grad[i], param[i], m[i], v[i]);
+    if (param_cd != nullptr) param_cd[i] = store_as<T>(param[i]);
   }
 }
 
 template <class T>
 void run_adamw(cudaStream_t stream, const AdamWArgs& a, const Step& step) {
   const std::int64_t n = a.param.elements();
+  constexpr std::int64_t kEach = kThreads * kVector;
   const auto blocks =
-      static_cast<unsigned>(std::min<std::int64_t>((n + kThreads - 1) / kThreads, 1 << 16));
+      static_cast<unsigned>(std::min<std::int64_t>((n + kEach - 1) / kEach, 1 << 16));
   adamw_kernel<T><<<blocks, kThreads, 0, stream>>>(
       a.param.as<float>(), a.grad.as<float>(), a.m.as<float>(), a.v.as<float>(),
       static_cast<T*>(a.param_cd.data), static_cast<const float*>(a.squared_norm.data), n, step);
