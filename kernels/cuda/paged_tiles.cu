@@ -1,5 +1,6 @@
 // Paged attention for sequences with many new rows: 128 pairs of query row and head share tiles of
-// 64 keys, which are copied to shared memory one tile ahead.
+// 64 keys, which are copied to shared memory one tile ahead. Sequences with few rows fill half as
+// many pairs at most, and then two blocks a multiprocessor; a row's bits are the same in both.
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/paged_attention.cuh"
 #include "kernels/cuda/shared_tiles.cuh"
@@ -9,12 +10,12 @@ namespace {
 
 using bf16_t = __nv_bfloat16;
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kPairs = 16 * kWarps;  ///< of query row and head
+/// Warps of a block; each has 16 pairs of query row and head.
+constexpr int kWide = 8, kNarrow = 4;
 constexpr int kKeys = 64;
 
 /// Copies a tile of keys and of values; rows from `end` on are zero.
-template <int kDim>
+template <int kDim, int kThreads>
 __device__ inline void copy_tile(const PagedView& v, const std::int32_t* table, int kv_head,
                                  int key0, int end, bf16_t* keys, bf16_t* values) {
   constexpr int kChunks = kDim / 8;
@@ -104,8 +105,10 @@ struct WarpRows {
 };
 
 /// Block (tile of rows, kv head); the longest come first.
-template <int kDim>
-__global__ void __launch_bounds__(kThreads, 1) tiles_kernel(const PagedView v, bool zero_inert) {
+template <int kDim, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kWarps == kNarrow ? 2 : 1)
+    tiles_kernel(const PagedView v, bool zero_inert) {
+  constexpr int kThreads = 32 * kWarps, kPairs = 16 * kWarps;
   extern __shared__ __align__(128) bf16_t shared[];
   constexpr int kTile = kKeys * kDim;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1) tiles_kernel(const PagedView v, b
   const int pairs = tile.rows * v.group, end = tile.position + tile.rows;
   const std::int32_t* table = v.tables + static_cast<std::int64_t>(tile.sequence) * v.blocks_max;
   const int first = max(0, tile.position - v.window + 1) / kKeys, last = (end - 1) / kKeys;
-  copy_tile<kDim>(v, table, kv_head, first * kKeys, end, shared, shared + 2 * kTile);
+  copy_tile<kDim, kThreads>(v, table, kv_head, first * kKeys, end, shared, shared + 2 * kTile);
 
   WarpRows<kDim> rows;
   std::int64_t out_at[2] = {};
@@ -143,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1) tiles_kernel(const PagedView v, b
   for (int n = first; n <= last; ++n) {
     const int stage = (n - first) % 2, key0 = n * kKeys;
     if (n < last) {
-      copy_tile<kDim>(v, table, kv_head, key0 + kKeys, end, shared + (1 - stage) * kTile,
-                      shared + (3 - stage) * kTile);
+      copy_tile<kDim, kThreads>(v, table, kv_head, key0 + kKeys, end, shared + (1 - stage) * kTile,
+                                shared + (3 - stage) * kTile);
       asm volatile("cp.async.wait_group 1;\n" ::);
     } else {
       asm volatile("cp.async.wait_group 0;\n" ::);
@@ -180,20 +183,32 @@ __global__ void __launch_bounds__(kThreads, 1) tiles_kernel(const PagedView v, b
   }
 }
 
-template <int kDim>
-void launch(cudaStream_t stream, const PagedView& v) {
+template <int kDim, int kWarps>
+void launch(cudaStream_t stream, const PagedView& v, bool zero_inert) {
   constexpr int kBytes = 4 * kKeys * kDim * static_cast<int>(sizeof(bf16_t));
-  TANDEM_CUDA(cudaFuncSetAttribute(tiles_kernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   kBytes));
-  const dim3 grid(query_tiles_max(v, kPairs / v.group), static_cast<unsigned>(v.kv_heads));
-  tiles_kernel<kDim><<<grid, kThreads, kBytes, stream>>>(v, v.rows_min == 1);
+  constexpr auto kKernel = tiles_kernel<kDim, kWarps>;
+  TANDEM_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  const dim3 grid(query_tiles_max(v, 16 * kWarps / v.group), static_cast<unsigned>(v.kv_heads));
+  kKernel<<<grid, 32 * kWarps, kBytes, stream>>>(v, zero_inert);
   TANDEM_LAUNCHED("paged tiles_kernel");
+}
+
+template <int kDim>
+void run(cudaStream_t stream, const PagedView& all) {
+  const bool zero_inert = all.rows_min == 1;
+  const int few = 16 * kNarrow / all.group;  // rows of a narrow tile
+  PagedView v = all;
+  v.rows_max = std::min(all.rows_max, few);
+  if (v.rows_min <= v.rows_max) launch<kDim, kNarrow>(stream, v, zero_inert);
+  v.rows_max = all.rows_max;
+  v.rows_min = std::max(all.rows_min, few + 1);
+  if (v.t > few) launch<kDim, kWide>(stream, v, zero_inert && few == 0);
 }
 
 }  // namespace
 
 void paged_tiles(cudaStream_t stream, const PagedView& v) {
-  v.dim == 64 ? launch<64>(stream, v) : launch<128>(stream, v);
+  v.dim == 64 ? run<64>(stream, v) : run<128>(stream, v);
 }
 
 }  // namespace tandem::kernels::cuda
