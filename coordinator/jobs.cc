@@ -147,15 +147,14 @@ void Jobs::ask_estimate(Job& job) {
 /// nobody knows how many there are, so the job then waits.
 Status Jobs::check_pool(const Job& job) const {
   const std::int64_t ranks = job.sizes.back();
-  const auto [slots, host] = largest_host(workers_);
+  const std::size_t slots = pool_slots(workers_);
   if (!job.needs_gang() || static_cast<std::int64_t>(slots) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
-  return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
-                           slots == 0 ? std::string("no CPU worker is known")
-                                      : str(host, " has ", slots, " CPU workers, no host more"),
-                           "; start more (tandem up --workers ", ranks,
-                           ") or use fewer ranks (dp, tp, pp)"));
+  return refused_error(str(
+      "the job has ", ranks, " ranks, one worker each, and ",
+      slots == 0 ? std::string("no CPU worker is known") : str("there are ", slots, " CPU workers"),
+      "; start more (tandem up --workers ", ranks, ") or use fewer ranks (dp, tp, pp)"));
 }
 
 void Jobs::estimated(const EstimateOutcome& outcome) {

@@ -31,9 +31,10 @@ using Without = std::set<JobId>;
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
                 const std::set<WorkerId>& reserved, const Without& without = {});
 
-/// Workers for a queued job of several ranks: all at once, one per rank, on one host, CPU slots
-/// that train nothing and have memory for a rank beside their engine (whose base does not matter).
-/// The leader's agent must be there. Of an elastic job's sizes the largest that fits.
+/// Workers for a queued job of several ranks: all at once, one per rank, CPU slots that train
+/// nothing and have memory for a rank beside their engine (whose base does not matter). On one host
+/// where one has as many slots, else over several, members of a host next to each other. The agent
+/// of the first member of each host must be there. Of an elastic job's sizes the largest that fits.
 /// Deterministic.
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
                      const std::set<WorkerId>& reserved, const Without& without = {});
@@ -56,6 +57,8 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
 
 /// The most CPU slots that one host is known to have, and its name.
 std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers);
+/// All CPU slots that are known.
+std::size_t pool_slots(const WorkerTable& workers);
 
 /// The job a worker is reserved for by the tables, or null.
 const Job* job_on(const Tables& tables, const WorkerId& worker, const Without& without = {});

@@ -3,6 +3,7 @@
 
 #include "protocol/version.h"
 
+#include <algorithm>
 #include <map>
 #include <tuple>
 
@@ -54,6 +55,12 @@ std::pair<std::size_t, std::string> largest_host(const WorkerTable& workers) {
   return best;
 }
 
+std::size_t pool_slots(const WorkerTable& workers) {
+  std::size_t slots = 0;
+  for (const auto& [id, worker] : workers.all()) slots += is_cpu_slot(worker);
+  return slots;
+}
+
 std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
                                    const WorkerTable& workers) {
   std::set<WorkerId> reserved = reserved_for_replicas(tables, workers);
@@ -67,6 +74,42 @@ std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
 }
 
 namespace {
+
+/// Over several hosts, for none has as many slots: those with most free workers first, whichever
+/// have an agent that can start a daemon there.
+Placement place_over_hosts(std::size_t wanted, std::vector<Host> hosts) {
+  std::stable_sort(hosts.begin(), hosts.end(), [](const Host& a, const Host& b) {
+    return std::tuple(!a.held_it, b.free.size()) < std::tuple(!b.held_it, a.free.size());
+  });
+  Placement placement;
+  std::string obstacles;
+  for (const Host& host : hosts) {
+    const Process* agent = host.free.empty() ? nullptr : &host.free.front()->agent;
+    const bool able = agent != nullptr && agent->alive && protocol::has_far_ranks(agent->version);
+    if (agent != nullptr && !able)
+      obstacles +=
+          str("; no agent of ", host.name, " is connected that can start ranks for another host");
+    for (const Worker* worker : able ? host.free : std::vector<const Worker*>{})
+      if (placement.members.size() < wanted) placement.members.push_back(worker->id);
+    if (!host.obstacles.empty() && obstacles.size() < 400) obstacles += "; " + host.obstacles;
+  }
+  if (placement.members.size() == wanted) {
+    placement.worker = placement.members.front();
+    return placement;
+  }
+  placement.waiting = str("needs ", wanted, " workers of ", hosts.size(), " hosts at once, ",
+                          placement.members.size(), " are free", obstacles);
+  placement.wanted = std::move(placement.members);
+  placement.members.clear();
+  for (const Host& host : hosts)
+    for (const auto* list : {&host.free, &host.busy})
+      for (const Worker* worker : *list)
+        if (placement.wanted.size() < wanted &&
+            std::find(placement.wanted.begin(), placement.wanted.end(), worker->id) ==
+                placement.wanted.end())
+          placement.wanted.push_back(worker->id);
+  return placement;
+}
 
 Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
@@ -87,9 +130,16 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
   Placement placement;
   if (!best) {
     const auto [count, name] = largest_host(workers);
-    placement.waiting = str("needs ", size, " CPU workers on one host; ",
-                            count == 0 ? "none is" : str(name, " has ", count, ", no host more"),
-                            "; tandem up --workers ", size, " starts as many");
+    if (pool_slots(workers) >= wanted) {
+      std::vector<Host> hosts;
+      for (const auto& [host, slots] : by_host)
+        hosts.push_back(look_at(host, slots, job, tables, workers, reserved, without));
+      return place_over_hosts(wanted, std::move(hosts));
+    }
+    placement.waiting = str(
+        "needs ", size, " CPU workers; ",
+        count == 0 ? "none is there" : str("there are ", pool_slots(workers), ", most on ", name),
+        "; tandem up --workers ", size, " starts as many");
     return placement;
   }
   const Worker* leader = best->free.empty() ? nullptr : best->free.front();

@@ -32,16 +32,16 @@ Status Replicas::check(const Wanted& wanted) const {
                              context_.limits().replicas_max, "; ", wanted.count,
                              " more do not fit; remove some (tandem replica rm)"));
   const std::int64_t ranks = wanted.tp * wanted.pp;
-  const auto [slots, host] = largest_host(workers_);
+  const std::size_t slots = pool_slots(workers_);
   // Right after a start of the coordinator nobody knows how many slots there are.
   if (static_cast<std::int64_t>(slots) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
-  return refused_error(str("a replica of tp ", wanted.tp, " x pp ", wanted.pp, " has ", ranks,
-                           " ranks, one worker each on one host, and ",
-                           slots == 0 ? std::string("no CPU worker is known")
-                                      : str(host, " has ", slots, " CPU workers, no host more"),
-                           "; start more (tandem up --workers ", ranks, ") or use fewer ranks"));
+  return refused_error(str(
+      "a replica of tp ", wanted.tp, " x pp ", wanted.pp, " has ", ranks,
+      " ranks, one worker each, and ",
+      slots == 0 ? std::string("no CPU worker is known") : str("there are ", slots, " CPU workers"),
+      "; start more (tandem up --workers ", ranks, ") or use fewer ranks"));
 }
 
 Result<std::vector<JobId>> Replicas::add(const Wanted& wanted, const std::string& estimate_json) {

@@ -42,7 +42,9 @@ class CoreHarness {
   void from_engine(int slot, protocol::WorkerMessage message);
   void from_agent(int slot, protocol::WorkerMessage message);
   void from_gang(int slot, protocol::WorkerMessage message);
-  static WorkerId worker(int slot) { return WorkerId(str("host/cpu", slot)); }
+  /// Slots from 10 on are of another host.
+  static std::string host(int slot) { return slot < 10 ? "host" : "far"; }
+  static WorkerId worker(int slot) { return WorkerId(str(host(slot), "/cpu", slot)); }
   static std::string engine_peer(int slot) { return str("engine", slot); }
   static std::string agent_peer(int slot) { return str("agent", slot); }
   static std::string gang_peer(int slot) { return str("gang", slot); }

@@ -22,15 +22,22 @@ class TinyPool : public testing::Test {
  protected:
   /// Starts the platform and waits until all `workers` are ready. `rows` of data, `layers` blocks.
   static void start_pool(int workers, int rows, std::int64_t layers = 2) {
+    begin_pool(rows, layers);
+    for (int slot = 0; slot < workers; ++slot) platform_->start_worker(slot);
+    await_workers(workers);
+  }
+  /// The same without workers.
+  static void begin_pool(int rows, std::int64_t layers) {
     platform_ = std::make_unique<Platform>(
         std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "4MiB",
                                  "--device", "cpu", "--gang-timeout-s", "5"});
     write_tiny_model(platform_->directory() + "/model", 7, layers);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", rows, 8);
     platform_->start_coordinator();
-    for (int slot = 0; slot < workers; ++slot) platform_->start_worker(slot);
     platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
     data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
+  }
+  static void await_workers(int workers) {
     ASSERT_TRUE(eventually(60'000, [&] {
       int ready = 0;
       const Json listed = platform_->call("worker.list", Json::object());

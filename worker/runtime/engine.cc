@@ -171,6 +171,8 @@ class Engine {
   void on(protocol::Announce& announce) { serve_.prefetch(announce); }
   void on(protocol::HeartbeatReply&) {}
   void on(protocol::AgentCommand&) {}
+  void on(protocol::LaunchDaemon&) {}  // agents alone get these two
+  void on(protocol::DaemonLaunched&) {}
 
   void on(protocol::WorkerHelloReply& reply) {
     if (!reply.status.ok()) {
