@@ -36,6 +36,8 @@ class ServeHost {
   void cancel(const RequestId& id);
   /// Loads an announced adapter ahead of its first request.
   void prefetch(const protocol::Announce& announce);
+  /// Computes what every chat under a resident adapter begins with, ahead of its first request.
+  void warm(const Digest& adapter);
   /// One iteration; sends what came out. Call while has_work().
   void step();
   [[nodiscard]] bool has_work() const { return model_ && model_->serve().has_work(); }
