@@ -14,6 +14,7 @@ Coordinator::Coordinator(Options options, Snapshot snapshot, const Now& now)
       jobs_(context_, workers_, estimates_),
       requests_(context_, workers_),
       replicas_(context_, workers_, requests_),
+      daemons_(context_, workers_),
       calls_({context_, workers_, estimates_, jobs_, requests_, replicas_}) {
   context_.begin(now);
   context_.load(std::move(snapshot.tables));
@@ -119,8 +120,8 @@ void Coordinator::on(const WorkerInput& input) {
           *chunk);
     if (known->role != protocol::WorkerRole::kAgent)
       job_message({known->worker, known->process}, input.message);
-    else if (const auto* over = std::get_if<protocol::JobEnded>(&input.message))
-      ended({known->worker, known->process}, *over);
+    else
+      agent_message({known->worker, known->process}, input.message);
   }
   // Else: a process we do not know (any more). Silence makes it say hello again.
   route_estimates(estimates_.tick());
@@ -132,6 +133,15 @@ void Coordinator::engine_message(Worker& worker, const protocol::WorkerMessage& 
     model_loaded(worker, *loaded);
   else if (const auto* estimate = std::get_if<protocol::EstimateReply>(&message))
     route_estimates(estimates_.reply(*estimate));
+}
+
+void Coordinator::agent_message(const Runner& runner, const protocol::WorkerMessage& message) {
+  if (const auto* over = std::get_if<protocol::JobEnded>(&message))
+    ended(runner, *over);
+  else if (const auto* launch = std::get_if<protocol::LaunchDaemon>(&message))
+    daemons_.launch(runner.worker, *launch);
+  else if (const auto* launched = std::get_if<protocol::DaemonLaunched>(&message))
+    daemons_.launched(runner.worker, *launched);
 }
 
 void Coordinator::job_message(const Runner& runner, const protocol::WorkerMessage& message) {

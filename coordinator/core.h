@@ -10,6 +10,7 @@
 
 #include "coordinator/calls.h"
 #include "coordinator/context.h"
+#include "coordinator/daemons.h"
 #include "coordinator/estimates.h"
 #include "coordinator/jobs.h"
 #include "coordinator/replicas.h"
@@ -54,6 +55,7 @@ class Coordinator {
   void heartbeat(const std::string& peer, const protocol::Heartbeat& message);
   void model_loaded(Worker& worker, const protocol::ModelLoaded& message);
   void engine_message(Worker& worker, const protocol::WorkerMessage& message);
+  void agent_message(const Runner& runner, const protocol::WorkerMessage& message);
   void job_message(const Runner& runner, const protocol::WorkerMessage& message);
   void ended(const Runner& runner, const protocol::JobEnded& message);
   void engine_lost(const EngineLost& lost);
@@ -68,6 +70,7 @@ class Coordinator {
   Jobs jobs_;
   Requests requests_;
   Replicas replicas_;
+  Daemons daemons_;
   Calls calls_;
   std::map<std::string, Session> sessions_;
   std::uint64_t dropped_before_hello_ = 0;

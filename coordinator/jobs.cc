@@ -143,16 +143,16 @@ void Jobs::ask_estimate(Job& job) {
   estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, true);
 }
 
-/// More ranks than any host has slots will never start. Right after a start of the coordinator
-/// nobody knows how many there are, so the job then waits.
+/// More ranks than a gang can have on its device will never start. Right after a start of the
+/// coordinator nobody knows how many there are, so the job then waits.
 Status Jobs::check_pool(const Job& job) const {
   const std::int64_t ranks = job.sizes.back();
-  const HostSlots largest = largest_host(workers_, estimated_device(job.estimate_json));
-  if (!job.needs_gang() || static_cast<std::int64_t>(largest.count) >= ranks ||
+  const GangRoom room = gang_room(workers_, estimated_device(job.estimate_json));
+  if (!job.needs_gang() || static_cast<std::int64_t>(room.ranks) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
-  return refused_error(str("the job has ", ranks, " ranks, one worker each on one host, and ",
-                           describe_largest(largest), "; start more (tandem up --workers ", ranks,
+  return refused_error(str("the job has ", ranks, " ranks, one worker each, and ", room.description,
+                           "; start more (tandem up --workers ", ranks,
                            ") or use fewer ranks (dp, tp, pp)"));
 }
 

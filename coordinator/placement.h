@@ -31,10 +31,11 @@ using Without = std::set<JobId>;
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
                 const std::set<WorkerId>& reserved, const Without& without = {});
 
-/// Workers for a queued job of several ranks: all at once, one per rank, on one host, slots with
-/// the device of the job's estimate that train nothing and have memory for a rank beside their
-/// engine (whose base does not matter). The leader's agent must be there. Of an elastic job's sizes
-/// the largest that fits. Deterministic.
+/// Workers for a queued job of several ranks: all at once, one per rank, slots with the device of
+/// the job's estimate that train nothing and have memory for a rank beside their engine (whose base
+/// does not matter). On one host where one has as many slots; else, CPU slots only, over several,
+/// members of a host next to each other. The agent of the first member of each host must be there.
+/// Of an elastic job's sizes the largest that fits. Deterministic.
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
                      const std::set<WorkerId>& reserved, const Without& without = {});
 
@@ -61,10 +62,16 @@ struct HostSlots {
   /// "4 CPU workers"
   [[nodiscard]] std::string to_string() const;
 };
-/// Of all hosts; `device` "": of any device.
-HostSlots largest_host(const WorkerTable& workers, const std::string& device = "");
-/// "no CPU worker is known" or "HOST has 2 CPU workers, no host more".
-std::string describe_largest(const HostSlots& largest);
+/// Of all hosts with this device.
+HostSlots largest_host(const WorkerTable& workers, const std::string& device);
+/// How many ranks on one device a gang can have: as many as the pool has CPU slots, or as the
+/// largest host has GPUs, for GPUs of several hosts make no gang.
+struct GangRoom {
+  std::size_t ranks = 0;
+  /// "there are 3 CPU workers, 2 of them on HOST", or "a gang of GPUs stays within one host: ...".
+  std::string description;
+};
+GangRoom gang_room(const WorkerTable& workers, const std::string& device);
 /// Where a gang of so many ranks is to run: on GPUs, where a host has as many, else on CPUs.
 std::string gang_device(const WorkerTable& workers, std::int64_t ranks);
 /// The device that a job's dry run was made for.

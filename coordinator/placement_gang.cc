@@ -5,6 +5,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <map>
 #include <tuple>
 
@@ -47,21 +48,26 @@ std::string HostSlots::to_string() const {
 }
 
 HostSlots largest_host(const WorkerTable& workers, const std::string& device) {
-  std::map<std::pair<std::string, std::string>, std::size_t> slots;
+  std::map<std::string, std::size_t> slots;
   for (const auto& [id, worker] : workers.all())
-    if (!worker.device.empty()) ++slots[{worker.host, worker.device}];
-  HostSlots best;
-  if (!device.empty()) best.device = device;
-  for (const auto& [slot, count] : slots)
-    if (count > best.count && (device.empty() || slot.second == device))
-      best = {count, slot.first, slot.second};
+    if (worker.device == device) ++slots[worker.host];
+  HostSlots best{0, "", device};
+  for (const auto& [name, count] : slots)
+    if (count > best.count) best = {count, name, device};
   return best;
 }
 
-std::string describe_largest(const HostSlots& largest) {
-  if (largest.count == 0)
-    return str("no ", largest.device == "cpu" ? "CPU" : "GPU", " worker is known");
-  return str(largest.name, " has ", largest.to_string(), ", no host more");
+GangRoom gang_room(const WorkerTable& workers, const std::string& device) {
+  const HostSlots largest = largest_host(workers, device);
+  const bool cpu = device == "cpu";
+  if (largest.count == 0) return {0, str("no ", cpu ? "CPU" : "GPU", " worker is known")};
+  if (!cpu)
+    return {largest.count, str("a gang of GPUs stays within one host: ", largest.name, " has ",
+                               largest.to_string(), ", no host more")};
+  HostSlots all{0, "", device};
+  for (const auto& [id, worker] : workers.all()) all.count += worker.device == device;
+  return {all.count,
+          str("there are ", all.to_string(), ", ", largest.count, " of them on ", largest.name)};
 }
 
 std::string gang_device(const WorkerTable& workers, std::int64_t ranks) {
@@ -90,6 +96,42 @@ std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
 
 namespace {
 
+/// Over several hosts, for none has as many slots: those with most free workers first, whichever
+/// have an agent that can start a daemon there.
+Placement place_over_hosts(std::size_t wanted, std::vector<Host> hosts) {
+  std::stable_sort(hosts.begin(), hosts.end(), [](const Host& a, const Host& b) {
+    return std::tuple(!a.held_it, b.free.size()) < std::tuple(!b.held_it, a.free.size());
+  });
+  Placement placement;
+  std::string obstacles;
+  for (const Host& host : hosts) {
+    const Process* agent = host.free.empty() ? nullptr : &host.free.front()->agent;
+    const bool able = agent != nullptr && agent->alive && protocol::has_far_ranks(agent->version);
+    if (agent != nullptr && !able)
+      obstacles +=
+          str("; no agent of ", host.name, " is connected that can start ranks for another host");
+    for (const Worker* worker : able ? host.free : std::vector<const Worker*>{})
+      if (placement.members.size() < wanted) placement.members.push_back(worker->id);
+    if (!host.obstacles.empty() && obstacles.size() < 400) obstacles += "; " + host.obstacles;
+  }
+  if (placement.members.size() == wanted) {
+    placement.worker = placement.members.front();
+    return placement;
+  }
+  placement.waiting = str("needs ", wanted, " workers of ", hosts.size(), " hosts at once, ",
+                          placement.members.size(), " are free", obstacles);
+  placement.wanted = std::move(placement.members);
+  placement.members.clear();
+  for (const Host& host : hosts)
+    for (const auto* list : {&host.free, &host.busy})
+      for (const Worker* worker : *list)
+        if (placement.wanted.size() < wanted &&
+            std::find(placement.wanted.begin(), placement.wanted.end(), worker->id) ==
+                placement.wanted.end())
+          placement.wanted.push_back(worker->id);
+  return placement;
+}
+
 Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
                      const Without& without) {
@@ -109,10 +151,15 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
   }
   Placement placement;
   if (!best) {
-    const HostSlots largest = largest_host(workers, device);
-    placement.waiting =
-        str("needs ", HostSlots{wanted, "", device}.to_string(), " on one host; ",
-            describe_largest(largest), "; tandem up --workers ", size, " starts as many");
+    const GangRoom room = gang_room(workers, device);
+    if (room.ranks >= wanted) {  // CPU slots: the GPUs that have room for it are of one host
+      std::vector<Host> hosts;
+      for (const auto& [host, slots] : by_host)
+        hosts.push_back(look_at(host, slots, job, tables, workers, reserved, without));
+      return place_over_hosts(wanted, std::move(hosts));
+    }
+    placement.waiting = str("needs ", HostSlots{wanted, "", device}.to_string(), "; ",
+                            room.description, "; tandem up --workers ", size, " starts as many");
     return placement;
   }
   const Worker* leader = best->free.empty() ? nullptr : best->free.front();

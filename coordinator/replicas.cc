@@ -32,13 +32,15 @@ Status Replicas::check(const Wanted& wanted) const {
                              context_.limits().replicas_max, "; ", wanted.count,
                              " more do not fit; remove some (tandem replica rm)"));
   const std::int64_t ranks = wanted.tp * wanted.pp;
-  const HostSlots largest = largest_host(workers_);
+  // Before the dry run its device is not known: whichever has room for more.
+  const GangRoom cpus = gang_room(workers_, "cpu"), gpus = gang_room(workers_, "cuda");
+  const GangRoom& room = gpus.ranks > cpus.ranks ? gpus : cpus;
   // Right after a start of the coordinator nobody knows how many slots there are.
-  if (static_cast<std::int64_t>(largest.count) >= ranks ||
+  if (static_cast<std::int64_t>(room.ranks) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
   return refused_error(str("a replica of tp ", wanted.tp, " x pp ", wanted.pp, " has ", ranks,
-                           " ranks, one worker each on one host, and ", describe_largest(largest),
+                           " ranks, one worker each, and ", room.description,
                            "; start more (tandem up --workers ", ranks, ") or use fewer ranks"));
 }
 

@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 3;  ///< range: version.h
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 4;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
@@ -30,6 +30,8 @@ inline constexpr std::int64_t kListItemsMax = 1 << 18;
 inline constexpr std::int64_t kIdBytesMax = 256;     ///< an id, a routing id, a worker name
 inline constexpr std::int64_t kNameBytesMax = 1024;  ///< a model, adapter, method or device name
 inline constexpr std::int64_t kGangMembersMax = 64;  ///< workers of one gang
+/// Of one daemon's command line: its words, and the bytes of each.
+inline constexpr std::int64_t kDaemonArgumentsMax = 256, kDaemonArgumentBytesMax = 16 << 10;
 inline constexpr std::int64_t kBlobHasMax = 4096;    ///< digests in one BlobHas
 inline constexpr int kNestingMax = 32;
 
@@ -288,6 +290,40 @@ struct JobEnded {
   std::string summary_json;
   bool operator==(const JobEnded&) const = default;
 };
+/// To an engine: run this job as this epoch.
+struct StartJob {
+  JobId job;
+  Epoch epoch = 0;
+  std::string spec_json;  ///< JobSpec
+  ModelRef model;
+  Digest dataset, eval_dataset;
+  std::int64_t dataset_bytes = 0, eval_dataset_bytes = 0;
+  std::string checkpoint_manifest;  ///< canonical text; "" = from the start
+  /// Since 1.2, to an agent: not 0, the job is a gang's, and its first rank says hello (kGang)
+  /// under this incarnation. One member per rank, the leader's worker first.
+  Incarnation gang = 0;
+  std::vector<WorkerId> members;
+  /// Since 1.3, with `gang`: {"tp", "pp"} of a replica that serves the model, no job; "": a job.
+  std::string serve_json;
+  bool operator==(const StartJob&) const = default;
+};
+/// Since 1.4. A gang over several hosts: its mpirun wants its daemon (Open MPI's orted) started on
+/// another host. From the leader's agent to the coordinator, and on to the agent of `worker`, the
+/// first member of that host. Repeated until DaemonLaunched comes.
+struct LaunchDaemon {
+  WorkerId worker;
+  StartJob start;                      ///< what the gang was started with
+  std::vector<std::string> arguments;  ///< the daemon's, without its name
+  bool operator==(const LaunchDaemon&) const = default;
+};
+/// Since 1.4. Its outcome, from that agent to the coordinator, and on to the leader's agent.
+struct DaemonLaunched {
+  JobId job;
+  Epoch epoch = 0;
+  WorkerId worker;
+  Status status;
+  bool operator==(const DaemonLaunched&) const = default;
+};
 /// Part of an answer, engine -> coordinator; the same chunk the client gets.
 struct InferChunk {
   std::uint32_t attempt = 0;  ///< as in Infer: chunks of an older attempt are dropped
@@ -338,22 +374,6 @@ struct EstimateRequest {
   std::string serve_json;
   bool operator==(const EstimateRequest&) const = default;
 };
-struct StartJob {
-  JobId job;
-  Epoch epoch = 0;
-  std::string spec_json;  ///< JobSpec
-  ModelRef model;
-  Digest dataset, eval_dataset;
-  std::int64_t dataset_bytes = 0, eval_dataset_bytes = 0;
-  std::string checkpoint_manifest;  ///< canonical text; "" = from the start
-  /// Since 1.2, to an agent: not 0, the job is a gang's, and its first rank says hello (kGang)
-  /// under this incarnation. One member per rank, the leader's worker first.
-  Incarnation gang = 0;
-  std::vector<WorkerId> members;
-  /// Since 1.3, with `gang`: {"tp", "pp"} of a replica that serves the model, no job; "": a job.
-  std::string serve_json;
-  bool operator==(const StartJob&) const = default;
-};
 enum class StopMode : std::uint8_t { kCancel = 0, kPause = 1 };  ///< pause: checkpoint first
 struct StopJob {
   JobId job;
@@ -394,11 +414,12 @@ struct Announce {
   bool operator==(const Announce&) const = default;
 };
 
-using WorkerMessage = std::variant<WorkerHello, Heartbeat, ModelLoaded, EstimateReply, JobProgress,
-                                   CheckpointReady, Publish, JobEnded, InferChunk, WorkerBye>;
-using ControlMessage =
-    std::variant<WorkerHelloReply, HeartbeatReply, AgentCommand, LoadModel, EstimateRequest,
-                 StartJob, StopJob, JobAck, Infer, InferCancel, Announce>;
+using WorkerMessage =
+    std::variant<WorkerHello, Heartbeat, ModelLoaded, EstimateReply, JobProgress, CheckpointReady,
+                 Publish, JobEnded, InferChunk, WorkerBye, LaunchDaemon, DaemonLaunched>;
+using ControlMessage = std::variant<WorkerHelloReply, HeartbeatReply, AgentCommand, LoadModel,
+                                    EstimateRequest, StartJob, StopJob, JobAck, Infer, InferCancel,
+                                    Announce, LaunchDaemon, DaemonLaunched>;
 
 // -- bulk: content-addressed chunks of at most 16 MiB; the bytes travel in a frame of their own
 // ------

@@ -14,7 +14,7 @@ namespace tandem::protocol {
 inline constexpr std::uint16_t kVersionMinorMin = 0;  ///< the oldest that is understood
 static_assert(kVersionMinor == 0 || kVersionMinorMin < kVersionMinor);
 
-/// "1.0 to 1.3".
+/// "1.0 to 1.4".
 std::string version_range();
 
 /// The version to speak with a peer that says `peer` in its hello: the lower of both. kRefused,
@@ -36,6 +36,12 @@ constexpr bool has_gangs(const Version& version) {
 /// gang that is given requests (since 1.3).
 constexpr bool has_replicas(const Version& version) {
   return version.minor >= 3;
+}
+
+/// True when a peer of that version knows gangs over several hosts: LaunchDaemon and DaemonLaunched
+/// (since 1.4).
+constexpr bool has_far_ranks(const Version& version) {
+  return version.minor >= 4;
 }
 
 /// "retry after N ms" as kBusy messages carry it, or 0: all a 1.0 peer says.

@@ -119,8 +119,8 @@ void bench(const Shape& shape, DType dtype, std::int64_t t, bool gradient) {
   }
   const Bytes y(t * out * dtype_bytes(dtype));
   const Bytes scratch(gradient
-                          ? linear_input_grad_scratch(dtype, t, shape.n, shape.k, 0, 0, 0, threads)
-                          : linear_forward_scratch(dtype, t, shape.n, shape.k, 0, 0, threads));
+                          ? linear_input_grad_scratch(dtype, t, shape.n, shape.k, 0, 0, threads)
+                          : linear_forward_scratch(dtype, t, shape.n, shape.k, 0, 0, 0, threads));
   std::size_t turn = 0, other_turn = 0;
   const auto ours = [&] {
     const PackedMatrix m{packed[turn++ % packed.size()].data(), dtype, shape.n, shape.k};

@@ -10,6 +10,7 @@
 #include "protocol/zmq_transport.h"
 #include "worker/comm/mpi_communicator.h"
 #include "worker/program.h"
+#include "worker/runtime/gang_hosts.h"
 #include "worker/runtime/gang_keeper.h"
 #include "worker/runtime/gang_lead.h"
 #include "worker/runtime/replica_lead.h"
@@ -23,6 +24,7 @@
 #include <iostream>
 #include <iterator>
 #include <optional>
+#include <string_view>
 
 namespace tandem::worker {
 namespace {
@@ -165,8 +167,22 @@ Result<int> run(const Settings& settings, const Identity& id) {
   });
 }
 
+/// The command line's words, or this host's own where the gang has several (gang_hosts.h).
+std::vector<std::string> rank_words(int argc, char** argv) {
+  std::vector<std::string> words(argv, argv + argc);
+  const char* file = std::getenv(runtime::kRankArgumentsVariable);
+  if (argc > 1 || file == nullptr) return words;
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);) words.push_back(line);
+  return words;
+}
+
 Result<int> start(int argc, char** argv) {
-  TANDEM_ASSIGN_OR_RETURN(auto line, protocol::split_command_line(argc, argv));
+  const std::vector<std::string> words = rank_words(argc, argv);
+  std::vector<const char*> pointers;
+  for (const std::string& word : words) pointers.push_back(word.c_str());
+  TANDEM_ASSIGN_OR_RETURN(
+      auto line, protocol::split_command_line(static_cast<int>(pointers.size()), pointers.data()));
   if (line.has("--version")) {
     std::cout << "tandem-rank " << TANDEM_VERSION << "\n";
     return 0;
@@ -187,6 +203,8 @@ Result<int> start(int argc, char** argv) {
 int main(int argc, char** argv) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
   if (::getppid() == 1) return 1;
+  if (argc > 2 && std::string_view(argv[1]) == "--launch")  // mpirun's way to another host
+    return tandem::worker::runtime::ask_for_daemon(argv[2], {argv + 3, argv + argc});
   tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   const auto code = tandem::worker::start(argc, argv);

@@ -334,7 +334,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kDim>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
-  const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
+  const ForwardMaps maps{
+      make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
   launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, queue, "attention forward",
          maps, p);
 }

@@ -4,30 +4,6 @@
 namespace tandem::protocol {
 namespace codec {
 
-static void put(wire::ModelRef::Builder b, const ModelRef& m) {
-  b.setDigest(data(m.digest));
-  b.setName(text(m.name));
-  b.setPath(text(m.path));
-  b.setShared(m.shared);
-  auto files = b.initFiles(count(m.files));
-  for (unsigned i = 0; i < count(m.files); ++i) {
-    files[i].setPath(text(m.files[i].first));
-    files[i].setDigest(data(m.files[i].second));
-  }
-}
-static ModelRef get(wire::ModelRef::Reader r) {
-  ModelRef m;
-  m.digest = get_digest(r.getDigest(), "model.digest");
-  m.name = get_text(r.getName(), "model.name", kNameBytesMax);
-  m.path = get_text(r.getPath(), "model.path", kPathBytesMax);
-  m.shared = r.getShared();
-  m.files = get_structs<std::pair<std::string, Digest>>(r.getFiles(), "model.files", [](auto item) {
-    return std::pair(get_text(item.getPath(), "model.files.path", kPathBytesMax),
-                     get_digest(item.getDigest(), "model.files.digest"));
-  });
-  return m;
-}
-
 static void put(wire::ControlMessage::Builder root, const WorkerHelloReply& m) {
   auto b = root.initHello();
   put(b.initStatus(), m.status);
@@ -74,34 +50,7 @@ static EstimateRequest get(wire::EstimateRequest::Reader r) {
 }
 
 static void put(wire::ControlMessage::Builder root, const StartJob& m) {
-  auto b = root.initStartJob();
-  put_job_epoch(b, m);
-  b.setSpecJson(text(m.spec_json));
-  put(b.initModel(), m.model);
-  b.setDataset(data(m.dataset));
-  b.setEvalDataset(data(m.eval_dataset));
-  b.setDatasetBytes(m.dataset_bytes);
-  b.setEvalDatasetBytes(m.eval_dataset_bytes);
-  b.setCheckpointManifest(text(m.checkpoint_manifest));
-  b.setGang(m.gang);
-  put_ids(b.initMembers(count(m.members)), m.members);
-  b.setServeJson(text(m.serve_json));
-}
-static StartJob get(wire::StartJob::Reader r) {
-  StartJob m;
-  get_job_epoch(r, m, "start_job.job");
-  m.spec_json = get_text(r.getSpecJson(), "start_job.spec_json");
-  m.model = get(r.getModel());
-  m.dataset = get_digest(r.getDataset(), "start_job.dataset");
-  m.eval_dataset = get_digest(r.getEvalDataset(), "start_job.eval_dataset");
-  m.dataset_bytes = get_count(r.getDatasetBytes(), "start_job.dataset_bytes");
-  m.eval_dataset_bytes = get_count(r.getEvalDatasetBytes(), "start_job.eval_dataset_bytes");
-  m.checkpoint_manifest = get_text(r.getCheckpointManifest(), "start_job.checkpoint_manifest");
-  m.gang = r.getGang();
-  check_list(r.getMembers().size(), "start_job.members", kGangMembersMax);
-  m.members = get_ids<WorkerId>(r.getMembers(), "start_job.members");
-  m.serve_json = get_text(r.getServeJson(), "start_job.serve_json");
-  return m;
+  put(root.initStartJob(), m);
 }
 
 static void put(wire::ControlMessage::Builder root, const StopJob& m) {
@@ -172,6 +121,13 @@ static Announce get(wire::Announce::Reader r) {
           get_text(r.getAdapterManifest(), "announce.adapter_manifest")};
 }
 
+static void put(wire::ControlMessage::Builder root, const LaunchDaemon& m) {
+  put(root.initLaunch(), m);
+}
+static void put(wire::ControlMessage::Builder root, const DaemonLaunched& m) {
+  put(root.initLaunched(), m);
+}
+
 static ControlMessage get(wire::ControlMessage::Reader r) {
   switch (r.which()) {
     case wire::ControlMessage::HELLO:
@@ -197,6 +153,10 @@ static ControlMessage get(wire::ControlMessage::Reader r) {
       return InferCancel{get_id<RequestId>(r.getInferCancel().getId(), "infer_cancel.id")};
     case wire::ControlMessage::ANNOUNCE:
       return get(r.getAnnounce());
+    case wire::ControlMessage::LAUNCH:
+      return get(r.getLaunch());
+    case wire::ControlMessage::LAUNCHED:
+      return get(r.getLaunched());
   }
   refuse_unknown("control message", static_cast<unsigned>(r.which()));
 }

@@ -21,4 +21,13 @@ void get_job_epoch(Reader r, Message& m, const char* field) {
   m.epoch = r.getEpoch();
 }
 
+void put(wire::ModelRef::Builder b, const ModelRef& m);
+ModelRef get(wire::ModelRef::Reader r);
+void put(wire::StartJob::Builder b, const StartJob& m);
+StartJob get(wire::StartJob::Reader r);
+void put(wire::LaunchDaemon::Builder b, const LaunchDaemon& m);
+LaunchDaemon get(wire::LaunchDaemon::Reader r);
+void put(wire::DaemonLaunched::Builder b, const DaemonLaunched& m);
+DaemonLaunched get(wire::DaemonLaunched::Reader r);
+
 }  // namespace tandem::protocol::codec

@@ -194,6 +194,13 @@ static void put(wire::WorkerMessage::Builder root, const WorkerBye& m) {
   b.setIncarnation(m.incarnation);
 }
 
+static void put(wire::WorkerMessage::Builder root, const LaunchDaemon& m) {
+  put(root.initLaunch(), m);
+}
+static void put(wire::WorkerMessage::Builder root, const DaemonLaunched& m) {
+  put(root.initLaunched(), m);
+}
+
 static WorkerMessage get(wire::WorkerMessage::Reader r) {
   switch (r.which()) {
     case wire::WorkerMessage::HELLO:
@@ -219,6 +226,10 @@ static WorkerMessage get(wire::WorkerMessage::Reader r) {
       return WorkerBye{get_id<WorkerId>(bye.getWorker(), "bye.worker"), get_role(bye.getRole()),
                        bye.getIncarnation()};
     }
+    case wire::WorkerMessage::LAUNCH:
+      return get(r.getLaunch());
+    case wire::WorkerMessage::LAUNCHED:
+      return get(r.getLaunched());
   }
   refuse_unknown("worker message", static_cast<unsigned>(r.which()));
 }

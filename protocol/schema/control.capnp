@@ -26,6 +26,8 @@ struct WorkerMessage {
     ended @7 :JobEnded;
     chunk @8 :InferChunk;
     bye @9 :WorkerBye;
+    launch @10 :LaunchDaemon;      # since 1.4
+    launched @11 :DaemonLaunched;  # since 1.4
   }
 }
 
@@ -43,6 +45,8 @@ struct ControlMessage {
     infer @8 :Infer;
     inferCancel @9 :InferCancel;
     announce @10 :Announce;
+    launch @11 :LaunchDaemon;      # since 1.4
+    launched @12 :DaemonLaunched;  # since 1.4
   }
 }
 
@@ -306,4 +310,25 @@ struct Announce {
   model @1 :Data;
   adapter @2 :Data;
   adapterManifest @3 :Text;
+}
+
+# -- both ways, since 1.4 -------------------------------------------------------------------------
+
+struct LaunchDaemon {
+  # A gang over several hosts. Leader's agent -> coordinator: the gang's mpirun wants its daemon (orted) on
+  # the host of `worker`, the first member there. The coordinator checks that (job, epoch) is placed so and
+  # that the sender leads it, and passes it on to that worker's agent, which starts its own host's orted with
+  # these arguments; it takes none but `-mca NAME VALUE` of a list of names. Answered with DaemonLaunched.
+  # Repeated every second until then; doing it twice is doing it once.
+  worker @0 :Text;
+  start @1 :StartJob;         # what the gang was started with: its ranks there read it
+  arguments @2 :List(Text);   # at most 256, of at most 16 KiB each; without the program's name
+}
+
+struct DaemonLaunched {
+  # Outcome of LaunchDaemon: that agent -> coordinator -> the leader's agent. Lost: LaunchDaemon is repeated.
+  job @0 :Text;
+  epoch @1 :UInt64;
+  worker @2 :Text;
+  status @3 :Common.Status;
 }

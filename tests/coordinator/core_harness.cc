@@ -94,7 +94,7 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   protocol::WorkerHello hello;
   hello.role = protocol::WorkerRole::kEngine;
   hello.worker = worker(slot);
-  hello.host = "host";
+  hello.host = host(slot);
   hello.slot = slot;
   hello.device = device(slot);
   hello.memory_bytes = 1 << 30;
@@ -110,7 +110,7 @@ void CoreHarness::agent(int slot, std::vector<protocol::RunningJob> jobs) {
   protocol::WorkerHello hello;
   hello.role = protocol::WorkerRole::kAgent;
   hello.worker = worker(slot);
-  hello.host = "host";
+  hello.host = host(slot);
   hello.slot = slot;
   hello.device = device(slot);
   hello.incarnation = 1;

@@ -42,7 +42,9 @@ class CoreHarness {
   void from_engine(int slot, protocol::WorkerMessage message);
   void from_agent(int slot, protocol::WorkerMessage message);
   void from_gang(int slot, protocol::WorkerMessage message);
-  static WorkerId worker(int slot) { return WorkerId(str("host/cpu", slot)); }
+  /// Slots from 10 on are of another host.
+  static std::string host(int slot) { return slot < 10 ? "host" : "far"; }
+  static WorkerId worker(int slot) { return WorkerId(str(host(slot), "/cpu", slot)); }
   /// Slots from this one on are GPUs.
   int first_gpu = 1 << 20;
   [[nodiscard]] std::string device(int slot) const { return slot < first_gpu ? "cpu" : "cuda"; }

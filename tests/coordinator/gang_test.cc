@@ -91,7 +91,103 @@ TEST_F(Gangs, WaitsForAllOfItsWorkersAndNobodyOvertakesIt) {
   EXPECT_EQ(h.job(single).state, JobState::kStarting);
 }
 
-TEST_F(Gangs, MoreRanksThanAnyHostHasSlotsAreRefusedAtSubmission) {
+struct FarGangs : Gangs {
+  FarGangs() {
+    for (int slot : {10, 11}) {
+      h.agent(slot);
+      h.engine(slot);
+    }
+  }
+  /// What the gang's mpirun asks of the other host.
+  protocol::LaunchDaemon launch() const {
+    return {CoreHarness::worker(10), start, {"-mca", "ess"}};
+  }
+  static WorkerId w(int slot) { return CoreHarness::worker(slot); }
+};
+
+TEST_F(FarGangs, LieOnOneHostWhereItHasAsManySlotsAndElseOverSeveral) {
+  const JobId near = h.submit(kTwoRanks);
+  EXPECT_EQ(told(0).members, (std::vector<WorkerId>{w(0), w(1)}));
+  EXPECT_EQ(h.job(near).state, JobState::kStarting);
+  const JobId far = h.submit(kFourRanks);
+  EXPECT_EQ(h.job(far).state, JobState::kQueued);
+  EXPECT_NE(reason(far).find("needs 4 workers of 2 hosts at once, 3 are free"), std::string::npos)
+      << reason(far);
+  h.from_agent(0, JobEnded{near, 1, invalid_error("bad row"), 0, "{}"});
+  h.agent(0);
+  h.advance(100);
+  EXPECT_EQ(h.job(far).members, (std::vector<WorkerId>{w(0), w(1), w(2), w(10)}))
+      << "those of a host are next to each other";
+}
+
+TEST_F(FarGangs, NeedAnAgentOnEachHostThatCanStartADaemon) {
+  protocol::WorkerHello old;
+  old.version.minor = 3;
+  old.worker = w(10);
+  old.host = "far";
+  old.slot = 10;
+  old.device = "cpu";
+  old.incarnation = 2;
+  h.from_agent(10, old);
+  old.worker = w(11);
+  old.slot = 11;
+  h.from_agent(11, old);
+  const JobId far = h.submit(kFourRanks);
+  EXPECT_EQ(h.job(far).state, JobState::kQueued);
+  EXPECT_NE(reason(far).find("no agent of far is connected that can start ranks for another host"),
+            std::string::npos)
+      << reason(far);
+}
+
+TEST_F(FarGangs, ADaemonIsStartedForTheLeaderOfAPlacedGangAloneAndOnItsHostsAlone) {
+  const JobId far = h.submit(kFourRanks);
+  start = told(0);
+  ASSERT_EQ(start.members.size(), 4u);
+  h.from_agent(0, launch());
+  auto asked = h.to_agent<protocol::LaunchDaemon>(10);
+  ASSERT_EQ(asked.size(), 1u);
+  EXPECT_EQ(asked[0], launch()) << "as it was said";
+  h.from_agent(10, protocol::DaemonLaunched{far, start.epoch, w(10), {}});
+  auto told_back = h.to_agent<protocol::DaemonLaunched>(0);
+  ASSERT_EQ(told_back.size(), 1u);
+  EXPECT_TRUE(told_back[0].status.ok());
+
+  const auto refused = [&](int sender, const protocol::LaunchDaemon& message) {
+    h.from_agent(sender, message);
+    for (int slot : {0, 1, 2, 10, 11})
+      EXPECT_TRUE(h.to_agent<protocol::LaunchDaemon>(slot).empty()) << slot;
+    const auto answers = h.to_agent<protocol::DaemonLaunched>(sender);
+    return answers.size() == 1 && answers[0].status.code() == StatusCode::kConflict;
+  };
+  EXPECT_TRUE(refused(1, launch())) << "a member that does not lead it";
+  auto other = launch();
+  other.start.epoch += 1;
+  EXPECT_TRUE(refused(0, other)) << "another epoch";
+  other = launch();
+  other.start.job = JobId("job-none");
+  EXPECT_TRUE(refused(0, other));
+  other = launch();
+  other.start.members.pop_back();
+  EXPECT_TRUE(refused(0, other)) << "other members";
+  other = launch();
+  other.worker = w(11);
+  EXPECT_TRUE(refused(0, other)) << "no member";
+  other = launch();
+  other.worker = w(1);
+  EXPECT_TRUE(refused(0, other)) << "the leader's own host";
+}
+
+TEST_F(FarGangs, ADaemonOfAHostWhoseAgentIsGoneIsRefusedAtOnce) {
+  (void)h.submit(kFourRanks);
+  start = told(0);
+  h.from_agent(10, protocol::WorkerBye{w(10), protocol::WorkerRole::kAgent, 1});
+  h.from_agent(0, launch());
+  const auto answers = h.to_agent<protocol::DaemonLaunched>(0);
+  ASSERT_EQ(answers.size(), 1u);
+  EXPECT_EQ(answers[0].status.code(), StatusCode::kUnavailable);
+}
+
+TEST_F(Gangs, MoreRanksThanThereAreSlotsAreRefusedAtSubmission) {
   live(11'000, JobId("none"), false);  // the coordinator knows its pool by now
   h.from_client("c", protocol::Call{"s", "k", "job.submit",
                                     nlohmann::json{{"spec",
@@ -164,10 +260,34 @@ TEST_F(Gangs, RunsOnTheGpusOfAHostThatHasEnoughAndElseOnItsProcessors) {
     EXPECT_EQ(std::ranges::count(gpus, member), 0) << member << ": two kinds in one gang";
 }
 
+TEST(GpuGangs, StayWithinOneHostHoweverManyGpusOtherHostsHave) {
+  CoreHarness h;
+  h.first_gpu = 0;
+  h.add_model("base");
+  h.add_data("rows");
+  for (const int slot : {0, 1, 10}) {
+    h.agent(slot);
+    h.engine(slot);
+  }
+  const auto shown = [&](const JobId& id) {
+    const auto reply = h.call("job.show", {{"job", id.value}});
+    return nlohmann::json::parse(reply.result_json)["reason"].get<std::string>();
+  };
+  const JobId three = h.submit({{"train", {{"dp", 3}, {"gradient_accumulation_steps", 3}}}});
+  EXPECT_EQ(h.job(three).state, JobState::kQueued);
+  EXPECT_NE(shown(three).find("needs 3 GPU workers; a gang of GPUs stays within one host: host has "
+                              "2 GPU workers, no host more"),
+            std::string::npos)
+      << shown(three);
+  const JobId two = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(two).members,
+            (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(1)}));
+}
+
 TEST_F(Gangs, RightAfterAStartOfTheCoordinatorAJobWaitsForWorkersToComeBack) {
   const JobId id = h.submit(kFourRanks);
   EXPECT_EQ(h.job(id).state, JobState::kQueued);
-  EXPECT_NE(reason(id).find("host has 3 CPU workers, no host more"), std::string::npos)
+  EXPECT_NE(reason(id).find("there are 3 CPU workers, 3 of them on host"), std::string::npos)
       << reason(id);
 }
 

@@ -182,13 +182,33 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_3.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_4.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion13Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_3.txt");
+  int frames = 0;
+  for (std::string line; std::getline(file, line);) {
+    const Bytes frame = bytes_of_hex(line.substr(line.rfind(' ') + 1));
+    if (line.starts_with("worker ")) {
+      ++frames;
+      EXPECT_TRUE(decode_worker(frame).ok()) << line;
+    } else if (line.starts_with("control ")) {
+      ++frames;
+      const auto message = decode_control(frame);
+      ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+      if (const auto* start = std::get_if<StartJob>(&*message)) {
+        EXPECT_FALSE(start->serve_json.empty());
+      }
+    }
+  }
+  EXPECT_EQ(frames, 21);
 }
 
 TEST(Codec, ReadsWhatVersion12Wrote) {

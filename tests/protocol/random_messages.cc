@@ -171,6 +171,13 @@ StartJob start_job(Draw& d) {
           d.text()};
 }
 
+LaunchDaemon launch_daemon(Draw& d) {
+  return {d.id<WorkerId>(), start_job(d), {d.text(), d.text(), d.text()}};
+}
+DaemonLaunched daemon_launched(Draw& d) {
+  return {d.id<JobId>(), d.number(), d.id<WorkerId>(), d.status()};
+}
+
 }  // namespace
 
 ClientMessage random_client_message(std::size_t kind, Random& random) {
@@ -229,9 +236,13 @@ WorkerMessage random_worker_message(std::size_t kind, Random& random) {
       return JobEnded{d.id<JobId>(), d.number(), d.status(), d.count(), d.text()};
     case 8:
       return InferChunk{static_cast<std::uint32_t>(d.token()), d.chunk()};
-    default:
-      TANDEM_CHECK_EQ(kind, 9u);
+    case 9:
       return WorkerBye{d.id<WorkerId>(), WorkerRole::kEngine, d.number()};
+    case 10:
+      return launch_daemon(d);
+    default:
+      TANDEM_CHECK_EQ(kind, 11u);
+      return daemon_launched(d);
   }
 }
 
@@ -261,9 +272,13 @@ ControlMessage random_control_message(std::size_t kind, Random& random) {
                    d.text(),     d.id<JobId>()};
     case 9:
       return InferCancel{d.id<RequestId>()};
-    default:
-      TANDEM_CHECK_EQ(kind, 10u);
+    case 10:
       return Announce{d.text(), d.digest(), d.digest(), d.text()};
+    case 11:
+      return launch_daemon(d);
+    default:
+      TANDEM_CHECK_EQ(kind, 12u);
+      return daemon_launched(d);
   }
 }
 

@@ -1,6 +1,7 @@
 // Jobs of several ranks as a user submits them: every layout against one rank, the pool serving
 // meanwhile, and every process of a gang killed or stopped on the way.
 #include "protocol/base/random.h"
+#include "storage/registry.h"
 #include "tests/system/tiny_pool.h"
 
 #include <gtest/gtest.h>
@@ -28,6 +29,16 @@ const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
 bool full() {
   return std::getenv("TANDEM_TEST_FULL") != nullptr;
 }
+
+/// Some hours on: what nobody refers to is old enough to be collected.
+class LaterClock final : public Clock {
+ public:
+  [[nodiscard]] TimeMs now_ms() const override { return now_.now_ms(); }
+  [[nodiscard]] std::int64_t unix_ms() const override { return now_.unix_ms() + 3 * 3'600'000; }
+
+ private:
+  SystemClock now_;
+};
 
 /// What a process has mapped, as text.
 std::string mappings(pid_t pid) {
@@ -186,6 +197,68 @@ TEST_P(GangLayouts, EachRankKilledCostsARetryAndNotABit) {
       const Json end = finish(job);
       EXPECT_EQ(digest(adapter), expected) << "rank " << rank << ": " << end.dump(1);
     }
+}
+
+/// The coordinator is held still, so that a checkpoint is begun and cannot be stored; one of the
+/// two ranks that send their pieces dies then.
+TEST_F(Gangs, ARankKilledWhileItsCheckpointIsUploadedCostsThatCheckpointAlone) {
+  constexpr std::int64_t kSave = 20;
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 400}, {"save_steps", kSave}});
+  const std::string calm = submit("upload-calm", settings);
+  finish(calm);
+  const std::string job = submit("upload-cut", settings);
+  const auto step = [&] {
+    const auto losses = platform_->losses(job);
+    return losses.empty() ? 0 : losses.rbegin()->first;
+  };
+  ASSERT_TRUE(eventually(60'000, [&] { return step() > 2 * kSave; }));
+  const pid_t victim = rank_of(job, 1);
+  ASSERT_GT(victim, 0);
+  ::kill(platform_->coordinator(), SIGSTOP);
+  const std::int64_t cut = (step() / kSave + 1) * kSave;
+  EXPECT_TRUE(eventually(60'000, [&] { return step() > cut; })) << "the gang trains on";
+  ::kill(victim, SIGKILL);
+  EXPECT_TRUE(eventually(10'000, [&] { return ::kill(victim, 0) != 0; }));
+  ::kill(platform_->coordinator(), SIGCONT);
+  const Json end = finish(job);
+  EXPECT_EQ(end.value("epoch", 0), 2) << end.dump(1);
+  // Where the second run's losses begin; events of so many steps are not all kept.
+  std::int64_t resumed = -1, before = 0;
+  std::ifstream lines(str(platform_->data_dir(), "/runs/", job, "/metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    const Json json = Json::parse(line, nullptr, false);
+    if (!json.is_object() || !json.contains("train/loss")) continue;
+    const auto at = json.value("step", std::int64_t{0});
+    if (at <= before) resumed = at - 1;
+    before = at;
+  }
+  EXPECT_GT(resumed, 0);
+  EXPECT_LT(resumed, cut) << "what was being stored is no checkpoint";
+  EXPECT_EQ(resumed % kSave, 0);
+  EXPECT_EQ(platform_->losses(job), platform_->losses(calm));
+  EXPECT_EQ(digest("upload-cut"), digest("upload-calm"));
+  const Json checked = platform_->call("registry.check", {{"verify_blobs", true}});
+  EXPECT_TRUE(checked.value("ok", false)) << checked.dump(1);
+  // Hours later nothing of the unfinished one is left, and nothing else is missing.
+  platform_->kill_coordinator();
+  {
+    const LaterClock later;
+    storage::RegistryOptions options;
+    options.directory = platform_->data_dir();
+    const auto registry = storage::Registry::open(options, later);
+    ASSERT_TRUE(registry.ok()) << registry.status().to_string();
+    const auto collected = (*registry)->gc();
+    ASSERT_TRUE(collected.ok()) << collected.status().to_string();
+    EXPECT_GT(collected->blobs.removed, 0);
+    EXPECT_EQ(collected->blobs.spared, 0);
+    const auto stats = (*registry)->blobs().stats();
+    ASSERT_TRUE(stats.ok());
+    EXPECT_EQ(stats->chunks, collected->blobs.kept) << "what is left is referred to";
+    const auto findings = (*registry)->check(true);
+    ASSERT_TRUE(findings.ok());
+    for (const auto& finding : *findings) ADD_FAILURE() << finding.where << ": " << finding.message;
+  }
+  platform_->start_coordinator();
 }
 
 TEST_F(Gangs, ARankThatHangsEndsItsGangWithinTheGangsPatience) {

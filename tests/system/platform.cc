@@ -99,7 +99,8 @@ Platform::~Platform() {
     std::fprintf(stderr, "logs are kept in %s\n", directory_.c_str());
 }
 
-pid_t Platform::spawn(const std::string& name, std::vector<std::string> arguments) {
+pid_t Platform::spawn(const std::string& name, std::vector<std::string> arguments,
+                      const std::vector<std::string>& through) {
   arguments.insert(arguments.end(), {"--data-dir", data_dir()});
   arguments.insert(arguments.end(), flags_.begin(), flags_.end());
   const std::string path = program(name), log = data_dir() + "/log/" + name + ".out";
@@ -108,10 +109,12 @@ pid_t Platform::spawn(const std::string& name, std::vector<std::string> argument
   const int out = ::open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0600);
   ::dup2(out, STDOUT_FILENO);
   ::dup2(out, STDERR_FILENO);
-  std::vector<char*> argv{const_cast<char*>(path.c_str())};
+  std::vector<char*> argv;
+  for (const auto& word : through) argv.push_back(const_cast<char*>(word.c_str()));
+  argv.push_back(const_cast<char*>(path.c_str()));
   for (auto& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
-  ::execv(path.c_str(), argv.data());
+  ::execvp(argv[0], argv.data());
   ::_exit(127);
 }
 
@@ -124,8 +127,8 @@ void Platform::start_coordinator() {
   ASSERT_TRUE(alive(coordinator_)) << read_all(data_dir() + "/log/tandem-coordinator.out");
 }
 
-void Platform::start_worker(int slot) {
-  supervisors_.push_back(spawn("tandem-worker", {"--slot", std::to_string(slot)}));
+void Platform::start_worker(int slot, const std::vector<std::string>& through) {
+  supervisors_.push_back(spawn("tandem-worker", {"--slot", std::to_string(slot)}, through));
   ASSERT_TRUE(eventually(20'000, [&] { return engine(slot) > 0; }))
       << read_all(data_dir() + "/log/tandem-worker.out");
 }

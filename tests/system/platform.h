@@ -30,7 +30,8 @@ class Platform {
   Platform& operator=(const Platform&) = delete;
 
   void start_coordinator();
-  void start_worker(int slot = 0);
+  /// `through`: a command that starts it, such as one that enters a namespace first.
+  void start_worker(int slot = 0, const std::vector<std::string>& through = {});
   /// SIGKILL, and waits until it is gone.
   void kill_coordinator();
   void kill_process(pid_t pid);
@@ -76,7 +77,8 @@ class Platform {
   [[nodiscard]] std::string data_dir() const { return directory_ + "/data"; }
 
  private:
-  pid_t spawn(const std::string& program, std::vector<std::string> arguments);
+  pid_t spawn(const std::string& program, std::vector<std::string> arguments,
+              const std::vector<std::string>& through = {});
   [[nodiscard]] std::string slot_directory(int slot) const;
   [[nodiscard]] pid_t lock_holder(int slot, const std::string& lock) const;
 

@@ -42,21 +42,29 @@ class TinyPool : public testing::Test {
   /// Starts the platform and waits until all workers are ready: `cpus`, or as many GPUs as tests
   /// use. `rows` of data, `layers` blocks.
   static void start_pool(int cpus, int rows, std::int64_t layers = 2) {
-    workers_ = on_gpus() ? kGpus : cpus;
     if (on_gpus())
       if (const auto last = kernels::probe_cuda_device(kGpus - 1); !last.ok()) {
         missing_ = str("it takes ", kGpus, " GPUs: ", last.status().message());
         return;
       }
+    begin_pool(rows, layers);
+    const int count = on_gpus() ? kGpus : cpus;
+    for (int slot = 0; slot < count; ++slot) platform_->start_worker(slot);
+    await_workers(count);
+  }
+  /// The same without workers.
+  static void begin_pool(int rows, std::int64_t layers) {
     platform_ = std::make_unique<Platform>(std::vector<std::string>{
         "--dtype", "f32", "--numerics", "invariant", "--threads", "1", "--kv-bytes-max", "4MiB",
         "--device", on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", on_gpus() ? "15" : "5"});
     write_tiny_model(platform_->directory() + "/model", 7, layers);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", rows, 8);
     platform_->start_coordinator();
-    for (int slot = 0; slot < workers_; ++slot) platform_->start_worker(slot);
     platform_->call("model.add", {{"name", "tiny"}, {"path", platform_->directory() + "/model"}});
     data_ = platform_->add_data(platform_->directory() + "/train.jsonl");
+  }
+  static void await_workers(int count) {
+    workers_ = count;
     ASSERT_TRUE(eventually(60'000, [&] {
       int ready = 0;
       const Json listed = platform_->call("worker.list", Json::object());

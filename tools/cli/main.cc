@@ -177,7 +177,7 @@ void add_training(CLI::App& app, Invocation& in) {
       "  tandem train --model smol --data train.jsonl --adapter guide --layout auto "
       "--gradient-accumulation-steps 4\n"
       "  tandem train --model smol --data train.jsonl --method full --name smol-guide\n\n"
-      "dp x tp x pp ranks take as many workers of one host (tandem up --workers N) at once; their "
+      "dp x tp x pp ranks take as many workers at once, of one host where one has them; their "
       "engines go on\nserving. A layout changes how a step is computed, not what: a step is "
       "gradient_accumulation_steps\nmicro-batches, dealt to the dp ranks. zero 1, 2, 3 shards "
       "optimizer, gradients, parameters over dp.\nlayout auto takes the fastest that fits on at "
@@ -267,7 +267,7 @@ void add_inference(CLI::App& app, Invocation& in) {
 void add_replicas(CLI::App& app, Invocation& in) {
   CLI::App* replica = group(app, "replica", "bases served over several workers");
   CLI::App* add = verb(
-      *replica, in, "add", "serve a base over tp x pp workers of one host, and keep it up",
+      *replica, in, "add", "serve a base over tp x pp workers, and keep it up",
       [&in](Session& s) { return run_replica_add(s, in.replica); },
       "tandem replica add --model smol --pp 2 --follow\n"
       "  tandem replica add --model smol --tp 3 --count 2   (requests go to whichever is freer)");

@@ -19,6 +19,7 @@ namespace {
 constexpr TimeMs kPollMs = 50;
 constexpr TimeMs kTakeOverWaitMs = 10000;
 constexpr TimeMs kReportMs = 1000;
+constexpr TimeMs kAskMs = 1000;        ///< for a daemon on another host, again
 constexpr TimeMs kLastWordMs = 1000;   ///< of a gang whose worker has been given another one
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
 constexpr TimeMs kLongDelayMs = 1000;  ///< before an engine's start: worth a line in the log
@@ -82,7 +83,7 @@ class Agent {
       if (exit_code_ >= 0) return exit_code_;
       watch_engine();
       watch_gang();
-      if (stopping_ && engine_ == 0 && !gang_.running()) {
+      if (stopping_ && engine_ == 0 && !gang_.led()) {
         (void)link_.send(
             protocol::WorkerBye{options_.worker, protocol::WorkerRole::kAgent, incarnation_});
         return kExitAsked;
@@ -102,7 +103,7 @@ class Agent {
     hello.memory_bytes = options_.memory_bytes;
     hello.pid = ::getpid();
     hello.incarnation = incarnation_;
-    if (gang_.running()) hello.jobs = {*gang_.running()};
+    if (const auto led = gang_.led()) hello.jobs = {*led};
     return hello;
   }
 
@@ -112,7 +113,7 @@ class Agent {
     beat.role = protocol::WorkerRole::kAgent;
     beat.incarnation = incarnation_;
     beat.seq = seq;
-    if (gang_.running()) beat.jobs = {*gang_.running()};
+    if (const auto led = gang_.led()) beat.jobs = {*led};
     return beat;
   }
 
@@ -129,6 +130,10 @@ class Agent {
       if (ended_ && ended_->job == ack->job && ended_->epoch == ack->epoch) ended_.reset();
       return;
     }
+    if (const auto* launch = std::get_if<protocol::LaunchDaemon>(&message))
+      return launch_daemon(*launch);
+    if (const auto* launched = std::get_if<protocol::DaemonLaunched>(&message))
+      return gang_.answer(*launched);
     const auto* command = std::get_if<protocol::AgentCommand>(&message);
     if (!command) return;
     switch (command->action) {
@@ -180,8 +185,30 @@ class Agent {
     if (const Status status = gang_.start(start); !status.ok()) report_ended(wanted, status);
   }
 
+  /// The daemon of a gang that another host leads. What else is here has lost its slot.
+  void launch_daemon(const protocol::LaunchDaemon& launch) {
+    const protocol::RunningJob wanted{launch.start.job, launch.start.epoch, 0};
+    Status status;
+    if (const auto& running = gang_.running(); !running || *running != wanted) {
+      if (running) return gang_.kill();  // the leader's agent asks again
+      status = stopping_ ? unavailable_error(str(options_.worker, " is being stopped"))
+                         : gang_.join(launch);
+      log_info("a daemon for ", wanted.job, " epoch ", wanted.epoch, ": ",
+               status.ok() ? "started" : status.message());
+    }
+    (void)link_.send(protocol::DaemonLaunched{wanted.job, wanted.epoch, options_.worker, status});
+  }
+
+  /// What the led gang's mpirun waits for, said until it is answered.
+  void ask_for_daemons() {
+    if (clock_.now_ms() < next_ask_ms_) return;
+    const auto wanted = gang_.wanted_daemons();
+    for (const protocol::LaunchDaemon& launch : wanted) (void)link_.send(launch);
+    if (!wanted.empty()) next_ask_ms_ = clock_.now_ms() + scaled_ms(kAskMs);
+  }
+
   void stop_gang(const protocol::StopJob& stop) {
-    const auto& running = gang_.running();
+    const auto running = gang_.led();
     if (running && running->job == stop.job && running->epoch == stop.epoch)
       return end_gang(stop.job);
     const bool next =
@@ -192,19 +219,22 @@ class Agent {
   }
 
   void end_gang(const JobId& job) {
-    if (!gang_.running() || gang_.running()->job != job) return;
+    if (!gang_.led() || gang_.led()->job != job) return;
     gang_asked_ = true;
     gang_.kill();
   }
 
   void watch_gang() {
     const TimeMs now = clock_.now_ms();
+    ask_for_daemons();
     if (const auto running = gang_.running()) {
+      const bool led = gang_.led().has_value();
       if (gang_asked_ || ((stopping_ || next_start_) && now >= gang_kill_at_ms_)) gang_.kill();
       if (const auto how = gang_.poll()) {
         const std::string what = str("the gang is over: ", *how, "; see ", options_.gang.log);
         log_info(running->job, " epoch ", running->epoch, ": ", what);
-        report_ended(*running, gang_asked_ ? cancelled_error(what) : unavailable_error(what));
+        if (led)
+          report_ended(*running, gang_asked_ ? cancelled_error(what) : unavailable_error(what));
         gang_asked_ = false;
         if (const auto next = std::exchange(next_start_, std::nullopt)) start_gang(*next);
       }
@@ -301,7 +331,7 @@ class Agent {
   std::optional<protocol::StartJob> next_start_;  ///< waits for what runs to be gone
   protocol::RunningJob last_started_;
   bool gang_asked_ = false;
-  TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0;
+  TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0, next_ask_ms_ = 0;
   RestartBackoff backoff_;
   pid_t engine_ = 0;
   bool child_ = false, stopping_ = false, upgrading_ = false, by_itself_ = false;

@@ -197,6 +197,8 @@ class Engine {
   void on(protocol::Announce& announce) { serve_.prefetch(announce); }
   void on(protocol::HeartbeatReply&) {}
   void on(protocol::AgentCommand&) {}
+  void on(protocol::LaunchDaemon&) {}  // agents alone get these two
+  void on(protocol::DaemonLaunched&) {}
 
   void on(protocol::WorkerHelloReply& reply) {
     if (!reply.status.ok()) {
@@ -308,7 +310,8 @@ class Engine {
       return refuse(unavailable_error(str("this engine does not hold model ", start.model.name)));
     job_ = std::make_unique<JobHost>(
         JobParts{io_, tasks_, bulk_, [this](Task task) { post(control_inbox_, std::move(task)); },
-                 options_.data_directory + "/runs"},
+                 options_.data_directory + "/runs", "",
+                 [this](const Digest& adapter) { serve_.warm(adapter); }},
         *model_, start);
     snapshot_ms_ = 0;
   }

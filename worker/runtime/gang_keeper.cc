@@ -2,7 +2,7 @@
 
 #include "protocol/base/log.h"
 #include "protocol/codec.h"
-#include "worker/runtime/process.h"
+#include "worker/runtime/gang_hosts.h"
 
 #include <nlohmann/json.hpp>
 
@@ -15,6 +15,8 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
+#include <span>
 #include <string_view>
 
 extern char** environ;
@@ -59,6 +61,21 @@ Status write_file(const std::string& path, std::string_view bytes) {
   return {};
 }
 
+/// This program's folder first on PATH, and where its ranks' arguments lie.
+std::vector<std::string> far_environment(const GangPaths& paths, const std::string& program) {
+  std::vector<std::string> environment = gang_environment(paths.directory);
+  const std::string folder = fs::path(program).parent_path().string();
+  std::string path = str("PATH=", folder, ":/usr/bin:/bin");
+  for (const std::string& variable : environment)
+    if (variable.starts_with("PATH=")) path = str("PATH=", folder, ":", variable.substr(5));
+  std::erase_if(environment, [](const std::string& v) {
+    return v.starts_with("PATH=") || v.starts_with(str(kRankArgumentsVariable, "="));
+  });
+  environment.push_back(path);
+  environment.push_back(str(kRankArgumentsVariable, "=", paths.arguments));
+  return environment;
+}
+
 pid_t pid_in(const std::string& path) {
   std::ifstream in(path);
   pid_t pid = 0;
@@ -101,7 +118,8 @@ GangPaths::GangPaths(const SlotPaths& slot)
       start(directory + "/start.bin"),
       lock(directory + "/gang.lock"),
       json(directory + "/gang.json"),
-      last_word(directory + "/why") {}
+      last_word(directory + "/why"),
+      arguments(directory + "/arguments") {}
 
 std::string GangPaths::rank_lock(int rank) const {
   return str(directory, "/rank-", rank, ".lock");
@@ -133,6 +151,7 @@ void GangKeeper::adopt() {
     mpirun_ = pid_in(paths_.lock);
     running_ = protocol::RunningJob{JobId(json.value("job", std::string())),
                                     json.value("epoch", Epoch{0}), 0};
+    led_ = json.value("led", true);
   }
   child_ = false;
   ended_ = false;
@@ -151,12 +170,14 @@ Status GangKeeper::start(const protocol::StartJob& start) {
   return status;
 }
 
-Status GangKeeper::launch(const protocol::StartJob& start) {
-  const std::string mpirun = find_program("mpirun");
-  if (mpirun.empty())
-    return refused_error(str("host ", host_name(),
-                             " has no mpirun on PATH, which starts jobs of "
-                             "several ranks; install Open MPI (openmpi-bin)"));
+Status GangKeeper::join(const protocol::LaunchDaemon& launch) {
+  TANDEM_CHECK(!running_, "one gang at a time");
+  Status status = launch_daemon(launch);
+  if (!status.ok()) clear();
+  return status;
+}
+
+Result<FileLock> GangKeeper::make_folder(const protocol::StartJob& start, bool led) {
   if (::access(options_.rank_program.c_str(), X_OK) != 0)
     return refused_error(str("there is no ", options_.rank_program, " on host ", host_name(),
                              ", the program of a rank; install it beside tandem-worker"));
@@ -168,29 +189,99 @@ Status GangKeeper::launch(const protocol::StartJob& start) {
   const protocol::Bytes frame = protocol::encode(protocol::ControlMessage{start});
   TANDEM_RETURN_IF_ERROR(
       write_file(paths_.start, {reinterpret_cast<const char*>(frame.data()), frame.size()}));
+  std::string lines;
+  for (const std::string& argument : options_.rank_arguments) lines += argument + "\n";
+  TANDEM_RETURN_IF_ERROR(write_file(paths_.arguments, lines));
   if (fs::exists(options_.log, error) && fs::file_size(options_.log, error) > kLogBytesMax)
     fs::rename(options_.log, options_.log + ".1", error);
-  auto lock = FileLock::acquire(paths_.lock);
-  if (!lock.ok()) return lock.status();
-  ProcessSpec spec;
-  spec.executable = mpirun;
-  spec.arguments = mpirun_arguments(static_cast<int>(start.members.size()), paths_.directory);
-  spec.arguments.push_back(options_.rank_program);
-  spec.arguments.insert(spec.arguments.end(), options_.rank_arguments.begin(),
-                        options_.rank_arguments.end());
-  spec.environment = gang_environment(paths_.directory);
+  TANDEM_ASSIGN_OR_RETURN(auto lock, FileLock::acquire(paths_.lock));
+  // First, so that no gang runs of which a later agent knows nothing.
+  const nlohmann::json json{{"job", start.job.value}, {"epoch", start.epoch}, {"led", led}};
+  TANDEM_RETURN_IF_ERROR(write_file(paths_.json, json.dump()));
+  return lock;
+}
+
+Status GangKeeper::run(ProcessSpec spec, const FileLock& lock, const protocol::StartJob& start,
+                       bool led) {
   spec.own_session = true;
   spec.output = options_.log;
-  spec.lock = lock->descriptor();
-  // First, so that no gang runs of which a later agent knows nothing.
-  TANDEM_RETURN_IF_ERROR(write_file(
-      paths_.json, nlohmann::json{{"job", start.job.value}, {"epoch", start.epoch}}.dump()));
+  spec.lock = lock.descriptor();
   TANDEM_ASSIGN_OR_RETURN(mpirun_, start_process(spec));
   running_ = protocol::RunningJob{start.job, start.epoch, 0};
+  led_ = led;
   child_ = true;
   ended_ = false;
   how_.clear();
   return {};
+}
+
+Status GangKeeper::launch(const protocol::StartJob& start) {
+  ProcessSpec spec;
+  spec.executable = find_program("mpirun");
+  if (spec.executable.empty())
+    return refused_error(str("host ", host_name(),
+                             " has no mpirun on PATH, which starts jobs of "
+                             "several ranks; install Open MPI (openmpi-bin)"));
+  const auto hosts = hosts_of(start.members);
+  if (hosts.size() > 1 &&
+      str(options_.rank_program, paths_.directory).find(' ') != std::string::npos)
+    return refused_error(str("mpirun cannot start ranks on other hosts through ",
+                             options_.rank_program, " with files in ", paths_.directory,
+                             ": a space is in these names"));
+  TANDEM_ASSIGN_OR_RETURN(const FileLock lock, make_folder(start, true));
+  if (hosts.size() > 1) {
+    spec.arguments = far_mpirun_arguments(hosts, paths_.directory, options_.rank_program);
+    spec.arguments.push_back(fs::path(options_.rank_program).filename().string());
+    spec.environment = far_environment(paths_, options_.rank_program);
+  } else {
+    spec.arguments = mpirun_arguments(static_cast<int>(start.members.size()), paths_.directory);
+    spec.arguments.push_back(options_.rank_program);
+    spec.arguments.insert(spec.arguments.end(), options_.rank_arguments.begin(),
+                          options_.rank_arguments.end());
+    spec.environment = gang_environment(paths_.directory);
+  }
+  return run(std::move(spec), lock, start, true);
+}
+
+Status GangKeeper::launch_daemon(const protocol::LaunchDaemon& launch) {
+  ProcessSpec spec;
+  spec.executable = find_program("orted");
+  if (spec.executable.empty())
+    return refused_error(str("host ", host_name(),
+                             " has no orted on PATH, which starts a gang's ranks; install Open MPI "
+                             "(openmpi-bin)"));
+  TANDEM_ASSIGN_OR_RETURN(spec.arguments, daemon_arguments(launch.arguments, paths_.directory));
+  TANDEM_ASSIGN_OR_RETURN(const FileLock lock, make_folder(launch.start, false));
+  spec.environment = far_environment(paths_, options_.rank_program);
+  return run(std::move(spec), lock, launch.start, false);
+}
+
+std::vector<protocol::LaunchDaemon> GangKeeper::wanted_daemons() {
+  std::vector<protocol::LaunchDaemon> wanted;
+  if (!running_ || !led_) return wanted;
+  const auto requests = open_requests(paths_.directory);
+  if (requests.empty()) return wanted;
+  std::ifstream in(paths_.start, std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  const auto message = protocol::decode_control(std::as_bytes(std::span(bytes)));
+  const auto* start = message.ok() ? std::get_if<protocol::StartJob>(&*message) : nullptr;
+  for (const LaunchRequest& request : requests) {
+    const WorkerId* first = nullptr;
+    for (std::size_t i = 0; start != nullptr && first == nullptr && i < start->members.size(); ++i)
+      if (host_of(start->members[i]) == request.host) first = &start->members[i];
+    if (first == nullptr)
+      reply(request, invalid_error(str("no member of the gang is on ", request.host)));
+    else
+      wanted.push_back({*first, *start, request.arguments});
+  }
+  return wanted;
+}
+
+void GangKeeper::answer(const protocol::DaemonLaunched& launched) {
+  if (!running_ || !led_ || running_->job != launched.job || running_->epoch != launched.epoch)
+    return;
+  for (const LaunchRequest& request : open_requests(paths_.directory))
+    if (request.host == host_of(launched.worker)) reply(request, launched.status);
 }
 
 std::vector<pid_t> GangKeeper::live_ranks() const {
@@ -209,7 +300,7 @@ void GangKeeper::kill() {
 }
 
 void GangKeeper::drain() {
-  if (running_ && mpirun_ > 1 && FileLock::is_held(paths_.lock)) ::kill(mpirun_, SIGUSR1);
+  if (led() && mpirun_ > 1 && FileLock::is_held(paths_.lock)) ::kill(mpirun_, SIGUSR1);
 }
 
 std::optional<std::string> GangKeeper::poll() {
@@ -217,7 +308,8 @@ std::optional<std::string> GangKeeper::poll() {
   if (!ended_) {
     int wait_status = 0;
     if (child_ && ::waitpid(mpirun_, &wait_status, WNOHANG) == mpirun_)
-      how_ = str("its mpirun ended by ", describe_wait_status(wait_status));
+      how_ =
+          str(led_ ? "its mpirun" : "its daemon", " ended by ", describe_wait_status(wait_status));
     else if (child_ || FileLock::is_held(paths_.lock))
       return std::nullopt;
     ended_ = true;

@@ -1,9 +1,13 @@
-// The agent's part of a gang that its worker leads: starts one mpirun of tandem-rank, watches it,
-// ends it, and leaves nothing behind. Everything lies in one folder of the slot:
+// The agent's part of a gang: where its worker leads it, starts one mpirun of tandem-rank, watches
+// it, ends it, and leaves nothing behind; where ranks of a gang that another host leads are to run,
+// the same with the daemon that this mpirun wants here (gang_hosts.h). Everything lies in one
+// folder of the slot:
 //
 //   <run>/worker-cpuN/gang/start.bin    the StartJob frame, read by every rank
-//                          gang.lock    held (flock) by mpirun, which inherits it; has its pid
-//                          gang.json    {"job", "epoch"} for an agent that comes later
+//                          gang.lock    held (flock) by mpirun (or the daemon), which inherits it;
+//                                       has its pid
+//                          gang.json    {"job", "epoch", "led"} for an agent that comes later
+//                          arguments    of this host's ranks, where a gang has several hosts
 //                          rank-R.lock  held by rank R, with its pid
 //                          why          what the first rank that failed says of it
 //                          ...          Open MPI's session and shared-memory files
@@ -13,6 +17,7 @@
 #pragma once
 
 #include "protocol/messages.h"
+#include "worker/runtime/process.h"
 #include "worker/runtime/slot.h"
 
 #include <optional>
@@ -24,7 +29,7 @@ namespace tandem::worker::runtime {
 /// Files of a slot's gang.
 struct GangPaths {
   explicit GangPaths(const SlotPaths& slot);
-  std::string directory, start, lock, json, last_word;
+  std::string directory, start, lock, json, last_word, arguments;
   [[nodiscard]] std::string rank_lock(int rank) const;
   /// Why a rank ends; the first one to say so is heard, and poll() tells it.
   void leave_word(const std::string& why) const;
@@ -46,17 +51,31 @@ class GangKeeper {
   /// refused_error: no mpirun on PATH, or no rank program; internal_error: it could not be started.
   /// Only when none runs.
   Status start(const protocol::StartJob& start);
-  /// What runs (or is still dying) now.
+  /// Starts the daemon of a gang that another host leads. Errors as start(), and invalid_error for
+  /// a command line that no mpirun of ours gives. Only when none runs.
+  Status join(const protocol::LaunchDaemon& launch);
+  /// What runs (or is still dying) now, led or joined.
   [[nodiscard]] const std::optional<protocol::RunningJob>& running() const { return running_; }
+  /// The same where this worker leads it, which is what the coordinator knows it by.
+  [[nodiscard]] std::optional<protocol::RunningJob> led() const {
+    return led_ ? running_ : std::nullopt;
+  }
+  /// Daemons that the led gang's mpirun waits for, until answered.
+  std::vector<protocol::LaunchDaemon> wanted_daemons();
+  void answer(const protocol::DaemonLaunched& launched);
   /// SIGKILL to all of it; poll() says when it is gone.
   void kill();
-  /// SIGUSR1: the first rank takes a checkpoint and ends.
+  /// SIGUSR1, where it is led: the first rank takes a checkpoint and ends.
   void drain();
   /// When the gang has gone: how it ended, once. Its folder is empty then.
   std::optional<std::string> poll();
 
  private:
+  /// Folder and lock for one that is started now.
+  Result<FileLock> make_folder(const protocol::StartJob& start, bool led);
   Status launch(const protocol::StartJob& start);
+  Status launch_daemon(const protocol::LaunchDaemon& launch);
+  Status run(ProcessSpec spec, const FileLock& lock, const protocol::StartJob& start, bool led);
   [[nodiscard]] std::vector<pid_t> live_ranks() const;
   void clear();
 
@@ -64,7 +83,7 @@ class GangKeeper {
   const GangPaths paths_;
   std::optional<protocol::RunningJob> running_;
   pid_t mpirun_ = 0;
-  bool child_ = false, ended_ = false;
+  bool child_ = false, ended_ = false, led_ = true;
   std::string how_;
 };
 

@@ -265,13 +265,19 @@ void JobHost::publish() {
   auto failure = std::make_shared<Status>();
   auto times = std::make_shared<PublishTimes>();
   const auto config = peft_config(session_->lora());
-  auto task = [packed = packed_, failure, times, adapter, config, &bulk = parts_.bulk,
+  auto named = [this, alive = alive_, to_device = parts_.to_device](const Digest& digest) {
+    to_device([this, alive, digest] {
+      if (*alive) serve_ahead(digest);
+    });
+  };
+  auto task = [packed = packed_, failure, times, adapter, config, named, &bulk = parts_.bulk,
                start = start_] {
     const std::int64_t begin = steady_ns();
     BulkClient::Upload upload(bulk, str(start.job, "/", start.epoch));
     auto object = pack_adapter(start.model.digest, config, adapter,
                                [&](const BlobView& blob) { upload.add(blob); });
     times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
+    if (object.ok()) named(object->digest);
     *failure = object.ok() ? upload.finish() : object.status();
     if (object.ok()) *packed = std::move(*object);
     times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
@@ -352,14 +358,21 @@ void JobHost::keep_model(const Digest& model) const {
   if (error) log_warn("the published model was not kept for this host: ", error.message());
 }
 
+/// Probed, and its digest is known, which no name leads to before the publish: while its bytes are
+/// still being made durable, it is made resident and its chats' beginning computed.
+void JobHost::serve_ahead(const Digest& adapter) {
+  if (!probed_ || phase_ != Phase::kPublishing) return;
+  const std::int64_t begin = steady_ns();
+  if (auto installed = model_.install_adapter(adapter, served_); !installed.ok())
+    log_warn("the new adapter is not resident: ", installed.message());
+  else if (parts_.warm)
+    parts_.warm(adapter);
+  publish_times_.hand_over_ms = static_cast<double>(steady_ns() - begin) / 1e6;
+}
+
 void JobHost::publish_when_ready() {
   if (!uploaded_ || !probed_ || phase_ != Phase::kPublishing) return;
-  const std::int64_t hand_over_begin = steady_ns();
-  if (spec_.train.full())
-    log_info("the model is uploaded, ", packed_->blobs.size(), " blobs");
-  else if (auto installed = model_.install_adapter(packed_->digest, served_); !installed.ok())
-    log_warn("the new adapter is not resident: ", installed.message());
-  publish_times_.hand_over_ms = static_cast<double>(steady_ns() - hand_over_begin) / 1e6;
+  if (spec_.train.full()) log_info("the model is uploaded, ", packed_->blobs.size(), " blobs");
   const Json metadata{
       {"probe_max_abs_difference", probe_difference_},
       {"train_loss_first", first_loss_},

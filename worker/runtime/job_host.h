@@ -29,6 +29,8 @@ struct JobParts {
   /// A gang's own: where the model of a full fine-tune is written, beside the models that this host
   /// has fetched (model_files.h), so that it becomes one of these.
   std::string model_folder{};
+  /// Of an engine: what a first request for an adapter will need is computed ahead of it.
+  std::function<void(const Digest&)> warm{};
 };
 
 class JobHost {
@@ -74,6 +76,7 @@ class JobHost {
   void publish_model();
   void upload_model();
   void keep_model(const Digest& model) const;
+  void serve_ahead(const Digest& adapter);
   void publish_when_ready();
   void end(Status status);
   void progress(const std::string& kind, const std::string& message,

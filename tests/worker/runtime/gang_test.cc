@@ -1,4 +1,5 @@
 // What the ranks of a gang say to each other, over threads; and what an agent gives a gang to see.
+#include "worker/runtime/gang_hosts.h"
 #include "worker/runtime/gang_keeper.h"
 #include "worker/runtime/gang_rank.h"
 
@@ -6,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <thread>
@@ -128,6 +130,71 @@ TEST(GangPaths, KeepTheWordOfTheRankThatFailedFirst) {
   std::filesystem::remove_all(paths.directory);
   paths.leave_word("nobody is there to hear it");
   EXPECT_EQ(paths.word(), "");
+}
+
+TEST(GangHosts, AreThoseOfItsMembersInTheOrderOfTheirRanks) {
+  const auto hosts = hosts_of({WorkerId("a.x/cpu0"), WorkerId("a.x/cpu3"), WorkerId("b/cpu0")});
+  ASSERT_EQ(hosts.size(), 2u);
+  EXPECT_EQ(hosts[0], std::pair(std::string("a.x"), 2));
+  EXPECT_EQ(hosts[1], std::pair(std::string("b"), 1));
+}
+
+TEST(DaemonArguments, AreThoseThatOpenMpiGivesUnquotedAndWithThisHostsFolder) {
+  const auto taken = daemon_arguments(
+      {"--daemonize", "-mca", "ess", "\"env\"", "-mca", "orte_hnp_uri",
+       "\"14.0;tcp://10.0.0.1:4186\"", "--mca", "plm_rsh_agent", "\"/x/tandem-rank --launch /g\"",
+       "-mca", "orte_tmpdir_base", "\"/theirs\""},
+      "/ours");
+  ASSERT_TRUE(taken.ok()) << taken.status().to_string();
+  EXPECT_EQ(*taken, (std::vector<std::string>{"-mca", "ess", "env", "-mca", "orte_hnp_uri",
+                                              "14.0;tcp://10.0.0.1:4186", "-mca",
+                                              "orte_tmpdir_base", "/ours"}));
+}
+
+TEST(DaemonArguments, TakeNothingThatNamesAProgramALibraryOrAnotherOption) {
+  const std::vector<std::vector<std::string>> hostile{
+      {"--bootproxy"},
+      {"-mca", "ess"},
+      {"-mca", "orte_launch_agent", "/bin/sh"},
+      {"-mca", "mca_base_component_path", "/tmp"},
+      {"-mca", "odls_base_env_list", "LD_PRELOAD=/tmp/x.so"},
+      {"-mca", "orte_fork_agent", "/tmp/x"},
+      {"-mca", "orte_hnp_uri", "a\nb"},
+      {"-x", "LD_PRELOAD", "/tmp/x.so"},
+      {"sh", "-c", "id"}};
+  for (const auto& words : hostile) {
+    const auto taken = daemon_arguments(words, "/ours");
+    EXPECT_EQ(taken.status().code(), StatusCode::kInvalid) << words.front() << " " << words.back();
+  }
+}
+
+TEST(LaunchProgram, LeavesItsRequestInTheFolderAndEndsAsItIsAnswered) {
+  const std::string folder =
+      str(std::filesystem::temp_directory_path().string(), "/tandem-launch-", ::getpid());
+  std::filesystem::create_directories(folder);
+  for (const Status& answer : {Status(), unavailable_error("its agent is not connected")}) {
+    std::filesystem::remove_all(folder);
+    std::filesystem::create_directories(folder);
+    int code = -1;
+    std::thread program([&] {
+      code = ask_for_daemon(folder, {"node7", " orted", "-mca", "ess", "\"env\""});
+    });
+    std::vector<LaunchRequest> requests;
+    for (int i = 0; requests.empty() && i < 1000; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      requests = open_requests(folder);
+    }
+    if (requests.empty()) ADD_FAILURE() << "no request in " << folder;
+    for (const LaunchRequest& request : requests) {
+      EXPECT_EQ(request.host, "node7");
+      EXPECT_EQ(request.arguments, (std::vector<std::string>{"-mca", "ess", "\"env\""}));
+      reply(request, answer);
+    }
+    program.join();
+    EXPECT_EQ(code, answer.ok() ? 0 : 1);
+    EXPECT_TRUE(open_requests(folder).empty()) << "answered ones are not open";
+  }
+  std::filesystem::remove_all(folder);
 }
 
 TEST(GangEnvironment, HoldsNothingOfAnOuterMpirunOrSlurm) {
