@@ -44,6 +44,16 @@ __device__ inline void store_vec(T* p, const Vec<T>& v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
+/// Four of T in one access, aligned to its size.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T at[4];
+};
+template <class T>
+__device__ inline bool is_quad(const T* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(Quad<T>) == 0;
+}
+
 /// The next kernel of the queue may take its place on the device now; it waits for this one's
 /// results in wait_for_inputs(). Together they hide what starting a kernel costs, which is much of
 /// a decode step. A kernel started by launch_early() calls both, the second before it reads or

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kColumns = 32, kRowLanes = 32;
+constexpr int kColumns = 16, kRowLanes = 64;
 
 /// out[c] += sum over rows of dy * (residual * rstd), or of dy alone without `residual`. Each lane
 /// takes every kRowLanes-th row, in f64; lanes are added in order.
@@ -142,12 +142,23 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (dlogits == nullptr) return;
   const float scale = label < 0 ? 0.0f : gradient_scale / sum;
-#pragma unroll 8
-  for (std::int64_t j = threadIdx.x; j < v; j += kThreads) {
-    float g = label < 0 ? 0.0f : scale * expf(logits[row * v + j] - top);
-    if (label >= 0 && j == label - first) g = gradient_scale * expm1f(-own);
-    dlogits[row * v + j] = store_as<T>(g);
+  const float* x = logits + row * v;
+  T* dx = dlogits + row * v;
+  const auto gradient = [&](std::int64_t j, float logit) {
+    if (label < 0) return store_as<T>(0.0f);
+    return store_as<T>(j == label - first ? gradient_scale * expm1f(-own)
+                                          : scale * expf(logit - top));
+  };
+  const std::int64_t quads = is_quad(x) && is_quad(dx) ? v / 4 : 0;
+#pragma unroll 4
+  for (std::int64_t i = threadIdx.x; i < quads; i += kThreads) {
+    const Quad<float> four = reinterpret_cast<const Quad<float>*>(x)[i];
+    Quad<T> out;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out.at[e] = gradient(4 * i + e, four.at[e]);
+    reinterpret_cast<Quad<T>*>(dx)[i] = out;
   }
+  for (std::int64_t j = 4 * quads + threadIdx.x; j < v; j += kThreads) dx[j] = gradient(j, x[j]);
 }
 
 template <class T>

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <initializer_list>
 
 namespace tandem::kernels::cuda {
 namespace {
@@ -13,12 +12,6 @@ constexpr int kThreads = 256;
 
 constexpr std::int64_t kVector = 4;  ///< elements of one access
 static_assert(kSquaredNormChunk % kVector == 0);
-
-__device__ inline bool is_aligned(std::initializer_list<const void*> pointers) {
-  std::uintptr_t bits = 0;
-  for (const void* p : pointers) bits |= reinterpret_cast<std::uintptr_t>(p);
-  return bits % 16 == 0;
-}
 
 /// One block a chunk of kSquaredNormChunk elements; f64, in an order that is fixed.
 __global__ void __launch_bounds__(kThreads)
@@ -29,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
     return static_cast<double>(value) * static_cast<double>(value);
   };
   double sum = 0.0;
-  const std::int64_t whole = is_aligned({x}) ? begin + (end - begin) / kVector * kVector : begin;
+  const std::int64_t whole = is_quad(x) ? begin + (end - begin) / kVector * kVector : begin;
 #pragma unroll 4
   for (std::int64_t i = begin + threadIdx.x * kVector; i < whole; i += kThreads * kVector) {
     const float4 four = __ldcs(reinterpret_cast<const float4*>(x + i));
@@ -77,7 +70,8 @@ __global__ void __launch_bounds__(kThreads)
   };
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  const std::int64_t whole = is_aligned({param, grad, m, v}) ? n / kVector * kVector : 0;
+  const std::int64_t whole =
+      is_quad(param) && is_quad(grad) && is_quad(m) && is_quad(v) ? n / kVector * kVector : 0;
   for (std::int64_t i = first * kVector; i < whole; i += stride * kVector) {
     const Vec<float> g = load_vec(grad + i);
     Vec<float> p = load_vec(param + i), m4 = load_vec(m + i), v4 = load_vec(v + i);

@@ -379,16 +379,23 @@ __device__ inline void assign(__half& to, float x) {
 
 template <class From, class To>
 __global__ void convert_kernel(const From* from, To* to, std::int64_t n) {
-#pragma unroll 4
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += static_cast<std::int64_t>(gridDim.x) * blockDim.x)
-    assign(to[i], to_float(from[i]));
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t quads = is_quad(from) && is_quad(to) ? n / 4 : 0;
+  for (std::int64_t i = first; i < quads; i += stride) {
+    const Quad<From> four = reinterpret_cast<const Quad<From>*>(from)[i];
+    Quad<To> out;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) assign(out.at[e], to_float(four.at[e]));
+    reinterpret_cast<Quad<To>*>(to)[i] = out;
+  }
+  for (std::int64_t i = 4 * quads + first; i < n; i += stride) assign(to[i], to_float(from[i]));
 }
 
 template <class From>
 void convert(cudaStream_t stream, const Tensor& from, const Tensor& to) {
   const std::int64_t n = from.elements();
-  const int blocks = blocks_for(n, kThreads);
+  const int blocks = blocks_for(n, 4 * kThreads);
   const auto* source = static_cast<const From*>(from.data);
   if (to.dtype == DType::kF32)
     convert_kernel<<<blocks, kThreads, 0, stream>>>(source, static_cast<float*>(to.data), n);
