@@ -32,7 +32,7 @@ inline constexpr std::int64_t kNameBytesMax = 1024;  ///< a model, adapter, meth
 inline constexpr std::int64_t kGangMembersMax = 64;  ///< workers of one gang
 /// Of one daemon's command line: its words, and the bytes of each.
 inline constexpr std::int64_t kDaemonArgumentsMax = 256, kDaemonArgumentBytesMax = 16 << 10;
-inline constexpr std::int64_t kBlobHasMax = 4096;    ///< digests in one BlobHas
+inline constexpr std::int64_t kBlobHasMax = 4096;  ///< digests in one BlobHas
 inline constexpr int kNestingMax = 32;
 
 // -- shared pieces ------------------------------------------------------------------------------
