@@ -56,16 +56,19 @@ BulkServer::~BulkServer() {
 void BulkServer::loop() {
   while (!ending_) {
     const bool any = take_batch();
-    store_puts();
+    // The storing thread is waited for only when no more may be taken before it is done.
+    if (stored_ || put_bytes_ >= kBulkBatchBytes) end_storing();
+    if (!storing_thread_.joinable()) begin_storing();
     flush();
     if (any) continue;
     auto envelope = endpoint_->receive(outbox_.empty() ? kWaitMs : kWaitWithRepliesMs);
     if (envelope) handle(std::move(*envelope));
   }
+  finish_puts();
 }
 
 bool BulkServer::take_batch() {
-  bool any = !puts_.empty();
+  bool any = false;
   for (std::size_t i = 0; i < kBulkBatchRequests && put_bytes_ < kBulkBatchBytes; ++i) {
     auto envelope = endpoint_->receive(0);
     if (!envelope) break;
@@ -84,47 +87,72 @@ void BulkServer::handle(protocol::Envelope envelope) {
               " bytes: ", request.status().message());
     return;
   }
-  if (auto* put = std::get_if<protocol::BlobPut>(&*request)) {
-    put_bytes_ += size_of(envelope.payload);
-    puts_.push_back({envelope.peer, std::move(*put), std::move(envelope.payload)});
+  if (const auto* put_request = std::get_if<protocol::BlobPut>(&*request)) {
+    put(std::move(envelope.peer), *put_request, std::move(envelope.payload));
   } else if (const auto* has_request = std::get_if<protocol::BlobHas>(&*request)) {
-    store_puts();  // a put that came before the question is part of the answer
+    finish_puts();  // a put that came before the question is part of the answer
     has(envelope.peer, *has_request);
   } else if (const auto* get_request = std::get_if<protocol::BlobGet>(&*request)) {
-    store_puts();
+    finish_puts();
     get(envelope.peer, *get_request);
   }
 }
 
-void BulkServer::store_puts() {
+void BulkServer::put(std::string peer, const protocol::BlobPut& request, protocol::Bytes bytes) {
+  auto chunks = split(request, bytes);
+  Status status = chunks.ok() ? storage::BlobStore::verify(*chunks) : chunks.status();
+  if (!status.ok()) {
+    protocol::BlobReply message;
+    message.call = request.call;
+    message.status = std::move(status);
+    return reply(peer, message);
+  }
+  put_bytes_ += size_of(bytes);
+  puts_.push_back({std::move(peer), request.pin.substr(0, kPinBytesMax), request.call,
+                   std::move(bytes), std::move(*chunks), {}});
+}
+
+void BulkServer::begin_storing() {
   if (puts_.empty()) return;
-  const std::vector<Put> puts = std::exchange(puts_, {});
+  storing_ = std::exchange(puts_, {});
   put_bytes_ = 0;
-  std::map<std::string, std::vector<std::size_t>> by_pin;
-  for (std::size_t i = 0; i < puts.size(); ++i)
-    by_pin[puts[i].request.pin.substr(0, kPinBytesMax)].push_back(i);
-  for (const auto& [pin, indices] : by_pin) {
+  stored_ = false;
+  storing_thread_ = std::thread([this] {
+    store();
+    stored_ = true;
+    endpoint_->wake();
+  });
+}
+
+void BulkServer::end_storing() {
+  if (!storing_thread_.joinable()) return;
+  storing_thread_.join();
+  for (const Put& put : storing_) {
+    if (put.status.ok()) counters_.put_bytes += put.bytes.size();
+    protocol::BlobReply message;
+    message.call = put.call;
+    message.status = put.status;
+    reply(put.peer, message);
+  }
+  storing_.clear();
+}
+
+void BulkServer::finish_puts() {
+  end_storing();
+  begin_storing();
+  end_storing();
+}
+
+void BulkServer::store() {
+  std::map<std::string, std::vector<Put*>> by_pin;
+  for (Put& put : storing_) by_pin[put.pin].push_back(&put);
+  for (const auto& [pin, puts] : by_pin) {
     std::vector<storage::BlobChunk> chunks;
-    bool well_formed = true;
-    for (const std::size_t i : indices) {
-      const auto parts = split(puts[i].request, puts[i].bytes);
-      well_formed = well_formed && parts.ok();
-      if (parts.ok()) chunks.insert(chunks.end(), parts->begin(), parts->end());
-    }
-    const Status together = registry_.blobs().put_chunks(chunks, pin);
-    for (const std::size_t i : indices) {
-      // One bad put must not fail its neighbours: each is asked for on its own then.
-      Status status = together;
-      if (!together.ok() || !well_formed) {
-        const auto parts = split(puts[i].request, puts[i].bytes);
-        status = parts.ok() ? registry_.blobs().put_chunks(*parts, pin) : parts.status();
-      }
-      if (status.ok()) counters_.put_bytes += puts[i].bytes.size();
-      protocol::BlobReply message;
-      message.call = puts[i].request.call;
-      message.status = status;
-      reply(puts[i].peer, message);
-    }
+    for (const Put* put : puts) chunks.insert(chunks.end(), put->chunks.begin(), put->chunks.end());
+    const Status together = registry_.blobs().put_verified(chunks, pin);
+    // One put that cannot be stored must not fail its neighbours: each is asked for alone then.
+    for (Put* put : puts)
+      put->status = together.ok() ? together : registry_.blobs().put_verified(put->chunks, pin);
   }
 }
 

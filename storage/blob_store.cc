@@ -144,16 +144,31 @@ Status BlobStore::put_batch(std::span<const BlobChunk> chunks) {
 }
 
 Status BlobStore::put_chunks(std::span<const BlobChunk> chunks, const std::string& pin) {
-  std::vector<Digest> digests;
+  TANDEM_RETURN_IF_ERROR(verify(chunks));
+  return put_verified(chunks, pin);
+}
+
+Status BlobStore::verify(std::span<const BlobChunk> chunks, int threads) {
+  std::vector<std::span<const std::byte>> parts;
+  std::size_t bytes = 0;
   for (const BlobChunk& chunk : chunks) {
     if (static_cast<std::int64_t>(chunk.bytes.size()) > kBlobChunkBytesMax)
       return invalid_error(
           str("a chunk of ", chunk.bytes.size(), " bytes; the limit is ", kBlobChunkBytesMax));
-    if (const Digest actual = sha256(chunk.bytes); actual != chunk.digest)
-      return invalid_error(str("a chunk named ", chunk.digest, " has the digest ", actual,
-                               "; it was damaged on the way: send it again"));
-    digests.push_back(chunk.digest);
+    parts.push_back(chunk.bytes);
+    bytes += chunk.bytes.size();
   }
+  const std::vector<Digest> actual = sha256_each(parts, threads > 0 ? threads : hash_threads(bytes));
+  for (std::size_t i = 0; i < chunks.size(); ++i)
+    if (actual[i] != chunks[i].digest)
+      return invalid_error(str("a chunk named ", chunks[i].digest, " has the digest ", actual[i],
+                               "; it was damaged on the way: send it again"));
+  return {};
+}
+
+Status BlobStore::put_verified(std::span<const BlobChunk> chunks, const std::string& pin) {
+  std::vector<Digest> digests;
+  for (const BlobChunk& chunk : chunks) digests.push_back(chunk.digest);
   TANDEM_RETURN_IF_ERROR(add_pin(pin, digests));
   std::lock_guard lock(write_mutex_);
   while (!chunks.empty()) {

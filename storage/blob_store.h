@@ -65,6 +65,11 @@ class BlobStore {
   /// The same for many small chunks with few commits. On an error some may be there; putting again
   /// is fine.
   Status put_chunks(std::span<const BlobChunk> chunks, const std::string& pin = "");
+  /// The two halves of put_chunks, so that the next chunks are verified while these are stored.
+  /// What is put must have passed verify since its bytes last changed. `threads` 0: as many as
+  /// hash_threads says.
+  static Status verify(std::span<const BlobChunk> chunks, int threads = 0);
+  Status put_verified(std::span<const BlobChunk> chunks, const std::string& pin = "");
 
   [[nodiscard]] Result<bool> has(const Digest& digest);
   /// Those that are absent, in order. A non-empty `pin` pins the ones that are there, so that they

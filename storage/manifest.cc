@@ -7,9 +7,7 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <optional>
-#include <thread>
 
 namespace tandem::storage {
 namespace {
@@ -123,30 +121,19 @@ const ManifestTensor* Manifest::find(std::string_view name) const {
   return at == tensors.end() ? nullptr : &*at;
 }
 
+ManifestTensor describe_hashed(std::string name, std::string dtype, std::vector<std::int64_t> shape,
+                               std::int64_t bytes, std::vector<Digest> chunks) {
+  Hasher root;
+  for (const Digest& chunk : chunks) root.update(std::as_bytes(std::span(chunk.bytes)));
+  return {std::move(name), std::move(dtype), std::move(shape),
+          bytes,           root.finish(),    std::move(chunks)};
+}
+
 ManifestTensor describe_tensor(std::string name, std::string dtype, std::vector<std::int64_t> shape,
                                std::span<const std::byte> bytes, int threads) {
-  ManifestTensor tensor{std::move(name),
-                        std::move(dtype),
-                        std::move(shape),
-                        static_cast<std::int64_t>(bytes.size()),
-                        {},
-                        {}};
-  const std::size_t leaf = kDigestLeafBytes;
-  tensor.chunks.resize((bytes.size() + leaf - 1) / leaf);
-  std::atomic<std::size_t> next{0};
-  auto work = [&] {
-    for (std::size_t i; (i = next.fetch_add(1)) < tensor.chunks.size();)
-      tensor.chunks[i] = sha256(bytes.subspan(i * leaf, std::min(leaf, bytes.size() - i * leaf)));
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads && static_cast<std::size_t>(i) < tensor.chunks.size(); ++i)
-    others.emplace_back(work);
-  work();
-  for (auto& other : others) other.join();
-  Hasher root;
-  for (const Digest& chunk : tensor.chunks) root.update(std::as_bytes(std::span(chunk.bytes)));
-  tensor.root = root.finish();
-  return tensor;
+  return describe_hashed(std::move(name), std::move(dtype), std::move(shape),
+                         static_cast<std::int64_t>(bytes.size()),
+                         sha256_each(digest_leaves(bytes), threads));
 }
 
 Result<std::string> encode_manifest(const Manifest& manifest) {

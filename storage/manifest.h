@@ -52,6 +52,9 @@ struct Manifest {
 /// threads.
 ManifestTensor describe_tensor(std::string name, std::string dtype, std::vector<std::int64_t> shape,
                                std::span<const std::byte> bytes, int threads = 1);
+/// The same of a tensor whose leaves' digests are known.
+ManifestTensor describe_hashed(std::string name, std::string dtype, std::vector<std::int64_t> shape,
+                               std::int64_t bytes, std::vector<Digest> chunks);
 
 /// The canonical text. Errors: invalid (a name twice, settings not an object, sizes that do not
 /// match).

@@ -43,14 +43,22 @@ class PinnedRing {
     }
   }
 
+  /// The device fills later parts while the host empties the oldest.
   void download(cudaStream_t stream, const void* from, std::span<std::byte> host) {
-    for (std::size_t at = 0; at < host.size(); at += kPartBytes) {
-      const std::size_t bytes = std::min(kPartBytes, host.size() - at);
-      std::byte* part = take();
-      TANDEM_CUDA(cudaMemcpyAsync(part, static_cast<const std::byte*>(from) + at, bytes,
-                                  cudaMemcpyDeviceToHost, stream));
-      TANDEM_CUDA(cudaStreamSynchronize(stream));
-      std::memcpy(host.data() + at, part, bytes);
+    const std::size_t parts = (host.size() + kPartBytes - 1) / kPartBytes, first = next_;
+    const auto bytes = [&](std::size_t i) {
+      return std::min(kPartBytes, host.size() - i * kPartBytes);
+    };
+    for (std::size_t i = 0, asked = 0; i < parts; ++i) {
+      for (; asked < std::min(parts, i + kParts); ++asked) {
+        TANDEM_CUDA(cudaMemcpyAsync(take(), static_cast<const std::byte*>(from) + asked * kPartBytes,
+                                    bytes(asked), cudaMemcpyDeviceToHost, stream));
+        TANDEM_CUDA(cudaEventRecord(used_[next_], stream));
+        next_ = (next_ + 1) % kParts;
+      }
+      const std::size_t part = (first + i) % kParts;
+      TANDEM_CUDA(cudaEventSynchronize(used_[part]));
+      std::memcpy(host.data() + i * kPartBytes, base_ + part * kPartBytes, bytes(i));
     }
   }
 

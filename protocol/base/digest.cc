@@ -73,21 +73,48 @@ Digest sha256(std::string_view text) {
   return Hasher().update(text).finish();
 }
 
-Digest content_root(std::span<const std::byte> bytes, int threads) {
-  const std::size_t leaf = kDigestLeafBytes;
-  std::vector<Digest> leaves((bytes.size() + leaf - 1) / leaf);
+std::vector<Digest> sha256_each(std::span<const std::span<const std::byte>> parts, int threads,
+                                const std::function<void(std::size_t, Digest)>& on_digest) {
+  std::vector<Digest> digests(parts.size());
+  std::vector<std::atomic<bool>> known(parts.size());
   std::atomic<std::size_t> next{0};
-  auto work = [&] {
-    for (std::size_t i; (i = next.fetch_add(1)) < leaves.size();)
-      leaves[i] = sha256(bytes.subspan(i * leaf, std::min(leaf, bytes.size() - i * leaf)));
+  auto hash_next = [&] {
+    const std::size_t i = next.fetch_add(1);
+    if (i >= parts.size()) return false;
+    digests[i] = sha256(parts[i]);
+    known[i].store(true, std::memory_order_release);
+    known[i].notify_one();
+    return true;
   };
-  std::vector<std::thread> helpers;
-  const auto wanted = std::min<std::size_t>(leaves.size(), threads > 1 ? threads : 1);
-  for (std::size_t i = 1; i < wanted; ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
+  std::vector<std::jthread> helpers;
+  const auto wanted = std::min<std::size_t>(parts.size(), threads > 1 ? threads : 1);
+  for (std::size_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { while (hash_next()) {} });
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    while (!known[i].load(std::memory_order_acquire))
+      if (!hash_next()) known[i].wait(false, std::memory_order_acquire);
+    if (on_digest) on_digest(i, digests[i]);
+  }
+  return digests;
+}
+
+int hash_threads(std::size_t bytes) {
+  constexpr std::size_t kThreadsMax = 8, kThreadBytesMin = std::size_t{512} << 10;
+  const std::size_t cores = std::thread::hardware_concurrency();
+  return static_cast<int>(
+      std::clamp<std::size_t>(std::min(cores / 2, bytes / kThreadBytesMin), 1, kThreadsMax));
+}
+
+std::vector<std::span<const std::byte>> digest_leaves(std::span<const std::byte> bytes) {
+  std::vector<std::span<const std::byte>> leaves;
+  for (std::size_t at = 0; at < bytes.size(); at += kDigestLeafBytes)
+    leaves.push_back(bytes.subspan(at, std::min<std::size_t>(kDigestLeafBytes, bytes.size() - at)));
+  return leaves;
+}
+
+Digest content_root(std::span<const std::byte> bytes, int threads) {
   Hasher root;
-  for (const Digest& d : leaves) root.update(std::as_bytes(std::span(d.bytes)));
+  for (const Digest& d : sha256_each(digest_leaves(bytes), threads))
+    root.update(std::as_bytes(std::span(d.bytes)));
   return root.finish();
 }
 

@@ -13,6 +13,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace tandem {
 
@@ -50,8 +51,19 @@ class Hasher {
 Digest sha256(std::span<const std::byte> bytes);
 Digest sha256(std::string_view text);
 
+/// SHA-256 of each of `parts`, by up to `threads` threads with the caller's. `on_digest` hears of
+/// each on the caller's thread, in order, as soon as it and all before it are known.
+std::vector<Digest> sha256_each(std::span<const std::span<const std::byte>> parts, int threads,
+                                const std::function<void(std::size_t, Digest)>& on_digest = {});
+/// How many threads hash so many bytes while others need the machine too: half of its cores, at
+/// most 8, and none for less than half a MiB.
+int hash_threads(std::size_t bytes);
+
 /// Leaf size of a tensor's or a file's root.
 inline constexpr std::int64_t kDigestLeafBytes = 16 << 20;
+
+/// The leaves of a long byte string, in order; none of no bytes.
+std::vector<std::span<const std::byte>> digest_leaves(std::span<const std::byte> bytes);
 
 /// The root of a long byte string: SHA-256 over the concatenated SHA-256s of its 16 MiB leaves (of
 /// the one leaf's digest too when there is one; no bytes: the digest of nothing). Leaves are

@@ -36,6 +36,25 @@ TEST(Digest, ContentRootDoesNotDependOnTheThreadCount) {
   EXPECT_NE(content_root(bytes, 1), changed);
 }
 
+TEST(Digest, ManyPartsAreNamedInOrderWhateverTheThreadCount) {
+  std::vector<std::string> texts;
+  std::vector<std::span<const std::byte>> parts;
+  for (std::size_t i = 0; i < 200; ++i)
+    texts.emplace_back(i % 7 == 0 ? 300'000 : i, static_cast<char>(i));
+  for (const std::string& text : texts) parts.push_back(std::as_bytes(std::span(text)));
+  for (const int threads : {1, 4}) {
+    std::size_t heard = 0;
+    const auto digests = sha256_each(parts, threads, [&](std::size_t i, const Digest& digest) {
+      EXPECT_EQ(i, heard++);
+      EXPECT_EQ(digest, sha256(texts[i]));
+    });
+    EXPECT_EQ(heard, texts.size());
+    ASSERT_EQ(digests.size(), texts.size());
+    for (std::size_t i = 0; i < texts.size(); ++i) EXPECT_EQ(digests[i], sha256(texts[i])) << i;
+  }
+  EXPECT_TRUE(sha256_each({}, 4).empty());
+}
+
 TEST(DType, HalfConversionsRoundTripEveryValue) {
   for (std::uint32_t i = 0; i < 0x10000; ++i) {
     const f16 h{static_cast<std::uint16_t>(i)};

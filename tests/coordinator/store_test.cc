@@ -250,5 +250,46 @@ TEST(BulkServer, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone)
   EXPECT_EQ(got, bytes(good));
 }
 
+TEST(BulkServer, WhatIsAnsweredIsThereAndADamagedBlobAmongManyIsRefusedByName) {
+  SystemClock clock;
+  auto registry = storage::Registry::in_memory(clock);
+  protocol::InprocNetwork network(clock);
+  ServedFiles files;
+  BulkServer server(network.listen("bulk").value(), *registry, files);
+  const auto client = network.connect("bulk", "peer");
+  constexpr std::size_t kMessages = 24, kParts = 8, kPartBytes = 300'000, kBad = 11;
+  std::vector<std::vector<Digest>> digests(kMessages);
+  std::map<std::uint64_t, protocol::BlobReply> replies;
+  const auto take = [&](TimeMs wait_ms) {
+    const auto envelope = client->receive(wait_ms);
+    if (!envelope) return;
+    auto reply = protocol::decode_blob_reply(envelope->frame).value();
+    if (reply.status.ok()) {  // not only known: there at the moment of its answer
+      EXPECT_TRUE(registry->blobs().missing(digests[reply.call]).value().empty()) << reply.call;
+    }
+    replies[reply.call] = std::move(reply);
+  };
+  for (std::size_t m = 0; m < kMessages; ++m) {
+    protocol::BlobPut put{m, {}, "pin", {}};
+    protocol::Bytes payload;
+    for (std::size_t p = 0; p < kParts; ++p) {
+      const protocol::Bytes part(kPartBytes, static_cast<std::byte>(m * kParts + p));
+      digests[m].push_back(sha256(part));
+      put.parts.push_back({digests[m].back(), static_cast<std::int64_t>(kPartBytes)});
+      payload.insert(payload.end(), part.begin(), part.end());
+    }
+    if (m == kBad) payload[5 * kPartBytes + 7] ^= std::byte{1};
+    while (!client->send(protocol::encode(put), payload).ok()) take(1);
+  }
+  for (int i = 0; i < 500 && replies.size() < kMessages; ++i) take(20);
+  ASSERT_EQ(replies.size(), kMessages);
+  for (const auto& [call, reply] : replies)
+    EXPECT_EQ(reply.status.ok(), call != kBad) << call << ": " << reply.status.message();
+  EXPECT_EQ(replies[kBad].status.code(), StatusCode::kInvalid);
+  EXPECT_NE(replies[kBad].status.message().find(digests[kBad][5].short_hex()), std::string::npos)
+      << replies[kBad].status.message();
+  EXPECT_EQ(registry->blobs().missing(digests[kBad]).value().size(), kParts);
+}
+
 }  // namespace
 }  // namespace tandem::coordinator

@@ -54,6 +54,24 @@ TEST_F(BlobStoreTest, RefusesBytesThatDoNotHaveTheirDigest) {
   EXPECT_EQ(blobs_->put_chunk(sha256(large), large).code(), StatusCode::kInvalid);
 }
 
+TEST_F(BlobStoreTest, OfManyChunksVerifiedByThreadsTheDamagedOneIsNamed) {
+  std::vector<std::string> texts;
+  for (std::size_t i = 0; i < 64; ++i) texts.push_back(std::string(50'000, 'a') + str(i));
+  std::vector<BlobChunk> chunks;
+  for (const std::string& text : texts) chunks.push_back({sha256(text), as_bytes(text)});
+  for (const int threads : {0, 1, 4}) EXPECT_TRUE(BlobStore::verify(chunks, threads).ok());
+  for (const std::size_t damaged : {std::size_t{0}, std::size_t{37}, chunks.size() - 1}) {
+    const char whole = std::exchange(texts[damaged][25'000], 'b');
+    for (const int threads : {0, 1, 4}) {
+      const Status status = BlobStore::verify(chunks, threads);
+      EXPECT_EQ(status.code(), StatusCode::kInvalid);
+      EXPECT_NE(status.message().find(chunks[damaged].digest.short_hex()), std::string::npos)
+          << status.message();
+    }
+    texts[damaged][25'000] = whole;
+  }
+}
+
 TEST_F(BlobStoreTest, GoesToFilesBeyondTheBudgetBehindTheSameInterface) {
   const Digest small = put(std::string(80, 's')), beyond = put(std::string(80, 'f'));
   EXPECT_EQ(blobs_->stats().value().file_chunks, 1);

@@ -33,17 +33,34 @@ Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std
   return values;
 }
 
-/// Adds a tensor to a manifest and its chunks to the object.
-void add_tensor(PackedObject& object, storage::Manifest& manifest, const std::string& name,
-                DType dtype, std::vector<std::int64_t> shape, std::span<const std::byte> bytes) {
-  manifest.tensors.push_back(
-      storage::describe_tensor(name, dtype_name(dtype), std::move(shape), bytes));
-  const auto& chunks = manifest.tensors.back().chunks;
-  for (std::size_t i = 0; i < chunks.size(); ++i) {
-    const std::size_t begin = i * kDigestLeafBytes;
-    object.blobs.push_back(
-        {chunks[i],
-         bytes.subspan(begin, std::min<std::size_t>(kDigestLeafBytes, bytes.size() - begin))});
+/// A tensor to be packed; the bytes are the object's storage.
+struct TensorView {
+  std::string name;
+  DType dtype;
+  std::vector<std::int64_t> shape;
+  std::span<const std::byte> bytes;
+};
+
+/// Adds tensors to a manifest and their chunks to the object. `on_blob` hears of each chunk in
+/// order, while later ones are still being hashed.
+void add_tensors(PackedObject& object, storage::Manifest& manifest, std::vector<TensorView> tensors,
+                 int threads, const std::function<void(const BlobView&)>& on_blob = {}) {
+  std::vector<std::span<const std::byte>> leaves;
+  for (const TensorView& tensor : tensors)
+    for (const auto& leaf : digest_leaves(tensor.bytes)) leaves.push_back(leaf);
+  object.blobs.reserve(leaves.size());
+  sha256_each(leaves, threads, [&](std::size_t i, const Digest& digest) {
+    object.blobs.push_back({digest, leaves[i]});
+    if (on_blob) on_blob(object.blobs.back());
+  });
+  std::size_t next = 0;
+  for (TensorView& tensor : tensors) {
+    std::vector<Digest> chunks;
+    for (std::size_t left = digest_leaves(tensor.bytes).size(); left > 0; --left)
+      chunks.push_back(object.blobs[next++].digest);
+    manifest.tensors.push_back(storage::describe_hashed(
+        std::move(tensor.name), dtype_name(tensor.dtype), std::move(tensor.shape),
+        static_cast<std::int64_t>(tensor.bytes.size()), std::move(chunks)));
   }
 }
 
@@ -175,17 +192,21 @@ Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftC
                                   std::shared_ptr<const model::FlatAdapter> adapter,
                                   const std::function<void(const BlobView&)>& on_blob) {
   PackedObject object;
-  std::size_t told = 0;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kAdapter;
+  std::vector<TensorView> tensors;
   for (const auto& pair : adapter->layout.pairs) {
     const std::string site = kPeftPrefix + model::site_path(pair.layer, pair.site);
-    add_tensor(object, manifest, site + ".lora_A.weight", adapter->dtype, {pair.rank, pair.i},
-               adapter->part(pair.a_begin, pair.rank * pair.i));
-    add_tensor(object, manifest, site + ".lora_B.weight", adapter->dtype, {pair.n, pair.rank},
-               adapter->part(pair.b_begin, pair.n * pair.rank));
-    for (; on_blob && told < object.blobs.size(); ++told) on_blob(object.blobs[told]);
+    tensors.push_back({site + ".lora_A.weight",
+                       adapter->dtype,
+                       {pair.rank, pair.i},
+                       adapter->part(pair.a_begin, pair.rank * pair.i)});
+    tensors.push_back({site + ".lora_B.weight",
+                       adapter->dtype,
+                       {pair.n, pair.rank},
+                       adapter->part(pair.b_begin, pair.n * pair.rank)});
   }
+  add_tensors(object, manifest, std::move(tensors), hash_threads(adapter->bytes.size()), on_blob);
   object.storage = std::move(adapter);
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }
@@ -195,8 +216,10 @@ Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::Pe
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kCheckpoint;
+  std::vector<TensorView> tensors;
   for (const auto& t : state->tensors)
-    add_tensor(object, manifest, t.name, DType::kF32, t.shape, std::as_bytes(std::span(t.values)));
+    tensors.push_back({t.name, DType::kF32, t.shape, std::as_bytes(std::span(t.values))});
+  add_tensors(object, manifest, std::move(tensors), 1);
   Json settings = checkpoint_settings(base_model, config);
   settings["state"] = state->json;
   object.storage = std::move(state);
@@ -208,14 +231,16 @@ Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdap
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kAdapter;
   storage::PeftConfig config = adapter.config;
+  std::vector<TensorView> tensors;
   std::set<std::string> modules;  // a pattern or "all-linear" becomes the names it matched
   for (const auto& site : adapter.sites) {
     const std::string path = kPeftPrefix + site.site;
     modules.insert(site.site.substr(site.site.rfind('.') + 1));
     for (const auto& [half, tensor] :
          {std::pair{".lora_A.weight", &site.a}, {".lora_B.weight", &site.b}})
-      add_tensor(object, manifest, path + half, tensor->dtype, tensor->shape, tensor->bytes);
+      tensors.push_back({path + half, tensor->dtype, tensor->shape, tensor->bytes});
   }
+  add_tensors(object, manifest, std::move(tensors), 1);
   config.target_modules.assign(modules.begin(), modules.end());
   return finish(std::move(object), manifest, lora_settings(base_model, config));
 }

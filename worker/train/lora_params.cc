@@ -73,6 +73,7 @@ LoraParams::LoraParams(const SessionParts& parts, const model::LoraConfig& lora)
   m_ = optimizer_arena_.alloc(flat, sums);
   v_ = optimizer_arena_.alloc(flat, sums);
   squared_norm_ = optimizer_arena_.alloc({1}, sums);
+  room_.resize(static_cast<std::size_t>(compute_.bytes()));
   zero_gradients();
 }
 
@@ -244,7 +245,9 @@ model::FlatAdapter LoraParams::flat_adapter(DType dtype) const {
   // that.
   const Tensor& from = dtype == compute_.dtype ? compute_ : master_;
   model::FlatAdapter adapter{layout_, from.dtype, {}};
-  adapter.bytes.resize(static_cast<std::size_t>(from.bytes()));
+  const auto bytes = static_cast<std::size_t>(from.bytes());
+  if (room_.size() == bytes) adapter.bytes = std::move(room_);
+  adapter.bytes.resize(bytes);
   parts_.context.ops.download(parts_.context.exec, from, adapter.bytes);
   return from.dtype == dtype ? adapter : adapter.in(dtype);
 }

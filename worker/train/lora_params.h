@@ -61,6 +61,9 @@ class LoraParams final : public Trainable, private model::GradSink {
   kernels::Tensor master_, gradient_, m_, v_, squared_norm_;
   kernels::Tensor compute_;                 ///< cd; the masters themselves when cd is f32
   std::array<std::vector<float>, 3> read_;  ///< a state's values until they are taken
+  /// Host memory for the adapter that is published at the end, made and touched before: of 84 MB,
+  /// touching took longer than copying.
+  mutable std::vector<std::byte> room_;
 };
 
 }  // namespace tandem::worker::train
