@@ -158,7 +158,8 @@ Status BlobStore::verify(std::span<const BlobChunk> chunks, int threads) {
     parts.push_back(chunk.bytes);
     bytes += chunk.bytes.size();
   }
-  const std::vector<Digest> actual = sha256_each(parts, threads > 0 ? threads : hash_threads(bytes));
+  if (threads <= 0) threads = hash_threads(bytes);
+  const std::vector<Digest> actual = sha256_each(parts, threads);
   for (std::size_t i = 0; i < chunks.size(); ++i)
     if (actual[i] != chunks[i].digest)
       return invalid_error(str("a chunk named ", chunks[i].digest, " has the digest ", actual[i],

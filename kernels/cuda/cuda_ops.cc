@@ -51,8 +51,9 @@ class PinnedRing {
     };
     for (std::size_t i = 0, asked = 0; i < parts; ++i) {
       for (; asked < std::min(parts, i + kParts); ++asked) {
-        TANDEM_CUDA(cudaMemcpyAsync(take(), static_cast<const std::byte*>(from) + asked * kPartBytes,
-                                    bytes(asked), cudaMemcpyDeviceToHost, stream));
+        const auto* begin = static_cast<const std::byte*>(from) + asked * kPartBytes;
+        TANDEM_CUDA(
+            cudaMemcpyAsync(take(), begin, bytes(asked), cudaMemcpyDeviceToHost, stream));
         TANDEM_CUDA(cudaEventRecord(used_[next_], stream));
         next_ = (next_ + 1) % kParts;
       }
