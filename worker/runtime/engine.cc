@@ -310,8 +310,7 @@ class Engine {
       return refuse(unavailable_error(str("this engine does not hold model ", start.model.name)));
     job_ = std::make_unique<JobHost>(
         JobParts{io_, tasks_, bulk_, [this](Task task) { post(control_inbox_, std::move(task)); },
-                 options_.data_directory + "/runs", "",
-                 [this](const Digest& adapter) { serve_.warm(adapter); }},
+                 options_.data_directory + "/runs", ""},
         *model_, start);
     snapshot_ms_ = 0;
   }

@@ -359,14 +359,12 @@ void JobHost::keep_model(const Digest& model) const {
 }
 
 /// Probed, and its digest is known, which no name leads to before the publish: while its bytes are
-/// still being made durable, it is made resident and its chats' beginning computed.
+/// still being made durable, it is made resident.
 void JobHost::serve_ahead(const Digest& adapter) {
   if (!probed_ || phase_ != Phase::kPublishing) return;
   const std::int64_t begin = steady_ns();
   if (auto installed = model_.install_adapter(adapter, served_); !installed.ok())
     log_warn("the new adapter is not resident: ", installed.message());
-  else if (parts_.warm)
-    parts_.warm(adapter);
   publish_times_.hand_over_ms = static_cast<double>(steady_ns() - begin) / 1e6;
 }
 

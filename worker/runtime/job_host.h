@@ -29,8 +29,6 @@ struct JobParts {
   /// A gang's own: where the model of a full fine-tune is written, beside the models that this host
   /// has fetched (model_files.h), so that it becomes one of these.
   std::string model_folder{};
-  /// Of an engine: what a first request for an adapter will need is computed ahead of it.
-  std::function<void(const Digest&)> warm{};
 };
 
 class JobHost {

@@ -4,8 +4,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include <algorithm>
-
 namespace tandem::worker::runtime {
 namespace {
 
@@ -139,24 +137,6 @@ void ServeHost::prefetch(const protocol::Announce& announce) {
   for (const Digest& resident : model_->serve().stats().resident_adapters)
     if (resident == announce.adapter) return;
   load_adapter(announce.adapter, announce.adapter_manifest);
-}
-
-void ServeHost::warm(const Digest& adapter) {
-  if (!model_) return;
-  protocol::PromptInput input;
-  input.prompt = "a";
-  const auto one = model_->tokenize(input);
-  input.prompt = "b";
-  const auto other = model_->tokenize(input);
-  if (!one.ok() || !other.ok()) return;  // no chat template: nothing is common
-  serve::GenerateRequest request;
-  request.id = RequestId("warm/" + adapter.short_hex());  // nobody's: its end is told to nobody
-  request.adapter = adapter;
-  request.prompt.assign(
-      one->begin(), std::mismatch(one->begin(), one->end(), other->begin(), other->end()).first);
-  request.sampling.max_tokens = 1;
-  request.sampling.temperature = 0.0f;
-  if (request.prompt.size() > 1) (void)model_->serve().submit(std::move(request));
 }
 
 void ServeHost::request_missing() {

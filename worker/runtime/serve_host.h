@@ -37,8 +37,6 @@ class ServeHost final : public StepServer {
   void cancel(const RequestId& id);
   /// Loads an announced adapter ahead of its first request.
   void prefetch(const protocol::Announce& announce);
-  /// Computes what every chat under a resident adapter begins with, ahead of its first request.
-  void warm(const Digest& adapter);
   /// One iteration; sends what came out. Call while has_work().
   void step();
   /// The same in two halves (serve::ServeEngine::start_step). The model stays between them.
