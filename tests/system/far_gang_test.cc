@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
+#include <map>
 
 namespace tandem::test {
 namespace {
@@ -170,6 +171,37 @@ TEST_F(FarGangs, TheOtherHostsAgentsDeathCostsItNoStep) {
   const Json end = finish(job);
   EXPECT_EQ(end.value("epoch", 0), 1) << end.dump(1);
   EXPECT_EQ(digest("far-orphaned"), digest("far-whole"));
+}
+
+TEST_F(FarGangs, AReplicaOverBothHostsAnswersAsAnEngineDoes) {
+  const auto ask = [](const std::string& prompt) {
+    const auto answer = platform_->generate("tiny", prompt, 24);
+    EXPECT_TRUE(answer.ok()) << answer.status().to_string();
+    return answer.ok() ? answer->tokens : std::vector<std::int32_t>{};
+  };
+  const auto shown = [] {
+    const Json list = platform_->call("replica.list", Json::object()).at("replicas");
+    return list.empty() ? Json::object() : list.at(0);
+  };
+  for (const char* kind : {"tp", "pp"}) {
+    const Json made = platform_->call("replica.add", {{"model", "tiny"}, {kind, 2}});
+    ASSERT_TRUE(eventually(60'000, [&] { return shown().value("state", "") == "serving"; }))
+        << shown().dump(1);
+    std::map<std::string, std::vector<std::int32_t>> got;
+    for (int i = 0; i < 6; ++i) {  // prompts that no engine has seen: the idle replica gets most
+      const std::string prompt = str(kind, " from afar ", i);
+      got[prompt] = ask(prompt);
+    }
+    EXPECT_TRUE(eventually(
+        5'000, [&] { return shown()["stats"].value("decode_tokens", std::int64_t{0}) >= 24; }))
+        << "it was the replica that answered: " << shown().dump(1);
+    platform_->call("replica.rm", {{"replica", made.at("replicas").at(0).at("replica")}});
+    ASSERT_TRUE(eventually(30'000, [&] { return shown().empty(); })) << shown().dump(1);
+    for (const auto& [prompt, tokens] : got) {
+      EXPECT_EQ(tokens.size(), 24u);
+      EXPECT_EQ(tokens, ask(prompt)) << prompt;
+    }
+  }
 }
 
 }  // namespace
