@@ -161,9 +161,11 @@ inline constexpr std::int64_t kFewRows = 256;
 
 /// What the segmented LoRA kernels (ops_lora_segments.cu) do: rows of any mix of adapters, slots
 /// and ranks read on the device. `column` of a site in u and du is site * rank_max.
-/// u[t, column + r] = s A x[t], zeros beyond the rank and in rows without an adapter.
+/// u[t, column + r] = s A x[t], zeros beyond the rank and in rows without an adapter. `early`: may
+/// start while the kernel before it on `stream` still runs, and lets its successor start once it
+/// has waited for that (device.cuh).
 void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& sites,
-                          const AdapterRows& rows, Tensor x, Tensor u);
+                          const AdapterRows& rows, Tensor x, Tensor u, bool early = false);
 /// y[t, n_begin + n] += B u[t] of each site.
 void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& sites,
                           const AdapterRows& rows, Tensor u, Tensor y);

@@ -376,7 +376,7 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   if (is_skinny) {
     {
       const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
-      lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
+      lora_segments_shrink(s, a.sites, *a.adapters, a.x, u, true);
     }
     return run_skinny(a, u);
   }

@@ -375,7 +375,8 @@ int device_capability() {
 }
 
 template <int kTiles, bool kDrops>
-void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, const Tensor& u) {
+void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, const Tensor& u,
+                   bool early) {
   const auto ranks = static_cast<unsigned>((v.rank_max + kRanks - 1) / kRanks);
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
@@ -388,7 +389,7 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
-  config.numAttrs = device_capability() >= 90 ? 2 : 0;
+  config.numAttrs = device_capability() < 90 ? 0 : early ? 2 : 1;
   TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<kTiles, kDrops>, v, x.as<const bf16_t>(),
                                  static_cast<int>(x.dim(1)), u.as<bf16_t>()));
 }
@@ -419,7 +420,7 @@ void launch_expand_few(cudaStream_t stream, const SegmentsView& v, const Tensor&
 }  // namespace
 
 void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& sites,
-                          const AdapterRows& rows, Tensor x, Tensor u) {
+                          const AdapterRows& rows, Tensor x, Tensor u, bool early) {
   for (std::size_t first = 0; first < sites.size(); first += kSitesMax) {
     const SegmentsView v = segments_view(sites, first, rows, x.dim(0));
     if (x.dtype == DType::kF32) {
@@ -428,11 +429,11 @@ void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& site
                                                  u.as<float>());
       TANDEM_LAUNCHED("shrink_f32_kernel");
     } else if (v.dropout_threshold > 0) {
-      launch_shrink<8, true>(stream, v, x, u);
+      launch_shrink<8, true>(stream, v, x, u, early);
     } else if (v.t <= kFewRows) {
-      launch_shrink<1, false>(stream, v, x, u);
+      launch_shrink<1, false>(stream, v, x, u, early);
     } else {
-      launch_shrink<8, false>(stream, v, x, u);
+      launch_shrink<8, false>(stream, v, x, u, early);
     }
   }
 }

@@ -17,12 +17,12 @@ inline constexpr std::int64_t kSkinnyRows = 64;
 /// True when all but the number of rows is right: sizes, sites and base addresses in multiples of
 /// 16 bytes, adapters without dropout and of rank 64 at most, some row.
 bool skinny_fits(const LinearArgs& args, const DeviceProfile& profile);
-/// y = x W^T + bias + u B^T of each row's adapter, summed in f32 in an order that depends on the
-/// weight's shape and the device alone, rounded once. `u` [T, sites * rank_max], undefined without
-/// adapters, is made by the kernel just before this one on the stream, whose launch_dependents()
-/// comes behind its wait_for_inputs(): this one runs beside it, x being there.
-/// At most kSkinnyRows. kInvariant: the inner size is summed in ascending order, as lora_gemm.h
-/// does it.
+/// y [T, N] bf16 or f32 = x W^T + bias + u B^T of each row's adapter, summed in f32 in an order
+/// that depends on the weight's shape and the device alone, rounded once. `u` [T, sites * rank_max]
+/// bf16, undefined without adapters, is made by the kernel just before this one on the stream,
+/// whose launch_dependents() comes behind its wait_for_inputs(): this one runs beside it, x being
+/// there. At most kSkinnyRows. kInvariant: the inner size is summed in ascending order, as
+/// lora_gemm.h does it.
 void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& args, const Tensor& u,
             int multiprocessors);
 
