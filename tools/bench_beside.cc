@@ -7,6 +7,7 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "protocol/base/units.h"
+#include "tools/bench_options.h"
 #include "tools/bench_training.h"
 #include "tools/random_model.h"
 #include "worker/comm/communicator.h"
@@ -345,10 +346,7 @@ int main(int argc, char** argv) {
                                  argv);
   Options o;
   CLI::App app("Training beside serving on one device, as JSON");
-  app.add_option("--model", o.model, "Hugging Face folder or GGUF file");
-  app.add_option("--shape", o.shape, "random weights of this shape instead")
-      ->check(CLI::IsMember(tools::bench_shapes()));
-  app.add_option("--device", o.device)->check(CLI::IsMember({"cpu", "cuda"}));
+  tools::add_model_options(app, o.model, o.shape, o.device);
   app.add_option("--threads", o.threads)->check(CLI::Range(1, 1024));
   app.add_option("--dtype", o.training.dtype)->check(CLI::IsMember({"f32", "bf16"}));
   app.add_option("--recompute", o.training.recompute)

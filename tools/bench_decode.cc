@@ -6,8 +6,8 @@
 #include "kernels/meta/meta_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
-#include "tools/bench_device.h"
 #include "tools/bench_gang.h"
+#include "tools/bench_options.h"
 #include "worker/comm/layout.h"
 #include "worker/model/model_loader.h"
 #include "worker/serve/serve_engine.h"
@@ -255,10 +255,7 @@ int main(int argc, char** argv) {
                                  argv);
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");
-  app.add_option("--model", o.model, "GGUF file or Hugging Face folder");
-  app.add_option("--shape", o.shape, "random weights of this shape instead")
-      ->check(CLI::IsMember(tools::bench_shapes()));
-  app.add_option("--device", o.device)->check(CLI::IsMember({"cpu", "cuda"}));
+  tools::add_model_options(app, o.model, o.shape, o.device);
   app.add_option("--dtype", o.dtype, "bf16 or f32")->check(CLI::IsMember({"bf16", "f32"}));
   app.add_option("--numerics", o.numerics)->check(CLI::IsMember({"replay", "invariant"}));
   app.add_option("--threads", o.threads, "OpenMP threads of the ops");

@@ -5,6 +5,7 @@
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "tools/bench_gang.h"
+#include "tools/bench_options.h"
 #include "tools/bench_training.h"
 #include "worker/train/pipeline_schedule.h"
 
@@ -213,10 +214,7 @@ int main(int argc, char** argv) {
                                  argv);
   Options options;
   CLI::App app("Training throughput, as JSON");
-  app.add_option("--model", options.model, "Hugging Face folder or GGUF file");
-  app.add_option("--shape", options.shape, "random weights of this shape instead")
-      ->check(CLI::IsMember(tools::bench_shapes()));
-  app.add_option("--device", options.device)->check(CLI::IsMember({"cpu", "cuda"}));
+  tools::add_model_options(app, options.model, options.shape, options.device);
   app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16"}));
   app.add_option("--recompute", options.recompute)
       ->check(CLI::IsMember({"none", "elementwise", "mlp", "block"}));

@@ -216,13 +216,17 @@ TEST_F(ModelFilesTest, AFolderInTheBlobStoreIsTheSameModelAndIsReadOutChunkByChu
   EXPECT_EQ(describe_stored_model(*text, empty->blobs()).status().code(), StatusCode::kNotFound);
 }
 
-TEST(BulkServer, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone) {
+class BulkServerTest : public testing::Test {
+ protected:
   SystemClock clock;
-  auto registry = storage::Registry::in_memory(clock);
-  protocol::InprocNetwork network(clock);
+  std::unique_ptr<storage::Registry> registry = storage::Registry::in_memory(clock);
+  protocol::InprocNetwork network{clock};
   ServedFiles files;
-  BulkServer server(network.listen("bulk").value(), *registry, files);
-  const auto client = network.connect("bulk", "peer");
+  BulkServer server{network.listen("bulk").value(), *registry, files};
+  std::unique_ptr<protocol::ClientEndpoint> client = network.connect("bulk", "peer");
+};
+
+TEST_F(BulkServerTest, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone) {
   const std::string good = "good bytes", bad = "bad bytes";
   const auto bytes = [](const std::string& text) {
     const auto span = std::as_bytes(std::span(text));
@@ -250,13 +254,7 @@ TEST(BulkServer, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatchAlone)
   EXPECT_EQ(got, bytes(good));
 }
 
-TEST(BulkServer, WhatIsAnsweredIsThereAndADamagedBlobAmongManyIsRefusedByName) {
-  SystemClock clock;
-  auto registry = storage::Registry::in_memory(clock);
-  protocol::InprocNetwork network(clock);
-  ServedFiles files;
-  BulkServer server(network.listen("bulk").value(), *registry, files);
-  const auto client = network.connect("bulk", "peer");
+TEST_F(BulkServerTest, WhatIsAnsweredIsThereAndADamagedBlobAmongManyIsRefusedByName) {
   constexpr std::size_t kMessages = 24, kParts = 8, kPartBytes = 300'000, kBad = 11;
   std::vector<std::vector<Digest>> digests(kMessages);
   std::map<std::uint64_t, protocol::BlobReply> replies;
