@@ -8,7 +8,7 @@
 namespace tandem::kernels {
 
 Arena::Arena(Allocator& allocator, MemoryLedger& ledger, MemoryKind kind, std::string name,
-             std::int64_t capacity_bytes)
+             std::int64_t capacity_bytes, Sharing sharing)
     : allocator_(allocator),
       ledger_(ledger),
       kind_(kind),
@@ -16,7 +16,8 @@ Arena::Arena(Allocator& allocator, MemoryLedger& ledger, MemoryKind kind, std::s
       capacity_(capacity_bytes),
       reserved_(round_up(capacity_bytes > 0 ? capacity_bytes : 1, kMapGranularity)) {
   TANDEM_CHECK_GE(capacity_bytes, 0, "arena ", name_);
-  auto base = allocator_.reserve(reserved_);
+  auto base = sharing == Sharing::kPeers ? allocator_.reserve_for_peers(reserved_)
+                                         : allocator_.reserve(reserved_);
   TANDEM_CHECK(base.ok(), "arena ", name_, ": ", base.status().to_string());
   base_ = *base;
 }

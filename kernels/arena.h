@@ -22,7 +22,7 @@ class Arena {
   /// Reserves `capacity_bytes` of address space; memory is mapped as it is first used and kept
   /// until trim(). `name` appears in errors. Fails (CHECK) only when address space is exhausted.
   Arena(Allocator& allocator, MemoryLedger& ledger, MemoryKind kind, std::string name,
-        std::int64_t capacity_bytes);
+        std::int64_t capacity_bytes, Sharing sharing = Sharing::kNone);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;

@@ -109,6 +109,9 @@ class FaultyAllocator final : public Allocator {
       : inner_(std::move(inner)), file_(std::move(file)) {}
 
   Result<void*> reserve(std::int64_t bytes) override { return inner_->reserve(bytes); }
+  Result<void*> reserve_for_peers(std::int64_t bytes) override {
+    return inner_->reserve_for_peers(bytes);
+  }
   Status map(void* base, std::int64_t from, std::int64_t to) override {
     const Fault fault = read_fault(file_);
     if (fault.what == "memory" && mapped_ + to - from > std::atoll(fault.how.c_str()))

@@ -96,6 +96,15 @@ class TimedCommunicator final : public Communicator {
     const Timer timer(ns_);
     comm_->reduce_scatter_sum(exec, x, out);
   }
+  std::unique_ptr<Pending> start_reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
+    const Timer timer(ns_);
+    return std::make_unique<TimedPending>(comm_->start_reduce_scatter_sum(exec, x, out), ns_);
+  }
+  void share(Exec& exec, Tensor x) override { comm_->share(exec, x); }
+  [[nodiscard]] bool has_background() const override { return comm_->has_background(); }
+  [[nodiscard]] int background_multiprocessors() const override {
+    return comm_->background_multiprocessors();
+  }
   void broadcast(Exec& exec, Tensor x, int root) override {
     const Timer timer(ns_);
     comm_->broadcast(exec, x, root);

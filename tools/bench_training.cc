@@ -106,14 +106,15 @@ Result<std::unique_ptr<TrainingRig>> TrainingRig::create(
     const TrainingCase& c, CommunicationNs* inside) {
   namespace model = worker::model;
   const std::int64_t reserve = std::int64_t{1} << 38;  // address space
-  const auto arena = [&](kernels::MemoryKind kind, const char* name) {
+  const auto arena = [&](kernels::MemoryKind kind, const char* name,
+                         kernels::Sharing sharing = kernels::Sharing::kNone) {
     return std::make_unique<kernels::Arena>(*backend.allocator, *backend.ledger, kind, name,
-                                            reserve);
+                                            reserve, sharing);
   };
   TANDEM_RETURN_IF_ERROR(
       model::check_shard(loaded.config, layout.tp, layout.pp, layout.virtual_pp));
   std::unique_ptr<TrainingRig> rig(new TrainingRig);
-  rig->weight_arena_ = arena(kernels::MemoryKind::kWeights, "weights");
+  rig->weight_arena_ = arena(kernels::MemoryKind::kWeights, "weights", kernels::Sharing::kPeers);
   rig->table_arena_ = arena(kernels::MemoryKind::kAdapters, "slots");
   rig->activations_ = arena(kernels::MemoryKind::kActivations, "activations");
   rig->ranks_ = worker::train::make_ranks(comm, layout);

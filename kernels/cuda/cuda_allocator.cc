@@ -46,6 +46,10 @@ CUdeviceptr address(const void* base, std::int64_t offset = 0) {
   return reinterpret_cast<CUdeviceptr>(base) + static_cast<CUdeviceptr>(offset);
 }
 
+std::int64_t piece_bytes(Sharing sharing) {
+  return sharing == Sharing::kPeers ? kPeerPiece : kMapGranularity;
+}
+
 }  // namespace
 
 const Driver& Driver::get() {
@@ -62,16 +66,17 @@ CudaAllocator::~CudaAllocator() {
   while (!ranges_.empty()) release(ranges_.begin()->first, 0);
 }
 
-Result<void*> CudaAllocator::reserve(std::int64_t bytes) {
-  const std::int64_t whole = round_up(std::max<std::int64_t>(bytes, 1), kMapGranularity);
+Result<void*> CudaAllocator::reserve(std::int64_t bytes, Sharing sharing) {
+  const std::int64_t piece = piece_bytes(sharing);
+  const std::int64_t whole = round_up(std::max<std::int64_t>(bytes, 1), piece);
   CUdeviceptr base = 0;
-  const CUresult code =
-      Driver::get().address_reserve(&base, static_cast<std::size_t>(whole), kMapGranularity, 0, 0);
+  const CUresult code = Driver::get().address_reserve(&base, static_cast<std::size_t>(whole),
+                                                      static_cast<std::size_t>(piece), 0, 0);
   if (code != CUDA_SUCCESS)
     return refused_error(
         str("reserving ", format_bytes(bytes), " of GPU address space: ", error_text(code)));
   auto* pointer = reinterpret_cast<void*>(base);
-  ranges_[pointer].bytes = whole;
+  ranges_[pointer] = {whole, sharing, {}};
   return pointer;
 }
 
@@ -81,28 +86,36 @@ Status CudaAllocator::map_piece(void* base, Range& range, std::int64_t offset) {
   prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   prop.location.id = device_;
+  if (range.sharing == Sharing::kPeers)
+    prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  const auto piece = static_cast<std::size_t>(piece_bytes(range.sharing));
   CUmemGenericAllocationHandle handle = 0;
-  const CUresult code = driver.create(&handle, kMapGranularity, &prop, 0);
+  const CUresult code = driver.create(&handle, piece, &prop, 0);
   if (code != CUDA_SUCCESS)
     return refused_error(str("out of GPU memory: ", format_bytes(mapped_total_),
                              " in use by this engine: ", error_text(code)));
-  check(driver.map(address(base, offset), kMapGranularity, 0, handle, 0), "cuMemMap");
+  check(driver.map(address(base, offset), piece, 0, handle, 0), "cuMemMap");
   range.pieces[offset] = handle;
-  mapped_total_ += kMapGranularity;
+  mapped_total_ += piece_bytes(range.sharing);
   return {};
 }
 
 Status CudaAllocator::map(void* base, std::int64_t from, std::int64_t to) {
   const auto found = ranges_.find(base);
   TANDEM_CHECK(found != ranges_.end(), "map of unknown range ", base);
+  // Of a kPeers range the piece that `from` lies in may be there already.
+  Range& range = found->second;
+  const std::int64_t piece = piece_bytes(range.sharing);
+  from = round_up(from, piece);
+  to = round_up(to, piece);
   if (from == to) return {};
   if (memory_bytes_max_ > 0 && mapped_total_ + to - from > memory_bytes_max_)
     return refused_error(str("out of GPU memory: ", format_bytes(to - from), " asked, ",
                              format_bytes(mapped_total_), " in use, limit ",
                              format_bytes(memory_bytes_max_)));
-  for (std::int64_t at = from; at < to; at += kMapGranularity)
-    if (Status status = map_piece(base, found->second, at); !status.ok()) {
-      while (at > from) unmap_piece(base, found->second, at -= kMapGranularity);
+  for (std::int64_t at = from; at < to; at += piece)
+    if (Status status = map_piece(base, range, at); !status.ok()) {
+      while (at > from) unmap_piece(base, range, at -= piece);
       return status;
     }
   CUmemAccessDesc access{};
@@ -118,9 +131,10 @@ Status CudaAllocator::map(void* base, std::int64_t from, std::int64_t to) {
 void CudaAllocator::unmap_piece(void* base, Range& range, std::int64_t offset) {
   const auto piece = range.pieces.find(offset);
   TANDEM_CHECK(piece != range.pieces.end(), "unmap of ", offset, ", which is not mapped");
-  check(Driver::get().unmap(address(base, offset), kMapGranularity), "cuMemUnmap");
+  const std::int64_t bytes = piece_bytes(range.sharing);
+  check(Driver::get().unmap(address(base, offset), static_cast<std::size_t>(bytes)), "cuMemUnmap");
   check(Driver::get().release(piece->second), "cuMemRelease");
-  mapped_total_ -= kMapGranularity;
+  mapped_total_ -= bytes;
   range.pieces.erase(piece);
 }
 
@@ -128,7 +142,10 @@ void CudaAllocator::unmap(void* base, std::int64_t from, std::int64_t to) {
   const auto found = ranges_.find(base);
   TANDEM_CHECK(found != ranges_.end(), "unmap of unknown range ", base);
   TANDEM_CUDA(cudaDeviceSynchronize());
-  for (std::int64_t at = from; at < to; at += kMapGranularity) unmap_piece(base, found->second, at);
+  Range& range = found->second;
+  const std::int64_t piece = piece_bytes(range.sharing);
+  for (std::int64_t at = round_up(from, piece); at < round_up(to, piece); at += piece)
+    unmap_piece(base, range, at);
 }
 
 void CudaAllocator::release(void* base, std::int64_t) {

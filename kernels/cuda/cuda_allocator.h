@@ -34,7 +34,10 @@ class CudaAllocator final : public Allocator {
   CudaAllocator(const CudaAllocator&) = delete;
   CudaAllocator& operator=(const CudaAllocator&) = delete;
 
-  Result<void*> reserve(std::int64_t bytes) override;
+  Result<void*> reserve(std::int64_t bytes) override { return reserve(bytes, Sharing::kNone); }
+  Result<void*> reserve_for_peers(std::int64_t bytes) override {
+    return reserve(bytes, Sharing::kPeers);
+  }
   Status map(void* base, std::int64_t from, std::int64_t to) override;
   void unmap(void* base, std::int64_t from, std::int64_t to) override;
   void release(void* base, std::int64_t bytes) override;
@@ -42,10 +45,12 @@ class CudaAllocator final : public Allocator {
  private:
   struct Range {
     std::int64_t bytes = 0;
-    /// One piece of physical memory per kMapGranularity, by offset: a piece cannot be split, so
-    /// only the smallest can be given back exactly.
+    Sharing sharing = Sharing::kNone;
+    /// Pieces of physical memory, by offset: a piece cannot be split, so only the smallest,
+    /// kMapGranularity, can be given back exactly. Of a kPeers range kPeerPiece each.
     std::map<std::int64_t, CUmemGenericAllocationHandle> pieces;
   };
+  Result<void*> reserve(std::int64_t bytes, Sharing sharing);
   Status map_piece(void* base, Range& range, std::int64_t offset);
   void unmap_piece(void* base, Range& range, std::int64_t offset);
 

@@ -89,8 +89,8 @@ struct RankEngine {
   }
 
   kernels::Backend backend;
-  kernels::Arena weight_arena{*backend.allocator, *backend.ledger, MemoryKind::kWeights, "weights",
-                              kArenaBytes};
+  kernels::Arena weight_arena{*backend.allocator, *backend.ledger, MemoryKind::kWeights,
+                              "weights",          kArenaBytes,     kernels::Sharing::kPeers};
   kernels::Arena table_arena{*backend.allocator, *backend.ledger, MemoryKind::kAdapters, "slots",
                              kArenaBytes};
   kernels::Arena activation_arena{*backend.allocator, *backend.ledger, MemoryKind::kActivations,

@@ -34,8 +34,9 @@ struct Message {
   int rank = 0;
 };
 
-/// Of a GPU, what gathers in the background may take while products have the rest. Measured with
-/// ZeRO-3 of an 8B base on two H100: 8 beat 4, 12 and 16, and beat taking and sparing nothing.
+/// Of a GPU, what collectives in the background may take, and products leave them, where they are
+/// not the copy engines' work. Measured with ZeRO-3 of an 8B base on two H100: 8 beat 4, 12 and 16,
+/// and beat taking and sparing nothing.
 inline constexpr int kGatherMultiprocessors = 8;
 
 class Communicator {
@@ -54,6 +55,9 @@ class Communicator {
   /// out [n] = this rank's slice of the sum over ranks of x [size * n]. out may be that slice of x;
   /// x is otherwise left as it was.
   virtual void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;
+  /// The same, begun now and ended by wait(), as start_all_gather.
+  virtual std::unique_ptr<Pending> start_reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x,
+                                                            kernels::Tensor out);
   virtual void broadcast(kernels::Exec& exec, kernels::Tensor x, int root) = 0;
   virtual void barrier(kernels::Exec& exec) = 0;
   /// Sends and receives at once. A send may wait for its receive: ranks that send to each other in
@@ -66,6 +70,16 @@ class Communicator {
     const Message send{x, to}, receive{y, from};
     exchange_all(exec, {&send, x.defined() ? 1u : 0u}, {&receive, y.defined() ? 1u : 0u});
   }
+  /// Every rank's `x`, equally large, in an arena of Sharing::kPeers, is what collectives of this
+  /// communicator will often read. Between GPUs of one host those that begin in the background are
+  /// then the copy engines' work and take no multiprocessor; elsewhere it says nothing. In return x
+  /// is written only after a later collective which every rank began when it had waited for those
+  /// that read x. Called by all ranks at once; the memory stays until the communicator ends.
+  virtual void share(kernels::Exec& /*exec*/, kernels::Tensor /*x*/) {}
+  /// Whether what is begun goes on in the background, so that a second buffer pays.
+  [[nodiscard]] virtual bool has_background() const { return false; }
+  /// Multiprocessors that collectives in the background take of large products.
+  [[nodiscard]] virtual int background_multiprocessors() const { return 0; }
   /// The communicator of `members` (ranks of this one, in the order of their new ranks, this rank
   /// among them). Every rank of this communicator calls it, each with its own group: the groups are
   /// disjoint. Pure bookkeeping on CPUs. Must not outlive the communicator that came first.
@@ -85,17 +99,18 @@ std::vector<std::unique_ptr<Communicator>> make_thread_communicators(int size);
 struct CommCall {
   enum class Kind : int {
     kAllReduce,
-    kAllGather,  ///< on a GPU also in the background: kStartGather, then kWaitGather
+    kAllGather,
     kReduceScatter,
     kBroadcast,
     kExchange,
-    kStartGather,
-    kWaitGather,
+    kStartGather,         ///< in the background, until kWait
+    kStartReduceScatter,  ///< likewise
+    kWait,
   };
   Kind kind = Kind::kAllReduce;
   std::vector<int> members;  ///< ranks of the gang, in the order of the group
   std::int64_t bytes = 0;    ///< of the whole (unsharded) tensor
-  std::int64_t gather = 0;   ///< kStartGather, kWaitGather: which one of this rank
+  std::int64_t begun = 0;    ///< kStart..., kWait: which one of this rank
   struct Part {
     int rank = 0;  ///< of the gang
     std::int64_t bytes = 0;

@@ -10,16 +10,16 @@ namespace {
 
 using Kind = CommCall::Kind;
 
-/// What the communicators of one rank share: whom they tell, and how many gathers have begun.
+/// What the communicators of one rank share: whom they tell, and how many calls have begun.
 struct Paper {
   bool on_host;
   CommWatcher watcher;
-  std::int64_t gathers = 0;
+  std::int64_t begun = 0;
 };
 
-class MetaGather final : public Pending {
+class MetaPending final : public Pending {
  public:
-  MetaGather(std::shared_ptr<Paper> paper, CommCall wait)
+  MetaPending(std::shared_ptr<Paper> paper, CommCall wait)
       : paper_(std::move(paper)), wait_(std::move(wait)) {}
   void wait(kernels::Exec&) override { paper_->watcher(wait_); }
 
@@ -47,17 +47,20 @@ class MetaCommunicator final : public Communicator {
                                             kernels::Tensor out) override {
     if (paper_->on_host || size() == 1 || !paper_->watcher)
       return Communicator::start_all_gather(exec, x, out);
-    CommCall call{Kind::kStartGather, members_, out.bytes()};
-    call.gather = paper_->gathers++;
-    paper_->watcher(call);
-    call.kind = Kind::kWaitGather;
-    return std::make_unique<MetaGather>(paper_, std::move(call));
+    return begin(Kind::kStartGather, out.bytes());
   }
   void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) override {
     TANDEM_CHECK_EQ(x.elements(), out.elements() * size());
     take(exec, reduce_scatter_plan(out.elements(), x.dtype, size()));
     tell({Kind::kReduceScatter, members_, x.bytes()});
   }
+  std::unique_ptr<Pending> start_reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x,
+                                                    kernels::Tensor out) override {
+    if (paper_->on_host || size() == 1 || !paper_->watcher)
+      return Communicator::start_reduce_scatter_sum(exec, x, out);
+    return begin(Kind::kStartReduceScatter, x.bytes());
+  }
+  [[nodiscard]] bool has_background() const override { return !paper_->on_host && size() > 1; }
   void broadcast(kernels::Exec&, kernels::Tensor x, int root) override {
     TANDEM_CHECK(root >= 0 && root < size(), "root ", root);
     tell({Kind::kBroadcast, members_, x.bytes()});
@@ -87,6 +90,13 @@ class MetaCommunicator final : public Communicator {
     if (plan.bytes == 0 || !paper_->on_host) return;
     const kernels::ArenaScope scope(exec.workspace);
     exec.workspace.alloc_bytes(plan.bytes);
+  }
+  std::unique_ptr<Pending> begin(Kind kind, std::int64_t bytes) {
+    CommCall call{kind, members_, bytes};
+    call.begun = paper_->begun++;
+    paper_->watcher(call);
+    call.kind = Kind::kWait;
+    return std::make_unique<MetaPending>(paper_, std::move(call));
   }
   void tell(const CommCall& call) const {
     if (paper_->watcher && size() > 1) paper_->watcher(call);

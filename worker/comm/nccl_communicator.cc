@@ -1,21 +1,13 @@
 #include "worker/comm/nccl_communicator.h"
 
-#include "kernels/device_error.h"
-#include "protocol/base/str.h"
+#include "protocol/base/log.h"
+#include "worker/comm/nccl_handle.h"
 #include "worker/comm/nccl_module.h"
+#include "worker/comm/peer_collectives.h"
 
-#include <cuda_runtime.h>
-#include <nccl.h>
-#include <sched.h>
-
-#include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <numeric>
-#include <thread>
-#include <utility>
 
 namespace tandem::worker::comm {
 
@@ -27,15 +19,6 @@ using kernels::Exec;
 using kernels::Tensor;
 
 static_assert(sizeof(ncclUniqueId) == std::tuple_size_v<NcclId>);
-
-void check_cuda(cudaError_t code, const char* what) {
-  if (code != cudaSuccess) throw DeviceError(str("CUDA: ", what, ": ", cudaGetErrorName(code)));
-}
-
-cudaStream_t stream_of(const Exec& exec) {
-  TANDEM_CHECK(exec.stream.handle != nullptr, "a collective needs a queue of Ops::make_stream");
-  return static_cast<cudaStream_t>(exec.stream.handle);
-}
 
 ncclDataType_t nccl_type(DType dtype) {
   switch (dtype) {
@@ -51,197 +34,21 @@ ncclDataType_t nccl_type(DType dtype) {
   }
 }
 
-/// Looks after all communicators of one gang on a thread of its own: NCCL reports what fails after
-/// a call to whoever asks, and what never ends is not reported at all.
-class Watch {
- public:
-  explicit Watch(const NcclOptions& options) : options_(options) {
-    if (options_.on_failure) thread_ = std::thread([this] { run(); });
-  }
-  ~Watch() {
-    over_ = true;
-    if (thread_.joinable()) thread_.join();
-  }
-  Watch(const Watch&) = delete;
-  Watch& operator=(const Watch&) = delete;
-
-  [[nodiscard]] const NcclOptions& options() const { return options_; }
-  [[nodiscard]] TimeMs timeout_ms() const {
-    const auto& current = options_.current_timeout_ms;
-    return scaled_ms(current != nullptr ? current->load() : options_.timeout_ms);
-  }
-  [[nodiscard]] std::string rank_name() const {
-    return str("rank ", options_.rank, " of ", options_.size);
-  }
-  /// Held over every call into NCCL: asking a communicator how it is takes part in its calls.
-  [[nodiscard]] std::unique_lock<std::recursive_mutex> in_nccl() {
-    return std::unique_lock(mutex_);
-  }
-  void add(const ncclComm_t* comm) {
-    const auto lock = in_nccl();
-    comms_.push_back(comm);
-  }
-  void remove(const ncclComm_t* comm) {
-    const auto lock = in_nccl();
-    std::erase(comms_, comm);
-  }
-  /// The device thread has put a collective on `queue`.
-  void note(const char* what, cudaStream_t queue) {
-    what_.store(what, std::memory_order_relaxed);
-    queue_.store(queue, std::memory_order_relaxed);
-    noted_.fetch_add(1, std::memory_order_release);
-  }
-
- private:
-  static constexpr std::chrono::milliseconds kLook{100};
-
-  void run() {
-    (void)cudaSetDevice(options_.device);
-    std::string failure;
-    if (cudaEventCreateWithFlags(&passed_, cudaEventDisableTiming) != cudaSuccess)
-      failure = str("CUDA: no event to watch ", rank_name(), " with");
-    while (failure.empty() && !over_) {
-      std::this_thread::sleep_for(kLook);
-      failure = reported();
-      if (failure.empty()) failure = overdue();
-    }
-    if (!failure.empty() && !over_) return options_.on_failure(failure);
-    (void)cudaEventDestroy(passed_);
-  }
-
-  /// What NCCL knows to have failed; "": nothing, or the device thread is in a call, which asks.
-  std::string reported() {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) return "";
-    for (const ncclComm_t* comm : comms_) {
-      const ncclComm_t made = __atomic_load_n(comm, __ATOMIC_ACQUIRE);
-      ncclResult_t state = ncclSuccess;
-      if (made == nullptr || ncclCommGetAsyncError(made, &state) != ncclSuccess) continue;
-      if (state != ncclSuccess && state != ncclInProgress)
-        return str("NCCL: ", last(), " on ", rank_name(), ": ", ncclGetErrorString(state), ": ",
-                   ncclGetLastError(made));
-    }
-    return "";
-  }
-
-  /// A point behind the newest collective that the device does not reach in time; "": none.
-  std::string overdue() {
-    if (!pending_) {
-      const std::uint64_t noted = noted_.load(std::memory_order_acquire);
-      if (noted == seen_) return "";
-      seen_ = noted;
-      pending_what_ = last();
-      begin_ns_ = steady_ns();
-      pending_ = true;
-      const cudaError_t code = cudaEventRecord(passed_, queue_.load(std::memory_order_relaxed));
-      if (code != cudaSuccess) return device_failure(code);
-    }
-    const cudaError_t code = cudaEventQuery(passed_);
-    if (code == cudaSuccess) {
-      pending_ = false;
-      return "";
-    }
-    if (code != cudaErrorNotReady) return device_failure(code);
-    const TimeMs limit = timeout_ms();
-    if (steady_ns() - begin_ns_ <= limit * 1'000'000) return "";
-    return str("NCCL: ", pending_what_, " on ", rank_name(), " did not end within ", limit,
-               " ms: a member of the gang is gone or hangs");
-  }
-  [[nodiscard]] std::string device_failure(cudaError_t code) const {
-    return str("CUDA: after ", pending_what_, " on ", rank_name(), ": ", cudaGetErrorString(code));
-  }
-  [[nodiscard]] const char* last() const { return what_.load(std::memory_order_relaxed); }
-
-  const NcclOptions options_;
-  std::atomic<const char*> what_{"start"};
-  std::atomic<cudaStream_t> queue_{nullptr};
-  std::atomic<std::uint64_t> noted_{0};
-  std::atomic<bool> over_{false};
-  std::recursive_mutex mutex_;
-  std::vector<const ncclComm_t*> comms_;
-  // The watching thread's.
-  cudaEvent_t passed_ = nullptr;
-  bool pending_ = false;
-  std::uint64_t seen_ = 0;
-  std::int64_t begin_ns_ = 0;
-  const char* pending_what_ = "";
-  std::thread thread_;
-};
-
-/// One ncclComm_t. It never blocks: every call is followed until NCCL has taken it or has failed.
-class Handle {
- public:
-  explicit Handle(std::shared_ptr<Watch> watch) : watch_(std::move(watch)) { watch_->add(&comm_); }
-  ~Handle() {
-    const auto lock = watch_->in_nccl();
-    watch_->remove(&comm_);
-    if (comm_ == nullptr || failed_) return;  // after a failure even ending it can hang
-    try {
-      call("end", ncclCommFinalize(comm_));
-    } catch (const DeviceError&) {
-      return;
-    }
-    (void)ncclCommDestroy(comm_);
-  }
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
-
-  ncclComm_t* out() { return &comm_; }
-  operator ncclComm_t() const { return comm_; }
-  [[nodiscard]] const std::shared_ptr<Watch>& watch() const { return watch_; }
-  [[nodiscard]] TimeMs timeout_ms() const { return watch_->timeout_ms(); }
-  [[nodiscard]] ncclConfig_t config() const {
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    const int most = watch_->options().multiprocessors_max;
-    if (most > 0) config.maxCTAs = most;
-    return config;
-  }
-
-  /// Follows what `code` says was begun.
-  void call(const char* what, ncclResult_t code) {
-    const TimeMs limit = timeout_ms();
-    const std::int64_t deadline = steady_ns() + limit * 1'000'000;
-    while (code == ncclInProgress) {
-      // A new communicator's handle may appear only after the call that asked for it.
-      if (ncclComm_t made = __atomic_load_n(&comm_, __ATOMIC_ACQUIRE); made != nullptr) {
-        ncclResult_t state = ncclInProgress;
-        code = ncclCommGetAsyncError(made, &state);
-        if (code == ncclSuccess) code = state;
-      }
-      if (code != ncclInProgress) break;
-      if (steady_ns() > deadline) fail(what, str("not done within ", limit, " ms"));
-      ::sched_yield();
-    }
-    if (code != ncclSuccess)
-      fail(what, str(ncclGetErrorString(code), ": ", ncclGetLastError(comm_)));
-  }
-  [[noreturn]] void fail(const char* what, const std::string& why) {
-    failed_ = true;
-    throw DeviceError(str("NCCL: ", what, " on ", watch_->rank_name(), ": ", why));
-  }
-
- private:
-  const std::shared_ptr<Watch> watch_;
-  ncclComm_t comm_ = nullptr;
-  bool failed_ = false;
-};
-
 /// What runs on a second queue until somebody waits for it.
-class Gather final : public Pending {
+class Behind final : public Pending {
  public:
-  Gather(cudaStream_t main, cudaStream_t side) : main_(main) {
+  Behind(cudaStream_t main, cudaStream_t side) : main_(main) {
     check_cuda(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "event");
     check_cuda(cudaEventRecord(done_, side), "event");
   }
-  ~Gather() override {
+  ~Behind() override {
     if (!waited_) (void)cudaStreamWaitEvent(main_, done_);
     (void)cudaEventDestroy(done_);
   }
-  Gather(const Gather&) = delete;
-  Gather& operator=(const Gather&) = delete;
+  Behind(const Behind&) = delete;
+  Behind& operator=(const Behind&) = delete;
   void wait(Exec& exec) override {
-    check_cuda(cudaStreamWaitEvent(stream_of(exec), done_), "wait for a gather");
+    check_cuda(cudaStreamWaitEvent(stream_of(exec), done_), "wait for a collective");
     waited_ = true;
   }
 
@@ -251,7 +58,7 @@ class Gather final : public Pending {
   bool waited_ = false;
 };
 
-/// The queue of gathers in the background; urgent, so that they move while products run.
+/// The queue of what runs in the background; urgent, so that they move while products run.
 class SideQueue {
  public:
   SideQueue() {
@@ -280,15 +87,15 @@ class SideQueue {
 
 class NcclCommunicator final : public Communicator {
  public:
+  /// `members`: ranks of the gang, in this communicator's order.
   NcclCommunicator(std::shared_ptr<Handle> handle, std::shared_ptr<SideQueue> side, int rank,
-                   int size)
+                   std::vector<int> members, bool reaches_peers)
       : side_(std::move(side)),
         handle_(std::move(handle)),
         rank_(rank),
-        size_(size),
-        all_(static_cast<std::size_t>(size)) {
-    std::iota(all_.begin(), all_.end(), 0);
-  }
+        size_(static_cast<int>(members.size())),
+        members_(std::move(members)),
+        reaches_peers_(reaches_peers) {}
 
   [[nodiscard]] int rank() const override { return rank_; }
   [[nodiscard]] int size() const override { return size_; }
@@ -296,6 +103,8 @@ class NcclCommunicator final : public Communicator {
   void all_reduce_sum(Exec& exec, Tensor x) override {
     if (x.elements() == 0) return;
     const cudaStream_t s = stream_of(exec);
+    if (const auto peers = this->peers(exec); peers != nullptr && peers->sum(s, x))
+      return handle_->watch()->note("all_reduce", s);
     issue("all_reduce", s, [&] {
       return ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum, *handle_, s);
     });
@@ -304,17 +113,28 @@ class NcclCommunicator final : public Communicator {
   std::unique_ptr<Pending> start_all_gather(Exec& exec, Tensor x, Tensor out) override {
     const cudaStream_t side = side_->fork(stream_of(exec));
     gather(side, x, out);
-    return std::make_unique<Gather>(stream_of(exec), side);
+    return std::make_unique<Behind>(stream_of(exec), side);
   }
   void reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
-    TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
-    TANDEM_CHECK(x.dtype == out.dtype);
-    if (out.elements() == 0) return;
-    const cudaStream_t s = stream_of(exec);
-    issue("reduce_scatter", s, [&] {
-      return ncclReduceScatter(x.data, out.data, count(out), nccl_type(x.dtype), ncclSum, *handle_,
-                               s);
-    });
+    reduce_scatter(stream_of(exec), x, out);
+  }
+  std::unique_ptr<Pending> start_reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
+    const cudaStream_t side = side_->fork(stream_of(exec));
+    reduce_scatter(side, x, out);
+    return std::make_unique<Behind>(stream_of(exec), side);
+  }
+  void share(Exec& exec, Tensor x) override {
+    PeerCollectives* const peers = this->peers(exec);
+    if (peers == nullptr || x.bytes() == 0) return;
+    const Status shared = peers->memory().share(x.data, x.bytes());
+    if (all_agree(exec, shared))
+      peers->memory().keep();
+    else
+      peers->memory().drop();
+  }
+  [[nodiscard]] bool has_background() const override { return true; }
+  [[nodiscard]] int background_multiprocessors() const override {
+    return handle_->watch()->options().multiprocessors_max;
   }
   void broadcast(Exec& exec, Tensor x, int root) override {
     TANDEM_CHECK(root >= 0 && root < size_, "root ", root);
@@ -361,8 +181,11 @@ class NcclCommunicator final : public Communicator {
     const auto lock = in_nccl();
     // Each communicator of NCCL's takes memory of the GPU: a group of all shares this one, and a
     // group of one needs none.
-    if (std::equal(members.begin(), members.end(), all_.begin(), all_.end()))
-      return std::make_unique<NcclCommunicator>(handle_, side_, rank_, size_);
+    std::vector<int> theirs;
+    for (const int member : members) theirs.push_back(members_[static_cast<std::size_t>(member)]);
+    if (theirs == members_)
+      return std::make_unique<NcclCommunicator>(handle_, side_, rank_, std::move(theirs),
+                                                reaches_peers_);
     auto part = std::make_unique<Handle>(handle_->watch());
     ncclConfig_t config = part->config();
     const bool single = members.size() == 1;
@@ -378,8 +201,8 @@ class NcclCommunicator final : public Communicator {
                                    stream_of(exec)),
                    "copy");
       });
-    return std::make_unique<NcclCommunicator>(std::move(part), side_, key,
-                                              static_cast<int>(members.size()));
+    return std::make_unique<NcclCommunicator>(std::move(part), side_, key, std::move(theirs),
+                                              reaches_peers_);
   }
 
  private:
@@ -408,14 +231,65 @@ class NcclCommunicator final : public Communicator {
   void gather(cudaStream_t s, const Tensor& x, const Tensor& out) {
     TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size_);
     if (x.elements() == 0) return;
+    if (peers_ != nullptr && peers_->gather(s, x, out))
+      return handle_->watch()->note("all_gather", s);
     issue("all_gather", s,
           [&] { return ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s); });
+  }
+
+  void reduce_scatter(cudaStream_t s, const Tensor& x, const Tensor& out) {
+    TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
+    TANDEM_CHECK(x.dtype == out.dtype);
+    if (out.elements() == 0) return;
+    if (peers_ != nullptr && peers_->reduce_scatter(s, x, out))
+      return handle_->watch()->note("reduce_scatter", s);
+    issue("reduce_scatter", s, [&] {
+      return ncclReduceScatter(x.data, out.data, count(out), nccl_type(x.dtype), ncclSum, *handle_,
+                               s);
+    });
+  }
+  /// Whether every rank's `mine` is ok.
+  bool all_agree(Exec& exec, const Status& mine) {
+    if (!mine.ok())
+      log_warn(handle_->watch()->rank_name(),
+               " leaves to NCCL what copy engines could do: ", mine.to_string());
+    const cudaStream_t s = stream_of(exec);
+    const ArenaScope scope(exec.workspace);
+    void* word = exec.workspace.alloc_bytes(sizeof(float));
+    float failures = mine.ok() ? 0.0f : 1.0f;
+    check_cuda(cudaMemcpyAsync(word, &failures, sizeof failures, cudaMemcpyHostToDevice, s),
+               "word");
+    issue("agreement", s,
+          [&] { return ncclAllReduce(word, word, 1, ncclFloat32, ncclSum, *handle_, s); });
+    check_cuda(cudaMemcpyAsync(&failures, word, sizeof failures, cudaMemcpyDeviceToHost, s),
+               "word");
+    check_cuda(cudaStreamSynchronize(s), "agreement");
+    return failures == 0.0f;
+  }
+  /// Made at the first use, which is the same call on every rank; null: not to be had.
+  PeerCollectives* peers(Exec& exec) {
+    if (asked_ || !reaches_peers_) return peers_.get();
+    asked_ = true;
+    if (size_ > kPeersMax) return nullptr;
+    const NcclOptions& options = handle_->watch()->options();
+    std::string name(reinterpret_cast<const char*>(options.id.data()), options.id.size());
+    for (const int member : members_) name += str(" ", member);
+    auto sockets =
+        PeerSockets::connect(name, rank_, size_, handle_->timeout_ms(), [&] { barrier(exec); });
+    if (!all_agree(exec, sockets.status())) return nullptr;
+    auto memory = PeerMemory::create(std::move(*sockets), options.device, rank_, size_);
+    if (!all_agree(exec, memory.status())) return nullptr;
+    peers_ = std::make_unique<PeerCollectives>(std::move(*memory));
+    return peers_.get();
   }
 
   const std::shared_ptr<SideQueue> side_;  ///< outlives who watches what is on it
   const std::shared_ptr<Handle> handle_;   ///< shared by groups of all ranks
   const int rank_, size_;
-  std::vector<int> all_;  ///< 0 .. size - 1
+  const std::vector<int> members_;
+  const bool reaches_peers_;  ///< this GPU can read the others of the host
+  bool asked_ = false;
+  std::unique_ptr<PeerCollectives> peers_;
 };
 
 Result<NcclId> make_id() {
@@ -427,13 +301,32 @@ Result<NcclId> make_id() {
   return out;
 }
 
-Result<std::unique_ptr<Communicator>> make(const NcclOptions& options) {
+/// Whether this GPU can read all others of the host: what runs in the background then needs none of
+/// its multiprocessors.
+bool reaches_peers(int device) {
+  const char* wish = std::getenv("TANDEM_GPU_PEERS");
+  if (wish != nullptr && std::string_view(wish) == "off") return false;
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) return false;
+  for (int other = 0; other < devices; ++other) {
+    int can = 0;
+    if (other != device &&
+        (cudaDeviceCanAccessPeer(&can, device, other) != cudaSuccess || can == 0))
+      return false;
+  }
+  return true;
+}
+
+Result<std::unique_ptr<Communicator>> make(const NcclOptions& asked) {
+  NcclOptions options = asked;
   TANDEM_CHECK(options.rank >= 0 && options.rank < options.size, "rank ", options.rank, " of ",
                options.size);
   // Multicast over NVLink is off unless somebody asks for it.
   (void)::setenv("NCCL_NVLS_ENABLE", "0", 0);
   try {
     check_cuda(cudaSetDevice(options.device), "device");
+    const bool peers = reaches_peers(options.device);
+    if (peers) options.multiprocessors_max = 0;
     auto handle = std::make_unique<Handle>(std::make_shared<Watch>(options));
     const auto lock = handle->watch()->in_nccl();
     ncclUniqueId id;
@@ -442,8 +335,10 @@ Result<std::unique_ptr<Communicator>> make(const NcclOptions& options) {
     handle->call("start",
                  ncclCommInitRankConfig(handle->out(), options.size, id, options.rank, &config));
     handle->call("start", ncclInProgress);
+    std::vector<int> all(static_cast<std::size_t>(options.size));
+    std::iota(all.begin(), all.end(), 0);
     return std::unique_ptr<Communicator>(std::make_unique<NcclCommunicator>(
-        std::move(handle), std::make_shared<SideQueue>(), options.rank, options.size));
+        std::move(handle), std::make_shared<SideQueue>(), options.rank, std::move(all), peers));
   } catch (const DeviceError& error) {
     return unavailable_error(error.what());
   }

@@ -58,6 +58,7 @@ double CostModel::seconds(const comm::CommCall& call) const {
     case Kind::kAllReduce:
       return transfer(all_reduce, 2.0 * others, 2.0 * share);
     case Kind::kReduceScatter:
+    case Kind::kStartReduceScatter:
       return transfer(reduce_scatter, others, share);
     case Kind::kAllGather:
     case Kind::kStartGather:
@@ -65,7 +66,7 @@ double CostModel::seconds(const comm::CommCall& call) const {
     case Kind::kBroadcast:
       return transfer(all_gather, others, bytes);
     case Kind::kExchange:  // message by message
-    case Kind::kWaitGather:
+    case Kind::kWait:
       return 0.0;
   }
   return 0.0;

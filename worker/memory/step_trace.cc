@@ -89,9 +89,10 @@ class Simulation {
       case Kind::kExchange:
         return exchange(static_cast<int>(at), rank, *event.call, arrives);
       case Kind::kStartGather:
-        return start_gather(rank, *event.call);
-      case Kind::kWaitGather:
-        return wait_gather(rank, *event.call) || arrives;
+      case Kind::kStartReduceScatter:
+        return start(rank, *event.call);
+      case Kind::kWait:
+        return wait(rank, *event.call) || arrives;
       default:
         return meet(rank, *event.call, arrives) || arrives;
     }
@@ -122,7 +123,7 @@ class Simulation {
     return collective_until(rank, meeting.last + model_.seconds(call));
   }
 
-  bool start_gather(Rank& rank, const comm::CommCall& call) {
+  bool start(Rank& rank, const comm::CommCall& call) {
     auto& list = gathers_[call.members];
     const std::size_t index = rank.gathers[call.members]++;
     if (list.size() <= index) list.resize(index + 1);
@@ -130,14 +131,14 @@ class Simulation {
     list[index].last = std::max(list[index].last, rank.now);
     gather_cost_[call.members].resize(list.size());
     gather_cost_[call.members][index] = model_.seconds(call);
-    rank.begun[call.gather] = {call.members, index};
+    rank.begun[call.begun] = {call.members, index};
     rank.gathers_behind = true;
     return finish(rank);
   }
 
-  bool wait_gather(Rank& rank, const comm::CommCall& call) {
-    const auto begun = rank.begun.find(call.gather);
-    TANDEM_CHECK(begun != rank.begun.end(), "gather ", call.gather, " never began");
+  bool wait(Rank& rank, const comm::CommCall& call) {
+    const auto begun = rank.begun.find(call.begun);
+    TANDEM_CHECK(begun != rank.begun.end(), "call ", call.begun, " never began");
     const auto& [members, index] = begun->second;
     const auto& list = gathers_[members];
     const std::size_t needed = distinct(members);

@@ -18,7 +18,7 @@ GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::C
       group_(group),
       ends_(std::move(ends)),
       plain_(kernels::packs_rows(ops.profile())) {
-  exec.spare_multiprocessors = comm::kGatherMultiprocessors;
+  exec.spare_multiprocessors = group.background_multiprocessors();
   std::int64_t part = 0;
   for (const std::int64_t layer : ends_->shard().blocks(ends_->whole_config())) {
     const FlatLayout& made =
@@ -41,6 +41,7 @@ void GatheredWeights::set_part(std::int64_t layer, kernels::Tensor part) {
   TANDEM_CHECK(part.dtype == ends_->dtype());
   TANDEM_CHECK_EQ(part.elements(), flat_part(layout(layer).elements, group_.size()));
   parts_.at(layer).part = part;
+  group_.share(exec_, part);
 }
 
 void GatheredWeights::load_parts(kernels::Arena& arena, const TensorSource& source) {

@@ -1,8 +1,9 @@
 // The ZeRO-3 door: each data-parallel rank keeps one part of every block's flat buffer. While a
 // block is in use the next one is gathered, up in forward and down in backward. Two blocks are
 // resident at most, so the last block of forward is still there when backward begins. All ranks of
-// the group acquire the same blocks in the same order. Where packed weights are plain rows a block
-// is used where it was gathered; elsewhere it is packed into a place of its own. One device thread.
+// the group acquire the same blocks in the same order, and set the same parts. Where packed weights
+// are plain rows a block is used where it was gathered; elsewhere it is packed into a place of its
+// own. One device thread.
 #pragma once
 
 #include "worker/model/context.h"
@@ -25,8 +26,9 @@ class GatheredWeights final : public WeightSource {
   GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::Communicator& group,
                   kernels::Arena& arena, std::shared_ptr<const BaseWeights> ends);
 
-  /// This rank's part of a block, [flat_part] cd, which whoever trains it may change; call
-  /// forget() then.
+  /// This rank's part of a block, [flat_part] cd, in an arena of Sharing::kPeers; all ranks of the
+  /// group at once. Whoever trains it may change it as Communicator::share allows; call forget()
+  /// then.
   void set_part(std::int64_t layer, kernels::Tensor part);
   /// Reads a frozen base's parts from `source` into `arena`.
   void load_parts(kernels::Arena& arena, const TensorSource& source);

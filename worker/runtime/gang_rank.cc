@@ -39,7 +39,7 @@ Result<std::unique_ptr<comm::Communicator>> join_devices(comm::Communicator& gan
 struct GangRank::Memory {
   Memory(kernels::Backend& b, const Options& o)
       : weights(*b.allocator, *b.ledger, kernels::MemoryKind::kWeights, "weights",
-                o.memory_bytes_max),
+                o.memory_bytes_max, kernels::Sharing::kPeers),
         table(*b.allocator, *b.ledger, kernels::MemoryKind::kAdapters, "adapter table",
               o.memory_bytes_max),
         activations(*b.allocator, *b.ledger, kernels::MemoryKind::kActivations,

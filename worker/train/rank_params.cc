@@ -13,6 +13,7 @@ namespace tandem::worker::train {
 namespace {
 
 using kernels::MemoryKind;
+using kernels::Sharing;
 using kernels::Tensor;
 using model::download_floats;
 using model::FlatLayout;
@@ -26,8 +27,9 @@ constexpr std::uint64_t kInitStream = 0x6c6f7261'00000000;
 constexpr std::array<const char*, 3> kSuffixes{"param", "exp_avg", "exp_avg_sq"};
 
 std::unique_ptr<kernels::Arena> make_arena(const SessionParts& parts, MemoryKind kind,
-                                           const char* name) {
-  return std::make_unique<kernels::Arena>(parts.allocator, parts.ledger, kind, name, kReserveBytes);
+                                           const char* name, Sharing sharing) {
+  return std::make_unique<kernels::Arena>(parts.allocator, parts.ledger, kind, name, kReserveBytes,
+                                          sharing);
 }
 
 /// What of a tensor lies in [begin, begin + count) of the buffer, as elements of the buffer.
@@ -75,16 +77,20 @@ RankParams::RankParams(const SessionParts& parts, std::optional<model::LoraConfi
       sums_(sum_dtype(cd_)),
       whole_config_(parts.weights.base().whole_config()),
       shard_(parts.weights.base().shard()),
-      compute_arena_(make_arena(parts, MemoryKind::kAdapters, "trained adapter")),
-      gradient_arena_(make_arena(parts, MemoryKind::kGradients, "gradients")),
-      optimizer_arena_(make_arena(parts, MemoryKind::kOptimizer, "optimizer")),
+      compute_arena_(make_arena(parts, MemoryKind::kAdapters, "trained adapter", Sharing::kNone)),
+      // What other ranks read: gradients, and parts of weights, which are the masters in f32.
+      gradient_arena_(make_arena(parts, MemoryKind::kGradients, "gradients",
+                                 zero() >= 2 ? Sharing::kPeers : Sharing::kNone)),
+      optimizer_arena_(make_arena(parts, MemoryKind::kOptimizer, "optimizer",
+                                  zero() == 3 && cd_ == sums_ ? Sharing::kPeers : Sharing::kNone)),
       weights_(&parts.weights) {
   plan_units();
 }
 
 /// The job's own copy of the weights: what the engine serves never changes.
 Status RankParams::open_weights() {
-  weight_arena_ = make_arena(parts_, MemoryKind::kWeights, "trained weights");
+  weight_arena_ = make_arena(parts_, MemoryKind::kWeights, "trained weights",
+                             zero() == 3 ? Sharing::kPeers : Sharing::kNone);
   model::Context& ctx = parts_.context;
   comm::Communicator& dp = parts_.ranks ? *parts_.ranks->groups.dp : ctx.comm;
   TANDEM_ASSIGN_OR_RETURN(
@@ -139,11 +145,23 @@ void RankParams::plan_units() {
 
 void RankParams::allocate() {
   std::int64_t largest = 0;
+  std::size_t blocks = 0;
   for (Unit& unit : units_) {
     allocate_unit(unit);
-    if (by_block(unit)) largest = std::max(largest, padded(unit));
+    if (by_block(unit)) {
+      largest = std::max(largest, padded(unit));
+      unit.turn = blocks++;
+    }
   }
-  if (largest > 0) shared_gradient_ = gradient_arena_->alloc({largest}, sums_);
+  if (blocks > 0) {
+    comm::Communicator& dp = *parts_.ranks->groups.dp;
+    shared_.resize(dp.has_background() ? 2 : 1);
+    for (SharedGradient& shared : shared_) {
+      shared.whole = gradient_arena_->alloc({largest}, sums_);
+      dp.share(parts_.context.exec, shared.whole);
+    }
+    for (Unit& unit : units_) unit.turn %= shared_.size();
+  }
   squared_norm_ = optimizer_arena_->alloc({1}, sums_);
   zero_gradients();
 }
@@ -263,7 +281,7 @@ void RankParams::attach(model::AdapterTable& table, std::int64_t slot) {
   std::vector<std::array<std::optional<model::AdapterTable::TrainablePair>, model::kSiteCount>>
       pairs(static_cast<std::size_t>(whole_config_.layers));
   for (const Unit& unit : units_) {
-    const Tensor gradient = by_block(unit) ? shared_gradient_ : unit.gradient;
+    const Tensor gradient = by_block(unit) ? shared_[unit.turn].whole : unit.gradient;
     for (std::size_t s = 0; s < lora_->target_modules.size(); ++s) {
       const FlatTensor &a = unit.layout.tensors[2 * s], &b = unit.layout.tensors[2 * s + 1];
       pairs[static_cast<std::size_t>(unit.layer)]
@@ -290,8 +308,10 @@ RankParams::Unit& RankParams::unit_of(std::int64_t layer) {
 
 void RankParams::zero_gradients() {
   model::Context& ctx = parts_.context;
-  for (Unit& unit : units_)
-    ctx.ops.fill_zero(ctx.exec, by_block(unit) ? unit.part_gradient : unit.gradient);
+  for (Unit& unit : units_) {
+    unit.fresh = true;
+    if (!by_block(unit)) ctx.ops.fill_zero(ctx.exec, unit.gradient);
+  }
 }
 
 const model::BlockGrads* RankParams::acquire(std::int64_t layer) {
@@ -301,9 +321,11 @@ const model::BlockGrads* RankParams::acquire(std::int64_t layer) {
   if (by_block(unit)) {
     // What earlier micro-batches left is a part of this rank's addend, so that the sum over ranks
     // is the sum over micro-batches too.
-    gradient = shared_gradient_.rows(0, padded(unit));
+    wait_for(shared_[unit.turn]);
+    gradient = shared_[unit.turn].whole.rows(0, padded(unit));
     ctx.ops.fill_zero(ctx.exec, gradient);
-    ctx.ops.copy(ctx.exec, unit.part_gradient, gradient.rows(unit.begin, unit.part));
+    if (!unit.fresh)
+      ctx.ops.copy(ctx.exec, unit.part_gradient, gradient.rows(unit.begin, unit.part));
   }
   if (!full()) return nullptr;
   block_grads_ = block_views(unit.layout, gradient);
@@ -312,9 +334,16 @@ const model::BlockGrads* RankParams::acquire(std::int64_t layer) {
 
 void RankParams::ready(std::int64_t layer) {
   Unit& unit = unit_of(layer);
-  if (by_block(unit))
-    parts_.ranks->groups.dp->reduce_scatter_sum(
-        parts_.context.exec, shared_gradient_.rows(0, padded(unit)), unit.part_gradient);
+  if (!by_block(unit)) return;
+  SharedGradient& shared = shared_[unit.turn];
+  shared.reducing = parts_.ranks->groups.dp->start_reduce_scatter_sum(
+      parts_.context.exec, shared.whole.rows(0, padded(unit)), unit.part_gradient);
+  unit.fresh = false;
+}
+
+void RankParams::wait_for(SharedGradient& shared) {
+  if (shared.reducing) shared.reducing->wait(parts_.context.exec);
+  shared.reducing.reset();
 }
 
 const model::EndGrads* RankParams::ends() {
@@ -338,8 +367,10 @@ void RankParams::sum_ends(Unit& unit) {
 void RankParams::measure_gradients() {
   model::Context& ctx = parts_.context;
   std::vector<Tensor> counted;
+  for (SharedGradient& shared : shared_) wait_for(shared);
   for (Unit& unit : units_) {
     if (unit.layer < 0) sum_ends(unit);
+    if (by_block(unit) && unit.fresh) ctx.ops.fill_zero(ctx.exec, unit.part_gradient);
     if (dp_size() > 1 && !by_block(unit)) {
       comm::Communicator& dp = *parts_.ranks->groups.dp;
       if (zero() == 0)

@@ -4,7 +4,8 @@
 //
 // ZeRO 0: every data-parallel rank updates everything. 1: each updates its part of every unit and
 // the parts are gathered. 2: a block's gradients are also reduced to the parts as soon as its
-// backward is done, through one buffer that all blocks share. 3: of a full fine-tune each rank
+// backward is done, through a buffer that all blocks share, or through two in turn where that goes
+// on in the background. 3: of a full fine-tune each rank
 // keeps only its part of the blocks' weights too (GatheredWeights). The ends' gradients stay whole
 // until the step's end, and their packed weights always.
 //
@@ -57,6 +58,8 @@ class RankParams final : public Trainable, private model::GradSink {
     std::int64_t layer = -1;   ///< -1: the ends
     std::int64_t part = 0;     ///< elements that one rank updates
     std::int64_t begin = 0;    ///< of this rank's part; [begin, begin + part) of the padded buffer
+    std::size_t turn = 0;      ///< by_block: which shared buffer
+    bool fresh = true;         ///< by_block: part_gradient holds nothing of this step yet
     kernels::Tensor gradient;  ///< whole; undefined where it is reduced block by block
     kernels::Tensor part_gradient;         ///< [part]; inside `gradient` where that exists
     kernels::Tensor master, m, v;          ///< [part]
@@ -64,6 +67,12 @@ class RankParams final : public Trainable, private model::GradSink {
     kernels::Tensor compute_part;          ///< what is gathered: [part] cd (full, ZeRO 3: kept)
     std::vector<kernels::Tensor> counted;  ///< pieces of part_gradient that the norm counts
     std::vector<kernels::Tensor> partial;  ///< pieces that tensor-parallel ranks add up
+  };
+
+  /// ZeRO 2 and 3: the gradient of the block in backward, and what becomes of the one before.
+  struct SharedGradient {
+    kernels::Tensor whole;
+    std::unique_ptr<comm::Pending> reducing;
   };
 
   RankParams(const SessionParts& parts, std::optional<model::LoraConfig> lora);
@@ -95,6 +104,7 @@ class RankParams final : public Trainable, private model::GradSink {
     return zero() == 0 ? unit.part : unit.part * dp_size();
   }
   [[nodiscard]] Unit& unit_of(std::int64_t layer);
+  void wait_for(SharedGradient& shared);
 
   SessionParts parts_;
   const std::optional<model::LoraConfig> lora_;
@@ -107,7 +117,7 @@ class RankParams final : public Trainable, private model::GradSink {
   model::WeightSource* weights_ = nullptr;
   model::GatheredWeights* gathered_ = nullptr;
   std::vector<std::array<std::vector<float>, 3>> read_;  ///< per unit, until they are taken
-  kernels::Tensor shared_gradient_;                      ///< ZeRO 2 and 3: of the block in backward
+  std::vector<SharedGradient> shared_;
   kernels::Tensor squared_norm_;
   model::BlockGrads block_grads_;
   model::EndGrads end_grads_;

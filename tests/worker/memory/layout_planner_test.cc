@@ -47,7 +47,7 @@ TEST(Simulation, ACollectiveBeginsWhenItsLastRankHasCome) {
 TEST(Simulation, AGatherInTheBackgroundCostsOnlyWhatWorkDoesNotHide) {
   CostModel model = free_links();
   model.all_gather = {0.0, 2.0};
-  CommCall start{Kind::kStartGather, {0, 1}, 16}, wait{Kind::kWaitGather, {0, 1}, 16};  // 4 s
+  CommCall start{Kind::kStartGather, {0, 1}, 16}, wait{Kind::kWait, {0, 1}, 16};  // 4 s
   const StepTrace hidden{{1.0, start}, {5.0, wait}, {1.0, {}}};
   EXPECT_DOUBLE_EQ(simulate({hidden, hidden}, model).seconds, 7.0);
   const StepTrace shown{{1.0, start}, {1.0, wait}, {1.0, {}}};

@@ -121,6 +121,69 @@ TEST(Nccl, MovesPutEveryPartInItsPlace) {
   EXPECT_EQ(device->get<float>(x), numbers<float>(rank, 10));
 }
 
+TEST(Peers, WhatIsSharedIsGatheredAndSummedWhereItLies) {
+  const int size = gang().size(), rank = gang().rank();
+  kernels::Arena shared(*device->backend.allocator, *device->backend.ledger,
+                        kernels::MemoryKind::kWeights, "shared", std::int64_t{1} << 32,
+                        kernels::Sharing::kPeers);
+  (void)shared.alloc({1000}, DType::kF32);  // nothing begins where memory does
+  for (const std::int64_t n : {64, 300'032, 12'000'000}) {
+    const kernels::ArenaScope scope(device->tensors);
+    const Tensor part = shared.alloc({n}, DType::kF32);
+    const Tensor whole = shared.alloc({n * size}, DType::kF32);
+    const Tensor out = device->tensors.alloc({n * size}, DType::kF32);
+    const Tensor sum = device->tensors.alloc({n}, DType::kF32);
+    gang().share(device->exec, part);
+    gang().share(device->exec, whole);
+    for (int turn = 0; turn < 3; ++turn) {
+      const auto upload = [&](const std::vector<float>& values, const Tensor& to) {
+        device->backend.ops->upload(device->exec, std::as_bytes(std::span(values)), to);
+      };
+      upload(numbers<float>(rank + turn, n), part);
+      upload(numbers<float>(rank + turn, n * size), whole);
+      auto gathered = gang().start_all_gather(device->exec, part, out);
+      auto reduced = gang().start_reduce_scatter_sum(device->exec, whole, sum);
+      gathered->wait(device->exec);
+      reduced->wait(device->exec);
+      std::vector<float> all;
+      for (int r = 0; r < size; ++r) {
+        const auto theirs = numbers<float>(r + turn, n);
+        all.insert(all.end(), theirs.begin(), theirs.end());
+      }
+      ASSERT_EQ(device->get<float>(out), all) << n << " turn " << turn;
+      std::vector<float> want(static_cast<std::size_t>(n), 0.0f);
+      for (int r = 0; r < size; ++r) {
+        const auto theirs = numbers<float>(r + turn, n * size);
+        for (std::int64_t e = 0; e < n; ++e)
+          want[static_cast<std::size_t>(e)] += theirs[static_cast<std::size_t>(rank * n + e)];
+      }
+      ASSERT_EQ(device->get<float>(sum), want) << n << " turn " << turn;
+      gang().barrier(device->exec);  // nobody writes before all have read
+    }
+  }
+}
+
+TEST(Peers, SmallSumsOfAllSizesFollowEachOther) {
+  const int size = gang().size(), rank = gang().rank();
+  const kernels::ArenaScope scope(device->tensors);
+  const Tensor room = device->tensors.alloc({1 << 20}, DType::kBF16);
+  for (int turn = 0; turn < 3; ++turn)
+    for (const std::int64_t n : {1, 7, 4096, 4097, 100'001, 393'216, 700'000})
+      for (const std::int64_t first : {0, 1}) {
+        const Tensor x = room.rows(first, n);  // with an odd beginning no vector fits
+        const auto mine = numbers<bf16>(rank + turn, n);
+        device->backend.ops->upload(device->exec, std::as_bytes(std::span(mine)), x);
+        gang().all_reduce_sum(device->exec, x);
+        const auto got = device->get<bf16>(x);
+        for (std::int64_t e = 0; e < n; ++e) {
+          float want = 0.0f;
+          for (int r = 0; r < size; ++r)
+            want += static_cast<float>(e % 7 + 3 * (r + turn));
+          ASSERT_EQ(to_f32(got[static_cast<std::size_t>(e)]), want) << n << " " << first << " " << e;
+        }
+      }
+}
+
 /// A rank's own run on one GPU, at the same time as the others'.
 RankResult alone(RankJob job) {
   job.layout = {};
@@ -136,7 +199,9 @@ RankResult alone(RankJob job) {
 /// share of the loss near 2 %.
 void check_layouts(DType dtype, double allowed) {
   int jobs = 0;
-  for (const auto& layout : tested_layouts())
+  auto layouts = tested_layouts();
+  if (gang().size() > 3) layouts.push_back({gang().size(), 1, 1, 3});
+  for (const auto& layout : layouts)
     for (const bool full : {false, true}) {
       if (layout.ranks() != gang().size()) continue;
       SCOPED_TRACE(layout_name(layout) + (full ? " full" : " lora"));

@@ -1,0 +1,46 @@
+// Private to libtandem_nccl.so: collectives over memory that the GPUs of one gang map of each
+// other (peer_memory.h). Large ones are the copy engines' work, which takes no multiprocessor;
+// small sums are one kernel each. What is not shared, or does not suit, is left to NCCL: each call
+// says so, the same on every rank. Nothing here waits on the host; a rank that never comes leaves
+// the queue waiting. One device thread.
+#pragma once
+
+#include "kernels/tensor.h"
+#include "worker/comm/peer_memory.h"
+
+#include <cuda_runtime.h>
+
+#include <memory>
+
+namespace tandem::worker::comm {
+
+class PeerCollectives {
+ public:
+  explicit PeerCollectives(std::unique_ptr<PeerMemory> memory) : memory_(std::move(memory)) {}
+  ~PeerCollectives();
+  PeerCollectives(const PeerCollectives&) = delete;
+  PeerCollectives& operator=(const PeerCollectives&) = delete;
+
+  [[nodiscard]] PeerMemory& memory() { return *memory_; }
+
+  /// out = the ranks' x, read where it lies; false: x is not shared. Done on `queue` when this rank
+  /// has read. x must not be written before a later collective that every rank began after it had
+  /// waited for this one.
+  bool gather(cudaStream_t queue, const kernels::Tensor& x, const kernels::Tensor& out);
+  /// out = this rank's slice of the sum over ranks of x [size * n] f32, in rank order; false: x is
+  /// not shared, or no f32. out may be that slice of x. Done on `queue` when every rank has read.
+  bool reduce_scatter(cudaStream_t queue, const kernels::Tensor& x, const kernels::Tensor& out);
+  /// x = the sum over ranks, in rank order, in f32; false: it is too large, or no f32 or bf16.
+  bool sum(cudaStream_t queue, const kernels::Tensor& x);
+
+ private:
+  /// On the queue: every rank's counter at `flags` reaches this one's count.
+  void meet(cudaStream_t queue, std::uint32_t (PeerFlags::*flags)[kPeersMax], std::uint32_t count);
+  void copy(cudaStream_t queue, void* to, const void* from, std::int64_t bytes);
+
+  const std::unique_ptr<PeerMemory> memory_;
+  std::uint32_t ready_ = 0, read_ = 0, sums_ = 0;
+  char* staging_ = nullptr;  ///< others' addends on their way: kStagingBytes
+};
+
+}  // namespace tandem::worker::comm

@@ -1,0 +1,201 @@
+#include "worker/comm/peer_kernels.h"
+
+#include <cuda_bf16.h>
+
+namespace tandem::worker::comm {
+namespace {
+
+constexpr int kThreads = 512;
+
+/// 16 bytes of T, added up in f32.
+template <class T>
+struct Vec;
+template <>
+struct Vec<float> {
+  static constexpr int kSize = 4;
+  float v[4] = {};
+  __device__ void add(const uint4& raw) {
+    v[0] += __uint_as_float(raw.x), v[1] += __uint_as_float(raw.y);
+    v[2] += __uint_as_float(raw.z), v[3] += __uint_as_float(raw.w);
+  }
+  __device__ uint4 rounded() const {
+    return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+            __float_as_uint(v[3])};
+  }
+};
+template <>
+struct Vec<__nv_bfloat16> {
+  static constexpr int kSize = 8;
+  float v[8] = {};
+  __device__ void add(const uint4& raw) {
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] += __uint_as_float(words[i] << 16);
+      v[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  __device__ uint4 rounded() const {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+      words[i] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+};
+
+__device__ void say(std::uint32_t* flag, std::uint32_t turn) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(turn) : "memory");
+}
+__device__ void await(const std::uint32_t* flag, std::uint32_t turn) {
+  std::uint32_t seen;
+  do {
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (static_cast<std::int32_t>(seen - turn) < 0);
+}
+
+/// Each block has a stretch of the sum to itself: it writes its addends into this rank's window,
+/// meets the same block of the other ranks, and reads theirs.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_small_kernel(SmallSum s, std::int64_t per_block) {
+  constexpr int kSize = Vec<T>::kSize;
+  const std::int64_t begin = blockIdx.x * per_block;
+  const std::int64_t end = begin + per_block < s.elements ? begin + per_block : s.elements;
+  const std::int64_t room = kFlagBytes + (s.turn % 2) * kSumBytes;
+  T* const x = static_cast<T*>(s.x);
+  T* const mine = reinterpret_cast<T*>(s.windows[s.rank] + room);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
+  const std::int64_t whole = aligned ? begin + (end - begin) / kSize * kSize : begin;
+  for (std::int64_t e = begin + threadIdx.x * kSize; e < whole; e += kThreads * kSize)
+    *reinterpret_cast<uint4*>(mine + e) = *reinterpret_cast<const uint4*>(x + e);
+  for (std::int64_t e = whole + threadIdx.x; e < end; e += kThreads) mine[e] = x[e];
+  __syncthreads();
+  if (threadIdx.x < s.size) {
+    say(&reinterpret_cast<PeerFlags*>(s.windows[threadIdx.x])->sum[blockIdx.x][s.rank], s.turn);
+    await(&reinterpret_cast<PeerFlags*>(s.windows[s.rank])->sum[blockIdx.x][threadIdx.x], s.turn);
+  }
+  __syncthreads();
+  for (std::int64_t e = begin + threadIdx.x * kSize; e < whole; e += kThreads * kSize) {
+    Vec<T> sum;
+#pragma unroll 4
+    for (int r = 0; r < s.size; ++r)
+      sum.add(*reinterpret_cast<const uint4*>(reinterpret_cast<T*>(s.windows[r] + room) + e));
+    *reinterpret_cast<uint4*>(x + e) = sum.rounded();
+  }
+  for (std::int64_t e = whole + threadIdx.x; e < end; e += kThreads) {
+    float sum = 0.0f;
+    for (int r = 0; r < s.size; ++r)
+      sum += static_cast<float>(reinterpret_cast<T*>(s.windows[r] + room)[e]);
+    x[e] = static_cast<T>(sum);
+  }
+}
+
+__device__ void put_line(char* to, std::uint32_t a, std::uint32_t b, std::uint32_t turn) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(a), "r"(turn),
+               "r"(b)
+               : "memory");
+}
+__device__ uint2 take_line(const char* from, std::uint32_t turn) {
+  std::uint32_t a, b, first, second;
+  do {
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a), "=r"(first), "=r"(b), "=r"(second)
+                 : "l"(from)
+                 : "memory");
+  } while (first != turn || second != turn);
+  return {a, b};
+}
+
+template <class T>
+__device__ void add_pair(float (&sum)[4], const uint2& raw) {
+  if constexpr (sizeof(T) == 4) {
+    sum[0] += __uint_as_float(raw.x), sum[1] += __uint_as_float(raw.y);
+  } else {
+    sum[0] += __uint_as_float(raw.x << 16), sum[1] += __uint_as_float(raw.x & 0xffff0000u);
+    sum[2] += __uint_as_float(raw.y << 16), sum[3] += __uint_as_float(raw.y & 0xffff0000u);
+  }
+}
+
+/// Whoever is slow is waited for word by word: each eight bytes of an addend travel in a line of
+/// sixteen with the sum's turn beside either half, for eight bytes are written at once.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_tiny_kernel(SmallSum s) {
+  constexpr int kSize = 8 / sizeof(T);
+  T* const x = static_cast<T*>(s.x);
+  const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const std::int64_t e = line * kSize;
+  if (e >= s.elements) return;
+  const std::int64_t side = (s.turn % 2) * kPeersMax;
+  const auto place = [&](int window, int of) {
+    return s.windows[window] + kTinySums + (side + of) * 2 * kTinySumBytes + line * 16;
+  };
+  T mine[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) mine[i] = e + i < s.elements ? x[e + i] : T(0.0f);
+  uint2 own;
+  memcpy(&own, mine, 8);
+  for (int i = 1; i < s.size; ++i)
+    put_line(place((s.rank + i) % s.size, s.rank), own.x, own.y, s.turn);
+  float sum[4] = {};
+  for (int r = 0; r < s.size; ++r)
+    add_pair<T>(sum, r == s.rank ? own : take_line(place(s.rank, r), s.turn));
+#pragma unroll
+  for (int i = 0; i < kSize; ++i)
+    if (e + i < s.elements) x[e + i] = static_cast<T>(sum[i]);
+}
+
+__global__ void __launch_bounds__(kThreads) sum_parts_kernel(PartSum s) {
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  const std::int64_t whole = s.elements / 4;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (std::int64_t e = first; e < whole; e += stride) {
+    Vec<float> sum;
+#pragma unroll 4
+    for (int r = 0; r < s.size; ++r) sum.add(reinterpret_cast<const uint4*>(s.parts[r])[e]);
+    reinterpret_cast<uint4*>(s.out)[e] = sum.rounded();
+  }
+  for (std::int64_t e = 4 * whole + first; e < s.elements; e += stride) {
+    float sum = 0.0f;
+    for (int r = 0; r < s.size; ++r) sum += s.parts[r][e];
+    s.out[e] = sum;
+  }
+}
+
+template <class T>
+void launch_small(cudaStream_t stream, const SmallSum& sum) {
+  if (sum.elements * static_cast<std::int64_t>(sizeof(T)) <= kTinySumBytes) {
+    constexpr std::int64_t kOfBlock = kThreads * 8 / sizeof(T);
+    const auto blocks = static_cast<unsigned>((sum.elements + kOfBlock - 1) / kOfBlock);
+    sum_tiny_kernel<T><<<blocks, kThreads, 0, stream>>>(sum);
+    return;
+  }
+  // At least one vector a thread; a block's stretch is whole vectors.
+  constexpr std::int64_t kLeast = kThreads * Vec<T>::kSize;
+  const std::int64_t wanted = (sum.elements + kLeast - 1) / kLeast;
+  const std::int64_t blocks = wanted < kSumBlocks ? wanted : kSumBlocks;
+  std::int64_t per_block = (sum.elements + blocks - 1) / blocks;
+  per_block = (per_block + Vec<T>::kSize - 1) / Vec<T>::kSize * Vec<T>::kSize;
+  sum_small_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(sum, per_block);
+}
+
+}  // namespace
+
+cudaError_t sum_small(cudaStream_t stream, PeerType type, const SmallSum& sum) {
+  if (type == PeerType::kF32)
+    launch_small<float>(stream, sum);
+  else
+    launch_small<__nv_bfloat16>(stream, sum);
+  return cudaGetLastError();
+}
+
+cudaError_t sum_parts(cudaStream_t stream, const PartSum& sum) {
+  constexpr std::int64_t kMost = 132 * 2;  // enough to reach the memory's rate
+  const std::int64_t wanted = (sum.elements / 4 + kThreads) / kThreads;
+  const auto blocks = static_cast<unsigned>(wanted < kMost ? wanted : kMost);
+  sum_parts_kernel<<<blocks, kThreads, 0, stream>>>(sum);
+  return cudaGetLastError();
+}
+
+}  // namespace tandem::worker::comm
