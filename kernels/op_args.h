@@ -87,10 +87,11 @@ struct RmsNormBackwardArgs {
 };
 /// dweight += sum over rows of dy * (residual * rstd), in ascending order of rows.
 struct RmsNormWeightGradArgs {
-  Tensor dy;        ///< [T, C] cd
-  Tensor residual;  ///< [T, C] cd as the forward left it
-  Tensor rstd;      ///< [T] f32
-  Tensor dweight;   ///< [C] f32, accumulated
+  Tensor dy;               ///< [T, C] cd
+  Tensor residual;         ///< [T, C] cd as the forward left it
+  Tensor rstd;             ///< [T] f32
+  Tensor dweight;          ///< [C] f32, accumulated
+  bool overwrite = false;  ///< dweight held nothing: it is written instead
 };
 
 /// out = silu(gate) * up, with gate_up [T, 2F] = gate then up.
@@ -142,10 +143,11 @@ struct LinearBackwardArgs {
 /// dW += dy^T x, db += sum of dy's rows: full fine-tuning. The sums over T are taken in a fixed
 /// order.
 struct LinearWeightGradArgs {
-  Tensor dy;       ///< [T, N] cd
-  Tensor x;        ///< [T, I] cd, as in forward
-  Tensor dweight;  ///< [N, I] f32, accumulated
-  Tensor dbias;    ///< [N] f32, accumulated; undefined: no bias
+  Tensor dy;               ///< [T, N] cd
+  Tensor x;                ///< [T, I] cd, as in forward
+  Tensor dweight;          ///< [N, I] f32, accumulated
+  Tensor dbias;            ///< [N] f32, accumulated; undefined: no bias
+  bool overwrite = false;  ///< dweight and dbias held nothing: they are written instead
 };
 /// Writes new values into a packed weight of the same shape: after an optimizer step, or when a
 /// gathered block arrives.

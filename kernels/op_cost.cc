@@ -64,7 +64,7 @@ OpCost op_cost(const LinearBackwardArgs& a) {
 
 OpCost op_cost(const LinearWeightGradArgs& a) {
   return {product(a.x.dim(0), a.dweight.dim(0), a.dweight.dim(1)), 0.0,
-          bytes_of(a.dy, a.x, a.dweight, a.dweight)};
+          bytes_of(a.dy, a.x, a.dweight, a.overwrite ? Tensor{} : a.dweight)};
 }
 
 OpCost op_cost(const RepackWeightArgs& a) {

@@ -109,6 +109,8 @@ class Ops {
   virtual void do_linear_forward(Exec&, const LinearArgs&) = 0;
   virtual void do_linear_backward(Exec&, const LinearBackwardArgs&) = 0;
   virtual void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) = 0;
+  /// Whether do_linear_weight_grad writes dweight when told to; else it always adds.
+  [[nodiscard]] virtual bool overwrites_weight_grads() const { return false; }
   virtual void do_repack_weight(Exec&, const RepackWeightArgs&) = 0;
   virtual void do_rope_forward(Exec&, const RopeArgs&) = 0;
   virtual void do_rope_backward(Exec&, const RopeBackwardArgs&) = 0;

@@ -25,6 +25,7 @@ void Ops::rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& a) {
   check.tensor("dweight", a.dweight, sum_dtype(cd), Shape{a.dy.dim(1)});
   check.disjoint("dweight", a.dweight, "dy", a.dy);
   check.disjoint("dweight", a.dweight, "residual", a.residual);
+  if (a.overwrite) do_fill_zero(exec, a.dweight);
   if (a.dy.elements() == 0) return;
   do_rms_norm_weight_grad(exec, a);
 }
@@ -41,8 +42,14 @@ void Ops::linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {
   check.disjoint("dweight", a.dweight, "dy", a.dy);
   check.disjoint("dweight", a.dweight, "x", a.x);
   check.disjoint("dweight", a.dweight, "dbias", a.dbias);
-  if (t == 0 || n == 0 || i == 0) return;
-  do_linear_weight_grad(exec, a);
+  const bool empty = t == 0 || n == 0 || i == 0;
+  LinearWeightGradArgs args = a;
+  if (a.overwrite && a.dbias.defined()) do_fill_zero(exec, a.dbias);
+  if (a.overwrite && (empty || !overwrites_weight_grads())) {
+    do_fill_zero(exec, a.dweight);
+    args.overwrite = false;
+  }
+  if (!empty) do_linear_weight_grad(exec, args);
 }
 
 void Ops::repack_weight(Exec& exec, const RepackWeightArgs& a) {

@@ -85,6 +85,7 @@ class CudaOps final : public Ops {
   void do_linear_forward(Exec&, const LinearArgs&) override;
   void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
   void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) override;
+  [[nodiscard]] bool overwrites_weight_grads() const override { return true; }
   void do_repack_weight(Exec&, const RepackWeightArgs&) override;
   void do_rope_forward(Exec&, const RopeArgs&) override;
   void do_rope_backward(Exec&, const RopeBackwardArgs&) override;

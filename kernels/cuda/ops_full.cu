@@ -189,10 +189,10 @@ void CudaOps::do_rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& a
 void CudaOps::do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {
   const Profiler::Scope scope(
       profiler_, stream(exec), "linear_weight_grad",
-      static_cast<double>(a.dy.bytes() + a.x.bytes() + 2 * a.dweight.bytes()));
+      static_cast<double>(a.dy.bytes() + a.x.bytes() + (a.overwrite ? 1 : 2) * a.dweight.bytes()));
   const Scratch scratch(exec, workspace_bytes(a, profile_));
   blas_.product(stream(exec), exec.numerics, transpose(matrix(a.dy)), matrix(a.x),
-                matrix(a.dweight), true, nullptr, scratch.at<char>(0));
+                matrix(a.dweight), !a.overwrite, nullptr, scratch.at<char>(0));
   if (a.dbias.defined())
     TANDEM_CUDA_DISPATCH(a.dy.dtype, column_sums, stream(exec), a.dy, Tensor{}, Tensor{}, a.dbias);
 }

@@ -48,6 +48,22 @@ TEST_P(LinearWeightGrad, AddsTheOuterProductToWhatWasThere) {
   }
 }
 
+TEST_P(LinearWeightGrad, WritesWhereItIsToldThatNothingWasThere) {
+  const auto [t, n, i] = row(kProducts);
+  const Values dy = random_values(t * n, dtype(), 1), x = random_values(t * i, dtype(), 2);
+  const Outputs got = run_op(backend(), [&](TestDevice& device) {
+    device.ops().linear_weight_grad(
+        device.exec(), {device.input(dy, dtype(), {t, n}), device.input(x, dtype(), {t, i}),
+                        device.output("dweight", DType::kF32, {n, i}),
+                        device.output("dbias", DType::kF32, {n}), true});
+  });
+  const Values ones(static_cast<std::size_t>(t), 1.0);
+  expect_close("dweight", got.at("dweight").values(), matmul_tn(dy, x, t, n, i),
+               tolerance(DType::kF32, t, 2));
+  expect_close("dbias", got.at("dbias").values(), matmul_tn(dy, ones, t, n, 1),
+               tolerance(DType::kF32, 1, 2));
+}
+
 class RmsNormWeightGrad : public OpTest {};
 TANDEM_OP_TEST(RmsNormWeightGrad, kProducts);
 
@@ -73,6 +89,24 @@ TEST_P(RmsNormWeightGrad, IsTheGradientOfTheNormByItsWeight) {
   }
   // rstd and its product with x are rounded to f32 per row; the sum is f64.
   expect_close("dweight", got.at("dweight").values(), want, tolerance(DType::kF32, 1, 3));
+}
+
+TEST_P(RmsNormWeightGrad, WritesWhereItIsToldThatNothingWasThere) {
+  const auto [t, c, unused] = row(kProducts);
+  const Values dy = random_values(t * c, dtype(), 1), x = random_values(t * c, dtype(), 2);
+  const Values rstd = random_values(t, DType::kF32, 3);
+  const auto run = [&](bool overwrite) {
+    return run_op(backend(), [&](TestDevice& device) {
+      const Tensor dweight =
+          overwrite ? device.output("dweight", DType::kF32, {c})
+                    : device.in_out("dweight", Values(static_cast<std::size_t>(c), 0.0),
+                                    DType::kF32, {c});
+      device.ops().rms_norm_weight_grad(
+          device.exec(), {device.input(dy, dtype(), {t, c}), device.input(x, dtype(), {t, c}),
+                          device.input(rstd, DType::kF32, {t}), dweight, overwrite});
+    });
+  };
+  EXPECT_EQ(run(true).at("dweight").values(), run(false).at("dweight").values());
 }
 
 struct Lookup {

@@ -72,9 +72,8 @@ class Communicator {
   }
   /// Every rank's `x`, equally large, in an arena of Sharing::kPeers, is what collectives of this
   /// communicator will often read. Between GPUs of one host those that begin in the background are
-  /// then the copy engines' work and take no multiprocessor; elsewhere it says nothing. In return x
-  /// is written only after a later collective which every rank began when it had waited for those
-  /// that read x. Called by all ranks at once; the memory stays until the communicator ends.
+  /// then the copy engines' work and take no multiprocessor; elsewhere it says nothing. Called by
+  /// all ranks at once; the memory stays until the communicator ends.
   virtual void share(kernels::Exec& /*exec*/, kernels::Tensor /*x*/) {}
   /// Whether what is begun goes on in the background, so that a second buffer pays.
   [[nodiscard]] virtual bool has_background() const { return false; }

@@ -68,6 +68,7 @@ bool PeerCollectives::gather(cudaStream_t queue, const Tensor& x, const Tensor& 
     copy(queue, static_cast<char*>(out.data) + r * bytes,
          region->ranks[static_cast<std::size_t>(r)] + offset, bytes);
   }
+  meet(queue, &PeerFlags::read, ++read_);
   return true;
 }
 

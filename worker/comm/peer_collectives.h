@@ -23,9 +23,8 @@ class PeerCollectives {
 
   [[nodiscard]] PeerMemory& memory() { return *memory_; }
 
-  /// out = the ranks' x, read where it lies; false: x is not shared. Done on `queue` when this rank
-  /// has read. x must not be written before a later collective that every rank began after it had
-  /// waited for this one.
+  /// out = the ranks' x, read where it lies; false: x is not shared. Done on `queue` when every
+  /// rank has read.
   bool gather(cudaStream_t queue, const kernels::Tensor& x, const kernels::Tensor& out);
   /// out = this rank's slice of the sum over ranks of x [size * n] f32, in rank order; false: x is
   /// not shared, or no f32. out may be that slice of x. Done on `queue` when every rank has read.

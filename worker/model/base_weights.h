@@ -138,11 +138,13 @@ std::unique_ptr<WeightSource> make_resident_weights(std::shared_ptr<const BaseWe
 /// Where gradients of weights go (f32, accumulated); shapes as in BlockWeights.
 struct BlockGrads {
   kernels::Tensor attention_norm, mlp_norm, qkv, qkv_bias, o, gate_up, down;
+  bool fresh = false;  ///< they hold nothing yet: backward writes them instead of adding
 };
 struct EndGrads {
   kernels::Tensor embedding, head;  ///< undefined on a stage without it; one and the same when tied
   kernels::Tensor final_norm;
 };
+enum class End : int { kHead, kEmbedding };
 
 /// Told when a block's gradients of one micro-batch are complete, in backward order, so that
 /// reductions can start; and, in full fine-tuning, asked where they go. The single-rank body of
@@ -153,6 +155,10 @@ class GradSink {
   /// Before a block's backward; null: its weights are frozen.
   virtual const BlockGrads* acquire(std::int64_t) { return nullptr; }
   virtual void ready(std::int64_t layer) = 0;
+  /// Around what a micro-batch adds to an end's gradient: kHead in the loss, kEmbedding at the end
+  /// of backward. Between, the other end's view may be undefined.
+  virtual void acquire_end(End) {}
+  virtual void ready_end(End) {}
   /// Of embedding, head and final norm; null: frozen. Complete when backward returns.
   virtual const EndGrads* ends() { return nullptr; }
 };

@@ -17,7 +17,8 @@ GatheredWeights::GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::C
       exec_(exec),
       group_(group),
       ends_(std::move(ends)),
-      plain_(kernels::packs_rows(ops.profile())) {
+      plain_(kernels::packs_rows(ops.profile())),
+      arena_(arena) {
   exec.spare_multiprocessors = group.background_multiprocessors();
   std::int64_t part = 0;
   for (const std::int64_t layer : ends_->shard().blocks(ends_->whole_config())) {
@@ -38,10 +39,15 @@ const FlatLayout& GatheredWeights::layout(std::int64_t layer) const {
 }
 
 void GatheredWeights::set_part(std::int64_t layer, kernels::Tensor part) {
-  TANDEM_CHECK(part.dtype == ends_->dtype());
+  TANDEM_CHECK(part.dtype == ends_->dtype() || part.dtype == DType::kF32);
   TANDEM_CHECK_EQ(part.elements(), flat_part(layout(layer).elements, group_.size()));
   parts_.at(layer).part = part;
-  group_.share(exec_, part);
+  if (part.dtype == ends_->dtype()) return group_.share(exec_, part);
+  for (kernels::Tensor& rounded : rounded_) {
+    if (rounded.defined() && rounded.elements() >= part.elements()) continue;
+    rounded = arena_.alloc(part.shape, ends_->dtype());
+    group_.share(exec_, rounded);
+  }
 }
 
 void GatheredWeights::load_parts(kernels::Arena& arena, const TensorSource& source) {
@@ -77,8 +83,13 @@ GatheredWeights::Slot* GatheredWeights::resident(std::int64_t layer) {
 void GatheredWeights::start(std::int64_t layer) {
   const auto held = parts_.find(layer);
   if (held == parts_.end() || resident(layer) != nullptr) return;
-  const kernels::Tensor& part = held->second.part;
+  kernels::Tensor part = held->second.part;
   TANDEM_CHECK(part.defined(), "block ", layer, " has no part");
+  if (part.dtype != ends_->dtype()) {
+    const kernels::Tensor rounded = rounded_[turn_++ % 2].rows(0, part.elements());
+    ops_.copy(exec_, part, rounded);
+    part = rounded;
+  }
   if (plain_) {
     other().layer = -1;  // overwritten
     gather_.whole = other().whole;

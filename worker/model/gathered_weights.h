@@ -1,9 +1,10 @@
 // The ZeRO-3 door: each data-parallel rank keeps one part of every block's flat buffer. While a
 // block is in use the next one is gathered, up in forward and down in backward. Two blocks are
 // resident at most, so the last block of forward is still there when backward begins. All ranks of
-// the group acquire the same blocks in the same order, and set the same parts. Where packed weights
-// are plain rows a block is used where it was gathered; elsewhere it is packed into a place of its
-// own. One device thread.
+// the group acquire the same blocks in the same order, and set the same parts. A part that is the
+// f32 master of whoever trains it is rounded on its way: nothing else of it is kept. Where packed
+// weights are plain rows a block is used where it was gathered; elsewhere it is packed into a place
+// of its own. One device thread.
 #pragma once
 
 #include "worker/model/context.h"
@@ -26,9 +27,9 @@ class GatheredWeights final : public WeightSource {
   GatheredWeights(kernels::Ops& ops, kernels::Exec& exec, comm::Communicator& group,
                   kernels::Arena& arena, std::shared_ptr<const BaseWeights> ends);
 
-  /// This rank's part of a block, [flat_part] cd, in an arena of Sharing::kPeers; all ranks of the
-  /// group at once. Whoever trains it may change it as Communicator::share allows; call forget()
-  /// then.
+  /// This rank's part of a block, [flat_part] cd in an arena of Sharing::kPeers, or f32; all ranks
+  /// of the group at once. Whoever trains it may change it while no block is gathered; call
+  /// forget() then.
   void set_part(std::int64_t layer, kernels::Tensor part);
   /// Reads a frozen base's parts from `source` into `arena`.
   void load_parts(kernels::Arena& arena, const TensorSource& source);
@@ -68,7 +69,11 @@ class GatheredWeights final : public WeightSource {
   [[nodiscard]] Slot& other() { return current_ == slots_.data() ? slots_[1] : slots_[0]; }
 
   const bool plain_;
+  kernels::Arena& arena_;
   Gather gather_;
+  /// Rounded parts on their way, in turn: others may still read the one before.
+  std::array<kernels::Tensor, 2> rounded_;
+  std::size_t turn_ = 0;
   std::array<Slot, 2> slots_;
   Slot* current_ = nullptr;  ///< the one that was acquired last
 };

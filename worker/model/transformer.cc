@@ -94,12 +94,13 @@ struct BlockRun {
   /// Gradients of a weight, where they are wanted: see BlockGrads.
   void weight_grad(const Tensor& dy, const Tensor& x, Tensor BlockGrads::*weight,
                    const Tensor& dbias = {}) const {
-    if (grads != nullptr) ctx.ops.linear_weight_grad(ctx.exec, {dy, x, grads->*weight, dbias});
+    if (grads != nullptr)
+      ctx.ops.linear_weight_grad(ctx.exec, {dy, x, grads->*weight, dbias, grads->fresh});
   }
   void norm_weight_grad(const Tensor& dy, const Tensor& residual, const Tensor& rstd,
                         Tensor BlockGrads::*weight) const {
     if (grads != nullptr)
-      ctx.ops.rms_norm_weight_grad(ctx.exec, {dy, residual, rstd, grads->*weight});
+      ctx.ops.rms_norm_weight_grad(ctx.exec, {dy, residual, rstd, grads->*weight, grads->fresh});
   }
   /// Each rank of a tensor-parallel group has an addend [T, C]; their sum, or this rank's rows of
   /// it, comes to `to`, which is a part of x or elsewhere.
@@ -466,8 +467,11 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
   if (din.defined()) ctx.ops.copy(ctx.exec, dresidual, din);
   if (stage_.first == 0 && ends != nullptr) {
     const VocabShard shard = vocab_shard(base);
-    ctx.ops.embedding_backward(ctx.exec, {batch.ids, all_rows(ctx, dresidual, batch.tokens()),
-                                          ends->embedding, shard.first, shard.vocab});
+    const Tensor dout = all_rows(ctx, dresidual, batch.tokens());
+    sink.acquire_end(End::kEmbedding);
+    ctx.ops.embedding_backward(ctx.exec,
+                               {batch.ids, dout, sink.ends()->embedding, shard.first, shard.vocab});
+    sink.ready_end(End::kEmbedding);
   }
 }
 
@@ -486,11 +490,15 @@ void Transformer::logits(Context& ctx, Tensor hidden, Tensor logits) const {
 
 void Transformer::loss(Context& ctx, Tensor hidden, Tensor labels, float gradient_scale,
                        Tensor loss, Tensor correct, Tensor dhidden, GradSink* sink) const {
+  if (sink != nullptr) sink->acquire_end(End::kHead);
   const EndGrads* ends = sink != nullptr ? sink->ends() : nullptr;
-  if (ctx.comm.size() > 1 || ends != nullptr)
-    return vocab_loss(ctx, weights_.base(),
-                      {hidden, labels, gradient_scale, loss, correct, dhidden,
-                       ends != nullptr ? ends->head : Tensor{}});
+  if (ctx.comm.size() > 1 || ends != nullptr) {
+    vocab_loss(ctx, weights_.base(),
+               {hidden, labels, gradient_scale, loss, correct, dhidden,
+                ends != nullptr ? ends->head : Tensor{}});
+    if (sink != nullptr) sink->ready_end(End::kHead);
+    return;
+  }
   const auto part = [](const Tensor& x, std::int64_t begin, std::int64_t rows) {
     return x.defined() ? x.rows(begin, rows) : x;
   };

@@ -140,35 +140,56 @@ void RankParams::plan_units() {
   };
   for (const std::int64_t layer : shard_.blocks(whole_config_))
     add(layer, full() ? block_layout(whole_config_, shard_, layer) : lora_layout(layer));
-  if (full()) add(-1, ends_layout(whole_config_, shard_));
+  if (!full()) return;
+  const FlatLayout ends = ends_layout(whole_config_, shard_);
+  const bool split = zero() >= 2 && !whole_config_.tied_embedding;
+  FlatLayout head, embedding, rest;
+  for (const FlatTensor& tensor : ends.tensors) {
+    FlatLayout& to = !split                                 ? rest
+                     : tensor.name == model::kHeadName      ? head
+                     : tensor.name == model::kEmbeddingName ? embedding
+                                                            : rest;
+    to.add(tensor.name, tensor.shape, tensor.slice).counted = tensor.counted;
+  }
+  for (FlatLayout* layout : {&head, &embedding, &rest})
+    layout->elements = (layout->elements + model::kFlatAlignment - 1) / model::kFlatAlignment *
+                       model::kFlatAlignment;
+  add(kHead, std::move(head));
+  add(kEmbedding, std::move(embedding));
+  add(kEnds, std::move(rest));
 }
 
 void RankParams::allocate() {
-  std::int64_t largest = 0;
+  std::int64_t block = 0, end = 0;
   std::size_t blocks = 0;
   for (Unit& unit : units_) {
     allocate_unit(unit);
-    if (by_block(unit)) {
-      largest = std::max(largest, padded(unit));
-      unit.turn = blocks++;
-    }
-  }
-  if (blocks > 0) {
-    comm::Communicator& dp = *parts_.ranks->groups.dp;
-    shared_.resize(dp.has_background() ? 2 : 1);
-    for (SharedGradient& shared : shared_) {
-      shared.whole = gradient_arena_->alloc({largest}, sums_);
-      dp.share(parts_.context.exec, shared.whole);
-    }
-    for (Unit& unit : units_) unit.turn %= shared_.size();
+    if (!at_once(unit)) continue;
+    if (unit.layer >= 0) unit.turn = blocks++;
+    std::int64_t& largest = unit.layer >= 0 ? block : end;
+    largest = std::max(largest, padded(unit));
   }
   squared_norm_ = optimizer_arena_->alloc({1}, sums_);
-  zero_gradients();
+  // Padding is cleared as well, which nobody writes.
+  if (blocks > 0 || end > 0) {
+    comm::Communicator& dp = *parts_.ranks->groups.dp;
+    const std::int64_t buffers = dp.has_background() ? 2 : 1;
+    const Tensor room = gradient_arena_->alloc({std::max(buffers * block, end)}, sums_);
+    dp.share(parts_.context.exec, room);
+    parts_.context.ops.fill_zero(parts_.context.exec, room);
+    shared_by_ends_.whole = room;
+    for (std::int64_t b = 0; b < buffers; ++b)
+      shared_.push_back({room.rows(b * block, block), nullptr});
+    for (Unit& unit : units_) unit.turn %= shared_.size();
+  }
+  for (const Unit& unit : units_)
+    parts_.context.ops.fill_zero(parts_.context.exec,
+                                 at_once(unit) ? unit.part_gradient : unit.gradient);
 }
 
 void RankParams::allocate_unit(Unit& unit) {
   const kernels::Shape part{unit.part};
-  if (by_block(unit)) {
+  if (at_once(unit)) {
     unit.part_gradient = gradient_arena_->alloc(part, sums_);
   } else {
     unit.gradient = gradient_arena_->alloc({padded(unit)}, sums_);
@@ -182,11 +203,9 @@ void RankParams::allocate_unit(Unit& unit) {
   // Where the engine computes in the masters' own precision they are what is read.
   const bool shared = cd_ == sums_ && !full();
   unit.master = shared ? unit.compute_part : optimizer_arena_->alloc(part, sums_);
-  if (kept_in_parts(unit))
-    unit.compute_part = cd_ == sums_ ? unit.master : weight_arena_->alloc(part, cd_);
   unit.m = optimizer_arena_->alloc(part, sums_);
   unit.v = optimizer_arena_->alloc(part, sums_);
-  if (kept_in_parts(unit)) gathered_->set_part(unit.layer, unit.compute_part);
+  if (kept_in_parts(unit)) gathered_->set_part(unit.layer, unit.master);
   for (const FlatTensor& tensor : unit.layout.tensors) {
     const Overlap piece = overlap(tensor, unit.begin, unit.part);
     if (piece.empty()) continue;
@@ -249,13 +268,11 @@ Status RankParams::initialise_from(const std::vector<model::HostAdapterTensor>&)
 void RankParams::publish(Unit& unit) {
   model::Context& ctx = parts_.context;
   const bool gather = zero() > 0;
-  if (!full() || kept_in_parts(unit)) {
+  if (kept_in_parts(unit)) return gathered_->forget();
+  if (!full()) {
     if (unit.compute_part.data != unit.master.data)
       ctx.ops.copy(ctx.exec, unit.master, unit.compute_part);
-    if (kept_in_parts(unit))
-      gathered_->forget();
-    else if (gather)
-      parts_.ranks->groups.dp->all_gather(ctx.exec, unit.compute_part, unit.compute);
+    if (gather) parts_.ranks->groups.dp->all_gather(ctx.exec, unit.compute_part, unit.compute);
     return;
   }
   if (!gather) return publish_whole(unit, unit.master);
@@ -281,7 +298,7 @@ void RankParams::attach(model::AdapterTable& table, std::int64_t slot) {
   std::vector<std::array<std::optional<model::AdapterTable::TrainablePair>, model::kSiteCount>>
       pairs(static_cast<std::size_t>(whole_config_.layers));
   for (const Unit& unit : units_) {
-    const Tensor gradient = by_block(unit) ? shared_[unit.turn].whole : unit.gradient;
+    const Tensor gradient = at_once(unit) ? shared_[unit.turn].whole : unit.gradient;
     for (std::size_t s = 0; s < lora_->target_modules.size(); ++s) {
       const FlatTensor &a = unit.layout.tensors[2 * s], &b = unit.layout.tensors[2 * s + 1];
       pairs[static_cast<std::size_t>(unit.layer)]
@@ -294,110 +311,6 @@ void RankParams::attach(model::AdapterTable& table, std::int64_t slot) {
     }
   }
   table.set_trainable(parts_.context.exec, slot, pairs);
-}
-
-// -- gradients
-// -------------------------------------------------------------------------------------
-
-RankParams::Unit& RankParams::unit_of(std::int64_t layer) {
-  const auto at = std::find_if(units_.begin(), units_.end(),
-                               [&](const Unit& unit) { return unit.layer == layer; });
-  TANDEM_CHECK(at != units_.end(), "block ", layer, " is not of this rank");
-  return *at;
-}
-
-void RankParams::zero_gradients() {
-  model::Context& ctx = parts_.context;
-  for (Unit& unit : units_) {
-    unit.fresh = true;
-    if (!by_block(unit)) ctx.ops.fill_zero(ctx.exec, unit.gradient);
-  }
-}
-
-const model::BlockGrads* RankParams::acquire(std::int64_t layer) {
-  model::Context& ctx = parts_.context;
-  Unit& unit = unit_of(layer);
-  Tensor gradient = unit.gradient;
-  if (by_block(unit)) {
-    // What earlier micro-batches left is a part of this rank's addend, so that the sum over ranks
-    // is the sum over micro-batches too.
-    wait_for(shared_[unit.turn]);
-    gradient = shared_[unit.turn].whole.rows(0, padded(unit));
-    ctx.ops.fill_zero(ctx.exec, gradient);
-    if (!unit.fresh)
-      ctx.ops.copy(ctx.exec, unit.part_gradient, gradient.rows(unit.begin, unit.part));
-  }
-  if (!full()) return nullptr;
-  block_grads_ = block_views(unit.layout, gradient);
-  return &block_grads_;
-}
-
-void RankParams::ready(std::int64_t layer) {
-  Unit& unit = unit_of(layer);
-  if (!by_block(unit)) return;
-  SharedGradient& shared = shared_[unit.turn];
-  shared.reducing = parts_.ranks->groups.dp->start_reduce_scatter_sum(
-      parts_.context.exec, shared.whole.rows(0, padded(unit)), unit.part_gradient);
-  unit.fresh = false;
-}
-
-void RankParams::wait_for(SharedGradient& shared) {
-  if (shared.reducing) shared.reducing->wait(parts_.context.exec);
-  shared.reducing.reset();
-}
-
-const model::EndGrads* RankParams::ends() {
-  if (!full()) return nullptr;
-  end_grads_ = {};
-  if (units_.back().layer < 0) end_grads_ = end_views(units_.back().layout, units_.back().gradient);
-  return &end_grads_;
-}
-
-void RankParams::sum_ends(Unit& unit) {
-  for (const FlatTensor& tensor : unit.layout.tensors)
-    if (tensor.partial)
-      parts_.context.comm.all_reduce_sum(parts_.context.exec, tensor_view(tensor, unit.gradient));
-  // First and last stage hold the same embedding, each with the gradient of its own use.
-  if (parts_.ranks == nullptr || parts_.ranks->ends->size() == 1 || !whole_config_.tied_embedding)
-    return;
-  const FlatTensor* embedding = unit.layout.find(model::kEmbeddingName);
-  parts_.ranks->ends->all_reduce_sum(parts_.context.exec, tensor_view(*embedding, unit.gradient));
-}
-
-void RankParams::measure_gradients() {
-  model::Context& ctx = parts_.context;
-  std::vector<Tensor> counted;
-  for (SharedGradient& shared : shared_) wait_for(shared);
-  for (Unit& unit : units_) {
-    if (unit.layer < 0) sum_ends(unit);
-    if (by_block(unit) && unit.fresh) ctx.ops.fill_zero(ctx.exec, unit.part_gradient);
-    if (dp_size() > 1 && !by_block(unit)) {
-      comm::Communicator& dp = *parts_.ranks->groups.dp;
-      if (zero() == 0)
-        dp.all_reduce_sum(ctx.exec, unit.gradient);
-      else
-        dp.reduce_scatter_sum(ctx.exec, unit.gradient, unit.part_gradient);
-    }
-    for (const Tensor& piece : unit.partial) ctx.comm.all_reduce_sum(ctx.exec, piece);
-    counted.insert(counted.end(), unit.counted.begin(), unit.counted.end());
-  }
-  ctx.ops.squared_norm(ctx.exec, {counted, squared_norm_});
-  if (parts_.ranks == nullptr) return;
-  if (zero() > 0) parts_.ranks->groups.dp->all_reduce_sum(ctx.exec, squared_norm_);
-  parts_.ranks->groups.model->all_reduce_sum(ctx.exec, squared_norm_);
-}
-
-void RankParams::update(const protocol::TrainSettings& settings, double learning_rate,
-                        std::int64_t step) {
-  kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
-  for (Unit& unit : units_) {
-    args.param = unit.master;
-    args.grad = unit.part_gradient;
-    args.m = unit.m;
-    args.v = unit.v;
-    parts_.context.ops.adamw(parts_.context.exec, args);
-    publish(unit);
-  }
 }
 
 // -- state

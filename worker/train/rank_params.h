@@ -3,15 +3,15 @@
 // the part that this rank updates.
 //
 // ZeRO 0: every data-parallel rank updates everything. 1: each updates its part of every unit and
-// the parts are gathered. 2: a block's gradients are also reduced to the parts as soon as its
-// backward is done, through a buffer that all blocks share, or through two in turn where that goes
-// on in the background. 3: of a full fine-tune each rank
-// keeps only its part of the blocks' weights too (GatheredWeights). The ends' gradients stay whole
-// until the step's end, and their packed weights always.
+// the parts are gathered. 2: gradients are also reduced to the parts as soon as they are complete:
+// a block's after its backward, in the background where that exists, an embedding's and a head's
+// that are not tied; through room that all of these share. 3: of a full fine-tune each rank keeps
+// no weights of blocks but the masters of its part (GatheredWeights). The ends' packed weights stay
+// whole, and with ZeRO 0 and 1, or tied, their gradients until the step's end.
 //
-// Of a block, sums over data-parallel ranks come first, then those over tensor-parallel ranks of
-// tensors that all of these hold whole (FlatTensor::partial); of the ends it is the other way
-// round. One device thread.
+// Sums over data-parallel ranks come first where gradients are reduced at once, then those over
+// tensor-parallel ranks of tensors that all of these hold whole (FlatTensor::partial); of what
+// stays whole it is the other way round. One device thread.
 #pragma once
 
 #include "worker/model/flat_layout.h"
@@ -53,23 +53,26 @@ class RankParams final : public Trainable, private model::GradSink {
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const override;
 
  private:
+  /// What is no block: the ends together, or what of them has no unit of its own; and those.
+  static constexpr std::int64_t kEnds = -1, kHead = -2, kEmbedding = -3;
   struct Unit {
     model::FlatLayout layout;
-    std::int64_t layer = -1;   ///< -1: the ends
-    std::int64_t part = 0;     ///< elements that one rank updates
+    std::int64_t layer = kEnds;  ///< or one of the above
+    std::int64_t part = 0;       ///< elements that one rank updates
     std::int64_t begin = 0;    ///< of this rank's part; [begin, begin + part) of the padded buffer
-    std::size_t turn = 0;      ///< by_block: which shared buffer
-    bool fresh = true;         ///< by_block: part_gradient holds nothing of this step yet
+    std::size_t turn = 0;      ///< a block's: which shared buffer
+    bool fresh = true;         ///< written_first: the gradient holds nothing of this step yet
     kernels::Tensor gradient;  ///< whole; undefined where it is reduced block by block
     kernels::Tensor part_gradient;         ///< [part]; inside `gradient` where that exists
     kernels::Tensor master, m, v;          ///< [part]
     kernels::Tensor compute;               ///< LoRA: [padded] cd, what forward reads
-    kernels::Tensor compute_part;          ///< what is gathered: [part] cd (full, ZeRO 3: kept)
+    kernels::Tensor compute_part;          ///< LoRA: what is gathered of it: [part] cd
     std::vector<kernels::Tensor> counted;  ///< pieces of part_gradient that the norm counts
     std::vector<kernels::Tensor> partial;  ///< pieces that tensor-parallel ranks add up
   };
 
-  /// ZeRO 2 and 3: the gradient of the block in backward, and what becomes of the one before.
+  /// ZeRO 2 and 3: the gradient of the block in backward, and what becomes of the one before. An
+  /// end's has the room of all.
   struct SharedGradient {
     kernels::Tensor whole;
     std::unique_ptr<comm::Pending> reducing;
@@ -92,11 +95,21 @@ class RankParams final : public Trainable, private model::GradSink {
   const model::BlockGrads* acquire(std::int64_t layer) override;
   void ready(std::int64_t layer) override;
   const model::EndGrads* ends() override;
+  void acquire_end(model::End end) override;
+  void ready_end(model::End end) override;
+  /// Where a unit's gradient of this micro-batch goes, with what earlier ones left.
+  kernels::Tensor begin_gradient(Unit& unit, SharedGradient& shared);
+  void begin_reduction(Unit& unit, SharedGradient& shared);
 
   [[nodiscard]] int dp_size() const { return parts_.ranks ? parts_.ranks->layout.dp : 1; }
   [[nodiscard]] int zero() const { return parts_.ranks ? parts_.ranks->layout.zero : 0; }
   [[nodiscard]] bool full() const { return !lora_.has_value(); }
-  [[nodiscard]] bool by_block(const Unit& unit) const { return zero() >= 2 && unit.layer >= 0; }
+  /// Whether its gradient is reduced as soon as it is complete.
+  [[nodiscard]] bool at_once(const Unit& unit) const { return zero() >= 2 && unit.layer != kEnds; }
+  /// The first backward of a step writes its gradients; others are added to what was cleared.
+  [[nodiscard]] bool written_first(const Unit& unit) const {
+    return at_once(unit) || (full() && unit.layer >= 0);
+  }
   [[nodiscard]] bool kept_in_parts(const Unit& unit) const {
     return full() && zero() == 3 && unit.layer >= 0;
   }
@@ -104,6 +117,8 @@ class RankParams final : public Trainable, private model::GradSink {
     return zero() == 0 ? unit.part : unit.part * dp_size();
   }
   [[nodiscard]] Unit& unit_of(std::int64_t layer);
+  /// An end's unit of its own; null: it has none.
+  [[nodiscard]] Unit* unit_of(model::End end);
   void wait_for(SharedGradient& shared);
 
   SessionParts parts_;
@@ -118,6 +133,7 @@ class RankParams final : public Trainable, private model::GradSink {
   model::GatheredWeights* gathered_ = nullptr;
   std::vector<std::array<std::vector<float>, 3>> read_;  ///< per unit, until they are taken
   std::vector<SharedGradient> shared_;
+  SharedGradient shared_by_ends_;
   kernels::Tensor squared_norm_;
   model::BlockGrads block_grads_;
   model::EndGrads end_grads_;

@@ -97,10 +97,13 @@ TEST(EstimatorOfRanks, ShardingAnEightBillionModelSavesWhatItShould) {
   const double parameters = 8.03e9, blocks = parameters - 2.0 * 128'256 * 4096;
   // Master and two moments, f32, over four ranks.
   EXPECT_NEAR(bytes({4, 1, 1, 1}, MemoryKind::kOptimizer), 3 * parameters, 0.01 * 3 * parameters);
-  // Gradients: whole; and with ZeRO 2 a quarter of the blocks', one whole block, and the ends'.
+  // Gradients: whole; and with ZeRO 2 a quarter, and room for the largest that is reduced: an end.
   EXPECT_NEAR(bytes({4, 1, 1, 1}, MemoryKind::kGradients), 4 * parameters, 0.01 * 4 * parameters);
-  const double reduced = blocks + 4 * blocks / 32 + 4 * (parameters - blocks);
+  const double end = 128'256.0 * 4096, reduced = 4 * parameters / 4 + 4 * end;
   EXPECT_NEAR(bytes({4, 1, 1, 2}, MemoryKind::kGradients), reduced, 0.01 * reduced);
+  // Weights with ZeRO 3: the ends, two blocks, and twice a rank's part of one on its way.
+  const double resident = 2 * (2 * end + 2 * blocks / 32 + 2 * blocks / 32 / 4);
+  EXPECT_NEAR(bytes({4, 1, 1, 3}, MemoryKind::kWeights), resident, 0.01 * resident);
 }
 
 TEST(EstimatorOfRanks, WhatLiesBesideTheLedgerDependsOnTheDevice) {
