@@ -104,9 +104,9 @@ bool PeerCollectives::reduce_scatter(cudaStream_t queue, const Tensor& x, const 
 }
 
 bool PeerCollectives::sum(cudaStream_t queue, const Tensor& x) {
-  // Every rank reads the others' whole addends: beyond this, rings move less.
-  constexpr std::int64_t kReadBytes = 9 << 19;
-  if (x.bytes() > kSumBytes || x.bytes() * (memory_->size() - 1) > kReadBytes) return false;
+  // Slices are rounded up to whole vectors.
+  constexpr std::int64_t kPadding = kPeersMax * 16;
+  if (x.bytes() > kSumBytes - kPadding) return false;
   if (x.dtype != DType::kF32 && x.dtype != DType::kBF16) return false;
   SmallSum sum{};
   for (int r = 0; r < memory_->size(); ++r) sum.windows[r] = memory_->window(r);

@@ -56,40 +56,81 @@ __device__ void await(const std::uint32_t* flag, std::uint32_t turn) {
   } while (static_cast<std::int32_t>(seen - turn) < 0);
 }
 
-/// Each block has a stretch of the sum to itself: it writes its addends into this rank's window,
-/// meets the same block of the other ranks, and reads theirs.
+/// Rank r adds up slice r. Each block has a stretch of every slice to itself: it sends its addends to
+/// the slices' ranks, meets the same block of the others, adds up its own slice's stretch, and sends
+/// that to all. Nothing is read from another GPU: what is written there need not come back.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_small_kernel(SmallSum s, std::int64_t per_block) {
+__global__ void __launch_bounds__(kThreads)
+    sum_small_kernel(SmallSum s, std::int64_t per_slice, std::int64_t per_block) {
   constexpr int kSize = Vec<T>::kSize;
-  const std::int64_t begin = blockIdx.x * per_block;
-  const std::int64_t end = begin + per_block < s.elements ? begin + per_block : s.elements;
-  const std::int64_t room = kFlagBytes + (s.turn % 2) * kSumBytes;
   T* const x = static_cast<T*>(s.x);
-  T* const mine = reinterpret_cast<T*>(s.windows[s.rank] + room);
   const bool aligned = reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
-  const std::int64_t whole = aligned ? begin + (end - begin) / kSize * kSize : begin;
-  for (std::int64_t e = begin + threadIdx.x * kSize; e < whole; e += kThreads * kSize)
-    *reinterpret_cast<uint4*>(mine + e) = *reinterpret_cast<const uint4*>(x + e);
-  for (std::int64_t e = whole + threadIdx.x; e < end; e += kThreads) mine[e] = x[e];
-  __syncthreads();
-  if (threadIdx.x < s.size) {
-    say(&reinterpret_cast<PeerFlags*>(s.windows[threadIdx.x])->sum[blockIdx.x][s.rank], s.turn);
-    await(&reinterpret_cast<PeerFlags*>(s.windows[s.rank])->sum[blockIdx.x][threadIdx.x], s.turn);
+  const std::int64_t room = kFlagBytes + (s.turn % 2) * 2 * kSumBytes;
+  const auto addends = [&](int window, int of) {
+    return reinterpret_cast<T*>(s.windows[window] + room) + of * per_slice;
+  };
+  const auto sums = [&](int window) {
+    return reinterpret_cast<T*>(s.windows[window] + room + kSumBytes);
+  };
+  struct Stretch {
+    std::int64_t begin, whole, end;  ///< vectors up to `whole`, elements from there
+  };
+  const auto stretch = [&](int slice) -> Stretch {
+    const std::int64_t first = slice * per_slice, last = first + per_slice;
+    const std::int64_t most = last < s.elements ? last : s.elements;
+    const std::int64_t begin = first + blockIdx.x * per_block;
+    const std::int64_t end = begin + per_block < most ? begin + per_block : most;
+    if (begin >= end) return {0, 0, 0};
+    return {begin, aligned ? begin + (end - begin) / kSize * kSize : begin, end};
+  };
+  const auto each = [&](const Stretch& at, const auto& vector, const auto& element) {
+    for (std::int64_t e = at.begin + threadIdx.x * kSize; e < at.whole; e += kThreads * kSize)
+      vector(e);
+    for (std::int64_t e = at.whole + threadIdx.x; e < at.end; e += kThreads) element(e);
+  };
+  const auto vec = [](T* at) -> uint4& { return *reinterpret_cast<uint4*>(at); };
+  const auto meet = [&](auto flags) {
+    __syncthreads();
+    if (threadIdx.x < s.size) {
+      const auto at = [&](int window) {
+        return (reinterpret_cast<PeerFlags*>(s.windows[window])->*flags)[blockIdx.x];
+      };
+      say(at(static_cast<int>(threadIdx.x)) + s.rank, s.turn);
+      await(at(s.rank) + threadIdx.x, s.turn);
+    }
+    __syncthreads();
+  };
+
+  for (int i = 1; i < s.size; ++i) {
+    const int r = (s.rank + i) % s.size;
+    T* const to = addends(r, s.rank) - r * per_slice;
+    each(stretch(r), [&](std::int64_t e) { vec(to + e) = vec(x + e); },
+         [&](std::int64_t e) { to[e] = x[e]; });
   }
-  __syncthreads();
-  for (std::int64_t e = begin + threadIdx.x * kSize; e < whole; e += kThreads * kSize) {
-    Vec<T> sum;
-#pragma unroll 4
-    for (int r = 0; r < s.size; ++r)
-      sum.add(*reinterpret_cast<const uint4*>(reinterpret_cast<T*>(s.windows[r] + room) + e));
-    *reinterpret_cast<uint4*>(x + e) = sum.rounded();
-  }
-  for (std::int64_t e = whole + threadIdx.x; e < end; e += kThreads) {
-    float sum = 0.0f;
-    for (int r = 0; r < s.size; ++r)
-      sum += static_cast<float>(reinterpret_cast<T*>(s.windows[r] + room)[e]);
-    x[e] = static_cast<T>(sum);
-  }
+  meet(&PeerFlags::sent);
+  const auto from = [&](int r) {
+    return r == s.rank ? x : addends(s.rank, r) - s.rank * per_slice;
+  };
+  each(
+      stretch(s.rank),
+      [&](std::int64_t e) {
+        Vec<T> sum;
+        for (int r = 0; r < s.size; ++r) sum.add(vec(from(r) + e));
+        const uint4 rounded = sum.rounded();
+        vec(x + e) = rounded;
+        for (int i = 1; i < s.size; ++i) vec(sums((s.rank + i) % s.size) + e) = rounded;
+      },
+      [&](std::int64_t e) {
+        float sum = 0.0f;
+        for (int r = 0; r < s.size; ++r) sum += static_cast<float>(from(r)[e]);
+        x[e] = static_cast<T>(sum);
+        for (int i = 1; i < s.size; ++i) sums((s.rank + i) % s.size)[e] = x[e];
+      });
+  meet(&PeerFlags::sum);
+  for (int i = 1; i < s.size; ++i)
+    each(stretch((s.rank + i) % s.size),
+         [&](std::int64_t e) { vec(x + e) = vec(sums(s.rank) + e); },
+         [&](std::int64_t e) { x[e] = sums(s.rank)[e]; });
 }
 
 __device__ void put_line(char* to, std::uint32_t a, std::uint32_t b, std::uint32_t turn) {
@@ -171,13 +212,17 @@ void launch_small(cudaStream_t stream, const SmallSum& sum) {
     sum_tiny_kernel<T><<<blocks, kThreads, 0, stream>>>(sum);
     return;
   }
-  // At least one vector a thread; a block's stretch is whole vectors.
+  // At least one vector of a slice a thread; slices and stretches are whole vectors.
+  const auto whole = [](std::int64_t n) {
+    return (n + Vec<T>::kSize - 1) / Vec<T>::kSize * Vec<T>::kSize;
+  };
   constexpr std::int64_t kLeast = kThreads * Vec<T>::kSize;
-  const std::int64_t wanted = (sum.elements + kLeast - 1) / kLeast;
+  const std::int64_t per_slice = whole((sum.elements + sum.size - 1) / sum.size);
+  const std::int64_t wanted = (per_slice + kLeast - 1) / kLeast;
   const std::int64_t blocks = wanted < kSumBlocks ? wanted : kSumBlocks;
-  std::int64_t per_block = (sum.elements + blocks - 1) / blocks;
-  per_block = (per_block + Vec<T>::kSize - 1) / Vec<T>::kSize * Vec<T>::kSize;
-  sum_small_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(sum, per_block);
+  const std::int64_t per_block = whole((per_slice + blocks - 1) / blocks);
+  sum_small_kernel<T>
+      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(sum, per_slice, per_block);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ namespace tandem::worker::comm {
 inline constexpr int kPeersMax = 16;
 /// Blocks of a small sum, each with flags of its own.
 inline constexpr int kSumBlocks = 64;
-/// A small sum's addend; twice, for a sum may begin while a slow rank reads the one before.
+/// A small sum's tensor at most. Room for addends and for the sum lies in each window twice, for a
+/// sum may begin while a slow rank reads the one before.
 inline constexpr std::int64_t kSumBytes = 3 << 19;
 /// The addend of one rank in a tiny sum; likewise twice, for each rank.
 inline constexpr std::int64_t kTinySumBytes = 32 << 10;
@@ -28,14 +29,15 @@ inline constexpr std::int64_t kTinySumBytes = 32 << 10;
 struct PeerFlags {
   std::uint32_t ready[kPeersMax];  ///< by rank: how many copies its data is ready for
   std::uint32_t read[kPeersMax];   ///< by rank: how many copies it has read
-  std::uint32_t sum[kSumBlocks][kPeersMax];
+  std::uint32_t sent[kSumBlocks][kPeersMax];  ///< by rank: small sums whose addends are here
+  std::uint32_t sum[kSumBlocks][kPeersMax];   ///< and those whose slices are
 };
 inline constexpr std::int64_t kFlagBytes = 64 << 10;
 static_assert(sizeof(PeerFlags) <= kFlagBytes);
 /// Tiny sums' addends: [2][kPeersMax][2 * kTinySumBytes], half of it words that say whose turn it
 /// is.
-inline constexpr std::int64_t kTinySums = kFlagBytes + 2 * kSumBytes;
-inline constexpr std::int64_t kWindowBytes = 6 << 20;
+inline constexpr std::int64_t kTinySums = kFlagBytes + 4 * kSumBytes;
+inline constexpr std::int64_t kWindowBytes = 10 << 20;
 static_assert(kTinySums + 4 * kPeersMax * kTinySumBytes <= kWindowBytes);
 
 /// The driver's functions that this takes, found at run time.
@@ -85,7 +87,7 @@ class PeerMemory {
   [[nodiscard]] const PeerDriver& driver() const { return driver_; }
   [[nodiscard]] int rank() const { return rank_; }
   [[nodiscard]] int size() const { return size_; }
-  /// Begins with PeerFlags; addends of small sums lie at kFlagBytes.
+  /// Begins with PeerFlags; what small sums move lies at kFlagBytes.
   [[nodiscard]] char* window(int rank) const {
     return windows_.ranks[static_cast<std::size_t>(rank)];
   }

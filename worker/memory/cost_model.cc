@@ -112,10 +112,10 @@ CostModel default_cost_model(const kernels::DeviceProfile& profile) {
     model.memory_bytes_per_second = 2.6e12;
     model.op_seconds = 5e-6;
     model.all_reduce = {20e-6, 150e9};
-    model.all_gather = {20e-6, 200e9};
-    model.reduce_scatter = {20e-6, 200e9};
+    model.all_gather = {20e-6, 300e9};
+    model.reduce_scatter = {20e-6, 250e9};
     model.exchange = {20e-6, 100e9};
-    model.gather_slowdown = 1.1;
+    model.gather_slowdown = 1.05;
     return model;
   }
   // A Xeon's thread, two ranks of one host that talk through shared memory; bf16 with AMX at half

@@ -100,6 +100,8 @@ class RankParams final : public Trainable, private model::GradSink {
   /// Where a unit's gradient of this micro-batch goes, with what earlier ones left.
   kernels::Tensor begin_gradient(Unit& unit, SharedGradient& shared);
   void begin_reduction(Unit& unit, SharedGradient& shared);
+  /// ZeRO 0: those of all units, which lie one behind another, as one tensor.
+  [[nodiscard]] kernels::Tensor all_gradients() const;
 
   [[nodiscard]] int dp_size() const { return parts_.ranks ? parts_.ranks->layout.dp : 1; }
   [[nodiscard]] int zero() const { return parts_.ranks ? parts_.ranks->layout.zero : 0; }

@@ -107,6 +107,13 @@ void RankParams::sum_ends(Unit& unit) {
   parts_.ranks->ends->all_reduce_sum(parts_.context.exec, tensor_view(*embedding, unit.gradient));
 }
 
+Tensor RankParams::all_gradients() const {
+  const Tensor &first = units_.front().gradient, &last = units_.back().gradient;
+  const auto bytes =
+      static_cast<const char*>(last.data) + last.bytes() - static_cast<const char*>(first.data);
+  return {first.data, sums_, {bytes / dtype_bytes(sums_)}};
+}
+
 void RankParams::measure_gradients() {
   model::Context& ctx = parts_.context;
   std::vector<Tensor> counted;
@@ -115,13 +122,12 @@ void RankParams::measure_gradients() {
     if (unit.layer == kEnds) sum_ends(unit);
     if (written_first(unit) && unit.fresh)
       ctx.ops.fill_zero(ctx.exec, at_once(unit) ? unit.part_gradient : unit.gradient);
-    if (dp_size() > 1 && !at_once(unit)) {
-      comm::Communicator& dp = *parts_.ranks->groups.dp;
-      if (zero() == 0)
-        dp.all_reduce_sum(ctx.exec, unit.gradient);
-      else
-        dp.reduce_scatter_sum(ctx.exec, unit.gradient, unit.part_gradient);
-    }
+    if (dp_size() > 1 && zero() > 0 && !at_once(unit))
+      parts_.ranks->groups.dp->reduce_scatter_sum(ctx.exec, unit.gradient, unit.part_gradient);
+  }
+  if (dp_size() > 1 && zero() == 0 && !units_.empty())
+    parts_.ranks->groups.dp->all_reduce_sum(ctx.exec, all_gradients());
+  for (Unit& unit : units_) {
     for (const Tensor& piece : unit.partial) ctx.comm.all_reduce_sum(ctx.exec, piece);
     counted.insert(counted.end(), unit.counted.begin(), unit.counted.end());
   }

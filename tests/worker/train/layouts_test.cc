@@ -117,7 +117,7 @@ std::vector<Case> variant_cases() {
   std::vector<Case> all;
   for (const bool full : {false, true})
     for (const Layout& layout : {Layout{2, 1, 1, 3}, Layout{1, 2, 2, 0}, Layout{2, 1, 2, 2},
-                                 Layout{2, 2, 1, 1}, Layout{1, 2, 2, 0, 2}})
+                                 Layout{2, 2, 1, 1}, Layout{2, 2, 1, 3}, Layout{1, 2, 2, 0, 2}})
       all.push_back({full, layout});
   return all;
 }
