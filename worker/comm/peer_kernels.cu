@@ -7,6 +7,14 @@ namespace {
 
 constexpr int kThreads = 512;
 
+/// The kernel before has ended, and what comes behind this one may be made ready.
+__device__ void begin() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 /// 16 bytes of T, added up in f32.
 template <class T>
 struct Vec;
@@ -62,6 +70,7 @@ __device__ void await(const std::uint32_t* flag, std::uint32_t turn) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_small_kernel(SmallSum s, std::int64_t per_slice, std::int64_t per_block) {
+  begin();
   constexpr int kSize = Vec<T>::kSize;
   T* const x = static_cast<T*>(s.x);
   const bool aligned = reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
@@ -163,6 +172,7 @@ __device__ void add_pair(float (&sum)[4], const uint2& raw) {
 /// sixteen with the sum's turn beside either half, for eight bytes are written at once.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_tiny_kernel(SmallSum s) {
+  begin();
   constexpr int kSize = 8 / sizeof(T);
   T* const x = static_cast<T*>(s.x);
   const std::int64_t line = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -204,12 +214,39 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(PartSum s) {
   }
 }
 
+bool starts_early() {
+  static const bool hopper = [] {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           major >= 9;
+  }();
+  return hopper;
+}
+
+/// Its blocks come to the multiprocessors while the kernel before ends (Hopper).
+template <class... Parameters, class... Args>
+void launch_early(cudaStream_t stream, unsigned blocks, void (*kernel)(Parameters...),
+                  Args... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = kThreads;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = starts_early() ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 template <class T>
 void launch_small(cudaStream_t stream, const SmallSum& sum) {
   if (sum.elements * static_cast<std::int64_t>(sizeof(T)) <= kTinySumBytes) {
     constexpr std::int64_t kOfBlock = kThreads * 8 / sizeof(T);
     const auto blocks = static_cast<unsigned>((sum.elements + kOfBlock - 1) / kOfBlock);
-    sum_tiny_kernel<T><<<blocks, kThreads, 0, stream>>>(sum);
+    launch_early(stream, blocks, sum_tiny_kernel<T>, sum);
     return;
   }
   // At least one vector of a slice a thread; slices and stretches are whole vectors.
@@ -221,8 +258,8 @@ void launch_small(cudaStream_t stream, const SmallSum& sum) {
   const std::int64_t wanted = (per_slice + kLeast - 1) / kLeast;
   const std::int64_t blocks = wanted < kSumBlocks ? wanted : kSumBlocks;
   const std::int64_t per_block = whole((per_slice + blocks - 1) / blocks);
-  sum_small_kernel<T>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(sum, per_slice, per_block);
+  launch_early(stream, static_cast<unsigned>(blocks), sum_small_kernel<T>, sum, per_slice,
+               per_block);
 }
 
 }  // namespace

@@ -111,6 +111,16 @@ struct BlockRun {
     else
       ctx.comm.all_reduce_sum(ctx.exec, x);
   }
+  /// The same, done when it is waited for; null: nothing to wait for.
+  [[nodiscard]] std::unique_ptr<comm::Pending> start_sum_over_ranks(const Tensor& x,
+                                                                    const Tensor& to) const {
+    if (sequence_parallel()) return ctx.comm.start_reduce_scatter_sum(ctx.exec, x, to);
+    sum_over_ranks(x, to);
+    return nullptr;
+  }
+  void wait(const std::unique_ptr<comm::Pending>& pending) const {
+    if (pending) pending->wait(ctx.exec);
+  }
   /// A product whose sum over ranks is the stream `to`; `all` holds the addend where `to` has not
   /// all rows.
   void linear_to_stream(Fused fused, const Tensor& x, const kernels::PackedWeight& weight,
@@ -264,7 +274,7 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   {
     ArenaScope mlp(run.ctx.activations);
     SavedBlock again = s;
-    run.gather(dresidual, dstream);
+    Gathered arriving = run.start_gather(dresidual, dstream);
     Gathered normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
     if (!s.gate_up.defined()) {
       again.gate_up = run.rows(2 * run.config.mlp_width);
@@ -276,6 +286,7 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
       ops.silu_mul_forward(run.ctx.exec, {again.gate_up, again.act});
     }
     const Tensor dact = run.rows(run.config.mlp_width);
+    arriving.wait(run.ctx);
     run.linear_backward(Fused::kDown, dstream, again.act, run.weights.down, s.u[3], dact,
                         {.silu_mul = {again.gate_up, {}}});
     run.weight_grad(dstream, again.act, &BlockGrads::down);
@@ -284,15 +295,17 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
     run.linear_backward(Fused::kGateUp, again.gate_up, x, run.weights.gate_up, s.u[2], dnormed_all,
                         norm_recipe(s.residual_attention, run.weights.mlp_norm, s.rstd_mlp),
                         {dact, again.gate_up, again.gate_up});
+    const auto summing = run.start_sum_over_ranks(dnormed_all, dnormed);
     run.weight_grad(again.gate_up, x, &BlockGrads::gate_up);
-    run.sum_over_ranks(dnormed_all, dnormed);
+    run.wait(summing);
   }
   run.norm_weight_grad(dnormed, s.residual_attention, s.rstd_mlp, &BlockGrads::mlp_norm);
   ops.rms_norm_backward(
       run.ctx.exec, {dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual});
-  run.gather(dresidual, dstream);
+  Gathered arriving = run.start_gather(dresidual, dstream);
   Gathered normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
+  arriving.wait(run.ctx);
   run.linear_backward(Fused::kO, dstream, s.attention_out, run.weights.o, s.u[1], dattention);
   run.weight_grad(dstream, s.attention_out, &BlockGrads::o);
   const Tensor dqkv = run.rows(run.qkv_width());
@@ -306,9 +319,10 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   run.linear_backward(Fused::kQkv, dqkv, x, run.weights.qkv, s.u[0],
                       want_dx ? dnormed_all : Tensor{},
                       norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention));
+  const auto summing = want_dx ? run.start_sum_over_ranks(dnormed_all, dnormed) : nullptr;
   run.weight_grad(dqkv, x, &BlockGrads::qkv, run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
   if (!want_dx) return;
-  run.sum_over_ranks(dnormed_all, dnormed);
+  run.wait(summing);
   run.norm_weight_grad(dnormed, s.x, s.rstd_attention, &BlockGrads::attention_norm);
   ops.rms_norm_backward(run.ctx.exec,
                         {dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual});
