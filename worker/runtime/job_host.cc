@@ -103,11 +103,8 @@ void JobHost::begin(Prepared prepared) {
   auto run = [&]() -> Status {
     TANDEM_RETURN_IF_ERROR(prepared.status);
     for (const auto& example : prepared.train->examples)
-      if (probe_prompt_.empty())
-        probe_prompt_.assign(
-            example.tokens.begin(),
-            example.tokens.begin() +
-                std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
+      if (probe_prompt_.empty() && !example.tokens.empty())
+        probe_prompt_ = train::probe_prompt(example.tokens);
     TANDEM_ASSIGN_OR_RETURN(session_,
                             model_.open_session(spec_.train, prepared.train, prepared.eval,
                                                 {prepared.state ? &*prepared.state : nullptr,
