@@ -271,8 +271,11 @@ void JobHost::publish() {
                start = start_] {
     const std::int64_t begin = steady_ns();
     BulkClient::Upload upload(bulk, str(start.job, "/", start.epoch));
-    auto object = pack_adapter(start.model.digest, config, adapter,
-                               [&](const BlobView& blob) { upload.add(blob); });
+    auto object =
+        pack_adapter(start.model.digest, config, adapter, [&](const BlobView& blob, bool last) {
+          upload.add(blob);
+          if (last) upload.send();  // beside it, the manifest is written
+        });
     times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
     if (object.ok()) named(object->digest);
     *failure = object.ok() ? upload.finish() : object.status();
