@@ -249,6 +249,7 @@ Status run(const Settings& settings) {
                           settings.get_bytes("registry_bytes_max"));
   TANDEM_ASSIGN_OR_RETURN(registry_options.blob_budget_bytes,
                           settings.get_bytes("blobs_bytes_max"));
+  registry_options.write_ahead = true;
   TANDEM_ASSIGN_OR_RETURN(auto registry, storage::Registry::open(registry_options, clock));
   TANDEM_ASSIGN_OR_RETURN(Sockets sockets, open_sockets(settings));
 

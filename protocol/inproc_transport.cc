@@ -232,6 +232,11 @@ class InprocClient final : public ClientEndpoint {
     hub_->transmit(inbox, {client.peer, client.user_id, frame, payload});
     return {};
   }
+  Status send_parts(const Bytes& frame, ByteParts payload) override {
+    Bytes whole;
+    for (const auto& part : payload) whole.insert(whole.end(), part.begin(), part.end());
+    return send(frame, whole);
+  }
   std::optional<Envelope> receive(TimeMs timeout_ms) override {
     std::unique_lock lock(hub_->mutex);
     hub_->wait(lock, timeout_ms,

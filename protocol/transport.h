@@ -12,12 +12,14 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 namespace tandem::protocol {
 
 using Bytes = std::vector<std::byte>;
+using ByteParts = std::span<const std::span<const std::byte>>;  ///< one after another
 
 /// A received message: the peer it came from (server side; "" on the client side), a control frame,
 /// and for bulk at most one payload frame. More frames than that are refused and counted.
@@ -61,6 +63,8 @@ class ClientEndpoint {
   /// Never blocks. kUnavailable: not connected now; kBusy: the queue is full; kInvalid: a frame
   /// over its limit.
   virtual Status send(const Bytes& frame, const Bytes& payload = {}) = 0;
+  /// The same with a payload that lies in several places: copied once.
+  virtual Status send_parts(const Bytes& frame, ByteParts payload) = 0;
   /// The next message, or nothing when `timeout_ms` passed, wake() was called or the connection
   /// came or went.
   virtual std::optional<Envelope> receive(TimeMs timeout_ms) = 0;

@@ -106,6 +106,26 @@ int send_part(const Socket& socket, const void* data, std::size_t size, bool mor
   return rc < 0 ? zmq_errno() : 0;
 }
 
+int send_payload(const Socket& socket, ByteParts parts, std::size_t size) {
+  zmq_msg_t message;
+  if (zmq_msg_init_size(&message, size) != 0) return zmq_errno();
+  auto* to = static_cast<std::byte*>(zmq_msg_data(&message));
+  for (const auto& part : parts) to = std::copy(part.begin(), part.end(), to);
+  int rc = -1;
+  do {
+    rc = zmq_msg_send(&message, socket.get(), ZMQ_DONTWAIT);
+  } while (rc < 0 && zmq_errno() == EINTR);
+  const int error = rc < 0 ? zmq_errno() : 0;
+  zmq_msg_close(&message);  // nothing, once it is sent
+  return error;
+}
+
+std::size_t size_of(ByteParts parts) {
+  std::size_t size = 0;
+  for (const auto& part : parts) size += part.size();
+  return size;
+}
+
 /// The settings that both sides share (zmq_transport.h says why).
 void set_common(Socket& socket, const SocketLimits& limits) {
   const auto ms = [](int value) { return static_cast<int>(scaled_ms(value)); };
@@ -119,7 +139,7 @@ void set_common(Socket& socket, const SocketLimits& limits) {
                std::max(limits.frame_bytes_max, limits.payload_bytes_max) + kCurveOverheadBytes);
 }
 
-Status check_sizes(const SocketLimits& limits, const Bytes& frame, const Bytes& payload) {
+Status check_sizes(const SocketLimits& limits, const Bytes& frame, std::size_t payload_bytes) {
   const auto check = [](const char* what, std::size_t size, std::int64_t bytes_max) {
     return static_cast<std::int64_t>(size) <= bytes_max
                ? Status()
@@ -127,7 +147,7 @@ Status check_sizes(const SocketLimits& limits, const Bytes& frame, const Bytes& 
                                    bytes_max, " of this socket"));
   };
   TANDEM_RETURN_IF_ERROR(check("frame", frame.size(), limits.frame_bytes_max));
-  return check("payload", payload.size(), limits.payload_bytes_max);
+  return check("payload", payload_bytes, limits.payload_bytes_max);
 }
 
 enum class Reading { kNothing, kMessage, kRefused };
@@ -207,7 +227,7 @@ class ZmqServer final : public ServerEndpoint, public Pollable {
         address_(std::move(address)) {}
 
   Status send(const std::string& peer, const Bytes& frame, const Bytes& payload) override {
-    TANDEM_RETURN_IF_ERROR(check_sizes(limits_, frame, payload));
+    TANDEM_RETURN_IF_ERROR(check_sizes(limits_, frame, payload.size()));
     // A ROUTER decides about the whole message at its first part.
     if (const int error = send_part(socket_, peer.data(), peer.size(), true); error != 0) {
       if (error == EAGAIN) {
@@ -283,9 +303,15 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
   ZmqClient& operator=(const ZmqClient&) = delete;
 
   Status send(const Bytes& frame, const Bytes& payload) override {
-    TANDEM_RETURN_IF_ERROR(check_sizes(limits_, frame, payload));
+    const std::span<const std::byte> whole = payload;
+    return send_parts(frame, std::span(&whole, 1));
+  }
+
+  Status send_parts(const Bytes& frame, ByteParts payload) override {
+    const std::size_t payload_bytes = size_of(payload);
+    TANDEM_RETURN_IF_ERROR(check_sizes(limits_, frame, payload_bytes));
     read_monitor();
-    int error = connected_ ? send_part(socket_, frame.data(), frame.size(), !payload.empty())
+    int error = connected_ ? send_part(socket_, frame.data(), frame.size(), payload_bytes > 0)
                            : EHOSTUNREACH;
     if (error == EAGAIN) {
       read_monitor();
@@ -296,8 +322,7 @@ class ZmqClient final : public ClientEndpoint, public Pollable {
       return busy_error(
           str(address_, ": the queue of ", limits_.queue_messages, " messages is full"));
     }
-    if (error == 0 && !payload.empty())
-      error = send_part(socket_, payload.data(), payload.size(), false);
+    if (error == 0 && payload_bytes > 0) error = send_payload(socket_, payload, payload_bytes);
     if (error != 0) {
       ++counters_.unavailable;
       return unavailable_error(str("not connected to ", address_, why()));

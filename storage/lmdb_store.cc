@@ -3,6 +3,7 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
+#include "storage/ahead_writer.h"
 #include "storage/file_io.h"
 #include "storage/sealed_value.h"
 
@@ -87,8 +88,10 @@ struct Environment {
   EnvPtr env;
   std::map<std::string, MDB_dbi, std::less<>> dbis;
   std::vector<std::string> tables;
+  std::unique_ptr<AheadWriter> ahead;
 
   ~Environment() {
+    ahead.reset();
     env.reset();
     if (lock_fd >= 0) ::close(lock_fd);
   }
@@ -188,7 +191,9 @@ class LmdbTxn final : public WriteTxn {
       return failure_;
     }
     const int code = mdb_txn_commit(txn);
-    return code == 0 ? Status() : lmdb_error(code, environment_->directory, "commit");
+    if (code != 0) return lmdb_error(code, environment_->directory, "commit");
+    if (environment_->ahead) environment_->ahead->moved();
+    return {};
   }
 
  private:
@@ -257,6 +262,30 @@ class LmdbStore final : public Store {
     }
     mdb_txn_abort(raw);
     return stats;
+  }
+  void write_ahead(std::int64_t bytes) override {
+    MDB_env* env = environment_->env.get();
+    MDB_envinfo info{};
+    mdb_env_info(env, &info);
+    // Pages behind the last committed one are nobody's while no transaction writes.
+    const auto with_writers_out = [env, &directory =
+                                            environment_->directory](const auto& write) -> Status {
+      MDB_txn* txn = nullptr;
+      if (const int code = mdb_txn_begin(env, nullptr, 0, &txn); code != 0)
+        return lmdb_error(code, directory, "begin");
+      MDB_envinfo now{};
+      MDB_stat stat{};
+      mdb_env_info(env, &now);
+      mdb_env_stat(env, &stat);
+      const Status status =
+          write(static_cast<std::int64_t>(now.me_last_pgno + 1) * std::int64_t{stat.ms_psize});
+      mdb_txn_abort(txn);
+      return status;
+    };
+    environment_->ahead = std::make_unique<AheadWriter>(
+        AheadWriter::Options{environment_->directory + "/data.mdb", bytes,
+                             static_cast<std::int64_t>(info.me_mapsize)},
+        with_writers_out);
   }
   const std::vector<std::string>& tables() const override { return environment_->tables; }
 

@@ -68,11 +68,29 @@ Status check_tensors(const Manifest& manifest) {
   return {};
 }
 
-Json tensor_json(const ManifestTensor& tensor) {
-  Json chunks = Json::array();
-  for (const Digest& chunk : tensor.chunks) chunks.push_back(chunk.hex());
-  return {{"bytes", tensor.bytes}, {"chunks", std::move(chunks)}, {"dtype", tensor.dtype},
-          {"name", tensor.name},   {"root", tensor.root.hex()},   {"shape", tensor.shape}};
+template <class Values, class Write>
+void append_list(std::string& text, const Values& values, const Write& write) {
+  text += '[';
+  for (const auto& value : values) {
+    if (&value != &values[0]) text += ',';
+    write(value);
+  }
+  text += ']';
+}
+
+/// As canonical_json would write it, without the tree of values: an adapter has hundreds, and a
+/// publish waits for them on both sides. The dtype is a known name.
+Status append_tensor(std::string& text, const ManifestTensor& tensor) {
+  TANDEM_ASSIGN_OR_RETURN(const std::string name, canonical_json(tensor.name));
+  const auto append_digest = [&](const Digest& digest) { text += '"' + digest.hex() + '"'; };
+  text += "{\"bytes\":" + std::to_string(tensor.bytes) + ",\"chunks\":";
+  append_list(text, tensor.chunks, append_digest);
+  text += ",\"dtype\":\"" + tensor.dtype + "\",\"name\":" + name + ",\"root\":";
+  append_digest(tensor.root);
+  text += ",\"shape\":";
+  append_list(text, tensor.shape, [&](std::int64_t size) { text += std::to_string(size); });
+  text += '}';
+  return {};
 }
 
 // Throws what the JSON library throws when a field is missing or of another type.
@@ -146,17 +164,19 @@ Result<std::string> encode_manifest(const Manifest& manifest) {
   for (const ManifestTensor& tensor : manifest.tensors) order.push_back(&tensor);
   std::sort(order.begin(), order.end(),
             [](const ManifestTensor* a, const ManifestTensor* b) { return a->name < b->name; });
-  Json tensors = Json::array();
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    if (i > 0 && order[i]->name == order[i - 1]->name)
-      return invalid_error("the tensor " + order[i]->name + " is given twice");
-    tensors.push_back(tensor_json(*order[i]));
-  }
   TANDEM_ASSIGN_OR_RETURN(std::string text,
                           canonical_json({{"format", kManifestFormat},
                                           {"kind", manifest_kind_name(manifest.kind)},
-                                          {"settings", *settings},
-                                          {"tensors", std::move(tensors)}}));
+                                          {"settings", *settings}}));
+  text.back() = ',';  // the last name in order follows
+  text += "\"tensors\":[";
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    if (i > 0 && order[i]->name == order[i - 1]->name)
+      return invalid_error("the tensor " + order[i]->name + " is given twice");
+    if (i > 0) text += ',';
+    TANDEM_RETURN_IF_ERROR(append_tensor(text, *order[i]));
+  }
+  text += "]}";
   if (text.size() > kManifestBytesMax)
     return invalid_error(
         str("a manifest of ", text.size(), " bytes; the limit is ", kManifestBytesMax));

@@ -128,9 +128,9 @@ Result<std::unique_ptr<Registry>> Registry::open(const RegistryOptions& options,
   LmdbOptions chunks{directory + "/blobs",   "blobs", BlobStore::tables(),
                      options.blob_map_bytes, false,   options.probe};
   TANDEM_ASSIGN_OR_RETURN(auto blob_env, open_lmdb_store(chunks));
+  Store *raw = store.get(), *raw_blobs = blob_env.get();
   TANDEM_ASSIGN_OR_RETURN(auto blobs, BlobStore::open(std::move(blob_env), directory + "/objects",
                                                       options.blob_budget_bytes, clock));
-  Store* raw = store.get();
   auto backup = [&]() -> Status {
     const std::string to = str(directory, "/backups/before-migration-", clock.unix_ms());
     log_info("migrating the registry; a copy of what was there lies in ", to);
@@ -139,7 +139,13 @@ Result<std::unique_ptr<Registry>> Registry::open(const RegistryOptions& options,
   };
   static_assert(kRegistrySchemaVersion == 2, "a newer schema needs its migration here");
   const Migration nothing_to_change = [](WriteTxn&) { return Status(); };
-  return create(std::move(store), std::move(blobs), clock, {nothing_to_change}, backup);
+  TANDEM_ASSIGN_OR_RETURN(auto registry, create(std::move(store), std::move(blobs), clock,
+                                                {nothing_to_change}, backup));
+  if (options.write_ahead) {
+    raw->write_ahead(kRegistryAheadBytes);
+    raw_blobs->write_ahead(kBlobAheadBytes);
+  }
+  return registry;
 }
 
 std::unique_ptr<Registry> Registry::in_memory(const Clock& clock) {

@@ -179,12 +179,17 @@ class RegistryTxn {
 /// Takes a store from one schema version to the next, inside one transaction.
 using Migration = std::function<Status(WriteTxn&)>;
 
+/// A publish writes some 100 KB of records, and the bytes of an adapter.
+inline constexpr std::int64_t kRegistryAheadBytes = 2 << 20, kBlobAheadBytes = 32 << 20;
+
 struct RegistryOptions {
   std::string directory;  ///< DIR/registry, DIR/blobs, DIR/objects, DIR/backups
   std::int64_t registry_map_bytes = 256 << 20;  ///< preallocated on disk
   std::int64_t blob_map_bytes = 64LL << 30;     ///< address space only
   std::int64_t blob_budget_bytes = 8LL << 30;   ///< chunks beyond it lie in files
   bool probe = true;                            ///< see LmdbOptions
+  /// Keep the next kRegistryAheadBytes and kBlobAheadBytes ready, see Store::write_ahead.
+  bool write_ahead = false;
 };
 
 class Registry {

@@ -81,6 +81,9 @@ class Store {
   /// A consistent copy in the (new) folder, while others read and write.
   virtual Status backup(const std::string& directory) = 0;
   [[nodiscard]] virtual Result<StoreStats> stats() = 0;
+  /// From now on keeps so many bytes behind what is in use ready to be written (ahead_writer.h):
+  /// commits into them are faster. Call once; where there is no file, nothing happens.
+  virtual void write_ahead(std::int64_t /*bytes*/) {}
   /// The tables this store was opened with.
   [[nodiscard]] virtual const std::vector<std::string>& tables() const = 0;
 };

@@ -1,6 +1,7 @@
 // bench_registry: what durable registry work costs on this disk. Prints one JSON value: commits of
-// one small record, publishes (manifest, version, alias in one transaction), and blobs in 16 MiB
-// chunks.
+// one small record, publishes (manifest, version, alias in one transaction), blobs in 16 MiB
+// chunks, and the 10 MB of an adapter in 400 chunks, a pause before each; with --write-ahead as a
+// coordinator opens its registry.
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
 #include "storage/registry.h"
@@ -9,8 +10,10 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <iostream>
+#include <numeric>
 #include <thread>
 
 namespace tandem::tools {
@@ -24,17 +27,17 @@ void need(const Status& status) {
   std::exit(exit_code(status.code()));
 }
 
-/// Runs `work` `count` times; rate and latencies.
+/// Runs `work` `count` times, each after a pause; rate and latencies without the pauses.
 template <class Work>
-Json measure(int count, Work work) {
+Json measure(int count, Work work, std::chrono::milliseconds pause = {}) {
   std::vector<double> ms;
-  const std::int64_t begin = steady_ns();
   for (int i = 0; i < count; ++i) {
+    if (pause.count() > 0) std::this_thread::sleep_for(pause);
     const std::int64_t start = steady_ns();
     work(i);
     ms.push_back(static_cast<double>(steady_ns() - start) / 1e6);
   }
-  const double seconds = static_cast<double>(steady_ns() - begin) / 1e9;
+  const double seconds = std::accumulate(ms.begin(), ms.end(), 0.0) / 1e3;
   std::sort(ms.begin(), ms.end());
   return {{"n", count},
           {"per_second", count / seconds},
@@ -53,15 +56,35 @@ std::vector<std::byte> noise(std::size_t bytes, std::uint64_t seed) {
   return data;
 }
 
-int run(const std::string& directory, int count) {
+/// What a publish stores, one commit after the platform has been still.
+Json measure_adapters(storage::Registry& registry) {
+  constexpr int kAdapters = 15, kChunks = 400;
+  constexpr std::size_t kChunkBytes = 25'000;
+  std::vector<std::vector<std::byte>> data;
+  for (int i = 0; i < kAdapters * kChunks; ++i)
+    data.push_back(noise(kChunkBytes, 100'000 + static_cast<std::uint64_t>(i)));
+  std::vector<storage::BlobChunk> chunks;
+  for (const auto& bytes : data) chunks.push_back({sha256(bytes), bytes});
+  return measure(
+      kAdapters,
+      [&](int i) {
+        need(registry.blobs().put_verified(
+            std::span(chunks).subspan(static_cast<std::size_t>(i) * kChunks, kChunks)));
+      },
+      std::chrono::milliseconds(1500));
+}
+
+int run(const std::string& directory, int count, bool write_ahead) {
   SystemClock clock;
   storage::RegistryOptions options;
   options.directory = directory;
+  options.write_ahead = write_ahead;
   auto opened = storage::Registry::open(options, clock);
   need(opened.status());
   storage::Registry& registry = **opened;
   Json result{{"bench", "registry"},
               {"directory", directory},
+              {"write_ahead", write_ahead},
               {"cores", std::thread::hardware_concurrency()}};
 
   result["commit"] = measure(count, [&](int i) {
@@ -94,6 +117,7 @@ int run(const std::string& directory, int count) {
     need(registry.blobs().put_chunk(sha256(bytes), bytes));
   });
   result["chunk_16mib"]["mib_per_second"] = result["chunk_16mib"]["per_second"].get<double>() * 16;
+  result["adapter_10mb"] = measure_adapters(registry);
   std::cout << result.dump(2) << "\n";
   return 0;
 }
@@ -104,9 +128,11 @@ int run(const std::string& directory, int count) {
 int main(int argc, char** argv) {
   std::string directory;
   int count = 1000;
+  bool write_ahead = false;
   CLI::App app{"Durable registry work on this disk.", "bench_registry"};
   app.add_option("--dir", directory, "an empty folder on the disk to measure")->required();
   app.add_option("--count", count, "commits and publishes [1000]")->check(CLI::Range(10, 1000000));
+  app.add_flag("--write-ahead", write_ahead, "as a coordinator does");
   CLI11_PARSE(app, argc, argv);
-  return tandem::tools::run(directory, count);
+  return tandem::tools::run(directory, count, write_ahead);
 }

@@ -8,6 +8,10 @@
 
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <unistd.h>
+
+#include <map>
+#include <string>
 
 namespace tandem::storage {
 namespace {
@@ -52,6 +56,51 @@ TEST(LmdbStore, PreallocationGivesTheFileItsBlocks) {
   ASSERT_EQ(::stat((scratch / "db/data.mdb").c_str(), &info), 0);
   EXPECT_GE(info.st_size, 4 << 20);
   EXPECT_GE(info.st_blocks * 512, 4 << 20);
+}
+
+std::int64_t file_bytes(const std::string& path) {
+  struct stat info {};
+  return ::stat(path.c_str(), &info) == 0 ? info.st_size : -1;
+}
+
+TEST(LmdbStore, WhatIsWrittenAheadHarmsNoCommitAndIsThereOnceTheStoreIsStill) {
+  constexpr std::int64_t kAhead = 3 << 20, kMap = 64 << 20;
+  Scratch scratch;
+  if (!require_free_space(scratch.path(), std::int64_t{3} << 30).ok())
+    GTEST_SKIP() << "too little free space for writing ahead";
+  auto store = open_lmdb_store(options_in(scratch / "db", kMap)).value();
+  store->write_ahead(kAhead);
+  // Commits at every distance from the writing, which begins when the store has been still.
+  std::map<std::string, std::string> values;
+  for (int i = 0; i < 40; ++i) {
+    const std::string key = "key" + std::to_string(i);
+    values[key] = std::string(300'000 + 1000 * i, static_cast<char>('a' + i % 26));
+    auto txn = store->begin_write().value();
+    ASSERT_TRUE(txn->put("t", key, values[key]).ok());
+    ASSERT_TRUE(txn->commit().ok());
+    ::usleep(static_cast<useconds_t>(i % 4 == 3 ? 195'000 + 2000 * i : 1000 * i));
+  }
+  const std::int64_t used = store->stats().value().used_bytes;
+  for (int i = 0; i < 1000 && file_bytes(scratch / "db/data.mdb") < used + kAhead; ++i)
+    ::usleep(10'000);
+  EXPECT_GE(file_bytes(scratch / "db/data.mdb"), used + kAhead);
+  EXPECT_LT(file_bytes(scratch / "db/data.mdb"), used + 2 * kAhead);
+  store.reset();
+  const auto again = open_lmdb_store(options_in(scratch / "db", kMap)).value();
+  const auto txn = again->begin_read().value();
+  for (const auto& [key, value] : values) EXPECT_EQ(txn->get("t", key).value(), value) << key;
+}
+
+TEST(LmdbStore, WritingAheadStaysInsideTheMap) {
+  constexpr std::int64_t kMap = 2 << 20;
+  Scratch scratch;
+  if (!require_free_space(scratch.path(), std::int64_t{3} << 30).ok())
+    GTEST_SKIP() << "too little free space for writing ahead";
+  auto store = open_lmdb_store(options_in(scratch / "db", kMap)).value();
+  store->write_ahead(16 << 20);
+  for (int i = 0; i < 1000 && file_bytes(scratch / "db/data.mdb") < kMap; ++i) ::usleep(10'000);
+  ::usleep(300'000);  // longer than it waits for quiet: more would come now
+  EXPECT_EQ(file_bytes(scratch / "db/data.mdb"), kMap);
 }
 
 TEST(LmdbStore, AFullMapIsAClearErrorAndWhatWasThereStays) {

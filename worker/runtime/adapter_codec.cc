@@ -44,14 +44,14 @@ struct TensorView {
 /// Adds tensors to a manifest and their chunks to the object. `on_blob` hears of each chunk in
 /// order, while later ones are still being hashed.
 void add_tensors(PackedObject& object, storage::Manifest& manifest, std::vector<TensorView> tensors,
-                 int threads, const std::function<void(const BlobView&)>& on_blob = {}) {
+                 int threads, const OnBlob& on_blob = {}) {
   std::vector<std::span<const std::byte>> leaves;
   for (const TensorView& tensor : tensors)
     for (const auto& leaf : digest_leaves(tensor.bytes)) leaves.push_back(leaf);
   object.blobs.reserve(leaves.size());
   sha256_each(leaves, threads, [&](std::size_t i, const Digest& digest) {
     object.blobs.push_back({digest, leaves[i]});
-    if (on_blob) on_blob(object.blobs.back());
+    if (on_blob) on_blob(object.blobs.back(), i + 1 == leaves.size());
   });
   std::size_t next = 0;
   for (TensorView& tensor : tensors) {
@@ -190,7 +190,7 @@ storage::PeftConfig peft_config(const model::LoraConfig& lora) {
 
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
                                   std::shared_ptr<const model::FlatAdapter> adapter,
-                                  const std::function<void(const BlobView&)>& on_blob) {
+                                  const OnBlob& on_blob) {
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kAdapter;

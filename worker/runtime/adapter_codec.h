@@ -37,10 +37,11 @@ struct PackedObject {
 };
 
 /// `config` gives r, lora_alpha, use_rslora, patterns and target_modules. Nothing is copied.
-/// `on_blob` gets each chunk as soon as it has its name.
+/// `on_blob` gets each chunk as soon as it has its name, and whether it is the last.
+using OnBlob = std::function<void(const BlobView&, bool last)>;
 Result<PackedObject> pack_adapter(const Digest& base_model, const storage::PeftConfig& config,
                                   std::shared_ptr<const model::FlatAdapter> adapter,
-                                  const std::function<void(const BlobView&)>& on_blob = {});
+                                  const OnBlob& on_blob = {});
 /// `config` null: of a full fine-tune.
 Result<PackedObject> pack_checkpoint(const Digest& base_model, const storage::PeftConfig* config,
                                      std::shared_ptr<const train::TrainState> state);

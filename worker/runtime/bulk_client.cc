@@ -16,7 +16,7 @@ constexpr TimeMs kResendMs = 5000, kPollMs = 100;
 constexpr std::size_t kHasBatch = 4096;
 constexpr std::int64_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
 /// Small enough that storing one group and sending the next overlap.
-constexpr std::int64_t kGroupBytesMax = 4 << 20;
+constexpr std::int64_t kGroupBytesMax = 2 << 20;
 constexpr std::size_t kAskBytesMin = 16 << 20;  ///< less is sent without asking what is there
 
 std::uint64_t& call_id(protocol::BulkRequest& request) {
@@ -36,10 +36,7 @@ void BulkClient::send_due(std::span<Call> calls) {
     if (call.done) continue;
     const bool due = call.sent_ms < 0 || now - call.sent_ms > scaled_ms(kResendMs);
     if (due) {
-      protocol::Bytes payload;
-      payload.reserve(static_cast<std::size_t>(call.bytes));
-      for (const auto& part : call.parts) payload.insert(payload.end(), part.begin(), part.end());
-      if (!endpoint_->send(protocol::encode(call.request), payload).ok())
+      if (!endpoint_->send_parts(protocol::encode(call.request), call.parts).ok())
         return;  // full or away: later
       call.sent_ms = now;
     }
@@ -115,7 +112,7 @@ void BulkClient::Upload::add(const BlobView& blob) {
   const bool joins = open_ && small && calls_.back().bytes + bytes <= kGroupBytesMax &&
                      calls_.back().parts.size() < kHasBatch;
   if (!joins) {
-    client_.send_due(calls_);  // none of these takes more
+    send();  // none of these takes more
     calls_.push_back(
         {.request =
              protocol::BlobPut{client_.next_call_++, small ? Digest{} : blob.digest, pin_, {}},
@@ -128,6 +125,11 @@ void BulkClient::Upload::add(const BlobView& blob) {
   if (small) std::get<protocol::BlobPut>(call.request).parts.push_back({blob.digest, bytes});
   call.parts.push_back(blob.bytes);
   call.bytes += bytes;
+}
+
+void BulkClient::Upload::send() {
+  open_ = false;
+  client_.send_due(calls_);
 }
 
 Status BulkClient::Upload::finish(TimeMs deadline_ms) {

@@ -75,6 +75,8 @@ class BulkClient::Upload {
   /// Small blobs travel together: one message and one commit for a stretch of an adapter, not one
   /// for each tensor. Sends what is complete; never waits.
   void add(const BlobView& blob);
+  /// Sends all that was added so far; never waits.
+  void send();
   /// Sends the rest and waits until all of it is durable. Errors as put().
   Status finish(TimeMs deadline_ms = 0);
 

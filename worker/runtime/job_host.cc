@@ -103,11 +103,8 @@ void JobHost::begin(Prepared prepared) {
   auto run = [&]() -> Status {
     TANDEM_RETURN_IF_ERROR(prepared.status);
     for (const auto& example : prepared.train->examples)
-      if (probe_prompt_.empty())
-        probe_prompt_.assign(
-            example.tokens.begin(),
-            example.tokens.begin() +
-                std::min<std::ptrdiff_t>(train::kProbeTokens, std::ssize(example.tokens)));
+      if (probe_prompt_.empty() && !example.tokens.empty())
+        probe_prompt_ = train::probe_prompt(example.tokens);
     TANDEM_ASSIGN_OR_RETURN(session_,
                             model_.open_session(spec_.train, prepared.train, prepared.eval,
                                                 {prepared.state ? &*prepared.state : nullptr,
@@ -274,8 +271,11 @@ void JobHost::publish() {
                start = start_] {
     const std::int64_t begin = steady_ns();
     BulkClient::Upload upload(bulk, str(start.job, "/", start.epoch));
-    auto object = pack_adapter(start.model.digest, config, adapter,
-                               [&](const BlobView& blob) { upload.add(blob); });
+    auto object =
+        pack_adapter(start.model.digest, config, adapter, [&](const BlobView& blob, bool last) {
+          upload.add(blob);
+          if (last) upload.send();  // beside it, the manifest is written
+        });
     times->pack_ms = static_cast<double>(steady_ns() - begin) / 1e6;
     if (object.ok()) named(object->digest);
     *failure = object.ok() ? upload.finish() : object.status();

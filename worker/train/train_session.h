@@ -18,6 +18,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -103,9 +104,12 @@ struct SessionOptions {
   const std::vector<model::HostAdapterTensor>* initial = nullptr;
 };
 
-/// Tokens of a probe's prompt at most. Few are enough: each token passes every tensor of the
-/// adapter. All logits are held at once.
-inline constexpr std::int64_t kProbeTokens = 4;
+/// Tokens of a probe's prompt at most. Two different ones are the fewest that do: each token passes
+/// every tensor, but of one token attention's weights are 1 whatever q and k are, and of two equal
+/// ones the values that are weighed are equal.
+inline constexpr std::int64_t kProbeTokens = 2;
+/// The first token of a document and the first other one (any other, where there is none).
+[[nodiscard]] std::vector<std::int32_t> probe_prompt(std::span<const std::int32_t> document);
 
 class TrainSession {
  public:
@@ -152,9 +156,10 @@ class TrainSession {
   /// Elements of flat_adapter(); 0 where the session has none (several ranks, full fine-tuning).
   [[nodiscard]] std::int64_t flat_elements() const;
 
-  /// Largest absolute difference between the logits of every position of `prompt` (1 to
-  /// kProbeTokens tokens) with the trained adapter and with `other`, in one pass over both; 0
-  /// when the published dtype keeps the compute dtype's bits.
+  /// Largest absolute difference between the logits after `prompt` (kProbeTokens tokens) with the
+  /// trained adapter and with `other`, in one pass over both; 0 when the published dtype keeps the
+  /// compute dtype's bits. Of the last position alone: its row passes every tensor of every block
+  /// itself, and the first position's k and v reach it through attention.
   double probe(const std::vector<std::int32_t>& prompt,
                std::shared_ptr<const model::AdapterWeights> other);
 
@@ -162,7 +167,8 @@ class TrainSession {
   /// This rank's pieces of the trained weights, in f32, named as in checkpoints (".param").
   [[nodiscard]] std::vector<StateTensor> export_weights() const;
   /// Of one rank, when training is over: the weights become those of `published`. Returns the
-  /// largest absolute difference that this makes to the logits of `prompt` (as probe()).
+  /// largest absolute difference that this makes to the logits of every position of `prompt` (1 to
+  /// kProbeTokens tokens).
   double probe_published(const std::vector<std::int32_t>& prompt,
                          const model::TensorSource& published);
 

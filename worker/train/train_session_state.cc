@@ -113,10 +113,17 @@ void TrainSession::Impl::take_state() {
 // -- probe
 // -----------------------------------------------------------------------------------------
 
+std::vector<std::int32_t> probe_prompt(std::span<const std::int32_t> document) {
+  TANDEM_CHECK(!document.empty());
+  const std::int32_t first = document.front();
+  const auto other = std::find_if(document.begin(), document.end(),
+                                  [&](std::int32_t token) { return token != first; });
+  return {first, other != document.end() ? *other : first == 0 ? 1 : 0};
+}
+
 double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
                                  std::shared_ptr<const model::AdapterWeights> other) {
-  const auto tokens = static_cast<std::int64_t>(prompt.size());
-  TANDEM_CHECK(tokens >= 1 && tokens <= kProbeTokens, tokens, " tokens");
+  TANDEM_CHECK_EQ(std::ssize(prompt), kProbeTokens);
   kernels::Exec exec = parts_.context.exec;
   exec.background = true;  // beside it, the adapter is hashed and uploaded
   model::Context ctx{parts_.context.ops, exec, parts_.context.comm, parts_.context.activations,
@@ -132,9 +139,11 @@ double TrainSession::Impl::probe(const std::vector<std::int32_t>& prompt,
   const Tensor hidden =
       ctx.activations.alloc({batch.tokens(), transformer_.config().width}, ctx.compute_dtype);
   both.forward(ctx, batch, {}, hidden, nullptr, recompute_);
-  const Tensor device =
-      ctx.activations.alloc({2 * tokens, transformer_.config().vocab}, DType::kF32);
-  both.logits(ctx, hidden.rows(0, 2 * tokens), device);
+  const Tensor ends = ctx.activations.alloc({2, transformer_.config().width}, ctx.compute_dtype);
+  for (std::int64_t half = 0; half < 2; ++half)
+    ctx.ops.copy(ctx.exec, hidden.rows((half + 1) * kProbeTokens - 1, 1), ends.rows(half, 1));
+  const Tensor device = ctx.activations.alloc({2, transformer_.config().vocab}, DType::kF32);
+  both.logits(ctx, ends, device);
   std::vector<float> logits(static_cast<std::size_t>(device.elements()));
   ctx.ops.download(ctx.exec, device, std::as_writable_bytes(std::span(logits)));
   const std::span<const float> all(logits);
