@@ -345,7 +345,7 @@ void Jobs::start(Job job, const Placement& placement) {
   timers_[job.id] = {context_.now().ms, context_.now().ms, -1, 0};
   set_state(job, JobState::kStarting,
             str("on ", worker.id,
-                job.gang() ? str(" and ", job.members.size() - 1, " more") : std::string(),
+                job.members.size() > 1 ? str(" and ", job.members.size() - 1, " more") : "",
                 job.step > 0 ? str(" from step ", job.step) : "",
                 job.epoch > 1 ? str(", epoch ", job.epoch) : ""));
   send_start(job, worker);

@@ -94,13 +94,9 @@ Result<std::vector<std::vector<float>>> fetch_tensors(const storage::Manifest& m
   std::size_t next = 0;
   for (const auto& tensor : manifest.tensors) {
     std::vector<std::byte> bytes;
-    for (std::size_t i = 0; i < tensor.chunks.size(); ++i) {
-      auto& blob = blobs[next++];
-      if (bytes.empty())
-        bytes = std::move(blob);
-      else
-        bytes.insert(bytes.end(), blob.begin(), blob.end());
-    }
+    if (!tensor.chunks.empty()) bytes = std::move(blobs[next++]);
+    for (std::size_t i = 1; i < tensor.chunks.size(); ++i, ++next)
+      bytes.insert(bytes.end(), blobs[next].begin(), blobs[next].end());
     if (static_cast<std::int64_t>(bytes.size()) != tensor.bytes)
       return corrupt_error(str("tensor ", tensor.name, " has ", bytes.size(),
                                " bytes, its manifest says ", tensor.bytes));

@@ -126,8 +126,8 @@ std::string python_capitalize(const std::string& s);
 std::string python_replace(const std::string& s, const std::string& from, const std::string& to,
                            std::int64_t count);
 /// The text of an argument. Invalid: another type.
-const std::string& require_text(const Value& value, const std::string& what);
-std::int64_t require_int(const Value& value, const std::string& what);
+const std::string& require_text(const Value& value, std::string_view what);
+std::int64_t require_int(const Value& value, std::string_view what);
 /// The first occurrence from `from` on, or npos. Linear in the text, whatever the needle.
 std::size_t find_text(std::string_view text, std::string_view needle, std::size_t from = 0);
 

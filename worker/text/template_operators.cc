@@ -118,13 +118,13 @@ std::vector<std::size_t> slice_indices(std::int64_t size, const Value& start, co
 
 }  // namespace
 
-const std::string& require_text(const Value& value, const std::string& what) {
+const std::string& require_text(const Value& value, std::string_view what) {
   if (value.string() == nullptr)
     template_invalid(str(what, " has to be a text, not a ", type_name(value)));
   return *value.string();
 }
 
-std::int64_t require_int(const Value& value, const std::string& what) {
+std::int64_t require_int(const Value& value, std::string_view what) {
   std::int64_t i = 0;
   if (!value.as_int(i))
     template_invalid(str(what, " has to be a whole number, not a ", type_name(value)));
