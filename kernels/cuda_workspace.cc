@@ -74,6 +74,9 @@ LinearForwardLayout linear_forward_layout(const LinearArgs& a, const DeviceProfi
     l.columns = static_cast<std::int64_t>(a.sites.size()) * a.adapters->rank_max;
     l.single = a.adapters->segments_max == 1;
     l.thin = is_thin(a.sites, *a.adapters, a.x, a.weight->n, profile);
+    // In one pass: not where each site has a mask, or a pass, of its own.
+    l.makes_x = l.thin && a.make_x.gate_up.defined() && l.columns <= kThinRankMax &&
+                (a.adapters->dropout == 0.0f || a.sites.size() == 1) && t <= kThinRowsMax / 2;
     if (!a.u.defined()) l.u = layout.add(t * l.columns * size);
     if (l.single) l.b = layout.add(a.weight->n * l.columns * size);
     if (l.single && !l.thin) {

@@ -20,6 +20,7 @@ struct LinearForwardLayout {
   std::int64_t columns = 0;
   bool single = false;       ///< one segment; else rows of any adapters, by the segmented kernels
   bool thin = false;         ///< single, by lora_thin.h
+  bool makes_x = false;      ///< of its recipe, in the pass for u
   std::int64_t u = 0;        ///< [T, columns] cd, where the caller keeps none
   std::int64_t a = 0;        ///< single, not thin: [columns, I] cd: s A
   std::int64_t b = 0;        ///< single: [N, columns] cd

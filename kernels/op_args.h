@@ -107,7 +107,7 @@ struct SiluMulBackwardArgs {
 
 /// y = x W^T + bias + sum over sites of s B (A dropout(x)).
 struct LinearArgs {
-  Tensor x;                     ///< [T, I] cd
+  Tensor x;                     ///< [T, I] cd; with make_x overwritten
   const PackedWeight* weight;   ///< [N, I]
   Tensor bias;                  ///< [N] cd or undefined
   std::vector<LoraSite> sites;  ///< empty: plain linear
@@ -116,6 +116,9 @@ struct LinearArgs {
   /// [T, sites * rank_max] cd, overwritten: s A dropout(x) of each site in turn, zeros where a row
   /// has no adapter or a smaller rank; saved for backward. May be undefined (serving).
   Tensor u;
+  /// gate_up defined: x is its out, made to the op's bits on the way to u, if the backend can; else
+  /// by its op, before.
+  SiluMulArgs make_x{};
 };
 /// The op that made a linear's x, without its output: backward makes x once more, to the same bits.
 /// At most one is given.
@@ -307,11 +310,10 @@ struct SquaredNormArgs {
 /// AdamW (Loshchilov & Hutter 2019), decoupled decay as torch.optim.AdamW orders it. The gradient
 /// is first multiplied by min(1, max_norm / (sqrt(squared_norm) + 1e-6)) when max_norm > 0.
 struct AdamWArgs {
-  Tensor param;     ///< f32 master, updated
-  Tensor grad;      ///< f32, same shape
-  Tensor m, v;      ///< f32 moments, updated
-  Tensor param_cd;  ///< compute-dtype copy, overwritten; undefined when cd is f32 (param itself is
-                    ///< used)
+  Tensor param;         ///< f32 master, updated
+  Tensor grad;          ///< f32, same shape
+  Tensor m, v;          ///< f32 moments, updated
+  Tensor param_cd;      ///< param rounded to the compute dtype, overwritten; undefined: not wanted
   Tensor squared_norm;  ///< [1] f32 from SquaredNorm; undefined: no clipping
   float max_norm;
   float lr, beta1, beta2, eps, weight_decay;

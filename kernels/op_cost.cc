@@ -46,7 +46,7 @@ double pair_flops(const AttentionSpec& spec) {
 OpCost op_cost(const LinearArgs& a) {
   const LowRank lora = low_rank(a.sites, a.adapters, a.x.dim(0), a.weight->i);
   return {product(a.x.dim(0), a.weight->n, a.weight->i) + lora.inputs + lora.outputs, 0.0,
-          bytes_of(a.x, a.weight->storage, a.y, a.u)};
+          bytes_of(a.x, a.weight->storage, a.y, a.u, a.make_x.gate_up)};
 }
 
 OpCost op_cost(const LinearBackwardArgs& a) {

@@ -74,14 +74,25 @@ void Ops::linear_forward(Exec& exec, const LinearArgs& a) {
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.y.dim(1);
   check.weight("weight", a.weight, cd, n, i);
   check.optional("bias", a.bias, cd, Shape{n});
+  const Tensor& gate_up = a.make_x.gate_up;
+  check.optional("gate_up", gate_up, cd, Shape{t, 2 * i});
+  check.that(!gate_up.defined() || (a.x.defined() && a.make_x.out.data == a.x.data),
+             "x: expected to be what make_x writes");
   check.tensor("y", a.y, a.y.dtype == sum_dtype(cd) ? sum_dtype(cd) : cd, Shape{t, n});
   check_adapters(check, a.sites, a.adapters, n);
   check.optional("u", a.u, cd, Shape{t, u_columns(a.sites, a.adapters)});
   check.disjoint("y", a.y, "x", a.x);
   check.disjoint("u", a.u, "x", a.x);
   check.disjoint("u", a.u, "y", a.y);
+  check.disjoint("gate_up", gate_up, "x", a.x);
+  check.disjoint("gate_up", gate_up, "y", a.y);
+  check.disjoint("gate_up", gate_up, "u", a.u);
   if (t == 0) return;
-  do_linear_forward(exec, a);
+  if (!gate_up.defined() || makes_input(a, profile())) return do_linear_forward(exec, a);
+  silu_mul_forward(exec, a.make_x);
+  LinearArgs made = a;
+  made.make_x = {};
+  do_linear_forward(exec, made);
 }
 
 void Ops::linear_backward(Exec& exec, const LinearBackwardArgs& a) {

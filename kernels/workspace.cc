@@ -229,6 +229,10 @@ std::int64_t workspace_bytes(const LinearBackwardArgs& a, const DeviceProfile& p
                           : linear_backward_workspace(a, profile).bytes;
 }
 
+bool makes_input(const LinearArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) && cuda::linear_forward_layout(a, profile).makes_x;
+}
+
 bool makes_input(const LinearBackwardArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) && cuda::linear_backward_layout(a, profile).makes_x;
 }

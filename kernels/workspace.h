@@ -37,8 +37,9 @@ std::int64_t workspace_bytes(const PagedAttentionArgs& args, const DeviceProfile
 std::int64_t workspace_bytes(const SampleArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const SquaredNormArgs& args, const DeviceProfile& profile);
 
-/// Whether linear_backward makes x, or dy, of its recipe where it reads it; else the recipe's op
-/// runs before. x is then shape and dtype alone.
+/// Whether a linear makes x, or dy, of its recipe where it reads it; else the recipe's op runs
+/// before. In backward x is then shape and dtype alone.
+bool makes_input(const LinearArgs& args, const DeviceProfile& profile);
 bool makes_input(const LinearBackwardArgs& args, const DeviceProfile& profile);
 bool makes_gradient(const LinearBackwardArgs& args, const DeviceProfile& profile);
 

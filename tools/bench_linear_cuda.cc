@@ -1,9 +1,9 @@
 // bench_linear_cuda [check] [time] [more]: a training linear with one adapter on GPU 0. check: held
 // against the CPU backend in f32 on the same bf16 inputs, two runs compared bit for bit. time:
 // forward and backward at model shapes, with the adapter and without it; the difference is what the
-// adapter costs. One line a case; `layer` sums the linears of one layer. TANDEM_CUDA_PROFILE=1
-// prints every product and pass; TANDEM_LORA_GEMM=off takes cuBLASLt's products for the low-rank
-// part.
+// adapter costs; of `down` also forward behind the silu * up that makes its x, apart and in one op.
+// One line a case; `layer` sums the linears of one layer. TANDEM_CUDA_PROFILE=1 prints every
+// product and pass; TANDEM_LORA_GEMM=off takes cuBLASLt's products for the low-rank part.
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/random.h"
@@ -114,6 +114,16 @@ class Device {
                                  adapter ? &rows_ : nullptr,
                                  y,
                                  adapter ? u : Tensor{}});
+  }
+  /// Forward of an x that is silu * up of gate_up [T, 2 I]: made by the linear, or before.
+  void gated_forward(const Tensor& gate_up, bool made) {
+    const SiluMulArgs make_x{gate_up, x};
+    if (!made) ops().silu_mul_forward(exec_, make_x);
+    ops().linear_forward(exec_,
+                         {x, &weight_, {}, sites_, &rows_, y, u, made ? make_x : SiluMulArgs{}});
+  }
+  Tensor gate_up() {
+    return put(values(case_.t * 2 * case_.i, 4, 1.0), Shape{case_.t, 2 * case_.i}, x.dtype);
   }
   void backward(bool adapter) {
     ops().linear_backward(exec_, {dy, x, &weight_, adapter ? sites_ : std::vector<LoraSite>{},
@@ -263,6 +273,13 @@ void time_layer(const std::string& name, const std::vector<Case>& cases) {
                   gpu.microseconds([&] { gpu.backward(true); }),
                   gpu.microseconds([&] { gpu.backward(false); })};
     print_times(name + " " + c.name, t);
+    if (c.name == "down") {
+      const Tensor gate_up = gpu.gate_up();
+      const double apart = gpu.microseconds([&] { gpu.gated_forward(gate_up, false); });
+      const double made = gpu.microseconds([&] { gpu.gated_forward(gate_up, true); });
+      std::printf("time  %-22s silu and fwd %7.1f made by fwd %7.1f us\n",
+                  (name + " " + c.name).c_str(), apart, made);
+    }
     sum.forward += t.forward;
     sum.forward_plain += t.forward_plain;
     sum.backward += t.backward;

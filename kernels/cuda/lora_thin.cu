@@ -1,5 +1,8 @@
 // u = s A x and du = s dy B. A cluster takes 128 rows, its blocks equal parts of the inner size;
-// a warp takes 16 rows and all columns.
+// a warp takes 16 rows and all columns. Where x is silu(gate) * up, the pass for u can make it: of
+// gate and up, which pass instead; it is written before it is multiplied. Its blocks take two parts
+// of half the rows side by side: of such clusters, half as large, a Hopper GPU holds as many as
+// 4,096 rows make, and no sum is cut otherwise.
 #include "kernels/cuda/lora_thin.cuh"
 
 namespace tandem::kernels::cuda {
@@ -9,16 +12,26 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kRows = 16 * kWarps, kStep = 64;
-constexpr int kInnerPerBlock = 512;  ///< at least: the cluster's size depends on nothing else
+constexpr int kInnerPerPart = 512;  ///< at least: their number depends on nothing else
 
-/// Shared memory: stages of [kRows, kStep] of x or dy, each followed by the factor's tile: of A
-/// [kColumns, kStep], of B [kStep, kColumns + kChunk]; then, in its place, sums
-/// [kRows, kColumns + 4] f32.
-template <int kColumns>
+/// What passes: x; gate and up, of which x is made; or dy.
+enum class Pass { kX, kMadeX, kDy };
+
+/// Shared memory: stages of [kParts][kTileRows, kStep] of x or dy, or two of gate and up, each
+/// followed by the factor's tiles: of A [kParts][kColumns, kStep], of B [kStep, kColumns + kChunk];
+/// then, in its place, sums [kParts][kTileRows, kColumns + 4] f32.
+template <int kColumns, Pass kPass>
 struct Tiles {
+  static constexpr bool kMakes = kPass == Pass::kMadeX;
+  static constexpr int kBlocks = kColumns <= (kMakes ? 32 : 64) ? 2 : 1;  ///< a multiprocessor
+  static constexpr int kStages = kMakes && kBlocks == 2 ? 3 : thin::kStages;
+  static constexpr int kParts = kMakes && kColumns <= 16 ? 2 : 1;  ///< of the inner size
+  static constexpr int kTileRows = kRows / kParts;
   static constexpr int kWide = kRows * kStep;
   static constexpr int kBRow = kColumns + kChunk;
-  static constexpr int kStage = kWide + kStep * kBRow;
+  static constexpr int kFactorAt = kMakes ? 2 * kWide : kWide;
+  static constexpr int kStage =
+      kFactorAt + kStep * (kPass == Pass::kDy ? kBRow : kParts * kColumns);
   static constexpr int kSumRow = kColumns + 4;
   static constexpr std::size_t kBytes =
       std::max<std::size_t>(sizeof(bf16_t) * kStages * kStage, sizeof(float) * kRows * kSumRow);
@@ -36,13 +49,19 @@ __device__ inline bool is_aligned(const void* p) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
 }
 
-/// The factor's tile for one step. Columns of A are inputs, rows of B are outputs.
-template <int kColumns, bool kIsU>
+/// The factor's tile for one step, `part` further on for each further part. Columns of A are
+/// inputs, rows of B are outputs.
+template <int kColumns, Pass kPass>
 __device__ inline void load_factor(const SegmentsView& v, const Group& group,
-                                   const LoraEntry* entries, int k, int end, int width,
-                                   bf16_t* tile) {
-  if constexpr (kIsU) {
-    for (int e = static_cast<int>(threadIdx.x); e < kColumns * kStep / kChunk; e += kThreads) {
+                                   const LoraEntry* entries, int first, int part, int end,
+                                   int width, bf16_t* tiles) {
+  using T = Tiles<kColumns, kPass>;
+  constexpr int kTile = kColumns * kStep;
+  if constexpr (kPass != Pass::kDy) {
+    for (int all = static_cast<int>(threadIdx.x); all < T::kParts * kTile / kChunk;
+         all += kThreads) {
+      const int e = all % (kTile / kChunk), k = first + all / (kTile / kChunk) * part;
+      bf16_t* tile = tiles + all / (kTile / kChunk) * kTile;
       const int column = e / (kStep / kChunk), chunk = e % (kStep / kChunk);
       const int s = column / v.rank_max, r = column % v.rank_max;
       const bf16_t* row = nullptr;
@@ -54,13 +73,13 @@ __device__ inline void load_factor(const SegmentsView& v, const Group& group,
   } else {
     const LoraEntry& entry = entries[0];
     const int n_begin = v.site[group.first].n_begin;
-    for (int e = static_cast<int>(threadIdx.x); e < kStep * kColumns / kChunk; e += kThreads) {
+    for (int e = static_cast<int>(threadIdx.x); e < kTile / kChunk; e += kThreads) {
       const int inner = e / (kColumns / kChunk), r = e % (kColumns / kChunk) * kChunk;
       const bf16_t* row = nullptr;
-      if (k + inner < end)
+      if (first + inner < end)
         row = static_cast<const bf16_t*>(entry.b) +
-              static_cast<std::int64_t>(k + inner - n_begin) * entry.rank;
-      copy_chunk(tile + inner * Tiles<kColumns>::kBRow + r, row, r, entry.rank, is_aligned(row));
+              static_cast<std::int64_t>(first + inner - n_begin) * entry.rank;
+      copy_chunk(tiles + inner * T::kBRow + r, row, r, entry.rank, is_aligned(row));
     }
   }
 }
@@ -99,13 +118,24 @@ __device__ void gather(const SegmentsView& v, const LoraEntry* entries, int size
   }
 }
 
-/// Grid (cluster, tiles of rows, groups and one more that gathers).
-template <int kColumns, bool kIsU>
-__global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
-    contract_kernel(const SegmentsView v, const bf16_t* wide, int width, bool by_site, bf16_t* out,
+/// x or dy [T, width]; or gate_up [T, 2 width], and where the x goes that is made of it.
+struct Wide {
+  const bf16_t* at;
+  int width;
+  bf16_t* made = nullptr;
+};
+
+/// Grid (cluster, tiles of rows, groups and one more that gathers); an x is made in one group.
+/// `parts` of the inner size over a cluster.
+template <int kColumns, Pass kPass>
+__global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
+    contract_kernel(const SegmentsView v, const Wide wide, int parts, bool by_site, bf16_t* out,
                     int gather_size, bf16_t* gathered) {
 #if __CUDA_ARCH__ >= 900
-  using T = Tiles<kColumns>;
+  using T = Tiles<kColumns, kPass>;
+  constexpr bool kIsU = kPass != Pass::kDy;
+  constexpr int kStages = T::kStages;
+  const int width = wide.width;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ LoraEntry entries[kSitesMax];
   auto* tiles = reinterpret_cast<bf16_t*>(memory);
@@ -123,50 +153,70 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   }
   const SiteView& site = v.site[group.first];
   const int k_begin = kIsU ? 0 : site.n_begin, k_end = kIsU ? width : site.n_begin + site.n;
-  const int parts = static_cast<int>(gridDim.x), part = static_cast<int>(blockIdx.x);
   const int steps_all = (k_end - k_begin + kStep - 1) / kStep;
   const int steps_part = (steps_all + parts - 1) / parts;
-  const int first_step = part * steps_part;
+  // Of this block's first part; the second one's end, where they are fewer, is zeros.
+  const int first_step = static_cast<int>(blockIdx.x) * T::kParts * steps_part;
   const int steps = max(0, min(steps_part, steps_all - first_step));
-  const int row0 = static_cast<int>(blockIdx.y) * kRows;
+  const int row0 = static_cast<int>(blockIdx.y) * T::kTileRows;
   const DropoutMask mask(v, site, width);
   const bool drops = kIsU && mask.drops();
 
+  /// f(row, column, place in its tile) of a chunk that this thread copies: one of every kRowStep-th
+  /// row.
+  constexpr int kRowStep = kThreads / (kStep / kChunk);
+  const int my_row = tid / (kStep / kChunk), my_chunk = tid % (kStep / kChunk);
+  const auto chunk = [&](int step, int k, const auto& f) {
+    const int row = my_row + k * kRowStep, part = row / T::kTileRows;
+    const int first = k_begin + (first_step + part * steps_part + step) * kStep;
+    f(row0 + row % T::kTileRows, first + my_chunk * kChunk,
+      tiles + step % kStages * T::kStage + row * kStep + swizzled(row, my_chunk));
+  };
+  const auto each_chunk = [&](int step, const auto& f) {
+#pragma unroll
+    for (int k = 0; k < kRows / kRowStep; ++k) chunk(step, k, f);
+  };
   const auto load = [&](int step) {
     if (step < steps) {
-      bf16_t* tile = tiles + step % kStages * T::kStage;
-      const int k = k_begin + (first_step + step) * kStep;
-#pragma unroll
-      for (int e = tid; e < T::kWide / kChunk; e += kThreads) {
-        const int row = e / (kStep / kChunk), chunk = e % (kStep / kChunk);
-        const int at = k + chunk * kChunk;
-        const bool inside = row0 + row < v.t && at < k_end;
-        copy_16_async(tile + row * kStep + swizzled(row, chunk),
-                      wide + (inside ? static_cast<std::int64_t>(row0 + row) * width + at : 0),
-                      inside);
-      }
-      load_factor<kColumns, kIsU>(v, group, entries, k, k_end, width, tile + T::kWide);
+      each_chunk(step, [&](int row, int at, bf16_t* to) {
+        const bool inside = row < v.t && at < k_end;
+        const std::int64_t before = inside ? static_cast<std::int64_t>(row) * width : 0;
+        const bf16_t* from = wide.at + (T::kMakes ? 2 * before : before) + (inside ? at : 0);
+        copy_16_async(to, from, inside);
+        if constexpr (T::kMakes) copy_16_async(to + T::kWide, from + (inside ? width : 0), inside);
+      });
+      load_factor<kColumns, kPass>(v, group, entries, k_begin + (first_step + step) * kStep,
+                                   steps_part * kStep, k_end, width,
+                                   tiles + step % kStages * T::kStage + T::kFactorAt);
     }
     commit();
   };
-  const auto drop = [&](int step) {  // what this thread copied
-    bf16_t* tile = tiles + step % kStages * T::kStage;
-    const int k = k_begin + (first_step + step) * kStep;
-    for (int e = tid; e < T::kWide / kChunk; e += kThreads) {
-      const int row = e / (kStep / kChunk), chunk = e % (kStep / kChunk);
-      drop_8(mask, row0 + row, k + chunk * kChunk, tile + row * kStep + swizzled(row, chunk));
-    }
+  /// x of a step, in gate's tile and in memory.
+  const auto make = [&](int step) {
+    each_chunk(step, [&](int row, int at, bf16_t* tile) {
+      uint4& x = *reinterpret_cast<uint4*>(tile);
+      x = silu_mul_8(x, *reinterpret_cast<const uint4*>(tile + T::kWide));
+      if (row < v.t && at < k_end)
+        *reinterpret_cast<uint4*>(wide.made + static_cast<std::int64_t>(row) * width + at) = x;
+    });
+  };
+  const auto drop = [&](int step) {
+#pragma unroll 1  // few registers
+    for (int k = 0; k < kRows / kRowStep; ++k)
+      chunk(step, k, [&](int row, int at, bf16_t* x) { drop_8(mask, row, at, x); });
   };
 
   float sum[kColumns / 8][4] = {};
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
     wait<kStages - 2>();
+    if constexpr (T::kMakes) make(step);
     if (drops) drop(step);
     __syncthreads();
     load(step + kStages - 1);
     const bf16_t* tile = tiles + step % kStages * T::kStage;
-    const bf16_t* factor = tile + T::kWide;
+    const bf16_t* factor =
+        tile + T::kFactorAt + warp * 16 / T::kTileRows * (kColumns * kStep);  // of the warp's part
 #pragma unroll
     for (int k = 0; k < kStep; k += 16) {
       std::uint32_t x[4];
@@ -198,14 +248,15 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
           make_float2(sum[c / 8][2 * half], sum[c / 8][2 * half + 1]);
   const cg::cluster_group cluster = cg::this_cluster();
   cluster.sync();
-  const int rows = kRows / parts, pairs = group.columns / 2;
+  const int rows = T::kTileRows / static_cast<int>(gridDim.x), pairs = group.columns / 2;
   for (int e = tid; e < rows * pairs; e += kThreads) {
-    const int row = part * rows + e / pairs, column = e % pairs * 2;
+    const int row = static_cast<int>(blockIdx.x) * rows + e / pairs, column = e % pairs * 2;
     if (row0 + row >= v.t) break;
     float2 total = make_float2(0.0f, 0.0f);
     for (int p = 0; p < parts; ++p) {
       const float2 other = *reinterpret_cast<const float2*>(
-          cluster.map_shared_rank(sums, static_cast<unsigned>(p)) + row * T::kSumRow + column);
+          cluster.map_shared_rank(sums, static_cast<unsigned>(p / T::kParts)) +
+          (p % T::kParts * T::kTileRows + row) * T::kSumRow + column);
       total.x += other.x;
       total.y += other.y;
     }
@@ -218,49 +269,63 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
 #endif
 }
 
-template <int kColumns, bool kIsU>
-void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Tensor& wide,
+template <int kColumns, Pass kPass>
+void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wide& wide,
               const Tensor& out, const Tensor& gathered) {
+  constexpr bool kIsU = kPass != Pass::kDy;
   int inner = 0;
   for (int s = 0; s < v.sites; ++s) inner = std::max(inner, v.site[s].n);
-  if (kIsU) inner = static_cast<int>(wide.dim(1));
-  const unsigned cluster = cluster_size(inner / kInnerPerBlock);
+  if (kIsU) inner = wide.width;
+  using T = Tiles<kColumns, kPass>;
+  const unsigned parts = cluster_size(inner / kInnerPerPart);
+  const unsigned cluster = std::max(1U, parts / T::kParts);
   const auto groups = static_cast<unsigned>(by_site ? v.sites : 1);
+  TANDEM_CHECK(kPass != Pass::kMadeX || groups == 1, groups, " passes would make x");
   const bool gathers = gathered.defined();
-  launch(
-      stream, contract_kernel<kColumns, kIsU>,
-      dim3(cluster, static_cast<unsigned>((v.t + kRows - 1) / kRows), groups + (gathers ? 1 : 0)),
-      cluster, Tiles<kColumns>::kBytes, v, wide.as<const bf16_t>(), static_cast<int>(wide.dim(1)),
-      by_site, out.as<bf16_t>(), gathers ? static_cast<int>(gathered.dim(kIsU ? 0 : 1)) : 0,
-      gathers ? gathered.as<bf16_t>() : nullptr);
+  launch(stream, contract_kernel<kColumns, kPass>,
+         dim3(cluster, static_cast<unsigned>((v.t + T::kTileRows - 1) / T::kTileRows),
+              groups + (gathers ? 1 : 0)),
+         cluster, T::kBytes, v, wide, static_cast<int>(parts), by_site, out.as<bf16_t>(),
+         gathers ? static_cast<int>(gathered.dim(kIsU ? 0 : 1)) : 0,
+         gathers ? gathered.as<bf16_t>() : nullptr);
 }
 
-template <bool kIsU>
-void run(cudaStream_t stream, const ThinSites& sites, bool by_site, const Tensor& wide,
+template <Pass kPass>
+void run(cudaStream_t stream, const ThinSites& sites, bool by_site, const Wide& wide,
          const Tensor& out, const Tensor& gathered) {
-  if (wide.dim(0) == 0) return;
-  const SegmentsView v = segments_view(sites.sites, 0, sites.rows, wide.dim(0));
+  if (out.dim(0) == 0) return;
+  const SegmentsView v = segments_view(sites.sites, 0, sites.rows, out.dim(0));
   const int columns = by_site ? v.rank_max : v.columns;
-  const auto pass = columns <= 16   ? contract<16, kIsU>
-                    : columns <= 32 ? contract<32, kIsU>
-                    : columns <= 48 ? contract<48, kIsU>
-                    : columns <= 64 ? contract<64, kIsU>
-                                    : contract<128, kIsU>;
+  const auto pass = columns <= 16   ? contract<16, kPass>
+                    : columns <= 32 ? contract<32, kPass>
+                    : columns <= 48 ? contract<48, kPass>
+                    : columns <= 64 ? contract<64, kPass>
+                                    : contract<128, kPass>;
   TANDEM_CHECK_LE(columns, kThinColumnsMax);
   pass(stream, v, by_site, wide, out, gathered);
+}
+
+Wide given(const Tensor& x) {
+  return {x.as<const bf16_t>(), static_cast<int>(x.dim(1))};
 }
 
 }  // namespace
 }  // namespace thin
 
-void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const Tensor& x, const Tensor& u,
-                 const Tensor& b) {
-  thin::run<true>(stream, sites, sites.rows.dropout > 0.0f || u.dim(1) > kThinColumnsMax, x, u, b);
+void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const SiluMulArgs& make_x,
+                 const Tensor& x, const Tensor& u, const Tensor& b) {
+  const bool by_site = sites.rows.dropout > 0.0f || u.dim(1) > kThinColumnsMax;
+  thin::Wide wide = thin::given(x);
+  if (!make_x.gate_up.defined())
+    return thin::run<thin::Pass::kX>(stream, sites, by_site, wide, u, b);
+  wide.at = make_x.gate_up.as<const thin::bf16_t>();
+  wide.made = x.as<thin::bf16_t>();
+  thin::run<thin::Pass::kMadeX>(stream, sites, by_site, wide, u, b);
 }
 
 void lora_thin_du(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& du,
                   const Tensor& a) {
-  thin::run<false>(stream, sites, true, dy, du, a);
+  thin::run<thin::Pass::kDy>(stream, sites, true, thin::given(dy), du, a);
 }
 
 }  // namespace tandem::kernels::cuda

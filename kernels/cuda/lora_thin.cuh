@@ -7,6 +7,7 @@
 #include "kernels/cuda/lora_thin.h"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/shared_tiles.cuh"
+#include "kernels/cuda/silu.cuh"
 
 #include <cooperative_groups.h>
 
@@ -55,6 +56,14 @@ __device__ inline void drop_8(const DropoutMask& mask, int row, int column, bf16
     pair[2 * half + 1] = pack_bf16(four[2], four[3]);
   }
   *reinterpret_cast<uint4*>(x) = bits;
+}
+
+/// Eight columns of silu(gate) * up, rounded as the op rounds them.
+__device__ inline uint4 silu_mul_8(const uint4& gate, const uint4& up) {
+  const auto one = [](std::uint32_t g, std::uint32_t u) {
+    return pack_bf16(silu_mul(low_f32(g), low_f32(u)), silu_mul(high_f32(g), high_f32(u)));
+  };
+  return {one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w)};
 }
 
 /// A launch of clusters of `cluster` blocks along x, begun early (see launch_dependents()). Before

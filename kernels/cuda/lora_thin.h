@@ -23,9 +23,10 @@ struct ThinSites {
 
 /// The other factor, wanted as one block-diagonal matrix for the product that follows; gathered by
 /// idle blocks of the same launch. Undefined: not wanted.
-/// u [T, sites * rank_max] = s A dropout(x); b [N, sites * rank_max]: B, unscaled.
-void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const Tensor& x, const Tensor& u,
-                 const Tensor& b);
+/// u [T, sites * rank_max] = s A dropout(x); b [N, sites * rank_max]: B, unscaled. x is read, or
+/// where the layout says so made as make_x says and written.
+void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const SiluMulArgs& make_x,
+                 const Tensor& x, const Tensor& u, const Tensor& b);
 /// du = s dy B; a [sites * rank_max, I]: A, unscaled.
 void lora_thin_du(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& du,
                   const Tensor& a);

@@ -3,7 +3,6 @@
 // 32 columns; narrow matrices have fewer warps beside one another and more below. An x that nobody
 // kept is made on the way, of what passes instead.
 #include "kernels/cuda/lora_thin.cuh"
-#include "kernels/cuda/silu.cuh"
 
 namespace tandem::kernels::cuda {
 namespace thin {
@@ -41,19 +40,13 @@ struct Tiles {
       std::max<std::size_t>(sizeof(bf16_t) * kStages * kStage, sizeof(float) * kBelow * kSums);
 };
 
-/// Eight columns of x, rounded as the ops round it.
+/// Eight columns of x, rounded as the op rounds them.
 __device__ inline uint4 norm_8(const uint4& residual, float rstd, const uint4& weight) {
   const auto one = [&](std::uint32_t x, std::uint32_t w) {
     return pack_bf16(low_f32(x) * rstd * low_f32(w), high_f32(x) * rstd * high_f32(w));
   };
   return {one(residual.x, weight.x), one(residual.y, weight.y), one(residual.z, weight.z),
           one(residual.w, weight.w)};
-}
-__device__ inline uint4 silu_mul_8(const uint4& gate, const uint4& up) {
-  const auto one = [](std::uint32_t g, std::uint32_t u) {
-    return pack_bf16(silu_mul(low_f32(g), low_f32(u)), silu_mul(high_f32(g), high_f32(u)));
-  };
-  return {one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w)};
 }
 
 /// Grid (cluster, blocks of columns, groups).

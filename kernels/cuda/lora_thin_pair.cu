@@ -6,7 +6,6 @@
 // Where dy is the gradient of gate and up, the pass can make it: a block takes the same columns of
 // both, half of its warps each, and writes what it makes before it multiplies it.
 #include "kernels/cuda/lora_thin.cuh"
-#include "kernels/cuda/silu.cuh"
 
 namespace tandem::kernels::cuda {
 namespace thin {

@@ -308,7 +308,7 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
   const bool drops = a.adapters->dropout > 0.0f, extends = a.dx.defined() && !drops;
   const Tensor factor_a = scratch.tensor(layout.a, a.x.dtype, Shape{layout.columns, a.x.dim(1)});
   void* gemm = scratch.at<char>(layout.gemm);
-  if (!a.u.defined()) lora_thin_u(s, sites, a.x, u, {});
+  if (!a.u.defined()) lora_thin_u(s, sites, {}, a.x, u, {});
   const Tensor gathered = extends ? factor_a : Tensor{};
   if (layout.pair.columns > 0) {
     const Profiler::Scope pass =
@@ -372,6 +372,9 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   }
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
+  const bool few = t <= kFewRows;
+  // Kernels of few rows, and of one order of sums, read x.
+  if (layout.makes_x && (few || invariant)) do_silu_mul_forward(exec, a.make_x);
   const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, layout.columns});
   if (is_skinny) {
     {
@@ -380,7 +383,6 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
     }
     return run_skinny(a, u);
   }
-  const bool few = t <= kFewRows;
   // kInvariant: one order of sums and of roundings, whatever the bounds are.
   if (!layout.single || few || invariant) {
     // The base product does not wait for u.
@@ -391,8 +393,10 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   }
   const Tensor factor_b = scratch.tensor(layout.b, cd, Shape{n, layout.columns});
   if (layout.thin) {
-    const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
-    lora_thin_u(s, {a.sites, *a.adapters}, a.x, u, factor_b);
+    const Profiler::Scope pass = layout.makes_x
+                                     ? pass_scope(profiler_, s, "silu u", a.make_x.gate_up)
+                                     : pass_scope(profiler_, s, "u", a.x);
+    lora_thin_u(s, {a.sites, *a.adapters}, a.make_x, a.x, u, factor_b);
   } else {
     const Sites sites = make_sites(a.sites, *a.adapters);
     const Tensor factor_a = scratch.tensor(layout.a, cd, Shape{layout.columns, i});

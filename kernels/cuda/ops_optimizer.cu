@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   float clip = 1.0f;
   if (a.max_norm > 0.0f) clip = fminf(1.0f, a.max_norm / (sqrtf(*squared_norm) + 1e-6f));
   const auto step = [&](float gradient, float& p, float& m_at, float& v_at) {
-    const float g = gradient * clip;
+    const float g = __fmul_rn(gradient, clip);  // alone: the same bits in both loops
     m_at = fmaf(1.0f - a.beta1, g - m_at, m_at);
     v_at = fmaf(1.0f - a.beta2, g * g, a.beta2 * v_at);
     const float update = m_at / fmaf(sqrtf(v_at), 1.0f / a.root2, a.eps);
@@ -71,7 +71,9 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
   const std::int64_t whole =
-      is_quad(param) && is_quad(grad) && is_quad(m) && is_quad(v) ? n / kVector * kVector : 0;
+      is_quad(param) && is_quad(grad) && is_quad(m) && is_quad(v) && is_quad(param_cd)
+          ? n / kVector * kVector
+          : 0;
   for (std::int64_t i = first * kVector; i < whole; i += stride * kVector) {
     const Vec<float> g = load_vec(grad + i);
     Vec<float> p = load_vec(param + i), m4 = load_vec(m + i), v4 = load_vec(v + i);
@@ -81,8 +83,10 @@ __global__ void __launch_bounds__(kThreads)
     store_vec(v + i, v4);
     store_vec(param + i, p);
     if (param_cd == nullptr) continue;
+    Quad<T> rounded;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) param_cd[i + e] = store_as<T>(p.at[e]);
+    for (int e = 0; e < kVector; ++e) rounded.at[e] = store_as<T>(p.at[e]);
+    *reinterpret_cast<Quad<T>*>(param_cd + i) = rounded;
   }
   for (std::int64_t i = whole + first; i < n; i += stride) {
     step(grad[i], param[i], m[i], v[i]);
@@ -125,8 +129,10 @@ void CudaOps::do_squared_norm(Exec& exec, const SquaredNormArgs& a) {
 }
 
 void CudaOps::do_adamw(Exec& exec, const AdamWArgs& a) {
-  const Profiler::Scope scope(profiler_, stream(exec), "adamw",
-                              static_cast<double>(a.param.bytes() * 7));
+  const Profiler::Scope scope(
+      profiler_, stream(exec), "adamw",
+      static_cast<double>(a.param.bytes() * 7) +
+          (a.param_cd.defined() ? static_cast<double>(a.param_cd.bytes()) : 0.0));
   const double steps = static_cast<double>(a.step);
   const double correction1 = 1.0 - std::pow(static_cast<double>(a.beta1), steps);
   const double correction2 = 1.0 - std::pow(static_cast<double>(a.beta2), steps);

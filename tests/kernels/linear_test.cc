@@ -70,6 +70,26 @@ const LinearShape kMade[] = {
     {90, 104, 48, 3, {48}, {0, 90}, {0}, false},
 };
 
+/// Of an x that forward makes: clusters of 1, 2, 4 and 8 blocks, parts of tiles of rows and of
+/// columns, ranks that fill the columns of each kernel and do not, rows without an adapter.
+const LinearShape kMadeForward[] = {
+    {5, 33, 31, 1, {4}, {0, 5}, {0}, true},                   // odd everywhere
+    {19, 40, 50, 2, {8}, {0, 4, 15, 15}, {-1, 0, -1}, true},  // several segments
+    {30, 64, 96, 1, {16}, {0, 30}, {0}, false},               // a decode step
+    {200, 72, 96, 1, {16}, {0, 200}, {0}, false},             // a large one
+    {300, 200, 96, 0, {}, {}, {}, false},                     // no adapter
+    {257, 8, 64, 1, {8}, {0, 257}, {0}, false},
+    {384, 256, 64, 1, {16}, {0, 384}, {0}, true},
+    {301, 264, 64, 1, {16}, {0, 301}, {-1}, false},
+    {261, 1096, 128, 2, {16}, {0, 261}, {0}, false},
+    {515, 2120, 72, 1, {16}, {0, 515}, {0}, false},
+    {300, 4360, 64, 1, {16, 8}, {0, 300}, {1}, false},
+    {270, 520, 48, 3, {16}, {0, 270}, {0}, false},
+    {270, 520, 64, 1, {64}, {0, 270}, {0}, false},
+    {300, 328, 64, 1, {128}, {0, 300}, {0}, false},
+    {300, 328, 64, 2, {96}, {0, 300}, {0}, false},  // more columns than one pass has
+};
+
 /// A case in f64 and what it takes on a device.
 class LinearSetup {
  public:
@@ -372,6 +392,59 @@ TEST_P(LinearMade, ASiluMulMadeByBackwardGivesTheBitsOfOneGiven) {
 }
 TEST_P(LinearMade, AGradientMadeByBackwardGivesTheBitsOfOneGiven) {
   expect_same_bits(Made::kGradient);
+}
+
+/// A forward whose x the op makes itself, or is given as the op of its recipe makes it.
+class LinearMadeForward : public OpTest {
+ protected:
+  static Outputs forward(LinearSetup& setup, bool by_recipe, bool keep_u, float dropout,
+                         Numerics numerics) {
+    const LinearCase& c = setup.reference();
+    return run_op(backend(), [&](TestDevice& device) {
+      setup.place(device, false, dropout);
+      device.exec().numerics = numerics;
+      const SiluMulArgs make_x{
+          device.input(random_values(c.t * 2 * c.i, dtype(), 21), dtype(), {c.t, 2 * c.i}),
+          device.output("x", dtype(), {c.t, c.i})};
+      LinearArgs args{make_x.out,  &setup.weight,    setup.bias,
+                      setup.sites, setup.adapters(), device.output("y", dtype(), {c.t, c.n}),
+                      {}};
+      if (keep_u) args.u = device.output("u", dtype(), setup.u_shape());
+      if (by_recipe)
+        args.make_x = make_x;
+      else
+        device.ops().silu_mul_forward(device.exec(), make_x);
+      device.ops().linear_forward(device.exec(), args);
+    });
+  }
+};
+TANDEM_OP_TEST(LinearMadeForward, kMadeForward);
+
+TEST_P(LinearMadeForward, ASiluMulMadeByForwardGivesTheBitsOfOneGiven) {
+  const LinearShape& s = row(kMadeForward);
+  if (backend() == "cpu" && s.t * (s.i + s.n) > 1 << 17) GTEST_SKIP() << "one path for all sizes";
+  for (const Numerics numerics : {Numerics::kReplay, Numerics::kInvariant})
+    for (const float dropout : {0.0f, 0.25f})
+      for (const bool keep_u : {true, false}) {
+        LinearSetup setup(s, dtype());
+        const Outputs given = forward(setup, false, keep_u, dropout, numerics);
+        const Outputs by_recipe = forward(setup, true, keep_u, dropout, numerics);
+        for (const auto& [name, output] : given)
+          EXPECT_EQ(by_recipe.at(name).bytes, output.bytes)
+              << name << ", dropout " << dropout << (keep_u ? "" : ", u not kept")
+              << (numerics == Numerics::kInvariant ? ", invariant" : "");
+      }
+}
+
+TEST_P(LinearMadeForward, ASiluMulMadeByForwardMatchesTheReference) {
+  const LinearShape& s = row(kMadeForward);
+  if (backend() == "cpu" && s.t * (s.i + s.n) > 1 << 17) GTEST_SKIP() << "one path for all sizes";
+  LinearSetup setup(s, dtype());
+  const Outputs got = forward(setup, true, true, 0.0f, Numerics::kReplay);
+  const Values x = silu_mul(random_values(s.t * 2 * s.i, dtype(), 21), s.t, s.i);
+  expect_close("x", got.at("x").values(), x, tolerance(dtype(), 8));
+  expect_close("y", got.at("y").values(), linear(setup.reference(), got.at("x").values()),
+               linear_tolerance(dtype(), s));
 }
 
 void Linear::check_alone(const LinearShape& s) const {

@@ -123,6 +123,16 @@ TEST_F(OpChecksDeathTest, RefuseNumbersOutOfRangeOnTheDevice) {
   EXPECT_DEATH(device_.ops().gather_rows(device_.exec(), gather), "index.0. = -1: expected 0 .. 1");
 }
 
+TEST_F(OpChecksDeathTest, RefuseAnInputMadeElsewhereOrOfAnotherShape) {
+  const PackedWeight w = device_.weight(Values(16, 0.0), DType::kF32, 4, 4);
+  LinearArgs linear{f32({2, 4}), &w, {}, {}, nullptr, f32({2, 4}), {}, {f32({2, 8}), f32({2, 4})}};
+  EXPECT_DEATH(device_.ops().linear_forward(device_.exec(), linear),
+               "linear_forward: x: expected to be what make_x writes");
+  linear.make_x = {f32({2, 4}), linear.x};
+  EXPECT_DEATH(device_.ops().linear_forward(device_.exec(), linear),
+               "linear_forward: gate_up: expected f32 .2, 8., got f32 .2, 4.");
+}
+
 TEST_F(OpChecksDeathTest, RefuseAdaptersBeyondTheirBounds) {
   const PackedWeight w = device_.weight(Values(16, 0.0), DType::kF32, 4, 4);
   LoraEntry entry;

@@ -55,6 +55,44 @@ TEST_P(AdamW, FollowsTheRecurrenceForThreeSteps) {
   }
 }
 
+TEST_P(AdamW, PiecesWhereverTheyLieGiveTheBitsOfTheWhole) {
+  const std::int64_t n = row(kSizes);
+  if (n == 0) return;
+  const auto random = [&](std::uint64_t seed) { return random_values(n, DType::kF32, seed); };
+  Values squares = random(4);  // of v
+  for (double& value : squares) value *= value;
+  squares = rounded(squares, DType::kF32);
+  const auto update = [&](const std::vector<std::int64_t>& cuts, std::int64_t offset) {
+    return run_op(backend(), [&](TestDevice& device) {
+      const Tensor param = device.in_out("p", random(1), DType::kF32, {n});
+      const Tensor grad = device.input(random(2), DType::kF32, {n});
+      const Tensor m = device.in_out("m", random(3), DType::kF32, {n});
+      const Tensor v = device.in_out("v", squares, DType::kF32, {n});
+      const Tensor squared = device.input({9.0}, DType::kF32, {1});
+      const Tensor cd = device.in_out("cd", Values(static_cast<std::size_t>(n + offset), 0.0),
+                                      dtype(), {n + offset});
+      std::int64_t begin = 0;
+      for (const std::int64_t end : cuts) {
+        const auto part = [&](const Tensor& x, std::int64_t from) {
+          return x.rows(from + begin, end - begin);
+        };
+        device.ops().adamw(device.exec(),
+                           {part(param, 0), part(grad, 0), part(m, 0), part(v, 0), part(cd, offset),
+                            squared, 0.5f, 1e-2f, 0.9f, 0.999f, 1e-8f, 0.1f, 3});
+        begin = end;
+      }
+    });
+  };
+  const Outputs whole = update({n}, 0);
+  EXPECT_EQ(whole.at("cd").values(), rounded(whole.at("p").values(), dtype()));
+  for (const std::int64_t offset : {0, 1, 4}) {
+    const Outputs pieces = update({n / 7, n / 7 + n / 2, n}, offset);
+    for (const char* name : {"p", "m", "v"})
+      EXPECT_EQ(pieces.at(name).bytes, whole.at(name).bytes) << name << " offset " << offset;
+    EXPECT_EQ(pieces.at("cd").rows(offset, n), whole.at("cd").bytes) << "offset " << offset;
+  }
+}
+
 class SquaredNorm : public OpTest {};
 TANDEM_OP_TEST(SquaredNorm, kSizes);
 

@@ -123,6 +123,24 @@ void add_linear_cases(std::vector<Case>& cases) {
                                                                     u});
                      }});
     cases.push_back(
+        {"linear forward of what it makes " + shape, [s](Side& side, DType cd) {
+           const PackedWeight w = side.weight(cd, s.n, s.i);
+           Adapters a;
+           if (s.sites > 0)
+             a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments, s.dropout);
+           Tensor u;
+           if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
+           const Tensor x = side.zeros(cd, {s.t, s.i});
+           side.backend.ops->linear_forward(side.exec, {x,
+                                                        &w,
+                                                        {},
+                                                        a.sites,
+                                                        s.sites > 0 ? &a.rows : nullptr,
+                                                        side.zeros(cd, {s.t, s.n}),
+                                                        u,
+                                                        {side.zeros(cd, {s.t, 2 * s.i}), x}});
+         }});
+    cases.push_back(
         {"linear backward " + shape, [s](Side& side, DType cd) {
            const PackedWeight w = side.weight(cd, s.n, s.i);
            Adapters a;
@@ -358,6 +376,36 @@ TEST(Workspace, AnInputMadeWhereItIsReadTakesNoScratch) {
   EXPECT_EQ(scratch(true, true), scratch(true, false));
   // u wants x in memory.
   EXPECT_EQ(scratch(false, true), scratch(false, false) + t * i * 2);
+}
+
+TEST(Workspace, AnInputMadeInForwardIsNoOpOfItsOwnWhereOnePassMakesIt) {
+  DeviceProfile hopper;
+  hopper.type = DeviceType::kCuda;
+  hopper.compute_capability = 90;
+  const std::int64_t t = 512, i = 256, n = 384, rank = 16;
+  const DType cd = DType::kBF16;
+  const auto costs = [&](const DeviceProfile& profile, std::int64_t sites, float dropout) {
+    std::vector<OpCost> seen;
+    Side meta(make_meta_backend(profile, [&](const OpCost& cost) { seen.push_back(cost); }));
+    const PackedWeight w = meta.weight(cd, n, i);
+    const Adapters a = adapters(meta, cd, t, i, n, sites, 1, rank, 1, dropout);
+    const Tensor x = meta.zeros(cd, {t, i}), y = meta.zeros(cd, {t, n});
+    const Tensor gate_up = meta.zeros(cd, {t, 2 * i}), u = meta.zeros(cd, {t, sites * rank});
+    seen.clear();  // what zeros() noted
+    meta.backend.ops->linear_forward(meta.exec, {x, &w, {}, a.sites, &a.rows, y, u, {gate_up, x}});
+    return seen;
+  };
+  const double linear = (t * i + n * i + t * n) * 2.0, activation = t * 3 * i * 2.0;
+  const std::vector<OpCost> made = costs(hopper, 1, 0.0f);
+  ASSERT_EQ(made.size(), 1U);
+  EXPECT_EQ(made[0].bytes, linear + t * 2 * i * 2.0 + t * rank * 2.0);
+  EXPECT_EQ(costs(hopper, 1, 0.1f).size(), 1U);
+  EXPECT_EQ(costs(hopper, 3, 0.0f).size(), 1U);
+  EXPECT_EQ(costs(hopper, 3, 0.1f).size(), 2U) << "a mask of each site";
+  const std::vector<OpCost> apart = costs(cpu_profile({.threads = 1}), 1, 0.0f);
+  ASSERT_EQ(apart.size(), 2U);
+  EXPECT_EQ(apart[0].bytes, activation);
+  EXPECT_EQ(apart[1].bytes, linear + t * rank * 2.0);
 }
 
 TEST(MetaBackend, DownloadsZerosAndNeverCallsFill) {

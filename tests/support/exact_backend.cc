@@ -305,7 +305,6 @@ class ExactOps final : public Ops {
     a.out.as<double>()[0] = sum;
   }
   void do_adamw(Exec&, const AdamWArgs& a) override {
-    TANDEM_CHECK(!a.param_cd.defined());
     const double b1 = static_cast<double>(a.beta1), b2 = static_cast<double>(a.beta2);
     const double lr = static_cast<double>(a.lr), steps = static_cast<double>(a.step);
     const double clip = a.max_norm > 0.0f
@@ -321,6 +320,7 @@ class ExactOps final : public Ops {
       p[e] -= lr * (m[e] / (1.0 - std::pow(b1, steps))) /
               (std::sqrt(v[e] / (1.0 - std::pow(b2, steps))) + static_cast<double>(a.eps));
     }
+    if (a.param_cd.defined()) std::copy_n(p, a.param.elements(), a.param_cd.as<double>());
   }
 
   [[noreturn]] static void absent(const char* op) {

@@ -67,6 +67,11 @@ class ShardSource final : public TensorSource {
   std::map<std::string, FlatTensor> tensors_;
 };
 
+/// The elements of a weight that is plain rows.
+Tensor plain(const kernels::PackedWeight& weight) {
+  return {weight.storage.data, weight.dtype, {weight.n * weight.i}};
+}
+
 void repack(kernels::Ops& ops, kernels::Exec& exec, const Tensor& from,
             const kernels::PackedWeight& to) {
   kernels::PackedWeight weight = to;  // the same memory: its owner lets it change
@@ -187,6 +192,33 @@ void unpack_block(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layo
   repack(ops, exec, from.o, to.o);
   repack(ops, exec, from.gate_up, to.gate_up);
   repack(ops, exec, from.down, to.down);
+}
+
+std::vector<PlainRows> plain_block(const FlatLayout& layout, const BlockWeights& block) {
+  std::vector<PlainRows> all;
+  std::size_t tensor = 0;
+  const auto add = [&](const Tensor& values, std::size_t stacked) {
+    all.push_back({layout.tensors.at(tensor).begin, values});
+    tensor += stacked;
+  };
+  add(block.attention_norm, 1);
+  add(block.mlp_norm, 1);
+  add(plain(block.qkv), 3);
+  if (block.qkv_bias.defined()) add(block.qkv_bias, 3);
+  add(plain(block.o), 1);
+  add(plain(block.gate_up), 2);
+  add(plain(block.down), 1);
+  TANDEM_CHECK_EQ(tensor, layout.tensors.size());
+  return all;
+}
+
+std::vector<PlainRows> plain_ends(const FlatLayout& layout, const BaseWeights& ends) {
+  std::vector<PlainRows> all;
+  for (const FlatTensor& tensor : layout.tensors)
+    all.push_back({tensor.begin, tensor.name == kEmbeddingName ? plain(ends.embedding())
+                                 : tensor.name == kHeadName    ? plain(ends.lm_head())
+                                                               : ends.final_norm()});
+  return all;
 }
 
 void unpack_ends(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layout,

@@ -60,6 +60,15 @@ void unpack_block(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layo
 void unpack_ends(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layout,
                  const kernels::Tensor& flat, const BaseWeights& to);
 
+/// Where packs_rows(): the memory of weights that holds a buffer's values [begin, begin + its
+/// elements), flat, in cd. All stacks of a buffer, in order; between them lies padding.
+struct PlainRows {
+  std::int64_t begin = 0;
+  kernels::Tensor values;
+};
+std::vector<PlainRows> plain_block(const FlatLayout& layout, const BlockWeights& block);
+std::vector<PlainRows> plain_ends(const FlatLayout& layout, const BaseWeights& ends);
+
 /// A block's packed weights and vectors, allocated and undefined.
 BlockWeights allocate_block(kernels::Ops& ops, kernels::Arena& arena, const ModelConfig& local,
                             DType dtype);

@@ -77,10 +77,11 @@ struct BlockRun {
     const auto count = static_cast<std::int64_t>(sites(fused).size());
     return count == 0 ? Tensor{} : rows(count * batch.adapters.rank_max);
   }
+  /// x is read or, where `make_x` says something, written.
   void linear(Fused fused, const Tensor& x, const kernels::PackedWeight& weight, const Tensor& bias,
-              const Tensor& y, const Tensor& u) const {
+              const Tensor& y, const Tensor& u, const kernels::SiluMulArgs& make_x = {}) const {
     ctx.ops.linear_forward(ctx.exec, {x, &weight, bias, sites(fused),
-                                      has_adapters() ? &batch.adapters : nullptr, y, u});
+                                      has_adapters() ? &batch.adapters : nullptr, y, u, make_x});
   }
   /// x undefined: by its recipe; dy as `make_dy` says, where that says something.
   void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
@@ -124,9 +125,10 @@ struct BlockRun {
   /// A product whose sum over ranks is the stream `to`; `all` holds the addend where `to` has not
   /// all rows.
   void linear_to_stream(Fused fused, const Tensor& x, const kernels::PackedWeight& weight,
-                        const Tensor& to, const Tensor& u, const Tensor& all) const {
+                        const Tensor& to, const Tensor& u, const Tensor& all,
+                        const kernels::SiluMulArgs& make_x = {}) const {
     const Tensor addend = sequence_parallel() ? all : to;
-    linear(fused, x, weight, {}, addend, u);
+    linear(fused, x, weight, {}, addend, u, make_x);
     sum_over_ranks(addend, to);
   }
   /// x (which may be a part of `all`) to `all`; nothing to do where x has all rows.
@@ -239,8 +241,8 @@ void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, con
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
   run.linear(Fused::kGateUp, normed_mlp, run.weights.gate_up, {}, b.gate_up, b.u[2]);
-  run.ctx.ops.silu_mul_forward(run.ctx.exec, {b.gate_up, b.act});
-  run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], all);
+  run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], all,
+                       {b.gate_up, b.act});
 }
 
 // -- backward

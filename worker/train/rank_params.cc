@@ -1,5 +1,6 @@
 #include "worker/train/rank_params.h"
 
+#include "kernels/workspace.h"
 #include "protocol/base/random.h"
 #include "worker/model/host_copy.h"
 #include "worker/train/state_pieces.h"
@@ -265,26 +266,68 @@ Status RankParams::initialise_from(const std::vector<model::HostAdapterTensor>&)
   return refused_error("an initial adapter over several ranks is not supported yet");
 }
 
-void RankParams::publish(Unit& unit) {
+void RankParams::publish(Unit& unit, const kernels::AdamWArgs* step) {
   model::Context& ctx = parts_.context;
   const bool gather = zero() > 0;
-  if (kept_in_parts(unit)) return gathered_->forget();
+  if (kept_in_parts(unit)) {
+    publish_part(unit, step, unit.master);
+    return gathered_->forget();
+  }
   if (!full()) {
-    if (unit.compute_part.data != unit.master.data)
-      ctx.ops.copy(ctx.exec, unit.master, unit.compute_part);
+    publish_part(unit, step, unit.compute_part);
     if (gather) parts_.ranks->groups.dp->all_gather(ctx.exec, unit.compute_part, unit.compute);
     return;
   }
-  if (!gather) return publish_whole(unit, unit.master);
+  if (!gather) {
+    if (step != nullptr && kernels::packs_rows(ctx.ops.profile())) return update_plain(unit, *step);
+    publish_part(unit, step, unit.master);
+    return unpack(unit, unit.master);
+  }
   kernels::ArenaScope scope(ctx.activations);
   const Tensor whole = ctx.activations.alloc({padded(unit)}, cd_);
   const Tensor part = whole.rows(unit.begin, unit.part);
-  ctx.ops.copy(ctx.exec, unit.master, part);
+  publish_part(unit, step, part);
   parts_.ranks->groups.dp->all_gather(ctx.exec, part, whole);
-  publish_whole(unit, whole);
+  unpack(unit, whole);
 }
 
-void RankParams::publish_whole(Unit& unit, const Tensor& whole) {
+/// Rounds the masters to `to`, which may be the masters.
+void RankParams::publish_part(Unit& unit, const kernels::AdamWArgs* step, const Tensor& to) {
+  model::Context& ctx = parts_.context;
+  const bool elsewhere = to.data != unit.master.data;
+  if (step == nullptr) {
+    if (elsewhere) ctx.ops.copy(ctx.exec, unit.master, to);
+    return;
+  }
+  kernels::AdamWArgs args = *step;
+  args.param = unit.master;
+  args.grad = unit.part_gradient;
+  args.m = unit.m;
+  args.v = unit.v;
+  if (elsewhere) args.param_cd = to;
+  ctx.ops.adamw(ctx.exec, args);
+}
+
+/// Stack by stack. The padding between them stays as it is, which is zero.
+void RankParams::update_plain(Unit& unit, const kernels::AdamWArgs& step) {
+  const model::BaseWeights& base = weights_->base();
+  kernels::AdamWArgs args = step;
+  for (const model::PlainRows& stack : unit.layer < 0
+                                           ? plain_ends(unit.layout, base)
+                                           : plain_block(unit.layout, base.block(unit.layer))) {
+    const auto part = [&](const Tensor& flat) {
+      return flat.rows(stack.begin, stack.values.elements());
+    };
+    args.param = part(unit.master);
+    args.grad = part(unit.part_gradient);
+    args.m = part(unit.m);
+    args.v = part(unit.v);
+    args.param_cd = stack.values;
+    parts_.context.ops.adamw(parts_.context.exec, args);
+  }
+}
+
+void RankParams::unpack(Unit& unit, const Tensor& whole) {
   model::Context& ctx = parts_.context;
   const model::BaseWeights& base = weights_->base();
   if (unit.layer < 0)

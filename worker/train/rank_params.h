@@ -86,9 +86,12 @@ class RankParams final : public Trainable, private model::GradSink {
   [[nodiscard]] model::FlatLayout lora_layout(std::int64_t layer) const;
   /// Values of a unit's part, in f32; moments zero.
   void set_values(Unit& unit, const std::vector<float>& whole);
-  /// Makes forward see the masters as they are now.
-  void publish(Unit& unit);
-  void publish_whole(Unit& unit, const kernels::Tensor& whole);
+  /// Makes forward see the masters: as they are now, or as `step` leaves them, whose update then
+  /// writes what forward reads, or what is gathered for it, where that is plain memory.
+  void publish(Unit& unit, const kernels::AdamWArgs* step = nullptr);
+  void publish_part(Unit& unit, const kernels::AdamWArgs* step, const kernels::Tensor& to);
+  void update_plain(Unit& unit, const kernels::AdamWArgs& step);
+  void unpack(Unit& unit, const kernels::Tensor& whole);
   /// Of the ends, what ranks of other groups have addends of.
   void sum_ends(Unit& unit);
 

@@ -139,15 +139,8 @@ void RankParams::measure_gradients() {
 
 void RankParams::update(const protocol::TrainSettings& settings, double learning_rate,
                         std::int64_t step) {
-  kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
-  for (Unit& unit : units_) {
-    args.param = unit.master;
-    args.grad = unit.part_gradient;
-    args.m = unit.m;
-    args.v = unit.v;
-    parts_.context.ops.adamw(parts_.context.exec, args);
-    publish(unit);
-  }
+  const kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
+  for (Unit& unit : units_) publish(unit, &args);
 }
 
 }  // namespace tandem::worker::train

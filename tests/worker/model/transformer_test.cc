@@ -3,6 +3,7 @@
 #include "protocol/base/random.h"
 #include "tests/support/engine_fixture.h"
 #include "worker/model/adapter_layout.h"
+#include "worker/model/flat_layout.h"
 #include "worker/train/device_batch.h"
 
 #include <gtest/gtest.h>
@@ -162,6 +163,60 @@ INSTANTIATE_TEST_SUITE_P(Policies, Blocks,
                                               : one.param == Recompute::kMlp         ? "mlp"
                                                                                      : "block");
                          });
+
+/// What an update of a buffer writes by plain_block() is what unpack_block() would.
+TEST(FlatLayout, PlainRowsAreTheStacksOfABufferInTheWeightsMemory) {
+  kernels::DeviceProfile gpu;
+  gpu.type = kernels::DeviceType::kCuda;
+  for (const bool bias : {false, true})
+    for (const bool tied : {false, true}) {
+      ModelConfig config = test::tiny_config();
+      config.family = bias ? "qwen2" : "llama";
+      config.qkv_bias = bias;
+      config.tied_embedding = tied;
+      test::Engine engine(kernels::make_meta_backend(gpu), config, DType::kBF16,
+                          *make_random_source(config, 7));
+      const auto expect = [&](const FlatLayout& layout, const std::vector<PlainRows>& got,
+                              const kernels::Tensor& flat,
+                              const std::vector<std::pair<kernels::Tensor, const void*>>& want) {
+        ASSERT_EQ(got.size(), want.size());
+        std::int64_t elements = 0, held = 0;
+        for (std::size_t s = 0; s < want.size(); ++s) {
+          const auto& [view, memory] = want[s];
+          EXPECT_EQ(flat.rows(got[s].begin, 0).data, view.data) << "stack " << s;
+          EXPECT_EQ(got[s].values.bytes(), view.bytes()) << "stack " << s;
+          EXPECT_EQ(got[s].values.data, memory) << "stack " << s;
+          elements += got[s].values.elements();
+        }
+        for (const FlatTensor& tensor : layout.tensors) held += tensor.slice.elements();
+        EXPECT_EQ(elements, held);
+      };
+      const auto buffer = [&](const FlatLayout& layout) {
+        return engine.activation_arena.alloc({layout.elements}, DType::kBF16);
+      };
+      const FlatLayout layout = block_layout(config, engine.base->shard(), 1);
+      const kernels::Tensor flat = buffer(layout);
+      const BlockGrads views = block_views(layout, flat);
+      const BlockWeights& block = engine.base->block(1);
+      std::vector<std::pair<kernels::Tensor, const void*>> want{
+          {views.attention_norm, block.attention_norm.data},
+          {views.mlp_norm, block.mlp_norm.data},
+          {views.qkv, block.qkv.storage.data}};
+      if (bias) want.emplace_back(views.qkv_bias, block.qkv_bias.data);
+      want.emplace_back(views.o, block.o.storage.data);
+      want.emplace_back(views.gate_up, block.gate_up.storage.data);
+      want.emplace_back(views.down, block.down.storage.data);
+      expect(layout, plain_block(layout, block), flat, want);
+
+      const FlatLayout ends = ends_layout(config, engine.base->shard());
+      const kernels::Tensor flat_ends = buffer(ends);
+      const EndGrads end = end_views(ends, flat_ends);
+      want = {{end.embedding, engine.base->embedding().storage.data}};
+      if (!tied) want.emplace_back(end.head, engine.base->lm_head().storage.data);
+      want.emplace_back(end.final_norm, engine.base->final_norm().data);
+      expect(ends, plain_ends(ends, *engine.base), flat_ends, want);
+    }
+}
 
 }  // namespace
 }  // namespace tandem::worker::model
