@@ -81,8 +81,8 @@ const std::vector<Foreign>& foreign_libraries() {
       {"oneapi/dnnl", {"kernels/cpu/", "tools/"}},
       {"dnnl", {"kernels/cpu/", "tools/"}},
       {"mpi.h", {"worker/comm/mpi_communicator.cc"}},
-      {"nccl.h", {"worker/comm/nccl_communicator.cc"}},
-      {"cuda", {"kernels/cuda/", "worker/comm/nccl_communicator.cc"}},
+      {"nccl.h", {"worker/comm/nccl/"}},
+      {"cuda", {"kernels/cuda/", "worker/comm/nccl/"}},
       {"gtest/", {"tests/"}},
       {"gmock/", {"tests/"}},
   };

@@ -103,9 +103,9 @@ Result<CostModel> CostModel::parse(const std::string& json, const std::string& w
 CostModel default_cost_model(const kernels::DeviceProfile& profile) {
   CostModel model;
   if (profile.type == kernels::DeviceType::kCuda) {
-    // H100 SXM, two on NVLink, fitted to LoRA steps of an 8B base that were measured: one GPU in
-    // three settings, dp2, zero3, tp2 (whole streams) and pp2 (equal stages) are predicted within
-    // 5 %; full fine-tuning of a 1B model, not fitted, within 3 %.
+    // H100 SXM on NVLink, fitted to LoRA steps of an 8B base on one and two of them. On four H200:
+    // dp4 and zero3 of LoRA are predicted 5 and 4 % too fast, tp4 of a 70B base 1 % too slow; full
+    // fine-tuning of 8B too slow throughout (zero3 7 %, pp4 6 to 11 %, tp4 14 %).
     model.product_flops_bf16 = 640e12;
     model.product_flops_f32 = 50e12;
     model.attention_flops = 420e12;

@@ -1,4 +1,4 @@
-#include "worker/comm/peer_memory.h"
+#include "worker/comm/nccl/peer_memory.h"
 
 #include "kernels/allocator.h"
 #include "protocol/base/str.h"

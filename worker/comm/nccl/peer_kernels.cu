@@ -1,4 +1,4 @@
-#include "worker/comm/peer_kernels.h"
+#include "worker/comm/nccl/peer_kernels.h"
 
 #include <cuda_bf16.h>
 
@@ -64,9 +64,9 @@ __device__ void await(const std::uint32_t* flag, std::uint32_t turn) {
   } while (static_cast<std::int32_t>(seen - turn) < 0);
 }
 
-/// Rank r adds up slice r. Each block has a stretch of every slice to itself: it sends its addends to
-/// the slices' ranks, meets the same block of the others, adds up its own slice's stretch, and sends
-/// that to all. Nothing is read from another GPU: what is written there need not come back.
+/// Rank r adds up slice r. Each block has a stretch of every slice to itself: it sends its addends
+/// to the slices' ranks, meets the same block of the others, adds up its own slice's stretch, and
+/// sends that to all. Nothing is read from another GPU: what is written there need not come back.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_small_kernel(SmallSum s, std::int64_t per_slice, std::int64_t per_block) {

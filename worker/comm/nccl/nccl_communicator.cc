@@ -1,9 +1,9 @@
 #include "worker/comm/nccl_communicator.h"
 
 #include "protocol/base/log.h"
-#include "worker/comm/nccl_handle.h"
+#include "worker/comm/nccl/nccl_handle.h"
+#include "worker/comm/nccl/peer_collectives.h"
 #include "worker/comm/nccl_module.h"
-#include "worker/comm/peer_collectives.h"
 
 #include <cstdlib>
 #include <cstring>

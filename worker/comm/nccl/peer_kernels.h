@@ -1,7 +1,7 @@
 // Private to libtandem_nccl.so: what sums over the memory of several GPUs take of a multiprocessor.
 #pragma once
 
-#include "worker/comm/peer_memory.h"
+#include "worker/comm/nccl/peer_memory.h"
 
 #include <cuda_runtime.h>
 

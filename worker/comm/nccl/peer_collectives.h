@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels/tensor.h"
-#include "worker/comm/peer_memory.h"
+#include "worker/comm/nccl/peer_memory.h"
 
 #include <cuda_runtime.h>
 

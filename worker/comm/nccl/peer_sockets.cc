@@ -1,4 +1,4 @@
-#include "worker/comm/peer_sockets.h"
+#include "worker/comm/nccl/peer_sockets.h"
 
 #include "protocol/base/digest.h"
 #include "protocol/base/str.h"

@@ -7,7 +7,7 @@
 // dies takes nothing away.
 #pragma once
 
-#include "worker/comm/peer_sockets.h"
+#include "worker/comm/nccl/peer_sockets.h"
 
 #include <cuda.h>
 
@@ -27,8 +27,8 @@ inline constexpr std::int64_t kTinySumBytes = 32 << 10;
 
 /// What lies at the begin of a window; counters that only grow (and wrap).
 struct PeerFlags {
-  std::uint32_t ready[kPeersMax];  ///< by rank: how many copies its data is ready for
-  std::uint32_t read[kPeersMax];   ///< by rank: how many copies it has read
+  std::uint32_t ready[kPeersMax];             ///< by rank: how many copies its data is ready for
+  std::uint32_t read[kPeersMax];              ///< by rank: how many copies it has read
   std::uint32_t sent[kSumBlocks][kPeersMax];  ///< by rank: small sums whose addends are here
   std::uint32_t sum[kSumBlocks][kPeersMax];   ///< and those whose slices are
 };

@@ -1,8 +1,8 @@
-#include "worker/comm/peer_collectives.h"
+#include "worker/comm/nccl/peer_collectives.h"
 
 #include "kernels/device_error.h"
 #include "protocol/base/str.h"
-#include "worker/comm/peer_kernels.h"
+#include "worker/comm/nccl/peer_kernels.h"
 
 #include <algorithm>
 
