@@ -43,7 +43,7 @@ struct LoopTest : testing::Test {
   }
   template <class Message>
   Message hear() const {
-    for (int i = 0; i < 1000; ++i)
+    for (TimeMs i = 0; i < scaled_ms(1000); ++i)
       if (auto envelope = client->receive(20)) {
         auto message = protocol::decode_server(envelope->frame).value();
         if (auto* wanted = std::get_if<Message>(&message)) return *wanted;
@@ -87,7 +87,7 @@ TEST_F(LoopTest, AFailedCommitIsAClearErrorAndTheProcessGoesOn) {
   hello.incarnation = 3;
   while (!agent->send(protocol::encode(protocol::WorkerMessage{hello})).ok())
     (void)agent->receive(1);
-  for (int i = 0; i < 1000 && !agent->receive(20); ++i) continue;
+  for (TimeMs i = 0; i < scaled_ms(1000) && !agent->receive(20); ++i) continue;
   const auto failed = call("worker.drain", R"({"worker":"host/cpu0"})");
   EXPECT_EQ(failed.status.code(), StatusCode::kInternal);
   EXPECT_NE(failed.status.message().find("nothing was changed"), std::string::npos);

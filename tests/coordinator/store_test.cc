@@ -241,7 +241,7 @@ TEST_F(BulkServerTest, StoresWhatMatchesItsDigestAndRefusesTheRestOfTheSameBatch
   send(protocol::BlobGet{4, sha256(good), 0, 0}, {});
   std::map<std::uint64_t, protocol::BlobReply> replies;
   protocol::Bytes got;
-  for (int i = 0; i < 500 && replies.size() < 4; ++i)
+  for (TimeMs i = 0; i < scaled_ms(500) && replies.size() < 4; ++i)
     if (auto envelope = client->receive(20)) {
       auto reply = protocol::decode_blob_reply(envelope->frame).value();
       if (reply.call == 4) got = envelope->payload;
@@ -279,7 +279,7 @@ TEST_F(BulkServerTest, WhatIsAnsweredIsThereAndADamagedBlobAmongManyIsRefusedByN
     if (m == kBad) payload[5 * kPartBytes + 7] ^= std::byte{1};
     while (!client->send(protocol::encode(put), payload).ok()) take(1);
   }
-  for (int i = 0; i < 500 && replies.size() < kMessages; ++i) take(20);
+  for (TimeMs i = 0; i < scaled_ms(500) && replies.size() < kMessages; ++i) take(20);
   ASSERT_EQ(replies.size(), kMessages);
   for (const auto& [call, reply] : replies)
     EXPECT_EQ(reply.status.ok(), call != kBad) << call << ": " << reply.status.message();

@@ -307,7 +307,7 @@ TEST_F(ClientTest, LeavingAStreamTellsTheCoordinator) {
   });
   const auto made = client();
   EXPECT_TRUE(made->stream("job.watch", "{}", [](const std::string&) { return false; }).ok());
-  for (int i = 0; i < 5000 && coordinator_->seen_of<CallCancel>().empty(); ++i)
+  for (TimeMs i = 0; i < scaled_ms(5000) && coordinator_->seen_of<CallCancel>().empty(); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_EQ(coordinator_->seen_of<CallCancel>().size(), 1u);
 }
@@ -328,7 +328,7 @@ TEST_F(ClientTest, CancelEndsARunningGenerationAndTellsTheCoordinator) {
   other.join();
   EXPECT_EQ(made->generate(hello_request(), [](const auto&) { return false; }).status().code(),
             StatusCode::kCancelled);
-  for (int i = 0; i < 5000 && coordinator_->seen_of<Cancel>().size() < 2; ++i)
+  for (TimeMs i = 0; i < scaled_ms(5000) && coordinator_->seen_of<Cancel>().size() < 2; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   const auto cancels = coordinator_->seen_of<Cancel>();
   ASSERT_EQ(cancels.size(), 2u);
@@ -349,7 +349,8 @@ TEST_F(ClientTest, ASlowCallerLosesNothing) {
   const auto made = client();
   bool first = true;
   const auto all = made->generate(hello_request(), [&](const GenerateChunk&) {
-    for (int i = 0; first && i < 20'000 && coordinator_->seen_of<Generate>().size() < 7; ++i)
+    const auto seen = [&] { return coordinator_->seen_of<Generate>().size(); };
+    for (TimeMs i = 0; first && i < scaled_ms(20'000) && seen() < 7; ++i)
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     first = false;
     return true;

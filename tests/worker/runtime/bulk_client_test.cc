@@ -47,9 +47,10 @@ TEST_F(BulkClientTest, AnUploadArrivesWholeInFewMessagesWhileItIsMade) {
   const auto before = network.counters().sent;
   for (const BlobView& blob : blobs) upload.add(blob);
   // What was complete travels before anyone waits for the rest.
-  for (int wait = 0; wait < 2000 && !registry->blobs().has(blobs[0].digest).value(); ++wait)
+  const auto arrived = [&] { return registry->blobs().has(blobs[0].digest).value(); };
+  for (TimeMs wait = 0; wait < scaled_ms(2000) && !arrived(); ++wait)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  EXPECT_TRUE(registry->blobs().has(blobs[0].digest).value());
+  EXPECT_TRUE(arrived());
   EXPECT_FALSE(registry->blobs().has(blobs.back().digest).value());
   upload.send();  // the last one too, though its message took more
   for (int wait = 0; wait < 2000 && !registry->blobs().has(blobs.back().digest).value(); ++wait)

@@ -180,7 +180,7 @@ TEST(LaunchProgram, LeavesItsRequestInTheFolderAndEndsAsItIsAnswered) {
       code = ask_for_daemon(folder, {"node7", " orted", "-mca", "ess", "\"env\""});
     });
     std::vector<LaunchRequest> requests;
-    for (int i = 0; requests.empty() && i < 1000; ++i) {
+    for (TimeMs wait = 0; requests.empty() && wait < scaled_ms(5000); wait += 5) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
       requests = open_requests(folder);
     }
