@@ -4,6 +4,7 @@
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
 #include "worker/runtime/process.h"
+#include "worker/runtime/slot.h"
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -115,6 +116,18 @@ Status start_coordinator(Session& session) {
   return {};
 }
 
+/// The supervisors of this host's slots that are there.
+std::vector<pid_t> supervisors(const protocol::Settings& settings) {
+  std::vector<pid_t> pids;
+  std::error_code error;
+  for (const auto& slot : fs::directory_iterator(settings.run_dir(), error)) {
+    const std::string path = slot.path() / "supervisor.lock";
+    std::ifstream lock(path);
+    if (pid_t pid = 0; worker::runtime::FileLock::is_held(path) && lock >> pid) pids.push_back(pid);
+  }
+  return pids;
+}
+
 /// mpirun starts all workers of this host; slots that are there already are left alone.
 Status start_workers(Session& session) {
   const auto& settings = session.settings();
@@ -122,7 +135,7 @@ Status start_workers(Session& session) {
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t count, settings.get_int("workers"));
   if (count < 1 || count > 1024)
     return invalid_error(str("workers must be in 1..1024, not ", count));
-  if (alive(read_pid(pid_file))) return {};
+  if (static_cast<std::int64_t>(supervisors(settings).size()) >= count) return {};
   for (const auto& [name, value] : {std::pair{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
                                     {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
                                     {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
@@ -174,16 +187,15 @@ Status run_down(Session& session) {
   const auto& settings = session.settings();
   const std::string coordinator_file = settings.run_dir() + "/coordinator.json";
   const std::string workers_file = settings.run_dir() + "/workers.json";
-  const pid_t coordinator = read_pid(coordinator_file), workers = read_pid(workers_file);
-  Json result{{"coordinator", alive(coordinator)}, {"workers", alive(workers)}};
-  if (alive(workers)) {  // engines write a checkpoint and say goodbye before the coordinator goes
-    // Not to mpirun, which would kill them after a second. It ends when they all have.
-    for (const auto& slot : fs::directory_iterator(settings.run_dir())) {
-      std::ifstream lock(slot.path() / "supervisor.lock");
-      if (pid_t supervisor = 0; lock >> supervisor && alive(supervisor))
-        ::kill(supervisor, SIGTERM);
-    }
-    if (!wait_until(kStopTimeoutMs, [&] { return !alive(workers); })) ::kill(workers, SIGKILL);
+  const pid_t coordinator = read_pid(coordinator_file), launcher = read_pid(workers_file);
+  const auto running = [&] { return alive(launcher) || !supervisors(settings).empty(); };
+  Json result{{"coordinator", alive(coordinator)}, {"workers", running()}};
+  // Engines write a checkpoint and say goodbye before the coordinator goes. Not to mpirun, which
+  // would kill them after a second: each mpirun ends when the workers that it started have.
+  for (const pid_t supervisor : supervisors(settings)) ::kill(supervisor, SIGTERM);
+  if (!wait_until(kStopTimeoutMs, [&] { return !running(); })) {
+    if (alive(launcher)) ::kill(launcher, SIGKILL);
+    for (const pid_t supervisor : supervisors(settings)) ::kill(supervisor, SIGKILL);
   }
   if (alive(coordinator)) {
     ::kill(coordinator, SIGTERM);
