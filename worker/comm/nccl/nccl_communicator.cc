@@ -109,18 +109,20 @@ class NcclCommunicator final : public Communicator {
       return ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum, *handle_, s);
     });
   }
-  void all_gather(Exec& exec, Tensor x, Tensor out) override { gather(stream_of(exec), x, out); }
+  void all_gather(Exec& exec, Tensor x, Tensor out) override {
+    gather(stream_of(exec), x, out, nullptr);
+  }
   std::unique_ptr<Pending> start_all_gather(Exec& exec, Tensor x, Tensor out) override {
     const cudaStream_t side = side_->fork(stream_of(exec));
-    gather(side, x, out);
+    gather(side, x, out, peers_.get());
     return std::make_unique<Behind>(stream_of(exec), side);
   }
   void reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
-    reduce_scatter(stream_of(exec), x, out);
+    reduce_scatter(stream_of(exec), x, out, nullptr);
   }
   std::unique_ptr<Pending> start_reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
     const cudaStream_t side = side_->fork(stream_of(exec));
-    reduce_scatter(side, x, out);
+    reduce_scatter(side, x, out, peers_.get());
     return std::make_unique<Behind>(stream_of(exec), side);
   }
   void share(Exec& exec, Tensor x) override {
@@ -228,20 +230,21 @@ class NcclCommunicator final : public Communicator {
                  size_);
     return r;
   }
-  void gather(cudaStream_t s, const Tensor& x, const Tensor& out) {
+  /// `peers`: only on the side queue, for ranks count what they do together in one order.
+  void gather(cudaStream_t s, const Tensor& x, const Tensor& out, PeerCollectives* peers) {
     TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size_);
     if (x.elements() == 0) return;
-    if (peers_ != nullptr && peers_->gather(s, x, out))
+    if (peers != nullptr && peers->gather(s, x, out))
       return handle_->watch()->note("all_gather", s);
     issue("all_gather", s,
           [&] { return ncclAllGather(x.data, out.data, bytes(x), ncclUint8, *handle_, s); });
   }
 
-  void reduce_scatter(cudaStream_t s, const Tensor& x, const Tensor& out) {
+  void reduce_scatter(cudaStream_t s, const Tensor& x, const Tensor& out, PeerCollectives* peers) {
     TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
     TANDEM_CHECK(x.dtype == out.dtype);
     if (out.elements() == 0) return;
-    if (peers_ != nullptr && peers_->reduce_scatter(s, x, out))
+    if (peers != nullptr && peers->reduce_scatter(s, x, out))
       return handle_->watch()->note("reduce_scatter", s);
     issue("reduce_scatter", s, [&] {
       return ncclReduceScatter(x.data, out.data, count(out), nccl_type(x.dtype), ncclSum, *handle_,

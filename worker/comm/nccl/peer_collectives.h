@@ -2,7 +2,8 @@
 // other (peer_memory.h). Large ones are the copy engines' work, which takes no multiprocessor;
 // small sums are one kernel each. What is not shared, or does not suit, is left to NCCL: each call
 // says so, the same on every rank. Nothing here waits on the host; a rank that never comes leaves
-// the queue waiting. One device thread.
+// the queue waiting. gather and reduce_scatter of one object go on one queue, sum on one queue,
+// which may be another: ranks count them. One device thread.
 #pragma once
 
 #include "kernels/tensor.h"
