@@ -1,0 +1,52 @@
+// tandem up and down: a platform grows to as many workers as it is asked for, and ends.
+#include "tests/system/platform.h"
+
+#include <gtest/gtest.h>
+#include <sys/prctl.h>
+
+namespace tandem::test {
+namespace {
+
+class Up : public testing::Test {
+ protected:
+  // What up leaves behind is nobody's child: here it would be this test's, and stay for down to
+  // wait for until the test collects it.
+  Up() { ::prctl(PR_SET_CHILD_SUBREAPER, 0); }
+  ~Up() override { platform_.cli({"down"}); }
+  void run(const std::vector<std::string>& arguments) {
+    const auto output = platform_.cli(arguments);
+    EXPECT_EQ(output.code, 0) << output.out << output.err;
+  }
+  std::size_t workers() {
+    const auto output = platform_.cli({"--json", "status"});
+    return output.code == 0 ? Json::parse(output.out).value("workers", Json::array()).size() : 0;
+  }
+  Platform platform_;
+};
+
+TEST_F(Up, AddsTheWorkersThatAreMissingAndDownEndsAllOfThem) {
+  run({"up", "--workers", "1", "--device", "cpu"});
+  EXPECT_EQ(workers(), 1u);
+  const pid_t first = platform_.engine(0);
+  ASSERT_GT(first, 0);
+  run({"up", "--workers", "1", "--device", "cpu"});
+  EXPECT_EQ(workers(), 1u);
+  EXPECT_EQ(platform_.engine(0), first);
+
+  run({"up", "--workers", "2", "--device", "cpu"});
+  EXPECT_EQ(workers(), 2u);
+  EXPECT_EQ(platform_.engine(0), first) << "what was there goes on";
+  EXPECT_GT(platform_.engine(1), 0);
+  run({"up", "--workers", "1", "--device", "cpu"});
+  EXPECT_EQ(workers(), 2u) << "up takes none away";
+
+  run({"down"});
+  for (const int slot : {0, 1})
+    EXPECT_EQ(platform_.supervisor(slot) + platform_.agent(slot) + platform_.engine(slot), 0)
+        << "slot " << slot;
+  EXPECT_EQ(platform_.cli({"status"}).code, 5);
+  run({"down"});
+}
+
+}  // namespace
+}  // namespace tandem::test
