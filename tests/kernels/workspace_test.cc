@@ -90,79 +90,65 @@ Adapters adapters(Side& side, DType cd, std::int64_t t, std::int64_t i, std::int
   return a;
 }
 
+struct LinearShapes {
+  std::int64_t t, i, n, sites, slots, rank, segments;
+  float dropout;
+  bool save_u;
+};
+/// What linear takes beside its inputs and outputs.
+struct PlacedLinear {
+  PlacedLinear(Side& side, DType cd, const LinearShapes& s) : weight(side.weight(cd, s.n, s.i)) {
+    if (s.sites > 0) {
+      adapters = testing::adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments,
+                                   s.dropout);
+      rows = &adapters.rows;
+    }
+    if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
+  }
+  PlacedLinear(const PlacedLinear&) = delete;
+  PlacedLinear& operator=(const PlacedLinear&) = delete;
+
+  PackedWeight weight;
+  Adapters adapters;
+  const AdapterRows* rows = nullptr;
+  Tensor u;
+};
+
 void add_linear_cases(std::vector<Case>& cases) {
-  struct Shapes {
-    std::int64_t t, i, n, sites, slots, rank, segments;
-    float dropout;
-    bool save_u;
-  };
-  for (const Shapes& s : {Shapes{1, 64, 96, 0, 0, 0, 0, 0.0f, false},
-                          {33, 70, 50, 0, 0, 0, 0, 0.0f, false},
-                          {300, 576, 960, 3, 1, 16, 1, 0.0f, true},
-                          {300, 576, 960, 3, 1, 16, 1, 0.1f, true},
-                          {16, 576, 576, 1, 4, 8, 5, 0.0f, false},
-                          {64, 128, 256, 2, 3, 32, 7, 0.1f, false},
-                          // short segments of a long batch: fewer rows may take more scratch
-                          {700, 1536, 96, 1, 3, 16, 40, 0.0f, false}}) {
+  for (const LinearShapes& s : {LinearShapes{1, 64, 96, 0, 0, 0, 0, 0.0f, false},
+                                {33, 70, 50, 0, 0, 0, 0, 0.0f, false},
+                                {300, 576, 960, 3, 1, 16, 1, 0.0f, true},
+                                {300, 576, 960, 3, 1, 16, 1, 0.1f, true},
+                                {16, 576, 576, 1, 4, 8, 5, 0.0f, false},
+                                {64, 128, 256, 2, 3, 32, 7, 0.1f, false},
+                                // short segments of a long batch: fewer rows may take more scratch
+                                {700, 1536, 96, 1, 3, 16, 40, 0.0f, false}}) {
     const std::string shape =
         str("t", s.t, " i", s.i, " n", s.n, " sites", s.sites, " drop", s.dropout);
-    cases.push_back({"linear forward " + shape, [s](Side& side, DType cd) {
-                       const PackedWeight w = side.weight(cd, s.n, s.i);
-                       Adapters a;
-                       if (s.sites > 0)
-                         a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments,
-                                      s.dropout);
-                       Tensor u;
-                       if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
-                       side.backend.ops->linear_forward(side.exec, {side.zeros(cd, {s.t, s.i}),
-                                                                    &w,
-                                                                    {},
-                                                                    a.sites,
-                                                                    s.sites > 0 ? &a.rows : nullptr,
-                                                                    side.zeros(cd, {s.t, s.n}),
-                                                                    u});
+    for (const bool makes : {false, true})
+      cases.push_back(
+          {str("linear forward ", makes ? "of what it makes " : "", shape),
+           [s, makes](Side& side, DType cd) {
+             const PlacedLinear p(side, cd, s);
+             const Tensor x = side.zeros(cd, {s.t, s.i});
+             LinearArgs args{
+                 x, &p.weight, {}, p.adapters.sites, p.rows, side.zeros(cd, {s.t, s.n}), p.u};
+             if (makes) args.make_x = {side.zeros(cd, {s.t, 2 * s.i}), x};
+             side.backend.ops->linear_forward(side.exec, args);
+           }});
+    cases.push_back({"linear backward " + shape, [s](Side& side, DType cd) {
+                       const PlacedLinear p(side, cd, s);
+                       side.backend.ops->linear_backward(
+                           side.exec,
+                           {side.zeros(cd, {s.t, s.n}), side.zeros(cd, {s.t, s.i}), &p.weight,
+                            p.adapters.sites, p.rows, p.u, side.zeros(cd, {s.t, s.i})});
                      }});
     cases.push_back(
-        {"linear forward of what it makes " + shape, [s](Side& side, DType cd) {
-           const PackedWeight w = side.weight(cd, s.n, s.i);
-           Adapters a;
-           if (s.sites > 0)
-             a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments, s.dropout);
-           Tensor u;
-           if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
-           const Tensor x = side.zeros(cd, {s.t, s.i});
-           side.backend.ops->linear_forward(side.exec, {x,
-                                                        &w,
-                                                        {},
-                                                        a.sites,
-                                                        s.sites > 0 ? &a.rows : nullptr,
-                                                        side.zeros(cd, {s.t, s.n}),
-                                                        u,
-                                                        {side.zeros(cd, {s.t, 2 * s.i}), x}});
-         }});
-    cases.push_back(
-        {"linear backward " + shape, [s](Side& side, DType cd) {
-           const PackedWeight w = side.weight(cd, s.n, s.i);
-           Adapters a;
-           if (s.sites > 0)
-             a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments, s.dropout);
-           Tensor u;
-           if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
-           side.backend.ops->linear_backward(
-               side.exec, {side.zeros(cd, {s.t, s.n}), side.zeros(cd, {s.t, s.i}), &w, a.sites,
-                           s.sites > 0 ? &a.rows : nullptr, u, side.zeros(cd, {s.t, s.i})});
-         }});
-    cases.push_back(
         {"linear backward of what it makes " + shape, [s](Side& side, DType cd) {
-           const PackedWeight w = side.weight(cd, s.n, s.i);
-           Adapters a;
-           if (s.sites > 0)
-             a = adapters(side, cd, s.t, s.i, s.n, s.sites, s.slots, s.rank, s.segments, s.dropout);
-           Tensor u;
-           if (s.save_u) u = side.zeros(cd, {s.t, s.sites * s.rank});
+           const PlacedLinear p(side, cd, s);
            const Tensor dy = side.zeros(cd, {s.t, s.n});
            LinearBackwardArgs args{
-               dy, {}, &w, a.sites, s.sites > 0 ? &a.rows : nullptr, u, side.zeros(cd, {s.t, s.i})};
+               dy, {}, &p.weight, p.adapters.sites, p.rows, p.u, side.zeros(cd, {s.t, s.i})};
            args.make_dy = {side.zeros(cd, {s.t, s.n / 2}), dy, dy};
            args.make_x.silu_mul.gate_up = side.zeros(cd, {s.t, 2 * s.i});
            side.backend.ops->linear_backward(side.exec, args);
