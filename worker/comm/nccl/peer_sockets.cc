@@ -57,21 +57,26 @@ Status receive_all(int fd, void* bytes, std::size_t size) {
 struct Header {
   std::int64_t offset, bytes, fds;
 };
-union Control {
-  cmsghdr header;
-  std::array<char, CMSG_SPACE(sizeof(int) * kFdsPerMessage)> bytes;
+/// A byte that carries at most so many descriptors.
+struct FdMessage {
+  explicit FdMessage(int fds) {
+    header.msg_iov = &data;
+    header.msg_iovlen = 1;
+    header.msg_control = control.data();
+    header.msg_controllen = CMSG_SPACE(sizeof(int) * static_cast<std::size_t>(fds));
+  }
+  FdMessage(const FdMessage&) = delete;
+  FdMessage& operator=(const FdMessage&) = delete;
+
+  char byte = 0;
+  iovec data{&byte, 1};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int) * kFdsPerMessage)> control{};
+  msghdr header{};
 };
 
 Status send_fds(int socket, const OwnedFd* fds, int count) {
-  char byte = 0;
-  iovec data{&byte, 1};
-  Control control{};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control.bytes.data();
-  message.msg_controllen = CMSG_SPACE(sizeof(int) * static_cast<std::size_t>(count));
-  cmsghdr* part = CMSG_FIRSTHDR(&message);
+  FdMessage message(count);
+  cmsghdr* part = CMSG_FIRSTHDR(&message.header);
   part->cmsg_level = SOL_SOCKET;
   part->cmsg_type = SCM_RIGHTS;
   part->cmsg_len = CMSG_LEN(sizeof(int) * static_cast<std::size_t>(count));
@@ -79,22 +84,17 @@ Status send_fds(int socket, const OwnedFd* fds, int count) {
     const int fd = fds[i].get();
     std::memcpy(CMSG_DATA(part) + sizeof(int) * static_cast<std::size_t>(i), &fd, sizeof fd);
   }
-  if (::sendmsg(socket, &message, MSG_NOSIGNAL) != 1) return failed("sending descriptors");
+  if (::sendmsg(socket, &message.header, MSG_NOSIGNAL) != 1) return failed("sending descriptors");
   return {};
 }
 
 Status receive_fds(int socket, int count, std::vector<OwnedFd>& to) {
-  char byte = 0;
-  iovec data{&byte, 1};
-  Control control{};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control.bytes.data();
-  message.msg_controllen = control.bytes.size();
-  if (::recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != 1) return failed("receiving descriptors");
+  FdMessage message(kFdsPerMessage);
+  if (::recvmsg(socket, &message.header, MSG_CMSG_CLOEXEC) != 1)
+    return failed("receiving descriptors");
   int got = 0;
-  for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr; part = CMSG_NXTHDR(&message, part))
+  for (cmsghdr* part = CMSG_FIRSTHDR(&message.header); part != nullptr;
+       part = CMSG_NXTHDR(&message.header, part))
     if (part->cmsg_level == SOL_SOCKET && part->cmsg_type == SCM_RIGHTS)
       for (std::size_t i = 0; CMSG_LEN(sizeof(int) * (i + 1)) <= part->cmsg_len; ++i, ++got) {
         int fd = -1;
