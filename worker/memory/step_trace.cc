@@ -57,9 +57,9 @@ class Simulation {
     double now = 0.0, compute = 0.0, collective = 0.0, exchange = 0.0;
     bool came = false;  ///< to the call at `next`, which is not complete
     std::vector<std::pair<const Channel*, std::size_t>> messages;  ///< of the exchange at `next`
-    std::map<std::vector<int>, std::size_t> meetings, gathers;     ///< calls of each group so far
+    std::map<std::vector<int>, std::size_t> meetings, background;  ///< calls of each group so far
     std::map<std::int64_t, std::pair<std::vector<int>, std::size_t>> begun;
-    bool gathers_behind = false;
+    bool has_background = false;
   };
 
   [[nodiscard]] int trace_of(int rank) const {
@@ -79,7 +79,7 @@ class Simulation {
     const TraceEvent& event = traces_[at][rank.next];
     const bool arrives = !rank.came;
     if (arrives) {
-      const double busy = event.seconds * (rank.gathers_behind ? model_.gather_slowdown : 1.0);
+      const double busy = event.seconds * (rank.has_background ? model_.gather_slowdown : 1.0);
       rank.now += busy;
       rank.compute += busy;
       rank.came = true;
@@ -124,15 +124,15 @@ class Simulation {
   }
 
   bool start(Rank& rank, const comm::CommCall& call) {
-    auto& list = gathers_[call.members];
-    const std::size_t index = rank.gathers[call.members]++;
+    auto& list = background_[call.members];
+    const std::size_t index = rank.background[call.members]++;
     if (list.size() <= index) list.resize(index + 1);
     ++list[index].came;
     list[index].last = std::max(list[index].last, rank.now);
-    gather_cost_[call.members].resize(list.size());
-    gather_cost_[call.members][index] = model_.seconds(call);
+    background_cost_[call.members].resize(list.size());
+    background_cost_[call.members][index] = model_.seconds(call);
     rank.begun[call.begun] = {call.members, index};
-    rank.gathers_behind = true;
+    rank.has_background = true;
     return finish(rank);
   }
 
@@ -140,12 +140,12 @@ class Simulation {
     const auto begun = rank.begun.find(call.begun);
     TANDEM_CHECK(begun != rank.begun.end(), "call ", call.begun, " never began");
     const auto& [members, index] = begun->second;
-    const auto& list = gathers_[members];
+    const auto& list = background_[members];
     const std::size_t needed = distinct(members);
     double done = 0.0;  // one after another in the background
     for (std::size_t i = 0; i <= index; ++i) {
       if (list[i].came < needed) return false;
-      done = std::max(done, list[i].last) + gather_cost_[members][i];
+      done = std::max(done, list[i].last) + background_cost_[members][i];
     }
     rank.begun.erase(begun);
     return collective_until(rank, done);
@@ -181,8 +181,8 @@ class Simulation {
   const CostModel& model_;
   const std::vector<int>& trace_of_;
   std::vector<Rank> ranks_;
-  std::map<std::vector<int>, std::vector<Meeting>> meetings_, gathers_;
-  std::map<std::vector<int>, std::vector<double>> gather_cost_;
+  std::map<std::vector<int>, std::vector<Meeting>> meetings_, background_;
+  std::map<std::vector<int>, std::vector<double>> background_cost_;
   std::map<std::pair<int, int>, Channel> channels_;
 };
 

@@ -54,6 +54,18 @@ TEST(Simulation, AGatherInTheBackgroundCostsOnlyWhatWorkDoesNotHide) {
   EXPECT_DOUBLE_EQ(simulate({shown, shown}, model).seconds, 1.0 + 4.0 + 1.0);
 }
 
+TEST(Simulation, AReductionInTheBackgroundStandsBehindTheGathersBefore) {
+  CostModel model = free_links();
+  model.all_gather = {0.0, 2.0};
+  model.reduce_scatter = {0.0, 4.0};
+  CommCall gather{Kind::kStartGather, {0, 1}, 16};         // 4 s
+  CommCall reduce{Kind::kStartReduceScatter, {0, 1}, 16};  // 2 s
+  CommCall wait{Kind::kWait, {0, 1}, 16};
+  reduce.begun = wait.begun = 1;
+  const StepTrace trace{{1.0, gather}, {1.0, reduce}, {1.0, wait}, {1.0, {}}};
+  EXPECT_DOUBLE_EQ(simulate({trace, trace}, model).seconds, 1.0 + 4.0 + 2.0 + 1.0);
+}
+
 TEST(Simulation, TwoStagesWaitForEachOthersMessages) {
   // Stage 0: forward 1 s, send, wait for the gradient, backward 2 s; stage 1: 3 s both ways.
   const StepTrace first{exchange(1.0, 1, -1), exchange(0.0, -1, 1), {2.0, {}}};
