@@ -108,6 +108,13 @@ void RankParams::sum_ends(Unit& unit) {
 }
 
 Tensor RankParams::all_gradients() const {
+  for (std::size_t u = 1; u < units_.size(); ++u) {
+    const Tensor& before = units_[u - 1].gradient;
+    const auto* next = static_cast<const char*>(units_[u].gradient.data);
+    TANDEM_CHECK(
+        next - static_cast<const char*>(before.data) - before.bytes() < kernels::kDeviceAlignment,
+        "gradients of unit ", u, " do not follow those before");
+  }
   const Tensor &first = units_.front().gradient, &last = units_.back().gradient;
   const auto bytes =
       static_cast<const char*>(last.data) + last.bytes() - static_cast<const char*>(first.data);
