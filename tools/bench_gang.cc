@@ -100,7 +100,7 @@ class TimedCommunicator final : public Communicator {
     const Timer timer(ns_);
     return std::make_unique<TimedPending>(comm_->start_reduce_scatter_sum(exec, x, out), ns_);
   }
-  void share(Exec& exec, Tensor x) override { comm_->share(exec, x); }
+  bool share(Exec& exec, Tensor x) override { return comm_->share(exec, x); }
   [[nodiscard]] bool has_background() const override { return comm_->has_background(); }
   [[nodiscard]] int background_multiprocessors() const override {
     return comm_->background_multiprocessors();

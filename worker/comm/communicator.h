@@ -72,9 +72,10 @@ class Communicator {
   }
   /// Every rank's `x`, equally large, in an arena of Sharing::kPeers, is what collectives of this
   /// communicator will often read. Between GPUs of one host those that begin in the background are
-  /// then the copy engines' work and take no multiprocessor; elsewhere it says nothing. Called by
-  /// all ranks at once; the memory stays until the communicator ends.
-  virtual void share(kernels::Exec& /*exec*/, kernels::Tensor /*x*/) {}
+  /// then the copy engines' work and take no multiprocessor: true, on every rank. Elsewhere it
+  /// changes nothing: false. Called by all ranks at once; other ranks keep the memory mapped until
+  /// their communicators end, whatever becomes of the arena.
+  virtual bool share(kernels::Exec& /*exec*/, kernels::Tensor /*x*/) { return false; }
   /// Whether what is begun goes on in the background, so that a second buffer pays.
   [[nodiscard]] virtual bool has_background() const { return false; }
   /// Multiprocessors that collectives in the background take of large products.

@@ -42,7 +42,10 @@ void GatheredWeights::set_part(std::int64_t layer, kernels::Tensor part) {
   TANDEM_CHECK(part.dtype == ends_->dtype() || part.dtype == DType::kF32);
   TANDEM_CHECK_EQ(part.elements(), flat_part(layout(layer).elements, group_.size()));
   parts_.at(layer).part = part;
-  if (part.dtype == ends_->dtype()) return group_.share(exec_, part);
+  if (part.dtype == ends_->dtype()) {
+    group_.share(exec_, part);
+    return;
+  }
   for (kernels::Tensor& rounded : rounded_) {
     if (rounded.defined() && rounded.elements() >= part.elements()) continue;
     rounded = arena_.alloc(part.shape, ends_->dtype());

@@ -133,8 +133,8 @@ TEST(Peers, WhatIsSharedIsGatheredAndSummedWhereItLies) {
     const Tensor whole = shared.alloc({n * size}, DType::kF32);
     const Tensor out = device->tensors.alloc({n * size}, DType::kF32);
     const Tensor sum = device->tensors.alloc({n}, DType::kF32);
-    gang().share(device->exec, part);
-    gang().share(device->exec, whole);
+    ASSERT_TRUE(gang().share(device->exec, part)) << "else NCCL would be tested";
+    ASSERT_TRUE(gang().share(device->exec, whole));
     for (int turn = 0; turn < 3; ++turn) {
       const auto upload = [&](const std::vector<float>& values, const Tensor& to) {
         device->backend.ops->upload(device->exec, std::as_bytes(std::span(values)), to);
@@ -161,6 +161,11 @@ TEST(Peers, WhatIsSharedIsGatheredAndSummedWhereItLies) {
       gang().barrier(device->exec);  // nobody writes before all have read
     }
   }
+}
+
+TEST(Peers, WhatOthersCannotMapIsLeftToNccl) {
+  const kernels::ArenaScope scope(device->tensors);
+  EXPECT_FALSE(gang().share(device->exec, device->tensors.alloc({1000}, DType::kF32)));
 }
 
 TEST(Peers, SmallSumsOfAllSizesFollowEachOther) {

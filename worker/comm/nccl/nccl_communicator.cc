@@ -113,26 +113,23 @@ class NcclCommunicator final : public Communicator {
     gather(stream_of(exec), x, out, nullptr);
   }
   std::unique_ptr<Pending> start_all_gather(Exec& exec, Tensor x, Tensor out) override {
-    const cudaStream_t side = side_->fork(stream_of(exec));
-    gather(side, x, out, peers_.get());
-    return std::make_unique<Behind>(stream_of(exec), side);
+    return behind(exec, [&](cudaStream_t side) { gather(side, x, out, peers_.get()); });
   }
   void reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
     reduce_scatter(stream_of(exec), x, out, nullptr);
   }
   std::unique_ptr<Pending> start_reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
-    const cudaStream_t side = side_->fork(stream_of(exec));
-    reduce_scatter(side, x, out, peers_.get());
-    return std::make_unique<Behind>(stream_of(exec), side);
+    return behind(exec, [&](cudaStream_t side) { reduce_scatter(side, x, out, peers_.get()); });
   }
-  void share(Exec& exec, Tensor x) override {
+  bool share(Exec& exec, Tensor x) override {
     PeerCollectives* const peers = this->peers(exec);
-    if (peers == nullptr || x.bytes() == 0) return;
-    const Status shared = peers->memory().share(x.data, x.bytes());
-    if (all_agree(exec, shared))
+    if (peers == nullptr || x.bytes() == 0) return false;
+    const bool shared = all_agree(exec, peers->memory().share(x.data, x.bytes()));
+    if (shared)
       peers->memory().keep();
     else
       peers->memory().drop();
+    return shared;
   }
   [[nodiscard]] bool has_background() const override { return true; }
   [[nodiscard]] int background_multiprocessors() const override {
@@ -229,6 +226,12 @@ class NcclCommunicator final : public Communicator {
     TANDEM_CHECK(r >= 0 && r < size_ && r != rank_, "rank ", r, " as seen by ", rank_, " of ",
                  size_);
     return r;
+  }
+  template <class Begin>
+  std::unique_ptr<Pending> behind(const Exec& exec, const Begin& begin) {
+    const cudaStream_t side = side_->fork(stream_of(exec));
+    begin(side);
+    return std::make_unique<Behind>(stream_of(exec), side);
   }
   /// `peers`: only on the side queue, for ranks count what they do together in one order.
   void gather(cudaStream_t s, const Tensor& x, const Tensor& out, PeerCollectives* peers) {
