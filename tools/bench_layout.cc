@@ -30,6 +30,7 @@ struct Options : tools::TrainingCase {
   std::string model, shape, write;
   std::string device = "cpu";
   int threads = 1;
+  int first = 0;  // 0: all
   bool run = true;
 };
 
@@ -217,36 +218,41 @@ Status run(const Options& options) {
   const worker::train::BatchBounds bounds{options.rows * options.length, options.rows,
                                           options.length};
   const std::int64_t planning = steady_ns();
+  const auto& device = backend.ops->profile();
+  const bool own_memory = device.type == kernels::DeviceType::kCuda;  // else ranks share the host's
   TANDEM_ASSIGN_OR_RETURN(
       const auto planned,
-      memory::plan_layouts(backend.ops->profile(), loaded.config, options.compute_dtype(),
-                           options.settings({}), bounds,
-                           {ranks, backend.ops->profile().memory_bytes / ranks}, model));
+      memory::plan_layouts(device, loaded.config, options.compute_dtype(), options.settings({}),
+                           bounds, {ranks, device.memory_bytes / (own_memory ? 1 : ranks)}, model));
   const double planning_seconds = static_cast<double>(steady_ns() - planning) * 1e-9;
 
   Json rows = Json::parse(memory::to_json(planned, planned.size()));
   std::vector<double> speeds;
-  for (std::size_t i = 0; options.run && i < planned.size(); ++i) {
+  const std::size_t tried =
+      options.first == 0 ? planned.size() : static_cast<std::size_t>(options.first);
+  for (std::size_t i = 0; options.run && i < std::min(tried, planned.size()); ++i) {
     // Every rank plans with rates of its own measurement; rank 0's order is everybody's.
     auto wanted = planned[i].layout;
     kernels::ArenaScope scope(arena);
     std::array<std::int32_t, 5> numbers{wanted.dp, wanted.tp, wanted.pp, wanted.zero,
                                         wanted.virtual_pp};
-    const auto device = arena.alloc({5}, DType::kI32);
-    backend.ops->upload(exec, std::as_bytes(std::span(numbers)), device);
-    machine.comm.broadcast(exec, device, 0);
-    backend.ops->download(exec, device, std::as_writable_bytes(std::span(numbers)));
+    const auto shared = arena.alloc({5}, DType::kI32);
+    backend.ops->upload(exec, std::as_bytes(std::span(numbers)), shared);
+    machine.comm.broadcast(exec, shared, 0);
+    backend.ops->download(exec, shared, std::as_writable_bytes(std::span(numbers)));
     wanted = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
     TANDEM_ASSIGN_OR_RETURN(const double seconds, measure(machine, options, wanted));
     if (machine.comm.rank() != 0) continue;
     speeds.push_back(options.tokens() / seconds);
     rows[i]["measured_step_seconds"] = seconds;
     rows[i]["measured_tokens_per_second"] = speeds.back();
+    std::cerr << wanted.to_string() << ": " << speeds.back() << " tokens/s, predicted "
+              << planned[i].tokens_per_second << std::endl;
   }
   if (machine.comm.rank() != 0) return {};
   Json report{{"bench", "layout"},
               {"model", options.model.empty() ? options.shape : options.model},
-              {"device", backend.ops->profile().name},
+              {"device", device.name},
               {"ranks", ranks},
               {"threads", options.threads},
               {"dtype", options.dtype},
@@ -288,6 +294,8 @@ int main(int argc, char** argv) {
   app.add_option("--steps", options.steps, "measured steps of each layout")
       ->check(CLI::Range(1, 1000));
   app.add_option("--write", options.write, "keep the fitted cost model in this file");
+  app.add_option("--first", options.first, "run only so many, the fastest by prediction (0: all)")
+      ->check(CLI::Range(0, 1000));
   app.add_flag("--run,!--no-run", options.run, "run the layouts (or predict only)");
   CLI11_PARSE(app, argc, argv);
   const Status status = run(options);
