@@ -108,7 +108,7 @@ __device__ inline void store_rows(const float (&acc)[kDim / 2], float factor0, f
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 4 * (4 * g + j) + 2 * half;
-        v[j] = pack_bf16(acc[at] * factor, acc[at + 1] * factor);
+        v[j] = pack<Bf16>(acc[at] * factor, acc[at + 1] * factor);
       }
       transpose_quad(v, quad);
       if (r < rows)

@@ -115,9 +115,9 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
       }
       float s[S::kKeys / 2], dp[S::kKeys / 2];
       wgmma_fence();
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q, k);
+      product_rows<Bf16, kDim, S::Q::kPanel, S::K::kPanel>(s, q, k);
       wgmma_commit();
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(dp, dout, v);
+      product_rows<Bf16, kDim, S::Q::kPanel, S::K::kPanel>(dp, dout, v);
       wgmma_commit();
       const bool partly = (n + 1) * S::kKeys - 1 > first ||
                           (p.window != 0 && first + 63 - n * S::kKeys >= p.window);
@@ -151,9 +151,9 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
         }
       }
       std::uint32_t ds[S::kKeys / 16][4];
-      as_operand<S::kKeys>(s, ds);
+      as_operand<Bf16, S::kKeys>(s, ds);
       wgmma_fence();
-      product_columns<S::kKeys, S::K::kPanel>(dq, ds, k, n < high);
+      product_columns<Bf16, S::kKeys, S::K::kPanel>(dq, ds, k, n < high);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dq);
@@ -321,9 +321,9 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
       }
       float s[kCount], dp[kCount];
       wgmma_fence();
-      product_rows<kDim, S::K::kPanel, S::Q::kPanel>(s, k, q);
+      product_rows<Bf16, kDim, S::K::kPanel, S::Q::kPanel>(s, k, q);
       wgmma_commit();
-      product_rows<kDim, S::K::kPanel, S::Q::kPanel>(dp, v, dout);
+      product_rows<Bf16, kDim, S::K::kPanel, S::Q::kPanel>(dp, v, dout);
       wgmma_commit();
       const float4* statistics =
           reinterpret_cast<const float4*>(&bars.statistics[ring.stage][column]);
@@ -347,18 +347,18 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
         }
       }
       std::uint32_t weights[S::kQueries / 16][4];
-      as_operand<S::kQueries>(s, weights);
+      as_operand<Bf16, S::kQueries>(s, weights);
       wgmma_fence();
-      product_columns<S::kQueries, S::Q::kPanel>(dv, weights, dout, 1);
+      product_columns<Bf16, S::kQueries, S::Q::kPanel>(dv, weights, dout, 1);
       wgmma_commit();
       wgmma_wait<1>();
       pin(dp);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) s[i] *= dp[i] - delta[i / 4 * 2 + i % 2];
       std::uint32_t ds[S::kQueries / 16][4];
-      as_operand<S::kQueries>(s, ds);
+      as_operand<Bf16, S::kQueries>(s, ds);
       wgmma_fence();
-      product_columns<S::kQueries, S::Q::kPanel>(dk, ds, q, 1);
+      product_columns<Bf16, S::kQueries, S::Q::kPanel>(dk, ds, q, 1);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dk);
@@ -408,7 +408,7 @@ template <int kDim>
 void backward(const Queue& queue, const AttentionBackwardArgs& a, BackwardParams p,
               const RowTile* by_prefix, const RowTile* by_suffix) {
   const auto map = [](const Tensor& x, int box) {
-    return make_tensor_map(x.data, x.dim(0), x.dim(1), box);
+    return make_tensor_map(DType::kBF16, x.data, x.dim(0), x.dim(1), box);
   };
   const CUtensorMap qkv = map(a.qkv, kTileRows), dout = map(a.dout, kTileRows);
   static_assert(DqShape<kDim>::kKeys == kTileRows, "one map serves both");

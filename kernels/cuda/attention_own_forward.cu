@@ -219,8 +219,8 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       return (n + 1) * kKeys - 1 > first || (p.window != 0 && first + 63 - n * kKeys >= p.window);
     };
     const auto scores = [&](float(&s)[kKeys / 2]) {
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q,
-                                                     shared + S::kK + k_ring.stage * S::K::kBytes);
+      product_rows<Bf16, kDim, S::Q::kPanel, S::K::kPanel>(
+          s, q, shared + S::kK + k_ring.stage * S::K::kBytes);
       wgmma_commit();
     };
     float o[kDim / 2], shrink[2];
@@ -234,7 +234,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
         zeroed(group);
       }
       wgmma_fence();
-      product_columns<kKeys, S::K::kPanel>(o, weights, v, accumulate);
+      product_columns<Bf16, kKeys, S::K::kPanel>(o, weights, v, accumulate);
       wgmma_commit();
     };
 
@@ -251,7 +251,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       k_ring.next();
       if (partly(blocks.high)) mask_scores(s, query, blocks.high * kKeys + column, p.window);
       exponentiate(s, state, scale_log2, shrink);
-      as_operand<kKeys>(s, weights);
+      as_operand<Bf16, kKeys>(s, weights);
     }
     for (int n = blocks.high - 1; n >= blocks.low; --n) {
       float s[kKeys / 2];
@@ -272,7 +272,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       release(&bars.v_empty[v_ring.stage]);
       v_ring.next();
       rescale<kDim>(o, shrink);
-      as_operand<kKeys>(s, weights);
+      as_operand<Bf16, kKeys>(s, weights);
     }
     release(&bars.q_empty);
     values(blocks.low, blocks.low < blocks.high);
@@ -335,7 +335,7 @@ template <int kDim>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
   const ForwardMaps maps{
-      make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
+      make_tensor_map(DType::kBF16, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
   launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, queue, "attention forward",
          maps, p);
 }
@@ -343,9 +343,10 @@ void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p)
 template <int kDim>
 void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
-  const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
-                         make_tensor_map(a.cache->k.data, rows, kDim, p.block_size),
-                         make_tensor_map(a.cache->v.data, rows, kDim, p.block_size)};
+  const ForwardMaps maps{
+      make_tensor_map(DType::kBF16, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+      make_tensor_map(DType::kBF16, a.cache->k.data, rows, kDim, p.block_size),
+      make_tensor_map(DType::kBF16, a.cache->v.data, rows, kDim, p.block_size)};
   launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
          "paged attention forward", maps, p);
 }

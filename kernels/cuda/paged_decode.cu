@@ -87,8 +87,8 @@ struct WarpState {
       top[c] = most;
       sum[c] = sum[c] * factor[c] + (p[c] + p[c + 2]);
     }
-    const std::uint32_t b0 = transpose_8x8(pack_bf16(p[0], p[1]));
-    const std::uint32_t b1 = transpose_8x8(pack_bf16(p[2], p[3]));
+    const std::uint32_t b0 = transpose_8x8(pack<bf16_t>(p[0], p[1]));
+    const std::uint32_t b1 = transpose_8x8(pack<bf16_t>(p[2], p[3]));
 #pragma unroll
     for (int h = 0; h < kDim / 64; ++h)
 #pragma unroll
@@ -97,8 +97,8 @@ struct WarpState {
         for (int e = 0; e < 4; ++e) o[h][j][e] *= factor[e % 2];
         const std::uint32_t w0 = word(values.at[h][0], j), w1 = word(values.at[h][1], j);
         const std::uint32_t w2 = word(values.at[h][2], j), w3 = word(values.at[h][3], j);
-        mma_bf16(o[h][j], __byte_perm(w0, w1, 0x5410), __byte_perm(w0, w1, 0x7632),
-                 __byte_perm(w2, w3, 0x5410), __byte_perm(w2, w3, 0x7632), b0, b1);
+        mma<bf16_t>(o[h][j], __byte_perm(w0, w1, 0x5410), __byte_perm(w0, w1, 0x7632),
+                    __byte_perm(w2, w3, 0x5410), __byte_perm(w2, w3, 0x7632), b0, b1);
       }
   }
 };
@@ -214,8 +214,10 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
     float x[4] = {};
 #pragma unroll
     for (int s = 0; s < kDim / 32; ++s) {
-      mma_bf16(x, key.low[s].x, key.high[s].x, key.low[s].y, key.high[s].y, query[s].x, query[s].y);
-      mma_bf16(x, key.low[s].z, key.high[s].z, key.low[s].w, key.high[s].w, query[s].z, query[s].w);
+      mma<bf16_t>(x, key.low[s].x, key.high[s].x, key.low[s].y, key.high[s].y, query[s].x,
+                  query[s].y);
+      mma<bf16_t>(x, key.low[s].z, key.high[s].z, key.low[s].w, key.high[s].w, query[s].z,
+                  query[s].w);
     }
     if (i % 32 == 0) find_places(block + stride);
     place = __shfl_sync(0xffffffffu, places, i % 32);

@@ -50,8 +50,8 @@ struct WarpRows {
       for (int s = 0; s < kDim / 16; ++s) {
         std::uint32_t b[4];
         load_matrices(b, keys + chunk_at<kDim>(r, 2 * s + lane / 8 % 2));
-        mma_bf16(x[2 * n], query[s][0], query[s][1], query[s][2], query[s][3], b[0], b[1]);
-        mma_bf16(x[2 * n + 1], query[s][0], query[s][1], query[s][2], query[s][3], b[2], b[3]);
+        mma<bf16_t>(x[2 * n], query[s][0], query[s][1], query[s][2], query[s][3], b[0], b[1]);
+        mma<bf16_t>(x[2 * n + 1], query[s][0], query[s][1], query[s][2], query[s][3], b[2], b[3]);
       }
     }
   }
@@ -88,17 +88,17 @@ struct WarpRows {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int t = 0; t < kKeys / 16; ++t) {
-      const std::uint32_t a0 = pack_bf16(x[2 * t][0], x[2 * t][1]);
-      const std::uint32_t a1 = pack_bf16(x[2 * t][2], x[2 * t][3]);
-      const std::uint32_t a2 = pack_bf16(x[2 * t + 1][0], x[2 * t + 1][1]);
-      const std::uint32_t a3 = pack_bf16(x[2 * t + 1][2], x[2 * t + 1][3]);
+      const std::uint32_t a0 = pack<bf16_t>(x[2 * t][0], x[2 * t][1]);
+      const std::uint32_t a1 = pack<bf16_t>(x[2 * t][2], x[2 * t][3]);
+      const std::uint32_t a2 = pack<bf16_t>(x[2 * t + 1][0], x[2 * t + 1][1]);
+      const std::uint32_t a3 = pack<bf16_t>(x[2 * t + 1][2], x[2 * t + 1][3]);
       const int r = 16 * t + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         std::uint32_t b[4];
         load_matrices_transposed(b, values + chunk_at<kDim>(r, 2 * n + lane / 16));
-        mma_bf16(o[2 * n], a0, a1, a2, a3, b[0], b[1]);
-        mma_bf16(o[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
+        mma<bf16_t>(o[2 * n], a0, a1, a2, a3, b[0], b[1]);
+        mma<bf16_t>(o[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
       }
     }
   }
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == kNarrow ? 2 : 1)
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
       *reinterpret_cast<std::uint32_t*>(out + 8 * n + 2 * q) =
-          pack_bf16(rows.o[n][2 * i] / sum, rows.o[n][2 * i + 1] / sum);
+          pack<bf16_t>(rows.o[n][2 * i] / sum, rows.o[n][2 * i + 1] / sum);
   }
 }
 
