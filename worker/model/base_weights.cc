@@ -171,8 +171,7 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
 Result<std::shared_ptr<BaseWeights>> BaseWeights::describe(const ModelConfig& whole, DType dtype,
                                                            const TensorSource& source,
                                                            const ModelShard& shard) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF64,
-               dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype) || dtype == DType::kF64, dtype_name(dtype));
   TANDEM_RETURN_IF_ERROR(whole.validate());
   for (const TensorSpec& spec : expected_tensors(whole))
     TANDEM_RETURN_IF_ERROR(source.has(spec.name, spec.n, spec.i));
