@@ -57,7 +57,7 @@ TEST_P(LinearCrossEntropy, MatchesTheReference) {
   // vocabulary the gradient is exactly 0.
   if (s.v > 1)
     expect_close("dx", got.at("dx").values(), want.dx,
-                 tolerance(dtype(), s.v, dtype() == DType::kBF16 ? 2 : 16));
+                 tolerance(dtype(), s.v, is_16_bit(dtype()) ? 2 : 16));
   const Values dx = got.at("dx").values();
   for (std::int64_t r = 0; r < s.t; ++r) {
     if (at[static_cast<std::size_t>(r)] >= 0) continue;
