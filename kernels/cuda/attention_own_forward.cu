@@ -12,7 +12,7 @@ namespace {
 struct ForwardParams {
   const RowTile* tiles;
   const std::int32_t* tile_count;
-  Bf16* out;
+  void* out;
   float* lse;  ///< may be null
   int heads, kv_heads, window;
   float scale;
@@ -189,7 +189,7 @@ __device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
     for (int i = 0; i < 4; ++i) o[4 * j + i] *= shrink[i / 2];
 }
 
-template <int kDim, bool kTurns>
+template <class E, int kDim, bool kTurns>
 __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBarriers& bars) {
   using S = ForwardShared<kDim>;
   const int group = warpgroup() - 1;
@@ -219,8 +219,8 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       return (n + 1) * kKeys - 1 > first || (p.window != 0 && first + 63 - n * kKeys >= p.window);
     };
     const auto scores = [&](float(&s)[kKeys / 2]) {
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q,
-                                                     shared + S::kK + k_ring.stage * S::K::kBytes);
+      product_rows<E, kDim, S::Q::kPanel, S::K::kPanel>(
+          s, q, shared + S::kK + k_ring.stage * S::K::kBytes);
       wgmma_commit();
     };
     float o[kDim / 2], shrink[2];
@@ -234,7 +234,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
         zeroed(group);
       }
       wgmma_fence();
-      product_columns<kKeys, S::K::kPanel>(o, weights, v, accumulate);
+      product_columns<E, kKeys, S::K::kPanel>(o, weights, v, accumulate);
       wgmma_commit();
     };
 
@@ -251,7 +251,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       k_ring.next();
       if (partly(blocks.high)) mask_scores(s, query, blocks.high * kKeys + column, p.window);
       exponentiate(s, state, scale_log2, shrink);
-      as_operand<kKeys>(s, weights);
+      as_operand<E, kKeys>(s, weights);
     }
     for (int n = blocks.high - 1; n >= blocks.low; --n) {
       float s[kKeys / 2];
@@ -272,7 +272,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       release(&bars.v_empty[v_ring.stage]);
       v_ring.next();
       rescale<kDim>(o, shrink);
-      as_operand<kKeys>(s, weights);
+      as_operand<E, kKeys>(s, weights);
     }
     release(&bars.q_empty);
     values(blocks.low, blocks.low < blocks.high);
@@ -294,13 +294,14 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
             state.top[h] * p.scale + logf(sum);
     }
     const std::int64_t stride = std::int64_t{p.heads} * kDim;
-    store_rows<kDim>(o, inverse[0], inverse[1],
-                     p.out + (tile.sequence + tile.begin + group * 64) * stride + head * kDim,
-                     stride, tile.rows - group * 64);
+    store_rows<kDim>(
+        o, inverse[0], inverse[1],
+        static_cast<E*>(p.out) + (tile.sequence + tile.begin + group * 64) * stride + head * kDim,
+        stride, tile.rows - group * 64);
   }
 }
 
-template <int kDim, bool kTurns, bool kPaged>
+template <class E, int kDim, bool kTurns, bool kPaged>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p) {
 #ifdef TANDEM_HOPPER
@@ -326,27 +327,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < (kPaged ? 32 : 1)) produce<kDim, kPaged>(maps, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    consume<kDim, kTurns>(p, shared, bars);
+    consume<E, kDim, kTurns>(p, shared, bars);
   }
 #endif
 }
 
-template <int kDim>
+template <class E, int kDim>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
   const ForwardMaps maps{
-      make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
-  launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, queue, "attention forward",
-         maps, p);
+      make_tensor_map(Element<E>::kDType, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+      {},
+      {}};
+  launch(forward_kernel<E, kDim, true, false>, ForwardShared<kDim>::kBytes, queue,
+         "attention forward", maps, p);
 }
 
-template <int kDim>
+template <class E, int kDim>
 void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
-  const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
-                         make_tensor_map(a.cache->k.data, rows, kDim, p.block_size),
-                         make_tensor_map(a.cache->v.data, rows, kDim, p.block_size)};
-  launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
+  const ForwardMaps maps{
+      make_tensor_map(Element<E>::kDType, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+      make_tensor_map(Element<E>::kDType, a.cache->k.data, rows, kDim, p.block_size),
+      make_tensor_map(Element<E>::kDType, a.cache->v.data, rows, kDim, p.block_size)};
+  launch(forward_kernel<E, kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
          "paged attention forward", maps, p);
 }
 
@@ -359,6 +363,7 @@ void own_attention_forward(const Queue& queue, const AttentionArgs& a,
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
   own::Prepare prepare{};
   prepare.offsets = static_cast<const std::int32_t*>(a.seq_offsets.data);
+  prepare.dtype = a.qkv.dtype;
   prepare.sequences = static_cast<int>(a.seq_offsets.dim(0) - 1);
   prepare.by_prefix = tiles;
   prepare.count = count;
@@ -370,7 +375,7 @@ void own_attention_forward(const Queue& queue, const AttentionArgs& a,
   own::prepare(queue, prepare, a.seq_len_max);
   const own::ForwardParams p{tiles,
                              count,
-                             static_cast<own::Bf16*>(a.out.data),
+                             a.out.data,
                              static_cast<float*>(a.lse.data),
                              static_cast<int>(a.spec.heads),
                              static_cast<int>(a.spec.kv_heads),
@@ -379,10 +384,12 @@ void own_attention_forward(const Queue& queue, const AttentionArgs& a,
                              nullptr,
                              0,
                              0};
-  if (a.spec.head_dim == 128)
-    own::forward<128>(queue, a, p);
-  else
-    own::forward<64>(queue, a, p);
+  with_element(a.qkv.dtype, [&]<class E>(E) {
+    if (a.spec.head_dim == 128)
+      own::forward<E, 128>(queue, a, p);
+    else
+      own::forward<E, 64>(queue, a, p);
+  });
 }
 
 void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
@@ -393,6 +400,7 @@ void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
   prepare.offsets = static_cast<const std::int32_t*>(a.q_offsets.data);
   prepare.kv_lens = static_cast<const std::int32_t*>(a.kv_lens.data);
   prepare.rows_min = rows_min;
+  prepare.dtype = a.qkv.dtype;
   prepare.sequences = static_cast<int>(a.kv_lens.dim(0));
   prepare.by_prefix = tiles;
   prepare.count = count;
@@ -402,7 +410,7 @@ void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
   own::prepare(queue, prepare, a.kv_len_max);
   const own::ForwardParams p{tiles,
                              count,
-                             static_cast<own::Bf16*>(a.out.data),
+                             a.out.data,
                              nullptr,
                              static_cast<int>(a.spec.heads),
                              static_cast<int>(a.spec.kv_heads),
@@ -411,10 +419,12 @@ void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
                              static_cast<const std::int32_t*>(a.block_tables.data),
                              static_cast<int>(a.block_tables.dim(1)),
                              static_cast<int>(a.cache->block_size)};
-  if (a.spec.head_dim == 128)
-    own::paged_forward<128>(queue, a, p);
-  else
-    own::paged_forward<64>(queue, a, p);
+  with_element(a.qkv.dtype, [&]<class E>(E) {
+    if (a.spec.head_dim == 128)
+      own::paged_forward<E, 128>(queue, a, p);
+    else
+      own::paged_forward<E, 64>(queue, a, p);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

@@ -1,7 +1,8 @@
 // Private to kernels/cuda: paged attention has three kernels with one meaning.
 //   simple  any dtype, head dim and block size; a row's sums run in the order of the simple packed
 //           kernel's (attention_simple.cu), so in f32 both give the same bits
-//   tiles   bf16, head dim 64 or 128: many query rows of a sequence share each tile of keys. A
+//   tiles   bf16 and f16, head dim 64 or 128: many query rows of a sequence share each tile of
+//   keys. A
 //           row's bits depend on its own keys alone
 //   decode  as tiles, for sequences with few new rows: keys are split over warps and blocks, so
 //           that few sequences still fill the device
@@ -146,9 +147,9 @@ __device__ inline float exponent(const PagedView& v, float dot) {
 
 void paged_simple(cudaStream_t stream, const PagedView& view, DType dtype);
 /// paged_tiles.cu
-void paged_tiles(cudaStream_t stream, const PagedView& view);
+void paged_tiles(cudaStream_t stream, const PagedView& view, DType dtype);
 /// paged_decode.cu. `splits`: blocks that share the keys of a tile, a power of two up to 8.
-void paged_decode(cudaStream_t stream, const PagedView& view, int splits);
+void paged_decode(cudaStream_t stream, const PagedView& view, DType dtype, int splits);
 int paged_decode_splits(const PagedView& view, std::int64_t kv_len_max,
                         const DeviceProfile& profile);
 
