@@ -5,8 +5,12 @@
 #include "protocol/base/units.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
+#include <exception>
 #include <map>
+#include <thread>
+#include <utility>
 #include <vector>
 
 namespace tandem::kernels::cuda {
@@ -16,7 +20,7 @@ namespace tandem::kernels::cuda {
 /// part is waited for only when the device is a whole ring behind.
 class PinnedRing {
  public:
-  explicit PinnedRing(int device) : weights_(device) {
+  explicit PinnedRing(int device) : device_(device), weights_(device) {
     TANDEM_CUDA(cudaMallocHost(&base_, kParts * kPartBytes));
     for (cudaEvent_t& event : used_)
       TANDEM_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -43,32 +47,52 @@ class PinnedRing {
     }
   }
 
-  /// The device fills later parts while the host empties the oldest.
+  /// The device fills later parts while the host empties the oldest. Much is emptied by several
+  /// threads, each through parts of its own: one copies less than the device sends.
   void download(cudaStream_t stream, const void* from, std::span<std::byte> host) {
-    const std::size_t parts = (host.size() + kPartBytes - 1) / kPartBytes, first = next_;
-    const auto bytes = [&](std::size_t i) {
-      return std::min(kPartBytes, host.size() - i * kPartBytes);
-    };
-    for (std::size_t i = 0, asked = 0; i < parts; ++i) {
-      for (; asked < std::min(parts, i + kParts); ++asked) {
-        const auto* begin = static_cast<const std::byte*>(from) + asked * kPartBytes;
-        TANDEM_CUDA(
-            cudaMemcpyAsync(take(), begin, bytes(asked), cudaMemcpyDeviceToHost, stream));
-        TANDEM_CUDA(cudaEventRecord(used_[next_], stream));
-        next_ = (next_ + 1) % kParts;
+    const std::size_t parts = (host.size() + kPartBytes - 1) / kPartBytes;
+    const std::size_t cores = std::thread::hardware_concurrency();
+    const std::size_t threads =
+        parts < 2 * kParts ? 1 : std::bit_floor(std::clamp<std::size_t>(cores / 2, 1, kParts / 2));
+    const std::size_t begin = std::exchange(next_, (next_ + parts) % kParts);
+    std::vector<std::exception_ptr> failures(threads);
+    const auto empty = [&](std::size_t first) noexcept {
+      try {
+        TANDEM_CUDA(cudaSetDevice(device_));
+        const auto at = [&](std::size_t i) { return (begin + i) % kParts; };
+        const auto bytes = [&](std::size_t i) {
+          return std::min(kPartBytes, host.size() - i * kPartBytes);
+        };
+        for (std::size_t i = first, asked = first; i < parts; i += threads) {
+          for (; asked < std::min(parts, i + kParts); asked += threads) {
+            TANDEM_CUDA(cudaEventSynchronize(used_[at(asked)]));
+            TANDEM_CUDA(cudaMemcpyAsync(base_ + at(asked) * kPartBytes,
+                                        static_cast<const std::byte*>(from) + asked * kPartBytes,
+                                        bytes(asked), cudaMemcpyDeviceToHost, stream));
+            TANDEM_CUDA(cudaEventRecord(used_[at(asked)], stream));
+          }
+          TANDEM_CUDA(cudaEventSynchronize(used_[at(i)]));
+          std::memcpy(host.data() + i * kPartBytes, base_ + at(i) * kPartBytes, bytes(i));
+        }
+      } catch (...) {
+        failures[first] = std::current_exception();
       }
-      const std::size_t part = (first + i) % kParts;
-      TANDEM_CUDA(cudaEventSynchronize(used_[part]));
-      std::memcpy(host.data() + i * kPartBytes, base_ + part * kPartBytes, bytes(i));
-    }
+    };
+    std::vector<std::thread> others;
+    for (std::size_t t = 1; t < threads; ++t) others.emplace_back(empty, t);
+    empty(0);
+    for (std::thread& other : others) other.join();
+    for (const std::exception_ptr& failure : failures)
+      if (failure) std::rethrow_exception(failure);
   }
 
  private:
-  static constexpr std::size_t kParts = 8, kPartBytes = 4 << 20;
+  static constexpr std::size_t kParts = 8, kPartBytes = 4 << 20;  // kParts: a power of two
   std::byte* take() {
     TANDEM_CUDA(cudaEventSynchronize(used_[next_]));
     return base_ + next_ * kPartBytes;
   }
+  const int device_;
   UploadThreads weights_;
   std::byte* base_ = nullptr;
   std::size_t next_ = 0;
