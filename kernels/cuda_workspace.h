@@ -112,7 +112,8 @@ std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& args,
 std::int64_t sample_bytes(const SampleArgs& args, const DeviceProfile& profile);
 
 struct PagedAttentionLayout {
-  bool fast = false;       ///< attention_own_forward.cu takes the sequences with many new rows
+  bool trains = false;     ///< training's kernel can read this cache
+  bool fast = false;       ///< and takes the sequences with many new rows: attention_own_forward.cu
   std::int64_t count = 0;  ///< fast: i32, the number of entries
   std::int64_t tiles = 0;  ///< fast: [T / kAttentionTileRows + 2 S] entries
   std::int64_t bytes = 0;

@@ -2,6 +2,7 @@
 // exponentiated, the tensor cores work on the next scores and on the last block's values, and the
 // two multiplying warpgroups take turns.
 #include "kernels/cuda/attention_own.cuh"
+#include "kernels/cuda/attention_softmax.cuh"
 
 #include <cmath>
 
@@ -136,51 +137,6 @@ __device__ void produce(const ForwardMaps& maps, const ForwardParams& p, std::ui
   }
 }
 
-/// Of the two rows a thread holds: the largest score and the sum of exponentials.
-struct RowState {
-  float top[2], sum[2];
-};
-
-/// Scores beyond the diagonal or behind the window become -inf. `query` and `key` are the thread's
-/// first row and column.
-__device__ inline void mask_scores(float (&s)[kKeys / 2], int query, int key, int window) {
-#pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int q = query + i / 2 * 8, k = key + 8 * j + i % 2;
-      if (k > q || (window != 0 && q - k >= window)) s[4 * j + i] = -INFINITY;
-    }
-}
-
-/// Scores become exponentials relative to the rows' largest so far; gives the factors by which what
-/// was summed before shrinks.
-__device__ inline void exponentiate(float (&s)[kKeys / 2], RowState& state, float scale_log2,
-                                    float (&shrink)[2]) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top = state.top[h];
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
-      top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float offset = top * scale_log2;
-    shrink[h] = exp2_fast(state.top[h] * scale_log2 - offset);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = s[4 * j + 2 * h + i];
-        x = exp2_fast(fmaf(x, scale_log2, -offset));
-        sum += x;
-      }
-    state.sum[h] = state.sum[h] * shrink[h] + sum;
-    state.top[h] = top;
-  }
-}
-
 template <int kDim>
 __device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
 #pragma unroll
@@ -224,7 +180,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       wgmma_commit();
     };
     float o[kDim / 2], shrink[2];
-    RowState state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    RowState state;
     std::uint32_t weights[kKeys / 16][4];
     const auto values = [&](int n, bool accumulate) {
       const std::uint32_t v = shared + S::kV + v_ring.stage * S::K::kBytes;
@@ -249,7 +205,8 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       pin(s);
       release(&bars.k_empty[k_ring.stage]);
       k_ring.next();
-      if (partly(blocks.high)) mask_scores(s, query, blocks.high * kKeys + column, p.window);
+      if (partly(blocks.high))
+        mask_scores(s, query, query + 8, blocks.high * kKeys + column, p.window);
       exponentiate(s, state, scale_log2, shrink);
       as_operand<kKeys>(s, weights);
     }
@@ -265,7 +222,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       pin(s);
       release(&bars.k_empty[k_ring.stage]);
       k_ring.next();
-      if (partly(n)) mask_scores(s, query, n * kKeys + column, p.window);
+      if (partly(n)) mask_scores(s, query, query + 8, n * kKeys + column, p.window);
       exponentiate(s, state, scale_log2, shrink);
       wgmma_wait<0>();
       pin(o);
@@ -284,9 +241,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
     float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = state.sum[h];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float sum = row_sum(state.sum[h]);
       inverse[h] = 1.0f / sum;
       const int r = row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && r < tile.rows)

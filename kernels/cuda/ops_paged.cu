@@ -112,8 +112,16 @@ void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a
   const Scratch scratch(exec, layout.bytes);
   PagedView v = paged_view(a);
   if (!is_fast(v, a.qkv.dtype)) return paged_simple(s, v, a.qkv.dtype);
-  // One kernel for all rows: their bits do not depend on what else a chunk holds.
-  if (exec.numerics == Numerics::kInvariant) return paged_tiles(s, v);
+  if (exec.numerics == Numerics::kInvariant) {
+    // One kernel for all rows, or two that give a row the same bits: they do not depend on what
+    // else a chunk holds.
+    if (!layout.trains) return paged_tiles(s, v);
+    if (layout.fast) {
+      v.rows_max = paged_ordered_rows(v);
+      own_paged_forward({s, multiprocessors(exec)}, a, layout, scratch.at<char>(0), v.rows_max + 1);
+    }
+    return paged_ordered(s, v);
+  }
   const int splits = paged_decode_splits(v, a.kv_len_max, profile_);
   if (v.t <= v.sequences) return paged_decode(s, v, splits);
   if (layout.fast) {
