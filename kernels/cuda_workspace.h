@@ -65,6 +65,17 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
 /// Of the ops of full fine-tuning: one product into dW; the others take nothing.
 std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);
 
+/// Rows of a norm up to 16 KiB stay in a block's registers: four accesses of 256 threads.
+inline constexpr std::int64_t kNormRowBytesMax = 4 * 256 * 16;
+/// With dweight: each block goes over rows of its own and keeps its part of the sum.
+struct NormBackwardLayout {
+  std::int64_t blocks = 0;  ///< 0: dweight is a pass of its own, or not wanted
+  std::int64_t parts = 0;   ///< [blocks, C] f32
+  std::int64_t bytes = 0;
+};
+NormBackwardLayout norm_backward_layout(const RmsNormBackwardArgs& args,
+                                        const DeviceProfile& profile);
+
 /// A chunk of logits in f32: enough rows to keep the product at full speed, few enough to be a
 /// small part of the memory.
 inline constexpr std::int64_t kLogitsChunkBytes = std::int64_t{1} << 30;

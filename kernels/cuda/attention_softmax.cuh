@@ -30,8 +30,8 @@ __device__ inline void mask_scores(float (&s)[kCount], int query, int other, int
 }
 
 /// Scores become exponentials relative to the rows' largest so far; gives the factors by which what
-/// was summed before shrinks, 1 where a block has nothing larger. Of the first block a row sees a
-/// key.
+/// was summed before shrinks, 1 where a block has nothing larger. A block of which a row sees no key
+/// leaves it as it was.
 template <int kCount>
 __device__ inline void exponentiate(float (&s)[kCount], RowState& state, float scale_log2,
                                     float (&shrink)[2]) {
@@ -43,7 +43,7 @@ __device__ inline void exponentiate(float (&s)[kCount], RowState& state, float s
       top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float offset = __fmul_rn(top, scale_log2);
+    const float offset = top == -INFINITY ? 0.0f : __fmul_rn(top, scale_log2);
     shrink[h] = exp2_fast(__fsub_rn(__fmul_rn(state.top[h], scale_log2), offset));
     float sum = 0.0f;
 #pragma unroll
