@@ -36,7 +36,8 @@ struct ForwardShared {
   using Q = SharedTile<kTileRows, kDim>;
   using K = SharedTile<kKeys, kDim>;
   static constexpr int kK = Q::kBytes, kV = kK + kStages * K::kBytes;
-  static constexpr int kBytes = kV + kStages * K::kBytes + 1024;
+  static constexpr int kSums = kV + kStages * K::kBytes;  ///< f32 [rows, kDim]: see Segments
+  static constexpr int kBytes = kSums + 1024, kBytesSegments = kBytes + kTileRows * kDim * 4;
 };
 
 struct ForwardBarriers {
@@ -145,8 +146,69 @@ __device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
     for (int i = 0; i < 4; ++i) o[4 * j + i] *= shrink[i / 2];
 }
 
-template <int kDim, bool kTurns>
-__device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBarriers& bars) {
+/// Block n is the first, from above, of a segment.
+__device__ inline bool begins_segment(int n) {
+  return (n + 1) % (kSegmentKeys / kKeys) == 0;
+}
+
+/// A multiplying thread's sums over the segments of keys above the one it is at: its own values in
+/// shared memory, which no other thread touches.
+template <int kDim>
+class Segments {
+ public:
+  /// `sums`: the block's; see ForwardShared.
+  __device__ explicit Segments(float4* sums) : at_(sums + threadIdx.x - 128) {}
+  __device__ void clear() { any_ = false; }
+  [[nodiscard]] __device__ bool any() const { return any_; }
+  /// Adds what the next segment down has.
+  __device__ void add(const RowState& state, const float (&o)[kDim / 2], float scale_log2) {
+    if (!any_) {
+      state_ = state;
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j)
+        at_[j * kConsumers] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+      any_ = true;
+      return;
+    }
+    const SegmentFactors f0 = factors(state, 0, scale_log2), f1 = factors(state, 1, scale_log2);
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      float4 x = at_[j * kConsumers];
+      x.x = add_values(x.x, o[4 * j], f0);
+      x.y = add_values(x.y, o[4 * j + 1], f0);
+      x.z = add_values(x.z, o[4 * j + 2], f1);
+      x.w = add_values(x.w, o[4 * j + 3], f1);
+      at_[j * kConsumers] = x;
+    }
+  }
+  /// The lowest segment's state and values become those of all.
+  __device__ void finish(RowState& state, float (&o)[kDim / 2], float scale_log2) {
+    if (!any_) return;
+    add(state, o, scale_log2);
+    state = state_;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      const float4 x = at_[j * kConsumers];
+      o[4 * j] = x.x;
+      o[4 * j + 1] = x.y;
+      o[4 * j + 2] = x.z;
+      o[4 * j + 3] = x.w;
+    }
+  }
+
+ private:
+  static constexpr int kConsumers = 32 * kConsumerWarps;
+  __device__ SegmentFactors factors(const RowState& next, int h, float scale_log2) {
+    return add_segment(state_.top[h], state_.sum[h], next.top[h], next.sum[h], scale_log2);
+  }
+  float4* const at_;
+  RowState state_;
+  bool any_ = false;
+};
+
+template <int kDim, bool kTurns, bool kSegments>
+__device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* sums,
+                        ForwardBarriers& bars) {
   using S = ForwardShared<kDim>;
   const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -160,6 +222,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
     if (lane == 0) barrier_arrive(barrier);
   };
   Ring<kStages> k_ring, v_ring;
+  Segments<kDim> segments(sums);
   std::uint32_t q_phase = 0;
   if (kTurns && group == 1) named_arrive(kTurn, 256);
   for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
@@ -181,6 +244,11 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
     };
     float o[kDim / 2], shrink[2];
     RowState state;
+    if (kSegments) segments.clear();
+    // Whether block n's values are added to those of the block above.
+    const auto goes_on = [&](int n) {
+      return n < blocks.high && !(kSegments && begins_segment(n));
+    };
     std::uint32_t weights[kKeys / 16][4];
     const auto values = [&](int n, bool accumulate) {
       const std::uint32_t v = shared + S::kV + v_ring.stage * S::K::kBytes;
@@ -216,27 +284,34 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       if (kTurns) named_sync(kTurn + group, 256);
       wgmma_fence();
       scores(s);
-      values(n + 1, n + 1 < blocks.high);
+      values(n + 1, goes_on(n + 1));
       if (kTurns) named_arrive(kTurn + 1 - group, 256);
       wgmma_wait<1>();
       pin(s);
       release(&bars.k_empty[k_ring.stage]);
       k_ring.next();
       if (partly(n)) mask_scores(s, query, query + 8, n * kKeys + column, p.window);
+      const bool begins = kSegments && begins_segment(n);
+      const RowState above = state;
+      if (begins) state = {};
       exponentiate(s, state, scale_log2, shrink);
       wgmma_wait<0>();
       pin(o);
       release(&bars.v_empty[v_ring.stage]);
       v_ring.next();
-      rescale<kDim>(o, shrink);
+      if (begins)
+        segments.add(above, o, scale_log2);
+      else
+        rescale<kDim>(o, shrink);
       as_operand<kKeys>(s, weights);
     }
     release(&bars.q_empty);
-    values(blocks.low, blocks.low < blocks.high);
+    values(blocks.low, goes_on(blocks.low));
     wgmma_wait<0>();
     pin(o);
     release(&bars.v_empty[v_ring.stage]);
     v_ring.next();
+    if (kSegments) segments.finish(state, o, scale_log2);
 
     float inverse[2];
 #pragma unroll
@@ -255,7 +330,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
   }
 }
 
-template <int kDim, bool kTurns, bool kPaged>
+template <int kDim, bool kTurns, bool kPaged, bool kSegments>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p) {
 #ifdef TANDEM_HOPPER
@@ -281,34 +356,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < (kPaged ? 32 : 1)) produce<kDim, kPaged>(maps, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    consume<kDim, kTurns>(p, shared, bars);
+    auto* sums = reinterpret_cast<float4*>(dynamic + (shared - shared_address(dynamic)) +
+                                           ForwardShared<kDim>::kSums);
+    consume<kDim, kTurns, kSegments>(p, shared, sums, bars);
   }
 #endif
 }
 
-template <int kDim>
+template <int kDim, bool kSegments>
+constexpr int kSharedBytes =
+    kSegments ? ForwardShared<kDim>::kBytesSegments : ForwardShared<kDim>::kBytes;
+
+template <int kDim, bool kSegments>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
   const ForwardMaps maps{
       make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
-  launch(forward_kernel<kDim, true, false>, ForwardShared<kDim>::kBytes, queue, "attention forward",
-         maps, p);
+  launch(forward_kernel<kDim, true, false, kSegments>, kSharedBytes<kDim, kSegments>, queue,
+         "attention forward", maps, p);
 }
 
-template <int kDim>
+template <int kDim, bool kSegments>
 void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
   const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
                          make_tensor_map(a.cache->k.data, rows, kDim, p.block_size),
                          make_tensor_map(a.cache->v.data, rows, kDim, p.block_size)};
-  launch(forward_kernel<kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
+  launch(forward_kernel<kDim, true, true, kSegments>, kSharedBytes<kDim, kSegments>, queue,
          "paged attention forward", maps, p);
 }
 
 }  // namespace
 }  // namespace own
 
-void own_attention_forward(const Queue& queue, const AttentionArgs& a,
+void own_attention_forward(const Queue& queue, Numerics numerics, const AttentionArgs& a,
                            const AttentionForwardLayout& layout, char* scratch) {
   auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
@@ -334,13 +415,13 @@ void own_attention_forward(const Queue& queue, const AttentionArgs& a,
                              nullptr,
                              0,
                              0};
-  if (a.spec.head_dim == 128)
-    own::forward<128>(queue, a, p);
-  else
-    own::forward<64>(queue, a, p);
+  const bool segments = numerics == Numerics::kInvariant, wide = a.spec.head_dim == 128;
+  const auto run = wide ? (segments ? own::forward<128, true> : own::forward<128, false>)
+                        : (segments ? own::forward<64, true> : own::forward<64, false>);
+  run(queue, a, p);
 }
 
-void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
+void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttentionArgs& a,
                        const PagedAttentionLayout& layout, char* scratch, int rows_min) {
   auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
@@ -366,10 +447,11 @@ void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
                              static_cast<const std::int32_t*>(a.block_tables.data),
                              static_cast<int>(a.block_tables.dim(1)),
                              static_cast<int>(a.cache->block_size)};
-  if (a.spec.head_dim == 128)
-    own::paged_forward<128>(queue, a, p);
-  else
-    own::paged_forward<64>(queue, a, p);
+  const bool segments = numerics == Numerics::kInvariant, wide = a.spec.head_dim == 128;
+  const auto run =
+      wide ? (segments ? own::paged_forward<128, true> : own::paged_forward<128, false>)
+           : (segments ? own::paged_forward<64, true> : own::paged_forward<64, false>);
+  run(queue, a, p);
 }
 
 }  // namespace tandem::kernels::cuda

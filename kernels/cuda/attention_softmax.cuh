@@ -30,8 +30,8 @@ __device__ inline void mask_scores(float (&s)[kCount], int query, int other, int
 }
 
 /// Scores become exponentials relative to the rows' largest so far; gives the factors by which what
-/// was summed before shrinks, 1 where a block has nothing larger. A block of which a row sees no key
-/// leaves it as it was.
+/// was summed before shrinks, 1 where a block has nothing larger. A block of which a row sees no
+/// key leaves it as it was.
 template <int kCount>
 __device__ inline void exponentiate(float (&s)[kCount], RowState& state, float scale_log2,
                                     float (&shrink)[2]) {
@@ -57,6 +57,29 @@ __device__ inline void exponentiate(float (&s)[kCount], RowState& state, float s
     state.sum[h] = __fmaf_rn(state.sum[h], shrink[h], sum);
     state.top[h] = top;
   }
+}
+
+/// Under kInvariant each segment of keys, counted from the sequence's start, has a softmax of its
+/// own, and they are added from a row's last down: so few rows of long sequences fill a device.
+constexpr int kSegmentKeys = 512;
+
+/// Factors by which what a row has of the segments above, and what it has of the next one, shrink
+/// when they are added; top and sum become those of both.
+struct SegmentFactors {
+  float all, next;
+};
+__device__ inline SegmentFactors add_segment(float& top, float& sum, float next_top, float next_sum,
+                                             float scale_log2) {
+  const float both = fmaxf(top, next_top);
+  const float offset = both == -INFINITY ? 0.0f : __fmul_rn(both, scale_log2);
+  const SegmentFactors f{exp2_fast(__fsub_rn(__fmul_rn(top, scale_log2), offset)),
+                         exp2_fast(__fsub_rn(__fmul_rn(next_top, scale_log2), offset))};
+  sum = __fmaf_rn(sum, f.all, __fmul_rn(next_sum, f.next));
+  top = both;
+  return f;
+}
+__device__ inline float add_values(float all, float next, const SegmentFactors& f) {
+  return __fmaf_rn(all, f.all, __fmul_rn(next, f.next));
 }
 
 /// The whole row's sum, of a quad's parts; every lane gets it.

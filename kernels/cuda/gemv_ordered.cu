@@ -17,7 +17,7 @@ template <class Out>
 __global__ void __launch_bounds__(kThreads)
     gemv_ordered_kernel(const __nv_bfloat16* x, const __nv_bfloat16* w, const __nv_bfloat16* bias,
                         std::int64_t n, std::int64_t k, Out* y) {
-  extern __shared__ uint4 shared_x[];  // of each load, lane q's words: pairs q, 4 + q, 8 + q, 12 + q
+  extern __shared__ uint4 shared_x[];  // of each load lane q's pairs: q, 4 + q, 8 + q, 12 + q
   launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;

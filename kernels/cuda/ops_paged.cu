@@ -118,14 +118,15 @@ void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a
     if (!layout.trains) return paged_tiles(s, v);
     if (layout.fast) {
       v.rows_max = paged_ordered_rows(v);
-      own_paged_forward({s, multiprocessors(exec)}, a, layout, scratch.at<char>(0), v.rows_max + 1);
+      own_paged_forward({s, multiprocessors(exec)}, exec.numerics, a, layout, scratch.at<char>(0),
+                        v.rows_max + 1);
     }
-    return paged_ordered(s, v);
+    return paged_ordered(s, v, paged_ordered_splits(v, a.kv_len_max, profile_));
   }
   const int splits = paged_decode_splits(v, a.kv_len_max, profile_);
   if (v.t <= v.sequences) return paged_decode(s, v, splits);
   if (layout.fast) {
-    own_paged_forward({s, multiprocessors(exec)}, a, layout, scratch.at<char>(0),
+    own_paged_forward({s, multiprocessors(exec)}, exec.numerics, a, layout, scratch.at<char>(0),
                       kDecodeRowsMax + 1);
   } else {
     v.rows_min = kDecodeRowsMax + 1;

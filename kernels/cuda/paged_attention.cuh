@@ -145,9 +145,12 @@ __device__ inline float exponent(const PagedView& v, float dot) {
 void paged_simple(cudaStream_t stream, const PagedView& view, DType dtype);
 /// paged_tiles.cu
 void paged_tiles(cudaStream_t stream, const PagedView& view);
-/// paged_ordered.cu, and how many rows of a sequence it takes at a time.
-void paged_ordered(cudaStream_t stream, const PagedView& view);
+/// paged_ordered.cu, and how many rows of a sequence it takes at a time. `splits`: blocks that
+/// share the segments of a tile's keys, a power of two up to 8; no bit depends on it.
+void paged_ordered(cudaStream_t stream, const PagedView& view, int splits);
 int paged_ordered_rows(const PagedView& view);
+int paged_ordered_splits(const PagedView& view, std::int64_t kv_len_max,
+                         const DeviceProfile& profile);
 /// paged_decode.cu. `splits`: blocks that share the keys of a tile, a power of two up to 8.
 void paged_decode(cudaStream_t stream, const PagedView& view, int splits);
 int paged_decode_splits(const PagedView& view, std::int64_t kv_len_max,

@@ -50,9 +50,11 @@ class Attention : public OpTest {
   static Values qkv(const AttentionRow& s, DType dtype) {
     return random_values(tokens(s) * width(s), dtype, 1, 1.5);
   }
-  static Outputs packed(const AttentionRow& s, const Values& x) {
+  static Outputs packed(const AttentionRow& s, const Values& x,
+                        Numerics numerics = Numerics::kInvariant) {
     const std::int64_t t = tokens(s);
     return run_op(backend(), [&](TestDevice& device) {
+      device.exec().numerics = numerics;
       device.ops().attention_forward(
           device.exec(),
           {spec(s), device.input(x, dtype(), {t, width(s)}), device.ints(s.offsets),
@@ -70,17 +72,19 @@ TANDEM_OP_TEST(Attention, kAttention);
 TEST_P(Attention, ForwardMatchesTheReferenceAndZeroesInertRows) {
   const AttentionRow& s = row(kAttention);
   const Values x = qkv(s, dtype());
-  const Outputs got = packed(s, x);
   const AttentionResult want = attention(spec(s), x, s.offsets, tokens(s));
-  expect_close("out", got.at("out").values(), want.out, out_tolerance(s));
-  const std::int64_t live = s.offsets.back();
-  const Values lse = got.at("lse").values();
-  expect_close("lse", Values(lse.begin(), lse.begin() + live * s.heads),
-               Values(want.lse.begin(), want.lse.begin() + live * s.heads),
-               tolerance(DType::kF32, s.head_dim, 8));
-  const Values out = got.at("out").values();
-  for (auto j = static_cast<std::size_t>(live * s.heads * s.head_dim); j < out.size(); ++j)
-    ASSERT_EQ(out[j], 0.0);
+  for (const Numerics numerics : {Numerics::kInvariant, Numerics::kReplay}) {
+    const Outputs got = packed(s, x, numerics);
+    expect_close("out", got.at("out").values(), want.out, out_tolerance(s));
+    const std::int64_t live = s.offsets.back();
+    const Values lse = got.at("lse").values();
+    expect_close("lse", Values(lse.begin(), lse.begin() + live * s.heads),
+                 Values(want.lse.begin(), want.lse.begin() + live * s.heads),
+                 tolerance(DType::kF32, s.head_dim, 8));
+    const Values out = got.at("out").values();
+    for (auto j = static_cast<std::size_t>(live * s.heads * s.head_dim); j < out.size(); ++j)
+      ASSERT_EQ(out[j], 0.0);
+  }
 }
 
 TEST_P(Attention, BackwardMatchesTheReferenceAndZeroesInertRows) {
@@ -264,7 +268,8 @@ TEST_P(InvariantAttention, RowsDoNotDependOnTheirChunkOrTheirNeighbours) {
   constexpr std::int32_t kLength = 1130;
   const std::int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim;
   const Values x = random_values(kLength * width, dtype(), 1, 1.5);
-  const auto run = [&](const std::vector<std::pair<std::int32_t, std::int32_t>>& chunks) {
+  const auto run = [&](const std::vector<std::pair<std::int32_t, std::int32_t>>& chunks,
+                       Numerics numerics = Numerics::kInvariant) {
     Values all;
     std::vector<std::int32_t> offsets{0}, first_new;
     for (const auto& [end, rows] : chunks) {
@@ -272,11 +277,12 @@ TEST_P(InvariantAttention, RowsDoNotDependOnTheirChunkOrTheirNeighbours) {
       offsets.push_back(offsets.back() + end);
       first_new.push_back(end - rows);
     }
-    return paged(backend(), dtype(), spec, all, offsets, first_new, 3, Numerics::kInvariant,
-                 s.block_size)
+    return paged(backend(), dtype(), spec, all, offsets, first_new, 3, numerics, s.block_size)
         .at("out");
   };
   const Output whole = run({{kLength, kLength}});
+  expect_close("replay's", whole.values(), run({{kLength, kLength}}, Numerics::kReplay).values(),
+               2 * tolerance(dtype(), s.head_dim + kLength, dtype() == DType::kBF16 ? 2 : 4));
   std::vector<std::pair<std::int32_t, std::int32_t>> chunks;
   for (const std::int32_t rows : {1, 2, 4, 5, 7, 17, 64, 65, 127, 128, 129, 1000})
     for (const std::int32_t end : {rows, 128, 129, 700, kLength})
