@@ -112,7 +112,8 @@ __device__ void produce(const PagedView& v, const CUtensorMap* k_map, const CUte
         if (++stage == kStages) stage = 0, phase ^= 1;
       }
     }
-    cluster_sync(splits);
+    __syncwarp();
+    cluster_sync(splits);  // as consume()
     cluster_sync(splits);
   }
 }
