@@ -9,6 +9,7 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 /// Rows of W that a warp sums at once, and 16-byte loads of each that it has in flight.
 constexpr int kRows = 2, kLoads = 4;
 constexpr std::int64_t kStep = 32 * Vec<__nv_bfloat16>::kSize;  ///< columns of one load of a warp
+constexpr std::int64_t kColumnsMax = 32768;                     ///< x lies in shared memory
 
 __device__ inline float dot(const uint4& w, const uint4& x, float sum) {
   const auto* a = reinterpret_cast<const __nv_bfloat162*>(&w);
@@ -80,7 +81,7 @@ void run(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tens
   const auto shared = static_cast<std::size_t>(w.i) * sizeof(__nv_bfloat16);
   static const cudaError_t allowed =
       cudaFuncSetAttribute(gemv_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(kGemvInnerMax * 2));
+                           static_cast<int>(kColumnsMax * 2));
   check_cuda(allowed, "gemv_kernel: shared memory");
   launch_early("gemv_kernel", gemv_kernel<Out>, dim3(blocks), dim3(kThreads), shared, stream,
                static_cast<const __nv_bfloat16*>(x.data),
@@ -91,7 +92,7 @@ void run(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tens
 }  // namespace
 
 bool gemv_fits(const Tensor& x, const PackedWeight& w) {
-  return x.dim(0) == 1 && w.dtype == DType::kBF16 && w.i % 8 == 0 && w.i <= kGemvInnerMax &&
+  return x.dim(0) == 1 && w.dtype == DType::kBF16 && w.i % 8 == 0 && w.i <= kColumnsMax &&
          reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 &&
          reinterpret_cast<std::uintptr_t>(w.storage.data) % 16 == 0;
 }

@@ -9,16 +9,11 @@
 
 namespace tandem::kernels::cuda {
 
-inline constexpr std::int64_t kGemvInnerMax = 32768;  ///< x lies in shared memory
-
 /// One row, bf16 weights, rows of 16-byte multiples.
 bool gemv_fits(const Tensor& x, const PackedWeight& w);
 /// y [1, N] bf16 or f32 = x [1, I] W^T + bias [N] bf16 (or undefined). Every output is summed in an
 /// order of its own row alone.
 void gemv(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tensor& bias,
           const Tensor& y);
-/// The same with the inner size summed in ascending order by the tensor cores (gemv_ordered.cu).
-void gemv_ordered(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tensor& bias,
-                  const Tensor& y);
 
 }  // namespace tandem::kernels::cuda

@@ -287,10 +287,6 @@ bool CudaOps::invariant_product(
       (narrow && !lora_gemm::fits(product, profile_.compute_capability)))
     return false;
   const std::int64_t t = a.x.dim(0);
-  if (gemv_fits(a.x, *a.weight)) {
-    gemv_ordered(stream(exec), a.x, *a.weight, a.bias, a.y);
-    return true;
-  }
   if (narrow && t > kSkinnyRows) {
     lora_gemm::run(stream(exec), product);
     return true;

@@ -25,7 +25,7 @@ using bf16_t = __nv_bfloat16;
 constexpr int kWarps = 4, kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
 constexpr int kPairs = 16;
 constexpr int kKeys = kAttentionTileRows, kHalf = kKeys / 2;  ///< of a softmax step; of a stage
-constexpr int kStages = 6;  ///< keys twice, values twice, and the next step's keys
+constexpr int kStages = 5;  ///< keys twice, values twice, and the next step's first keys
 constexpr int kSplitsMax = 8;
 constexpr int kSegmentBlocks = kSegmentKeys / kKeys;
 
@@ -43,7 +43,8 @@ struct Shared {
   static constexpr int kScoreRow = kKeys + 8;  ///< f32: rows of a fragment in different banks
   static constexpr int kScores = kStages * kStage;
   static constexpr int kQuery = kScores + kPairs * kScoreRow * 4;  ///< chunks: see query_chunk()
-  static constexpr int kExchange = kQuery + kPairs * kDim * 2;
+  static constexpr int kSums = kQuery + kPairs * kDim * 2;  ///< f32: values of all segments
+  static constexpr int kExchange = kSums + kPairs * kDim * 4;
   static constexpr int kBytes = kExchange + static_cast<int>(sizeof(Exchange)) + 1024;
 };
 /// Two blocks share a multiprocessor.
@@ -148,7 +149,7 @@ __device__ inline std::uint32_t first_of_pair(std::uint32_t pair, int present) {
 template <int kDim>
 __device__ void consume(const PagedView& v, const QueryTile& tile, int first_head, int heads,
                         int split, int splits, std::uint32_t shared, float* scores,
-                        Exchange& exchange, Barriers& bars) {
+                        float* sums, Exchange& exchange, Barriers& bars) {
   using S = Shared<kDim>;
   constexpr int kOwnKeys = kKeys / kWarps, kOwnColumns = kDim / kWarps;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -190,13 +191,13 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
     if (++stage == kStages) stage = 0, phase ^= 1;
   };
   // Of all segments so far: thread (pair, lane) of the first 64 has a part of a row's sum, every
-  // thread some of the values, every stride-th of the cluster's.
+  // thread some of the values, every stride-th of the cluster's; no other thread touches them.
   const KeyBlocks blocks = key_blocks(v, tile);
   const int thread = static_cast<int>(threadIdx.x);
   const int values_count = pairs * kDim, stride = splits * kConsumers;
   const int first_value = split * kConsumers + thread;
-  constexpr int kValues = kPairs * kDim / kConsumers;
-  float top = -INFINITY, sum = 0.0f, values[kValues] = {};
+  float top = -INFINITY, sum = 0.0f;
+  for (int e = first_value; e < values_count; e += stride) sums[e] = 0.0f;
   for (int first = 0; first < blocks.segments(); first += splits) {
     const KeyBlocks own = blocks.of_segment(blocks.last_segment() - first - split);
     RowState state;
@@ -302,13 +303,10 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
     named_sync(1, kConsumers);
     for (int s = 0; s < count; ++s) {
       const float* next = of(scores, s);
-#pragma unroll
-      for (int i = 0; i < kValues; ++i) {
-        const int e = first_value + i * stride, pair = e / kDim;
-        if (e < values_count)
-          values[i] = add_values(values[i], next[pair * S::kScoreRow + e % kDim],
-                                 exchange.factors[s][pair]);
-      }
+#pragma unroll 4
+      for (int e = first_value; e < values_count; e += stride)
+        sums[e] = add_values(sums[e], next[e / kDim * S::kScoreRow + e % kDim],
+                             exchange.factors[s][e / kDim]);
     }
     cluster_sync(splits);  // all have read the segments
     named_sync(1, kConsumers);
@@ -318,13 +316,11 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
     if (thread % 4 == 0) exchange.inverse[thread / 4] = inverse;
   }
   named_sync(1, kConsumers);
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    const int e = first_value + i * stride, pair = e / kDim;
-    if (e < values_count)
-      static_cast<bf16_t*>(
-          v.out)[v.out_at(tile.row + pair / heads, first_head + pair % heads) + e % kDim] =
-          store_as<bf16_t>(values[i] * exchange.inverse[pair]);
+  for (int e = first_value; e < values_count; e += stride) {
+    const int pair = e / kDim;
+    static_cast<bf16_t*>(
+        v.out)[v.out_at(tile.row + pair / heads, first_head + pair % heads) + e % kDim] =
+        store_as<bf16_t>(sums[e] * exchange.inverse[pair]);
   }
 }
 
@@ -338,6 +334,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ Barriers bars;
   const std::uint32_t base = shared_address(dynamic), shared = (base + 1023) & ~1023u;
   auto* scores = reinterpret_cast<float*>(dynamic + (shared - base) + Shared<kDim>::kScores);
+  auto* sums = reinterpret_cast<float*>(dynamic + (shared - base) + Shared<kDim>::kSums);
   auto& exchange =
       *reinterpret_cast<Exchange*>(dynamic + (shared - base) + Shared<kDim>::kExchange);
   launch_dependents();
@@ -367,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x >= kConsumers)
     produce<kDim>(v, &k_map, &v_map, tile, kv_head, split, splits, shared, bars);
   else
-    consume<kDim>(v, tile, kv_head * v.group + head0, heads, split, splits, shared, scores,
+    consume<kDim>(v, tile, kv_head * v.group + head0, heads, split, splits, shared, scores, sums,
                   exchange, bars);
 #endif
 }

@@ -113,7 +113,8 @@ TEST(ServeNumerics, ScoringAGenerationGivesItsLogprobsBack) {
   EXPECT_EQ(scored.prompt_logprobs, got.logprobs);
 }
 
-// On a GPU bf16 is Invariant too where it is asked for: kernels of many and of few rows add up alike.
+// On a GPU bf16 is Invariant too, where it is asked for: kernels of many and of few rows add up
+// alike.
 TEST(ServeNumerics, OnAGpuRowsInBf16KeepTheirBitsInAnyChunkAndCompany) {
   if (!test::on_gpu()) GTEST_SKIP() << "bf16 on a CPU promises Replay only";
   for (const std::int64_t head_dim : {64, 128}) {
