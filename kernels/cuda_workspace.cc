@@ -22,7 +22,7 @@ constexpr std::int64_t kThinRowsMax = std::int64_t{128} * 65535;
 bool is_thin(const std::vector<LoraSite>& sites, const AdapterRows& rows, const Tensor& x,
              std::int64_t outputs, const DeviceProfile& profile) {
   const auto aligned = [](std::int64_t size) { return size % kThinAlignment == 0; };
-  if (x.dtype != DType::kBF16 || profile.compute_capability < 90) return false;
+  if (!is_16_bit(x.dtype) || profile.compute_capability < 90) return false;
   if (rows.segments_max != 1 || !aligned(rows.rank_max) || rows.rank_max > kThinRankMax)
     return false;
   if (!aligned(x.dim(1)) || !aligned(outputs) || x.dim(0) > kThinRowsMax) return false;

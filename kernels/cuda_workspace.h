@@ -88,8 +88,8 @@ struct LinearCrossEntropyLayout {
 LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& args);
 
 // -- cuda_workspace_attention.cc
-/// True when kernels/cuda has a fast kernel of its own for the shape: bf16, head dim 64 or 128, no
-/// soft cap, Hopper. The others take the simple kernel, right first.
+/// True when kernels/cuda has a fast kernel of its own for the shape: 16-bit elements, head dim 64
+/// or 128, no soft cap, Hopper. The others take the simple kernel, right first.
 bool attention_is_fast(const AttentionSpec& spec, DType dtype, const DeviceProfile& profile);
 
 /// Rows of a tile that the fast kernels list on the device, and bytes of a list's entry.

@@ -11,7 +11,7 @@ std::int64_t tile_list_bytes(const Tensor& qkv, const Tensor& seq_offsets) {
 }  // namespace
 
 bool attention_is_fast(const AttentionSpec& spec, DType dtype, const DeviceProfile& profile) {
-  return dtype == DType::kBF16 && (spec.head_dim == 64 || spec.head_dim == 128) &&
+  return is_16_bit(dtype) && (spec.head_dim == 64 || spec.head_dim == 128) &&
          spec.soft_cap == 0.0f && profile.compute_capability == 90;
 }
 

@@ -2,8 +2,12 @@
 // without the device can plan for it.
 #pragma once
 
+#include "protocol/base/dtype.h"
+#include "protocol/base/result.h"
+
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace tandem::kernels {
 
@@ -19,5 +23,14 @@ struct DeviceProfile {
   bool records_graphs = false;    ///< see Ops::replay: few distinct shapes pay
   std::int64_t memory_bytes = 0;  ///< device memory (CPU: physical memory)
 };
+
+/// What engines on such a device can compute in; which is fastest depends on the processor.
+std::vector<DType> compute_dtypes(const DeviceProfile& profile);
+bool offers(const DeviceProfile& profile, DType dtype);
+/// "f32, bf16 and f16".
+std::string dtype_names(const std::vector<DType>& dtypes);
+/// A user's word. refused_error names what the device offers; of an unknown word invalid_error
+/// names the nearest too.
+Result<DType> parse_compute_dtype(const DeviceProfile& profile, const std::string& word);
 
 }  // namespace tandem::kernels

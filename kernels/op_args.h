@@ -1,9 +1,9 @@
 // One argument struct per op. Letters, once for the whole engine:
 //   T tokens (rows) of a packed batch · C model width · H query heads · K kv heads · D head dim ·
 //   F mlp width · V vocabulary · S sequences · R lora rank · N, I a linear's outputs and inputs
-// `cd` is the compute dtype of the engine (f32 or bf16). All tensors are row-major and contiguous.
-// Counts, offsets, tables and slots are device tensors (i32 unless said otherwise): the host knows
-// only their bounds, so one captured graph can serve any batch.
+// `cd` is the compute dtype of the engine (f32, bf16 or f16). All tensors are row-major and
+// contiguous. Counts, offsets, tables and slots are device tensors (i32 unless said otherwise): the
+// host knows only their bounds, so one captured graph can serve any batch.
 #pragma once
 
 #include "kernels/tensor.h"
@@ -17,7 +17,7 @@ namespace tandem::kernels {
 /// from.
 struct PackedWeight {
   Tensor storage;             ///< [bytes] u8, layout private to the backend
-  DType dtype = DType::kF32;  ///< precision of the elements: kF32 or kBF16 (others refused today)
+  DType dtype = DType::kF32;  ///< precision of the elements: the compute dtype
   std::int64_t n = 0, i = 0;  ///< logical W [n, i]
 };
 
@@ -310,10 +310,11 @@ struct AdamWArgs {
   Tensor grad;          ///< f32, same shape
   Tensor m, v;          ///< f32 moments, updated
   Tensor param_cd;      ///< param rounded to the compute dtype, overwritten; undefined: not wanted
-  Tensor squared_norm;  ///< [1] f32 from SquaredNorm; undefined: no clipping
-  float max_norm;
+  Tensor squared_norm;  ///< [1] f32 from SquaredNorm of `grad`; undefined: no clipping
+  float max_norm;       ///< of the gradient, which is grad_factor * grad
   float lr, beta1, beta2, eps, weight_decay;
-  std::int64_t step;  ///< 1 for the first update: bias corrections use beta^step
+  std::int64_t step;         ///< 1 for the first update: bias corrections use beta^step
+  float grad_factor = 1.0f;  ///< 1 / the loss scale that `grad` was computed with
 };
 
 }  // namespace tandem::kernels

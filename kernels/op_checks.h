@@ -30,8 +30,8 @@ class OpCheck {
   }
   /// The dtype the rest of the op computes in.
   DType compute_dtype(const char* name, const Tensor& t) const {
-    TANDEM_CHECK(t.dtype == DType::kF32 || t.dtype == DType::kBF16 || t.dtype == DType::kF64, op_,
-                 ": ", name, ": expected f32 or bf16, got ", dtype_name(t.dtype));
+    TANDEM_CHECK(is_stored_float(t.dtype) || t.dtype == DType::kF64, op_, ": ", name,
+                 ": expected f32, bf16 or f16, got ", dtype_name(t.dtype));
     return t.dtype;
   }
   /// f32, or f64 on the exact backend of tests: logits, statistics, optimizer state.

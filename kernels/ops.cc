@@ -32,9 +32,7 @@ void Ops::copy(Exec& exec, Tensor from, Tensor to) {
              str("`from` is ", from.shape, ", `to` is ", to.shape, ": shapes must be equal"));
   if (from.elements() == 0) return;
   check.that(from.defined() && to.defined(), "a tensor is undefined");
-  const auto is_float = [](DType d) {
-    return d == DType::kF32 || d == DType::kBF16 || d == DType::kF16 || d == DType::kF64;
-  };
+  const auto is_float = [](DType d) { return is_stored_float(d) || d == DType::kF64; };
   check.that(from.dtype == to.dtype || (is_float(from.dtype) && is_float(to.dtype)),
              str("no conversion from ", dtype_name(from.dtype), " to ", dtype_name(to.dtype)));
   check.disjoint("from", from, "to", to);
@@ -52,8 +50,8 @@ void Ops::fill_zero(Exec& exec, Tensor x) {
 PackedWeight Ops::pack_weight(Exec& exec, Arena& arena, DType dtype, std::int64_t n, std::int64_t i,
                               const FillRows& fill) {
   const OpCheck check("pack_weight");
-  check.that(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF64,
-             str("expected f32 or bf16, got ", dtype_name(dtype)));
+  check.that(offers(profile(), dtype) || dtype == DType::kF64,
+             str("expected ", dtype_names(compute_dtypes(profile())), ", got ", dtype_name(dtype)));
   check.that(n > 0 && i > 0, str("expected a non-empty matrix, got [", n, ", ", i, "]"));
   PackedWeight weight;
   weight.dtype = dtype;
@@ -195,6 +193,7 @@ void Ops::adamw(Exec& exec, const AdamWArgs& a) {
              str("max_norm ", a.max_norm, " needs squared_norm"));
   check.in_range("beta1", a.beta1, 0.0f, 1.0f);
   check.in_range("beta2", a.beta2, 0.0f, 1.0f);
+  check.that(a.grad_factor > 0.0f, str("grad_factor: expected > 0, got ", a.grad_factor));
   check.that(a.step >= 1, str("step: expected >= 1, got ", a.step));
   check.disjoint("param", a.param, "grad", a.grad);
   check.disjoint("m", a.m, "v", a.v);

@@ -1,5 +1,6 @@
 #include "protocol/job_spec.h"
 
+#include "protocol/base/dtype.h"
 #include "protocol/base/json_nesting.h"
 
 #include <nlohmann/json.hpp>
@@ -83,7 +84,10 @@ Field choice(std::string name, T TrainSettings::*member,
       }
       known += (known.empty() ? "" : ", ") + text;
     }
-    return invalid_error(str(name, " must be one of ", known, "; not ", value.dump()));
+    const std::string meant =
+        name.ends_with("dtype") && value.is_string() ? meant_dtype(value.get<std::string>()) : "";
+    return invalid_error(str(name, " must be one of ", known, "; not ", value.dump(),
+                             meant.empty() ? "" : str("; did you mean \"", meant, "\"?")));
   };
   auto write = [=](const TrainSettings& s) {
     for (const auto& [text, option] : options)
@@ -157,8 +161,8 @@ const std::vector<Field>& fields() {
       integer("save_steps", &S::save_steps, 0, kBig),
       integer("save_total_limit", &S::save_total_limit, 1, 1000),
       integer("logging_steps", &S::logging_steps, 1, kBig),
-      words("dtype", {"auto", "f32", "bf16"}, &S::dtype),
-      words("adapter_dtype", {"auto", "f32", "bf16"}, &S::adapter_dtype),
+      words("dtype", {"auto", "f32", "bf16", "f16"}, &S::dtype),
+      words("adapter_dtype", {"auto", "f32", "bf16", "f16"}, &S::adapter_dtype),
       words("recompute", {"none", "elementwise", "mlp", "block"}, &S::recompute),
       integer("dp", &S::dp, 1, kRanksMax),
       integer("tp", &S::tp, 1, kRanksMax),

@@ -55,10 +55,13 @@ struct TrainSettings {
   std::int64_t save_total_limit = 2;  ///< >= 1
   std::int64_t logging_steps = 1;     ///< >= 1
   // -- engine
-  std::string dtype = "auto";          ///< compute dtype: "auto" | "f32" | "bf16"
-  std::string adapter_dtype = "auto";  ///< published dtype: "auto" (= compute) | "f32" | "bf16";
-                                       ///< of a full fine-tune, the new model's
-  std::string recompute = "none";      ///< "none" | "elementwise" | "mlp" | "block"
+  /// Compute dtype: "auto" (the worker's) | "f32" | "bf16" | "f16"; the dry run refuses another
+  /// than the worker's.
+  std::string dtype = "auto";
+  /// Published dtype: "auto" (= compute) | "f32" | "bf16" | "f16"; of a full fine-tune, the new
+  /// model's.
+  std::string adapter_dtype = "auto";
+  std::string recompute = "none";  ///< "none" | "elementwise" | "mlp" | "block"
   // -- layout: dp * tp * pp ranks, one worker each. It changes how the step is computed, not what:
   // gradient_accumulation_steps micro-batches make a step, dealt to the dp ranks.
   std::int64_t dp = 1, tp = 1, pp = 1;  ///< data-, tensor- and pipeline-parallel ranks, 1..64

@@ -100,7 +100,7 @@ const std::vector<SettingInfo>& Settings::known() {
       {"device", "auto", "auto, cpu or cuda"},
       {"threads", "0",
        "OpenMP threads per engine; 0: the machine's cores divided by the local workers"},
-      {"dtype", "auto", "compute dtype: auto, f32 or bf16"},
+      {"dtype", "auto", "compute dtype: auto, f32, bf16 or (on a GPU) f16"},
       {"numerics", "auto", "auto, replay or invariant (auto: invariant for f32 on CPU)"},
       {"memory_bytes_max", "0",
        "device memory an engine may use; 0: three quarters of what is there"},

@@ -285,7 +285,8 @@ class Engine {
 };
 
 Status run(const Options& o) {
-  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, tools::open_bench_device(o.device, o.threads));
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
+                          tools::open_bench_device(o.device, o.threads, 0, o.training.dtype));
   Json out{{"bench", "beside"},
            {"device", backend.ops->profile().name},
            {"model", o.model.empty() ? o.shape : o.model},
@@ -348,7 +349,7 @@ int main(int argc, char** argv) {
   CLI::App app("Training beside serving on one device, as JSON");
   tools::add_model_options(app, o.model, o.shape, o.device);
   app.add_option("--threads", o.threads)->check(CLI::Range(1, 1024));
-  app.add_option("--dtype", o.training.dtype)->check(CLI::IsMember({"f32", "bf16"}));
+  app.add_option("--dtype", o.training.dtype)->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--recompute", o.training.recompute)
       ->check(CLI::IsMember({"none", "elementwise", "mlp", "block"}));
   app.add_option("--rank", o.training.rank)->check(CLI::Range(1, 512));

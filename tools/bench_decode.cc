@@ -41,7 +41,7 @@ struct Rig {
   Rig(kernels::Backend device, const model::LoadedModel& loaded, const Options& o,
       const worker::comm::Layout& layout)
       : backend(std::move(device)),
-        dtype(o.dtype == "f32" ? DType::kF32 : DType::kBF16),
+        dtype(*parse_dtype(o.dtype)),
         weights_arena(arena(kernels::MemoryKind::kWeights, "weights")),
         table_arena(arena(kernels::MemoryKind::kAdapters, "slots")),
         activations(arena(kernels::MemoryKind::kActivations, "activations")),
@@ -217,8 +217,9 @@ Status run(const Options& o) {
   if (tools::started_ranks() != o.layout.ranks())
     return invalid_error(str("tp ", o.layout.tp, " x pp ", o.layout.pp, " are ", o.layout.ranks(),
                              " ranks; mpirun started ", tools::started_ranks()));
-  TANDEM_ASSIGN_OR_RETURN(kernels::Backend device,
-                          tools::open_bench_device(o.device, o.threads, tools::local_rank()));
+  TANDEM_ASSIGN_OR_RETURN(
+      kernels::Backend device,
+      tools::open_bench_device(o.device, o.threads, tools::local_rank(), o.dtype));
   const std::int64_t begin = steady_ns();
   Rig rig(std::move(device), loaded, o, o.layout);
   const double ready = static_cast<double>(steady_ns() - begin) * 1e-9;
@@ -256,7 +257,8 @@ int main(int argc, char** argv) {
   Options o;
   CLI::App app("Decode and prefill throughput of the serving engine");
   tools::add_model_options(app, o.model, o.shape, o.device);
-  app.add_option("--dtype", o.dtype, "bf16 or f32")->check(CLI::IsMember({"bf16", "f32"}));
+  app.add_option("--dtype", o.dtype, "bf16, f16 (on a GPU) or f32")
+      ->check(CLI::IsMember({"bf16", "f16", "f32"}));
   app.add_option("--numerics", o.numerics)->check(CLI::IsMember({"replay", "invariant"}));
   app.add_option("--threads", o.threads, "OpenMP threads of the ops");
   app.add_option("--batch", o.batches, "decoding sequences, one run each")->delimiter(',');

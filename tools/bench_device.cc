@@ -78,11 +78,17 @@ class TableSource final : public worker::model::TensorSource {
 
 }  // namespace
 
-Result<kernels::Backend> open_bench_device(const std::string& device, int threads, int index) {
-  if (device == "cuda") return kernels::make_cuda_backend({index, 0});
-  kernels::CpuOptions options;
-  options.threads = threads;
-  return kernels::make_cpu_backend(options);
+Result<kernels::Backend> open_bench_device(const std::string& device, int threads, int index,
+                                           const std::string& dtype) {
+  const auto open = [&]() -> Result<kernels::Backend> {
+    if (device == "cuda") return kernels::make_cuda_backend({index, 0});
+    kernels::CpuOptions options;
+    options.threads = threads;
+    return kernels::make_cpu_backend(options);
+  };
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open());
+  TANDEM_RETURN_IF_ERROR(kernels::parse_compute_dtype(backend.ops->profile(), dtype).status());
+  return backend;
 }
 
 std::vector<std::string> bench_shapes() {

@@ -10,8 +10,10 @@
 
 namespace tandem::tools {
 
-/// "cpu" (with so many threads) or "cuda" (GPU `index`).
-Result<kernels::Backend> open_bench_device(const std::string& device, int threads, int index = 0);
+/// "cpu" (with so many threads) or "cuda" (GPU `index`). refused_error: it does not compute in
+/// `dtype`.
+Result<kernels::Backend> open_bench_device(const std::string& device, int threads, int index = 0,
+                                           const std::string& dtype = "f32");
 
 /// Names that load_bench_model takes for `shape`.
 std::vector<std::string> bench_shapes();

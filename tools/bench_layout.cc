@@ -198,9 +198,9 @@ Result<double> measure(Machine& m, const Options& options, const worker::comm::L
 }
 
 Status run(const Options& options) {
-  TANDEM_ASSIGN_OR_RETURN(
-      kernels::Backend backend,
-      tools::open_bench_device(options.device, options.threads, tools::local_rank()));
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
+                          tools::open_bench_device(options.device, options.threads,
+                                                   tools::local_rank(), options.dtype));
   kernels::Arena workspace(*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
                            "workspace", std::int64_t{1} << 38);
   kernels::Arena arena(*backend.allocator, *backend.ledger, kernels::MemoryKind::kActivations,
@@ -281,7 +281,7 @@ int main(int argc, char** argv) {
   options.steps = 3;
   CLI::App app("The layout that is chosen, against all layouts tried; run under mpirun");
   tools::add_model_options(app, options.model, options.shape, options.device);
-  app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16"}));
+  app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--recompute", options.recompute)
       ->check(CLI::IsMember({"none", "elementwise", "mlp", "block"}));
   app.add_option("--threads", options.threads, "of a rank")->check(CLI::Range(1, 1024));

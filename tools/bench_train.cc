@@ -92,9 +92,9 @@ Result<worker::comm::Layout> chosen_layout(const Options& options,
 
 Status run(Options options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, tools::load_bench_model(options.model, options.shape));
-  TANDEM_ASSIGN_OR_RETURN(
-      kernels::Backend backend,
-      tools::open_bench_device(options.device, options.threads, tools::local_rank()));
+  TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend,
+                          tools::open_bench_device(options.device, options.threads,
+                                                   tools::local_rank(), options.dtype));
   TANDEM_ASSIGN_OR_RETURN(options.layout,
                           chosen_layout(options, backend.ops->profile(), loaded.config));
   TANDEM_RETURN_IF_ERROR(options.layout.validate());
@@ -215,7 +215,7 @@ int main(int argc, char** argv) {
   Options options;
   CLI::App app("Training throughput, as JSON");
   tools::add_model_options(app, options.model, options.shape, options.device);
-  app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16"}));
+  app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--recompute", options.recompute)
       ->check(CLI::IsMember({"none", "elementwise", "mlp", "block"}));
   app.add_option("--threads", options.threads)->check(CLI::Range(1, 1024));

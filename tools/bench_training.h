@@ -20,7 +20,8 @@ struct TrainingCase {
   std::int64_t ragged = 0;  ///< documents of ragged to length tokens; 0: of length tokens each
   std::int64_t steps = 4, warmup = 1;
 
-  [[nodiscard]] DType compute_dtype() const { return dtype == "f32" ? DType::kF32 : DType::kBF16; }
+  /// The option's check has admitted the word.
+  [[nodiscard]] DType compute_dtype() const { return *parse_dtype(dtype); }
   /// Tokens of an optimizer step, over all ranks.
   [[nodiscard]] double tokens() const { return static_cast<double>(rows * length * micro_batches); }
   [[nodiscard]] protocol::TrainSettings settings(const worker::comm::Layout& layout) const;

@@ -80,9 +80,10 @@ Result<runtime::ModelHostOptions> model_options(const Settings& settings,
   const bool cuda = profile.type == kernels::DeviceType::kCuda;
   const bool has_bf16 = cuda || profile.has_amx_bf16 || profile.has_avx512_bf16;
   const std::string& dtype = settings.get("dtype");
-  if (dtype != "auto" && dtype != "f32" && dtype != "bf16")
-    return invalid_error(str("dtype must be auto, f32 or bf16, not \"", dtype, "\""));
-  options.dtype = dtype == "f32" || (dtype == "auto" && !has_bf16) ? DType::kF32 : DType::kBF16;
+  options.dtype = has_bf16 ? DType::kBF16 : DType::kF32;
+  if (dtype != "auto") {
+    TANDEM_ASSIGN_OR_RETURN(options.dtype, kernels::parse_compute_dtype(profile, dtype));
+  }
   const std::string& numerics = settings.get("numerics");
   if (numerics == "invariant" && options.dtype != DType::kF32 && !cuda)
     return refused_error("numerics invariant needs dtype f32 on CPU");

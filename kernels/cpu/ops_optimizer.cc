@@ -43,11 +43,12 @@ void CpuOps::do_squared_norm(Exec& exec, const SquaredNormArgs& a) {
 void CpuOps::do_adamw(Exec&, const AdamWArgs& a) {
   float clip = 1.0f;
   if (a.max_norm > 0.0f)
-    clip = std::min(1.0f, a.max_norm / (std::sqrt(a.squared_norm.as<float>()[0]) + 1e-6f));
+    clip = std::min(
+        1.0f, a.max_norm / (a.grad_factor * std::sqrt(a.squared_norm.as<float>()[0]) + 1e-6f));
   const double steps = static_cast<double>(a.step);
   const double correction1 = 1.0 - std::pow(static_cast<double>(a.beta1), steps);
   const double correction2 = 1.0 - std::pow(static_cast<double>(a.beta2), steps);
-  const AdamWStep step{clip,
+  const AdamWStep step{clip * a.grad_factor,
                        a.beta1,
                        a.beta2,
                        a.eps,

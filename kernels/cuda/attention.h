@@ -1,7 +1,7 @@
 // Private to kernels/cuda: packed causal attention has two implementations with one meaning.
-//   simple  any head dim, window and soft cap, f32 and bf16; right first, slow
-//   own     bf16, head dim 64 or 128, no soft cap, Hopper: wgmma fed by the copy engine. Nothing is
-//           added in an order that timing decides, so it repeats its bits
+//   simple  any head dim, window and soft cap, any dtype; right first, slow
+//   own     bf16 and f16, head dim 64 or 128, no soft cap, Hopper: wgmma fed by the copy engine.
+//           Nothing is added in an order that timing decides, so it repeats its bits
 // Both share `lse`: f32 [T, H], the natural logarithm of each row's sum of exponentials.
 #pragma once
 

@@ -60,6 +60,7 @@ __device__ void zero_from(char* base, std::int64_t first, std::int64_t rows, std
 }
 
 /// 16 bytes a thread, `lanes` threads a row.
+template <class E>
 __device__ void row_deltas(const Prepare& a, int block, int blocks) {
   const int lane = static_cast<int>(threadIdx.x) % a.lanes;
   const std::int64_t step = std::int64_t{blocks} * kSortThreads / a.lanes;
@@ -67,15 +68,13 @@ __device__ void row_deltas(const Prepare& a, int block, int blocks) {
        row < (a.delta_rows + 31) / 32 * 32; row += step) {  // whole warps, for the shuffles
     float sum = 0.0f;
     if (row < a.delta_rows) {
-      const uint4 x = __ldg(reinterpret_cast<const uint4*>(a.dout) + row * a.lanes + lane),
-                  y = __ldg(reinterpret_cast<const uint4*>(a.out) + row * a.lanes + lane);
-      const auto* f = reinterpret_cast<const __nv_bfloat162*>(&x);
-      const auto* g = reinterpret_cast<const __nv_bfloat162*>(&y);
+      const uint4 x = __ldg(static_cast<const uint4*>(a.dout) + row * a.lanes + lane),
+                  y = __ldg(static_cast<const uint4*>(a.out) + row * a.lanes + lane);
+      const std::uint32_t *f = &x.x, *g = &y.x;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 u = __bfloat1622float2(f[i]), w = __bfloat1622float2(g[i]);
-        sum = fmaf(u.x, w.x, fmaf(u.y, w.y, sum));
-      }
+      for (int i = 0; i < 4; ++i)
+        sum = fmaf(low_f32<E>(f[i]), low_f32<E>(g[i]),
+                   fmaf(high_f32<E>(f[i]), high_f32<E>(g[i]), sum));
     }
     for (int to = a.lanes / 2; to > 0; to /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, to);
     if (row < a.delta_rows && lane == 0) a.delta[row] = sum;
@@ -83,6 +82,7 @@ __device__ void row_deltas(const Prepare& a, int block, int blocks) {
 }
 
 /// Blocks 0 and 1 sort, the others zero and sum.
+template <class E>
 __global__ void __launch_bounds__(kSortThreads) prepare_kernel(Prepare a) {
   launch_dependents();
   if (blockIdx.x == 0) return sort_tiles(a, false, a.by_prefix);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kSortThreads) prepare_kernel(Prepare a) {
   const int block = static_cast<int>(blockIdx.x) - 2, blocks = static_cast<int>(gridDim.x) - 2;
   if (a.zero0 != nullptr) zero_from(a.zero0, first, a.tokens, a.zero0_bytes, block, blocks);
   if (a.zero1 != nullptr) zero_from(a.zero1, first, a.tokens, a.zero1_bytes, block, blocks);
-  if (a.delta != nullptr) row_deltas(a, block, blocks);
+  if (a.delta != nullptr) row_deltas<E>(a, block, blocks);
 }
 
 }  // namespace
@@ -105,7 +105,9 @@ void prepare(cudaStream_t stream, const Prepare& args, std::int64_t seq_len_max)
   a.shift = std::max(
       0, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(seq_len_max) / kBuckets)));
   const int blocks = a.delta != nullptr ? 2 * multiprocessors() : 32;
-  prepare_kernel<<<static_cast<unsigned>(2 + blocks), kSortThreads, 0, stream>>>(a);
+  with_element(a.dtype, [&]<class E>(E) {
+    prepare_kernel<E><<<static_cast<unsigned>(2 + blocks), kSortThreads, 0, stream>>>(a);
+  });
   TANDEM_LAUNCHED("attention prepare_kernel");
 }
 

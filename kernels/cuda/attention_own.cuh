@@ -11,8 +11,6 @@
 
 namespace tandem::kernels::cuda::own {
 
-using Bf16 = __nv_bfloat16;
-
 inline constexpr int kThreads = 384;
 inline constexpr int kTileRows = 128;  ///< of a work item, 64 for each multiplying warpgroup
 inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -93,9 +91,9 @@ __device__ inline int load_tile_sequence(const RowTile* tiles, int index) {
 
 /// One accumulator [64, kDim] of a warpgroup, times per-row factors, to rows of `to` (the address
 /// of the group's first row at its first column) of which `rows` exist.
-template <int kDim>
-__device__ inline void store_rows(const float (&acc)[kDim / 2], float factor0, float factor1,
-                                  Bf16* to, std::int64_t row_stride, int rows) {
+template <int kDim, class E>
+__device__ inline void store_rows(const float (&acc)[kDim / 2], float factor0, float factor1, E* to,
+                                  std::int64_t row_stride, int rows) {
   const int lane = static_cast<int>(threadIdx.x % 32), quad = lane % 4;
   const int row = static_cast<int>(threadIdx.x % 128) / 32 * 16 + lane / 4;
 #pragma unroll
@@ -108,7 +106,7 @@ __device__ inline void store_rows(const float (&acc)[kDim / 2], float factor0, f
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 4 * (4 * g + j) + 2 * half;
-        v[j] = pack_bf16(acc[at] * factor, acc[at + 1] * factor);
+        v[j] = pack<E>(acc[at] * factor, acc[at + 1] * factor);
       }
       transpose_quad(v, quad);
       if (r < rows)
@@ -131,7 +129,8 @@ struct Prepare {
   char *zero0, *zero1;  ///< rows to zero, of these bytes; null: none
   std::int64_t tokens, zero0_bytes, zero1_bytes;
   /// delta [delta_rows] f32 = sums of dout * out over rows of 8 * lanes; null: not wanted.
-  const Bf16 *dout, *out;
+  DType dtype;  ///< of them
+  const void *dout, *out;
   float* delta;
   std::int64_t delta_rows;
   int lanes;

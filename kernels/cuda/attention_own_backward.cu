@@ -16,7 +16,7 @@ struct BackwardParams {
   const RowTile* tiles;
   const std::int32_t* tile_count;
   const float *lse, *delta;  ///< [T, H]
-  Bf16* dqkv;
+  void* dqkv;
   int heads, kv_heads, window;
   float scale;
 
@@ -73,7 +73,7 @@ __device__ void dq_produce(const CUtensorMap* qkv_map, const CUtensorMap* dout_m
   }
 }
 
-template <int kDim>
+template <class E, int kDim>
 __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
                            DqBarriers<DqShape<kDim>::kStages>& bars) {
   using S = DqShape<kDim>;
@@ -115,9 +115,9 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
       }
       float s[S::kKeys / 2], dp[S::kKeys / 2];
       wgmma_fence();
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q, k);
+      product_rows<E, kDim, S::Q::kPanel, S::K::kPanel>(s, q, k);
       wgmma_commit();
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(dp, dout, v);
+      product_rows<E, kDim, S::Q::kPanel, S::K::kPanel>(dp, dout, v);
       wgmma_commit();
       const bool partly = (n + 1) * S::kKeys - 1 > first ||
                           (p.window != 0 && first + 63 - n * S::kKeys >= p.window);
@@ -151,9 +151,9 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
         }
       }
       std::uint32_t ds[S::kKeys / 16][4];
-      as_operand<S::kKeys>(s, ds);
+      as_operand<E, S::kKeys>(s, ds);
       wgmma_fence();
-      product_columns<S::kKeys, S::K::kPanel>(dq, ds, k, n < high);
+      product_columns<E, S::kKeys, S::K::kPanel>(dq, ds, k, n < high);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dq);
@@ -162,12 +162,13 @@ __device__ void dq_consume(const BackwardParams& p, std::uint32_t shared,
       ring.next();
     }
     const std::int64_t stride = p.width(kDim);
-    store_rows<kDim>(dq, p.scale, p.scale, p.dqkv + (tile.sequence + first) * stride + head * kDim,
+    store_rows<kDim>(dq, p.scale, p.scale,
+                     static_cast<E*>(p.dqkv) + (tile.sequence + first) * stride + head * kDim,
                      stride, tile.rows - group * 64);
   }
 }
 
-template <int kDim>
+template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     dq_kernel(const __grid_constant__ CUtensorMap qkv_map,
               const __grid_constant__ CUtensorMap dout_map, const BackwardParams p) {
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) dq_produce<kDim>(&qkv_map, &dout_map, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    dq_consume<kDim>(p, shared, bars);
+    dq_consume<E, kDim>(p, shared, bars);
   }
 #endif
 }
@@ -273,7 +274,7 @@ __device__ void dkv_produce(const CUtensorMap* kv_map, const CUtensorMap* q_map,
   }
 }
 
-template <int kDim>
+template <class E, int kDim>
 __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
                             DkvBarriersOf<kDim>& bars) {
   using S = DkvShape<kDim>;
@@ -321,9 +322,9 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
       }
       float s[kCount], dp[kCount];
       wgmma_fence();
-      product_rows<kDim, S::K::kPanel, S::Q::kPanel>(s, k, q);
+      product_rows<E, kDim, S::K::kPanel, S::Q::kPanel>(s, k, q);
       wgmma_commit();
-      product_rows<kDim, S::K::kPanel, S::Q::kPanel>(dp, v, dout);
+      product_rows<E, kDim, S::K::kPanel, S::Q::kPanel>(dp, v, dout);
       wgmma_commit();
       const float4* statistics =
           reinterpret_cast<const float4*>(&bars.statistics[ring.stage][column]);
@@ -347,18 +348,18 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
         }
       }
       std::uint32_t weights[S::kQueries / 16][4];
-      as_operand<S::kQueries>(s, weights);
+      as_operand<E, S::kQueries>(s, weights);
       wgmma_fence();
-      product_columns<S::kQueries, S::Q::kPanel>(dv, weights, dout, 1);
+      product_columns<E, S::kQueries, S::Q::kPanel>(dv, weights, dout, 1);
       wgmma_commit();
       wgmma_wait<1>();
       pin(dp);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) s[i] *= dp[i] - delta[i / 4 * 2 + i % 2];
       std::uint32_t ds[S::kQueries / 16][4];
-      as_operand<S::kQueries>(s, ds);
+      as_operand<E, S::kQueries>(s, ds);
       wgmma_fence();
-      product_columns<S::kQueries, S::Q::kPanel>(dk, ds, q, 1);
+      product_columns<E, S::kQueries, S::Q::kPanel>(dk, ds, q, 1);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dk);
@@ -368,13 +369,13 @@ __device__ void dkv_consume(const BackwardParams& p, std::uint32_t shared,
     __syncwarp();
     if (lane == 0) barrier_arrive(&bars.kv_empty);
     const std::int64_t stride = p.width(kDim);
-    Bf16* to = p.dqkv + (tile.sequence + first) * stride + (p.heads + kv_head) * kDim;
+    E* to = static_cast<E*>(p.dqkv) + (tile.sequence + first) * stride + (p.heads + kv_head) * kDim;
     store_rows<kDim>(dk, p.scale, p.scale, to, stride, tile.rows - group * 64);
     store_rows<kDim>(dv, 1.0f, 1.0f, to + p.kv_heads * kDim, stride, tile.rows - group * 64);
   }
 }
 
-template <int kDim>
+template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     dkv_kernel(const __grid_constant__ CUtensorMap kv_map,
                const __grid_constant__ CUtensorMap q_map,
@@ -399,24 +400,24 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < 32) dkv_produce<kDim>(&kv_map, &q_map, &dout_map, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    dkv_consume<kDim>(p, shared, bars);
+    dkv_consume<E, kDim>(p, shared, bars);
   }
 #endif
 }
 
-template <int kDim>
+template <class E, int kDim>
 void backward(const Queue& queue, const AttentionBackwardArgs& a, BackwardParams p,
               const RowTile* by_prefix, const RowTile* by_suffix) {
   const auto map = [](const Tensor& x, int box) {
-    return make_tensor_map(x.data, x.dim(0), x.dim(1), box);
+    return make_tensor_map(Element<E>::kDType, x.data, x.dim(0), x.dim(1), box);
   };
   const CUtensorMap qkv = map(a.qkv, kTileRows), dout = map(a.dout, kTileRows);
   static_assert(DqShape<kDim>::kKeys == kTileRows, "one map serves both");
   p.tiles = by_prefix;
-  launch(dq_kernel<kDim>, DqShape<kDim>::kBytes, queue, "attention dq", qkv, dout, p);
+  launch(dq_kernel<E, kDim>, DqShape<kDim>::kBytes, queue, "attention dq", qkv, dout, p);
   constexpr int kQueries = DkvShape<kDim>::kQueries;
   p.tiles = by_suffix;
-  launch(dkv_kernel<kDim>, DkvShape<kDim>::kBytes, queue, "attention dk dv", qkv,
+  launch(dkv_kernel<E, kDim>, DkvShape<kDim>::kBytes, queue, "attention dk dv", qkv,
          map(a.qkv, kQueries), map(a.dout, kQueries), p);
 }
 
@@ -440,23 +441,26 @@ void own_attention_backward(const Queue& queue, const AttentionBackwardArgs& a,
   prepare.zero0_bytes = a.dqkv.dim(1) * dtype_bytes(a.dqkv.dtype);
   prepare.delta_rows = a.qkv.dim(0) * a.spec.heads;
   prepare.lanes = static_cast<int>(a.spec.head_dim / 8);
-  prepare.dout = static_cast<const own::Bf16*>(a.dout.data);
-  prepare.out = static_cast<const own::Bf16*>(a.out.data);
+  prepare.dtype = a.qkv.dtype;
+  prepare.dout = a.dout.data;
+  prepare.out = a.out.data;
   prepare.delta = delta;
   own::prepare(queue, prepare, a.seq_len_max);
   own::BackwardParams p{};
   p.tile_count = count;
   p.lse = static_cast<const float*>(a.lse.data);
   p.delta = delta;
-  p.dqkv = static_cast<own::Bf16*>(a.dqkv.data);
+  p.dqkv = a.dqkv.data;
   p.heads = static_cast<int>(a.spec.heads);
   p.kv_heads = static_cast<int>(a.spec.kv_heads);
   p.window = static_cast<int>(std::min<std::int64_t>(a.spec.window, 1 << 30));
   p.scale = a.spec.scale;
-  if (a.spec.head_dim == 128)
-    own::backward<128>(queue, a, p, by_prefix, by_suffix);
-  else
-    own::backward<64>(queue, a, p, by_prefix, by_suffix);
+  with_element(a.qkv.dtype, [&]<class E>(E) {
+    if (a.spec.head_dim == 128)
+      own::backward<E, 128>(queue, a, p, by_prefix, by_suffix);
+    else
+      own::backward<E, 64>(queue, a, p, by_prefix, by_suffix);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

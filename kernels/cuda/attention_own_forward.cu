@@ -13,7 +13,7 @@ namespace {
 struct ForwardParams {
   const RowTile* tiles;
   const std::int32_t* tile_count;
-  Bf16* out;
+  void* out;
   float* lse;  ///< may be null
   int heads, kv_heads, window;
   float scale;
@@ -206,7 +206,7 @@ class Segments {
   bool any_ = false;
 };
 
-template <int kDim, bool kTurns, bool kSegments>
+template <class E, int kDim, bool kTurns, bool kSegments>
 __device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* sums,
                         ForwardBarriers& bars) {
   using S = ForwardShared<kDim>;
@@ -238,8 +238,8 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* su
       return (n + 1) * kKeys - 1 > first || (p.window != 0 && first + 63 - n * kKeys >= p.window);
     };
     const auto scores = [&](float(&s)[kKeys / 2]) {
-      product_rows<kDim, S::Q::kPanel, S::K::kPanel>(s, q,
-                                                     shared + S::kK + k_ring.stage * S::K::kBytes);
+      product_rows<E, kDim, S::Q::kPanel, S::K::kPanel>(
+          s, q, shared + S::kK + k_ring.stage * S::K::kBytes);
       wgmma_commit();
     };
     float o[kDim / 2], shrink[2];
@@ -258,7 +258,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* su
         zeroed(group);
       }
       wgmma_fence();
-      product_columns<kKeys, S::K::kPanel>(o, weights, v, accumulate);
+      product_columns<E, kKeys, S::K::kPanel>(o, weights, v, accumulate);
       wgmma_commit();
     };
 
@@ -276,7 +276,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* su
       if (partly(blocks.high))
         mask_scores(s, query, query + 8, blocks.high * kKeys + column, p.window);
       exponentiate(s, state, scale_log2, shrink);
-      as_operand<kKeys>(s, weights);
+      as_operand<E, kKeys>(s, weights);
     }
     for (int n = blocks.high - 1; n >= blocks.low; --n) {
       float s[kKeys / 2];
@@ -303,7 +303,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* su
         segments.add(above, o, scale_log2);
       else
         rescale<kDim>(o, shrink);
-      as_operand<kKeys>(s, weights);
+      as_operand<E, kKeys>(s, weights);
     }
     release(&bars.q_empty);
     values(blocks.low, goes_on(blocks.low));
@@ -324,13 +324,14 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* su
             state.top[h] * p.scale + logf(sum);
     }
     const std::int64_t stride = std::int64_t{p.heads} * kDim;
-    store_rows<kDim>(o, inverse[0], inverse[1],
-                     p.out + (tile.sequence + tile.begin + group * 64) * stride + head * kDim,
-                     stride, tile.rows - group * 64);
+    store_rows<kDim>(
+        o, inverse[0], inverse[1],
+        static_cast<E*>(p.out) + (tile.sequence + tile.begin + group * 64) * stride + head * kDim,
+        stride, tile.rows - group * 64);
   }
 }
 
-template <int kDim, bool kTurns, bool kPaged, bool kSegments>
+template <class E, int kDim, bool kTurns, bool kPaged, bool kSegments>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p) {
 #ifdef TANDEM_HOPPER
@@ -358,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_up<kConsumerRegisters>();
     auto* sums = reinterpret_cast<float4*>(dynamic + (shared - shared_address(dynamic)) +
                                            ForwardShared<kDim>::kSums);
-    consume<kDim, kTurns, kSegments>(p, shared, sums, bars);
+    consume<E, kDim, kTurns, kSegments>(p, shared, sums, bars);
   }
 #endif
 }
@@ -367,22 +368,25 @@ template <int kDim, bool kSegments>
 constexpr int kSharedBytes =
     kSegments ? ForwardShared<kDim>::kBytesSegments : ForwardShared<kDim>::kBytes;
 
-template <int kDim, bool kSegments>
+template <class E, int kDim, bool kSegments>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
   const ForwardMaps maps{
-      make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows), {}, {}};
-  launch(forward_kernel<kDim, true, false, kSegments>, kSharedBytes<kDim, kSegments>, queue,
+      make_tensor_map(Element<E>::kDType, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+      {},
+      {}};
+  launch(forward_kernel<E, kDim, true, false, kSegments>, kSharedBytes<kDim, kSegments>, queue,
          "attention forward", maps, p);
 }
 
-template <int kDim, bool kSegments>
+template <class E, int kDim, bool kSegments>
 void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
-  const ForwardMaps maps{make_tensor_map(a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
-                         make_tensor_map(a.cache->k.data, rows, kDim, p.block_size),
-                         make_tensor_map(a.cache->v.data, rows, kDim, p.block_size)};
-  launch(forward_kernel<kDim, true, true, kSegments>, kSharedBytes<kDim, kSegments>, queue,
+  const ForwardMaps maps{
+      make_tensor_map(Element<E>::kDType, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
+      make_tensor_map(Element<E>::kDType, a.cache->k.data, rows, kDim, p.block_size),
+      make_tensor_map(Element<E>::kDType, a.cache->v.data, rows, kDim, p.block_size)};
+  launch(forward_kernel<E, kDim, true, true, kSegments>, kSharedBytes<kDim, kSegments>, queue,
          "paged attention forward", maps, p);
 }
 
@@ -395,6 +399,7 @@ void own_attention_forward(const Queue& queue, Numerics numerics, const Attentio
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
   own::Prepare prepare{};
   prepare.offsets = static_cast<const std::int32_t*>(a.seq_offsets.data);
+  prepare.dtype = a.qkv.dtype;
   prepare.sequences = static_cast<int>(a.seq_offsets.dim(0) - 1);
   prepare.by_prefix = tiles;
   prepare.count = count;
@@ -406,7 +411,7 @@ void own_attention_forward(const Queue& queue, Numerics numerics, const Attentio
   own::prepare(queue, prepare, a.seq_len_max);
   const own::ForwardParams p{tiles,
                              count,
-                             static_cast<own::Bf16*>(a.out.data),
+                             a.out.data,
                              static_cast<float*>(a.lse.data),
                              static_cast<int>(a.spec.heads),
                              static_cast<int>(a.spec.kv_heads),
@@ -416,9 +421,11 @@ void own_attention_forward(const Queue& queue, Numerics numerics, const Attentio
                              0,
                              0};
   const bool segments = numerics == Numerics::kInvariant, wide = a.spec.head_dim == 128;
-  const auto run = wide ? (segments ? own::forward<128, true> : own::forward<128, false>)
-                        : (segments ? own::forward<64, true> : own::forward<64, false>);
-  run(queue, a, p);
+  with_element(a.qkv.dtype, [&]<class E>(E) {
+    const auto run = wide ? (segments ? own::forward<E, 128, true> : own::forward<E, 128, false>)
+                          : (segments ? own::forward<E, 64, true> : own::forward<E, 64, false>);
+    run(queue, a, p);
+  });
 }
 
 void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttentionArgs& a,
@@ -429,6 +436,7 @@ void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttenti
   prepare.offsets = static_cast<const std::int32_t*>(a.q_offsets.data);
   prepare.kv_lens = static_cast<const std::int32_t*>(a.kv_lens.data);
   prepare.rows_min = rows_min;
+  prepare.dtype = a.qkv.dtype;
   prepare.sequences = static_cast<int>(a.kv_lens.dim(0));
   prepare.by_prefix = tiles;
   prepare.count = count;
@@ -438,7 +446,7 @@ void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttenti
   own::prepare(queue, prepare, a.kv_len_max);
   const own::ForwardParams p{tiles,
                              count,
-                             static_cast<own::Bf16*>(a.out.data),
+                             a.out.data,
                              nullptr,
                              static_cast<int>(a.spec.heads),
                              static_cast<int>(a.spec.kv_heads),
@@ -448,10 +456,12 @@ void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttenti
                              static_cast<int>(a.block_tables.dim(1)),
                              static_cast<int>(a.cache->block_size)};
   const bool segments = numerics == Numerics::kInvariant, wide = a.spec.head_dim == 128;
-  const auto run =
-      wide ? (segments ? own::paged_forward<128, true> : own::paged_forward<128, false>)
-           : (segments ? own::paged_forward<64, true> : own::paged_forward<64, false>);
-  run(queue, a, p);
+  with_element(a.qkv.dtype, [&]<class E>(E) {
+    const auto run =
+        wide ? (segments ? own::paged_forward<E, 128, true> : own::paged_forward<E, 128, false>)
+             : (segments ? own::paged_forward<E, 64, true> : own::paged_forward<E, 64, false>);
+    run(queue, a, p);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

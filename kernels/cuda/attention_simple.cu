@@ -1,4 +1,4 @@
-// Attention for any head dim, window and soft cap, in f32 and bf16: tiles in shared memory as f32,
+// Attention for any head dim, window and soft cap, in any dtype: tiles in shared memory as f32,
 // one element of a product per thread. A row's bits depend on its own sequence alone: keys are
 // taken in tiles from key 0 on, whatever rows share the row's block.
 #include "kernels/cuda/attention.h"

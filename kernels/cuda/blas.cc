@@ -10,8 +10,8 @@ namespace tandem::kernels::cuda {
 namespace {
 
 cudaDataType_t cuda_type(DType dtype) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
-  return dtype == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF;
+  TANDEM_CHECK(dtype == DType::kF32 || is_16_bit(dtype), dtype_name(dtype));
+  return dtype == DType::kF32 ? CUDA_R_32F : dtype == DType::kF16 ? CUDA_R_16F : CUDA_R_16BF;
 }
 
 /// Everything cuBLASLt's choice of algorithm depends on.

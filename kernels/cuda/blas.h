@@ -43,8 +43,8 @@ class Blas {
   Blas(const Blas&) = delete;
   Blas& operator=(const Blas&) = delete;
 
-  /// out = a b + (accumulate ? out : 0) + bias of each column. a and b have one dtype (f32 or
-  /// bf16), out that or f32, all summed in f32. `bias` [columns] of a's dtype, or null.
+  /// out = a b + (accumulate ? out : 0) + bias of each column. a and b have one dtype (f32, bf16
+  /// or f16), out that or f32, all summed in f32. `bias` [columns] of a's dtype, or null.
   /// `workspace`: kGemmWorkspaceBytes of scratch. Nothing happens when `out` is empty.
   void product(cudaStream_t stream, Numerics numerics, const Matrix& a, const Matrix& b,
                const Matrix& out, bool accumulate, const void* bias, void* workspace);

@@ -3,9 +3,8 @@
 #pragma once
 
 #include "kernels/cuda/cuda_check.h"
-#include "protocol/base/dtype.h"
+#include "kernels/cuda/element.cuh"
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -15,18 +14,17 @@ namespace tandem::kernels::cuda {
 __device__ inline float load_f32(float x) {
   return x;
 }
-__device__ inline float load_f32(__nv_bfloat16 x) {
-  return __bfloat162float(x);
+template <class E>
+__device__ inline float load_f32(E x) {
+  return Element<E>::load(x);
 }
 template <class T>
-__device__ inline T store_as(float x);
+__device__ inline T store_as(float x) {
+  return Element<T>::store(x);
+}
 template <>
 __device__ inline float store_as<float>(float x) {
   return x;
-}
-template <>
-__device__ inline __nv_bfloat16 store_as<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
 }
 
 /// 16 bytes of T, aligned.
@@ -135,5 +133,7 @@ __device__ inline float block_sum(float x) {
 }  // namespace tandem::kernels::cuda
 
 /// Calls f<T>(...) with the device's type of a compute dtype.
-#define TANDEM_CUDA_DISPATCH(dtype, f, ...) \
-  ((dtype) == ::tandem::DType::kF32 ? f<float>(__VA_ARGS__) : f<__nv_bfloat16>(__VA_ARGS__))
+#define TANDEM_CUDA_DISPATCH(dtype, f, ...)                    \
+  ((dtype) == ::tandem::DType::kF32   ? f<float>(__VA_ARGS__)  \
+   : (dtype) == ::tandem::DType::kF16 ? f<__half>(__VA_ARGS__) \
+                                      : f<__nv_bfloat16>(__VA_ARGS__))

@@ -9,10 +9,10 @@
 
 namespace tandem::kernels::cuda {
 
-/// One row, bf16 weights, rows of 16-byte multiples.
+/// One row, bf16 or f16 weights, rows of 16-byte multiples.
 bool gemv_fits(const Tensor& x, const PackedWeight& w);
-/// y [1, N] bf16 or f32 = x [1, I] W^T + bias [N] bf16 (or undefined). Every output is summed in an
-/// order of its own row alone.
+/// y [1, N] of x's dtype or f32 = x [1, I] W^T + bias [N] (or undefined). Every output is summed in
+/// an order of its own row alone.
 void gemv(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tensor& bias,
           const Tensor& y);
 

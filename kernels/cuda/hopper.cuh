@@ -1,15 +1,14 @@
 // Private to kernels/cuda: Hopper's matrix products and copy engine as plain functions (PTX ISA,
 // chapters on wgmma, mbarrier and cp.async.bulk.tensor). Only for sm_90a.
 //
-// A tile in shared memory is a row of panels, each [rows, 64] bf16: 128 bytes a row, 16-byte chunks
-// permuted by the row's last three bits ("128-byte swizzle"), which is how the copy engine writes
-// and the tensor cores read it without bank conflicts. Panels start on 1024 bytes.
+// A tile in shared memory is a row of panels, each [rows, 64] of 16 bits: 128 bytes a row, 16-byte
+// chunks permuted by the row's last three bits ("128-byte swizzle"), which is how the copy engine
+// writes and the tensor cores read it without bank conflicts. Panels start on 1024 bytes.
 #pragma once
 
 #include "kernels/cuda/mma.cuh"
 
 #include <cuda.h>
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -168,23 +167,23 @@ __device__ inline std::uint64_t descriptor(std::uint32_t low) {
 // in registers. Thread t of the group holds, for j = 0 .. N/8 - 1, d[4j], d[4j + 1] of row 16 (t /
 // 32) + t % 32 / 4 at columns 8j + 2 (t % 4), + 1, and d[4j + 2], d[4j + 3] of that row + 8.
 
-template <int kTransB>
+template <class E, int kTransB>
 __device__ inline void wgmma(float (&d)[16], std::uint64_t a, std::uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.%20.%20 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
       "%16, %17, p, 1, 1, 0, %19;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB), "C"(Element<E>::kPtx));
 }
-template <int kTransB>
+template <class E, int kTransB>
 __device__ inline void wgmma(float (&d)[32], std::uint64_t a, std::uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%36.%36 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "%32, %33, p, 1, 1, 0, %35;\n}\n"
@@ -193,14 +192,14 @@ __device__ inline void wgmma(float (&d)[32], std::uint64_t a, std::uint64_t b, i
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB), "C"(Element<E>::kPtx));
 }
-template <int kTransB>
+template <class E, int kTransB>
 __device__ inline void wgmma(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
                              int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%39.%39 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
@@ -209,14 +208,15 @@ __device__ inline void wgmma(float (&d)[32], const std::uint32_t (&a)[4], std::u
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB),
+        "C"(Element<E>::kPtx));
 }
 
-template <int kTransB>
+template <class E, int kTransB>
 __device__ inline void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.%68.%68 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -232,14 +232,14 @@ __device__ inline void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, i
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransB), "C"(Element<E>::kPtx));
 }
-template <int kTransB>
+template <class E, int kTransB>
 __device__ inline void wgmma(float (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b,
                              int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.%71.%71 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -255,38 +255,39 @@ __device__ inline void wgmma(float (&d)[64], const std::uint32_t (&a)[4], std::u
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB),
+        "C"(Element<E>::kPtx));
 }
 
 /// acc [64, N] = a [64, D] b [N, D]^T: both with reductions along rows. Panels of a and b lie
 /// kPanelA and kPanelB bytes apart.
-template <int kDim, int kPanelA, int kPanelB, int kCount>
+template <class E, int kDim, int kPanelA, int kPanelB, int kCount>
 __device__ inline void product_rows(float (&acc)[kCount], std::uint32_t a, std::uint32_t b) {
   const std::uint32_t low_a = rows_operand(a), low_b = rows_operand(b);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
-    wgmma<0>(acc, descriptor(low_a + (k / 4 * kPanelA + k % 4 * 32) / 16),
-             descriptor(low_b + (k / 4 * kPanelB + k % 4 * 32) / 16), k > 0);
+    wgmma<E, 0>(acc, descriptor(low_a + (k / 4 * kPanelA + k % 4 * 32) / 16),
+                descriptor(low_b + (k / 4 * kPanelB + k % 4 * 32) / 16), k > 0);
 }
 /// acc [64, D] (+)= a [64, kKeys] b [kKeys, D]: a in registers, b's rows reduced over.
-template <int kKeys, int kPanelB, int kCount>
+template <class E, int kKeys, int kPanelB, int kCount>
 __device__ inline void product_columns(float (&acc)[kCount],
                                        const std::uint32_t (&a)[kKeys / 16][4], std::uint32_t b,
                                        int accumulate) {
   const std::uint32_t low = columns_operand(b, kPanelB);
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k)
-    wgmma<1>(acc, a[k], descriptor(low + k * 2048 / 16), k > 0 ? 1 : accumulate);
+    wgmma<E, 1>(acc, a[k], descriptor(low + k * 2048 / 16), k > 0 ? 1 : accumulate);
 }
 
 /// An accumulator's values, rounded, as the register operand of the next product.
-template <int kKeys, int kCount>
+template <class E, int kKeys, int kCount>
 __device__ inline void as_operand(const float (&x)[kCount], std::uint32_t (&a)[kKeys / 16][4]) {
   static_assert(kCount == kKeys / 2);
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[k][i] = pack_bf16(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
+    for (int i = 0; i < 4; ++i) a[k][i] = pack<E>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
 /// Swaps words among the four lanes of a quad: lane q's word w becomes lane w's word q.

@@ -15,9 +15,9 @@ constexpr int kSwizzleMax = 8;
 
 #ifdef TANDEM_HAS_CUTLASS
 /// What TMA asks of a matrix: base and rows of 16 bytes, sizes and strides of 32 bits.
-bool has_descriptor(const Matrix& m) {
-  return m.dtype == DType::kBF16 && reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 &&
-         m.ld % 8 == 0 && m.rows <= INT_MAX && m.columns <= INT_MAX;
+bool has_descriptor(const Matrix& m, DType dtype) {
+  return m.dtype == dtype && reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 && m.ld % 8 == 0 &&
+         m.rows <= INT_MAX && m.columns <= INT_MAX;
 }
 #endif
 
@@ -35,11 +35,13 @@ bool fits(const Product& p, int compute_capability) {
   if (off) return false;
   if (compute_capability != 90 || p.a.transposed || p.out.transposed || p.u.transposed)
     return false;
+  const DType dtype = p.a.dtype;
+  if (!is_16_bit(dtype)) return false;
   for (const Matrix* m : {&p.a, &p.b, &p.out})
-    if (!has_descriptor(*m)) return false;
+    if (!has_descriptor(*m, dtype)) return false;
   if (p.out.rows == 0 || p.out.columns == 0 || p.a.columns == 0) return false;
-  return p.u.columns == 0 ||
-         (has_descriptor(p.u) && has_descriptor(p.c) && p.c.transposed == p.b.transposed);
+  return p.u.columns == 0 || (has_descriptor(p.u, dtype) && has_descriptor(p.c, dtype) &&
+                              p.c.transposed == p.b.transposed);
 #else
   (void)p, (void)compute_capability;
   return false;
@@ -64,7 +66,10 @@ Tiling choose_tiling(const Product& p) {
 
 void run(cudaStream_t stream, const Product& p) {
 #ifdef TANDEM_HAS_CUTLASS
-  return (p.b.transposed ? run_forward : run_backward)(stream, p, choose_tiling(p));
+  const bool half = p.a.dtype == DType::kF16;
+  const auto forward = half ? run_forward_f16 : run_forward_bf16;
+  const auto backward = half ? run_backward_f16 : run_backward_bf16;
+  (p.b.transposed ? forward : backward)(stream, p, choose_tiling(p));
 #else
   (void)stream, (void)p;
 #endif

@@ -1,7 +1,7 @@
-// Private to kernels/cuda: a dense product of bf16 whose inner size goes on over the low-rank part
-// of a linear, so that an adapter costs its own k-tiles and no pass over the output. Hopper only,
-// through the CUTLASS headers; a build without them (TANDEM_CUTLASS_INCLUDE) has no such product
-// and fits() is false for everything.
+// Private to kernels/cuda: a dense product of bf16 or f16 whose inner size goes on over the
+// low-rank part of a linear, so that an adapter costs its own k-tiles and no pass over the output.
+// Hopper only, through the CUTLASS headers; a build without them (TANDEM_CUTLASS_INCLUDE) has no
+// such product and fits() is false for everything.
 #pragma once
 
 #include "kernels/cuda/blas.h"
@@ -15,11 +15,12 @@ struct Product {
   Matrix a, b;
   Matrix u, c;  ///< zero columns of u: none
   Matrix out;
-  const void* bias = nullptr;  ///< [N] bf16, or null
+  const void* bias = nullptr;  ///< [N] of a's dtype, or null
   int sm_count = 0;            ///< of the device
 };
 
-/// True when this build and a device of that compute capability have it: bf16, rows of 16 bytes.
+/// True when this build and a device of that compute capability have it: bf16 or f16 alone, rows of
+/// 16 bytes.
 bool fits(const Product& product, int compute_capability);
 void run(cudaStream_t stream, const Product& product);
 
@@ -34,7 +35,9 @@ struct Tiling {
 /// TANDEM_LORA_GEMM_TILING="wide,m,4" overrides it and TANDEM_LORA_GEMM=off makes nothing fit, for
 /// measurements.
 Tiling choose_tiling(const Product& product);
-void run_forward(cudaStream_t stream, const Product& product, const Tiling& tiling);
-void run_backward(cudaStream_t stream, const Product& product, const Tiling& tiling);
+void run_forward_bf16(cudaStream_t stream, const Product& product, const Tiling& tiling);
+void run_forward_f16(cudaStream_t stream, const Product& product, const Tiling& tiling);
+void run_backward_bf16(cudaStream_t stream, const Product& product, const Tiling& tiling);
+void run_backward_f16(cudaStream_t stream, const Product& product, const Tiling& tiling);
 
 }  // namespace tandem::kernels::cuda::lora_gemm

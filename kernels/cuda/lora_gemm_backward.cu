@@ -3,9 +3,8 @@
 
 namespace tandem::kernels::cuda::lora_gemm {
 
-void run_backward(cudaStream_t stream, const Product& product, const Tiling& tiling) {
-  if (tiling.wide) return Kernel<128, 256, false, true>::launch(stream, product, tiling);
-  Kernel<128, 192, true, true>::launch(stream, product, tiling);
+void run_backward_bf16(cudaStream_t stream, const Product& product, const Tiling& tiling) {
+  run_kernel<cutlass::bfloat16_t, true>(stream, product, tiling);
 }
 
 }  // namespace tandem::kernels::cuda::lora_gemm

@@ -3,9 +3,8 @@
 
 namespace tandem::kernels::cuda::lora_gemm {
 
-void run_forward(cudaStream_t stream, const Product& product, const Tiling& tiling) {
-  if (tiling.wide) return Kernel<128, 256, false, false>::launch(stream, product, tiling);
-  Kernel<128, 192, true, false>::launch(stream, product, tiling);
+void run_forward_bf16(cudaStream_t stream, const Product& product, const Tiling& tiling) {
+  run_kernel<cutlass::bfloat16_t, false>(stream, product, tiling);
 }
 
 }  // namespace tandem::kernels::cuda::lora_gemm

@@ -66,9 +66,8 @@ struct ExtendedMainloop : Base {
 };
 
 /// kBRows: b [K, N] as stored (input gradient); else b is the transposed view of [N, K].
-template <int kTileM, int kTileN, bool kPingpong, bool kBRows>
+template <class Element, int kTileM, int kTileN, bool kPingpong, bool kBRows>
 struct Kernel {
-  using Element = cutlass::bfloat16_t;
   using LayoutA = cutlass::layout::RowMajor;
   using LayoutB =
       cute::conditional_t<kBRows, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
@@ -136,5 +135,11 @@ struct Kernel {
     TANDEM_LAUNCHED("lora_gemm");
   }
 };
+
+template <class Element, bool kBRows>
+void run_kernel(cudaStream_t stream, const Product& product, const Tiling& tiling) {
+  if (tiling.wide) return Kernel<Element, 128, 256, false, kBRows>::launch(stream, product, tiling);
+  Kernel<Element, 128, 192, true, kBRows>::launch(stream, product, tiling);
+}
 
 }  // namespace tandem::kernels::cuda::lora_gemm

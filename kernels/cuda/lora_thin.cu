@@ -34,16 +34,17 @@ struct Tiles {
       kFactorAt + kStep * (kPass == Pass::kDy ? kBRow : kParts * kColumns);
   static constexpr int kSumRow = kColumns + 4;
   static constexpr std::size_t kBytes =
-      std::max<std::size_t>(sizeof(bf16_t) * kStages * kStage, sizeof(float) * kRows * kSumRow);
+      std::max<std::size_t>(kElementBytes * kStages * kStage, sizeof(float) * kRows * kSumRow);
 };
 
 /// Chunk of eight ranks of one row of B, or of eight inputs of one row of A; zeros for a null row
 /// and from element `valid` on.
-__device__ inline void copy_chunk(bf16_t* to, const bf16_t* row, int at, int valid, bool aligned) {
+template <class E>
+__device__ inline void copy_chunk(E* to, const E* row, int at, int valid, bool aligned) {
   const bool present = row != nullptr && at < valid;
   if (!present || (aligned && at + kChunk <= valid))
     return copy_16_async(to, present ? row + at : to, present);
-  for (int j = 0; j < kChunk; ++j) to[j] = at + j < valid ? row[at + j] : bf16_t{};
+  for (int j = 0; j < kChunk; ++j) to[j] = at + j < valid ? row[at + j] : E{};
 }
 __device__ inline bool is_aligned(const void* p) {
   return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
@@ -51,22 +52,22 @@ __device__ inline bool is_aligned(const void* p) {
 
 /// The factor's tile for one step, `part` further on for each further part. Columns of A are
 /// inputs, rows of B are outputs.
-template <int kColumns, Pass kPass>
+template <int kColumns, Pass kPass, class E>
 __device__ inline void load_factor(const SegmentsView& v, const Group& group,
                                    const LoraEntry* entries, int first, int part, int end,
-                                   int width, bf16_t* tiles) {
+                                   int width, E* tiles) {
   using T = Tiles<kColumns, kPass>;
   constexpr int kTile = kColumns * kStep;
   if constexpr (kPass != Pass::kDy) {
     for (int all = static_cast<int>(threadIdx.x); all < T::kParts * kTile / kChunk;
          all += kThreads) {
       const int e = all % (kTile / kChunk), k = first + all / (kTile / kChunk) * part;
-      bf16_t* tile = tiles + all / (kTile / kChunk) * kTile;
+      E* tile = tiles + all / (kTile / kChunk) * kTile;
       const int column = e / (kStep / kChunk), chunk = e % (kStep / kChunk);
       const int s = column / v.rank_max, r = column % v.rank_max;
-      const bf16_t* row = nullptr;
+      const E* row = nullptr;
       if (s < group.count && r < entries[s].rank)
-        row = static_cast<const bf16_t*>(entries[s].a) + static_cast<std::int64_t>(r) * width;
+        row = static_cast<const E*>(entries[s].a) + static_cast<std::int64_t>(r) * width;
       copy_chunk(tile + column * kStep + swizzled(column, chunk), row, k + chunk * kChunk, end,
                  is_aligned(row));
     }
@@ -75,9 +76,9 @@ __device__ inline void load_factor(const SegmentsView& v, const Group& group,
     const int n_begin = v.site[group.first].n_begin;
     for (int e = static_cast<int>(threadIdx.x); e < kTile / kChunk; e += kThreads) {
       const int inner = e / (kColumns / kChunk), r = e % (kColumns / kChunk) * kChunk;
-      const bf16_t* row = nullptr;
+      const E* row = nullptr;
       if (first + inner < end)
-        row = static_cast<const bf16_t*>(entry.b) +
+        row = static_cast<const E*>(entry.b) +
               static_cast<std::int64_t>(first + inner - n_begin) * entry.rank;
       copy_chunk(tiles + inner * T::kBRow + r, row, r, entry.rank, is_aligned(row));
     }
@@ -85,9 +86,9 @@ __device__ inline void load_factor(const SegmentsView& v, const Group& group,
 }
 
 /// B or A of all sites as one matrix, by all threads of `blocks` blocks.
-template <bool kIsU>
+template <bool kIsU, class E>
 __device__ void gather(const SegmentsView& v, const LoraEntry* entries, int size, int block,
-                       int blocks, bf16_t* out) {
+                       int blocks, E* out) {
   const int per_row = (kIsU ? v.columns : size) / kChunk;
   const int rows = kIsU ? size : v.columns;
   for (int e = block * kThreads + static_cast<int>(threadIdx.x); e < rows * per_row;
@@ -95,23 +96,23 @@ __device__ void gather(const SegmentsView& v, const LoraEntry* entries, int size
     const int row = e / per_row, at = e % per_row * kChunk;
     const int column = kIsU ? at : row, s = column / v.rank_max, r = column % v.rank_max;
     const LoraEntry& entry = entries[s];
-    const bf16_t* from = nullptr;
+    const E* from = nullptr;
     int valid = 0;  // elements from `from`
     if constexpr (kIsU) {
       const int n = row - v.site[s].n_begin;
       if (n >= 0 && n < v.site[s].n && r < entry.rank) {
-        from = static_cast<const bf16_t*>(entry.b) + static_cast<std::int64_t>(n) * entry.rank + r;
+        from = static_cast<const E*>(entry.b) + static_cast<std::int64_t>(n) * entry.rank + r;
         valid = min(kChunk, entry.rank - r);
       }
     } else if (r < entry.rank) {
-      from = static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(r) * size + at;
+      from = static_cast<const E*>(entry.a) + static_cast<std::int64_t>(r) * size + at;
       valid = kChunk;
     }
     uint4 bits{0, 0, 0, 0};
     if (valid == kChunk && is_aligned(from)) {
       bits = *reinterpret_cast<const uint4*>(from);
     } else {
-      for (int j = 0; j < valid; ++j) reinterpret_cast<bf16_t*>(&bits)[j] = from[j];
+      for (int j = 0; j < valid; ++j) reinterpret_cast<E*>(&bits)[j] = from[j];
     }
     *reinterpret_cast<uint4*>(out + static_cast<std::int64_t>(row) * (kIsU ? v.columns : size) +
                               at) = bits;
@@ -119,18 +120,19 @@ __device__ void gather(const SegmentsView& v, const LoraEntry* entries, int size
 }
 
 /// x or dy [T, width]; or gate_up [T, 2 width], and where the x goes that is made of it.
+template <class E>
 struct Wide {
-  const bf16_t* at;
+  const E* at;
   int width;
-  bf16_t* made = nullptr;
+  E* made = nullptr;
 };
 
 /// Grid (cluster, tiles of rows, groups and one more that gathers); an x is made in one group.
 /// `parts` of the inner size over a cluster.
-template <int kColumns, Pass kPass>
+template <class E, int kColumns, Pass kPass>
 __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
-    contract_kernel(const SegmentsView v, const Wide wide, int parts, bool by_site, bf16_t* out,
-                    int gather_size, bf16_t* gathered) {
+    contract_kernel(const SegmentsView v, const Wide<E> wide, int parts, bool by_site, E* out,
+                    int gather_size, E* gathered) {
 #if __CUDA_ARCH__ >= 900
   using T = Tiles<kColumns, kPass>;
   constexpr bool kIsU = kPass != Pass::kDy;
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
   const int width = wide.width;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ LoraEntry entries[kSitesMax];
-  auto* tiles = reinterpret_cast<bf16_t*>(memory);
+  auto* tiles = reinterpret_cast<E*>(memory);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const bool gathers = gathered != nullptr && blockIdx.z == gridDim.z - 1;
   const Group group = find_group(v, by_site && !gathers, static_cast<int>(blockIdx.z));
@@ -178,10 +180,10 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
   };
   const auto load = [&](int step) {
     if (step < steps) {
-      each_chunk(step, [&](int row, int at, bf16_t* to) {
+      each_chunk(step, [&](int row, int at, E* to) {
         const bool inside = row < v.t && at < k_end;
         const std::int64_t before = inside ? static_cast<std::int64_t>(row) * width : 0;
-        const bf16_t* from = wide.at + (T::kMakes ? 2 * before : before) + (inside ? at : 0);
+        const E* from = wide.at + (T::kMakes ? 2 * before : before) + (inside ? at : 0);
         copy_16_async(to, from, inside);
         if constexpr (T::kMakes) copy_16_async(to + T::kWide, from + (inside ? width : 0), inside);
       });
@@ -193,9 +195,9 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
   };
   /// x of a step, in gate's tile and in memory.
   const auto make = [&](int step) {
-    each_chunk(step, [&](int row, int at, bf16_t* tile) {
+    each_chunk(step, [&](int row, int at, E* tile) {
       uint4& x = *reinterpret_cast<uint4*>(tile);
-      x = silu_mul_8(x, *reinterpret_cast<const uint4*>(tile + T::kWide));
+      x = silu_mul_8<E>(x, *reinterpret_cast<const uint4*>(tile + T::kWide));
       if (row < v.t && at < k_end)
         *reinterpret_cast<uint4*>(wide.made + static_cast<std::int64_t>(row) * width + at) = x;
     });
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
   const auto drop = [&](int step) {
 #pragma unroll 1  // few registers
     for (int k = 0; k < kRows / kRowStep; ++k)
-      chunk(step, k, [&](int row, int at, bf16_t* x) { drop_8(mask, row, at, x); });
+      chunk(step, k, [&](int row, int at, E* x) { drop_8(mask, row, at, x); });
   };
 
   float sum[kColumns / 8][4] = {};
@@ -214,8 +216,8 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
     if (drops) drop(step);
     __syncthreads();
     load(step + kStages - 1);
-    const bf16_t* tile = tiles + step % kStages * T::kStage;
-    const bf16_t* factor =
+    const E* tile = tiles + step % kStages * T::kStage;
+    const E* factor =
         tile + T::kFactorAt + warp * 16 / T::kTileRows * (kColumns * kStep);  // of the warp's part
 #pragma unroll
     for (int k = 0; k < kStep; k += 16) {
@@ -231,8 +233,8 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
         } else {
           load_matrices_transposed(f, factor + (k + lane % 16) * T::kBRow + c + lane / 16 * 8);
         }
-        mma_bf16(sum[c / 8], x[0], x[1], x[2], x[3], f[0], f[1]);
-        mma_bf16(sum[c / 8 + 1], x[0], x[1], x[2], x[3], f[2], f[3]);
+        mma<E>(sum[c / 8], x[0], x[1], x[2], x[3], f[0], f[1]);
+        mma<E>(sum[c / 8 + 1], x[0], x[1], x[2], x[3], f[2], f[3]);
       }
     }
   }
@@ -263,14 +265,14 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
     const float scale = entries[column / v.rank_max].scale;
     *reinterpret_cast<std::uint32_t*>(out + static_cast<std::int64_t>(row0 + row) * v.columns +
                                       group.column + column) =
-        pack_bf16(scale * total.x, scale * total.y);
+        pack<E>(scale * total.x, scale * total.y);
   }
   cluster.sync();  // a block's memory lives until the others have read it
 #endif
 }
 
-template <int kColumns, Pass kPass>
-void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wide& wide,
+template <class E, int kColumns, Pass kPass>
+void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wide<E>& wide,
               const Tensor& out, const Tensor& gathered) {
   constexpr bool kIsU = kPass != Pass::kDy;
   int inner = 0;
@@ -282,31 +284,32 @@ void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wi
   const auto groups = static_cast<unsigned>(by_site ? v.sites : 1);
   TANDEM_CHECK(kPass != Pass::kMadeX || groups == 1, groups, " passes would make x");
   const bool gathers = gathered.defined();
-  launch(stream, contract_kernel<kColumns, kPass>,
+  launch(stream, contract_kernel<E, kColumns, kPass>,
          dim3(cluster, static_cast<unsigned>((v.t + T::kTileRows - 1) / T::kTileRows),
               groups + (gathers ? 1 : 0)),
-         cluster, T::kBytes, v, wide, static_cast<int>(parts), by_site, out.as<bf16_t>(),
+         cluster, T::kBytes, v, wide, static_cast<int>(parts), by_site, out.as<E>(),
          gathers ? static_cast<int>(gathered.dim(kIsU ? 0 : 1)) : 0,
-         gathers ? gathered.as<bf16_t>() : nullptr);
+         gathers ? gathered.as<E>() : nullptr);
 }
 
-template <Pass kPass>
-void run(cudaStream_t stream, const ThinSites& sites, bool by_site, const Wide& wide,
+template <Pass kPass, class E>
+void run(cudaStream_t stream, const ThinSites& sites, bool by_site, const Wide<E>& wide,
          const Tensor& out, const Tensor& gathered) {
   if (out.dim(0) == 0) return;
   const SegmentsView v = segments_view(sites.sites, 0, sites.rows, out.dim(0));
   const int columns = by_site ? v.rank_max : v.columns;
-  const auto pass = columns <= 16   ? contract<16, kPass>
-                    : columns <= 32 ? contract<32, kPass>
-                    : columns <= 48 ? contract<48, kPass>
-                    : columns <= 64 ? contract<64, kPass>
-                                    : contract<128, kPass>;
+  const auto pass = columns <= 16   ? contract<E, 16, kPass>
+                    : columns <= 32 ? contract<E, 32, kPass>
+                    : columns <= 48 ? contract<E, 48, kPass>
+                    : columns <= 64 ? contract<E, 64, kPass>
+                                    : contract<E, 128, kPass>;
   TANDEM_CHECK_LE(columns, kThinColumnsMax);
   pass(stream, v, by_site, wide, out, gathered);
 }
 
-Wide given(const Tensor& x) {
-  return {x.as<const bf16_t>(), static_cast<int>(x.dim(1))};
+template <class E>
+Wide<E> given(const Tensor& x) {
+  return {x.as<const E>(), static_cast<int>(x.dim(1))};
 }
 
 }  // namespace
@@ -315,17 +318,21 @@ Wide given(const Tensor& x) {
 void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const SiluMulArgs& make_x,
                  const Tensor& x, const Tensor& u, const Tensor& b) {
   const bool by_site = sites.rows.dropout > 0.0f || u.dim(1) > kThinColumnsMax;
-  thin::Wide wide = thin::given(x);
-  if (!make_x.gate_up.defined())
-    return thin::run<thin::Pass::kX>(stream, sites, by_site, wide, u, b);
-  wide.at = make_x.gate_up.as<const thin::bf16_t>();
-  wide.made = x.as<thin::bf16_t>();
-  thin::run<thin::Pass::kMadeX>(stream, sites, by_site, wide, u, b);
+  with_element(u.dtype, [&]<class E>(E) {
+    thin::Wide<E> wide = thin::given<E>(x);
+    if (!make_x.gate_up.defined())
+      return thin::run<thin::Pass::kX>(stream, sites, by_site, wide, u, b);
+    wide.at = make_x.gate_up.as<const E>();
+    wide.made = x.as<E>();
+    thin::run<thin::Pass::kMadeX>(stream, sites, by_site, wide, u, b);
+  });
 }
 
 void lora_thin_du(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& du,
                   const Tensor& a) {
-  thin::run<thin::Pass::kDy>(stream, sites, true, thin::given(dy), du, a);
+  with_element(dy.dtype, [&]<class E>(E) {
+    thin::run<thin::Pass::kDy>(stream, sites, true, thin::given<E>(dy), du, a);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

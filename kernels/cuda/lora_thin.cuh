@@ -1,5 +1,5 @@
-// Private to lora_thin*.cu: tiles of bf16 that come through shared memory while others are
-// computed.
+// Private to lora_thin*.cu: tiles of 16-bit elements that come through shared memory while others
+// are computed.
 #pragma once
 
 #include "kernels/cuda/cuda_check.h"
@@ -12,8 +12,6 @@
 #include <cooperative_groups.h>
 
 namespace tandem::kernels::cuda::thin {
-
-using bf16_t = __nv_bfloat16;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 4;
@@ -44,24 +42,27 @@ __device__ inline Group find_group(const SegmentsView& v, bool by_site, int inde
 }
 
 /// x of eight columns, masked.
-__device__ inline void drop_8(const DropoutMask& mask, int row, int column, bf16_t* x) {
+template <class E>
+__device__ inline void drop_8(const DropoutMask& mask, int row, int column, E* x) {
   uint4 bits = *reinterpret_cast<uint4*>(x);
   std::uint32_t* pair = reinterpret_cast<std::uint32_t*>(&bits);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float four[4] = {low_f32(pair[2 * half]), high_f32(pair[2 * half]), low_f32(pair[2 * half + 1]),
-                     high_f32(pair[2 * half + 1])};
+    float four[4] = {low_f32<E>(pair[2 * half]), high_f32<E>(pair[2 * half]),
+                     low_f32<E>(pair[2 * half + 1]), high_f32<E>(pair[2 * half + 1])};
     mask.apply_group(row, column + 4 * half, four);
-    pair[2 * half] = pack_bf16(four[0], four[1]);
-    pair[2 * half + 1] = pack_bf16(four[2], four[3]);
+    pair[2 * half] = pack<E>(four[0], four[1]);
+    pair[2 * half + 1] = pack<E>(four[2], four[3]);
   }
   *reinterpret_cast<uint4*>(x) = bits;
 }
 
 /// Eight columns of silu(gate) * up, rounded as the op rounds them.
+template <class E>
 __device__ inline uint4 silu_mul_8(const uint4& gate, const uint4& up) {
   const auto one = [](std::uint32_t g, std::uint32_t u) {
-    return pack_bf16(silu_mul(low_f32(g), low_f32(u)), silu_mul(high_f32(g), high_f32(u)));
+    return pack<E>(silu_mul(low_f32<E>(g), low_f32<E>(u)),
+                   silu_mul(high_f32<E>(g), high_f32<E>(u)));
   };
   return {one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w)};
 }

@@ -1,7 +1,7 @@
 // Private to kernels/cuda: the thin products of a batch whose rows all carry one adapter, straight
 // from its LoraEntry of each site, each in one pass over the wide matrix: blocks stream it through
-// shared memory once and the tensor cores multiply what passes. bf16 on Hopper (clusters sum what
-// their blocks found, in the order of the blocks, through one another's shared memory): no
+// shared memory once and the tensor cores multiply what passes. bf16 or f16, on Hopper (clusters
+// sum what their blocks found, in the order of the blocks, through one another's shared memory): no
 // atomics, no scratch. With dropout the pass is made once a site and the mask drawn on the way.
 #pragma once
 

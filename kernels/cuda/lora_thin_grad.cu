@@ -16,10 +16,11 @@ constexpr int kRowsPerBlock = 128;                ///< at least: the cluster's s
 /// What passes: x or dy; the residual stream, times `rstd` of its row and `weight` of its column;
 /// or gate_up [T, 2 width].
 enum class Made { kGiven, kNorm, kSiluMul };
+template <class E>
 struct Wide {
-  const bf16_t* at;
+  const E* at;
   int width;  ///< of x or dy
-  const bf16_t* weight = nullptr;
+  const E* weight = nullptr;
   const float* rstd = nullptr;
 };
 
@@ -37,23 +38,24 @@ struct Tiles {
   static constexpr int kStage = kFactorAt + kRows * kCoefRow;
   static constexpr int kSumRow = kWidth + 1, kSums = kColumns * kSumRow;
   static constexpr std::size_t kBytes =
-      std::max<std::size_t>(sizeof(bf16_t) * kStages * kStage, sizeof(float) * kBelow * kSums);
+      std::max<std::size_t>(kElementBytes * kStages * kStage, sizeof(float) * kBelow * kSums);
 };
 
 /// Eight columns of x, rounded as the op rounds them.
+template <class E>
 __device__ inline uint4 norm_8(const uint4& residual, float rstd, const uint4& weight) {
   const auto one = [&](std::uint32_t x, std::uint32_t w) {
-    return pack_bf16(low_f32(x) * rstd * low_f32(w), high_f32(x) * rstd * high_f32(w));
+    return pack<E>(low_f32<E>(x) * rstd * low_f32<E>(w), high_f32<E>(x) * rstd * high_f32<E>(w));
   };
   return {one(residual.x, weight.x), one(residual.y, weight.y), one(residual.z, weight.z),
           one(residual.w, weight.w)};
 }
 
 /// Grid (cluster, blocks of columns, groups).
-template <int kColumns, int kBeside, Made kMade>
+template <class E, int kColumns, int kBeside, Made kMade>
 __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
-    outer_kernel(const SegmentsView v, bool is_a, const Wide wide, bool by_site,
-                 const bf16_t* coefficients) {
+    outer_kernel(const SegmentsView v, bool is_a, const Wide<E> wide, bool by_site,
+                 const E* coefficients) {
 #if __CUDA_ARCH__ >= 900
   using T = Tiles<kColumns, kBeside, kMade>;
   constexpr int kStages = T::kStages, kRowChunks = T::kWidth / kChunk;
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   const int width = wide.width;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ LoraEntry entries[kSitesMax];
-  auto* tiles = reinterpret_cast<bf16_t*>(memory);
+  auto* tiles = reinterpret_cast<E*>(memory);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const Group group = find_group(v, by_site, static_cast<int>(blockIdx.z));
   const SiteView& site = v.site[group.first];
@@ -96,15 +98,15 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
 
   const auto load = [&](int step) {
     if (step < steps) {
-      bf16_t* tile = tiles + step % kStages * T::kStage;
+      E* tile = tiles + step % kStages * T::kStage;
       const int t0 = (first_step + step) * T::kRows;
 #pragma unroll
       for (int k = 0; k < kCopies; ++k) {
         const int row = my_row + k * kRowStep;
         const bool inside = t0 + row < v.t && my_column < column_end;
         const std::int64_t before = inside ? static_cast<std::int64_t>(t0 + row) * width : 0;
-        const bf16_t* from = wide.at + (T::kPair ? 2 * before : before) + (inside ? my_column : 0);
-        bf16_t* to = tile + row * T::kWidth + swizzled(row, my_chunk);
+        const E* from = wide.at + (T::kPair ? 2 * before : before) + (inside ? my_column : 0);
+        E* to = tile + row * T::kWidth + swizzled(row, my_chunk);
         copy_16_async(to, from, inside);
         if (T::kPair) copy_16_async(to + T::kWide, from + (inside ? width : 0), inside);
       }
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
     commit();
   };
   const auto each_copied = [&](int step, const auto& f) {  // f(k, row of x, its chunk)
-    bf16_t* tile = tiles + step % kStages * T::kStage;
+    E* tile = tiles + step % kStages * T::kStage;
 #pragma unroll
     for (int k = 0; k < kCopies; ++k) {
       const int row = my_row + k * kRowStep;
@@ -135,21 +137,21 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   for (int step = 0; step < steps; ++step) {
     float rstd[kCopies];  // on its way beside the tile
     if constexpr (kMade == Made::kNorm)
-      each_copied(step, [&](int k, int t, bf16_t*) { rstd[k] = t < v.t ? wide.rstd[t] : 0.0f; });
+      each_copied(step, [&](int k, int t, E*) { rstd[k] = t < v.t ? wide.rstd[t] : 0.0f; });
     wait<kStages - 2>();
     if constexpr (kMade != Made::kGiven)
-      each_copied(step, [&](int k, int, bf16_t* to) {
+      each_copied(step, [&](int k, int, E* to) {
         uint4& x = *reinterpret_cast<uint4*>(to);
         if constexpr (kMade == Made::kNorm)
-          x = norm_8(x, rstd[k], weight);
+          x = norm_8<E>(x, rstd[k], weight);
         else
-          x = silu_mul_8(x, *reinterpret_cast<const uint4*>(to + T::kWide));
+          x = silu_mul_8<E>(x, *reinterpret_cast<const uint4*>(to + T::kWide));
       });
-    if (drops) each_copied(step, [&](int, int t, bf16_t* x) { drop_8(mask, t, my_column, x); });
+    if (drops) each_copied(step, [&](int, int t, E* x) { drop_8(mask, t, my_column, x); });
     __syncthreads();
     load(step + kStages - 1);
-    const bf16_t* tile = tiles + step % kStages * T::kStage;
-    const bf16_t* factor = tile + T::kFactorAt;
+    const E* tile = tiles + step % kStages * T::kStage;
+    const E* factor = tile + T::kFactorAt;
 #pragma unroll
     for (int k = 0; k < kWarpRows; k += 16) {
       const int t = below * kWarpRows + k;
@@ -166,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
             f, factor + (t + lane / 16 * 8 + lane % 8) * T::kCoefRow + c + lane / 8 % 2 * 8);
 #pragma unroll
         for (int n = 0; n < kWarpColumns / 8; ++n)
-          mma_bf16(sum[c / 16][n], f[0], f[1], f[2], f[3], x[n / 2][n % 2 * 2],
-                   x[n / 2][n % 2 * 2 + 1]);
+          mma<E>(sum[c / 16][n], f[0], f[1], f[2], f[3], x[n / 2][n % 2 * 2],
+                 x[n / 2][n % 2 * 2 + 1]);
       }
     }
   }
@@ -206,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
 #endif
 }
 
-template <int kColumns, Made kMade>
-void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, const Wide& wide,
+template <class E, int kColumns, Made kMade>
+void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, const Wide<E>& wide,
            const Tensor& coefficients) {
   int columns = 0;
   for (int s = 0; s < v.sites; ++s) columns = std::max(columns, v.site[s].n);
@@ -217,25 +219,26 @@ void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, 
   const auto start = [&](auto kernel, int width, std::size_t bytes) {
     launch(stream, kernel,
            dim3(cluster, static_cast<unsigned>((columns + width - 1) / width), groups), cluster,
-           bytes, v, is_a, wide, by_site, coefficients.as<const bf16_t>());
+           bytes, v, is_a, wide, by_site, coefficients.as<const E>());
   };
   using Broad = Tiles<kColumns, 8, kMade>;
   using Narrow = Tiles<kColumns, 2, kMade>;
-  if (columns >= 2048) return start(outer_kernel<kColumns, 8, kMade>, Broad::kWidth, Broad::kBytes);
-  start(outer_kernel<kColumns, 2, kMade>, Narrow::kWidth, Narrow::kBytes);
+  if (columns >= 2048)
+    return start(outer_kernel<E, kColumns, 8, kMade>, Broad::kWidth, Broad::kBytes);
+  start(outer_kernel<E, kColumns, 2, kMade>, Narrow::kWidth, Narrow::kBytes);
 }
 
-template <Made kMade>
-void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, const Wide& wide,
+template <Made kMade, class E>
+void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, const Wide<E>& wide,
          const Tensor& coefficients) {
   if (coefficients.dim(0) == 0) return;
   const SegmentsView v = segments_view(sites.sites, 0, sites.rows, coefficients.dim(0));
   const int columns = by_site ? v.rank_max : v.columns;
-  const auto pass = columns <= 16   ? outer<16, kMade>
-                    : columns <= 32 ? outer<32, kMade>
-                    : columns <= 48 ? outer<48, kMade>
-                    : columns <= 64 ? outer<64, kMade>
-                                    : outer<128, kMade>;
+  const auto pass = columns <= 16   ? outer<E, 16, kMade>
+                    : columns <= 32 ? outer<E, 32, kMade>
+                    : columns <= 48 ? outer<E, 48, kMade>
+                    : columns <= 64 ? outer<E, 64, kMade>
+                                    : outer<E, 128, kMade>;
   TANDEM_CHECK_LE(columns, kThinColumnsMax);
   pass(stream, v, is_a, by_site, wide, coefficients);
 }
@@ -247,21 +250,25 @@ void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
                   const LinearInputRecipe& make_x, const Tensor& du) {
   const bool by_site = sites.rows.dropout > 0.0f || du.dim(1) > kThinColumnsMax;
   const AddRmsNormArgs& norm = make_x.norm;
-  thin::Wide wide{static_cast<const thin::bf16_t*>(x.data), static_cast<int>(x.dim(1))};
-  if (x.defined()) return thin::run<thin::Made::kGiven>(stream, sites, true, by_site, wide, du);
-  if (norm.residual.defined()) {
-    wide.at = norm.residual.as<const thin::bf16_t>();
-    wide.weight = norm.weight.as<const thin::bf16_t>();
-    wide.rstd = norm.rstd.as<const float>();
-    return thin::run<thin::Made::kNorm>(stream, sites, true, by_site, wide, du);
-  }
-  wide.at = make_x.silu_mul.gate_up.as<const thin::bf16_t>();
-  thin::run<thin::Made::kSiluMul>(stream, sites, true, by_site, wide, du);
+  with_element(du.dtype, [&]<class E>(E) {
+    thin::Wide<E> wide{static_cast<const E*>(x.data), static_cast<int>(x.dim(1))};
+    if (x.defined()) return thin::run<thin::Made::kGiven>(stream, sites, true, by_site, wide, du);
+    if (norm.residual.defined()) {
+      wide.at = norm.residual.as<const E>();
+      wide.weight = norm.weight.as<const E>();
+      wide.rstd = norm.rstd.as<const float>();
+      return thin::run<thin::Made::kNorm>(stream, sites, true, by_site, wide, du);
+    }
+    wide.at = make_x.silu_mul.gate_up.as<const E>();
+    thin::run<thin::Made::kSiluMul>(stream, sites, true, by_site, wide, du);
+  });
 }
 
 void lora_thin_db(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& u) {
-  thin::run<thin::Made::kGiven>(stream, sites, false, true,
-                                {dy.as<const thin::bf16_t>(), static_cast<int>(dy.dim(1))}, u);
+  with_element(dy.dtype, [&]<class E>(E) {
+    const thin::Wide<E> wide{dy.as<const E>(), static_cast<int>(dy.dim(1))};
+    thin::run<thin::Made::kGiven>(stream, sites, false, true, wide, u);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

@@ -29,22 +29,24 @@ struct Pair {
                                       : kAlone ? (226 << 10) - kSumsBytes
                                                : 88 << 10;
   static constexpr int kStages = std::min(8, kStagesBytes / (2 * kStage));
-  static constexpr std::size_t kSumsAt = sizeof(bf16_t) * kStages * kStage;
+  static constexpr std::size_t kSumsAt = kElementBytes * kStages * kStage;
   static constexpr std::size_t kBytes = kSumsAt + kSumsBytes;
 };
 
 /// What dy is made of: gate_up [T, 2 F], which may be its memory, and dout [T, F].
+template <class E>
 struct MadeOf {
-  const bf16_t *gate_up, *dout;
+  const E *gate_up, *dout;
 };
 
 /// dgate to `gate` and dup to `up`, eight columns, rounded as the op rounds them.
+template <class E>
 __device__ inline void silu_mul_grad_8(const uint4& dout, uint4& gate, uint4& up) {
   const auto one = [](std::uint32_t d, std::uint32_t& g, std::uint32_t& u) {
-    const SiluMulGrad low = silu_mul_grad(low_f32(d), low_f32(g), low_f32(u));
-    const SiluMulGrad high = silu_mul_grad(high_f32(d), high_f32(g), high_f32(u));
-    g = pack_bf16(low.gate, high.gate);
-    u = pack_bf16(low.up, high.up);
+    const SiluMulGrad low = silu_mul_grad(low_f32<E>(d), low_f32<E>(g), low_f32<E>(u));
+    const SiluMulGrad high = silu_mul_grad(high_f32<E>(d), high_f32<E>(g), high_f32<E>(u));
+    g = pack<E>(low.gate, high.gate);
+    u = pack<E>(low.up, high.up);
   };
   one(dout.x, gate.x, up.x);
   one(dout.y, gate.y, up.y);
@@ -67,14 +69,14 @@ __device__ inline ColumnBlock find_block(const SegmentsView& v, int width, int i
 }
 
 /// Grid (parts of the rows, blocks of columns). With kMakes two sites of equal width.
-template <int kColumns, int kWarpColumns, int kRows, bool kMakes>
+template <class E, int kColumns, int kWarpColumns, int kRows, bool kMakes>
 __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128 ? 2 : 1)
-    pair_kernel(const SegmentsView v, const MadeOf made_of, bf16_t* dy, int width, const bf16_t* u,
+    pair_kernel(const SegmentsView v, const MadeOf<E> made_of, E* dy, int width, const E* u,
                 float* du_parts, float* db_parts) {
 #if __CUDA_ARCH__ >= 900
   using P = Pair<kColumns, kWarpColumns, kRows, kMakes>;
   extern __shared__ __align__(128) unsigned char memory[];
-  auto* tiles = reinterpret_cast<bf16_t*>(memory);
+  auto* tiles = reinterpret_cast<E*>(memory);
   auto* sums = reinterpret_cast<float*>(memory + P::kSumsAt);
   launch_dependents();
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
 
   /// f(row of dy, column of the first site, place in its tile) of each chunk that this thread has.
   const auto each_chunk = [&](int step, const auto& f) {
-    bf16_t* tile = tiles + step % P::kStages * P::kStage;
+    E* tile = tiles + step % P::kStages * P::kStage;
 #pragma unroll
     for (int e = tid; e < P::kTile / kChunk; e += kThreads) {
       const int row = e / (P::kWidth / kChunk), chunk = e % (P::kWidth / kChunk);
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
   };
   const auto load = [&](int step) {
     if (step < steps) {
-      each_chunk(step, [&](int t, int at, bf16_t* to) {
+      each_chunk(step, [&](int t, int at, E* to) {
         const bool inside = t < v.t && at < block.end;
         const std::int64_t from = inside ? static_cast<std::int64_t>(t) * width + at : 0;
         copy_16_async(to, (kMakes ? made_of.gate_up : dy) + from, inside);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
                         inside);
         }
       });
-      bf16_t* tile = tiles + step % P::kStages * P::kStage + P::kUAt;
+      E* tile = tiles + step % P::kStages * P::kStage + P::kUAt;
       for (int e = tid; e < P::kSites * kRows * kColumns / kChunk; e += kThreads) {
         const int row = e / (P::kSites * kColumns / kChunk), t = (first_step + step) * kRows + row;
         const int column = e % (P::kSites * kColumns / kChunk) * kChunk, r = column % kColumns;
@@ -130,12 +132,12 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
   };
   /// dy of a step, in its tile and in memory.
   const auto make = [&](int step) {
-    each_chunk(step, [&](int t, int at, bf16_t* tile) {
+    each_chunk(step, [&](int t, int at, E* tile) {
       uint4& gate = *reinterpret_cast<uint4*>(tile);
       uint4& up = *reinterpret_cast<uint4*>(tile + P::kTile);
-      silu_mul_grad_8(*reinterpret_cast<const uint4*>(tile + 2 * P::kTile), gate, up);
+      silu_mul_grad_8<E>(*reinterpret_cast<const uint4*>(tile + 2 * P::kTile), gate, up);
       if (t >= v.t || at >= block.end) return;
-      bf16_t* to = dy + static_cast<std::int64_t>(t) * width + at;
+      E* to = dy + static_cast<std::int64_t>(t) * width + at;
       *reinterpret_cast<uint4*>(to) = gate;
       *reinterpret_cast<uint4*>(to + to_up) = up;
     });
@@ -165,10 +167,10 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int n = first_n + k + 8 * j + lane % 4 * 2, r = c + lane / 4;
-        const bf16_t* from = static_cast<const bf16_t*>(entry.b) +
-                             static_cast<std::int64_t>(n - site.n_begin) * entry.rank + r;
+        const E* from = static_cast<const E*>(entry.b) +
+                        static_cast<std::int64_t>(n - site.n_begin) * entry.rank + r;
         const bool here = r < entry.rank && n < end_n;  // n even, end_n a multiple of 8
-        b[k / 16][c / 8][j] = here ? pack_bf16(from[0], from[entry.rank]) : std::uint32_t{0};
+        b[k / 16][c / 8][j] = here ? pack(from[0], from[entry.rank]) : std::uint32_t{0};
       }
 
   wait_for_inputs();
@@ -180,9 +182,9 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
     __syncthreads();
     load(step + P::kStages - 1);
     if (step > 0) store_du(step - 1);
-    const bf16_t* stage = tiles + step % P::kStages * P::kStage;
-    const bf16_t* tile = stage + half * P::kTile;
-    const bf16_t* factor = stage + P::kUAt + half * kColumns;
+    const E* stage = tiles + step % P::kStages * P::kStage;
+    const E* tile = stage + half * P::kTile;
+    const E* factor = stage + P::kUAt + half * kColumns;
     float* to = sums + (step % 2 * kWarps + warp) * P::kSums;
 #pragma unroll
     for (int t = 0; t < kRows; t += 16) {
@@ -195,17 +197,17 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
 #pragma unroll
       for (int k = 0; k < kWarpColumns; k += 16) {
         const int row = t + lane % 16, chunk = (warp_column + k) / kChunk + lane / 16;
-        const bf16_t* at = tile + row * P::kWidth + swizzled(row, chunk);
+        const E* at = tile + row * P::kWidth + swizzled(row, chunk);
         std::uint32_t x[4], y[4];
         load_matrices(x, at);
         load_matrices_transposed(y, at);
 #pragma unroll
         for (int c = 0; c < kColumns; c += 8)
-          mma_bf16(du[c / 8], x[0], x[1], x[2], x[3], b[k / 16][c / 8][0], b[k / 16][c / 8][1]);
+          mma<E>(du[c / 8], x[0], x[1], x[2], x[3], b[k / 16][c / 8][0], b[k / 16][c / 8][1]);
 #pragma unroll
         for (int c = 0; c < kColumns / 16; ++c) {
-          mma_bf16(db[c][k / 8], f[c][0], f[c][1], f[c][2], f[c][3], y[0], y[1]);
-          mma_bf16(db[c][k / 8 + 1], f[c][0], f[c][1], f[c][2], f[c][3], y[2], y[3]);
+          mma<E>(db[c][k / 8], f[c][0], f[c][1], f[c][2], f[c][3], y[0], y[1]);
+          mma<E>(db[c][k / 8 + 1], f[c][0], f[c][1], f[c][2], f[c][3], y[2], y[3]);
         }
       }
 #pragma unroll
@@ -234,9 +236,10 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
 }
 
 /// du and dB from their parts, and A of all sites as one matrix. Grid (blocks, sites).
+template <class E>
 __global__ void __launch_bounds__(kThreads)
     add_parts_kernel(const SegmentsView v, int block_width, int parts, const float* du_parts,
-                     const float* db_parts, int width, bf16_t* du, int inputs, bf16_t* a) {
+                     const float* db_parts, int width, E* du, int inputs, E* a) {
   const int first = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const int stride = static_cast<int>(gridDim.x) * kThreads, pairs = v.rank_max / 2;
   launch_dependents();
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(kThreads)
       total.y += x.y;
     }
     *reinterpret_cast<std::uint32_t*>(du + static_cast<std::int64_t>(t) * v.columns + site.column +
-                                      r) = pack_bf16(entry.scale * total.x, entry.scale * total.y);
+                                      r) = pack<E>(entry.scale * total.x, entry.scale * total.y);
   }
   for (int e = first; entry.db != nullptr && e < site.n * entry.rank; e += stride) {
     const int n = e / entry.rank, r = e % entry.rank;
@@ -274,8 +277,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
   for (int e = first; e < v.rank_max * chunks; e += stride) {
     const int r = e / chunks, at = e % chunks * kChunk;
-    const bf16_t* from =
-        static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(r) * inputs + at;
+    const E* from = static_cast<const E*>(entry.a) + static_cast<std::int64_t>(r) * inputs + at;
     uint4 bits{0, 0, 0, 0};
     if (r < entry.rank) bits = load_8(from, 0, kChunk, aligned);
     *reinterpret_cast<uint4*>(a + static_cast<std::int64_t>(site.column + r) * inputs + at) = bits;
@@ -283,31 +285,60 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// What the passes take from their caller.
+template <class E>
 struct Call {
   cudaStream_t stream;
   SegmentsView v;
   int parts, blocks;
-  MadeOf made_of;
+  MadeOf<E> made_of;
   Tensor dy, u;
   float *du_parts, *db_parts;
 };
 
-template <int kColumns, int kWarpColumns, int kRows, bool kMakes>
-void start(const Call& c) {
+template <int kColumns, int kWarpColumns, int kRows, bool kMakes, class E>
+void start(const Call<E>& c) {
   using P = Pair<kColumns, kWarpColumns, kRows, kMakes>;
-  launch(c.stream, pair_kernel<kColumns, kWarpColumns, kRows, kMakes>,
+  launch(c.stream, pair_kernel<E, kColumns, kWarpColumns, kRows, kMakes>,
          dim3(static_cast<unsigned>(c.parts), static_cast<unsigned>(c.blocks / P::kSites)), 1,
-         P::kBytes, c.v, c.made_of, c.dy.as<bf16_t>(), static_cast<int>(c.dy.dim(1)),
-         c.u.as<const bf16_t>(), c.du_parts, c.db_parts);
+         P::kBytes, c.v, c.made_of, static_cast<E*>(c.dy.data), static_cast<int>(c.dy.dim(1)),
+         static_cast<const E*>(c.u.data), c.du_parts, c.db_parts);
 }
 
-template <bool kMakes>
-void start(const Call& c, std::int64_t columns, std::int64_t width) {
+template <bool kMakes, class E>
+void start(const Call<E>& c, std::int64_t columns, std::int64_t width) {
   if (columns == 64) return start<64, 32, 16, kMakes>(c);
   if (columns == 32)
     return width == 512 ? start<32, 64, 16, kMakes>(c) : start<32, 32, 32, kMakes>(c);
   if (width == 1024) return start<16, 128, 16, kMakes>(c);
   return width == 512 ? start<16, 64, 16, kMakes>(c) : start<16, 32, 32, kMakes>(c);
+}
+
+template <class E>
+void run(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& l,
+         const SiluMulBackwardArgs& make_dy, const Tensor& dy, const Tensor& u, const Tensor& du,
+         const Tensor& a, float* du_parts, float* db_parts) {
+  const int blocks = static_cast<int>(l.blocks), parts = static_cast<int>(l.parts);
+  const Call<E> call{
+      stream,
+      segments_view(sites.sites, 0, sites.rows, dy.dim(0)),
+      parts,
+      blocks,
+      {static_cast<const E*>(make_dy.gate_up.data), static_cast<const E*>(make_dy.dout.data)},
+      dy,
+      u,
+      du_parts,
+      db_parts};
+  if (l.makes_dy)
+    start<true>(call, l.columns, 2 * l.width);
+  else
+    start<false>(call, l.columns, l.width);
+  constexpr unsigned kAddBlocks = 264;  // over all sites
+  const auto count = static_cast<unsigned>(call.v.sites);
+  launch_early("add_parts_kernel", add_parts_kernel<E>, dim3(kAddBlocks / count, count),
+               dim3(kThreads), 0, stream, call.v, static_cast<int>(l.width), parts,
+               static_cast<const float*>(du_parts), static_cast<const float*>(db_parts),
+               static_cast<int>(dy.dim(1)), du.as<E>(),
+               a.defined() ? static_cast<int>(a.dim(1)) : 0, static_cast<E*>(a.data));
 }
 
 }  // namespace
@@ -317,28 +348,9 @@ void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairL
                     const SiluMulBackwardArgs& make_dy, const Tensor& dy, const Tensor& u,
                     const Tensor& du, const Tensor& a, float* du_parts, float* db_parts) {
   if (dy.dim(0) == 0) return;
-  const int blocks = static_cast<int>(l.blocks), parts = static_cast<int>(l.parts);
-  const thin::Call call{stream,
-                        segments_view(sites.sites, 0, sites.rows, dy.dim(0)),
-                        parts,
-                        blocks,
-                        {static_cast<const thin::bf16_t*>(make_dy.gate_up.data),
-                         static_cast<const thin::bf16_t*>(make_dy.dout.data)},
-                        dy,
-                        u,
-                        du_parts,
-                        db_parts};
-  if (l.makes_dy)
-    thin::start<true>(call, l.columns, 2 * l.width);
-  else
-    thin::start<false>(call, l.columns, l.width);
-  constexpr unsigned kAddBlocks = 264;  // over all sites
-  const auto count = static_cast<unsigned>(call.v.sites);
-  launch_early("add_parts_kernel", thin::add_parts_kernel, dim3(kAddBlocks / count, count),
-               dim3(thin::kThreads), 0, stream, call.v, static_cast<int>(l.width), parts,
-               static_cast<const float*>(du_parts), static_cast<const float*>(db_parts),
-               static_cast<int>(dy.dim(1)), du.as<thin::bf16_t>(),
-               a.defined() ? static_cast<int>(a.dim(1)) : 0, static_cast<thin::bf16_t*>(a.data));
+  with_element(dy.dtype, [&]<class E>(E) {
+    thin::run<E>(stream, sites, l, make_dy, dy, u, du, a, du_parts, db_parts);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

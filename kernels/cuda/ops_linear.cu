@@ -158,9 +158,9 @@ __global__ void dropout_kernel(Mask mask, const T* x, std::int64_t rows, std::in
   }
 }
 
-/// y += bias, where cuBLASLt has no epilogue for it (y f32, bias bf16).
-__global__ void add_bias_kernel(const __nv_bfloat16* bias, std::int64_t rows, std::int64_t columns,
-                                float* y) {
+/// y += bias, where cuBLASLt has no epilogue for it (y f32, bias not).
+template <class E>
+__global__ void add_bias_kernel(const E* bias, std::int64_t rows, std::int64_t columns, float* y) {
   for (std::int64_t e = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        e < rows * columns; e += static_cast<std::int64_t>(gridDim.x) * kThreads)
     y[e] += load_f32(bias[e % columns]);
@@ -282,7 +282,7 @@ bool CudaOps::invariant_product(
   const lora_gemm::Product product{
       matrix(a.x),          transpose(weight_matrix(*a.weight)), {}, {}, matrix(a.y), a.bias.data,
       multiprocessors(exec)};
-  const bool narrow = a.y.dtype == DType::kBF16;
+  const bool narrow = a.y.dtype != DType::kF32;
   if (!skinny_fits(plain, profile_) ||
       (narrow && !lora_gemm::fits(product, profile_.compute_capability)))
     return false;
@@ -346,8 +346,10 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   const void* bias = late_bias ? nullptr : a.bias.data;
   const auto finish = [&] {
     if (!late_bias) return;
-    add_bias_kernel<<<blocks_for(a.y.elements()), kThreads, 0, s>>>(
-        static_cast<const __nv_bfloat16*>(a.bias.data), a.y.dim(0), a.y.dim(1), a.y.as<float>());
+    with_element(a.bias.dtype, [&]<class E>(E) {
+      add_bias_kernel<<<blocks_for(a.y.elements()), kThreads, 0, s>>>(
+          a.bias.as<const E>(), a.y.dim(0), a.y.dim(1), a.y.as<float>());
+    });
     TANDEM_LAUNCHED("add_bias_kernel");
   };
   const bool invariant = exec.numerics == Numerics::kInvariant;

@@ -1,5 +1,6 @@
-// Low-rank products of rows with any mix of adapters, forward. In bf16 every row goes through the
-// tensor cores in one order of sums, whatever else is in the batch; f32 is the plain form.
+// Low-rank products of rows with any mix of adapters, forward. In bf16 and f16 every row goes
+// through the tensor cores in one order of sums, whatever else is in the batch; f32 is the plain
+// form.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/lora_rows.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -12,7 +13,6 @@ namespace tandem::kernels::cuda {
 namespace {
 
 namespace cg = cooperative_groups;
-using bf16_t = __nv_bfloat16;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRanks = 16;   ///< of A that a block computes at a time
@@ -28,24 +28,25 @@ unsigned shrink_blocks(std::int64_t i, int capability) {
   return blocks;
 }
 
+template <class E>
 __device__ uint4 drop_8(uint4 x, const DropoutMask& mask, std::int64_t row, int column) {
   std::uint32_t* pairs = &x.x;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float v[4] = {low_f32(pairs[2 * h]), high_f32(pairs[2 * h]), low_f32(pairs[2 * h + 1]),
-                  high_f32(pairs[2 * h + 1])};
+    float v[4] = {low_f32<E>(pairs[2 * h]), high_f32<E>(pairs[2 * h]), low_f32<E>(pairs[2 * h + 1]),
+                  high_f32<E>(pairs[2 * h + 1])};
     mask.apply_group(row, column + 4 * h, v);
-    pairs[2 * h] = pack_bf16(v[0], v[1]);
-    pairs[2 * h + 1] = pack_bf16(v[2], v[3]);
+    pairs[2 * h] = pack<E>(v[0], v[1]);
+    pairs[2 * h + 1] = pack<E>(v[2], v[3]);
   }
   return x;
 }
 
 /// u of kTiles * 8 rows of one segment and kRanks of one site. Block (part of I, tile, site and
 /// ranks); blocks of a cluster are the parts. A is the tensor cores' A, rows their columns.
-template <int kTiles, bool kDrops>
+template <class E, int kTiles, bool kDrops>
 __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
-    shrink_kernel(const SegmentsView v, const bf16_t* x, int columns, bf16_t* u) {
+    shrink_kernel(const SegmentsView v, const E* x, int columns, E* u) {
   constexpr int kRows = 8 * kTiles, kOut = kRows * kRanks;
   __shared__ float parts[kWarps][kOut];
   __shared__ float sums[kOut];
@@ -58,22 +59,21 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
   const LoraEntry entry = find_entry(v, site, tile.slot);
   wait_for_inputs();  // lists and factors are older than the kernel before this one
   launch_dependents();
-  bf16_t* out = u + static_cast<std::int64_t>(tile.begin) * v.columns + site.column + first_rank;
+  E* out = u + static_cast<std::int64_t>(tile.begin) * v.columns + site.column + first_rank;
   const int rows = tile.end - tile.begin, ranks = min(kRanks, v.rank_max - first_rank);
   if (first_rank >= entry.rank) {
     if (blockIdx.x != 0) return;
     for (int e = static_cast<int>(threadIdx.x); e < rows * kRanks; e += kThreads)
       if (e % kRanks < ranks)
-        out[static_cast<std::int64_t>(e / kRanks) * v.columns + e % kRanks] = store_as<bf16_t>(0);
+        out[static_cast<std::int64_t>(e / kRanks) * v.columns + e % kRanks] = store_as<E>(0);
     return;
   }
-  const auto* a =
-      static_cast<const bf16_t*>(entry.a) + static_cast<std::int64_t>(first_rank) * columns;
-  const bf16_t* a_low = a + static_cast<std::int64_t>(g) * columns;
-  const bf16_t* a_high = a_low + static_cast<std::int64_t>(8) * columns;
+  const auto* a = static_cast<const E*>(entry.a) + static_cast<std::int64_t>(first_rank) * columns;
+  const E* a_low = a + static_cast<std::int64_t>(g) * columns;
+  const E* a_high = a_low + static_cast<std::int64_t>(8) * columns;
   const int n_low = first_rank + g < entry.rank ? columns : 0;
   const int n_high = first_rank + g + 8 < entry.rank ? columns : 0;
-  const bf16_t* x_rows = x + static_cast<std::int64_t>(tile.begin + g) * columns;
+  const E* x_rows = x + static_cast<std::int64_t>(tile.begin + g) * columns;
   const bool vectors = columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0 &&
                        reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
   const DropoutMask mask(v, site, columns);
@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
         for (int t = 0; t < kTiles; ++t) {
           if (kDrops)
             in[s][t] =
-                drop_8(in[s][t], mask, tile.begin + g + 8 * t, piece + (step + s) * 32 + 8 * q);
-          mma_bf16(c[t], low[s].x, high[s].x, low[s].y, high[s].y, in[s][t].x, in[s][t].y);
-          mma_bf16(c[t], low[s].z, high[s].z, low[s].w, high[s].w, in[s][t].z, in[s][t].w);
+                drop_8<E>(in[s][t], mask, tile.begin + g + 8 * t, piece + (step + s) * 32 + 8 * q);
+          mma<E>(c[t], low[s].x, high[s].x, low[s].y, high[s].y, in[s][t].x, in[s][t].y);
+          mma<E>(c[t], low[s].z, high[s].z, low[s].w, high[s].w, in[s][t].z, in[s][t].w);
         }
     }
   }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
 #endif
       if (e % kRanks < ranks)
         out[static_cast<std::int64_t>(e / kRanks) * v.columns + e % kRanks] =
-            store_as<bf16_t>(entry.scale * sum);
+            store_as<E>(entry.scale * sum);
     }
   }
 #if __CUDA_ARCH__ >= 900
@@ -201,9 +201,9 @@ __device__ Outputs find_outputs(const SegmentsView& v, int each) {
 /// Each warp: one tile of rows and kOutputs outputs. Block (outputs, warps' tiles). Rows are the
 /// tensor cores' A. Column g of product j is output 32 (j / 4) + 8 (g / 2) + 2 (j % 4) + g % 2, so
 /// that a lane ends with 8 neighbours.
-template <class Y>
+template <class E, class Y>
 __global__ void __launch_bounds__(kThreads)
-    expand_kernel(const SegmentsView v, const bf16_t* u, Y* y, int width, int tiles) {
+    expand_kernel(const SegmentsView v, const E* u, Y* y, int width, int tiles) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
   const Outputs own = find_outputs(v, kOutputs);
@@ -220,10 +220,10 @@ __global__ void __launch_bounds__(kThreads)
     const LoraEntry entry = find_entry(v, site, tile.slot);
     const int rank = entry.rank, rows = tile.end - tile.begin;
     if (rank == 0) continue;
-    const auto* b = static_cast<const bf16_t*>(entry.b) + static_cast<std::int64_t>(n0) * rank;
+    const auto* b = static_cast<const E*>(entry.b) + static_cast<std::int64_t>(n0) * rank;
     const bool b_vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(entry.b) % 8 == 0;
-    const bf16_t* u_low = u + static_cast<std::int64_t>(tile.begin + g) * v.columns + site.column;
-    const bf16_t* u_high = u_low + static_cast<std::int64_t>(8) * v.columns;
+    const E* u_low = u + static_cast<std::int64_t>(tile.begin + g) * v.columns + site.column;
+    const E* u_high = u_low + static_cast<std::int64_t>(8) * v.columns;
     float c[8][4] = {};
     for (int k = 0; k < rank; k += 16) {
       uint2 in[8];
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
       const uint2 low = load_4(u_low, k + 4 * q, g < rows ? rank : 0, u_vectors && b_vectors);
       const uint2 high = load_4(u_high, k + 4 * q, g + 8 < rows ? rank : 0, u_vectors && b_vectors);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) mma_bf16(c[j], low.x, high.x, low.y, high.y, in[j].x, in[j].y);
+      for (int j = 0; j < 8; ++j) mma<E>(c[j], low.x, high.x, low.y, high.y, in[j].x, in[j].y);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -258,9 +258,10 @@ constexpr int kTogether = 4;                        ///< items whose loads are i
 
 /// Of the rows of a decode step: who carries what at one site, and the items of work: the first row
 /// of each eight that carries an adapter.
+template <class E>
 struct FewRows {
   int slot[kFewRows], rank[kFewRows], item[kFewRows];
-  const bf16_t* b[kFewRows];
+  const E* b[kFewRows];
   bool leads[kFewRows];
   int items;
 
@@ -277,7 +278,7 @@ struct FewRows {
     for (int t = thread; t < kFewRows; t += kFewThreads) {
       const LoraEntry entry = t < v.t ? find_entry(v, site, slot[t]) : LoraEntry{};
       rank[t] = entry.rank;
-      b[t] = static_cast<const bf16_t*>(entry.b);
+      b[t] = static_cast<const E*>(entry.b);
       leads[t] = entry.rank > 0;
       for (int other = t / 8 * 8; other < t; ++other) leads[t] = leads[t] && slot[other] != slot[t];
     }
@@ -296,10 +297,10 @@ struct FewRows {
 
 /// Each warp: 16 outputs, which are the tensor cores' rows, of its part of the items, whose eights
 /// of rows are the columns. A row takes nothing from other rows' adapters, infinite ones included.
-template <class Y>
+template <class E, class Y>
 __global__ void __launch_bounds__(kFewThreads, 5)
-    expand_few_kernel(const SegmentsView v, const bf16_t* u, Y* y, int width) {
-  __shared__ FewRows rows;
+    expand_few_kernel(const SegmentsView v, const E* u, Y* y, int width) {
+  __shared__ FewRows<E> rows;
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
   const Outputs own = find_outputs(v, kFewOutputs);
   const SiteView& site = v.site[own.site];
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kFewThreads, 5)
       for (int j = 0; j < kTogether; ++j) {
         const int t = i + j < rows.items ? rows.item[i + j] : -1;
         const int rank = t >= 0 ? rows.rank[t] : 0, n = n0 + g;
-        const bf16_t* b = t >= 0 ? rows.b[t] : nullptr;
+        const E* b = t >= 0 ? rows.b[t] : nullptr;
         const bool vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(b) % 8 == 0;
         low[j] = load_4(b + static_cast<std::int64_t>(n) * rank, k + 4 * q, n < site.n ? rank : 0,
                         vectors);
@@ -324,7 +325,7 @@ __global__ void __launch_bounds__(kFewThreads, 5)
                          n + 8 < site.n ? rank : 0, vectors);
         const int column = t / 8 * 8 + g;
         const int own_rank = t >= 0 && column < v.t ? rows.rank[column] : 0;
-        const bf16_t* own_u = u + static_cast<std::int64_t>(column) * v.columns + site.column;
+        const E* own_u = u + static_cast<std::int64_t>(column) * v.columns + site.column;
         in[j] = load_4(own_u, k + 4 * q, own_rank,
                        own_rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(own_u) % 8 == 0);
         if (k > 0) continue;
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kFewThreads, 5)
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j)
-        mma_bf16(c[j], low[j].x, high[j].x, low[j].y, high[j].y, in[j].x, in[j].y);
+        mma<E>(c[j], low[j].x, high[j].x, low[j].y, high[j].y, in[j].x, in[j].y);
     }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j)
@@ -374,7 +375,7 @@ int device_capability() {
   return capability;
 }
 
-template <int kTiles, bool kDrops>
+template <class E, int kTiles, bool kDrops>
 void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, const Tensor& u,
                    bool early) {
   const auto ranks = static_cast<unsigned>((v.rank_max + kRanks - 1) / kRanks);
@@ -390,19 +391,19 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
   config.numAttrs = device_capability() < 90 ? 0 : early ? 2 : 1;
-  TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<kTiles, kDrops>, v, x.as<const bf16_t>(),
-                                 static_cast<int>(x.dim(1)), u.as<bf16_t>()));
+  TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<E, kTiles, kDrops>, v, x.as<const E>(),
+                                 static_cast<int>(x.dim(1)), u.as<E>()));
 }
 
-template <class Y>
+template <class E, class Y>
 void launch_expand(cudaStream_t stream, dim3 grid, const SegmentsView& v, const Tensor& u,
                    const Tensor& y, int tiles) {
-  expand_kernel<<<grid, kThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<Y>(),
-                                               static_cast<int>(y.dim(1)), tiles);
+  expand_kernel<E, Y>
+      <<<grid, kThreads, 0, stream>>>(v, u.as<E>(), y.as<Y>(), static_cast<int>(y.dim(1)), tiles);
   TANDEM_LAUNCHED("expand_kernel");
 }
 
-template <class Y>
+template <class E, class Y>
 void launch_expand_few(cudaStream_t stream, const SegmentsView& v, const Tensor& u,
                        const Tensor& y) {
   unsigned blocks = 0;
@@ -412,8 +413,8 @@ void launch_expand_few(cudaStream_t stream, const SegmentsView& v, const Tensor&
   constexpr unsigned kWanted = 264;
   const unsigned groups = static_cast<unsigned>((v.t + kTogether - 1) / kTogether);
   const dim3 grid(blocks, std::clamp(kWanted / std::max(blocks, 1u), 1u, groups));
-  expand_few_kernel<<<grid, kFewThreads, 0, stream>>>(v, u.as<bf16_t>(), y.as<Y>(),
-                                                      static_cast<int>(y.dim(1)));
+  expand_few_kernel<E, Y>
+      <<<grid, kFewThreads, 0, stream>>>(v, u.as<E>(), y.as<Y>(), static_cast<int>(y.dim(1)));
   TANDEM_LAUNCHED("expand_few_kernel");
 }
 
@@ -428,13 +429,13 @@ void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& site
                           kThreads, 0, stream>>>(v, x.as<float>(), static_cast<int>(x.dim(1)),
                                                  u.as<float>());
       TANDEM_LAUNCHED("shrink_f32_kernel");
-    } else if (v.dropout_threshold > 0) {
-      launch_shrink<8, true>(stream, v, x, u, early);
-    } else if (v.t <= kFewRows) {
-      launch_shrink<1, false>(stream, v, x, u, early);
-    } else {
-      launch_shrink<8, false>(stream, v, x, u, early);
+      continue;
     }
+    with_element(x.dtype, [&]<class E>(E) {
+      if (v.dropout_threshold > 0) return launch_shrink<E, 8, true>(stream, v, x, u, early);
+      if (v.t <= kFewRows) return launch_shrink<E, 1, false>(stream, v, x, u, early);
+      launch_shrink<E, 8, false>(stream, v, x, u, early);
+    });
   }
 }
 
@@ -454,13 +455,15 @@ void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& site
       TANDEM_LAUNCHED("expand_f32_kernel");
       continue;
     }
-    if (v.t <= kFewRows) {
-      TANDEM_CUDA_DISPATCH(y.dtype, launch_expand_few, stream, v, u, y);
-      continue;
-    }
-    const unsigned tiles = tiles_max(v, kTileRows);
-    const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, 64u));
-    TANDEM_CUDA_DISPATCH(y.dtype, launch_expand, stream, grid, v, u, y, static_cast<int>(tiles));
+    with_element(u.dtype, [&]<class E>(E) {
+      const bool wide = y.dtype == DType::kF32;
+      if (v.t <= kFewRows)
+        return (wide ? launch_expand_few<E, float> : launch_expand_few<E, E>)(stream, v, u, y);
+      const unsigned tiles = tiles_max(v, kTileRows);
+      const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, 64u));
+      const auto launch = wide ? launch_expand<E, float> : launch_expand<E, E>;
+      launch(stream, grid, v, u, y, static_cast<int>(tiles));
+    });
   }
 }
 

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 struct Step {
-  float max_norm, beta1, beta2, eps, keep, step_size, root2;
+  float max_norm, grad_factor, beta1, beta2, eps, keep, step_size, root2;
 };
 
 template <class T>
@@ -79,7 +79,9 @@ __global__ void __launch_bounds__(kThreads)
     adamw_kernel(float* param, const float* grad, float* m, float* v, T* param_cd,
                  const float* squared_norm, std::int64_t n, Step a) {
   float clip = 1.0f;
-  if (a.max_norm > 0.0f) clip = fminf(1.0f, a.max_norm / (sqrtf(*squared_norm) + 1e-6f));
+  if (a.max_norm > 0.0f)
+    clip = fminf(1.0f, a.max_norm / (__fmul_rn(a.grad_factor, sqrtf(*squared_norm)) + 1e-6f));
+  clip *= a.grad_factor;
   const auto step = [&](float gradient, float& p, float& m_at, float& v_at) {
     const float g = __fmul_rn(gradient, clip);  // alone: the same bits in both loops
     m_at = fmaf(1.0f - a.beta1, g - m_at, m_at);
@@ -166,6 +168,7 @@ void CudaOps::do_adamw(Exec& exec, const AdamWArgs& a) {
   const double correction1 = 1.0 - std::pow(static_cast<double>(a.beta1), steps);
   const double correction2 = 1.0 - std::pow(static_cast<double>(a.beta2), steps);
   const Step step{a.max_norm,
+                  a.grad_factor,
                   a.beta1,
                   a.beta2,
                   a.eps,

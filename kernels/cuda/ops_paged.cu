@@ -94,7 +94,7 @@ void launch_simple(cudaStream_t stream, const PagedView& v) {
 }
 
 bool is_fast(const PagedView& v, DType dtype) {
-  return dtype == DType::kBF16 && (v.dim == 64 || v.dim == 128) && v.block_size % 16 == 0 &&
+  return is_16_bit(dtype) && (v.dim == 64 || v.dim == 128) && v.block_size % 16 == 0 &&
          v.group <= 128;
 }
 
@@ -111,30 +111,31 @@ void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a
   const PagedAttentionLayout layout = paged_attention_layout(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   PagedView v = paged_view(a);
-  if (!is_fast(v, a.qkv.dtype)) return paged_simple(s, v, a.qkv.dtype);
+  const DType dtype = a.qkv.dtype;
+  if (!is_fast(v, dtype)) return paged_simple(s, v, dtype);
   if (exec.numerics == Numerics::kInvariant) {
     // One kernel for all rows, or two that give a row the same bits: they do not depend on what
     // else a chunk holds.
-    if (!layout.trains) return paged_tiles(s, v);
+    if (!layout.trains) return paged_tiles(s, v, dtype);
     if (layout.fast) {
       v.rows_max = paged_ordered_rows(v);
       own_paged_forward({s, multiprocessors(exec)}, exec.numerics, a, layout, scratch.at<char>(0),
                         v.rows_max + 1);
     }
-    return paged_ordered(s, v, paged_ordered_splits(v, a.kv_len_max, profile_));
+    return paged_ordered(s, v, dtype, paged_ordered_splits(v, a.kv_len_max, profile_));
   }
   const int splits = paged_decode_splits(v, a.kv_len_max, profile_);
-  if (v.t <= v.sequences) return paged_decode(s, v, splits);
+  if (v.t <= v.sequences) return paged_decode(s, v, dtype, splits);
   if (layout.fast) {
     own_paged_forward({s, multiprocessors(exec)}, exec.numerics, a, layout, scratch.at<char>(0),
                       kDecodeRowsMax + 1);
   } else {
     v.rows_min = kDecodeRowsMax + 1;
-    paged_tiles(s, v);
+    paged_tiles(s, v, dtype);
   }
   v.rows_min = 1;
   v.rows_max = kDecodeRowsMax;
-  paged_decode(s, v, splits);
+  paged_decode(s, v, dtype, splits);
 }
 
 }  // namespace tandem::kernels::cuda

@@ -4,8 +4,6 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/silu.cuh"
 
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 namespace tandem::kernels::cuda {
@@ -358,25 +356,6 @@ void run_silu_mul_backward(cudaStream_t stream, const SiluMulBackwardArgs& a) {
 // -- copies
 // ---------------------------------------------------------------------------------------
 
-__device__ inline float to_float(float x) {
-  return x;
-}
-__device__ inline float to_float(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ inline float to_float(__half x) {
-  return __half2float(x);
-}
-__device__ inline void assign(float& to, float x) {
-  to = x;
-}
-__device__ inline void assign(__nv_bfloat16& to, float x) {
-  to = __float2bfloat16_rn(x);
-}
-__device__ inline void assign(__half& to, float x) {
-  to = __float2half_rn(x);
-}
-
 template <class From, class To>
 __global__ void convert_kernel(const From* from, To* to, std::int64_t n) {
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -386,10 +365,11 @@ __global__ void convert_kernel(const From* from, To* to, std::int64_t n) {
     const Quad<From> four = reinterpret_cast<const Quad<From>*>(from)[i];
     Quad<To> out;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) assign(out.at[e], to_float(four.at[e]));
+    for (int e = 0; e < 4; ++e) out.at[e] = store_as<To>(load_f32(four.at[e]));
     reinterpret_cast<Quad<To>*>(to)[i] = out;
   }
-  for (std::int64_t i = 4 * quads + first; i < n; i += stride) assign(to[i], to_float(from[i]));
+  for (std::int64_t i = 4 * quads + first; i < n; i += stride)
+    to[i] = store_as<To>(load_f32(from[i]));
 }
 
 template <class From>

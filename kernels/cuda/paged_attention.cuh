@@ -1,7 +1,8 @@
 // Private to kernels/cuda: paged attention has four kernels with one meaning.
 //   simple  any dtype, head dim and block size; a row's sums run in the order of the simple packed
 //           kernel's (attention_simple.cu), so in f32 both give the same bits
-//   tiles   bf16, head dim 64 or 128: many query rows of a sequence share each tile of keys. A
+//   tiles   bf16 and f16, head dim 64 or 128: many query rows of a sequence share each tile of
+//   keys. A
 //           row's bits depend on its own keys alone
 //   decode  as tiles, for sequences with few new rows: keys are split over warps and blocks, so
 //           that few sequences still fill the device
@@ -144,15 +145,15 @@ __device__ inline float exponent(const PagedView& v, float dot) {
 
 void paged_simple(cudaStream_t stream, const PagedView& view, DType dtype);
 /// paged_tiles.cu
-void paged_tiles(cudaStream_t stream, const PagedView& view);
+void paged_tiles(cudaStream_t stream, const PagedView& view, DType dtype);
 /// paged_ordered.cu, and how many rows of a sequence it takes at a time. `splits`: blocks that
 /// share the segments of a tile's keys, a power of two up to 8; no bit depends on it.
-void paged_ordered(cudaStream_t stream, const PagedView& view, int splits);
+void paged_ordered(cudaStream_t stream, const PagedView& view, DType dtype, int splits);
 int paged_ordered_rows(const PagedView& view);
 int paged_ordered_splits(const PagedView& view, std::int64_t kv_len_max,
                          const DeviceProfile& profile);
 /// paged_decode.cu. `splits`: blocks that share the keys of a tile, a power of two up to 8.
-void paged_decode(cudaStream_t stream, const PagedView& view, int splits);
+void paged_decode(cudaStream_t stream, const PagedView& view, DType dtype, int splits);
 int paged_decode_splits(const PagedView& view, std::int64_t kv_len_max,
                         const DeviceProfile& profile);
 

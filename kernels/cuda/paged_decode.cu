@@ -12,14 +12,14 @@ namespace tandem::kernels::cuda {
 namespace {
 
 namespace cg = cooperative_groups;
-using bf16_t = __nv_bfloat16;
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kColumns = 8;  ///< pairs of query row and head of one tile
 constexpr int kKeys = 16;    ///< that a warp takes at a time
 constexpr int kSplitsMax = 8;
 
-/// The transpose of an 8 x 8 matrix of bf16: lane (g, q) gives row g, columns 2q and 2q + 1.
+/// The transpose of an 8 x 8 matrix of 16-bit elements: lane (g, q) gives row g, columns 2q and 2q
+/// + 1.
 __device__ inline std::uint32_t transpose_8x8(std::uint32_t x) {
   std::uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -28,10 +28,10 @@ __device__ inline std::uint32_t transpose_8x8(std::uint32_t x) {
 
 /// Keys [0, 16) of a block as the tensor cores' A, head dim along k: lane (g, q) holds elements
 /// 32 s + 8 q .. + 8 of keys g and g + 8.
-template <int kDim>
+template <class E, int kDim>
 struct KeyFragments {
   uint4 low[kDim / 32], high[kDim / 32];
-  __device__ void load(const bf16_t* block, int g, int q) {
+  __device__ void load(const E* block, int g, int q) {
 #pragma unroll
     for (int s = 0; s < kDim / 32; ++s) {
       low[s] = *reinterpret_cast<const uint4*>(block + g * kDim + 32 * s + 8 * q);
@@ -42,10 +42,10 @@ struct KeyFragments {
 
 /// Values of the same keys: lane (g, q) holds elements 64 h + 8 g .. + 8 of keys 2q, 2q + 1,
 /// 2q + 8 and 2q + 9; zeros from key `present` on.
-template <int kDim>
+template <class E, int kDim>
 struct ValueFragments {
   uint4 at[kDim / 64][4];
-  __device__ void load(const bf16_t* block, int g, int q, int present) {
+  __device__ void load(const E* block, int g, int q, int present) {
 #pragma unroll
     for (int h = 0; h < kDim / 64; ++h)
 #pragma unroll
@@ -65,13 +65,13 @@ __device__ inline std::uint32_t word(const uint4& x, int j) {
 /// What one warp makes of its keys: of columns 2q and 2q + 1 the largest exponent, the sum of
 /// powers (this lane's keys only) and the sum of values, o[h][j]: elements 64 h + 8 g + 2 j and
 /// + 1, as {even of 2q, even of 2q + 1, odd of 2q, odd of 2q + 1}.
-template <int kDim>
+template <class E, int kDim>
 struct WarpState {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   float o[kDim / 64][4][4] = {};
 
   /// x: exponents of {key g, column 2q}, {g, 2q + 1}, {g + 8, 2q}, {g + 8, 2q + 1}; -inf: unseen.
-  __device__ void add(const float (&x)[4], const ValueFragments<kDim>& values) {
+  __device__ void add(const float (&x)[4], const ValueFragments<E, kDim>& values) {
     float factor[2], p[4];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -87,8 +87,8 @@ struct WarpState {
       top[c] = most;
       sum[c] = sum[c] * factor[c] + (p[c] + p[c + 2]);
     }
-    const std::uint32_t b0 = transpose_8x8(pack_bf16(p[0], p[1]));
-    const std::uint32_t b1 = transpose_8x8(pack_bf16(p[2], p[3]));
+    const std::uint32_t b0 = transpose_8x8(pack<E>(p[0], p[1]));
+    const std::uint32_t b1 = transpose_8x8(pack<E>(p[2], p[3]));
 #pragma unroll
     for (int h = 0; h < kDim / 64; ++h)
 #pragma unroll
@@ -97,8 +97,8 @@ struct WarpState {
         for (int e = 0; e < 4; ++e) o[h][j][e] *= factor[e % 2];
         const std::uint32_t w0 = word(values.at[h][0], j), w1 = word(values.at[h][1], j);
         const std::uint32_t w2 = word(values.at[h][2], j), w3 = word(values.at[h][3], j);
-        mma_bf16(o[h][j], __byte_perm(w0, w1, 0x5410), __byte_perm(w0, w1, 0x7632),
-                 __byte_perm(w2, w3, 0x5410), __byte_perm(w2, w3, 0x7632), b0, b1);
+        mma<E>(o[h][j], __byte_perm(w0, w1, 0x5410), __byte_perm(w0, w1, 0x7632),
+               __byte_perm(w2, w3, 0x5410), __byte_perm(w2, w3, 0x7632), b0, b1);
       }
   }
 };
@@ -111,8 +111,8 @@ struct Merged {
   float block_top[kColumns], block_sum[kColumns];
 };
 
-template <int kDim>
-__device__ void merge_warps(Merged<kDim>& m, const WarpState<kDim>& state) {
+template <class E, int kDim>
+__device__ void merge_warps(Merged<kDim>& m, const WarpState<E, kDim>& state) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ void merge_warps(Merged<kDim>& m, const WarpState<kDim>& state) {
 }
 
 /// Block (split, tile, kv head and part of its group); the splits of a tile are one cluster.
-template <int kDim>
+template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) {
   launch_dependents();
   wait_for_inputs();
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
   const int heads = min(kColumns, v.group - head0), tile_rows = kColumns / heads;
   const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x);
   if (head0 == 0)
-    zero_inert_rows<bf16_t>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
-                            static_cast<int>(gridDim.y) * splits);
+    zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
+                       static_cast<int>(gridDim.y) * splits);
   // Every part of a group walks tiles of as many rows as the first part's.
   const QueryTile tile =
       find_query_tile(v, kColumns / min(kColumns, v.group), static_cast<int>(blockIdx.y));
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
     query[s] = {0, 0, 0, 0};
     if (g < columns)
       query[s] = *reinterpret_cast<const uint4*>(
-          static_cast<const bf16_t*>(v.q) + v.q_at(tile.row + g / heads, first_head + g % heads) +
+          static_cast<const E*>(v.q) + v.q_at(tile.row + g / heads, first_head + g % heads) +
           32 * s + 8 * q);
   }
   int position[2];  // of this lane's columns; -1: sees nothing
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
   const int first = max(0, tile.position - v.window + 1) / kKeys, end = (keys + kKeys - 1) / kKeys;
   int block = first + (own - first % stride + stride) % stride;
   const std::int32_t* table = v.tables + static_cast<std::int64_t>(tile.sequence) * v.blocks_max;
-  const auto* k = static_cast<const bf16_t*>(v.k);
-  const auto* values = static_cast<const bf16_t*>(v.v);
+  const auto* k = static_cast<const E*>(v.k);
+  const auto* values = static_cast<const E*>(v.v);
   // Where this warp's next 32 blocks are, one a lane.
   std::int64_t places = 0;
   const auto find_places = [&](int from) {
@@ -204,18 +204,18 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
     if (b < end) places = v.key_at(table, b * kKeys, kv_head);
   };
   find_places(block);
-  WarpState<kDim> state;
-  KeyFragments<kDim> key;
+  WarpState<E, kDim> state;
+  KeyFragments<E, kDim> key;
   std::int64_t place = __shfl_sync(0xffffffffu, places, 0);
   if (block < end) key.load(k + place, g, q);
   for (int i = 1; block < end; ++i, block += stride) {
-    ValueFragments<kDim> value;
+    ValueFragments<E, kDim> value;
     value.load(values + place, g, q, keys - block * kKeys);
     float x[4] = {};
 #pragma unroll
     for (int s = 0; s < kDim / 32; ++s) {
-      mma_bf16(x, key.low[s].x, key.high[s].x, key.low[s].y, key.high[s].y, query[s].x, query[s].y);
-      mma_bf16(x, key.low[s].z, key.high[s].z, key.low[s].w, key.high[s].w, query[s].z, query[s].w);
+      mma<E>(x, key.low[s].x, key.high[s].x, key.low[s].y, key.high[s].y, query[s].x, query[s].y);
+      mma<E>(x, key.low[s].z, key.high[s].z, key.low[s].w, key.high[s].w, query[s].z, query[s].w);
     }
     if (i % 32 == 0) find_places(block + stride);
     place = __shfl_sync(0xffffffffu, places, i % 32);
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
       }
     }
 #endif
-    static_cast<bf16_t*>(v.out)[v.out_at(tile.row + c / heads, first_head + c % heads) + d] =
-        store_as<bf16_t>(o / sum);
+    static_cast<E*>(v.out)[v.out_at(tile.row + c / heads, first_head + c % heads) + d] =
+        store_as<E>(o / sum);
   }
 #if __CUDA_ARCH__ >= 900
   cluster.sync();  // a block's memory lives until all have read it
@@ -267,7 +267,7 @@ unsigned head_parts(const PagedView& v) {
   return static_cast<unsigned>(v.kv_heads * ((v.group + kColumns - 1) / kColumns));
 }
 
-template <int kDim>
+template <class E, int kDim>
 void launch(cudaStream_t stream, const PagedView& v, int splits) {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
@@ -280,7 +280,7 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
   attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
   config.attrs = attributes;
   config.numAttrs = starts_early() ? 2 : 0;  // one compute capability for both
-  TANDEM_CUDA(cudaLaunchKernelEx(&config, decode_kernel<kDim>, v));
+  TANDEM_CUDA(cudaLaunchKernelEx(&config, decode_kernel<E, kDim>, v));
 }
 
 }  // namespace
@@ -298,8 +298,10 @@ int paged_decode_splits(const PagedView& v, std::int64_t kv_len_max, const Devic
   return splits;
 }
 
-void paged_decode(cudaStream_t stream, const PagedView& v, int splits) {
-  v.dim == 64 ? launch<64>(stream, v, splits) : launch<128>(stream, v, splits);
+void paged_decode(cudaStream_t stream, const PagedView& v, DType dtype, int splits) {
+  with_element(dtype, [&]<class E>(E) {
+    v.dim == 64 ? launch<E, 64>(stream, v, splits) : launch<E, 128>(stream, v, splits);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

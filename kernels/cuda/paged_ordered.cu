@@ -20,7 +20,6 @@ namespace ordered {
 namespace {
 
 namespace cg = cooperative_groups;
-using bf16_t = __nv_bfloat16;
 
 constexpr int kWarps = 4, kConsumers = 32 * kWarps, kThreads = kConsumers + 32;
 constexpr int kPairs = 16;
@@ -146,7 +145,7 @@ __device__ inline std::uint32_t first_of_pair(std::uint32_t pair, int present) {
   return present >= 2 ? pair : present == 1 ? pair & 0xffffu : 0u;
 }
 
-template <int kDim>
+template <class E, int kDim>
 __device__ void consume(const PagedView& v, const QueryTile& tile, int first_head, int heads,
                         int split, int splits, std::uint32_t shared, float* scores,
                         float* sums, Exchange& exchange, Barriers& bars) {
@@ -168,7 +167,7 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
     uint4 x{};
     if (pair < pairs)
       x = *reinterpret_cast<const uint4*>(
-          static_cast<const bf16_t*>(v.q) +
+          static_cast<const E*>(v.q) +
           v.q_at(tile.row + pair / heads, first_head + pair % heads) + 8 * chunk);
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
                      query_chunk<kDim>(query, pair, chunk)),
@@ -215,8 +214,8 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
             const int row = warp % 2 * kOwnKeys + 16 * t + lane / 16 * 8 + lane % 8;
             std::uint32_t b[4];
             load_rows(b, chunk_address<kDim>(keys, row, 2 * s + lane / 8 % 2));
-            mma_bf16(x[2 * t], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma_bf16(x[2 * t + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+            mma<E>(x[2 * t], a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma<E>(x[2 * t + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
           }
         }
         release();
@@ -243,7 +242,7 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
       mask_scores(s, position[0], position[1], n * kKeys + 2 * q, window);
       exponentiate(s, state, scale_log2, shrink);
       std::uint32_t weights[kKeys / 16][4];
-      as_operand<kKeys>(s, weights);
+      as_operand<E, kKeys>(s, weights);
 #pragma unroll
       for (int c = 0; c < kOwnColumns / 8; ++c)
 #pragma unroll
@@ -266,8 +265,8 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
 #pragma unroll
               for (int j = 0; j < 4; ++j) b[j] = first_of_pair(b[j], present - j % 2 * 8);
             }
-            mma_bf16(o[2 * c], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma_bf16(o[2 * c + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+            mma<E>(o[2 * c], a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma<E>(o[2 * c + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
           }
         }
         release();
@@ -318,14 +317,14 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
   named_sync(1, kConsumers);
   for (int e = first_value; e < values_count; e += stride) {
     const int pair = e / kDim;
-    static_cast<bf16_t*>(
+    static_cast<E*>(
         v.out)[v.out_at(tile.row + pair / heads, first_head + pair % heads) + e % kDim] =
-        store_as<bf16_t>(sums[e] * exchange.inverse[pair]);
+        store_as<E>(sums[e] * exchange.inverse[pair]);
   }
 }
 
 /// Block (split, tile of rows, kv head and part of its group); a tile's splits are one cluster.
-template <int kDim>
+template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     ordered_kernel(const __grid_constant__ CUtensorMap k_map,
                    const __grid_constant__ CUtensorMap v_map, const PagedView v) {
@@ -355,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x);
   const int heads = min(kPairs, v.group - head0);
   if (head0 == 0)
-    zero_inert_rows<bf16_t>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
+    zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
                             static_cast<int>(gridDim.y) * splits);
   // Every part of a group walks tiles of as many rows as the first part's.
   const QueryTile tile =
@@ -364,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x >= kConsumers)
     produce<kDim>(v, &k_map, &v_map, tile, kv_head, split, splits, shared, bars);
   else
-    consume<kDim>(v, tile, kv_head * v.group + head0, heads, split, splits, shared, scores, sums,
+    consume<E, kDim>(v, tile, kv_head * v.group + head0, heads, split, splits, shared, scores, sums,
                   exchange, bars);
 #endif
 }
@@ -373,9 +372,9 @@ unsigned head_parts(const PagedView& v) {
   return static_cast<unsigned>(v.kv_heads * ((v.group + kPairs - 1) / kPairs));
 }
 
-template <int kDim>
+template <class E, int kDim>
 void launch(cudaStream_t stream, const PagedView& v, int splits) {
-  constexpr auto kKernel = ordered_kernel<kDim>;
+  constexpr auto kKernel = ordered_kernel<E, kDim>;
   constexpr int kBytes = Shared<kDim>::kBytes;
   TANDEM_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   cudaLaunchAttribute attributes[2]{};
@@ -392,8 +391,8 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
   config.attrs = attributes;
   config.numAttrs = 2;
   const int rows = std::min(v.block_size, kHalf);
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, make_tensor_map(v.k, v.cache_rows, kDim, rows),
-                                make_tensor_map(v.v, v.cache_rows, kDim, rows), v),
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, make_tensor_map(Element<E>::kDType, v.k, v.cache_rows, kDim, rows),
+                                make_tensor_map(Element<E>::kDType, v.v, v.cache_rows, kDim, rows), v),
              "paged ordered_kernel");
 }
 
@@ -417,8 +416,11 @@ int paged_ordered_splits(const PagedView& v, std::int64_t kv_len_max,
   return splits;
 }
 
-void paged_ordered(cudaStream_t stream, const PagedView& v, int splits) {
-  v.dim == 64 ? ordered::launch<64>(stream, v, splits) : ordered::launch<128>(stream, v, splits);
+void paged_ordered(cudaStream_t stream, const PagedView& v, DType dtype, int splits) {
+  with_element(dtype, [&]<class E>(E) {
+    v.dim == 64 ? ordered::launch<E, 64>(stream, v, splits)
+                : ordered::launch<E, 128>(stream, v, splits);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

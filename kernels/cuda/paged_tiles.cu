@@ -8,16 +8,14 @@
 namespace tandem::kernels::cuda {
 namespace {
 
-using bf16_t = __nv_bfloat16;
-
 /// Warps of a block; each has 16 pairs of query row and head.
 constexpr int kWide = 8, kNarrow = 4;
 constexpr int kKeys = 64;
 
 /// Copies a tile of keys and of values; rows from `end` on are zero.
-template <int kDim, int kThreads>
+template <int kDim, int kThreads, class E>
 __device__ inline void copy_tile(const PagedView& v, const std::int32_t* table, int kv_head,
-                                 int key0, int end, bf16_t* keys, bf16_t* values) {
+                                 int key0, int end, E* keys, E* values) {
   constexpr int kChunks = kDim / 8;
 #pragma unroll
   for (int i = 0; i < kKeys * kChunks / kThreads; ++i) {
@@ -26,14 +24,14 @@ __device__ inline void copy_tile(const PagedView& v, const std::int32_t* table, 
     const bool present = key < end;
     const std::int64_t from = present ? v.key_at(table, key, kv_head) + 8 * c : 0;
     const int to = chunk_at<kDim>(r, c);
-    copy_16_async(keys + to, static_cast<const bf16_t*>(v.k) + from, present);
-    copy_16_async(values + to, static_cast<const bf16_t*>(v.v) + from, present);
+    copy_16_async(keys + to, static_cast<const E*>(v.k) + from, present);
+    copy_16_async(values + to, static_cast<const E*>(v.v) + from, present);
   }
   asm volatile("cp.async.commit_group;\n" ::);
 }
 
 /// One warp's 16 pairs: lane (g, q) has pairs g and g + 8, columns 2q and 2q + 1 of products.
-template <int kDim>
+template <class E, int kDim>
 struct WarpRows {
   std::uint32_t query[kDim / 16][4];
   float o[kDim / 8][4] = {};
@@ -41,7 +39,7 @@ struct WarpRows {
   int position[2];  ///< -1: not a pair
 
   /// x = exponents of the tile's keys.
-  __device__ void scores(const bf16_t* keys, float (&x)[kKeys / 8][4]) const {
+  __device__ void scores(const E* keys, float (&x)[kKeys / 8][4]) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
@@ -50,8 +48,8 @@ struct WarpRows {
       for (int s = 0; s < kDim / 16; ++s) {
         std::uint32_t b[4];
         load_matrices(b, keys + chunk_at<kDim>(r, 2 * s + lane / 8 % 2));
-        mma_bf16(x[2 * n], query[s][0], query[s][1], query[s][2], query[s][3], b[0], b[1]);
-        mma_bf16(x[2 * n + 1], query[s][0], query[s][1], query[s][2], query[s][3], b[2], b[3]);
+        mma<E>(x[2 * n], query[s][0], query[s][1], query[s][2], query[s][3], b[0], b[1]);
+        mma<E>(x[2 * n + 1], query[s][0], query[s][1], query[s][2], query[s][3], b[2], b[3]);
       }
     }
   }
@@ -84,37 +82,38 @@ struct WarpRows {
     }
   }
 
-  __device__ void add_values(const float (&x)[kKeys / 8][4], const bf16_t* values) {
+  __device__ void add_values(const float (&x)[kKeys / 8][4], const E* values) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int t = 0; t < kKeys / 16; ++t) {
-      const std::uint32_t a0 = pack_bf16(x[2 * t][0], x[2 * t][1]);
-      const std::uint32_t a1 = pack_bf16(x[2 * t][2], x[2 * t][3]);
-      const std::uint32_t a2 = pack_bf16(x[2 * t + 1][0], x[2 * t + 1][1]);
-      const std::uint32_t a3 = pack_bf16(x[2 * t + 1][2], x[2 * t + 1][3]);
+      const std::uint32_t a0 = pack<E>(x[2 * t][0], x[2 * t][1]);
+      const std::uint32_t a1 = pack<E>(x[2 * t][2], x[2 * t][3]);
+      const std::uint32_t a2 = pack<E>(x[2 * t + 1][0], x[2 * t + 1][1]);
+      const std::uint32_t a3 = pack<E>(x[2 * t + 1][2], x[2 * t + 1][3]);
       const int r = 16 * t + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
         std::uint32_t b[4];
         load_matrices_transposed(b, values + chunk_at<kDim>(r, 2 * n + lane / 16));
-        mma_bf16(o[2 * n], a0, a1, a2, a3, b[0], b[1]);
-        mma_bf16(o[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
+        mma<E>(o[2 * n], a0, a1, a2, a3, b[0], b[1]);
+        mma<E>(o[2 * n + 1], a0, a1, a2, a3, b[2], b[3]);
       }
     }
   }
 };
 
 /// Block (tile of rows, kv head); the longest come first.
-template <int kDim, int kWarps>
+template <class E, int kDim, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, kWarps == kNarrow ? 2 : 1)
     tiles_kernel(const PagedView v, bool zero_inert) {
   constexpr int kThreads = 32 * kWarps, kPairs = 16 * kWarps;
-  extern __shared__ __align__(128) bf16_t shared[];
+  extern __shared__ __align__(128) unsigned char memory[];
+  auto* shared = reinterpret_cast<E*>(memory);
   constexpr int kTile = kKeys * kDim;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4, kv_head = static_cast<int>(blockIdx.y);
   if (zero_inert)
-    zero_inert_rows<bf16_t>(v, kv_head, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   const QueryTile tile =
       find_query_tile(v, kPairs / v.group, static_cast<int>(gridDim.x - 1 - blockIdx.x));
   if (tile.rows == 0) return;
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == kNarrow ? 2 : 1)
   const int first = max(0, tile.position - v.window + 1) / kKeys, last = (end - 1) / kKeys;
   copy_tile<kDim, kThreads>(v, table, kv_head, first * kKeys, end, shared, shared + 2 * kTile);
 
-  WarpRows<kDim> rows;
+  WarpRows<E, kDim> rows;
   std::int64_t out_at[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == kNarrow ? 2 : 1)
     const bool present = pair < pairs;
     rows.position[i] = present ? tile.position + pair / v.group : -1;
     const int head = kv_head * v.group + pair % v.group, row = tile.row + pair / v.group;
-    const bf16_t* from = static_cast<const bf16_t*>(v.q) + (present ? v.q_at(row, head) : 0);
+    const E* from = static_cast<const E*>(v.q) + (present ? v.q_at(row, head) : 0);
     out_at[i] = v.out_at(row, head);
 #pragma unroll
     for (int s = 0; s < kDim / 16; ++s)
@@ -175,40 +174,41 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == kNarrow ? 2 : 1)
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     if (rows.position[i] < 0) continue;
-    auto* out = static_cast<bf16_t*>(v.out) + out_at[i];
+    auto* out = static_cast<E*>(v.out) + out_at[i];
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
       *reinterpret_cast<std::uint32_t*>(out + 8 * n + 2 * q) =
-          pack_bf16(rows.o[n][2 * i] / sum, rows.o[n][2 * i + 1] / sum);
+          pack<E>(rows.o[n][2 * i] / sum, rows.o[n][2 * i + 1] / sum);
   }
 }
 
-template <int kDim, int kWarps>
+template <class E, int kDim, int kWarps>
 void launch(cudaStream_t stream, const PagedView& v, bool zero_inert) {
-  constexpr int kBytes = 4 * kKeys * kDim * static_cast<int>(sizeof(bf16_t));
-  constexpr auto kKernel = tiles_kernel<kDim, kWarps>;
+  constexpr int kBytes = 4 * kKeys * kDim * kElementBytes;
+  constexpr auto kKernel = tiles_kernel<E, kDim, kWarps>;
   TANDEM_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const dim3 grid(query_tiles_max(v, 16 * kWarps / v.group), static_cast<unsigned>(v.kv_heads));
   kKernel<<<grid, 32 * kWarps, kBytes, stream>>>(v, zero_inert);
   TANDEM_LAUNCHED("paged tiles_kernel");
 }
 
-template <int kDim>
+template <class E, int kDim>
 void run(cudaStream_t stream, const PagedView& all) {
   const bool zero_inert = all.rows_min == 1;
   const int few = 16 * kNarrow / all.group;  // rows of a narrow tile
   PagedView v = all;
   v.rows_max = std::min(all.rows_max, few);
-  if (v.rows_min <= v.rows_max) launch<kDim, kNarrow>(stream, v, zero_inert);
+  if (v.rows_min <= v.rows_max) launch<E, kDim, kNarrow>(stream, v, zero_inert);
   v.rows_max = all.rows_max;
   v.rows_min = std::max(all.rows_min, few + 1);
-  if (v.t > few) launch<kDim, kWide>(stream, v, zero_inert && few == 0);
+  if (v.t > few) launch<E, kDim, kWide>(stream, v, zero_inert && few == 0);
 }
 
 }  // namespace
 
-void paged_tiles(cudaStream_t stream, const PagedView& v) {
-  v.dim == 64 ? run<64>(stream, v) : run<128>(stream, v);
+void paged_tiles(cudaStream_t stream, const PagedView& v, DType dtype) {
+  with_element(dtype,
+               [&]<class E>(E) { v.dim == 64 ? run<E, 64>(stream, v) : run<E, 128>(stream, v); });
 }
 
 }  // namespace tandem::kernels::cuda

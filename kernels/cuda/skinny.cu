@@ -33,27 +33,28 @@ struct Tile {
 };
 
 /// acc [64, kN] += x [64, 16] w [kN, 16]^T.
-template <int kN>
+template <class E, int kN>
 __device__ inline void multiply(float (&acc)[kN / 2], std::uint32_t x, std::uint32_t w) {
 #pragma unroll
   for (int c = 0; c < kN / 64; ++c)
-    wgmma<0>(*reinterpret_cast<float(*)[32]>(acc + 32 * c), descriptor(x),
-             descriptor(w + c * 64 * 128 / 16), 1);
+    wgmma<E, 0>(*reinterpret_cast<float(*)[32]>(acc + 32 * c), descriptor(x),
+                descriptor(w + c * 64 * 128 / 16), 1);
   if constexpr (kN % 64 != 0) {
     static_assert(kN % 64 == 32);
-    wgmma<0>(*reinterpret_cast<float(*)[16]>(acc + kN / 64 * 32), descriptor(x),
-             descriptor(w + kN / 64 * 64 * 128 / 16), 1);
+    wgmma<E, 0>(*reinterpret_cast<float(*)[16]>(acc + kN / 64 * 32), descriptor(x),
+                descriptor(w + kN / 64 * 64 * 128 / 16), 1);
   }
 }
 
 __device__ inline void store_2(float* to, float a, float b) {
   *reinterpret_cast<float2*>(to) = make_float2(a, b);
 }
-__device__ inline void store_2(bf16_t* to, float a, float b) {
-  *reinterpret_cast<std::uint32_t*>(to) = pack_bf16(a, b);
+template <class E>
+__device__ inline void store_2(E* to, float a, float b) {
+  *reinterpret_cast<std::uint32_t*>(to) = pack<E>(a, b);
 }
 
-template <int kN, int kSplits, class Y>
+template <class E, int kN, int kSplits, class Y>
 __global__ void __launch_bounds__(kThreads, 1)
     skinny_kernel(const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Params p,
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       float acc[kN / 2] = {};
-      SiteInputs inputs;
+      SiteInputs<E> inputs;
       const int begin = tile * kN + part * T::kShare;
       const int site = adapts ? find_site(p.adapters, begin, min(begin + T::kShare, p.n)) : -1;
       for (int step = 0; step < steps; ++step) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const std::uint32_t w = rows_operand(at), x = rows_operand(at + T::kWeightBytes);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStep / 16; ++k) multiply<kN>(acc, x + k * 2, w + k * 2);
+        for (int k = 0; k < kStep / 16; ++k) multiply<E, kN>(acc, x + k * 2, w + k * 2);
         wgmma_commit();
         if (step + 1 == steps && site >= 0) {
           wait_for_inputs();
@@ -200,7 +201,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
         if (n >= p.n || t >= p.t) continue;
         float bias[2] = {};
-        if (p.bias != nullptr) bias[0] = load_f32(p.bias[n]), bias[1] = load_f32(p.bias[n + 1]);
+        const auto* biases = static_cast<const E*>(p.bias);
+        if (biases != nullptr) bias[0] = load_f32(biases[n]), bias[1] = load_f32(biases[n + 1]);
         store_2(y + static_cast<std::int64_t>(t) * p.n + n, sum[e] + bias[0], sum[e + 1] + bias[1]);
       }
     }
@@ -219,13 +221,13 @@ struct Launch {
   int multiprocessors;
 };
 
-template <int kN, int kSplits, class Y>
+template <class E, int kN, int kSplits, class Y>
 void launch(Launch& l) {
   using T = Tile<kN, kSplits>;
   const LinearArgs& a = l.args;
   Params& p = l.params;
   p.tiles = (p.n + kN - 1) / kN;
-  constexpr auto kKernel = skinny_kernel<kN, kSplits, Y>;
+  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, Y>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
   check_cuda(allowed, "skinny_kernel: shared memory");
@@ -243,28 +245,30 @@ void launch(Launch& l) {
   config.attrs = attributes;
   config.numAttrs = 2;
   check_cuda(
-      cudaLaunchKernelEx(&config, kKernel, make_tensor_map(a.x.data, a.x.dim(0), a.x.dim(1), kRows),
-                         make_tensor_map(a.weight->storage.data, a.weight->n, a.weight->i, kN), p,
-                         static_cast<Y*>(a.y.data)),
+      cudaLaunchKernelEx(
+          &config, kKernel, make_tensor_map(a.x.dtype, a.x.data, a.x.dim(0), a.x.dim(1), kRows),
+          make_tensor_map(a.x.dtype, a.weight->storage.data, a.weight->n, a.weight->i, kN), p,
+          static_cast<Y*>(a.y.data)),
       "skinny_kernel");
 }
 
 struct Choice {
   int outputs, splits;
-  void (*bf16)(Launch&);
+  void (*narrow)(Launch&);  ///< y of x's dtype
   void (*f32)(Launch&);
 };
-template <int kN, int kSplits>
-constexpr Choice kChoice{kN, kSplits, launch<kN, kSplits, bf16_t>, launch<kN, kSplits, float>};
+template <class E, int kN, int kSplits>
+constexpr Choice kChoice{kN, kSplits, launch<E, kN, kSplits, E>, launch<E, kN, kSplits, float>};
 
 /// The least time, in what one multiprocessor needs to load 128 bytes, about 1.7 ns: no less than
 /// memory needs for the weight, the second-level cache for all that blocks load from it, and one
 /// block for its own, of which beginning and end are not hidden. Another round of blocks, or adding
 /// up in a cluster, takes about a microsecond. Clusters are pairs: a group of multiprocessors does
 /// not always hold a multiple of four, and the last cluster would run alone.
+template <class E>
 const Choice& choose(std::int64_t n, std::int64_t steps, int multiprocessors, bool splits) {
-  static constexpr Choice kChoices[] = {kChoice<256, 1>, kChoice<224, 1>, kChoice<64, 1>,
-                                        kChoice<64, 2>};
+  static constexpr Choice kChoices[] = {kChoice<E, 256, 1>, kChoice<E, 224, 1>, kChoice<E, 64, 1>,
+                                        kChoice<E, 64, 2>};
   constexpr std::int64_t kMemory = 38, kCache = 73, kHidden = 8, kExtra = 500;
   const Choice* best = nullptr;
   std::int64_t least = 0;
@@ -291,8 +295,7 @@ bool is_whole(const void* p) {
 bool skinny_fits(const LinearArgs& a, const DeviceProfile& profile) {
   using namespace skinny_product;
   const auto eights = [](std::int64_t size) { return size > 0 && size % 8 == 0; };
-  if (profile.compute_capability != 90 || a.x.dtype != DType::kBF16 ||
-      a.weight->dtype != DType::kBF16)
+  if (profile.compute_capability != 90 || !is_16_bit(a.x.dtype) || a.weight->dtype != a.x.dtype)
     return false;
   if (a.x.dim(0) < 1 || !eights(a.weight->i) || !eights(a.weight->n)) return false;
   if (!is_whole(a.x.data) || !is_whole(a.weight->storage.data) || !is_whole(a.y.data)) return false;
@@ -310,14 +313,16 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
            static_cast<int>(a.weight->n),
            static_cast<int>((a.weight->i + kStep - 1) / kStep),
            0,
-           static_cast<const bf16_t*>(a.bias.data),
-           static_cast<const bf16_t*>(u.data),
+           a.bias.data,
+           u.data,
            {}};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
   Launch l{stream, a, p, multiprocessors};
-  const Choice& choice =
-      choose(a.weight->n, p.steps, multiprocessors, numerics != Numerics::kInvariant);
-  (a.y.dtype == DType::kF32 ? choice.f32 : choice.bf16)(l);
+  with_element(a.x.dtype, [&]<class E>(E) {
+    const Choice& choice =
+        choose<E>(a.weight->n, p.steps, multiprocessors, numerics != Numerics::kInvariant);
+    (a.y.dtype == DType::kF32 ? choice.f32 : choice.narrow)(l);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

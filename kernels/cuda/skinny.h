@@ -1,7 +1,7 @@
 // Private to kernels/cuda: a weight and its adapters times at most 64 rows, the products of a
 // decode step, which are bound by the bytes of the weight. The copy engine streams them through
 // shared memory; the adapters' B follow through the same ring of stages, so that they cost their
-// own bytes and no pass over the output. Hopper only (sm_90a), bf16.
+// own bytes and no pass over the output. Hopper only (sm_90a), bf16 and f16.
 #pragma once
 
 #include "kernels/device_profile.h"
@@ -17,11 +17,11 @@ inline constexpr std::int64_t kSkinnyRows = 64;
 /// True when all but the number of rows is right: sizes, sites and base addresses in multiples of
 /// 16 bytes, adapters without dropout and of rank 64 at most, some row.
 bool skinny_fits(const LinearArgs& args, const DeviceProfile& profile);
-/// y [T, N] bf16 or f32 = x W^T + bias + u B^T of each row's adapter, summed in f32 in an order
-/// that depends on the weight's shape and the device alone, rounded once. `u` [T, sites * rank_max]
-/// bf16, undefined without adapters, is made by the kernel just before this one on the stream,
-/// whose launch_dependents() comes behind its wait_for_inputs(): this one runs beside it, x being
-/// there. At most kSkinnyRows. kInvariant: the inner size is summed in ascending order, as
+/// y [T, N] of x's dtype or f32 = x W^T + bias + u B^T of each row's adapter, summed in f32 in an
+/// order that depends on the weight's shape and the device alone, rounded once. `u` [T, sites *
+/// rank_max] of that, undefined without adapters, is made by the kernel just before this one on the
+/// stream, whose launch_dependents() comes behind its wait_for_inputs(): this one runs beside it, x
+/// being there. At most kSkinnyRows. kInvariant: the inner size is summed in ascending order, as
 /// lora_gemm.h does it.
 void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& args, const Tensor& u,
             int multiprocessors);

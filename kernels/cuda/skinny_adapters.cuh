@@ -9,8 +9,6 @@
 
 namespace tandem::kernels::cuda::skinny_product {
 
-using bf16_t = __nv_bfloat16;
-
 inline constexpr int kRows = kSkinnyRows,
                      kStep = 64;  ///< of x, and of the inner size, in one stage
 inline constexpr int kConsumerWarps = 4, kConsumers = 32 * kConsumerWarps;
@@ -20,9 +18,10 @@ inline constexpr int kStagesMax = 8;
 inline constexpr int kRankMax = 64;
 inline constexpr int kPiecesMax = kRows * kSitesMax;
 
-/// B of one adapter for the outputs of one site that a block finishes.
+/// B of one adapter for the outputs of one site that a block finishes. Elements as their bits: what
+/// lists and copies them need not know the type.
 struct Piece {
-  const bf16_t* b;
+  const std::uint16_t* b;
   std::int32_t slot, offset;  ///< bytes from its stage's begin
   std::uint16_t rank;
   std::uint8_t site, first, last;  ///< groups of eight of the block's outputs
@@ -40,7 +39,7 @@ struct Control {
 
 struct Params {
   int t, n, steps, tiles;
-  const bf16_t *bias, *u;  ///< null: none
+  const void *bias, *u;  ///< null: none
   SegmentsView adapters;
 };
 
@@ -111,7 +110,7 @@ __device__ inline void list_pieces(const SegmentsView& v, int begin, int end, in
       const unsigned present = __ballot_sync(0xffffffffu, entry.rank > 0);
       if (entry.rank > 0) {
         const int index = here + __popc(present & ((1u << lane) - 1));
-        c.piece[count + index] = {static_cast<const bf16_t*>(entry.b) +
+        c.piece[count + index] = {static_cast<const std::uint16_t*>(entry.b) +
                                       static_cast<std::int64_t>(first - site.n_begin) * entry.rank,
                                   slot,
                                   index % fit * bytes,
@@ -158,7 +157,7 @@ __device__ inline void copy_pieces(const Control& c, unsigned char* stages, int 
         bytes += piece_bytes(p);
       } else {
         for (int e = 0; e < piece_bytes(p) / 2; ++e)
-          reinterpret_cast<bf16_t*>(to + p.offset)[e] = p.b[e];
+          reinterpret_cast<std::uint16_t*>(to + p.offset)[e] = p.b[e];
       }
     }
     bytes = __reduce_add_sync(0xffffffffu, bytes);
@@ -179,21 +178,21 @@ using RowInputs = uint2[2][kRankMax / 16];
 
 /// sum += u B^T of outputs [8 first, 8 last) of the block, b at the first of them; the numbers of
 /// rows that are not `own` stay, whatever b is. kPlain: all outputs, ranks of one product.
-template <int kGroups, bool kPlain>
-__device__ inline void add_piece(const bf16_t* b, const Piece& piece, const RowInputs& u,
+template <int kGroups, bool kPlain, class E>
+__device__ inline void add_piece(const E* b, const Piece& piece, const RowInputs& u,
                                  const bool (&own)[2], float (&sum)[4 * kGroups]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
   const int rank = piece.rank, first = piece.first, last = piece.last;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     if (!kPlain && (j < first || j >= last)) continue;
-    const bf16_t* of = b + ((kPlain ? j : j - first) * 8 + g) * rank;
+    const E* of = b + ((kPlain ? j : j - first) * 8 + g) * rank;
     float d[4] = {};
 #pragma unroll
     for (int k = 0; k < (kPlain ? 1 : kRankMax / 16); ++k) {
       if (!kPlain && 16 * k >= rank) break;
       const uint2 in = load_4(of, 16 * k + 4 * q, rank, kPlain || rank % 4 == 0);
-      mma_bf16(d, u[0][k].x, u[1][k].x, u[0][k].y, u[1][k].y, in.x, in.y);
+      mma<E>(d, u[0][k].x, u[1][k].x, u[0][k].y, u[1][k].y, in.x, in.y);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
@@ -202,6 +201,7 @@ __device__ inline void add_piece(const bf16_t* b, const Piece& piece, const RowI
 }
 
 /// What a warp's rows bring to pieces of `site`.
+template <class E>
 struct SiteInputs {
   RowInputs u = {};
   int site = -1;
@@ -216,7 +216,8 @@ struct SiteInputs {
 #pragma unroll
       for (int k = 0; k < kRankMax / 16; ++k) {
         const int t = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4 + 8 * half;
-        u[half][k] = load_4(p.u + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
+        u[half][k] = load_4(static_cast<const E*>(p.u) + static_cast<std::int64_t>(t) * v.columns +
+                                v.site[site].column,
                             16 * k + lane % 4 * 4, t < p.t ? v.rank_max : 0, vectors);
       }
   }
@@ -232,9 +233,9 @@ __device__ inline int find_site(const SegmentsView& v, int begin, int end) {
 /// sum += u B^T of the pieces: fragments of all groups of eight outputs of the block, four numbers
 /// each (hopper.cuh), of the warp's rows. A row takes nothing from other rows' adapters, infinite
 /// ones included.
-template <int kGroups, int kStages>
+template <int kGroups, int kStages, class E>
 __device__ inline void add_pieces(const Params& p, Control& c, const unsigned char* stages,
-                                  int stage_bytes, Ring<kStages>& ring, SiteInputs& inputs,
+                                  int stage_bytes, Ring<kStages>& ring, SiteInputs<E>& inputs,
                                   float (&sum)[4 * kGroups]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, row = warp * 16 + lane / 4;
@@ -248,8 +249,7 @@ __device__ inline void add_pieces(const Params& p, Control& c, const unsigned ch
 #pragma unroll
       for (int k = 0; k < kRankMax / 16; ++k)
         mine[half][k] = own[half] ? inputs.u[half][k] : make_uint2(0, 0);
-    const auto* b =
-        reinterpret_cast<const bf16_t*>(stages + ring.stage * stage_bytes + piece.offset);
+    const auto* b = reinterpret_cast<const E*>(stages + ring.stage * stage_bytes + piece.offset);
     if (piece.first == 0 && piece.last == kGroups && piece.rank <= 16 && piece.rank % 4 == 0)
       add_piece<kGroups, true>(b, piece, mine, own, sum);
     else

@@ -20,6 +20,11 @@ constexpr std::int64_t kUploadThreadElements = 1 << 20;
 /// Elements that are filled, rounded and sent at once.
 constexpr std::int64_t kUploadElements = 1 << 19;
 
+template <class T>
+void round_rows(const float* from, std::int64_t count, std::byte* to) {
+  for (std::int64_t e = 0; e < count; ++e) reinterpret_cast<T*>(to)[e] = from_f32<T>(from[e]);
+}
+
 /// Two halves of pinned memory, of which one is filled while the other is sent.
 class PinnedPair {
  public:
@@ -97,9 +102,10 @@ struct UploadThreads::Impl {
         std::byte* half = pinned.half();
         if (w.dtype == DType::kF32)
           std::memcpy(half, rows.data(), static_cast<std::size_t>(count * row_bytes));
+        else if (w.dtype == DType::kF16)
+          round_rows<f16>(rows.data(), count * w.i, half);
         else
-          for (std::int64_t e = 0; e < count * w.i; ++e)
-            reinterpret_cast<bf16*>(half)[e] = to_bf16(rows[static_cast<std::size_t>(e)]);
+          round_rows<bf16>(rows.data(), count * w.i, half);
         pinned.send(stream, static_cast<char*>(w.storage.data) + row * row_bytes,
                     count * row_bytes);
       }
@@ -122,7 +128,7 @@ UploadThreads::UploadThreads(int device) : impl_(std::make_unique<Impl>(device))
 UploadThreads::~UploadThreads() = default;
 
 void UploadThreads::upload(cudaStream_t stream, const PackedWeight& to, const Ops::FillRows& fill) {
-  TANDEM_CHECK(to.dtype == DType::kF32 || to.dtype == DType::kBF16, dtype_name(to.dtype));
+  TANDEM_CHECK(to.dtype == DType::kF32 || is_16_bit(to.dtype), dtype_name(to.dtype));
   impl_->upload(stream, to, fill);
 }
 

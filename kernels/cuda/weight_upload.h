@@ -19,9 +19,9 @@ class UploadThreads {
   UploadThreads(const UploadThreads&) = delete;
   UploadThreads& operator=(const UploadThreads&) = delete;
 
-  /// Fills `to` (f32 or bf16, row-major). The last copies may still be under way on `stream`; what
-  /// is issued there is behind them. Keeps its threads' pinned memory: making it takes the driver
-  /// longer than filling it.
+  /// Fills `to` (f32, bf16 or f16, row-major). The last copies may still be under way on `stream`;
+  /// what is issued there is behind them. Keeps its threads' pinned memory: making it takes the
+  /// driver longer than filling it.
   void upload(cudaStream_t stream, const PackedWeight& to, const Ops::FillRows& fill);
 
  private:

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
+#include <string>
 #include <string_view>
 
 namespace tandem {
@@ -38,6 +41,14 @@ constexpr std::int64_t dtype_bytes(DType dtype) {
   return 0;
 }
 
+constexpr bool is_16_bit(DType dtype) {
+  return dtype == DType::kBF16 || dtype == DType::kF16;
+}
+/// What weights and adapters are stored in: f32, bf16, f16.
+constexpr bool is_stored_float(DType dtype) {
+  return dtype == DType::kF32 || is_16_bit(dtype);
+}
+
 /// What an engine that computes in `compute` sums in and keeps optimizer state in: f32, but f64 in
 /// the exact engine that tests hold layouts against.
 constexpr DType sum_dtype(DType compute) {
@@ -47,6 +58,9 @@ constexpr DType sum_dtype(DType compute) {
 /// "f32", "bf16", "f16", "i32", "i64", "u8", "i8", "f64": used in manifests, settings and messages.
 const char* dtype_name(DType dtype);
 std::optional<DType> parse_dtype(std::string_view name);
+/// The name that somebody meant who wrote "fp16", "half" or "bfloat16", for messages; "" when no
+/// floating type is near.
+std::string meant_dtype(std::string_view word);
 
 /// A bfloat16 as stored: the upper half of a binary32.
 struct bf16 {
@@ -87,5 +101,13 @@ template <>
 inline f16 from_f32<f16>(float x) {
   return to_f16(x);
 }
+
+// -- of a dtype that is known at run time; is_stored_float
+/// x as `dtype` keeps it.
+float rounded(float x, DType dtype);
+/// `from`, rounded to `dtype`, one behind another from `to` on, aligned or not.
+void store_floats(std::span<const float> from, DType dtype, std::byte* to);
+/// The other way round.
+void load_floats(const std::byte* from, DType dtype, std::span<float> to);
 
 }  // namespace tandem

@@ -64,7 +64,7 @@ class Attention : public OpTest {
   }
   /// In bf16 probabilities are rounded before they meet the values.
   static double out_tolerance(const AttentionRow& s) {
-    return tolerance(dtype(), s.head_dim + longest(s.offsets), dtype() == DType::kBF16 ? 2 : 4);
+    return tolerance(dtype(), s.head_dim + longest(s.offsets), is_16_bit(dtype()) ? 2 : 4);
   }
 };
 TANDEM_OP_TEST(Attention, kAttention);
@@ -109,7 +109,7 @@ TEST_P(Attention, BackwardMatchesTheReferenceAndZeroesInertRows) {
   // gradients and the forward's out were rounded on the way; in f32 exp amplifies its argument's
   // error by the size of the scores (about 8 here), and p (dp - mean) cancels.
   const double allowed =
-      tolerance(dtype(), 4 * (s.head_dim + longest(s.offsets)), dtype() == DType::kBF16 ? 5 : 64);
+      tolerance(dtype(), 4 * (s.head_dim + longest(s.offsets)), is_16_bit(dtype()) ? 5 : 64);
   const std::int64_t cuts[] = {0, s.heads * s.head_dim, (s.heads + s.kv_heads) * s.head_dim,
                                width(s)};
   const char* names[] = {"dq", "dk", "dv"};

@@ -543,7 +543,7 @@ TEST_P(LinearDecode, InvariantRowsDoNotDependOnTheBatch) {
     });
   };
   if (like.n * like.i > (1 << 23)) return;  // the same kernels once more
-  for (const DType y_dtype : {DType::kBF16, DType::kF32}) {
+  for (const DType y_dtype : {dtype(), DType::kF32}) {
     // A whole prompt's rows where they do not take long.
     const std::int64_t most = like.n + like.i <= 4608 ? 4100 : 300;
     const auto want = forward_rows(most, y_dtype);

@@ -8,6 +8,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace tandem::kernels::testing {
 
@@ -28,14 +29,22 @@ inline std::string op_param_name(const ::testing::TestParamInfo<OpParam>& info) 
          std::to_string(std::get<2>(info.param));
 }
 
-/// TANDEM_OP_TEST(AddRmsNorm, kShapes) runs the suite on every executing backend, f32 and bf16, and
-/// every row of the table.
-#define TANDEM_OP_TEST(suite, table)                                               \
-  INSTANTIATE_TEST_SUITE_P(                                                        \
-      Backends, suite,                                                             \
-      ::testing::Combine(::testing::ValuesIn(executing_backends()),                \
-                         ::testing::Values(DType::kF32, DType::kBF16),             \
-                         ::testing::Range(0, static_cast<int>(std::size(table)))), \
-      op_param_name)
+/// Every executing backend, each compute dtype that it offers, and each of `rows` rows.
+inline std::vector<OpParam> op_params(std::size_t rows) {
+  std::vector<OpParam> params;
+  for (const std::string& backend : executing_backends()) {
+    DeviceProfile profile;
+    profile.type = backend == "cuda" ? DeviceType::kCuda : DeviceType::kCpu;
+    for (const DType dtype : compute_dtypes(profile))
+      for (int row = 0; row < static_cast<int>(rows); ++row)
+        params.emplace_back(backend, dtype, row);
+  }
+  return params;
+}
+
+/// TANDEM_OP_TEST(AddRmsNorm, kShapes) runs the suite with op_params and every row of the table.
+#define TANDEM_OP_TEST(suite, table)                                                          \
+  INSTANTIATE_TEST_SUITE_P(Backends, suite, ::testing::ValuesIn(op_params(std::size(table))), \
+                           op_param_name)
 
 }  // namespace tandem::kernels::testing

@@ -93,6 +93,40 @@ TEST_P(AdamW, PiecesWhereverTheyLieGiveTheBitsOfTheWhole) {
   }
 }
 
+/// Gradients computed with a loss scale, a power of two: the same bits as without, clipped or not.
+TEST_P(AdamW, TakesALossScaleOutOfTheGradientAndItsNorm) {
+  const std::int64_t n = row(kSizes);
+  for (const float max_norm : {0.0f, 0.5f}) {
+    const auto update = [&](double scale) {
+      Values g = random_values(n, DType::kF32, 2);
+      for (double& value : g) value *= scale;
+      return run_op(backend(), [&](TestDevice& device) {
+        const Tensor squared = device.output("squared", DType::kF32, {1});
+        const Tensor grad = device.input(g, DType::kF32, {n});
+        device.ops().squared_norm(device.exec(), {{grad}, squared});
+        AdamWArgs args{device.in_out("p", random_values(n, DType::kF32, 1), DType::kF32, {n}),
+                       grad,
+                       device.in_out("m", Values(g.size(), 0.0), DType::kF32, {n}),
+                       device.in_out("v", Values(g.size(), 0.0), DType::kF32, {n}),
+                       device.output("cd", dtype(), {n}),
+                       max_norm > 0.0f ? squared : Tensor{},
+                       max_norm,
+                       1e-2f,
+                       0.9f,
+                       0.999f,
+                       1e-8f,
+                       0.1f,
+                       1};
+        args.grad_factor = static_cast<float>(1.0 / scale);
+        device.ops().adamw(device.exec(), args);
+      });
+    };
+    const Outputs plain = update(1.0), scaled = update(65536.0);
+    for (const char* name : {"p", "m", "v", "cd"})
+      EXPECT_EQ(scaled.at(name).bytes, plain.at(name).bytes) << name << " max_norm " << max_norm;
+  }
+}
+
 class SquaredNorm : public OpTest {};
 TANDEM_OP_TEST(SquaredNorm, kSizes);
 

@@ -270,8 +270,7 @@ TEST_P(CrossEntropy, OfShardsIsThatOfTheWholeVocabulary) {
       std::copy(part.begin() + r * n, part.begin() + (r + 1) * n, dlogits.begin() + r * v + first);
   }
   if (v > 1)
-    expect_close("dlogits", dlogits, want.dx,
-                 tolerance(dtype(), v, dtype() == DType::kBF16 ? 1 : 16));
+    expect_close("dlogits", dlogits, want.dx, tolerance(dtype(), v, is_16_bit(dtype()) ? 1 : 16));
 }
 
 }  // namespace

@@ -51,6 +51,18 @@ TEST(TrainSettings, RefusesValuesOutOfRangeWithRangeAndValue) {
   EXPECT_FALSE(TrainSettings::parse("{").ok());
 }
 
+TEST(TrainSettings, KnowsThreeDtypesAndNamesTheNearestOfOthers) {
+  for (const char* name : {"dtype", "adapter_dtype"}) {
+    for (const char* word : {"auto", "f32", "bf16", "f16"})
+      EXPECT_TRUE(TrainSettings::parse(str("{\"", name, "\":\"", word, "\"}")).ok()) << word;
+    const auto r = TrainSettings::parse(str("{\"", name, "\":\"float16\"}"));
+    ASSERT_FALSE(r.ok());
+    EXPECT_EQ(r.status().message(), str(name,
+                                        " must be one of auto, f32, bf16, f16; not "
+                                        "\"float16\"; did you mean \"f16\"?"));
+  }
+}
+
 TEST(TrainSettings, RefusesAnythingNestedDeeperThanTheLimit) {
   const auto r = TrainSettings::parse(R"({"target_modules": )" + std::string(400'000, '['));
   ASSERT_FALSE(r.ok());

@@ -68,13 +68,9 @@ struct Engine {
   }
   std::vector<float> download(const kernels::Tensor& tensor) {
     std::vector<float> host(static_cast<std::size_t>(tensor.elements()));
-    if (tensor.dtype == DType::kF32) {
-      backend.ops->download(exec, tensor, std::as_writable_bytes(std::span(host)));
-      return host;
-    }
-    std::vector<bf16> raw(host.size());
-    backend.ops->download(exec, tensor, std::as_writable_bytes(std::span(raw)));
-    for (std::size_t e = 0; e < raw.size(); ++e) host[e] = to_f32(raw[e]);
+    std::vector<std::byte> raw(static_cast<std::size_t>(tensor.bytes()));
+    backend.ops->download(exec, tensor, raw);
+    load_floats(raw.data(), tensor.dtype, host);
     return host;
   }
 

@@ -308,13 +308,15 @@ class ExactOps final : public Ops {
   void do_adamw(Exec&, const AdamWArgs& a) override {
     const double b1 = static_cast<double>(a.beta1), b2 = static_cast<double>(a.beta2);
     const double lr = static_cast<double>(a.lr), steps = static_cast<double>(a.step);
-    const double clip = a.max_norm > 0.0f
-                            ? std::min(1.0, static_cast<double>(a.max_norm) /
-                                                (std::sqrt(a.squared_norm.as<double>()[0]) + 1e-6))
-                            : 1.0;
+    const double factor = static_cast<double>(a.grad_factor);
+    const double clip =
+        a.max_norm > 0.0f
+            ? std::min(1.0, static_cast<double>(a.max_norm) /
+                                (factor * std::sqrt(a.squared_norm.as<double>()[0]) + 1e-6))
+            : 1.0;
     double *p = a.param.as<double>(), *m = a.m.as<double>(), *v = a.v.as<double>();
     for (std::int64_t e = 0; e < a.param.elements(); ++e) {
-      const double g = a.grad.as<double>()[e] * clip;
+      const double g = a.grad.as<double>()[e] * (clip * factor);
       p[e] *= 1.0 - lr * static_cast<double>(a.weight_decay);
       m[e] = b1 * m[e] + (1.0 - b1) * g;
       v[e] = b2 * v[e] + (1.0 - b2) * g * g;

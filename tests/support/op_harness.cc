@@ -193,7 +193,7 @@ Outputs TestDevice::collect() {
       continue;
     }
     Output output{b.tensor.dtype, b.tensor.shape, std::move(content)};
-    if (output.dtype == DType::kF32 || output.dtype == DType::kBF16) {
+    if (is_stored_float(output.dtype)) {
       const Values values = output.values();
       const auto bad =
           std::find_if(values.begin(), values.end(), [](double v) { return std::isnan(v); });

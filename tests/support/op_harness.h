@@ -87,7 +87,7 @@ class TestDevice {
 /// again; fails unless all bits agree. The outputs of the first.
 Outputs run_op(const std::string& backend, const std::function<void(TestDevice&)>& run);
 
-/// Unit roundoff: 2^-24 for f32, 2^-8 for bf16.
+/// Unit roundoff: 2^-24 for f32, 2^-8 for bf16, 2^-11 for f16.
 double unit_roundoff(DType dtype);
 
 /// Relative L2 error allowed to a result of `dtype` that is rounded to it `roundings` times on its

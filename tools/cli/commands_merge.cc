@@ -32,7 +32,7 @@ struct Fetched {
 
 Status run_adapter_merge(Session& session, const std::string& name, const std::string& directory,
                          const std::string& dtype_text) {
-  const DType dtype = dtype_text == "f32" ? DType::kF32 : DType::kBF16;
+  const DType dtype = *parse_dtype(dtype_text);
   std::error_code error;
   if (fs::exists(directory, error) && !fs::is_empty(directory, error))
     return conflict_error(directory + " is not an empty folder; nothing was written");

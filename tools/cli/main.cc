@@ -142,7 +142,7 @@ void add_objects(CLI::App& app, Invocation& in) {
             [&in](Session& s) { return run_adapter_merge(s, in.name, in.path, in.dtype); });
   merge->add_option("directory", in.path, "empty folder to write")->required();
   merge->add_option("--dtype", in.dtype, "of the weights that are written [bf16]")
-      ->check(CLI::IsMember({"bf16", "f32"}));
+      ->check(CLI::IsMember({"bf16", "f16", "f32"}));
   named(*adapter, in, "alias", "point a name at an adapter's version",
         [&in](Session& s) { return run_adapter_alias(s, in.name, in.target); })
       ->add_option("target", in.target, "adapter, adapter@version or digest")

@@ -14,6 +14,9 @@ float widen(float x) {
 float widen(bf16 x) {
   return to_f32(x);
 }
+float widen(f16 x) {
+  return to_f32(x);
+}
 double widen(double x) {
   return x;
 }
@@ -70,6 +73,8 @@ void sum_in_rank_order(std::span<const void* const> parts, DType dtype, std::int
       return sum_parts<float>(parts, count, out);
     case DType::kBF16:
       return sum_parts<bf16>(parts, count, out);
+    case DType::kF16:
+      return sum_parts<f16>(parts, count, out);
     case DType::kF64:
       return sum_parts<double>(parts, count, out);
     default:

@@ -3,9 +3,9 @@
 // thread per rank calls it; work is ordered by the Exec's stream. A failure of any member is a
 // DeviceError on the others: gangs are disposable and never repaired.
 //
-// Every member makes the same calls in the same order. Sums are taken in rank order (f32 and bf16
-// in f32, f64 in f64; bf16 is rounded once), so they are the same bits on every rank, in every run
-// and with every implementation that runs on CPUs; NCCL has an order of its own
+// Every member makes the same calls in the same order. Sums are taken in rank order (f32, bf16
+// and f16 in f32, f64 in f64; 16 bits are rounded once), so they are the same bits on every rank,
+// in every run and with every implementation that runs on CPUs; NCCL has an order of its own
 // (nccl_communicator.h). On CPUs scratch comes from Exec::workspace and is a pure function of sizes
 // (collective_scratch.h), the same for every implementation: the meta communicator takes it too.
 #pragma once
@@ -44,7 +44,7 @@ class Communicator {
   virtual ~Communicator() = default;
   [[nodiscard]] virtual int rank() const = 0;
   [[nodiscard]] virtual int size() const = 0;
-  /// x [*] f32, bf16 or f64: sum over ranks, in rank order, in place on every rank.
+  /// x [*] f32, bf16, f16 or f64: sum over ranks, in rank order, in place on every rank.
   virtual void all_reduce_sum(kernels::Exec& exec, kernels::Tensor x) = 0;
   /// out [size * n] = the ranks' x [n], in rank order. x may be this rank's part of out.
   virtual void all_gather(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;

@@ -4,11 +4,11 @@
 //
 // Collectives are put on Exec::stream, which must be a queue that Ops::make_stream gave, and return
 // at once; barrier() alone waits for the device. Sums are NCCL's: the same bits on every rank and
-// in every run of one gang on one machine, bf16 rounded after each addition. Scratch is NCCL's own.
-// GPUs that reach each other's memory do by themselves, in rank order and in f32, what NCCL would
-// be slower at: what is shared (Communicator::share) is moved by their copy engines, and all_reduce
-// of up to 1.5 MiB is one kernel (nccl/peer_collectives.h). TANDEM_GPU_PEERS=off in the environment
-// of all ranks leaves everything to NCCL.
+// in every run of one gang on one machine, 16-bit elements rounded after each addition. Scratch is
+// NCCL's own. GPUs that reach each other's memory do by themselves, in rank order and in f32, what
+// NCCL would be slower at: what is shared (Communicator::share) is moved by their copy engines, and
+// all_reduce of up to 1.5 MiB is one kernel (nccl/peer_collectives.h). TANDEM_GPU_PEERS=off in the
+// environment of all ranks leaves everything to NCCL.
 //
 // A rank that dies is not noticed here: NCCL reports nothing within a host. Whoever watches the
 // processes ends the gang. What NCCL itself reports to a call, and a start or a barrier that takes

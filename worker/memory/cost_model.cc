@@ -44,7 +44,7 @@ double transfer(const LinkCost& link, double hops, double bytes) {
 }  // namespace
 
 double CostModel::seconds(const kernels::OpCost& cost, DType dtype) const {
-  const double products = dtype == DType::kBF16 ? product_flops_bf16 : product_flops_f32;
+  const double products = is_16_bit(dtype) ? product_flops_bf16 : product_flops_f32;
   return op_seconds +
          std::max(cost.product_flops / products + cost.attention_flops / attention_flops,
                   cost.bytes / memory_bytes_per_second);

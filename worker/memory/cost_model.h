@@ -22,7 +22,8 @@ struct LinkCost {
 };
 
 struct CostModel {
-  /// Of one rank (all its threads, or its GPU): large products by compute dtype, attention, memory.
+  /// Of one rank (all its threads, or its GPU): large products by compute dtype (f16 as bf16),
+  /// attention, memory.
   double product_flops_bf16 = 1.0, product_flops_f32 = 1.0;
   double attention_flops = 1.0;
   double memory_bytes_per_second = 1.0;

@@ -102,14 +102,12 @@ kernels::Tensor pair_b(const AdapterLayout::Pair& pair, const kernels::Tensor& f
 FlatAdapter FlatAdapter::in(DType other) const {
   const auto count = static_cast<std::size_t>(layout.elements);
   FlatAdapter to{layout, other, std::vector<std::byte>(count * dtype_bytes(other))};
-  if (other == DType::kF32) {
-    const auto* from = reinterpret_cast<const bf16*>(bytes.data());
-    auto* out = reinterpret_cast<float*>(to.bytes.data());
-    for (std::size_t e = 0; e < count; ++e) out[e] = to_f32(from[e]);
-  } else {
-    const auto* from = reinterpret_cast<const float*>(bytes.data());
-    auto* out = reinterpret_cast<bf16*>(to.bytes.data());
-    for (std::size_t e = 0; e < count; ++e) out[e] = to_bf16(from[e]);
+  constexpr std::size_t kBlock = 4096;  // stays in the first cache
+  std::array<float, kBlock> wide;
+  for (std::size_t begin = 0; begin < count; begin += kBlock) {
+    const std::span<float> some = std::span(wide).first(std::min(kBlock, count - begin));
+    load_floats(bytes.data() + begin * dtype_bytes(dtype), dtype, some);
+    store_floats(some, other, to.bytes.data() + begin * dtype_bytes(other));
   }
   return to;
 }
@@ -175,13 +173,7 @@ Result<std::shared_ptr<const AdapterWeights>> build_adapter(
     layout.add(config, tensor.layer, tensor.site, tensor.rank, tensor.scale);
   std::vector<std::byte> host(static_cast<std::size_t>(layout.elements * dtype_bytes(dtype)));
   const auto put = [&](std::int64_t begin, const std::vector<float>& values) {
-    std::byte* to = host.data() + begin * dtype_bytes(dtype);
-    if (dtype == DType::kF32) {
-      std::memcpy(to, values.data(), values.size() * sizeof(float));
-    } else {
-      auto* out = reinterpret_cast<bf16*>(to);
-      for (std::size_t e = 0; e < values.size(); ++e) out[e] = to_bf16(values[e]);
-    }
+    store_floats(values, dtype, host.data() + begin * dtype_bytes(dtype));
   };
   for (std::size_t p = 0; p < tensors.size(); ++p) {
     put(layout.pairs[p].a_begin, tensors[p].a);

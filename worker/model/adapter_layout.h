@@ -9,7 +9,7 @@
 
 namespace tandem::worker::model {
 
-/// Elements to which every tensor's start is rounded up: kDeviceAlignment bytes in bf16.
+/// Elements to which every tensor's start is rounded up: kDeviceAlignment bytes in 16 bits.
 inline constexpr std::int64_t kAdapterAlignment = 128;
 
 struct AdapterLayout {
@@ -33,13 +33,13 @@ struct AdapterLayout {
                                                            std::shared_ptr<void> storage) const;
 };
 
-/// An adapter on the host as it is published: a layout's tensors in one buffer of `dtype` (kF32 or
-/// kBF16), so that packing and loading it are one copy each.
+/// An adapter on the host as it is published: a layout's tensors in one buffer of `dtype` (f32,
+/// bf16 or f16), so that packing and loading it are one copy each.
 struct FlatAdapter {
   AdapterLayout layout;
   DType dtype = DType::kF32;
   std::vector<std::byte> bytes;
-  /// The same values in the other dtype.
+  /// The same values in another dtype.
   [[nodiscard]] FlatAdapter in(DType other) const;
   /// The bytes of `count` elements from element `begin` on.
   [[nodiscard]] std::span<const std::byte> part(std::int64_t begin, std::int64_t count) const {

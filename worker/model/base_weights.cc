@@ -1,6 +1,7 @@
 #include "worker/model/base_weights.h"
 
 #include "worker/model/flat_layout.h"
+#include "worker/model/host_copy.h"
 
 #include <array>
 #include <cstring>
@@ -58,16 +59,7 @@ class Loader {
 
   kernels::Tensor upload(const std::vector<float>& values, DType dtype) {
     kernels::Tensor tensor = arena_.alloc({static_cast<std::int64_t>(values.size())}, dtype);
-    if (dtype == DType::kF32) {
-      ops_.upload(exec_, std::as_bytes(std::span(values)), tensor);
-    } else if (dtype == DType::kF64) {
-      const std::vector<double> wide(values.begin(), values.end());
-      ops_.upload(exec_, std::as_bytes(std::span(wide)), tensor);
-    } else {
-      std::vector<bf16> rounded(values.size());
-      for (std::size_t e = 0; e < values.size(); ++e) rounded[e] = to_bf16(values[e]);
-      ops_.upload(exec_, std::as_bytes(std::span(rounded)), tensor);
-    }
+    upload_floats(ops_, exec_, values, tensor);
     return tensor;
   }
 
@@ -171,8 +163,7 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
 Result<std::shared_ptr<BaseWeights>> BaseWeights::describe(const ModelConfig& whole, DType dtype,
                                                            const TensorSource& source,
                                                            const ModelShard& shard) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF64,
-               dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype) || dtype == DType::kF64, dtype_name(dtype));
   TANDEM_RETURN_IF_ERROR(whole.validate());
   for (const TensorSpec& spec : expected_tensors(whole))
     TANDEM_RETURN_IF_ERROR(source.has(spec.name, spec.n, spec.i));

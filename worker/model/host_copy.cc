@@ -9,10 +9,9 @@ void upload_floats(kernels::Ops& ops, kernels::Exec& exec, std::span<const float
     const std::vector<double> wide(host.begin(), host.end());
     return ops.upload(exec, std::as_bytes(std::span(wide)), to);
   }
-  TANDEM_CHECK(to.dtype == DType::kBF16, dtype_name(to.dtype));
-  std::vector<bf16> narrow(host.size());
-  for (std::size_t e = 0; e < host.size(); ++e) narrow[e] = to_bf16(host[e]);
-  ops.upload(exec, std::as_bytes(std::span(narrow)), to);
+  std::vector<std::byte> narrow(static_cast<std::size_t>(to.bytes()));
+  store_floats(host, to.dtype, narrow.data());
+  ops.upload(exec, narrow, to);
 }
 
 std::vector<float> download_floats(kernels::Ops& ops, kernels::Exec& exec,
@@ -25,10 +24,9 @@ std::vector<float> download_floats(kernels::Ops& ops, kernels::Exec& exec,
     ops.download(exec, from, std::as_writable_bytes(std::span(wide)));
     for (std::size_t e = 0; e < host.size(); ++e) host[e] = static_cast<float>(wide[e]);
   } else {
-    TANDEM_CHECK(from.dtype == DType::kBF16, dtype_name(from.dtype));
-    std::vector<bf16> narrow(host.size());
-    ops.download(exec, from, std::as_writable_bytes(std::span(narrow)));
-    for (std::size_t e = 0; e < host.size(); ++e) host[e] = to_f32(narrow[e]);
+    std::vector<std::byte> narrow(static_cast<std::size_t>(from.bytes()));
+    ops.download(exec, from, narrow);
+    load_floats(narrow.data(), from.dtype, host);
   }
   return host;
 }

@@ -8,7 +8,7 @@
 
 namespace tandem::worker::model {
 
-/// `to` f32, bf16 or f64 of as many elements.
+/// `to` f32, bf16, f16 or f64 of as many elements.
 void upload_floats(kernels::Ops& ops, kernels::Exec& exec, std::span<const float> host,
                    const kernels::Tensor& to);
 std::vector<float> download_floats(kernels::Ops& ops, kernels::Exec& exec,

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstring>
 #include <map>
 
 namespace tandem::worker::model {
@@ -67,18 +66,17 @@ void add_adapter(const HostAdapterTensor& adapter, std::int64_t n, std::int64_t 
   }
 }
 
-std::vector<std::byte> rounded(const std::vector<float>& values, DType dtype) {
+std::vector<std::byte> stored(const std::vector<float>& values, DType dtype) {
   std::vector<std::byte> bytes(values.size() * static_cast<std::size_t>(dtype_bytes(dtype)));
-  if (dtype == DType::kF32) {
-    std::memcpy(bytes.data(), values.data(), bytes.size());
-  } else {
-    auto* out = reinterpret_cast<bf16*>(bytes.data());
-    for (std::size_t e = 0; e < values.size(); ++e) out[e] = to_bf16(values[e]);
-  }
+  store_floats(values, dtype, bytes.data());
   return bytes;
 }
 
 }  // namespace
+
+const char* torch_dtype_name(DType dtype) {
+  return dtype == DType::kF32 ? "float32" : dtype == DType::kF16 ? "float16" : "bfloat16";
+}
 
 Result<std::string> hf_config_json(const ModelConfig& config, DType dtype) {
   const bool llama = config.family == "llama", qwen2 = config.family == "qwen2";
@@ -101,7 +99,7 @@ Result<std::string> hf_config_json(const ModelConfig& config, DType dtype) {
             {"rope_theta", config.rope_theta},
             {"tie_word_embeddings", config.tied_embedding},
             {"hidden_act", "silu"},
-            {"torch_dtype", dtype == DType::kF32 ? "float32" : "bfloat16"}};
+            {"torch_dtype", torch_dtype_name(dtype)}};
   if (config.head_dim * config.heads != config.width) json["head_dim"] = config.head_dim;
   if (!rope.is_null()) json["rope_scaling"] = rope;
   if (config.bos_id >= 0) json["bos_token_id"] = config.bos_id;
@@ -111,7 +109,7 @@ Result<std::string> hf_config_json(const ModelConfig& config, DType dtype) {
 
 Status write_merged_weights(const LoadedModel& base, const std::vector<HostAdapterTensor>& adapter,
                             DType dtype, const std::string& folder) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   std::map<std::string, const HostAdapterTensor*> sites;
   for (const HostAdapterTensor& tensor : adapter)
     sites[site_path(tensor.layer, tensor.site) + ".weight"] = &tensor;
@@ -125,7 +123,7 @@ Status write_merged_weights(const LoadedModel& base, const std::vector<HostAdapt
     base.source->read_rows(spec.name, 0, spec.n, values.data());
     if (const auto site = sites.find(spec.name); site != sites.end())
       add_adapter(*site->second, spec.n, spec.i, values);
-    bytes.push_back(rounded(values, dtype));
+    bytes.push_back(stored(values, dtype));
     storage::TensorInfo info;
     info.name = spec.name;
     info.dtype = dtype;

@@ -9,13 +9,16 @@
 
 namespace tandem::worker::model {
 
+/// "float32", "bfloat16", "float16".
+const char* torch_dtype_name(DType dtype);
+
 /// config.json of a config with weights in `dtype`, for models that come from elsewhere (GGUF).
 /// refused_error: what Hugging Face's configuration cannot say (rope factors of single
 /// frequencies; sliding windows; biases of q, k and v in a Llama model).
 Result<std::string> hf_config_json(const ModelConfig& config, DType dtype);
 
 /// Writes `folder`/model.safetensors, durably: every tensor of the base, with W + s B A (in f32) at
-/// the adapter's sites, rounded once to `dtype` (kF32 or kBF16). Holds the result in memory. The
+/// the adapter's sites, rounded once to `dtype` (f32, bf16 or f16). Holds the result in memory. The
 /// adapter was checked against the config (check_adapter).
 Status write_merged_weights(const LoadedModel& base, const std::vector<HostAdapterTensor>& adapter,
                             DType dtype, const std::string& folder);

@@ -2,37 +2,17 @@
 
 #include <charconv>
 #include <cmath>
-#include <cstring>
 
 namespace tandem::worker::model {
 
 namespace {
 
-template <class T>
-void widen(std::span<const std::byte> from, std::vector<float>& out) {
-  for (std::size_t e = 0; e < out.size(); ++e) {
-    T value;
-    std::memcpy(&value, from.data() + e * sizeof(T), sizeof(T));
-    out[e] = to_f32(value);
-  }
-}
-
 Result<std::vector<float>> to_floats(const storage::TensorInfo& tensor) {
   std::vector<float> values(static_cast<std::size_t>(tensor.numel()));
-  switch (tensor.dtype) {
-    case DType::kF32:
-      widen<float>(tensor.bytes, values);
-      break;
-    case DType::kBF16:
-      widen<bf16>(tensor.bytes, values);
-      break;
-    case DType::kF16:
-      widen<f16>(tensor.bytes, values);
-      break;
-    default:
-      return invalid_error(str("adapter tensor ", tensor.name, " is ", dtype_name(tensor.dtype),
-                               "; it must be f32, bf16 or f16"));
-  }
+  if (!is_stored_float(tensor.dtype))
+    return invalid_error(str("adapter tensor ", tensor.name, " is ", dtype_name(tensor.dtype),
+                             "; it must be f32, bf16 or f16"));
+  load_floats(tensor.bytes.data(), tensor.dtype, values);
   for (std::size_t e = 0; e < values.size(); ++e)
     if (!std::isfinite(values[e]))
       return invalid_error(
@@ -51,15 +31,8 @@ Status check_shape(const storage::TensorInfo& tensor, std::int64_t rows, std::in
 storage::TensorInfo append(std::string name, std::vector<std::int64_t> shape,
                            const std::vector<float>& values, DType dtype, std::byte*& at) {
   std::byte* const begin = at;
-  for (float value : values) {
-    if (dtype == DType::kF32) {
-      std::memcpy(at, &value, sizeof value);
-    } else {
-      const bf16 rounded = to_bf16(value);
-      std::memcpy(at, &rounded, sizeof rounded);
-    }
-    at += dtype_bytes(dtype);
-  }
+  store_floats(values, dtype, begin);
+  at += values.size() * static_cast<std::size_t>(dtype_bytes(dtype));
   return {std::move(name), dtype, std::move(shape),
           std::span<const std::byte>(begin, static_cast<std::size_t>(at - begin))};
 }
@@ -105,7 +78,7 @@ Result<std::vector<HostAdapterTensor>> from_peft(const ModelConfig& config,
 std::unique_ptr<const PeftImage> to_peft(const ModelConfig& config, const LoraConfig& lora,
                                          const std::vector<HostAdapterTensor>& tensors, DType dtype,
                                          const std::string& base_model_name) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   auto image = std::make_unique<PeftImage>();
   image->config.r = lora.r;
   image->config.lora_alpha = lora.lora_alpha;

@@ -25,8 +25,8 @@ struct PeftImage {
   std::vector<storage::AdapterTensors> sites;  ///< in the order of the tensors given
   std::vector<std::byte> bytes;
 };
-/// Rounds every value to `dtype` (kF32 or kBF16) and describes it in PEFT's terms. Every tensor has
-/// the scale that `lora` gives, as trained ones do.
+/// Rounds every value to `dtype` (f32, bf16 or f16) and describes it in PEFT's terms. Every tensor
+/// has the scale that `lora` gives, as trained ones do.
 std::unique_ptr<const PeftImage> to_peft(const ModelConfig& config, const LoraConfig& lora,
                                          const std::vector<HostAdapterTensor>& tensors, DType dtype,
                                          const std::string& base_model_name);

@@ -29,16 +29,6 @@ Status check_shape(const std::string& name, const std::vector<std::int64_t>& sha
                            shape_text(want)));
 }
 
-/// Bytes may be unaligned, so elements are copied out before they are read.
-template <class T>
-void widen(const std::byte* from, std::int64_t count, float* out) {
-  for (std::int64_t e = 0; e < count; ++e) {
-    T value;
-    std::memcpy(&value, from + e * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
-    out[e] = to_f32(value);
-  }
-}
-
 class SafetensorsSource final : public TensorSource {
  public:
   explicit SafetensorsSource(storage::Safetensors tensors) : tensors_(std::move(tensors)) {}
@@ -46,8 +36,7 @@ class SafetensorsSource final : public TensorSource {
   [[nodiscard]] Status has(const std::string& name, std::int64_t n, std::int64_t i) const override {
     const storage::TensorInfo* tensor = tensors_.find(name);
     if (tensor == nullptr) return not_found_error(str("the model has no tensor ", name));
-    if (tensor->dtype != DType::kF32 && tensor->dtype != DType::kBF16 &&
-        tensor->dtype != DType::kF16)
+    if (!is_stored_float(tensor->dtype))
       return refused_error(str("tensor ", name, " is ", dtype_name(tensor->dtype),
                                "; weights must be f32, bf16 or f16"));
     return check_shape(name, tensor->shape, n, i);
@@ -58,14 +47,7 @@ class SafetensorsSource final : public TensorSource {
     TANDEM_CHECK(tensor != nullptr, name);
     const std::int64_t width = tensor->shape.size() == 2 ? tensor->shape[1] : 1;
     const std::byte* from = tensor->bytes.data() + row * width * dtype_bytes(tensor->dtype);
-    switch (tensor->dtype) {
-      case DType::kBF16:
-        return widen<bf16>(from, rows * width, out);
-      case DType::kF16:
-        return widen<f16>(from, rows * width, out);
-      default:
-        return widen<float>(from, rows * width, out);
-    }
+    load_floats(from, tensor->dtype, {out, static_cast<std::size_t>(rows * width)});
   }
 
  private:

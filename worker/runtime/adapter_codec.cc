@@ -20,16 +20,11 @@ constexpr const char* kPeftPrefix = "base_model.model.";
 Result<std::vector<float>> to_floats(std::span<const std::byte> bytes, const std::string& dtype,
                                      const std::string& name) {
   const auto parsed = parse_dtype(dtype);
-  if (!parsed || (*parsed != DType::kF32 && *parsed != DType::kBF16 && *parsed != DType::kF16))
+  if (!parsed || !is_stored_float(*parsed))
     return refused_error(
         str("tensor ", name, " has dtype ", dtype, "; f32, bf16 and f16 are supported"));
   std::vector<float> values(bytes.size() / static_cast<std::size_t>(dtype_bytes(*parsed)));
-  if (*parsed == DType::kF32) std::memcpy(values.data(), bytes.data(), bytes.size());
-  for (std::size_t i = 0; *parsed != DType::kF32 && i < values.size(); ++i) {
-    std::uint16_t bits = 0;
-    std::memcpy(&bits, bytes.data() + 2 * i, 2);
-    values[i] = *parsed == DType::kBF16 ? to_f32(bf16{bits}) : to_f32(f16{bits});
-  }
+  load_floats(bytes.data(), *parsed, values);
   return values;
 }
 

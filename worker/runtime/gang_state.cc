@@ -58,8 +58,9 @@ std::shared_ptr<const data::Dataset> decode_dataset(ByteReader& from) {
 }
 
 float value_at(const model::FlatAdapter& adapter, std::int64_t at) {
-  if (adapter.dtype == DType::kF32) return reinterpret_cast<const float*>(adapter.bytes.data())[at];
-  return to_f32(reinterpret_cast<const bf16*>(adapter.bytes.data())[at]);
+  float value = 0.0f;
+  load_floats(adapter.bytes.data() + at * dtype_bytes(adapter.dtype), adapter.dtype, {&value, 1});
+  return value;
 }
 
 }  // namespace
@@ -184,8 +185,7 @@ double largest_difference(const train::TrainState& pieces, const model::FlatAdap
       const std::int64_t at = piece.first + static_cast<std::int64_t>(e);
       const std::int64_t whole =
           (slice.row + at / slice.columns) * place->width + slice.column + at % slice.columns;
-      float mine = piece.values[e];
-      if (published.dtype == DType::kBF16) mine = to_f32(to_bf16(mine));
+      const float mine = rounded(piece.values[e], published.dtype);
       const double difference =
           std::fabs(static_cast<double>(mine) - value_at(published, place->begin + whole));
       if (!(difference <= worst)) worst = difference;  // NaN too

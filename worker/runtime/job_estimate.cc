@@ -14,6 +14,17 @@ constexpr std::size_t kLayoutsShown = 10;  ///< of those that layout auto looked
 
 using nlohmann::json;
 
+/// A worker computes in one dtype, that of the base it holds.
+Status check_dtype(const kernels::DeviceProfile& profile, const ModelHostOptions& o,
+                   const protocol::TrainSettings& settings) {
+  if (settings.dtype == "auto") return {};
+  TANDEM_ASSIGN_OR_RETURN(const DType asked, kernels::parse_compute_dtype(profile, settings.dtype));
+  if (asked == o.dtype) return {};
+  return refused_error(str("the job asks for dtype ", settings.dtype, ", this worker computes in ",
+                           dtype_name(o.dtype), ": leave dtype out, or start workers with --dtype ",
+                           settings.dtype));
+}
+
 /// Each rank is a process beside the engine of its slot, which goes on serving: both must fit.
 Result<std::string> estimate_gang(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, const ModelHostOptions& o,
@@ -121,6 +132,7 @@ Result<std::string> estimate_job(const kernels::DeviceProfile& profile,
                                  const model::ModelConfig& config, const ModelHostOptions& options,
                                  const protocol::TrainSettings& settings,
                                  const std::string& data_directory) {
+  TANDEM_RETURN_IF_ERROR(check_dtype(profile, options, settings));
   if (settings.layout == "auto")
     return estimate_auto(profile, config, options, settings, data_directory);
   return estimate_layout(profile, config, options, settings);

@@ -14,7 +14,8 @@ namespace tandem::worker::runtime {
 
 /// Of a job in the engine itself, of one over several ranks (each beside the engine of its slot),
 /// or, with layout auto, of the fastest layout that fits. `data_directory` may hold a cost model.
-/// Errors as memory::estimate_training and estimate_gang.
+/// Errors as memory::estimate_training and estimate_gang; refused_error: another dtype than this
+/// worker's.
 Result<std::string> estimate_job(const kernels::DeviceProfile& profile,
                                  const model::ModelConfig& config, const ModelHostOptions& options,
                                  const protocol::TrainSettings& settings,

@@ -157,7 +157,7 @@ void JobHost::on_step(const train::StepDone& done) {
   tokens_ += done.tokens;
   train_seconds_ += done.seconds;
   const bool last = done.step == done.total_steps;
-  const Json metrics{
+  Json metrics{
       {"step", done.step},
       {"total_steps", done.total_steps},
       {"epoch", done.epoch},
@@ -168,13 +168,22 @@ void JobHost::on_step(const train::StepDone& done) {
       {"tokens", done.tokens},
       {"tokens_per_second", static_cast<double>(done.tokens) / std::max(done.seconds, 1e-9)},
       {"seconds", done.seconds}};
+  const bool scaled = done.loss_scale != 1.0 || done.skipped_steps > 0;
+  if (scaled)
+    metrics.update({{"loss_scale", done.loss_scale}, {"skipped_steps", done.skipped_steps}});
   if (last || done.step % spec_.train.logging_steps == 0) {
     progress("step", "", metrics.dump());
-    metrics_->scalars(done.step, {{"train/loss", done.loss},
-                                  {"train/learning_rate", done.learning_rate},
-                                  {"train/grad_norm", done.grad_norm},
-                                  {"train/tokens_per_second", metrics["tokens_per_second"]},
-                                  {"train/epoch", done.epoch}});
+    std::vector<std::pair<std::string, double>> scalars{
+        {"train/loss", done.loss},
+        {"train/learning_rate", done.learning_rate},
+        {"train/grad_norm", done.grad_norm},
+        {"train/tokens_per_second", metrics["tokens_per_second"]},
+        {"train/epoch", done.epoch}};
+    if (scaled) {
+      scalars.emplace_back("train/loss_scale", done.loss_scale);
+      scalars.emplace_back("train/skipped_steps", static_cast<double>(done.skipped_steps));
+    }
+    metrics_->scalars(done.step, scalars);
   }
   if (last) {
     last_step_ns_ = steady_ns();

@@ -23,7 +23,7 @@ Status copy_texts(const std::string& base, const std::string& folder, DType dtyp
   auto config = nlohmann::ordered_json::parse(text, nullptr, false);
   if (!config.is_object()) return corrupt_error(base + "/config.json is not a JSON object");
   config.erase("dtype");
-  config["torch_dtype"] = dtype == DType::kF32 ? "float32" : "bfloat16";
+  config["torch_dtype"] = model::torch_dtype_name(dtype);
   TANDEM_RETURN_IF_ERROR(
       storage::write_file_durably(folder + "/config.json", config.dump(2) + "\n"));
   for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -138,8 +138,8 @@ void LoraParams::measure_gradients() {
 }
 
 void LoraParams::update(const protocol::TrainSettings& settings, double learning_rate,
-                        std::int64_t step) {
-  kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
+                        std::int64_t step, double grad_factor) {
+  kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, grad_factor, squared_norm_);
   args.param = master_;
   args.grad = gradient_;
   args.m = m_;
@@ -225,10 +225,9 @@ std::shared_ptr<const model::AdapterWeights> LoraParams::snapshot() const {
 }
 
 std::vector<model::HostAdapterTensor> LoraParams::host_adapter(DType dtype) const {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   std::vector<float> host = download(master_);
-  if (dtype == DType::kBF16)
-    for (float& value : host) value = to_f32(to_bf16(value));
+  for (float& value : host) value = rounded(value, dtype);
   std::vector<model::HostAdapterTensor> tensors;
   for (const AdapterLayout::Pair& pair : layout_.pairs) {
     const auto a = host.begin() + pair.a_begin, b = host.begin() + pair.b_begin;
@@ -240,7 +239,7 @@ std::vector<model::HostAdapterTensor> LoraParams::host_adapter(DType dtype) cons
 }
 
 model::FlatAdapter LoraParams::flat_adapter(DType dtype) const {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   // The compute copy is the masters rounded, so it can be taken as it is; the probe holds it to
   // that.
   const Tensor& from = dtype == compute_.dtype ? compute_ : master_;

@@ -32,8 +32,8 @@ class LoraParams final : public Trainable, private model::GradSink {
   void measure_gradients() override;
   [[nodiscard]] const kernels::Tensor& squared_norm() const override { return squared_norm_; }
   /// One AdamW update of everything; `step` counts from 1.
-  void update(const protocol::TrainSettings& settings, double learning_rate,
-              std::int64_t step) override;
+  void update(const protocol::TrainSettings& settings, double learning_rate, std::int64_t step,
+              double grad_factor) override;
 
   /// Points a slot's entries at these parameters and gradients.
   void attach(model::AdapterTable& table, std::int64_t slot) override;

@@ -3,6 +3,7 @@
 #include "storage/file_io.h"
 #include "storage/safetensors.h"
 #include "worker/model/base_weights.h"
+#include "worker/model/merge.h"
 #include "worker/model/model_loader.h"
 #include "worker/train/state_pieces.h"
 
@@ -46,7 +47,7 @@ Status write_config(const fs::path& base, const fs::path& to, DType dtype) {
       storage::read_file((base / "config.json").string(), model::kConfigBytesMax));
   auto json = nlohmann::ordered_json::parse(text, nullptr, false);
   if (!json.is_object()) return corrupt_error(str(base.string(), "/config.json is no JSON object"));
-  const char* name = dtype == DType::kF32 ? "float32" : "bfloat16";
+  const char* name = model::torch_dtype_name(dtype);
   for (const char* key : {"torch_dtype", "dtype"})
     if (json.contains(key)) json[key] = name;
   return storage::write_file_durably((to / "config.json").string(), json.dump(2));
@@ -64,7 +65,7 @@ std::string weight_name(const StateTensor& piece) {
 }  // namespace
 
 Status create_weights(const std::string& path, const model::ModelConfig& config, DType dtype) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   std::vector<storage::TensorInfo> infos;
   for (const model::TensorSpec& spec : expected_tensors(config)) {
     storage::TensorInfo info;
@@ -89,14 +90,8 @@ Status write_pieces(const std::string& path, const std::vector<StateTensor>& pie
       return corrupt_error(str(path, " has no room for ", name));
     for_each_run(piece, [&](std::int64_t from, std::int64_t at, std::int64_t count) {
       const float* values = piece.values.data() + from;
-      if (tensor->dtype == DType::kF32) {
-        std::memcpy(room.data() + at * 4, values, static_cast<std::size_t>(count) * 4);
-        return;
-      }
-      for (std::int64_t e = 0; e < count; ++e) {
-        const bf16 rounded = to_bf16(values[e]);
-        std::memcpy(room.data() + (at + e) * 2, &rounded, 2);
-      }
+      store_floats({values, static_cast<std::size_t>(count)}, tensor->dtype,
+                   room.data() + at * dtype_bytes(tensor->dtype));
     });
   }
   return file.sync();
@@ -118,8 +113,7 @@ double largest_difference(const std::vector<StateTensor>& pieces,
           read = (at + e) / width;
           published.read_rows(weight_name(piece), read, 1, row.data());
         }
-        float mine = piece.values[static_cast<std::size_t>(from + e)];
-        if (dtype == DType::kBF16) mine = to_f32(to_bf16(mine));
+        const float mine = rounded(piece.values[static_cast<std::size_t>(from + e)], dtype);
         const double difference =
             std::fabs(static_cast<double>(mine) - row[static_cast<std::size_t>((at + e) % width)]);
         if (!(difference <= worst)) worst = difference;  // NaN too
@@ -131,11 +125,11 @@ double largest_difference(const std::vector<StateTensor>& pieces,
 
 Status export_model(const std::string& base, const std::string& to,
                     const model::ModelConfig& config, const TrainState& state, DType dtype) {
-  TANDEM_CHECK(dtype == DType::kF32 || dtype == DType::kBF16, dtype_name(dtype));
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   std::map<std::string, const StateTensor*> by_name;
   for (const StateTensor& tensor : state.tensors) by_name.emplace(tensor.name, &tensor);
   std::vector<storage::TensorInfo> infos;
-  std::list<std::vector<bf16>> narrow;
+  std::list<std::vector<std::byte>> narrow;
   for (const model::TensorSpec& spec : expected_tensors(config)) {
     const auto it = by_name.find(spec.name + ".param");
     if (it == by_name.end()) return corrupt_error(str("the state has no tensor ", spec.name));
@@ -148,10 +142,11 @@ Status export_model(const std::string& base, const std::string& to,
         static_cast<std::int64_t>(values.size()) != info.numel())
       return corrupt_error(str("the state's ", spec.name, " is not the whole tensor"));
     info.bytes = std::as_bytes(std::span(values));
-    if (dtype == DType::kBF16) {
-      auto& rounded = narrow.emplace_back(values.size());
-      for (std::size_t e = 0; e < values.size(); ++e) rounded[e] = to_bf16(values[e]);
-      info.bytes = std::as_bytes(std::span(rounded));
+    if (dtype != DType::kF32) {
+      auto& bytes =
+          narrow.emplace_back(values.size() * static_cast<std::size_t>(dtype_bytes(dtype)));
+      store_floats(values, dtype, bytes.data());
+      info.bytes = bytes;
     }
     infos.push_back(std::move(info));
   }

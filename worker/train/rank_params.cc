@@ -45,7 +45,7 @@ Overlap overlap(const FlatTensor& t, std::int64_t begin, std::int64_t count) {
 }  // namespace
 
 kernels::AdamWArgs adamw_args(const protocol::TrainSettings& settings, double learning_rate,
-                              std::int64_t step, const Tensor& squared_norm) {
+                              std::int64_t step, double grad_factor, const Tensor& squared_norm) {
   kernels::AdamWArgs args{};
   if (settings.max_grad_norm > 0.0) args.squared_norm = squared_norm;
   args.max_norm = static_cast<float>(settings.max_grad_norm);
@@ -55,6 +55,7 @@ kernels::AdamWArgs adamw_args(const protocol::TrainSettings& settings, double le
   args.eps = static_cast<float>(settings.adam_epsilon);
   args.weight_decay = static_cast<float>(settings.weight_decay);
   args.step = step;
+  args.grad_factor = static_cast<float>(grad_factor);
   return args;
 }
 

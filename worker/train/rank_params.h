@@ -42,8 +42,8 @@ class RankParams final : public Trainable, private model::GradSink {
   void zero_gradients() override;
   void measure_gradients() override;
   [[nodiscard]] const kernels::Tensor& squared_norm() const override { return squared_norm_; }
-  void update(const protocol::TrainSettings& settings, double learning_rate,
-              std::int64_t step) override;
+  void update(const protocol::TrainSettings& settings, double learning_rate, std::int64_t step,
+              double grad_factor) override;
   [[nodiscard]] std::vector<StateTensor> export_tensors(bool weights_alone) const override;
   Status read_tensors(const StateSource& state) override;
   void take_tensors() override;

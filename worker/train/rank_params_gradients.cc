@@ -145,8 +145,9 @@ void RankParams::measure_gradients() {
 }
 
 void RankParams::update(const protocol::TrainSettings& settings, double learning_rate,
-                        std::int64_t step) {
-  const kernels::AdamWArgs args = adamw_args(settings, learning_rate, step, squared_norm_);
+                        std::int64_t step, double grad_factor) {
+  const kernels::AdamWArgs args =
+      adamw_args(settings, learning_rate, step, grad_factor, squared_norm_);
   for (Unit& unit : units_) publish(unit, &args);
 }
 

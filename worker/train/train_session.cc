@@ -183,19 +183,24 @@ Result<SliceEvent> TrainSession::Impl::finish_step() {
   PhaseTimer timer(times_.optimizer);
   params_.measure_gradients();
   params_.weights().settle();
-  const double norm = std::sqrt(sum_rows(parts_.context, params_.squared_norm()));
+  const double norm = std::sqrt(sum_rows(parts_.context, params_.squared_norm())) / scaler_.scale();
   sum_over_ranks(parts_.ranks, parts_.context, {&loss_sum_, 1});
   const auto trained = static_cast<double>(current_->trained_tokens);
   const double loss = loss_sum_ / trained;
-  if (!std::isfinite(loss) || !std::isfinite(norm))
-    return refused_error(str("training diverged at step ", step_ + 1, " of ",
-                             batches_->total_steps(), ": loss ", loss, ", gradient norm ", norm,
-                             "; lower learning_rate (", options_.settings.learning_rate,
-                             ") or look at the data"));
+  TANDEM_RETURN_IF_ERROR(check_step(loss, norm));
   const double rate = learning_rate(options_.settings, batches_->total_steps(), step_);
-  params_.update(options_.settings, rate, step_ + 1);
-  ++step_;
   StepDone done;
+  done.loss_scale = scaler_.scale();
+  done.skipped = !std::isfinite(norm);
+  if (done.skipped) {
+    scaler_.skip();
+  } else {
+    // Skipped steps have left no trace in the moments.
+    params_.update(options_.settings, rate, step_ + 1 - scaler_.skipped(), 1.0 / scaler_.scale());
+    scaler_.took();
+  }
+  ++step_;
+  done.skipped_steps = scaler_.skipped();
   done.step = step_;
   done.total_steps = batches_->total_steps();
   done.epoch = static_cast<double>(step_) / static_cast<double>(batches_->steps_per_epoch());
@@ -208,6 +213,19 @@ Result<SliceEvent> TrainSession::Impl::finish_step() {
   current_.reset();
   phase_after_step();
   return SliceEvent(done);
+}
+
+/// The loss is never scaled: what is not finite there has overflowed in the forward pass.
+Status TrainSession::Impl::check_step(double loss, double norm) const {
+  const std::string where =
+      str("training diverged at step ", step_ + 1, " of ", batches_->total_steps(), ": loss ", loss,
+          ", gradient norm ", norm, "; ");
+  if (!std::isfinite(loss) && parts_.context.compute_dtype == DType::kF16)
+    return refused_error(str(where, "in f16 nothing may exceed 65504, and some activation did: ",
+                             "train on workers with --dtype bf16"));
+  if (std::isfinite(loss) && (std::isfinite(norm) || scaler_.can_lower())) return {};
+  return refused_error(str(where, "lower learning_rate (", options_.settings.learning_rate,
+                           ") or look at the data"));
 }
 
 void TrainSession::Impl::phase_after_step() {

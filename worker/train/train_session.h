@@ -15,9 +15,11 @@
 #include "worker/model/context.h"
 #include "worker/model/transformer.h"
 #include "worker/train/batch_source.h"
+#include "worker/train/loss_scaler.h"
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <variant>
@@ -59,6 +61,11 @@ struct StepDone {
   double grad_norm = 0.0;                  ///< before clipping
   std::int64_t trained_tokens = 0, tokens = 0;
   double seconds = 0.0;  ///< time inside the step's slices
+  /// In f16 (loss_scaler.h), else 1 and 0: what the step's gradients were scaled by, whether they
+  /// overflowed, so that nothing was updated (grad_norm is not finite then), and how many did.
+  double loss_scale = 1.0;
+  bool skipped = false;
+  std::int64_t skipped_steps = 0;
 };
 struct EvalDone {
   std::int64_t step = 0;  ///< optimizer steps done; 0 with `base`: before training
@@ -92,7 +99,7 @@ struct StateTensor {
   std::int64_t first = 0;
 };
 struct TrainState {
-  std::string json;  ///< {"version","step","seed","settings",...}
+  std::string json;  ///< {"version","step","seed","settings",...}; in f16 "loss_scale" too
   std::vector<StateTensor> tensors;
 };
 
@@ -102,6 +109,8 @@ struct SessionOptions {
   bool eval_base_first = true;
   /// Start from this adapter instead of a fresh one; must fit rank and target_modules.
   const std::vector<model::HostAdapterTensor>* initial = nullptr;
+  /// As the compute dtype needs it, unless given.
+  std::optional<LossScaling> loss_scaling;
 };
 
 /// Tokens of a probe's prompt at most. Two different ones are the fewest that do: each token passes
@@ -126,7 +135,8 @@ class TrainSession {
 
   /// Does the next bounded piece of work: one micro-batch (forward, loss, backward) and, after a
   /// step's last one, the optimizer step; or one evaluation micro-batch. Errors come from the
-  /// data source, or say that the loss is not finite (the step number and what to lower).
+  /// data source, or say that the loss is not finite (the step number and what to lower), or that
+  /// activations overflowed f16.
   Result<SliceEvent> run_slice();
 
   [[nodiscard]] std::int64_t step() const;  ///< optimizer steps done
@@ -149,7 +159,7 @@ class TrainSession {
   /// A frozen copy of the adapter as of the last step, in compute dtype, made on the device (no
   /// host copy): what serving shows as the job's latest and what is served after the publish.
   [[nodiscard]] std::shared_ptr<const model::AdapterWeights> snapshot_adapter() const;
-  /// The adapter on the host: masters rounded to `dtype` (kF32 or kBF16).
+  /// The adapter on the host: masters rounded to `dtype` (f32, bf16 or f16).
   [[nodiscard]] std::vector<model::HostAdapterTensor> host_adapter(DType dtype) const;
   /// The same values for publishing: one buffer of `dtype`, as few copies as the device allows.
   [[nodiscard]] model::FlatAdapter flat_adapter(DType dtype) const;

@@ -30,6 +30,8 @@ class TrainSession::Impl {
     if (pipelined())
       pipeline_.emplace(parts.allocator, parts.ledger, parts.context, params_.weights(),
                         parts.adapters, *parts.ranks, recompute);
+    scaler_ = options_.loss_scaling ? LossScaler(*options_.loss_scaling)
+                                    : LossScaler::of(parts.context.compute_dtype);
     phase_ = options_.eval_base_first && has_eval() ? Phase::kBaseEval : Phase::kTrain;
   }
   ~Impl() { parts_.adapters.clear(parts_.context.exec, parts_.slot); }
@@ -91,8 +93,10 @@ class TrainSession::Impl {
 
   Phase phase_ = Phase::kTrain;
   bool started_ = false;
-  std::int64_t step_ = 0;       ///< optimizer steps done
+  std::int64_t step_ = 0;  ///< optimizer steps done
+  LossScaler scaler_;
   std::int64_t read_step_ = 0;  ///< of a state that was read and is to be taken
+  LossScaler read_scaler_;
 
  private:
   std::vector<float> prompt_logits(const std::vector<std::int32_t>& prompt);
@@ -110,8 +114,9 @@ class TrainSession::Impl {
   void deal_micro_batches();
   [[nodiscard]] DeviceBatch upload(model::Context& ctx, const LocalBatch& batch) const;
   [[nodiscard]] float gradient_scale() const {
-    return static_cast<float>(1.0 / static_cast<double>(current_->trained_tokens));
+    return static_cast<float>(scaler_.scale() / static_cast<double>(current_->trained_tokens));
   }
+  [[nodiscard]] Status check_step(double loss, double norm) const;
   [[nodiscard]] bool pipelined() const {
     return parts_.ranks != nullptr && parts_.ranks->layout.pp > 1;
   }

@@ -57,12 +57,13 @@ const std::set<std::string>& free_settings() {
 
 TrainState TrainSession::Impl::export_state() const {
   TrainState state;
-  const Json json{{"version", kStateVersion},
-                  {"step", step_},
-                  {"total_steps", batches_->total_steps()},
-                  {"seed", options_.settings.seed},
-                  {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
-                  {"settings", Json::parse(options_.settings.to_json())}};
+  Json json{{"version", kStateVersion},
+            {"step", step_},
+            {"total_steps", batches_->total_steps()},
+            {"seed", options_.settings.seed},
+            {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
+            {"settings", Json::parse(options_.settings.to_json())}};
+  if (scaler_.active()) json["loss_scale"] = Json::parse(scaler_.to_json());
   state.json = json.dump();
   state.tensors = params_.export_tensors(false);
   return state;
@@ -98,12 +99,19 @@ Status TrainSession::Impl::read_state(const std::string& text, const StateSource
   if (step < 0 || step > batches_->total_steps())
     return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
   read_step_ = step;
+  read_scaler_ = scaler_;
+  if (scaler_.active() != json.contains("loss_scale"))
+    return conflict_error(scaler_.active()
+                              ? "the checkpoint has no loss_scale, which this job needs"
+                              : "the checkpoint has a loss_scale, this job has none");
+  if (scaler_.active()) TANDEM_RETURN_IF_ERROR(read_scaler_.read(json["loss_scale"].dump()));
   return params_.read_tensors(tensors);
 }
 
 void TrainSession::Impl::take_state() {
   params_.take_tensors();
   step_ = read_step_;
+  scaler_ = read_scaler_;
   if (step_ == batches_->total_steps())
     phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
   else if (step_ > 0)

@@ -33,9 +33,9 @@ class Trainable {
   /// `squared_norm()`, on the device: the same on every rank.
   virtual void measure_gradients() = 0;
   [[nodiscard]] virtual const kernels::Tensor& squared_norm() const = 0;
-  /// One AdamW update of everything; `step` counts from 1.
+  /// One AdamW update of everything, by grad_factor times the gradients; `step` counts from 1.
   virtual void update(const protocol::TrainSettings& settings, double learning_rate,
-                      std::int64_t step) = 0;
+                      std::int64_t step, double grad_factor) = 0;
 
   /// This rank's part of the state; merge_states makes one of all ranks' parts. `weights_alone`:
   /// without the optimizer's moments.
@@ -58,6 +58,7 @@ class Trainable {
 
 /// AdamW's arguments but for the tensors.
 kernels::AdamWArgs adamw_args(const protocol::TrainSettings& settings, double learning_rate,
-                              std::int64_t step, const kernels::Tensor& squared_norm);
+                              std::int64_t step, double grad_factor,
+                              const kernels::Tensor& squared_norm);
 
 }  // namespace tandem::worker::train

@@ -97,6 +97,7 @@ std::vector<Case> cases() {
              .recompute = "block",
              .lengths = std::vector<std::int64_t>(16, 128),
              .publish = true};
+  if (test::on_gpu()) all.push_back({.name = "f16", .dtype = DType::kF16, .publish = true});
   return all;
 }
 
@@ -328,14 +329,17 @@ TEST_P(ServingEstimate, EqualsTheRealLedgerByteForByte) {
   driver.expect(str("serving ", c.name), dry.peak_total);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Configurations, ServingEstimate,
-    testing::Values(ServingCase{"f32", DType::kF32, 8 << 20, 200, 8, 4},
-                    ServingCase{"bf16", DType::kBF16, 8 << 20, 200, 8, 4},
-                    ServingCase{"small_pool", DType::kBF16, 2 << 20, 64, 4, 1},
-                    ServingCase{"large_pool", DType::kBF16, 64 << 20, 512, 32, 4},
-                    ServingCase{"many_slots", DType::kF32, 16 << 20, 256, 16, 40}),
-    [](const auto& one) { return std::string(one.param.name); });
+std::vector<ServingCase> serving_cases() {
+  std::vector<ServingCase> all{{"f32", DType::kF32, 8 << 20, 200, 8, 4},
+                               {"bf16", DType::kBF16, 8 << 20, 200, 8, 4},
+                               {"small_pool", DType::kBF16, 2 << 20, 64, 4, 1},
+                               {"large_pool", DType::kBF16, 64 << 20, 512, 32, 4},
+                               {"many_slots", DType::kF32, 16 << 20, 256, 16, 40}};
+  if (test::on_gpu()) all.push_back({"f16", DType::kF16, 8 << 20, 200, 8, 4});
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Configurations, ServingEstimate, testing::ValuesIn(serving_cases()),
+                         [](const auto& one) { return std::string(one.param.name); });
 
 }  // namespace
 }  // namespace tandem::worker::memory

@@ -67,7 +67,7 @@ storage::PeftConfig peft(std::int64_t rank) {
 const Digest kBase = sha256("base");
 
 TEST(AdapterCodec, ARoundTripKeepsEveryBitThatTheDtypeHolds) {
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     const auto original = tensors(4);
     const auto packed = pack_adapter(kBase, peft(4), flat(original, dtype));
     ASSERT_TRUE(packed.ok()) << packed.status().to_string();

@@ -482,7 +482,7 @@ TEST(ServeAdapters, NeverShareCachedPrefixes) {
 // -- memory ---------------------------------------------------------------------------------------
 
 TEST(ServeMemory, ADryRunOnMetaHasThePeakOfTheRealEngineUnderAnyLoad) {
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+  for (const DType dtype : test::test_dtypes()) {
     ServeBench real(ServeBench::cpu(), tiny_config(), 4, dtype);
     ServeBench meta(kernels::make_meta_backend(real.backend.ops->profile()), tiny_config(), 4,
                     dtype);

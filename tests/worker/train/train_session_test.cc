@@ -167,7 +167,7 @@ TEST_P(Resume, OfAFullFineTuneAfterAnyStepEndsWithTheSameBits) {
     EXPECT_EQ(state.tensors[t].values, end.tensors[t].values) << end.tensors[t].name;
 }
 
-INSTANTIATE_TEST_SUITE_P(Dtypes, Resume, testing::Values(DType::kF32, DType::kBF16),
+INSTANTIATE_TEST_SUITE_P(Dtypes, Resume, testing::ValuesIn(test::test_dtypes()),
                          [](const auto& one) { return std::string(dtype_name(one.param)); });
 
 TEST(TrainSession, DropoutChangesTheResult) {
@@ -314,7 +314,7 @@ TEST_P(Probe, OneWrongValueInAnyTensorIsSeen) {
       }
 }
 
-INSTANTIATE_TEST_SUITE_P(Dtypes, Probe, testing::Values(DType::kF32, DType::kBF16),
+INSTANTIATE_TEST_SUITE_P(Dtypes, Probe, testing::ValuesIn(test::test_dtypes()),
                          [](const auto& one) { return std::string(dtype_name(one.param)); });
 
 TEST(ProbePrompt, IsTwoTokensThatDiffer) {

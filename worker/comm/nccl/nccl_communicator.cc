@@ -28,6 +28,8 @@ ncclDataType_t nccl_type(DType dtype) {
       return ncclFloat64;
     case DType::kBF16:
       return ncclBfloat16;
+    case DType::kF16:
+      return ncclFloat16;
     default:
       TANDEM_CHECK(false, "no sums of ", dtype_name(dtype));
       return ncclFloat32;

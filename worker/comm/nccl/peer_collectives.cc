@@ -107,7 +107,7 @@ bool PeerCollectives::sum(cudaStream_t queue, const Tensor& x) {
   // Slices are rounded up to whole vectors.
   constexpr std::int64_t kPadding = kPeersMax * 16;
   if (x.bytes() > kSumBytes - kPadding) return false;
-  if (x.dtype != DType::kF32 && x.dtype != DType::kBF16) return false;
+  if (!is_stored_float(x.dtype)) return false;
   SmallSum sum{};
   for (int r = 0; r < memory_->size(); ++r) sum.windows[r] = memory_->window(r);
   sum.x = x.data;
@@ -115,8 +115,10 @@ bool PeerCollectives::sum(cudaStream_t queue, const Tensor& x) {
   sum.rank = memory_->rank();
   sum.size = memory_->size();
   sum.turn = ++sums_;
-  check(sum_small(queue, x.dtype == DType::kF32 ? PeerType::kF32 : PeerType::kBF16, sum),
-        "small sum");
+  const PeerType type = x.dtype == DType::kF32    ? PeerType::kF32
+                        : x.dtype == DType::kBF16 ? PeerType::kBF16
+                                                  : PeerType::kF16;
+  check(sum_small(queue, type, sum), "small sum");
   return true;
 }
 

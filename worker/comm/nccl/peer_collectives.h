@@ -30,7 +30,7 @@ class PeerCollectives {
   /// out = this rank's slice of the sum over ranks of x [size * n] f32, in rank order; false: x is
   /// not shared, or no f32. out may be that slice of x. Done on `queue` when every rank has read.
   bool reduce_scatter(cudaStream_t queue, const kernels::Tensor& x, const kernels::Tensor& out);
-  /// x = the sum over ranks, in rank order, in f32; false: it is too large, or no f32 or bf16.
+  /// x = the sum over ranks, in rank order, in f32; false: it is too large, or no f32, bf16 or f16.
   bool sum(cudaStream_t queue, const kernels::Tensor& x);
 
  private:

@@ -1,6 +1,7 @@
 #include "worker/comm/nccl/peer_kernels.h"
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 namespace tandem::worker::comm {
 namespace {
@@ -31,26 +32,46 @@ struct Vec<float> {
             __float_as_uint(v[3])};
   }
 };
+/// A pair of 16-bit elements, the first in the low half.
+template <class T>
+__device__ float2 widen(unsigned word);
 template <>
-struct Vec<__nv_bfloat16> {
+__device__ float2 widen<__nv_bfloat16>(unsigned word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+template <>
+__device__ float2 widen<__half>(unsigned word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+template <class T>
+__device__ unsigned narrow(float low, float high);
+template <>
+__device__ unsigned narrow<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+template <>
+__device__ unsigned narrow<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+template <class T>
+struct Vec {
+  static_assert(sizeof(T) == 2);
   static constexpr int kSize = 8;
   float v[8] = {};
   __device__ void add(const uint4& raw) {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[2 * i] += __uint_as_float(words[i] << 16);
-      v[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+      const float2 pair = widen<T>(words[i]);
+      v[2 * i] += pair.x;
+      v[2 * i + 1] += pair.y;
     }
   }
   __device__ uint4 rounded() const {
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-      words[i] = *reinterpret_cast<const unsigned*>(&pair);
-    }
-    return {words[0], words[1], words[2], words[3]};
+    return {narrow<T>(v[0], v[1]), narrow<T>(v[2], v[3]), narrow<T>(v[4], v[5]),
+            narrow<T>(v[6], v[7])};
   }
 };
 
@@ -113,8 +134,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 1; i < s.size; ++i) {
     const int r = (s.rank + i) % s.size;
     T* const to = addends(r, s.rank) - r * per_slice;
-    each(stretch(r), [&](std::int64_t e) { vec(to + e) = vec(x + e); },
-         [&](std::int64_t e) { to[e] = x[e]; });
+    each(
+        stretch(r), [&](std::int64_t e) { vec(to + e) = vec(x + e); },
+        [&](std::int64_t e) { to[e] = x[e]; });
   }
   meet(&PeerFlags::sent);
   const auto from = [&](int r) {
@@ -137,9 +159,9 @@ __global__ void __launch_bounds__(kThreads)
       });
   meet(&PeerFlags::sum);
   for (int i = 1; i < s.size; ++i)
-    each(stretch((s.rank + i) % s.size),
-         [&](std::int64_t e) { vec(x + e) = vec(sums(s.rank) + e); },
-         [&](std::int64_t e) { x[e] = sums(s.rank)[e]; });
+    each(
+        stretch((s.rank + i) % s.size), [&](std::int64_t e) { vec(x + e) = vec(sums(s.rank) + e); },
+        [&](std::int64_t e) { x[e] = sums(s.rank)[e]; });
 }
 
 __device__ void put_line(char* to, std::uint32_t a, std::uint32_t b, std::uint32_t turn) {
@@ -163,8 +185,8 @@ __device__ void add_pair(float (&sum)[4], const uint2& raw) {
   if constexpr (sizeof(T) == 4) {
     sum[0] += __uint_as_float(raw.x), sum[1] += __uint_as_float(raw.y);
   } else {
-    sum[0] += __uint_as_float(raw.x << 16), sum[1] += __uint_as_float(raw.x & 0xffff0000u);
-    sum[2] += __uint_as_float(raw.y << 16), sum[3] += __uint_as_float(raw.y & 0xffff0000u);
+    const float2 low = widen<T>(raw.x), high = widen<T>(raw.y);
+    sum[0] += low.x, sum[1] += low.y, sum[2] += high.x, sum[3] += high.y;
   }
 }
 
@@ -267,8 +289,10 @@ void launch_small(cudaStream_t stream, const SmallSum& sum) {
 cudaError_t sum_small(cudaStream_t stream, PeerType type, const SmallSum& sum) {
   if (type == PeerType::kF32)
     launch_small<float>(stream, sum);
-  else
+  else if (type == PeerType::kBF16)
     launch_small<__nv_bfloat16>(stream, sum);
+  else
+    launch_small<__half>(stream, sum);
   return cudaGetLastError();
 }
 

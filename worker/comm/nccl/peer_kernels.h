@@ -7,7 +7,7 @@
 
 namespace tandem::worker::comm {
 
-enum class PeerType : int { kF32, kBF16 };
+enum class PeerType : int { kF32, kBF16, kF16 };
 
 /// A small sum: its addends go through the windows.
 struct SmallSum {
