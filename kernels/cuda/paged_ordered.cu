@@ -391,9 +391,10 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
   config.attrs = attributes;
   config.numAttrs = 2;
   const int rows = std::min(v.block_size, kHalf);
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, make_tensor_map(Element<E>::kDType, v.k, v.cache_rows, kDim, rows),
-                                make_tensor_map(Element<E>::kDType, v.v, v.cache_rows, kDim, rows), v),
-             "paged ordered_kernel");
+  const auto map = [&](const void* data) {
+    return make_tensor_map(Element<E>::kDType, data, v.cache_rows, kDim, rows);
+  };
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, map(v.k), map(v.v), v), "paged ordered_kernel");
 }
 
 }  // namespace
