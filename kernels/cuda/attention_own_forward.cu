@@ -159,7 +159,6 @@ class Segments {
   /// `sums`: the block's; see ForwardShared.
   __device__ explicit Segments(float4* sums) : at_(sums + threadIdx.x - 128) {}
   __device__ void clear() { any_ = false; }
-  [[nodiscard]] __device__ bool any() const { return any_; }
   /// Adds what the next segment down has.
   __device__ void add(const RowState& state, const float (&o)[kDim / 2], float scale_log2) {
     if (!any_) {
