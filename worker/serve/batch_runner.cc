@@ -112,7 +112,8 @@ bool BatchRunner::replays(const Extent& e) const {
 }
 
 std::uint64_t BatchRunner::replay_key(const Extent& e) const {
-  std::uint64_t key = runner_;  // its tensors are nobody else's
+  // Its tensors are nobody else's; mixed first, or 1 with 24 tokens would be 17 with 8.
+  std::uint64_t key = mix64(runner_);
   for (const std::int64_t part :
        {e.tokens, e.sequences, e.segments, e.blocks, e.samples, batch_.adapters.rank_max,
         paged_.kv_len_max, sample_args_.top_logprobs, context_.activations.mark(),
