@@ -121,6 +121,23 @@ std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs&) {
   return kGemmWorkspaceBytes;
 }
 
+NormBackwardLayout norm_backward_layout(const RmsNormBackwardArgs& a,
+                                        const DeviceProfile& profile) {
+  NormBackwardLayout l;
+  ScratchLayout layout;
+  const std::int64_t row_bytes = a.dy.dim(1) * dtype_bytes(a.dy.dtype);
+  if (a.dweight.defined() && row_bytes % 16 == 0 && row_bytes <= kNormRowBytesMax) {
+    // As many as a multiprocessor holds: rows of one, two or four accesses of each thread.
+    const std::int64_t each = row_bytes <= kNormRowBytesMax / 4   ? 4
+                              : row_bytes <= kNormRowBytesMax / 2 ? 2
+                                                                  : 1;
+    l.blocks = std::min<std::int64_t>(a.dy.dim(0), each * profile.sm_count);
+    l.parts = layout.add(l.blocks * a.dy.dim(1) * 4);
+  }
+  l.bytes = layout.bytes();
+  return l;
+}
+
 LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& a) {
   LinearCrossEntropyLayout l;
   const std::int64_t t = a.x.dim(0), v = a.weight->n;

@@ -65,6 +65,17 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
 /// Of the ops of full fine-tuning: one product into dW; the others take nothing.
 std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);
 
+/// Rows of a norm up to 16 KiB stay in a block's registers: four accesses of 256 threads.
+inline constexpr std::int64_t kNormRowBytesMax = 4 * 256 * 16;
+/// With dweight: each block goes over rows of its own and keeps its part of the sum.
+struct NormBackwardLayout {
+  std::int64_t blocks = 0;  ///< 0: dweight is a pass of its own, or not wanted
+  std::int64_t parts = 0;   ///< [blocks, C] f32
+  std::int64_t bytes = 0;
+};
+NormBackwardLayout norm_backward_layout(const RmsNormBackwardArgs& args,
+                                        const DeviceProfile& profile);
+
 /// A chunk of logits in f32: enough rows to keep the product at full speed, few enough to be a
 /// small part of the memory.
 inline constexpr std::int64_t kLogitsChunkBytes = std::int64_t{1} << 30;
@@ -112,7 +123,8 @@ std::int64_t paged_attention_forward_bytes(const PagedAttentionArgs& args,
 std::int64_t sample_bytes(const SampleArgs& args, const DeviceProfile& profile);
 
 struct PagedAttentionLayout {
-  bool fast = false;       ///< attention_own_forward.cu takes the sequences with many new rows
+  bool trains = false;     ///< training's kernel can read this cache
+  bool fast = false;       ///< and takes the sequences with many new rows: attention_own_forward.cu
   std::int64_t count = 0;  ///< fast: i32, the number of entries
   std::int64_t tiles = 0;  ///< fast: [T / kAttentionTileRows + 2 S] entries
   std::int64_t bytes = 0;

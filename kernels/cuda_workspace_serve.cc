@@ -8,8 +8,9 @@ PagedAttentionLayout paged_attention_layout(const PagedAttentionArgs& a,
   PagedAttentionLayout l;
   ScratchLayout layout;
   const std::int64_t t = a.qkv.dim(0), s = a.kv_lens.dim(0), block = a.cache->block_size;
-  l.fast = attention_is_fast(a.spec, a.qkv.dtype, profile) && block % 16 == 0 &&
-           kAttentionTileRows % block == 0 && t > s;
+  l.trains = attention_is_fast(a.spec, a.qkv.dtype, profile) && block % 16 == 0 &&
+             kAttentionTileRows % block == 0;
+  l.fast = l.trains && t > s;
   if (l.fast) {
     l.count = layout.add(4);
     l.tiles = layout.add((t / kAttentionTileRows + 2 * s) * kAttentionTileBytes);

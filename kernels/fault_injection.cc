@@ -75,7 +75,6 @@ class FaultyOps final : public Ops {
   TANDEM_FORWARD(embedding_backward, EmbeddingBackwardArgs)
   TANDEM_FORWARD(add_rms_norm_forward, AddRmsNormArgs)
   TANDEM_FORWARD(rms_norm_backward, RmsNormBackwardArgs)
-  TANDEM_FORWARD(rms_norm_weight_grad, RmsNormWeightGradArgs)
   TANDEM_FORWARD(linear_forward, LinearArgs)
   TANDEM_FORWARD(linear_backward, LinearBackwardArgs)
   TANDEM_FORWARD(linear_weight_grad, LinearWeightGradArgs)

@@ -84,13 +84,9 @@ struct RmsNormBackwardArgs {
   Tensor weight;     ///< [C] cd
   Tensor rstd;       ///< [T] f32
   Tensor dresidual;  ///< [T, C] cd, accumulated
-};
-/// dweight += sum over rows of dy * (residual * rstd), in ascending order of rows.
-struct RmsNormWeightGradArgs {
-  Tensor dy;               ///< [T, C] cd
-  Tensor residual;         ///< [T, C] cd as the forward left it
-  Tensor rstd;             ///< [T] f32
-  Tensor dweight;          ///< [C] f32, accumulated
+  /// [C] f32, accumulated: the sum over rows of dy * (residual * rstd), in an order that is fixed;
+  /// undefined: not wanted.
+  Tensor dweight = {};
   bool overwrite = false;  ///< dweight held nothing: it is written instead
 };
 

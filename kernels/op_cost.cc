@@ -126,9 +126,6 @@ OpCost op_cost(const AddRmsNormArgs& a) {
 OpCost op_cost(const RmsNormBackwardArgs& a) {
   return {0.0, 0.0, bytes_of(a.dy, a.residual, a.dresidual, a.dresidual)};
 }
-OpCost op_cost(const RmsNormWeightGradArgs& a) {
-  return {0.0, 0.0, bytes_of(a.dy, a.residual)};
-}
 OpCost op_cost(const RopeArgs& a) {
   return {0.0, 0.0, bytes_of(a.qkv, a.qkv)};
 }

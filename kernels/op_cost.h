@@ -35,7 +35,6 @@ OpCost op_cost(const EmbeddingArgs& args);
 OpCost op_cost(const EmbeddingBackwardArgs& args);
 OpCost op_cost(const AddRmsNormArgs& args);
 OpCost op_cost(const RmsNormBackwardArgs& args);
-OpCost op_cost(const RmsNormWeightGradArgs& args);
 OpCost op_cost(const RopeArgs& args);
 OpCost op_cost(const RopeBackwardArgs& args);
 OpCost op_cost(const SiluMulArgs& args);

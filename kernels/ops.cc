@@ -133,6 +133,10 @@ void Ops::rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
   check.tensor("dresidual", a.dresidual, cd, a.dy.shape);
   check.disjoint("dresidual", a.dresidual, "dy", a.dy);
   check.disjoint("dresidual", a.dresidual, "residual", a.residual);
+  check.optional("dweight", a.dweight, sum_dtype(cd), Shape{c});
+  check.disjoint("dweight", a.dweight, "dy", a.dy);
+  check.disjoint("dweight", a.dweight, "residual", a.residual);
+  if (a.dweight.defined() && a.overwrite) do_fill_zero(exec, a.dweight);
   if (t == 0) return;
   do_rms_norm_backward(exec, a);
 }

@@ -70,7 +70,6 @@ class Ops {
   void embedding_backward(Exec& exec, const EmbeddingBackwardArgs& args);
   void add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& args);
   void rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& args);
-  void rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& args);
   void linear_forward(Exec& exec, const LinearArgs& args);
   void linear_backward(Exec& exec, const LinearBackwardArgs& args);
   void linear_weight_grad(Exec& exec, const LinearWeightGradArgs& args);
@@ -105,7 +104,6 @@ class Ops {
   virtual void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) = 0;
   virtual void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) = 0;
   virtual void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) = 0;
-  virtual void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) = 0;
   virtual void do_linear_forward(Exec&, const LinearArgs&) = 0;
   virtual void do_linear_backward(Exec&, const LinearBackwardArgs&) = 0;
   virtual void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) = 0;

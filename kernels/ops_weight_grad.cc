@@ -16,20 +16,6 @@ void Ops::embedding_backward(Exec& exec, const EmbeddingBackwardArgs& a) {
   do_embedding_backward(exec, a);
 }
 
-void Ops::rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& a) {
-  const OpCheck check("rms_norm_weight_grad");
-  check.rank("dy", a.dy, 2);
-  const DType cd = check.compute_dtype("dy", a.dy);
-  check.tensor("residual", a.residual, cd, a.dy.shape);
-  check.tensor("rstd", a.rstd, sum_dtype(cd), Shape{a.dy.dim(0)});
-  check.tensor("dweight", a.dweight, sum_dtype(cd), Shape{a.dy.dim(1)});
-  check.disjoint("dweight", a.dweight, "dy", a.dy);
-  check.disjoint("dweight", a.dweight, "residual", a.residual);
-  if (a.overwrite) do_fill_zero(exec, a.dweight);
-  if (a.dy.elements() == 0) return;
-  do_rms_norm_weight_grad(exec, a);
-}
-
 void Ops::linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {
   const OpCheck check("linear_weight_grad");
   check.rank("dy", a.dy, 2);

@@ -219,6 +219,10 @@ bool on_cuda(const DeviceProfile& profile) {
 }
 }  // namespace
 
+std::int64_t workspace_bytes(const RmsNormBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::norm_backward_layout(a, profile).bytes : 0;
+}
+
 std::int64_t workspace_bytes(const LinearArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) ? cuda::linear_forward_layout(a, profile).bytes
                           : linear_forward_workspace(a, profile).bytes;

@@ -27,6 +27,7 @@ class ScratchLayout {
 };
 
 /// Scratch of one call on the profile's device.
+std::int64_t workspace_bytes(const RmsNormBackwardArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearBackwardArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearWeightGradArgs& args, const DeviceProfile& profile);

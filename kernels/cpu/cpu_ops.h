@@ -29,7 +29,7 @@ class CpuOps final : public Ops {
   void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override;
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override;
   void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override;
-  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override;
+  void rms_norm_weight_grad(const RmsNormBackwardArgs&);
   void do_linear_forward(Exec&, const LinearArgs&) override;
   void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
   void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) override;

@@ -181,6 +181,7 @@ void CpuOps::do_add_rms_norm_forward(Exec&, const AddRmsNormArgs& a) {
   TANDEM_CPU_DISPATCH(a.y.dtype, add_rms_norm, a, profile_.threads);
 }
 void CpuOps::do_rms_norm_backward(Exec&, const RmsNormBackwardArgs& a) {
+  if (a.dweight.defined()) rms_norm_weight_grad(a);
   TANDEM_CPU_DISPATCH(a.dy.dtype, rms_norm_grad, a, profile_.threads);
 }
 void CpuOps::do_rope_forward(Exec&, const RopeArgs& a) {

@@ -48,7 +48,7 @@ void embedding_grad(const EmbeddingBackwardArgs& a, int threads) {
 }
 
 template <class T>
-void norm_weight_grad(const RmsNormWeightGradArgs& a, int threads) {
+void norm_weight_grad(const RmsNormBackwardArgs& a, int threads) {
   const std::int64_t t = a.dy.dim(0), c = a.dy.dim(1);
   const T *dy = a.dy.as<T>(), *x = a.residual.as<T>();
   const float* rstd = a.rstd.as<float>();
@@ -116,7 +116,7 @@ void CpuOps::do_embedding_backward(Exec&, const EmbeddingBackwardArgs& a) {
   TANDEM_CPU_DISPATCH(a.dout.dtype, embedding_grad, a, profile_.threads);
 }
 
-void CpuOps::do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs& a) {
+void CpuOps::rms_norm_weight_grad(const RmsNormBackwardArgs& a) {
   TANDEM_CPU_DISPATCH(a.dy.dtype, norm_weight_grad, a, profile_.threads);
 }
 

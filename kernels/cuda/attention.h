@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda_workspace.h"
+#include "kernels/exec.h"
 
 #include <cuda_runtime.h>
 
@@ -29,15 +30,16 @@ struct Queue {
   operator cudaStream_t() const { return stream; }
 };
 
-/// Scratch as the layouts say; they are `fast`. attention_own_*.cu.
-void own_attention_forward(const Queue& queue, const AttentionArgs& args,
+/// Scratch as the layouts say; they are `fast`. attention_own_*.cu. Forward under kInvariant gives
+/// a row the bits of paged_ordered.cu.
+void own_attention_forward(const Queue& queue, Numerics numerics, const AttentionArgs& args,
                            const AttentionForwardLayout& layout, char* scratch);
 void own_attention_backward(const Queue& queue, const AttentionBackwardArgs& args,
                             const AttentionBackwardLayout& layout, char* scratch);
 
 /// The forward kernel over the cache, for the sequences with at least `rows_min` new rows; inert
 /// rows become zero. `layout` is `fast`.
-void own_paged_forward(const Queue& queue, const PagedAttentionArgs& args,
+void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttentionArgs& args,
                        const PagedAttentionLayout& layout, char* scratch, int rows_min);
 
 /// delta [T, H] f32: the sum over the head of dout * out.

@@ -2,6 +2,7 @@
 // exponentiated, the tensor cores work on the next scores and on the last block's values, and the
 // two multiplying warpgroups take turns.
 #include "kernels/cuda/attention_own.cuh"
+#include "kernels/cuda/attention_softmax.cuh"
 
 #include <cmath>
 
@@ -35,7 +36,8 @@ struct ForwardShared {
   using Q = SharedTile<kTileRows, kDim>;
   using K = SharedTile<kKeys, kDim>;
   static constexpr int kK = Q::kBytes, kV = kK + kStages * K::kBytes;
-  static constexpr int kBytes = kV + kStages * K::kBytes + 1024;
+  static constexpr int kSums = kV + kStages * K::kBytes;  ///< f32 [rows, kDim]: see Segments
+  static constexpr int kBytes = kSums + 1024, kBytesSegments = kBytes + kTileRows * kDim * 4;
 };
 
 struct ForwardBarriers {
@@ -136,51 +138,6 @@ __device__ void produce(const ForwardMaps& maps, const ForwardParams& p, std::ui
   }
 }
 
-/// Of the two rows a thread holds: the largest score and the sum of exponentials.
-struct RowState {
-  float top[2], sum[2];
-};
-
-/// Scores beyond the diagonal or behind the window become -inf. `query` and `key` are the thread's
-/// first row and column.
-__device__ inline void mask_scores(float (&s)[kKeys / 2], int query, int key, int window) {
-#pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int q = query + i / 2 * 8, k = key + 8 * j + i % 2;
-      if (k > q || (window != 0 && q - k >= window)) s[4 * j + i] = -INFINITY;
-    }
-}
-
-/// Scores become exponentials relative to the rows' largest so far; gives the factors by which what
-/// was summed before shrinks.
-__device__ inline void exponentiate(float (&s)[kKeys / 2], RowState& state, float scale_log2,
-                                    float (&shrink)[2]) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top = state.top[h];
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
-      top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float offset = top * scale_log2;
-    shrink[h] = exp2_fast(state.top[h] * scale_log2 - offset);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = s[4 * j + 2 * h + i];
-        x = exp2_fast(fmaf(x, scale_log2, -offset));
-        sum += x;
-      }
-    state.sum[h] = state.sum[h] * shrink[h] + sum;
-    state.top[h] = top;
-  }
-}
-
 template <int kDim>
 __device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
 #pragma unroll
@@ -189,8 +146,68 @@ __device__ inline void rescale(float (&o)[kDim / 2], const float (&shrink)[2]) {
     for (int i = 0; i < 4; ++i) o[4 * j + i] *= shrink[i / 2];
 }
 
-template <class E, int kDim, bool kTurns>
-__device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBarriers& bars) {
+/// Block n is the first, from above, of a segment.
+__device__ inline bool begins_segment(int n) {
+  return (n + 1) % (kSegmentKeys / kKeys) == 0;
+}
+
+/// A multiplying thread's sums over the segments of keys above the one it is at: its own values in
+/// shared memory, which no other thread touches.
+template <int kDim>
+class Segments {
+ public:
+  /// `sums`: the block's; see ForwardShared.
+  __device__ explicit Segments(float4* sums) : at_(sums + threadIdx.x - 128) {}
+  __device__ void clear() { any_ = false; }
+  /// Adds what the next segment down has.
+  __device__ void add(const RowState& state, const float (&o)[kDim / 2], float scale_log2) {
+    if (!any_) {
+      state_ = state;
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j)
+        at_[j * kConsumers] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+      any_ = true;
+      return;
+    }
+    const SegmentFactors f0 = factors(state, 0, scale_log2), f1 = factors(state, 1, scale_log2);
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      float4 x = at_[j * kConsumers];
+      x.x = add_values(x.x, o[4 * j], f0);
+      x.y = add_values(x.y, o[4 * j + 1], f0);
+      x.z = add_values(x.z, o[4 * j + 2], f1);
+      x.w = add_values(x.w, o[4 * j + 3], f1);
+      at_[j * kConsumers] = x;
+    }
+  }
+  /// The lowest segment's state and values become those of all.
+  __device__ void finish(RowState& state, float (&o)[kDim / 2], float scale_log2) {
+    if (!any_) return;
+    add(state, o, scale_log2);
+    state = state_;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      const float4 x = at_[j * kConsumers];
+      o[4 * j] = x.x;
+      o[4 * j + 1] = x.y;
+      o[4 * j + 2] = x.z;
+      o[4 * j + 3] = x.w;
+    }
+  }
+
+ private:
+  static constexpr int kConsumers = 32 * kConsumerWarps;
+  __device__ SegmentFactors factors(const RowState& next, int h, float scale_log2) {
+    return add_segment(state_.top[h], state_.sum[h], next.top[h], next.sum[h], scale_log2);
+  }
+  float4* const at_;
+  RowState state_;
+  bool any_ = false;
+};
+
+template <class E, int kDim, bool kTurns, bool kSegments>
+__device__ void consume(const ForwardParams& p, std::uint32_t shared, float4* sums,
+                        ForwardBarriers& bars) {
   using S = ForwardShared<kDim>;
   const int group = warpgroup() - 1;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -204,6 +221,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
     if (lane == 0) barrier_arrive(barrier);
   };
   Ring<kStages> k_ring, v_ring;
+  Segments<kDim> segments(sums);
   std::uint32_t q_phase = 0;
   if (kTurns && group == 1) named_arrive(kTurn, 256);
   for (int round = 0; round * static_cast<int>(gridDim.x) < items; ++round) {
@@ -224,7 +242,12 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       wgmma_commit();
     };
     float o[kDim / 2], shrink[2];
-    RowState state{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    RowState state;
+    if (kSegments) segments.clear();
+    // Whether block n's values are added to those of the block above.
+    const auto goes_on = [&](int n) {
+      return n < blocks.high && !(kSegments && begins_segment(n));
+    };
     std::uint32_t weights[kKeys / 16][4];
     const auto values = [&](int n, bool accumulate) {
       const std::uint32_t v = shared + S::kV + v_ring.stage * S::K::kBytes;
@@ -249,7 +272,8 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       pin(s);
       release(&bars.k_empty[k_ring.stage]);
       k_ring.next();
-      if (partly(blocks.high)) mask_scores(s, query, blocks.high * kKeys + column, p.window);
+      if (partly(blocks.high))
+        mask_scores(s, query, query + 8, blocks.high * kKeys + column, p.window);
       exponentiate(s, state, scale_log2, shrink);
       as_operand<E, kKeys>(s, weights);
     }
@@ -259,34 +283,39 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
       if (kTurns) named_sync(kTurn + group, 256);
       wgmma_fence();
       scores(s);
-      values(n + 1, n + 1 < blocks.high);
+      values(n + 1, goes_on(n + 1));
       if (kTurns) named_arrive(kTurn + 1 - group, 256);
       wgmma_wait<1>();
       pin(s);
       release(&bars.k_empty[k_ring.stage]);
       k_ring.next();
-      if (partly(n)) mask_scores(s, query, n * kKeys + column, p.window);
+      if (partly(n)) mask_scores(s, query, query + 8, n * kKeys + column, p.window);
+      const bool begins = kSegments && begins_segment(n);
+      const RowState above = state;
+      if (begins) state = {};
       exponentiate(s, state, scale_log2, shrink);
       wgmma_wait<0>();
       pin(o);
       release(&bars.v_empty[v_ring.stage]);
       v_ring.next();
-      rescale<kDim>(o, shrink);
+      if (begins)
+        segments.add(above, o, scale_log2);
+      else
+        rescale<kDim>(o, shrink);
       as_operand<E, kKeys>(s, weights);
     }
     release(&bars.q_empty);
-    values(blocks.low, blocks.low < blocks.high);
+    values(blocks.low, goes_on(blocks.low));
     wgmma_wait<0>();
     pin(o);
     release(&bars.v_empty[v_ring.stage]);
     v_ring.next();
+    if (kSegments) segments.finish(state, o, scale_log2);
 
     float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = state.sum[h];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float sum = row_sum(state.sum[h]);
       inverse[h] = 1.0f / sum;
       const int r = row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && r < tile.rows)
@@ -301,7 +330,7 @@ __device__ void consume(const ForwardParams& p, std::uint32_t shared, ForwardBar
   }
 }
 
-template <class E, int kDim, bool kTurns, bool kPaged>
+template <class E, int kDim, bool kTurns, bool kPaged, bool kSegments>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardParams p) {
 #ifdef TANDEM_HOPPER
@@ -327,37 +356,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < (kPaged ? 32 : 1)) produce<kDim, kPaged>(maps, p, shared, bars);
   } else {
     registers_up<kConsumerRegisters>();
-    consume<E, kDim, kTurns>(p, shared, bars);
+    auto* sums = reinterpret_cast<float4*>(dynamic + (shared - shared_address(dynamic)) +
+                                           ForwardShared<kDim>::kSums);
+    consume<E, kDim, kTurns, kSegments>(p, shared, sums, bars);
   }
 #endif
 }
 
-template <class E, int kDim>
+template <int kDim, bool kSegments>
+constexpr int kSharedBytes =
+    kSegments ? ForwardShared<kDim>::kBytesSegments : ForwardShared<kDim>::kBytes;
+
+template <class E, int kDim, bool kSegments>
 void forward(const Queue& queue, const AttentionArgs& a, const ForwardParams& p) {
   static_assert(kTileRows == kKeys, "one map serves both");
   const ForwardMaps maps{
       make_tensor_map(Element<E>::kDType, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
       {},
       {}};
-  launch(forward_kernel<E, kDim, true, false>, ForwardShared<kDim>::kBytes, queue,
+  launch(forward_kernel<E, kDim, true, false, kSegments>, kSharedBytes<kDim, kSegments>, queue,
          "attention forward", maps, p);
 }
 
-template <class E, int kDim>
+template <class E, int kDim, bool kSegments>
 void paged_forward(const Queue& queue, const PagedAttentionArgs& a, const ForwardParams& p) {
   const std::int64_t rows = a.cache->k.elements() / kDim;
   const ForwardMaps maps{
       make_tensor_map(Element<E>::kDType, a.qkv.data, a.qkv.dim(0), a.qkv.dim(1), kTileRows),
       make_tensor_map(Element<E>::kDType, a.cache->k.data, rows, kDim, p.block_size),
       make_tensor_map(Element<E>::kDType, a.cache->v.data, rows, kDim, p.block_size)};
-  launch(forward_kernel<E, kDim, true, true>, ForwardShared<kDim>::kBytes, queue,
+  launch(forward_kernel<E, kDim, true, true, kSegments>, kSharedBytes<kDim, kSegments>, queue,
          "paged attention forward", maps, p);
 }
 
 }  // namespace
 }  // namespace own
 
-void own_attention_forward(const Queue& queue, const AttentionArgs& a,
+void own_attention_forward(const Queue& queue, Numerics numerics, const AttentionArgs& a,
                            const AttentionForwardLayout& layout, char* scratch) {
   auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
@@ -384,15 +419,15 @@ void own_attention_forward(const Queue& queue, const AttentionArgs& a,
                              nullptr,
                              0,
                              0};
+  const bool segments = numerics == Numerics::kInvariant, wide = a.spec.head_dim == 128;
   with_element(a.qkv.dtype, [&]<class E>(E) {
-    if (a.spec.head_dim == 128)
-      own::forward<E, 128>(queue, a, p);
-    else
-      own::forward<E, 64>(queue, a, p);
+    const auto run = wide ? (segments ? own::forward<E, 128, true> : own::forward<E, 128, false>)
+                          : (segments ? own::forward<E, 64, true> : own::forward<E, 64, false>);
+    run(queue, a, p);
   });
 }
 
-void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
+void own_paged_forward(const Queue& queue, Numerics numerics, const PagedAttentionArgs& a,
                        const PagedAttentionLayout& layout, char* scratch, int rows_min) {
   auto* tiles = reinterpret_cast<RowTile*>(scratch + layout.tiles);
   auto* count = reinterpret_cast<std::int32_t*>(scratch + layout.count);
@@ -419,11 +454,12 @@ void own_paged_forward(const Queue& queue, const PagedAttentionArgs& a,
                              static_cast<const std::int32_t*>(a.block_tables.data),
                              static_cast<int>(a.block_tables.dim(1)),
                              static_cast<int>(a.cache->block_size)};
+  const bool segments = numerics == Numerics::kInvariant, wide = a.spec.head_dim == 128;
   with_element(a.qkv.dtype, [&]<class E>(E) {
-    if (a.spec.head_dim == 128)
-      own::paged_forward<E, 128>(queue, a, p);
-    else
-      own::paged_forward<E, 64>(queue, a, p);
+    const auto run =
+        wide ? (segments ? own::paged_forward<E, 128, true> : own::paged_forward<E, 128, false>)
+             : (segments ? own::paged_forward<E, 64, true> : own::paged_forward<E, 64, false>);
+    run(queue, a, p);
   });
 }
 

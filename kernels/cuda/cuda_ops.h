@@ -81,7 +81,8 @@ class CudaOps final : public Ops {
   void do_embedding_backward(Exec&, const EmbeddingBackwardArgs&) override;
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs&) override;
   void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs&) override;
-  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs&) override;
+  /// Adds dweight; true: and dresidual in the same pass.
+  bool add_norm_weight_grad(Exec&, const RmsNormBackwardArgs&);
   void do_linear_forward(Exec&, const LinearArgs&) override;
   void do_linear_backward(Exec&, const LinearBackwardArgs&) override;
   void do_linear_weight_grad(Exec&, const LinearWeightGradArgs&) override;

@@ -290,12 +290,6 @@ __device__ inline void as_operand(const float (&x)[kCount], std::uint32_t (&a)[k
     for (int i = 0; i < 4; ++i) a[k][i] = pack<E>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// Swaps words among the four lanes of a quad: lane q's word w becomes lane w's word q.
 __device__ inline void transpose_quad(std::uint32_t (&v)[4], int q) {
   const bool odd = q & 1, high = q & 2;

@@ -18,7 +18,8 @@ void CudaOps::do_attention_forward(Exec& exec, const AttentionArgs& a) {
   const AttentionForwardLayout layout = attention_forward_layout(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   if (choose_path(a.spec, a.qkv.dtype, profile_) == AttentionPath::kOwn)
-    own_attention_forward({stream(exec), multiprocessors(exec)}, a, layout, scratch.at<char>(0));
+    own_attention_forward({stream(exec), multiprocessors(exec)}, exec.numerics, a, layout,
+                          scratch.at<char>(0));
   else
     simple_attention_forward(stream(exec), a);
 }

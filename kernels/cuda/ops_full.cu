@@ -90,6 +90,80 @@ void column_sums(cudaStream_t stream, const Tensor& dy, const Tensor& residual, 
   TANDEM_LAUNCHED("column_sums_kernel");
 }
 
+/// As rms_norm_backward_kernel (ops_rows.cu), which it gives its bits; each block goes over every
+/// gridDim.x-th row, and leaves the sum of their dy * (residual * rstd) in its row of `parts`.
+/// Threads hold kChunks accesses of a row at most.
+template <class T, int kChunks>
+__global__ void __launch_bounds__(kThreads, 4 / kChunks)
+    norm_backward_kernel(const T* dy, const T* residual, const T* weight, const float* rstd,
+                         std::int64_t rows, std::int64_t columns, T* dresidual, float* parts) {
+  launch_dependents();
+  wait_for_inputs();
+  constexpr int kSize = Vec<T>::kSize;
+  const auto column = [&](int j) {
+    return (std::int64_t{j} * kThreads + static_cast<int>(threadIdx.x)) * kSize;
+  };
+  Vec<T> w[kChunks];
+  float sums[kChunks][kSize] = {};
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j)
+    if (column(j) < columns) w[j] = load_vec(weight + column(j));
+  for (std::int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const std::int64_t base = row * columns;
+    Vec<T> g[kChunks], x[kChunks], out[kChunks];
+    const float r = rstd[row];
+    float dot = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      const std::int64_t at = base + column(j);
+      if (column(j) < columns) {
+        g[j] = load_vec(dy + at);
+        x[j] = load_vec(residual + at);
+        out[j] = load_vec(dresidual + at);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j)
+      if (column(j) < columns)
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          const float gi = load_f32(g[j].at[i]), xi = load_f32(x[j].at[i]);
+          dot = fmaf(gi * load_f32(w[j].at[i]), xi, dot);
+          sums[j][i] = fmaf(gi, xi * r, sums[j][i]);
+        }
+    dot = block_sum<kThreads>(dot);
+    const float k = r * r * r * dot / static_cast<float>(columns);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j)
+      if (column(j) < columns) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i)
+          out[j].at[i] = store_as<T>(load_f32(out[j].at[i]) +
+                                     r * load_f32(w[j].at[i]) * load_f32(g[j].at[i]) -
+                                     k * load_f32(x[j].at[i]));
+        store_vec(dresidual + base + column(j), out[j]);
+      }
+  }
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j)
+    if (column(j) < columns)
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) parts[blockIdx.x * columns + column(j) + i] = sums[j][i];
+}
+
+template <class T>
+void norm_backward(cudaStream_t stream, const RmsNormBackwardArgs& a, const Tensor& parts) {
+  const std::int64_t columns = a.dy.dim(1), row_bytes = columns * dtype_bytes(a.dy.dtype);
+  const auto kernel = row_bytes <= kNormRowBytesMax / 4   ? norm_backward_kernel<T, 1>
+                      : row_bytes <= kNormRowBytesMax / 2 ? norm_backward_kernel<T, 2>
+                                                          : norm_backward_kernel<T, 4>;
+  launch_early("norm_backward_kernel", kernel, dim3(static_cast<unsigned>(parts.dim(0))),
+               dim3(kThreads), 0, stream, static_cast<const T*>(a.dy.data),
+               static_cast<const T*>(a.residual.data), static_cast<const T*>(a.weight.data),
+               a.rstd.as<const float>(), a.dy.dim(0), columns, static_cast<T*>(a.dresidual.data),
+               parts.as<float>());
+}
+
 template <class T>
 void add_rows(cudaStream_t stream, const EmbeddingBackwardArgs& a) {
   embedding_backward_kernel<T><<<static_cast<unsigned>(a.dout.dim(0)), kThreads, 0, stream>>>(
@@ -180,10 +254,23 @@ void CudaOps::do_embedding_backward(Exec& exec, const EmbeddingBackwardArgs& a) 
   TANDEM_CUDA_DISPATCH(a.dout.dtype, add_rows, stream(exec), a);
 }
 
-void CudaOps::do_rms_norm_weight_grad(Exec& exec, const RmsNormWeightGradArgs& a) {
-  const Profiler::Scope scope(profiler_, stream(exec), "rms_norm_weight_grad",
-                              2.0 * static_cast<double>(a.dy.bytes()));
-  TANDEM_CUDA_DISPATCH(a.dy.dtype, column_sums, stream(exec), a.dy, a.residual, a.rstd, a.dweight);
+bool CudaOps::add_norm_weight_grad(Exec& exec, const RmsNormBackwardArgs& a) {
+  const NormBackwardLayout layout = norm_backward_layout(a, profile_);
+  const Scratch scratch(exec, layout.bytes);
+  const auto whole = [](const Tensor& x) {
+    return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  };
+  if (layout.blocks == 0 || !whole(a.dy) || !whole(a.residual) || !whole(a.weight) ||
+      !whole(a.dresidual)) {
+    TANDEM_CUDA_DISPATCH(a.dy.dtype, column_sums, stream(exec), a.dy, a.residual, a.rstd,
+                         a.dweight);
+    return false;
+  }
+  const Tensor parts =
+      scratch.tensor(layout.parts, DType::kF32, Shape{layout.blocks, a.dy.dim(1)});
+  TANDEM_CUDA_DISPATCH(a.dy.dtype, norm_backward, stream(exec), a, parts);
+  column_sums<float>(stream(exec), parts, {}, {}, a.dweight);
+  return true;
 }
 
 void CudaOps::do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {

@@ -13,17 +13,36 @@ constexpr int kThreads = 256;
 constexpr std::int64_t kVector = 4;  ///< elements of one access
 static_assert(kSquaredNormChunk % kVector == 0);
 
+/// Several tensors of one launch: the chunks of `at[t]` begin at block `first`. As many as fit the
+/// 4 KiB of a kernel's arguments.
+constexpr int kTensorsMax = 128;
+struct Chunks {
+  struct Entry {
+    const float* x;
+    std::int64_t n, first;
+  };
+  int count = 0;
+  Entry at[kTensorsMax];
+};
+static_assert(sizeof(Chunks) + 2 * sizeof(void*) <= 4096);
+
 /// One block a chunk of kSquaredNormChunk elements; f64, in an order that is fixed.
 __global__ void __launch_bounds__(kThreads)
-    squared_norm_kernel(const float* x, std::int64_t n, double* partial) {
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSquaredNormChunk;
+    squared_norm_kernel(const __grid_constant__ Chunks chunks, double* partial) {
+  int t = 0;
+  for (int step = kTensorsMax / 2; step > 0; step /= 2)
+    if (t + step < chunks.count && chunks.at[t + step].first <= blockIdx.x) t += step;
+  const float* x = chunks.at[t].x;
+  const std::int64_t n = chunks.at[t].n;
+  const std::int64_t begin =
+      (static_cast<std::int64_t>(blockIdx.x) - chunks.at[t].first) * kSquaredNormChunk;
   const std::int64_t end = n < begin + kSquaredNormChunk ? n : begin + kSquaredNormChunk;
   const auto square = [](float value) {
     return static_cast<double>(value) * static_cast<double>(value);
   };
   double sum = 0.0;
   const std::int64_t whole = is_quad(x) ? begin + (end - begin) / kVector * kVector : begin;
-#pragma unroll 4
+#pragma unroll 8
   for (std::int64_t i = begin + threadIdx.x * kVector; i < whole; i += kThreads * kVector) {
     const float4 four = __ldcs(reinterpret_cast<const float4*>(x + i));
     sum += square(four.x) + square(four.y) + (square(four.z) + square(four.w));
@@ -111,21 +130,31 @@ void run_adamw(cudaStream_t stream, const AdamWArgs& a, const Step& step) {
 }  // namespace
 
 void CudaOps::do_squared_norm(Exec& exec, const SquaredNormArgs& a) {
-  const Profiler::Scope scope(profiler_, stream(exec), "squared_norm", static_cast<double>(0));
+  double bytes = 0.0;
+  for (const Tensor& tensor : a.tensors) bytes += static_cast<double>(tensor.bytes());
+  const Profiler::Scope scope(profiler_, stream(exec), "squared_norm", bytes);
   const cudaStream_t s = stream(exec);
   const SquaredNormWorkspace layout = squared_norm_workspace(a, profile_);
   const Scratch scratch(exec, layout.bytes);
   auto* partial = scratch.at<double>(layout.partial);
-  std::int64_t done = 0;
+  std::int64_t done = 0, blocks = 0;
+  Chunks chunks;
+  const auto launch = [&] {
+    if (blocks == 0) return;
+    squared_norm_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, s>>>(chunks, partial + done);
+    TANDEM_LAUNCHED("squared_norm_kernel");
+    done += blocks;
+    blocks = 0;
+    chunks.count = 0;
+  };
   for (const Tensor& tensor : a.tensors) {
     const std::int64_t n = tensor.elements();
-    const std::int64_t chunks = (n + kSquaredNormChunk - 1) / kSquaredNormChunk;
-    if (chunks == 0) continue;
-    squared_norm_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, s>>>(tensor.as<float>(), n,
-                                                                           partial + done);
-    TANDEM_LAUNCHED("squared_norm_kernel");
-    done += chunks;
+    if (n == 0) continue;
+    chunks.at[chunks.count++] = {tensor.as<float>(), n, blocks};
+    blocks += (n + kSquaredNormChunk - 1) / kSquaredNormChunk;
+    if (chunks.count == kTensorsMax) launch();
   }
+  launch();
   sum_partials_kernel<<<1, kThreads, 0, s>>>(partial, done, a.out.as<float>());
   TANDEM_LAUNCHED("sum_partials_kernel");
 }

@@ -113,12 +113,21 @@ void CudaOps::do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a
   PagedView v = paged_view(a);
   const DType dtype = a.qkv.dtype;
   if (!is_fast(v, dtype)) return paged_simple(s, v, dtype);
-  // One kernel for all rows: their bits do not depend on what else a chunk holds.
-  if (exec.numerics == Numerics::kInvariant) return paged_tiles(s, v, dtype);
+  if (exec.numerics == Numerics::kInvariant) {
+    // One kernel for all rows, or two that give a row the same bits: they do not depend on what
+    // else a chunk holds.
+    if (!layout.trains) return paged_tiles(s, v, dtype);
+    if (layout.fast) {
+      v.rows_max = paged_ordered_rows(v);
+      own_paged_forward({s, multiprocessors(exec)}, exec.numerics, a, layout, scratch.at<char>(0),
+                        v.rows_max + 1);
+    }
+    return paged_ordered(s, v, dtype, paged_ordered_splits(v, a.kv_len_max, profile_));
+  }
   const int splits = paged_decode_splits(v, a.kv_len_max, profile_);
   if (v.t <= v.sequences) return paged_decode(s, v, dtype, splits);
   if (layout.fast) {
-    own_paged_forward({s, multiprocessors(exec)}, a, layout, scratch.at<char>(0),
+    own_paged_forward({s, multiprocessors(exec)}, exec.numerics, a, layout, scratch.at<char>(0),
                       kDecodeRowsMax + 1);
   } else {
     v.rows_min = kDecodeRowsMax + 1;

@@ -433,6 +433,7 @@ void CudaOps::do_add_rms_norm_forward(Exec& exec, const AddRmsNormArgs& a) {
 void CudaOps::do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "rms_norm_backward",
                               static_cast<double>(4 * a.dy.bytes()));
+  if (a.dweight.defined() && add_norm_weight_grad(exec, a)) return;
   TANDEM_CUDA_DISPATCH(a.dy.dtype, run_rms_norm_backward, stream(exec), a);
 }
 

@@ -1,4 +1,4 @@
-// Private to kernels/cuda: paged attention has three kernels with one meaning.
+// Private to kernels/cuda: paged attention has four kernels with one meaning.
 //   simple  any dtype, head dim and block size; a row's sums run in the order of the simple packed
 //           kernel's (attention_simple.cu), so in f32 both give the same bits
 //   tiles   bf16 and f16, head dim 64 or 128: many query rows of a sequence share each tile of
@@ -6,6 +6,8 @@
 //           row's bits depend on its own keys alone
 //   decode  as tiles, for sequences with few new rows: keys are split over warps and blocks, so
 //           that few sequences still fill the device
+//   ordered for sequences with few new rows under kInvariant on Hopper: the bits of training's
+//           kernel (attention_own_forward.cu), which takes the others
 #pragma once
 
 #include "kernels/cuda/cuda_check.h"
@@ -27,7 +29,8 @@ struct PagedView {
   int t, sequences, blocks_max, block_size;
   int heads, kv_heads, group;  ///< group: heads of one kv head
   int dim;
-  std::int64_t width;  ///< of qkv
+  std::int64_t width;       ///< of qkv
+  std::int64_t cache_rows;  ///< of k and v, each of `dim`
   float scale, soft_cap;
   int window;              ///< INT_MAX: all keys
   int rows_min, rows_max;  ///< sequences with so many new rows are this kernel's
@@ -64,6 +67,7 @@ inline PagedView paged_view(const PagedAttentionArgs& a) {
   v.group = v.heads / v.kv_heads;
   v.dim = static_cast<int>(a.spec.head_dim);
   v.width = a.qkv.dim(1);
+  v.cache_rows = a.cache->k.elements() / v.dim;
   v.scale = a.spec.scale;
   v.soft_cap = a.spec.soft_cap;
   v.window = a.spec.window == 0 ? INT_MAX
@@ -131,12 +135,6 @@ __device__ inline void zero_inert_rows(const PagedView& v, int kv_head, int part
   }
 }
 
-/// 2^x; 0 for -inf.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 /// q k as the exponent of 2.
@@ -148,6 +146,12 @@ __device__ inline float exponent(const PagedView& v, float dot) {
 void paged_simple(cudaStream_t stream, const PagedView& view, DType dtype);
 /// paged_tiles.cu
 void paged_tiles(cudaStream_t stream, const PagedView& view, DType dtype);
+/// paged_ordered.cu, and how many rows of a sequence it takes at a time. `splits`: blocks that
+/// share the segments of a tile's keys, a power of two up to 8; no bit depends on it.
+void paged_ordered(cudaStream_t stream, const PagedView& view, DType dtype, int splits);
+int paged_ordered_rows(const PagedView& view);
+int paged_ordered_splits(const PagedView& view, std::int64_t kv_len_max,
+                         const DeviceProfile& profile);
 /// paged_decode.cu. `splits`: blocks that share the keys of a tile, a power of two up to 8.
 void paged_decode(cudaStream_t stream, const PagedView& view, DType dtype, int splits);
 int paged_decode_splits(const PagedView& view, std::int64_t kv_len_max,

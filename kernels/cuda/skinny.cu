@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp == kProducer) {
     const auto address = [&](int stage) { return shared_address(stages + stage * T::kStageBytes); };
     const auto copy_weight = [&](int stage, int step, int tile) {
-      barrier_expect(&c.full[stage], T::kStageBytes);
+      barrier_expect(&c.full[stage], T::kWeightBytes + p.x_rows * kStep * 2);
       copy_box(address(stage), &w_map, &c.full[stage], (first + step) * kStep, tile * kN);
     };
     const auto copy_x = [&](int stage, int step) {
@@ -143,6 +143,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       SiteInputs<E> inputs;
       const int begin = tile * kN + part * T::kShare;
       const int site = adapts ? find_site(p.adapters, begin, min(begin + T::kShare, p.n)) : -1;
+      const auto release = [&](int stage) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&c.empty[stage]);
+      };
+      int last = 0;
       for (int step = 0; step < steps; ++step) {
         barrier_wait(&c.full[ring.stage], ring.phase);
         const std::uint32_t at = shared_address(stages + ring.stage * T::kStageBytes);
@@ -155,12 +160,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           wait_for_inputs();
           inputs.load(p, site);
         }
-        wgmma_wait<0>();
-        pin(acc);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&c.empty[ring.stage]);
+        if (step > 0) {  // what is begun now goes on while the stage before is given back
+          wgmma_wait<1>();
+          release(last);
+        }
+        last = ring.stage;
         ring.next();
       }
+      wgmma_wait<0>();
+      pin(acc);
+      if (steps > 0) release(last);
       const int g = lane / 4, q = lane % 4, row = warp * 16 + g;
       float sum[4 * T::kGroups];
       if constexpr (kSplits == 1) {
@@ -246,7 +255,7 @@ void launch(Launch& l) {
   config.numAttrs = 2;
   check_cuda(
       cudaLaunchKernelEx(
-          &config, kKernel, make_tensor_map(a.x.dtype, a.x.data, a.x.dim(0), a.x.dim(1), kRows),
+          &config, kKernel, make_tensor_map(a.x.dtype, a.x.data, a.x.dim(0), a.x.dim(1), p.x_rows),
           make_tensor_map(a.x.dtype, a.weight->storage.data, a.weight->n, a.weight->i, kN), p,
           static_cast<Y*>(a.y.data)),
       "skinny_kernel");
@@ -266,17 +275,19 @@ constexpr Choice kChoice{kN, kSplits, launch<E, kN, kSplits, E>, launch<E, kN, k
 /// up in a cluster, takes about a microsecond. Clusters are pairs: a group of multiprocessors does
 /// not always hold a multiple of four, and the last cluster would run alone.
 template <class E>
-const Choice& choose(std::int64_t n, std::int64_t steps, int multiprocessors, bool splits) {
+const Choice& choose(std::int64_t n, std::int64_t steps, int rows, int multiprocessors,
+                     bool splits) {
   static constexpr Choice kChoices[] = {kChoice<E, 256, 1>, kChoice<E, 224, 1>, kChoice<E, 64, 1>,
-                                        kChoice<E, 64, 2>};
+                                        kChoice<E, 64, 2>, kChoice<E, 32, 1>};
   constexpr std::int64_t kMemory = 38, kCache = 73, kHidden = 8, kExtra = 500;
   const Choice* best = nullptr;
   std::int64_t least = 0;
   for (const Choice& c : kChoices) {
-    if (c.splits > 1 && !splits) continue;
+    // Narrow tiles fill the device where the inner size may not be split.
+    if (splits ? c.outputs == 32 : c.splits > 1) continue;
     const std::int64_t blocks = (n + c.outputs - 1) / c.outputs * c.splits;
     const std::int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
-    const std::int64_t block = (c.outputs + kRows) * ((steps + c.splits - 1) / c.splits);
+    const std::int64_t block = (c.outputs + rows) * ((steps + c.splits - 1) / c.splits);
     const std::int64_t cost =
         std::max({n * steps / kMemory, blocks * block / kCache, rounds * block}) + block / kHidden +
         (rounds + c.splits - 2) * kExtra;
@@ -313,14 +324,16 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
            static_cast<int>(a.weight->n),
            static_cast<int>((a.weight->i + kStep - 1) / kStep),
            0,
+           static_cast<int>((a.x.dim(0) + 7) / 8 * 8),
            a.bias.data,
            u.data,
            {}};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
   Launch l{stream, a, p, multiprocessors};
   with_element(a.x.dtype, [&]<class E>(E) {
+    const bool splits = numerics != Numerics::kInvariant;
     const Choice& choice =
-        choose<E>(a.weight->n, p.steps, multiprocessors, numerics != Numerics::kInvariant);
+        choose<E>(a.weight->n, p.steps, splits ? kRows : p.x_rows, multiprocessors, splits);
     (a.y.dtype == DType::kF32 ? choice.f32 : choice.narrow)(l);
   });
 }

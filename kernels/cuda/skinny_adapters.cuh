@@ -39,6 +39,7 @@ struct Control {
 
 struct Params {
   int t, n, steps, tiles;
+  int x_rows;            ///< of x in a stage: t, up to whole eights
   const void *bias, *u;  ///< null: none
   SegmentsView adapters;
 };

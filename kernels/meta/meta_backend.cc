@@ -74,8 +74,7 @@ class MetaOps final : public Ops {
   void do_embedding_forward(Exec&, const EmbeddingArgs& a) override { note(a); }
   void do_embedding_backward(Exec&, const EmbeddingBackwardArgs& a) override { note(a); }
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs& a) override { note(a); }
-  void do_rms_norm_backward(Exec&, const RmsNormBackwardArgs& a) override { note(a); }
-  void do_rms_norm_weight_grad(Exec&, const RmsNormWeightGradArgs& a) override { note(a); }
+  void do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) override { run(exec, a); }
   void do_linear_forward(Exec& exec, const LinearArgs& a) override { run(exec, a); }
   void do_linear_backward(Exec& exec, const LinearBackwardArgs& a) override { run(exec, a); }
   void do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) override { run(exec, a); }

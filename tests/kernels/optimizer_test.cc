@@ -144,6 +144,26 @@ TEST_P(SquaredNorm, SumsAllTensorsInF64) {
                1.01 * unit_roundoff(DType::kF32));
 }
 
+// More tensors than one kernel takes, of no, one and several chunks.
+TEST(SquaredNorm, OfManyTensorsIsTheirSum) {
+  constexpr std::int64_t kSizesOfMany[] = {1, 0, 5, 70001, 64, 4096, 2};
+  double want = 0.0;
+  std::vector<Values> tensors;
+  for (std::uint64_t i = 0; i < 300; ++i) {
+    tensors.push_back(random_values(kSizesOfMany[i % 7], DType::kF32, i, i % 5 == 0 ? 30.0 : 1.0));
+    want += dot(tensors.back(), tensors.back());
+  }
+  for (const std::string& backend : executing_backends()) {
+    const Outputs got = run_op(backend, [&](TestDevice& device) {
+      std::vector<Tensor> placed;
+      for (const Values& x : tensors)
+        placed.push_back(device.input(x, DType::kF32, {static_cast<std::int64_t>(x.size())}));
+      device.ops().squared_norm(device.exec(), {placed, device.output("out", DType::kF32, {1})});
+    });
+    expect_close("out", got.at("out").values(), {want}, 1.01 * unit_roundoff(DType::kF32));
+  }
+}
+
 TEST(SquaredNorm, OfNothingIsZero) {
   for (const std::string& backend : executing_backends()) {
     const Outputs got = run_op(backend, [&](TestDevice& device) {

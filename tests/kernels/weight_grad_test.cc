@@ -3,6 +3,7 @@
 #include "tests/kernels/reference.h"
 
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 namespace tandem::kernels::testing {
@@ -64,49 +65,68 @@ TEST_P(LinearWeightGrad, WritesWhereItIsToldThatNothingWasThere) {
                tolerance(DType::kF32, 1, 2));
 }
 
-class RmsNormWeightGrad : public OpTest {};
-TANDEM_OP_TEST(RmsNormWeightGrad, kProducts);
-
-TEST_P(RmsNormWeightGrad, IsTheGradientOfTheNormByItsWeight) {
-  const auto [t, c, unused] = row(kProducts);
-  const Values dy = random_values(t * c, dtype(), 1), x = random_values(t * c, dtype(), 2);
-  const Values old = random_values(c, DType::kF32, 3);
-  const Values rstd = rounded(
-      rms_norm(x, {}, Values(static_cast<std::size_t>(c), 1.0), t, c, 1e-5).rstd, DType::kF32);
-  const Outputs got = run_op(backend(), [&](TestDevice& device) {
-    device.ops().rms_norm_weight_grad(
-        device.exec(),
-        {device.input(dy, dtype(), {t, c}), device.input(x, dtype(), {t, c}),
-         device.input(rstd, DType::kF32, {t}), device.in_out("dweight", old, DType::kF32, {c})});
-  });
-  // d/dw of sum(dy * y(w)), y as the reference computes it: linear in w, so one difference is
-  // exact.
-  Values want = old;
-  for (std::int64_t j = 0; j < c; ++j) {
-    Values weight(static_cast<std::size_t>(c), 0.0);
-    weight[static_cast<std::size_t>(j)] = 1.0;
-    want[static_cast<std::size_t>(j)] += dot(dy, rms_norm(x, {}, weight, t, c, 1e-5).y);
+// Nothing, one, odd; on a GPU rows of one, two and four accesses of a block's threads, with an end
+// that is not whole, more rows than blocks, and too wide for one pass.
+constexpr Product kNorms[] = {{0, 4, 0},      {1, 1, 0},     {3, 7, 0},      {70, 300, 0},
+                              {130, 513, 0},  {9, 2048, 0},  {33, 4096, 0},  {12, 8000, 0},
+                              {700, 1032, 0}, {2000, 40, 0}, {5, 20000, 0}};
+class RmsNormWeightGrad : public OpTest {
+ protected:
+  struct Inputs {
+    Values dy, x, weight, rstd, old;
+  };
+  static Inputs inputs(std::int64_t t, std::int64_t c) {
+    const Values x = random_values(t * c, dtype(), 2);
+    const Values ones(static_cast<std::size_t>(c), 1.0);
+    return {random_values(t * c, dtype(), 1), x, random_values(c, dtype(), 5),
+            rounded(rms_norm(x, {}, ones, t, c, 1e-5).rstd, DType::kF32),
+            random_values(t * c, dtype(), 4)};
   }
-  // rstd and its product with x are rounded to f32 per row; the sum is f64.
-  expect_close("dweight", got.at("dweight").values(), want, tolerance(DType::kF32, 1, 3));
+  /// `place`: makes dweight; undefined: not wanted.
+  static Outputs run(std::int64_t t, std::int64_t c, const Inputs& in, bool overwrite,
+                     const std::function<Tensor(TestDevice&)>& place) {
+    return run_op(backend(), [&](TestDevice& device) {
+      const Shape shape{t, c};
+      device.ops().rms_norm_backward(
+          device.exec(),
+          {device.input(in.dy, dtype(), shape), device.input(in.x, dtype(), shape),
+           device.input(in.weight, dtype(), {c}), device.input(in.rstd, DType::kF32, {t}),
+           device.in_out("dresidual", in.old, dtype(), shape), place(device), overwrite});
+    });
+  }
+};
+TANDEM_OP_TEST(RmsNormWeightGrad, kNorms);
+
+TEST_P(RmsNormWeightGrad, IsTheGradientOfTheNormByItsWeightBesideTheSameBitsOfItsInputs) {
+  const auto [t, c, unused] = row(kNorms);
+  const Inputs in = inputs(t, c);
+  const Values old = random_values(c, DType::kF32, 3);
+  const Outputs got = run(t, c, in, false, [&](TestDevice& device) {
+    return device.in_out("dweight", old, DType::kF32, {c});
+  });
+  Values want = old;
+  for (std::int64_t r = 0; r < t; ++r)
+    for (std::int64_t j = 0; j < c; ++j) {
+      const auto at = static_cast<std::size_t>(r * c + j), column = static_cast<std::size_t>(j);
+      want[column] += in.dy[at] * in.x[at] * in.rstd[static_cast<std::size_t>(r)];
+    }
+  // rstd and its product with x are rounded to f32 per row, and each block's part of the sum is.
+  expect_close("dweight", got.at("dweight").values(), want, tolerance(DType::kF32, t, 3));
+  const Outputs alone = run(t, c, in, false, [](TestDevice&) { return Tensor{}; });
+  EXPECT_EQ(got.at("dresidual").bytes, alone.at("dresidual").bytes);
 }
 
 TEST_P(RmsNormWeightGrad, WritesWhereItIsToldThatNothingWasThere) {
-  const auto [t, c, unused] = row(kProducts);
-  const Values dy = random_values(t * c, dtype(), 1), x = random_values(t * c, dtype(), 2);
-  const Values rstd = random_values(t, DType::kF32, 3);
-  const auto run = [&](bool overwrite) {
-    return run_op(backend(), [&](TestDevice& device) {
-      const Tensor dweight =
-          overwrite ? device.output("dweight", DType::kF32, {c})
-                    : device.in_out("dweight", Values(static_cast<std::size_t>(c), 0.0),
-                                    DType::kF32, {c});
-      device.ops().rms_norm_weight_grad(
-          device.exec(), {device.input(dy, dtype(), {t, c}), device.input(x, dtype(), {t, c}),
-                          device.input(rstd, DType::kF32, {t}), dweight, overwrite});
-    });
-  };
-  EXPECT_EQ(run(true).at("dweight").values(), run(false).at("dweight").values());
+  const auto [t, c, unused] = row(kNorms);
+  const Inputs in = inputs(t, c);
+  const Values zeros(static_cast<std::size_t>(c), 0.0);
+  const Outputs written = run(t, c, in, true, [&](TestDevice& device) {
+    return device.output("dweight", DType::kF32, {c});
+  });
+  const Outputs added = run(t, c, in, false, [&](TestDevice& device) {
+    return device.in_out("dweight", zeros, DType::kF32, {c});
+  });
+  EXPECT_EQ(written.at("dweight").values(), added.at("dweight").values());
 }
 
 struct Lookup {

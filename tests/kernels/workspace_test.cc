@@ -263,7 +263,7 @@ void add_row_cases(std::vector<Case>& cases) {
                                      side.zeros(cd, {9, 64}), rstd});
                      side.backend.ops->rms_norm_backward(
                          side.exec, {side.zeros(cd, {9, 64}), side.zeros(cd, {9, 64}), w, rstd,
-                                     side.zeros(cd, {9, 64})});
+                                     side.zeros(cd, {9, 64}), side.zeros(DType::kF32, {64})});
                    }});
   cases.push_back(
       {"rope", [](Side& side, DType cd) {

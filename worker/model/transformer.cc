@@ -98,10 +98,12 @@ struct BlockRun {
     if (grads != nullptr)
       ctx.ops.linear_weight_grad(ctx.exec, {dy, x, grads->*weight, dbias, grads->fresh});
   }
-  void norm_weight_grad(const Tensor& dy, const Tensor& residual, const Tensor& rstd,
-                        Tensor BlockGrads::*weight) const {
-    if (grads != nullptr)
-      ctx.ops.rms_norm_weight_grad(ctx.exec, {dy, residual, rstd, grads->*weight, grads->fresh});
+  void norm_backward(const Tensor& dy, const Tensor& residual, const Tensor& weight,
+                     const Tensor& rstd, const Tensor& dresidual,
+                     Tensor BlockGrads::*dweight) const {
+    ctx.ops.rms_norm_backward(ctx.exec, {dy, residual, weight, rstd, dresidual,
+                                         grads != nullptr ? grads->*dweight : Tensor{},
+                                         grads != nullptr && grads->fresh});
   }
   /// Each rank of a tensor-parallel group has an addend [T, C]; their sum, or this rank's rows of
   /// it, comes to `to`, which is a part of x or elsewhere.
@@ -301,9 +303,8 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
     run.weight_grad(again.gate_up, x, &BlockGrads::gate_up);
     run.wait(summing);
   }
-  run.norm_weight_grad(dnormed, s.residual_attention, s.rstd_mlp, &BlockGrads::mlp_norm);
-  ops.rms_norm_backward(
-      run.ctx.exec, {dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual});
+  run.norm_backward(dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual,
+                    &BlockGrads::mlp_norm);
   Gathered arriving = run.start_gather(dresidual, dstream);
   Gathered normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
@@ -325,9 +326,8 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   run.weight_grad(dqkv, x, &BlockGrads::qkv, run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
   if (!want_dx) return;
   run.wait(summing);
-  run.norm_weight_grad(dnormed, s.x, s.rstd_attention, &BlockGrads::attention_norm);
-  ops.rms_norm_backward(run.ctx.exec,
-                        {dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual});
+  run.norm_backward(dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual,
+                    &BlockGrads::attention_norm);
 }
 
 /// x of the stream's rows with all T rows: x itself, or in `all`.
@@ -450,10 +450,8 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
     dresidual = ctx.activations.alloc(dhidden.shape, ctx.compute_dtype);
     ctx.ops.fill_zero(ctx.exec, dresidual);
     ctx.ops.rms_norm_backward(
-        ctx.exec, {dhidden, saved.final_residual, base.final_norm(), saved.final_rstd, dresidual});
-    if (ends != nullptr)
-      ctx.ops.rms_norm_weight_grad(
-          ctx.exec, {dhidden, saved.final_residual, saved.final_rstd, ends->final_norm});
+        ctx.exec, {dhidden, saved.final_residual, base.final_norm(), saved.final_rstd, dresidual,
+                   ends != nullptr ? ends->final_norm : Tensor{}});
   }
   for (std::int64_t layer = stage_.last; layer-- > stage_.first;) {
     const BlockRun run{ctx,

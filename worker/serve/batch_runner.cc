@@ -112,7 +112,8 @@ bool BatchRunner::replays(const Extent& e) const {
 }
 
 std::uint64_t BatchRunner::replay_key(const Extent& e) const {
-  std::uint64_t key = runner_;  // its tensors are nobody else's
+  // Its tensors are nobody else's; mixed first, or 1 with 24 tokens would be 17 with 8.
+  std::uint64_t key = mix64(runner_);
   for (const std::int64_t part :
        {e.tokens, e.sequences, e.segments, e.blocks, e.samples, batch_.adapters.rank_max,
         paged_.kv_len_max, sample_args_.top_logprobs, context_.activations.mark(),
@@ -287,7 +288,8 @@ void BatchRunner::ban(std::span<const RunRows> rows) {
   }
 }
 
-void BatchRunner::sample(const Extent& e) {
+// Apart from the op: a replayed step does not come by, and scoring leaves another layout behind.
+void BatchRunner::stage_outputs(const Extent& e) {
   kernels::SampleArgs& a = sample_args_;
   a.logits = logits_.rows(0, e.samples);
   outputs_.clear();
@@ -295,7 +297,10 @@ void BatchRunner::sample(const Extent& e) {
   sampled_logprobs_ = outputs_.take<float>(Shape{e.samples}, a.logprob);
   top_ids_ = outputs_.take<std::int32_t>(Shape{e.samples, a.top_logprobs}, a.top_ids);
   top_logprobs_ = outputs_.take<float>(Shape{e.samples, a.top_logprobs}, a.top_logprob);
-  if (has_head()) context_.ops.sample(context_.exec, a);
+}
+
+void BatchRunner::sample() {
+  if (has_head()) context_.ops.sample(context_.exec, sample_args_);
   share_outputs();
 }
 
@@ -317,7 +322,7 @@ void BatchRunner::forward_and_sample(const Extent& e, std::span<const RunRows> b
     transformer_.logits(context_, gathered, logits_.rows(0, e.samples));
     ban(banned);
   }
-  sample(e);
+  sample();
 }
 
 // As many rows at once as there are logits rows; after the sampler is done with them.
@@ -366,6 +371,7 @@ void BatchRunner::start(std::span<const RunRows> rows, std::int64_t rank_max) {
   const Extent e = extent(rows, tokens, samples);
   stage_rows(rows, e, rank_max);
   stage_sampling(rows, e);
+  stage_outputs(e);
   inputs_.upload(context_.ops, context_.exec);
   if (samples == 0) {
     forward();
@@ -402,6 +408,7 @@ void BatchRunner::run_worst_case() {
   stage_sampling({}, e);
   stage_history({}, e);
   sample_args_.top_logprobs = limits_.top_logprobs_max;
+  stage_outputs(e);
   inputs_.upload(context_.ops, context_.exec);
   RunResult result;
   forward_and_sample(e);

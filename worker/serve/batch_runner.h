@@ -92,7 +92,8 @@ class BatchRunner {
   /// ranks. `banned`: rows with tokens that may not be drawn; empty: none.
   void forward_and_sample(const Extent& e, std::span<const RunRows> banned = {});
   void ban(std::span<const RunRows> rows);
-  void sample(const Extent& e);
+  void stage_outputs(const Extent& e);
+  void sample();
   /// The last stage's outputs_ to all stages.
   void share_outputs();
   [[nodiscard]] bool has_head() const { return stage_.last == layers_; }

@@ -113,6 +113,68 @@ TEST(ServeNumerics, ScoringAGenerationGivesItsLogprobsBack) {
   EXPECT_EQ(scored.prompt_logprobs, got.logprobs);
 }
 
+// On a GPU bf16 is Invariant too, where it is asked for: kernels of many and of few rows add up
+// alike.
+TEST(ServeNumerics, OnAGpuRowsInBf16KeepTheirBitsInAnyChunkAndCompany) {
+  if (!test::on_gpu()) GTEST_SKIP() << "bf16 on a CPU promises Replay only";
+  for (const std::int64_t head_dim : {64, 128}) {
+    model::ModelConfig config = tiny_config();
+    config.head_dim = head_dim;
+    config.heads = head_dim == 64 ? 6 : 8;
+    config.kv_heads = 2;
+    config.width = 384;
+    config.vocab = 320;
+    config.mlp_width = 1024;
+    config.layers = 2;
+    config.context_max = 1400;
+    ServeBench bench(ServeBench::cpu(), config, 4, DType::kBF16);
+    const auto weights = bench.adapter(3, 0.1f);
+    std::vector<GenerateRequest> requests;
+    Random random(static_cast<std::uint64_t>(head_dim));
+    for (const std::int64_t length : {1, 7, 64, 129, 700, 1150}) {
+      GenerateRequest r = request(str("prompt of ", length), random_prompt(random, length));
+      r.sampling.logprobs = 2;
+      if (length == 64 || length == 700) r.adapter = ServeBench::name(3);
+      if (length >= 64) r.sampling.prompt_logprobs_from = length / 2;
+      requests.push_back(std::move(r));
+    }
+    const auto make = [&](std::int64_t chunk, bool reuse) {
+      ServeOptions o = bench.options();
+      o.prefill_chunk_max = chunk;
+      o.prefix_cache = reuse;
+      o.kv_bytes_max = 512 * kv_layout(config, bench.dtype, o).block_bytes;
+      o.max_batch_tokens = chunk == 0 ? 1400 : 2 * chunk + 8;
+      auto engine = bench.engine(o);
+      EXPECT_TRUE(engine->install_adapter(ServeBench::name(3), weights).ok());
+      return engine;
+    };
+    Outcomes alone;  // one request at a time, each prompt in one piece
+    {
+      auto engine = make(0, false);
+      for (const GenerateRequest& r : requests) alone[r.id.value] = run_alone(*engine, r);
+    }
+    for (const std::int64_t chunk : {1, 7, 64, 65, 127, 128, 129, 1000, 0}) {
+      auto engine = make(chunk, true);
+      for (const GenerateRequest& r : requests) ASSERT_TRUE(engine->submit(r).ok());
+      const Outcomes got = drain(*engine);
+      const std::string where = str("head dim ", head_dim, ", chunks of ", chunk, ", ");
+      for (const GenerateRequest& r : requests)
+        expect_same(alone.at(r.id.value), got.at(r.id.value), where + r.id.value);
+      // What was decoded, read again as a prompt (its beginning from the cache) and gone on with.
+      const GenerateRequest& long_one = requests.back();
+      const Outcome& first = alone.at(long_one.id.value);
+      GenerateRequest again = request("again", long_one.prompt, 7);
+      again.prompt.insert(again.prompt.end(), first.ids.begin(), first.ids.begin() + 5);
+      const Outcome rest = run_alone(*engine, again);
+      EXPECT_GT(rest.usage.cached_prompt_tokens, 0);
+      EXPECT_EQ(rest.ids, std::vector<std::int32_t>(first.ids.begin() + 5, first.ids.end()));
+      EXPECT_EQ(rest.logprobs,
+                std::vector<float>(first.logprobs.begin() + 5, first.logprobs.end()))
+          << where;
+    }
+  }
+}
+
 /// Requests with every kind of sampling, some with common beginnings, some with adapters.
 std::vector<GenerateRequest> mixed_requests(std::uint64_t seed, std::size_t count) {
   Random random(seed, 5);
