@@ -211,7 +211,8 @@ TEST_F(Gangs, ARankKilledWhileItsCheckpointIsUploadedCostsThatCheckpointAlone) {
     const auto losses = platform_->losses(job);
     return losses.empty() ? 0 : losses.rbegin()->first;
   };
-  ASSERT_TRUE(eventually(60'000, [&] { return step() > 2 * kSave; }));
+  // On a busy machine the gang is ahead of what it stores: there must be one to go on from.
+  ASSERT_TRUE(eventually(60'000, [&] { return !show_job(job)["checkpoints"].empty(); }));
   const pid_t victim = rank_of(job, 1);
   ASSERT_GT(victim, 0);
   ::kill(platform_->coordinator(), SIGSTOP);
