@@ -58,8 +58,8 @@ class Ops {
   /// Bytes pack_weight takes from its arena: pure.
   [[nodiscard]] virtual std::int64_t packed_weight_bytes(DType dtype, std::int64_t n,
                                                          std::int64_t i) const = 0;
-  /// Packs host rows W [n, i] in `dtype` into `arena`. Set-up time only. `fill`
-  /// is called for blocks of consecutive rows so that the source never exists twice: fill(row,
+  /// Packs host rows W [n, i], converted to `dtype`, into `arena`. Set-up time only. `fill` is
+  /// called for blocks of consecutive rows so that the source never exists twice: fill(row,
   /// rows, out f32 [rows, i]); on a GPU's backend from several threads at once.
   using FillRows = std::function<void(std::int64_t row, std::int64_t rows, float* out)>;
   PackedWeight pack_weight(Exec& exec, Arena& arena, DType dtype, std::int64_t n, std::int64_t i,

@@ -1,9 +1,9 @@
 // bench_layout: what `layout: auto` would choose, against all layouts tried. Run as
 //   mpirun -np N bench_layout --shape NAME [...]
 // It measures this machine's rates and links, fits the cost model, predicts every layout of at most
-// N ranks, runs each of them, and prints both as one JSON object, with the share of the best
-// layout's speed that the chosen one has. --write FILE keeps the fitted model for workers
-// (cost_model).
+// N ranks, runs each of them (or, with --first, the fastest by prediction), and prints both as one
+// JSON object, with the share of the best layout's speed that the chosen one has. --write FILE
+// keeps the fitted model for workers (cost_model).
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"

@@ -2,8 +2,7 @@
 //   simple  any dtype, head dim and block size; a row's sums run in the order of the simple packed
 //           kernel's (attention_simple.cu), so in f32 both give the same bits
 //   tiles   bf16 and f16, head dim 64 or 128: many query rows of a sequence share each tile of
-//   keys. A
-//           row's bits depend on its own keys alone
+//           keys. A row's bits depend on its own keys alone
 //   decode  as tiles, for sequences with few new rows: keys are split over warps and blocks, so
 //           that few sequences still fill the device
 //   ordered for sequences with few new rows under kInvariant on Hopper: the bits of training's

@@ -4,7 +4,6 @@
 #include "worker/model/host_copy.h"
 
 #include <array>
-#include <cstring>
 
 namespace tandem::worker::model {
 

@@ -10,7 +10,7 @@
 
 namespace tandem::worker::train {
 
-/// Writes the parameters of a whole state of a full fine-tune as model.safetensors in `dtype` (kF32
+/// Writes the parameters of a whole state of a full fine-tune as model.safetensors in `dtype` (f32,
 /// bf16 or f16) into `to` (made when missing), with the base folder's other files (configuration,
 /// tokenizer, template) beside them; config.json names the new dtype. The weights' file comes last,
 /// so a folder with one is complete. Errors: not_found (no config.json in `base`), corrupt (a
