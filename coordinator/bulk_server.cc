@@ -108,8 +108,12 @@ void BulkServer::put(std::string peer, const protocol::BlobPut& request, protoco
     return reply(peer, message);
   }
   put_bytes_ += size_of(bytes);
-  puts_.push_back({std::move(peer), request.pin.substr(0, kPinBytesMax), request.call,
-                   std::move(bytes), std::move(*chunks), {}});
+  puts_.push_back({std::move(peer),
+                   request.pin.substr(0, kPinBytesMax),
+                   request.call,
+                   std::move(bytes),
+                   std::move(*chunks),
+                   {}});
 }
 
 void BulkServer::begin_storing() {

@@ -116,8 +116,7 @@ Result<AdapterExport> export_adapter(
         tensor.name.substr(kPrefix.size(), tensor.name.size() - kPrefix.size() - kEndingA.size());
     AdapterTensors& site = sites[name];
     site.site = name;
-    (is_a ? site.a : site.b) =
-        TensorInfo{tensor.name, *dtype, tensor.shape, *out.buffers.back()};
+    (is_a ? site.a : site.b) = TensorInfo{tensor.name, *dtype, tensor.shape, *out.buffers.back()};
   }
   for (auto& [name, site] : sites) {
     if (site.a.shape.size() != 2 || site.b.shape.size() != 2 || site.a.shape[0] < 1)

@@ -198,8 +198,7 @@ void make_sub_block(const Attention& a, const Work& w, std::int64_t key, std::in
   multiply_tiles<2>(reinterpret_cast<const char*>(w.v + key * a.dim), row, 16 * row, 64,
                     w.dout_columns + query / 16 * steps * 1024, steps * 1024, 1024, steps, false,
                     w.dp, 128);
-  const bool masked =
-      query < key + 31 || (a.window > 0 && query + 31 - key >= a.window);
+  const bool masked = query < key + 31 || (a.window > 0 && query + 31 - key >= a.window);
   if (a.soft_cap > 0.0f)
     masked ? differentiate<true, true>(a, w, key, query, jb, ib)
            : differentiate<true, false>(a, w, key, query, jb, ib);

@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(kThreads, 4 / kChunks)
       if (column(j) < columns) {
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          out[j].at[i] = store_as<T>(load_f32(out[j].at[i]) +
-                                     r * load_f32(w[j].at[i]) * load_f32(g[j].at[i]) -
-                                     k * load_f32(x[j].at[i]));
+          out[j].at[i] =
+              store_as<T>(load_f32(out[j].at[i]) + r * load_f32(w[j].at[i]) * load_f32(g[j].at[i]) -
+                          k * load_f32(x[j].at[i]));
         store_vec(dresidual + base + column(j), out[j]);
       }
   }
@@ -266,8 +266,7 @@ bool CudaOps::add_norm_weight_grad(Exec& exec, const RmsNormBackwardArgs& a) {
                          a.dweight);
     return false;
   }
-  const Tensor parts =
-      scratch.tensor(layout.parts, DType::kF32, Shape{layout.blocks, a.dy.dim(1)});
+  const Tensor parts = scratch.tensor(layout.parts, DType::kF32, Shape{layout.blocks, a.dy.dim(1)});
   TANDEM_CUDA_DISPATCH(a.dy.dtype, norm_backward, stream(exec), a, parts);
   column_sums<float>(stream(exec), parts, {}, {}, a.dweight);
   return true;

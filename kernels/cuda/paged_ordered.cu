@@ -42,7 +42,7 @@ struct Shared {
   static constexpr int kScoreRow = kKeys + 8;  ///< f32: rows of a fragment in different banks
   static constexpr int kScores = kStages * kStage;
   static constexpr int kQuery = kScores + kPairs * kScoreRow * 4;  ///< chunks: see query_chunk()
-  static constexpr int kSums = kQuery + kPairs * kDim * 2;  ///< f32: values of all segments
+  static constexpr int kSums = kQuery + kPairs * kDim * 2;         ///< f32: values of all segments
   static constexpr int kExchange = kSums + kPairs * kDim * 4;
   static constexpr int kBytes = kExchange + static_cast<int>(sizeof(Exchange)) + 1024;
 };
@@ -91,15 +91,16 @@ __device__ void produce(const PagedView& v, const CUtensorMap* k_map, const CUte
     for (int n = own.high; n >= own.low; --n) {
       int place[2];
       bool present[2];
-  #pragma unroll
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int key = n * kKeys + half * kHalf + box * rows;
         present[half] = box * rows < kHalf && key < end;
-        place[half] = present[half] ? (table[key / v.block_size] * v.kv_heads + kv_head) *
-                                              v.block_size + key % v.block_size
-                                    : 0;
+        place[half] = present[half]
+                          ? (table[key / v.block_size] * v.kv_heads + kv_head) * v.block_size +
+                                key % v.block_size
+                          : 0;
       }
-  #pragma unroll
+#pragma unroll
       for (int part = 0; part < 4; ++part) {
         const int half = part % 2;
         barrier_wait(&bars.empty[stage], phase ^ 1);
@@ -147,8 +148,8 @@ __device__ inline std::uint32_t first_of_pair(std::uint32_t pair, int present) {
 
 template <class E, int kDim>
 __device__ void consume(const PagedView& v, const QueryTile& tile, int first_head, int heads,
-                        int split, int splits, std::uint32_t shared, float* scores,
-                        float* sums, Exchange& exchange, Barriers& bars) {
+                        int split, int splits, std::uint32_t shared, float* scores, float* sums,
+                        Exchange& exchange, Barriers& bars) {
   using S = Shared<kDim>;
   constexpr int kOwnKeys = kKeys / kWarps, kOwnColumns = kDim / kWarps;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -167,12 +168,12 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
     uint4 x{};
     if (pair < pairs)
       x = *reinterpret_cast<const uint4*>(
-          static_cast<const E*>(v.q) +
-          v.q_at(tile.row + pair / heads, first_head + pair % heads) + 8 * chunk);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                     query_chunk<kDim>(query, pair, chunk)),
-                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
+          static_cast<const E*>(v.q) + v.q_at(tile.row + pair / heads, first_head + pair % heads) +
+          8 * chunk);
+    asm volatile(
+        "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(query_chunk<kDim>(query, pair, chunk)),
+        "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
   }
   named_sync(1, kConsumers);
 
@@ -258,8 +259,8 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
           for (int c = 0; c < kOwnColumns / 16; ++c) {
             const int row = 16 * t + lane / 8 % 2 * 8 + lane % 8;
             std::uint32_t b[4];
-            load_columns(b, chunk_address<kDim>(at, row,
-                                                warp * (kOwnColumns / 8) + 2 * c + lane / 16));
+            load_columns(
+                b, chunk_address<kDim>(at, row, warp * (kOwnColumns / 8) + 2 * c + lane / 16));
             if (!whole) {  // nobody wrote what lies beyond: it may be NaN, and 0 * NaN is NaN
               const int present = end - (n * kKeys + half * kHalf + 16 * t + 2 * q);
 #pragma unroll
@@ -278,8 +279,8 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
       const int pair = g + 8 * i;
 #pragma unroll
       for (int c = 0; c < kOwnColumns / 8; ++c)
-        *reinterpret_cast<float2*>(fragments + 8 * i * S::kScoreRow + warp * kOwnColumns + 8 * c) =
-            {o[c][2 * i], o[c][2 * i + 1]};
+        *reinterpret_cast<float2*>(fragments + 8 * i * S::kScoreRow + warp * kOwnColumns +
+                                   8 * c) = {o[c][2 * i], o[c][2 * i + 1]};
       if (warp == 0) exchange.sum[pair][q] = state.sum[i];
       if (warp == 0 && q == 0) exchange.top[pair] = state.top[i];
     }
@@ -287,16 +288,14 @@ __device__ void consume(const PagedView& v, const QueryTile& tile, int first_hea
     named_sync(1, kConsumers);
     const int count = min(splits, blocks.segments() - first);
     const auto of = [&](auto* own_part, int s) {
-      return splits > 1
-                 ? cg::this_cluster().map_shared_rank(own_part, static_cast<unsigned>(s))
-                 : own_part;
+      return splits > 1 ? cg::this_cluster().map_shared_rank(own_part, static_cast<unsigned>(s))
+                        : own_part;
     };
     if (thread < 4 * kPairs)
       for (int s = 0; s < count; ++s) {
         const Exchange& next = *of(&exchange, s);
-        const SegmentFactors f =
-            add_segment(top, sum, next.top[thread / 4], next.sum[thread / 4][thread % 4],
-                        scale_log2);
+        const SegmentFactors f = add_segment(top, sum, next.top[thread / 4],
+                                             next.sum[thread / 4][thread % 4], scale_log2);
         if (thread % 4 == 0) exchange.factors[s][thread / 4] = f;
       }
     named_sync(1, kConsumers);
@@ -355,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int heads = min(kPairs, v.group - head0);
   if (head0 == 0)
     zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
-                            static_cast<int>(gridDim.y) * splits);
+                       static_cast<int>(gridDim.y) * splits);
   // Every part of a group walks tiles of as many rows as the first part's.
   const QueryTile tile =
       find_query_tile(v, kPairs / min(kPairs, v.group), static_cast<int>(blockIdx.y));
@@ -364,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     produce<kDim>(v, &k_map, &v_map, tile, kv_head, split, splits, shared, bars);
   else
     consume<E, kDim>(v, tile, kv_head * v.group + head0, heads, split, splits, shared, scores, sums,
-                  exchange, bars);
+                     exchange, bars);
 #endif
 }
 
@@ -383,8 +382,8 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(splits), query_tiles_max(v, paged_ordered_rows(v)),
-                        head_parts(v));
+  config.gridDim =
+      dim3(static_cast<unsigned>(splits), query_tiles_max(v, paged_ordered_rows(v)), head_parts(v));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;

@@ -88,7 +88,11 @@ std::vector<Digest> sha256_each(std::span<const std::span<const std::byte>> part
   };
   std::vector<std::jthread> helpers;
   const auto wanted = std::min<std::size_t>(parts.size(), threads > 1 ? threads : 1);
-  for (std::size_t i = 1; i < wanted; ++i) helpers.emplace_back([&] { while (hash_next()) {} });
+  for (std::size_t i = 1; i < wanted; ++i)
+    helpers.emplace_back([&] {
+      while (hash_next()) {
+      }
+    });
   for (std::size_t i = 0; i < parts.size(); ++i) {
     while (!known[i].load(std::memory_order_acquire))
       if (!hash_next()) known[i].wait(false, std::memory_order_acquire);

@@ -248,9 +248,7 @@ const InvariantRow kInvariantRows[] = {
     {6, 2, 64, 0, 32, 0.0f},    // SmolLM2's
     {1, 1, 128, 0, 128, 0.0f},  // a block of the cache as large as a softmax step
     {20, 1, 64, 0, 64, 0.0f},   // a group wider than a tile of pairs
-    {8, 1, 128, 200, 16, 0.0f},
-    {4, 1, 64, 0, 16, 5.0f},
-    {4, 2, 32, 0, 16, 0.0f},
+    {8, 1, 128, 200, 16, 0.0f}, {4, 1, 64, 0, 16, 5.0f}, {4, 2, 32, 0, 16, 0.0f},
 };
 
 class InvariantAttention : public Attention {};

@@ -67,8 +67,8 @@ TEST_P(LinearWeightGrad, WritesWhereItIsToldThatNothingWasThere) {
 
 // Nothing, one, odd; on a GPU rows of one, two and four accesses of a block's threads, with an end
 // that is not whole, more rows than blocks, and too wide for one pass.
-constexpr Product kNorms[] = {{0, 4, 0},      {1, 1, 0},     {3, 7, 0},      {70, 300, 0},
-                              {130, 513, 0},  {9, 2048, 0},  {33, 4096, 0},  {12, 8000, 0},
+constexpr Product kNorms[] = {{0, 4, 0},      {1, 1, 0},     {3, 7, 0},     {70, 300, 0},
+                              {130, 513, 0},  {9, 2048, 0},  {33, 4096, 0}, {12, 8000, 0},
                               {700, 1032, 0}, {2000, 40, 0}, {5, 20000, 0}};
 class RmsNormWeightGrad : public OpTest {
  protected:

@@ -168,8 +168,7 @@ TEST(ServeNumerics, OnAGpuRowsInBf16KeepTheirBitsInAnyChunkAndCompany) {
       const Outcome rest = run_alone(*engine, again);
       EXPECT_GT(rest.usage.cached_prompt_tokens, 0);
       EXPECT_EQ(rest.ids, std::vector<std::int32_t>(first.ids.begin() + 5, first.ids.end()));
-      EXPECT_EQ(rest.logprobs,
-                std::vector<float>(first.logprobs.begin() + 5, first.logprobs.end()))
+      EXPECT_EQ(rest.logprobs, std::vector<float>(first.logprobs.begin() + 5, first.logprobs.end()))
           << where;
     }
   }
