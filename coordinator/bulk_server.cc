@@ -57,8 +57,8 @@ void BulkServer::loop() {
   while (!ending_) {
     const bool any = take_batch();
     // The storing thread is waited for only when no more may be taken before it is done.
-    if (stored_ || put_bytes_ >= kBulkBatchBytes) end_storing();
-    if (!storing_thread_.joinable()) begin_storing();
+    if (put_bytes_ >= kBulkBatchBytes) end_storing();
+    keep_storing();
     flush();
     if (any) continue;
     auto envelope = endpoint_->receive(outbox_.empty() ? kWaitMs : kWaitWithRepliesMs);
@@ -74,6 +74,7 @@ bool BulkServer::take_batch() {
     if (!envelope) break;
     any = true;
     handle(std::move(*envelope));
+    keep_storing();  // the disk works from the first put on
   }
   return any;
 }
@@ -114,6 +115,11 @@ void BulkServer::put(std::string peer, const protocol::BlobPut& request, protoco
                    std::move(bytes),
                    std::move(*chunks),
                    {}});
+}
+
+void BulkServer::keep_storing() {
+  if (stored_) end_storing();
+  if (!storing_thread_.joinable()) begin_storing();
 }
 
 void BulkServer::begin_storing() {

@@ -59,6 +59,8 @@ class BulkServer {
   void has(const std::string& peer, const protocol::BlobHas& request);
   void get(const std::string& peer, const protocol::BlobGet& request);
   void put(std::string peer, const protocol::BlobPut& request, protocol::Bytes bytes);
+  /// Gives the storing thread what waits as soon as it is idle; never waits for it.
+  void keep_storing();
   void begin_storing();
   void store();  ///< on the storing thread
   /// Waits for the storing thread and answers its puts.

@@ -13,6 +13,7 @@ namespace {
 constexpr std::size_t kInFlightMax = 256;             ///< calls sent and not answered
 constexpr std::int64_t kInFlightBytesMax = 64 << 20;  ///< payload of those
 constexpr TimeMs kResendMs = 5000, kPollMs = 100;
+constexpr TimeMs kPollFullMs = 1;  ///< until the socket may have room again
 constexpr std::size_t kHasBatch = 4096;
 constexpr std::int64_t kGroupedBytesMax = 1 << 20;  ///< a larger blob has a message of its own
 /// Small enough that storing one group and sending the next overlap.
@@ -28,7 +29,7 @@ std::uint64_t& call_id(protocol::BulkRequest& request) {
 BulkClient::BulkClient(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock)
     : endpoint_(std::move(endpoint)), clock_(clock) {}
 
-void BulkClient::send_due(std::span<Call> calls) {
+bool BulkClient::send_due(std::span<Call> calls) {
   const TimeMs now = clock_.now_ms();
   std::size_t in_flight = 0;
   std::int64_t bytes = 0;
@@ -36,13 +37,14 @@ void BulkClient::send_due(std::span<Call> calls) {
     if (call.done) continue;
     const bool due = call.sent_ms < 0 || now - call.sent_ms > scaled_ms(kResendMs);
     if (due) {
-      if (!endpoint_->send_parts(protocol::encode(call.request), call.parts).ok())
-        return;  // full or away: later
+      const Status sent = endpoint_->send_parts(protocol::encode(call.request), call.parts);
+      if (!sent.ok()) return sent.code() != StatusCode::kBusy;  // full or away: later
       call.sent_ms = now;
     }
     bytes += call.bytes;
-    if (++in_flight >= kInFlightMax || bytes >= kInFlightBytesMax) return;
+    if (++in_flight >= kInFlightMax || bytes >= kInFlightBytesMax) break;
   }
+  return true;
 }
 
 void BulkClient::number(std::vector<Call>& calls) {
@@ -57,8 +59,7 @@ Status BulkClient::run(std::vector<Call>& calls, TimeMs deadline_ms) {
     if (deadline_ms > 0 && clock_.now_ms() > end)
       return timeout_error(
           str("no answer from the coordinator's bulk socket for ", deadline_ms, " ms"));
-    send_due(calls);
-    auto envelope = endpoint_->receive(kPollMs);
+    auto envelope = endpoint_->receive(send_due(calls) ? kPollMs : kPollFullMs);
     if (!envelope) continue;
     auto reply = protocol::decode_blob_reply(envelope->frame);
     if (!reply.ok() || reply->call < first || reply->call >= next_call_)
@@ -129,7 +130,7 @@ void BulkClient::Upload::add(const BlobView& blob) {
 
 void BulkClient::Upload::send() {
   open_ = false;
-  client_.send_due(calls_);
+  (void)client_.send_due(calls_);
 }
 
 Status BulkClient::Upload::finish(TimeMs deadline_ms) {

@@ -59,7 +59,8 @@ class BulkClient {
   Status run(std::vector<Call>& calls, TimeMs deadline_ms);
   /// For each blob whether the coordinator has it.
   Result<std::vector<bool>> ask(std::span<const BlobView> blobs, TimeMs deadline_ms);
-  void send_due(std::span<Call> calls);
+  /// False when the socket had no room for one of them.
+  bool send_due(std::span<Call> calls);
 
   std::unique_ptr<protocol::ClientEndpoint> endpoint_;
   const Clock& clock_;

@@ -130,8 +130,9 @@ void JobHost::begin(Prepared prepared) {
 }
 
 bool JobHost::runnable() const {
-  return session_ && !draining_ && !pausing_ && !finished_ &&
-         (phase_ == Phase::kTraining || phase_ == Phase::kFinishing);
+  if (!session_ || finished_) return false;
+  if (phase_ == Phase::kFinishing) return steady_ns() >= finish_from_ns_;  // draining, too
+  return phase_ == Phase::kTraining && !draining_ && !pausing_;
 }
 
 void JobHost::run_slice() {
@@ -258,6 +259,10 @@ void JobHost::checkpoint_stored(std::int64_t step, const Result<std::string>& ma
                           protocol::CheckpointReady{start_.job, start_.epoch, step, *manifest});
   if ((pausing_ || draining_) && session_ && session_->step() != step) checkpoint();
 }
+
+/// What is left after a publish waits so long: its first requests come within milliseconds, and
+/// giving a session's memory back keeps the device's thread for some (15 ms on a GPU).
+constexpr std::int64_t kFirstRequestNs = 50'000'000;
 
 void JobHost::publish() {
   phase_ = Phase::kPublishing;
@@ -441,10 +446,11 @@ void JobHost::on_ack(const protocol::JobAck& ack) {
     published_ = true;
     packed_.reset();
     if (spec_.train.full()) keep_model(ack.digest);
-    phase_ = Phase::kFinishing;  // a last evaluation may be left
     log_info("job ", start_.job, " published ", ack.name, " as ", ack.digest, ", ",
              static_cast<double>(steady_ns() - last_step_ns_) / 1e6, " ms after its last step");
-    if (finished_) end({});
+    if (finished_) return end({});
+    phase_ = Phase::kFinishing;  // a last evaluation may be left
+    finish_from_ns_ = steady_ns() + kFirstRequestNs;
   } else if (ack.of == "ended") {
     phase_ = Phase::kOver;
   }

@@ -97,7 +97,7 @@ class JobHost {
   bool checkpointing_ = false, draining_ = false, pausing_ = false, finished_ = false;
   std::uint64_t progress_seq_ = 0;
   double first_loss_ = 0, last_loss_ = 0;
-  std::int64_t trained_tokens_ = 0, tokens_ = 0, last_step_ns_ = 0;
+  std::int64_t trained_tokens_ = 0, tokens_ = 0, last_step_ns_ = 0, finish_from_ns_ = 0;
   double train_seconds_ = 0;
   std::string eval_json_ = "{}";
   // publish

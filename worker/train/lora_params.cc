@@ -247,7 +247,8 @@ model::FlatAdapter LoraParams::flat_adapter(DType dtype) const {
   if (room_.size() == bytes) adapter.bytes = std::move(room_);
   adapter.bytes.resize(bytes);
   parts_.context.ops.download(parts_.context.exec, from, adapter.bytes);
-  return from.dtype == dtype ? adapter : adapter.in(dtype);
+  if (from.dtype != dtype) return adapter.in(dtype);
+  return adapter;
 }
 
 }  // namespace tandem::worker::train
