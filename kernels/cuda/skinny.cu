@@ -27,7 +27,7 @@ struct Tile {
   static constexpr int kPartRow = kN + 8;  // f32: rows of a fragment in different banks
   static constexpr int kPartBytes = kSplits > 1 ? kRows* kPartRow * 4 : 0;
   static constexpr int kStages = std::min<int>(
-      kStagesMax,
+      kN < 64 ? kStagesMax : 8,
       (kSharedMax - 1024 - kPartBytes - static_cast<int>(sizeof(Control))) / kStageBytes);
   static constexpr int kBytes = 1024 + kPartBytes + kStages * kStageBytes;
 };
