@@ -102,12 +102,6 @@ __device__ inline void copy_box(std::uint32_t to, const CUtensorMap* map, std::u
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-/// The same box as far as the second-level cache.
-__device__ inline void prefetch_box(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column),
-               "r"(row)
-               : "memory");
-}
 /// Consecutive bytes; both addresses and the size are multiples of 16.
 __device__ inline void copy_bytes(std::uint32_t to, const void* from, int bytes,
                                   std::uint64_t* barrier) {

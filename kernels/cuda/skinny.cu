@@ -17,8 +17,6 @@ namespace {
 
 namespace cg = cooperative_groups;
 constexpr int kSharedMax = 227 * 1024;
-/// Of weights, what a block asks the second-level cache for beside its stages.
-constexpr int kCachedBytes = 128 * 1024;
 
 /// Tiles of kN outputs, a cluster of kSplits blocks for each.
 template <int kN, int kSplits>
@@ -108,13 +106,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (lane == 0) {
         int step = 0;
         if (tile == first_tile && !adapts) {
-          // Weights depend on nobody: they are asked for before what makes x has ended. That may
-          // take longer than the stages last: more comes as far as the second-level cache.
+          // Weights depend on nobody: they are asked for before what makes x has ended.
           const int ahead = min(T::kStages, steps);
           for (int s = 0; s < ahead; ++s) copy_weight(s, s, tile);
-          const int cached = min(ahead + kCachedBytes / T::kWeightBytes, steps);
-          for (int s = ahead; s < cached; ++s)
-            prefetch_box(&w_map, (first + s) * kStep, tile * kN);
           wait_for_inputs();
           for (; step < ahead; ++step, ring.next()) copy_x(step, step);
         }

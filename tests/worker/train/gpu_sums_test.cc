@@ -58,8 +58,7 @@ void check_every_size(DType dtype) {
   const kernels::ArenaScope scope(device->tensors);
   const Tensor room = device->tensors.alloc({(8 * kMiB) / std::int64_t{sizeof(T)} + 16}, dtype);
   std::vector<std::int64_t> sizes{1, 2, 3, 7, 8, 9, 4095, 100'001};
-  for (const std::int64_t bytes :
-       {16 * kKiB, 256 * kKiB, kMiB, 4 * kMiB, 5 * kMiB, 8 * kMiB - 512})
+  for (const std::int64_t bytes : {16 * kKiB, 256 * kKiB, kMiB, 4 * kMiB, 5 * kMiB, 8 * kMiB - 512})
     for (const std::int64_t n : around<T>(bytes)) sizes.push_back(n);
   for (const std::int64_t n : sizes)
     for (const std::int64_t first : {0, 1}) {

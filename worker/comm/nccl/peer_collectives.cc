@@ -4,7 +4,6 @@
 #include "protocol/base/str.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace tandem::worker::comm {
 namespace {
@@ -13,16 +12,10 @@ using kernels::DeviceError;
 using kernels::Tensor;
 
 constexpr std::int64_t kStagingBytes = 48 << 20;
-/// Sums up to here are sent whole to every rank, and from here on left to NCCL.
+/// Sums up to here are sent whole to every rank, and from here on left to NCCL. Over four H200,
+/// with the norm: 128 KiB take 8.0 us in one shot and 8.8 in two, 256 KiB 9, 512 KiB 12.2 and 9.4;
+/// 4 MiB take 27 us.
 constexpr std::int64_t kOneShotBytes = 256 << 10, kSumBytesMax = 8 << 20;
-
-std::int64_t one_shot_bytes() {
-  static const std::int64_t bytes = [] {
-    const char* kib = std::getenv("TANDEM_ONE_SHOT_KIB");
-    return kib == nullptr ? kOneShotBytes : std::atoll(kib) << 10;
-  }();
-  return bytes;
-}
 
 void check_aligned(std::initializer_list<Tensor> tensors) {
   for (const Tensor& x : tensors)
@@ -130,7 +123,7 @@ SumRooms PeerCollectives::rooms(std::int64_t bytes) const {
   for (int r = 0; r < memory_->size(); ++r) rooms.windows[r] = memory_->window(r);
   rooms.rank = memory_->rank();
   rooms.size = memory_->size();
-  rooms.one_shot = bytes <= std::min(one_shot_bytes(), kRoomBytes / rooms.size - 16);
+  rooms.one_shot = bytes <= std::min(kOneShotBytes, kRoomBytes / rooms.size - 16);
   return rooms;
 }
 
