@@ -12,16 +12,17 @@
 // flags and no fences, and a store of 16 bytes may come in pieces. Who takes words puts kEmpty
 // back.
 //
-// *Why no two sums meet in a room.* Sums of one gang take turns, each on every rank's queue in the
-// same order; turn t uses the rooms of side t % 2. Let rank i write into rank j's room at turn t.
-// (1) A rank that has ended turn t - 1 holds sums of all ranks' addends of that turn, so all have
-// begun it: their kernels of turn t - 2 had ended (wait_for_inputs() waits for the kernel before,
-// which waited for its own), with all that they took from rooms of this side and put back; nothing
-// else touched them since. (2) Rank i begins to write at turn t when its kernel of turn t - 1 has
-// ended. So the room is empty and nobody is going to read it for turn t - 2. An empty sum sends
-// nothing and is no turn. Turns are counted on the device, by the kernels, so that a recording may
-// be replayed: every block adds its share of kTurnParts at its end, and a turn's kernels read it at
-// their begin, where less than a whole turn has been added since the last.
+// *Why no two sums meet in a room.* Sums, and gathers of columns, of one gang take turns, each on
+// every rank's queue in the same order; turn t uses the rooms of side t % 2. Let rank i write into
+// rank j's room at turn t. (1) A rank that has ended turn t - 1 holds what all ranks sent in that
+// turn, or a sum of it, so all have begun it: their kernels of turn t - 2 had ended
+// (wait_for_inputs() waits for the kernel before, which waited for its own), with all that they
+// took from rooms of this side and put back; nothing else touched them since. (2) Rank i begins to
+// write at turn t when its kernel of turn t - 1 has ended. So the room is empty and nobody is going
+// to read it for turn t - 2. An empty sum sends nothing and is no turn. Turns are counted on the
+// device, by the kernels, so that a recording may be replayed: every block adds its share of
+// kTurnParts at its end, and a turn's blocks read the count at their begin, where less than a whole
+// turn has been added since the last.
 //
 // *That all ranks come through.* Block b waits for blocks b of the others alone. Blocks come to the
 // multiprocessors in order, so the first that has not ended is running, or about to, everywhere.
