@@ -1,5 +1,8 @@
 // bench_collectives: times of the gang's collectives by size, as one JSON object from rank 0. Run
-// as: mpirun -np N bench_collectives [--device cuda] [--bytes-max B]. CPUs talk MPI, GPUs NCCL.
+// as: mpirun -np N bench_collectives [--device cuda] [--bytes-max B]. CPUs talk MPI, GPUs NCCL, and
+// by themselves where that is faster (TANDEM_GPU_PEERS=off: nothing). Beside single collectives,
+// with all that it takes to begin and to wait: what one of many sums costs that follow each other
+// on the device, as in a decode step, alone and with the norm behind it.
 #include "protocol/base/clock.h"
 #include "tools/bench_device.h"
 #include "tools/bench_gang.h"
@@ -36,6 +39,50 @@ double time_of(Gang& gang, const std::function<void()>& run) {
   }
   std::sort(seconds.begin(), seconds.end());
   return seconds[seconds.size() / 2];
+}
+
+/// Microseconds of one of many that the device runs one after another: the slowest rank's, median
+/// over trials. Recorded where sums may be; else issued, which is slower than the shortest.
+double queued(Gang& gang, std::uint64_t key, const std::function<void()>& issue) {
+  constexpr int kCount = 64;
+  const auto all = [&] {
+    gang.comm.issue_recorded(gang.exec, [&] {
+      const auto body = [&] {
+        for (int i = 0; i < kCount; ++i) issue();
+      };
+      gang.comm.records() ? gang.ops.replay(gang.exec, key, body) : body();
+    });
+    gang.ops.synchronize(gang.exec);
+  };
+  for (int warm_up = 0; warm_up < 3; ++warm_up) all();
+  return time_of(gang, all) / kCount * 1e6;
+}
+
+/// Sums of `rows` rows of a stream as wide as Llama-3-70B's, in bf16.
+Json measure_rows(Gang& gang, std::int64_t rows) {
+  constexpr std::int64_t kWidth = 8192;
+  kernels::ArenaScope scope(gang.arena);
+  const kernels::Shape shape{rows, kWidth};
+  const kernels::Tensor x = gang.arena.alloc(shape, DType::kBF16);
+  const kernels::Tensor delta = gang.arena.alloc(shape, DType::kBF16);
+  const kernels::Tensor y = gang.arena.alloc(shape, DType::kBF16);
+  const kernels::Tensor weight = gang.arena.alloc({kWidth}, DType::kBF16);
+  for (const kernels::Tensor& t : {x, delta, weight}) gang.ops.fill_zero(gang.exec, t);
+  const kernels::AddRmsNormArgs norm{x, delta, weight, 1e-5f, y, {}};
+  const auto key = static_cast<std::uint64_t>(rows) * 4;
+  Json out{{"rows", rows}, {"bytes", x.bytes()}};
+  out["sum_us"] = queued(gang, key, [&] { gang.comm.all_reduce_sum(gang.exec, x); });
+  out["norm_us"] = queued(gang, key + 1, [&] { gang.ops.add_rms_norm_forward(gang.exec, norm); });
+  out["sum_then_norm_us"] = queued(gang, key + 2, [&] {
+    gang.comm.all_reduce_sum(gang.exec, x);
+    gang.ops.add_rms_norm_forward(gang.exec, norm);
+  });
+  out["sum_and_norm_us"] = queued(gang, key + 3, [&] {
+    if (gang.comm.sum_and_norm(gang.exec, norm)) return;
+    gang.comm.all_reduce_sum(gang.exec, x);
+    gang.ops.add_rms_norm_forward(gang.exec, norm);
+  });
+  return out;
 }
 
 /// One size: each collective's time and the bandwidth that its algorithm needs of a link ("bus").
@@ -83,12 +130,17 @@ Status run(const std::string& device, std::int64_t bytes_max) {
   Json sizes = Json::array();
   for (std::int64_t bytes = 4096; bytes <= bytes_max; bytes *= 8)
     sizes.push_back(measure(gang, bytes));
+  Json rows = Json::array();
+  for (const std::int64_t count : {1, 4, 8, 16, 32, 64, 128, 256})
+    if (comm.size() > 1 && device == "cuda") rows.push_back(measure_rows(gang, count));
   if (comm.rank() == 0)
     std::cout << Json{{"bench", "collectives"},
                       {"device", backend.ops->profile().name},
                       {"transport", device == "cuda" ? "nccl" : "mpi"},
                       {"ranks", comm.size()},
-                      {"sizes", sizes}}
+                      {"records", comm.records()},
+                      {"sizes", sizes},
+                      {"rows", rows}}
                      .dump(2)
               << std::endl;
   return {};

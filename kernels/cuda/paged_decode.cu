@@ -156,7 +156,6 @@ __device__ void merge_warps(Merged<kDim>& m, const WarpState<E, kDim>& state) {
 template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) {
   launch_dependents();
-  wait_for_inputs();
   __shared__ Merged<kDim> merged;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
@@ -165,16 +164,34 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
   const int head0 = static_cast<int>(blockIdx.z) % head_tiles * kColumns;
   const int heads = min(kColumns, v.group - head0), tile_rows = kColumns / heads;
   const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x);
-  if (head0 == 0)
-    zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
-                       static_cast<int>(gridDim.y) * splits);
   // Every part of a group walks tiles of as many rows as the first part's.
   const QueryTile tile =
       find_query_tile(v, kColumns / min(kColumns, v.group), static_cast<int>(blockIdx.y));
-  if (tile.rows == 0) return;
   const int columns = tile.rows * heads;
   const int first_head = kv_head * v.group + head0;
   (void)tile_rows;
+
+  const int keys = tile.position + tile.rows;
+  const int stride = kWarps * splits, own = split * kWarps + warp;
+  const int first = max(0, tile.position - v.window + 1) / kKeys, end = (keys + kKeys - 1) / kKeys;
+  int block = first + (own - first % stride + stride) % stride;
+  const std::int32_t* table = v.tables + static_cast<std::int64_t>(tile.sequence) * v.blocks_max;
+  const auto* k = static_cast<const E*>(v.k);
+  const auto* values = static_cast<const E*>(v.v);
+  // Where this warp's next 32 blocks are, one a lane.
+  std::int64_t places = 0;
+  const auto find_places = [&](int from) {
+    const int b = from + lane * stride;
+    if (b < end) places = v.key_at(table, b * kKeys, kv_head);
+  };
+  // Offsets, lengths and tables come by an upload, behind which no kernel starts early: they may be
+  // read before the kernel before has ended.
+  if (tile.rows > 0) find_places(block);
+  wait_for_inputs();
+  if (head0 == 0)
+    zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
+                       static_cast<int>(gridDim.y) * splits);
+  if (tile.rows == 0) return;
 
   uint4 query[kDim / 32];
 #pragma unroll
@@ -190,20 +207,6 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
   for (int c = 0; c < 2; ++c)
     position[c] = 2 * q + c < columns ? tile.position + (2 * q + c) / heads : -1;
 
-  const int keys = tile.position + tile.rows;
-  const int stride = kWarps * splits, own = split * kWarps + warp;
-  const int first = max(0, tile.position - v.window + 1) / kKeys, end = (keys + kKeys - 1) / kKeys;
-  int block = first + (own - first % stride + stride) % stride;
-  const std::int32_t* table = v.tables + static_cast<std::int64_t>(tile.sequence) * v.blocks_max;
-  const auto* k = static_cast<const E*>(v.k);
-  const auto* values = static_cast<const E*>(v.v);
-  // Where this warp's next 32 blocks are, one a lane.
-  std::int64_t places = 0;
-  const auto find_places = [&](int from) {
-    const int b = from + lane * stride;
-    if (b < end) places = v.key_at(table, b * kKeys, kv_head);
-  };
-  find_places(block);
   WarpState<E, kDim> state;
   KeyFragments<E, kDim> key;
   std::int64_t place = __shfl_sync(0xffffffffu, places, 0);

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "kernels/exec.h"
-#include "kernels/tensor.h"
+#include "kernels/op_args.h"
 
 #include <functional>
 #include <memory>
@@ -46,6 +46,26 @@ class Communicator {
   [[nodiscard]] virtual int size() const = 0;
   /// x [*] f32, bf16, f16 or f64: sum over ranks, in rank order, in place on every rank.
   virtual void all_reduce_sum(kernels::Exec& exec, kernels::Tensor x) = 0;
+  /// all_reduce_sum(a.residual), then Ops::add_rms_norm_forward(a), as one kernel; a sum of squares
+  /// may be added up in another order than there. false: nothing has been done, on no rank.
+  [[nodiscard]] virtual bool sum_and_norm(kernels::Exec& /*exec*/,
+                                          const kernels::AddRmsNormArgs& /*a*/) {
+    return false;
+  }
+  /// out [t, size * n] f32 = beside each other, in rank order, the ranks' x [t, n]. false: nothing
+  /// has been done, on no rank.
+  [[nodiscard]] virtual bool gather_columns(kernels::Exec& /*exec*/, kernels::Tensor /*x*/,
+                                            kernels::Tensor /*out*/) {
+    return false;
+  }
+  /// Whether all_reduce_sum, sum_and_norm and gather_columns may be recorded, as they may where
+  /// they are kernels and nothing else. What else goes through a communicator may not.
+  [[nodiscard]] virtual bool records() const { return false; }
+  /// Runs `issue`, which issues what holds sums of this communicator through Ops::replay: nobody
+  /// else touches exec's queue meanwhile, and whoever watches it learns of what was replayed.
+  virtual void issue_recorded(kernels::Exec& /*exec*/, const std::function<void()>& issue) {
+    issue();
+  }
   /// out [size * n] = the ranks' x [n], in rank order. x may be this rank's part of out.
   virtual void all_gather(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) = 0;
   /// The same, begun now and ended by wait(); other collectives may come between, in the same order

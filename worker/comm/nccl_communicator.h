@@ -7,8 +7,9 @@
 // in every run of one gang on one machine, 16-bit elements rounded after each addition. Scratch is
 // NCCL's own. GPUs that reach each other's memory do by themselves, in rank order and in f32, what
 // NCCL would be slower at: what is shared (Communicator::share) is moved by their copy engines, and
-// all_reduce of up to 1.5 MiB is one kernel (nccl/peer_collectives.h). TANDEM_GPU_PEERS=off in the
-// environment of all ranks leaves everything to NCCL.
+// all_reduce of up to 8 MiB, or where it is recorded, is one kernel for each 4 MiB
+// (nccl/peer_collectives.h). TANDEM_GPU_PEERS=off in the environment of all ranks leaves everything
+// to NCCL, and then nothing can be recorded.
 //
 // A rank that dies is not noticed here: NCCL reports nothing within a host. Whoever watches the
 // processes ends the gang. What NCCL itself reports to a call, and a start or a barrier that takes
@@ -49,8 +50,8 @@ struct NcclOptions {
   std::shared_ptr<const std::atomic<TimeMs>> current_timeout_ms{};
   /// Where given, called once, on a thread of its own: a collective has failed, or what was put on
   /// its queue is not done in time. The message names the collective and the rank. Nothing of this
-  /// process's device can be relied on from then on, its destruction included: end the process. No
-  /// graph may be recorded on a watched queue.
+  /// process's device can be relied on from then on, its destruction included: end the process. A
+  /// watched queue may be recorded within Communicator::issue_recorded() alone.
   std::function<void(const std::string&)> on_failure{};
 };
 /// Called by all ranks at once. The thread that calls it is the one that communicates.

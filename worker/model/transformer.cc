@@ -6,6 +6,13 @@
 
 namespace tandem::worker::model {
 
+/// The residual stream: the sum of both tensors.
+struct ResidualStream {
+  kernels::Tensor before{};  ///< may be undefined
+  kernels::Tensor stream{};
+  bool addend = false;  ///< `stream` is this rank's addend of what it stands for
+};
+
 namespace {
 
 using kernels::ArenaScope;
@@ -125,14 +132,16 @@ struct BlockRun {
     if (pending) pending->wait(ctx.exec);
   }
   /// A product whose sum over ranks is the stream `to`; `all` holds the addend where `to` has not
-  /// all rows.
+  /// all rows. Where it has, the sum is left to the norm that reads it (has_addend()).
   void linear_to_stream(Fused fused, const Tensor& x, const kernels::PackedWeight& weight,
                         const Tensor& to, const Tensor& u, const Tensor& all,
                         const kernels::SiluMulArgs& make_x = {}) const {
     const Tensor addend = sequence_parallel() ? all : to;
     linear(fused, x, weight, {}, addend, u, make_x);
-    sum_over_ranks(addend, to);
+    if (sequence_parallel()) sum_over_ranks(addend, to);
   }
+  /// What linear_to_stream leaves is this rank's addend of the stream.
+  [[nodiscard]] bool has_addend() const { return ctx.comm.size() > 1 && !sequence_parallel(); }
   /// x (which may be a part of `all`) to `all`; nothing to do where x has all rows.
   void gather(const Tensor& x, const Tensor& all) const {
     if (sequence_parallel()) ctx.comm.all_gather(ctx.exec, x, all);
@@ -145,11 +154,19 @@ struct BlockRun {
 // -- forward
 // -----------------------------------------------------------------------------------------
 
-/// `stream` holds the part of the residual stream that is fresh memory, `before` (or nothing) the
-/// part that must survive: their sum is left in `stream`. Addition commutes, so neither is copied.
-void add_and_norm(Context& ctx, const ModelConfig& config, const Tensor& stream,
-                  const Tensor& before, const Tensor& weight, const Tensor& y, const Tensor& rstd) {
-  ctx.ops.add_rms_norm_forward(ctx.exec, {stream, before, weight, config.norm_eps, y, rstd});
+/// `stream` holds the part of the residual stream that is fresh memory, `before` the part that must
+/// survive: their sum is left in `stream`. Addition commutes, so neither is copied.
+void add_and_norm(Context& ctx, const ModelConfig& config, const ResidualStream& x,
+                  const Tensor& weight, const Tensor& y, const Tensor& rstd) {
+  const kernels::AddRmsNormArgs args{x.stream, x.before, weight, config.norm_eps, y, rstd};
+  if (x.addend) {
+    // A norm that comes with the sum adds up a row's squares in another order than one that does
+    // not, and not all batches have one.
+    if (ctx.exec.numerics != kernels::Numerics::kInvariant && ctx.comm.sum_and_norm(ctx.exec, args))
+      return;
+    ctx.comm.all_reduce_sum(ctx.exec, x.stream);
+  }
+  ctx.ops.add_rms_norm_forward(ctx.exec, args);
 }
 
 void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
@@ -218,11 +235,12 @@ Tensor norm_all_rows(const BlockRun& run, const Tensor& kept, const Tensor& all,
   return to;
 }
 
-/// One block. On entry the residual stream is `s.x` + `before` (undefined: s.x alone); s.x then
-/// holds it whole. On return it is s.residual_attention (memory given by the caller, as is
-/// `mlp_out`) + mlp_out. Everything else that `keep` names is allocated here.
-void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, const Tensor& mlp_out,
-                   const Keep& keep) {
+/// One block. On entry the residual stream is `in`, of which s.x is the stream and then holds the
+/// whole. On return it is s.residual_attention (memory given by the caller, as is `mlp_out`) +
+/// mlp_out, which is an addend where run.has_addend(). Everything else that `keep` names is
+/// allocated here.
+void block_forward(const BlockRun& run, SavedBlock& s, const ResidualStream& in,
+                   const Tensor& mlp_out, const Keep& keep) {
   allocate_kept(run, s, keep);
   const ArenaScope scope(run.ctx.activations);
   SavedBlock b = s;
@@ -230,15 +248,15 @@ void block_forward(const BlockRun& run, SavedBlock& s, const Tensor& before, con
   const Tensor all =
       keep.normed && !run.sequence_parallel() ? Tensor{} : run.rows(run.config.width);
   const Tensor normed_attention = norm_all_rows(run, b.normed_attention, all, [&](const Tensor& y) {
-    add_and_norm(run.ctx, run.config, b.x, before, run.weights.attention_norm, y, b.rstd_attention);
+    add_and_norm(run.ctx, run.config, in, run.weights.attention_norm, y, b.rstd_attention);
   });
   run.linear(Fused::kQkv, normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0]);
   attend(run, b.qkv, b.attention_out, b.lse);
   run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o, b.residual_attention, b.u[1],
                        all);
   const Tensor normed_mlp = norm_all_rows(run, b.normed_mlp, all, [&](const Tensor& y) {
-    add_and_norm(run.ctx, run.config, b.residual_attention, b.x, run.weights.mlp_norm, y,
-                 b.rstd_mlp);
+    add_and_norm(run.ctx, run.config, {b.x, b.residual_attention, run.has_addend()},
+                 run.weights.mlp_norm, y, b.rstd_mlp);
   });
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
@@ -272,7 +290,7 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
     if (by_recipe && !run.sequence_parallel()) return Gathered{};
     const Tensor all = run.rows(run.config.width);
     const Tensor mine = kept.defined() ? kept : run.mine(all);
-    if (!kept.defined()) add_and_norm(run.ctx, run.config, stream, {}, weight, mine, {});
+    if (!kept.defined()) add_and_norm(run.ctx, run.config, {{}, stream}, weight, mine, {});
     return run.start_gather(mine, all);
   };
   {
@@ -338,6 +356,7 @@ Tensor all_rows(Context& ctx, const Tensor& x, std::int64_t t) {
   return all;
 }
 
+/// Leaves an addend where the stream has all rows.
 void embed(Context& ctx, const TokenBatch& batch, const BaseWeights& base, const Tensor& stream) {
   const ArenaScope scope(ctx.activations);
   const bool split = stream.dim(0) != batch.tokens();
@@ -346,17 +365,8 @@ void embed(Context& ctx, const TokenBatch& batch, const BaseWeights& base, const
   const VocabShard shard = vocab_shard(base);
   ctx.ops.embedding_forward(ctx.exec,
                             {batch.ids, &base.embedding(), all, shard.first, shard.vocab});
-  if (split)
-    ctx.comm.reduce_scatter_sum(ctx.exec, all, stream);
-  else if (ctx.comm.size() > 1)
-    ctx.comm.all_reduce_sum(ctx.exec, all);
+  if (split) ctx.comm.reduce_scatter_sum(ctx.exec, all, stream);
 }
-
-/// The residual stream between two blocks: the sum of both tensors.
-struct Streams {
-  Tensor before{};  ///< may be undefined
-  Tensor stream{};
-};
 
 }  // namespace
 
@@ -380,10 +390,11 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
     return ctx.activations.alloc({stream_rows, config().width}, ctx.compute_dtype);
   };
   const std::int64_t mark = ctx.activations.mark();
-  Streams streams{{}, rows()};
+  ResidualStream streams{{}, rows()};
   if (stage_.first == 0) {
     TANDEM_CHECK(!in.defined(), "the first stage embeds ids itself");
     embed(ctx, batch, base, streams.stream);
+    streams.addend = ctx.comm.size() > 1 && stream_rows == batch.tokens();
   } else {
     ctx.ops.copy(ctx.exec, in, streams.stream);
   }
@@ -402,8 +413,8 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
     const Tensor mlp_out = saved != nullptr ? rows() : streams.stream;
     s.residual_attention = keep_blocks ? rows() : shared;
     const std::int64_t block_mark = ctx.activations.mark();
-    block_forward(run, s, streams.before, mlp_out, keep_of(saved != nullptr, recompute));
-    streams = {s.residual_attention, mlp_out};
+    block_forward(run, s, streams, mlp_out, keep_of(saved != nullptr, recompute));
+    streams = {s.residual_attention, mlp_out, run.has_addend()};
     if (!keep_blocks) {
       ctx.activations.reset(block_mark);
       const Tensor x = s.x;
@@ -413,19 +424,19 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
     if (saved != nullptr) saved->blocks.push_back(std::move(s));
     weights_.release(layer, Phase::kForward);
   }
-  finish_forward(ctx, streams.before, streams.stream, hidden, saved);
+  finish_forward(ctx, streams, hidden, saved);
   if (saved == nullptr) ctx.activations.reset(mark);
 }
 
-void Transformer::finish_forward(Context& ctx, Tensor before, Tensor stream, Tensor hidden,
+void Transformer::finish_forward(Context& ctx, const ResidualStream& x, Tensor hidden,
                                  Saved* saved) const {
   if (stage_.last == config().layers) {
     Tensor rstd{};
     if (saved != nullptr)
       rstd = ctx.activations.alloc({hidden.dim(0)}, sum_dtype(ctx.compute_dtype));
-    add_and_norm(ctx, config(), stream, before, weights_.base().final_norm(), hidden, rstd);
+    add_and_norm(ctx, config(), x, weights_.base().final_norm(), hidden, rstd);
     if (saved != nullptr) {
-      saved->final_residual = stream;
+      saved->final_residual = x.stream;
       saved->final_rstd = rstd;
     }
     return;
@@ -433,8 +444,8 @@ void Transformer::finish_forward(Context& ctx, Tensor before, Tensor stream, Ten
   // The next stage wants the stream as one tensor; the norm of the sum is a by-product nobody
   // reads.
   ArenaScope scope(ctx.activations);
-  ctx.ops.copy(ctx.exec, stream, hidden);
-  add_and_norm(ctx, config(), hidden, before, weights_.base().final_norm(),
+  ctx.ops.copy(ctx.exec, x.stream, hidden);
+  add_and_norm(ctx, config(), {x.before, hidden, x.addend}, weights_.base().final_norm(),
                ctx.activations.alloc(hidden.shape, ctx.compute_dtype), {});
 }
 
@@ -470,7 +481,7 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
       SavedBlock again;
       again.x = s.x;  // already the whole stream
       again.residual_attention = run.stream();
-      block_forward(run, again, {}, run.stream(), kKeepAll);
+      block_forward(run, again, {{}, again.x}, run.stream(), kKeepAll);
       block_backward(run, again, dresidual, want_dx);
     } else {
       block_backward(run, s, dresidual, want_dx);
@@ -493,10 +504,14 @@ void Transformer::logits(Context& ctx, Tensor hidden, Tensor logits) const {
   const kernels::PackedWeight& head = weights_.base().lm_head();
   if (ctx.comm.size() == 1)
     return ctx.ops.linear_forward(ctx.exec, {hidden, &head, {}, {}, nullptr, logits, {}});
-  // Each rank has a part of the vocabulary; a sum with zeros changes no logit.
+  // Each rank has a part of the vocabulary. Where not all are equally large, or nobody gathers
+  // columns: a sum with zeros changes no logit.
   const ArenaScope scope(ctx.activations);
   const Tensor part = ctx.activations.alloc({hidden.dim(0), head.n}, logits.dtype);
   ctx.ops.linear_forward(ctx.exec, {hidden, &head, {}, {}, nullptr, part, {}});
+  if (logits.elements() == part.elements() * ctx.comm.size() &&
+      ctx.comm.gather_columns(ctx.exec, part, logits))
+    return;
   ctx.ops.fill_zero(ctx.exec, logits);
   ctx.ops.place_columns(ctx.exec, {part, logits, vocab_shard(weights_.base()).first});
   ctx.comm.all_reduce_sum(ctx.exec, logits);

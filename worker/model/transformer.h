@@ -59,6 +59,8 @@ struct Saved {
   kernels::Tensor final_rstd;      ///< [S] f32
 };
 
+struct ResidualStream;  // of transformer.cc
+
 class Transformer {
  public:
   Transformer(WeightSource& weights, const AdapterTable* adapters, Stage stage);
@@ -83,9 +85,9 @@ class Transformer {
   [[nodiscard]] const ModelConfig& config() const;
 
  private:
-  /// The final norm of before + stream, or their sum on a stage that is not the last.
-  void finish_forward(Context& ctx, kernels::Tensor before, kernels::Tensor stream,
-                      kernels::Tensor hidden, Saved* saved) const;
+  /// The final norm of the stream, or the stream itself on a stage that is not the last.
+  void finish_forward(Context& ctx, const ResidualStream& x, kernels::Tensor hidden,
+                      Saved* saved) const;
 
   WeightSource& weights_;
   const AdapterTable* adapters_;

@@ -108,7 +108,8 @@ BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int6
 
 bool BatchRunner::replays(const Extent& e) const {
   return !limits_.token_buckets.empty() && e.tokens <= kReplayTokensMax &&
-         !sample_args_.history_offsets.defined() && ranks_ == nullptr;
+         !sample_args_.history_offsets.defined() &&
+         (ranks_ == nullptr || (ranks_->pp.size() == 1 && context_.comm.records()));
 }
 
 std::uint64_t BatchRunner::replay_key(const Extent& e) const {
@@ -378,7 +379,9 @@ void BatchRunner::start(std::span<const RunRows> rows, std::int64_t rank_max) {
   } else if (banned) {
     forward_and_sample(e, rows);
   } else if (replays(e)) {
-    context_.ops.replay(context_.exec, replay_key(e), [&] { forward_and_sample(e); });
+    context_.comm.issue_recorded(context_.exec, [&] {
+      context_.ops.replay(context_.exec, replay_key(e), [&] { forward_and_sample(e); });
+    });
   } else {
     forward_and_sample(e);
   }

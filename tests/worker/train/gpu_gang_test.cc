@@ -1,9 +1,8 @@
 // Gangs of GPUs over NCCL: mpirun -np N gpu_gang_test, with a GPU a rank. Collectives move and sum
 // what they should, and every layout of N ranks trains as one GPU does.
-#include "kernels/cuda/cuda_backend.h"
+#include "tests/worker/train/gpu_gang.h"
 #include "protocol/base/str.h"
 #include "tests/support/rank_job.h"
-#include "tools/bench_gang.h"
 
 #include <gtest/gtest.h>
 
@@ -15,42 +14,6 @@ namespace tandem::test {
 namespace {
 
 using kernels::Tensor;
-
-/// One rank's GPU and the gang of all.
-struct Device {
-  kernels::Backend backend = kernels::make_cuda_backend({tools::local_rank(), 0}).value();
-  kernels::Arena workspace{*backend.allocator, *backend.ledger, kernels::MemoryKind::kWorkspace,
-                           "workspace", std::int64_t{1} << 30};
-  kernels::Arena tensors{*backend.allocator, *backend.ledger, kernels::MemoryKind::kActivations,
-                         "tensors", std::int64_t{1} << 32};
-  kernels::Exec exec{workspace};
-  tools::BenchGang gang;
-
-  template <class T>
-  Tensor put(const std::vector<T>& values, DType dtype) {
-    const Tensor x = tensors.alloc({static_cast<std::int64_t>(values.size())}, dtype);
-    backend.ops->upload(exec, std::as_bytes(std::span(values)), x);
-    return x;
-  }
-  template <class T>
-  std::vector<T> get(const Tensor& x) {
-    std::vector<T> values(static_cast<std::size_t>(x.elements()));
-    backend.ops->download(exec, x, std::as_writable_bytes(std::span(values)));
-    return values;
-  }
-};
-Device* device = nullptr;
-worker::comm::Communicator& gang() {
-  return *device->gang.device;
-}
-
-/// Element e of rank r: small whole numbers, whose sums are exact in every order.
-template <class T>
-std::vector<T> numbers(int r, std::int64_t n) {
-  std::vector<T> x;
-  for (std::int64_t e = 0; e < n; ++e) x.push_back(from_f32<T>(static_cast<float>(e % 7 + 3 * r)));
-  return x;
-}
 
 template <class T>
 void check_sums(DType dtype) {
@@ -169,27 +132,6 @@ TEST(Peers, WhatOthersCannotMapIsLeftToNccl) {
   EXPECT_FALSE(gang().share(device->exec, device->tensors.alloc({1000}, DType::kF32)));
 }
 
-TEST(Peers, SmallSumsOfAllSizesFollowEachOther) {
-  const int size = gang().size(), rank = gang().rank();
-  const kernels::ArenaScope scope(device->tensors);
-  const Tensor room = device->tensors.alloc({1 << 20}, DType::kBF16);
-  for (int turn = 0; turn < 3; ++turn)
-    for (const std::int64_t n : {1, 7, 4096, 4097, 100'001, 393'216, 700'000})
-      for (const std::int64_t first : {0, 1}) {
-        const Tensor x = room.rows(first, n);  // with an odd beginning no vector fits
-        const auto mine = numbers<bf16>(rank + turn, n);
-        device->backend.ops->upload(device->exec, std::as_bytes(std::span(mine)), x);
-        gang().all_reduce_sum(device->exec, x);
-        const auto got = device->get<bf16>(x);
-        for (std::int64_t e = 0; e < n; ++e) {
-          float want = 0.0f;
-          for (int r = 0; r < size; ++r) want += static_cast<float>(e % 7 + 3 * (r + turn));
-          ASSERT_EQ(to_f32(got[static_cast<std::size_t>(e)]), want)
-              << n << " " << first << " " << e;
-        }
-      }
-}
-
 /// A rank's own run on one GPU, at the same time as the others'.
 RankResult alone(RankJob job) {
   job.layout = {};
@@ -250,6 +192,9 @@ TEST_P(GpuGang, ThirtyLossesAreThoseOfOneGpu) {
 }
 
 }  // namespace
+
+GpuGangDevice* device = nullptr;
+
 }  // namespace tandem::test
 
 int main(int argc, char** argv) {
@@ -259,7 +204,7 @@ int main(int argc, char** argv) {
     std::cerr << "gpu_gang_test: start it under mpirun with at least two ranks" << std::endl;
     return 2;
   }
-  test::Device device;
+  test::GpuGangDevice device;
   auto gang =
       tools::make_bench_gang(tools::started_ranks(), false, *device.backend.ops, device.exec);
   TANDEM_CHECK(gang.ok(), gang.status().to_string());

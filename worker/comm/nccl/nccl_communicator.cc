@@ -105,11 +105,32 @@ class NcclCommunicator final : public Communicator {
   void all_reduce_sum(Exec& exec, Tensor x) override {
     if (x.elements() == 0) return;
     const cudaStream_t s = stream_of(exec);
-    if (const auto peers = this->peers(exec); peers != nullptr && peers->sum(s, x))
+    if (const auto peers = this->peers(exec); peers != nullptr && peers->sum(s, x, recording(s)))
       return handle_->watch()->note("all_reduce", s);
     issue("all_reduce", s, [&] {
       return ncclAllReduce(x.data, x.data, count(x), nccl_type(x.dtype), ncclSum, *handle_, s);
     });
+  }
+  [[nodiscard]] bool sum_and_norm(Exec& exec, const kernels::AddRmsNormArgs& a) override {
+    const cudaStream_t s = stream_of(exec);
+    const auto peers = this->peers(exec);
+    if (peers == nullptr || !peers->sum_and_norm(s, a)) return false;
+    handle_->watch()->note("sum and norm", s);
+    return true;
+  }
+  [[nodiscard]] bool gather_columns(Exec& exec, Tensor x, Tensor out) override {
+    TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size_);
+    const cudaStream_t s = stream_of(exec);
+    const auto peers = this->peers(exec);
+    if (peers == nullptr || !peers->gather_columns(s, x, out)) return false;
+    handle_->watch()->note("gather of columns", s);
+    return true;
+  }
+  [[nodiscard]] bool records() const override { return peers_ != nullptr; }
+  void issue_recorded(Exec& exec, const std::function<void()>& issue) override {
+    const auto held = handle_->watch()->hold_queue();
+    issue();
+    handle_->watch()->note("replayed collectives", stream_of(exec));
   }
   void all_gather(Exec& exec, Tensor x, Tensor out) override {
     gather(stream_of(exec), x, out, nullptr);
@@ -223,6 +244,12 @@ class NcclCommunicator final : public Communicator {
   /// Inside a group: what is begun ends with the group.
   void queue(ncclResult_t code) {
     if (code != ncclSuccess && code != ncclInProgress) call("exchange", code);
+  }
+  /// What is issued now is recorded: NCCL is left out of it.
+  static bool recording(cudaStream_t queue) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(queue, &status), "recording");
+    return status != cudaStreamCaptureStatusNone;
   }
   [[nodiscard]] int other(int r) const {
     TANDEM_CHECK(r >= 0 && r < size_ && r != rank_, "rank ", r, " as seen by ", rank_, " of ",

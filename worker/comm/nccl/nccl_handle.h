@@ -63,6 +63,8 @@ class Watch {
     const auto lock = in_nccl();
     std::erase(comms_, comm);
   }
+  /// While this is held the watching thread leaves queues alone: they may be recorded.
+  [[nodiscard]] std::unique_lock<std::mutex> hold_queue() { return std::unique_lock(queue_mutex_); }
   /// The device thread has put a collective on `queue`.
   void note(const char* what, cudaStream_t queue) {
     what_.store(what, std::memory_order_relaxed);
@@ -105,7 +107,10 @@ class Watch {
   /// A point behind the newest collective that the device does not reach in time; "": none.
   std::string overdue() {
     if (!pending_) {
+      const std::unique_lock lock(queue_mutex_, std::try_to_lock);
       const std::uint64_t noted = noted_.load(std::memory_order_acquire);
+      if (!lock.owns_lock()) return held_too_long(noted);
+      held_since_ns_ = 0;
       if (noted == seen_) return "";
       seen_ = noted;
       pending_what_ = last();
@@ -125,6 +130,19 @@ class Watch {
     return str("NCCL: ", pending_what_, " on ", rank_name(), " did not end within ", limit,
                " ms: a member of the gang is gone or hangs");
   }
+  /// The device thread issues what may be recorded. It gets stuck there where a queue is full that
+  /// does not advance.
+  std::string held_too_long(std::uint64_t noted) {
+    if (held_since_ns_ == 0 || held_noted_ != noted) {
+      held_since_ns_ = steady_ns();
+      held_noted_ = noted;
+      return "";
+    }
+    const TimeMs limit = timeout_ms();
+    if (steady_ns() - held_since_ns_ <= limit * 1'000'000) return "";
+    return str("NCCL: ", last(), " on ", rank_name(), " could not be issued within ", limit,
+               " ms: a member of the gang is gone or hangs");
+  }
   [[nodiscard]] std::string device_failure(cudaError_t code) const {
     return str("CUDA: after ", pending_what_, " on ", rank_name(), ": ", cudaGetErrorString(code));
   }
@@ -136,12 +154,14 @@ class Watch {
   std::atomic<std::uint64_t> noted_{0};
   std::atomic<bool> over_{false};
   std::recursive_mutex mutex_;
+  std::mutex queue_mutex_;
   std::vector<const ncclComm_t*> comms_;
   // The watching thread's.
   cudaEvent_t passed_ = nullptr;
   bool pending_ = false;
   std::uint64_t seen_ = 0;
-  std::int64_t begin_ns_ = 0;
+  std::int64_t begin_ns_ = 0, held_since_ns_ = 0;
+  std::uint64_t held_noted_ = 0;
   const char* pending_what_ = "";
   std::thread thread_;
 };

@@ -6,7 +6,8 @@
 // which may be another: ranks count them. One device thread.
 #pragma once
 
-#include "kernels/tensor.h"
+#include "kernels/op_args.h"
+#include "worker/comm/nccl/peer_kernels.h"
 #include "worker/comm/nccl/peer_memory.h"
 
 #include <cuda_runtime.h>
@@ -30,16 +31,22 @@ class PeerCollectives {
   /// out = this rank's slice of the sum over ranks of x [size * n] f32, in rank order; false: x is
   /// not shared, or no f32. out may be that slice of x. Done on `queue` when every rank has read.
   bool reduce_scatter(cudaStream_t queue, const kernels::Tensor& x, const kernels::Tensor& out);
-  /// x = the sum over ranks, in rank order, in f32; false: it is too large, or no f32, bf16 or f16.
-  bool sum(cudaStream_t queue, const kernels::Tensor& x);
+  /// x = the sum over ranks, in rank order, in f32; false: no f32, bf16 or f16, or too large for
+  /// this to be the fastest, unless it must be done here.
+  bool sum(cudaStream_t queue, const kernels::Tensor& x, bool must);
+  /// Communicator::sum_and_norm.
+  bool sum_and_norm(cudaStream_t queue, const kernels::AddRmsNormArgs& a);
+  /// Communicator::gather_columns.
+  bool gather_columns(cudaStream_t queue, const kernels::Tensor& x, const kernels::Tensor& out);
 
  private:
   /// On the queue: every rank's counter at `flags` reaches this one's count.
   void meet(cudaStream_t queue, std::uint32_t (PeerFlags::*flags)[kPeersMax], std::uint32_t count);
   void copy(cudaStream_t queue, void* to, const void* from, std::int64_t bytes);
+  [[nodiscard]] SumRooms rooms(std::int64_t bytes) const;
 
   const std::unique_ptr<PeerMemory> memory_;
-  std::uint32_t ready_ = 0, read_ = 0, sums_ = 0;
+  std::uint32_t ready_ = 0, read_ = 0;
   char* staging_ = nullptr;  ///< others' addends on their way: kStagingBytes
 };
 

@@ -97,7 +97,9 @@ Status PeerMemory::make_window() {
       return unavailable_error(text(code, "cuMemMap"));
     if (const CUresult code = driver_.set_access(window_, kWindowBytes, &access, 1); code != 0)
       return unavailable_error(text(code, "cuMemSetAccess"));
-    if (cudaMemset(reinterpret_cast<void*>(window_), 0, kWindowBytes) != cudaSuccess ||
+    char* const begin = reinterpret_cast<char*>(window_);
+    if (cudaMemset(begin, 0, kFlagBytes) != cudaSuccess ||
+        cudaMemset(begin + kFlagBytes, 0xff, kWindowBytes - kFlagBytes) != cudaSuccess ||
         cudaDeviceSynchronize() != cudaSuccess)
       return unavailable_error("CUDA: a window cannot be cleared");
     int fd = -1;

@@ -17,28 +17,22 @@ namespace tandem::worker::comm {
 
 /// Ranks that a window has flags for.
 inline constexpr int kPeersMax = 16;
-/// Blocks of a small sum, each with flags of its own.
-inline constexpr int kSumBlocks = 64;
-/// A small sum's tensor at most. Room for addends and for the sum lies in each window twice, for a
-/// sum may begin while a slow rank reads the one before.
-inline constexpr std::int64_t kSumBytes = 3 << 19;
-/// The addend of one rank in a tiny sum; likewise twice, for each rank.
-inline constexpr std::int64_t kTinySumBytes = 32 << 10;
+/// What a sum over peers moves at once.
+inline constexpr std::int64_t kSumAtOnceBytes = 4 << 20;
+/// It goes through rooms of this size, for parts are rounded up to whole vectors; two on either
+/// side of each window: one for addends, by rank, and one for sums (peer_kernels.h).
+inline constexpr std::int64_t kRoomBytes = kSumAtOnceBytes + 4096;
 
 /// What lies at the begin of a window; counters that only grow (and wrap).
 struct PeerFlags {
-  std::uint32_t ready[kPeersMax];             ///< by rank: how many copies its data is ready for
-  std::uint32_t read[kPeersMax];              ///< by rank: how many copies it has read
-  std::uint32_t sent[kSumBlocks][kPeersMax];  ///< by rank: small sums whose addends are here
-  std::uint32_t sum[kSumBlocks][kPeersMax];   ///< and those whose slices are
+  std::uint32_t ready[kPeersMax];  ///< by rank: how many copies its data is ready for
+  std::uint32_t read[kPeersMax];   ///< by rank: how many copies it has read
+  std::uint32_t turns;             ///< of this rank's sums, counted by its own kernels
 };
 inline constexpr std::int64_t kFlagBytes = 64 << 10;
 static_assert(sizeof(PeerFlags) <= kFlagBytes);
-/// Tiny sums' addends: [2][kPeersMax][2 * kTinySumBytes], half of it words that say whose turn it
-/// is.
-inline constexpr std::int64_t kTinySums = kFlagBytes + 4 * kSumBytes;
-inline constexpr std::int64_t kWindowBytes = 10 << 20;
-static_assert(kTinySums + 4 * kPeersMax * kTinySumBytes <= kWindowBytes);
+inline constexpr std::int64_t kWindowBytes = 18 << 20;  ///< whole pages of 2 MiB
+static_assert(kFlagBytes + 4 * kRoomBytes <= kWindowBytes);
 
 /// The driver's functions that this takes, found at run time.
 struct PeerDriver {
@@ -87,7 +81,7 @@ class PeerMemory {
   [[nodiscard]] const PeerDriver& driver() const { return driver_; }
   [[nodiscard]] int rank() const { return rank_; }
   [[nodiscard]] int size() const { return size_; }
-  /// Begins with PeerFlags; what small sums move lies at kFlagBytes.
+  /// Begins with PeerFlags, all 0 at first; rooms lie at kFlagBytes, all ones at first.
   [[nodiscard]] char* window(int rank) const {
     return windows_.ranks[static_cast<std::size_t>(rank)];
   }
