@@ -508,6 +508,12 @@ int run(int argc, char** argv) {
   Session session(std::move(*settings), in.json);
   try {
     return report(in.json, in.run(session));
+  } catch (const Json::type_error& error) {
+    constexpr int kNotUtf8 = 316;  // made of what was typed
+    return report(in.json,
+                  error.id == kNotUtf8
+                      ? invalid_error("a name or text on the command line is not valid UTF-8")
+                      : internal_error(error.what()));
   } catch (const std::exception& error) {  // a file that goes away while it is read, no memory
     return report(in.json, internal_error(error.what()));
   }
