@@ -6,6 +6,11 @@
 #include <algorithm>
 
 namespace tandem::coordinator {
+namespace {
+
+constexpr std::size_t kRepeatsMax = 16;  // different calls of one idempotency key that wait
+
+}  // namespace
 
 const std::map<std::string, Calls::Verb>& Calls::verbs() {
   static const std::map<std::string, Verb> table{
@@ -47,11 +52,11 @@ const std::map<std::string, Calls::Verb>& Calls::verbs() {
       {"registry.check", {&Calls::registry_check, false}},
       {"registry.gc", {&Calls::registry_gc, true}},
       {"registry.backup", {&Calls::registry_backup, true}},
-      {"key.create", {&Calls::key_create, true}},
+      {"key.create", {&Calls::key_create, true, true}},
       {"key.list", {&Calls::key_list, false}},
-      {"key.revoke", {&Calls::key_revoke, true}},
+      {"key.revoke", {&Calls::key_revoke, true, true}},
       {"config.show", {&Calls::config_show, false}},
-      {"shutdown", {&Calls::shutdown, true}},
+      {"shutdown", {&Calls::shutdown, true, true}},
   };
   return table;
 }
@@ -64,7 +69,8 @@ Calls::Calls(const Parts& parts)
       requests_(parts.requests),
       replicas_(parts.replicas) {}
 
-void Calls::handle(const std::string& peer, const std::string& user, const protocol::Call& call) {
+void Calls::handle(const std::string& peer, const std::string& user, const protocol::Call& call,
+                   bool admin) {
   if (started_ms_ < 0) started_ms_ = context_.now().ms;
   Ask ask{peer,         user,
           call.call_id, call.idempotency_key,
@@ -78,6 +84,11 @@ void Calls::handle(const std::string& peer, const std::string& user, const proto
                  invalid_error(str("no method ", call.method,
                                    nearest.empty() ? "" : str("; did you mean ", nearest, "?"))));
   }
+  if (verb->second.admin && !admin)
+    return send_reply(ask,
+                      refused_error(str(call.method, " needs a key of role admin; ", user,
+                                        "'s is client: ask an administrator")),
+                      "", false);
   if (!verb->second.changes) ask.key.clear();
   if (!ask.key.empty() && replay(ask)) return;
   if (ending() && verb->second.changes)
@@ -102,7 +113,16 @@ bool Calls::replay(const Ask& ask) {
     if (ask.method == "job.submit") {
       const JobId id(parse_object(known->second.result).value("job", std::string()));
       if (context_.tables().jobs.contains(id)) {
-        submit_asks_.emplace_back(id, ask);
+        const bool waits = std::any_of(submit_asks_.begin(), submit_asks_.end(),
+                                       [&](const auto& one) { return one.second.repeats(ask); });
+        if (waits) return true;
+        if (submit_asks_.size() >= context_.limits().pending_calls_max)
+          send_reply(ask,
+                     busy_error(str("too many calls wait; retry after ",
+                                    context_.limits().retry_after_ms, " ms")),
+                     "", false);
+        else
+          submit_asks_.emplace_back(id, ask);
         return true;
       }
     }
@@ -123,8 +143,19 @@ bool Calls::replay(const Ask& ask) {
                "", false);
     return true;
   }
-  pending.asks.push_back(ask);
+  wait_too(pending.asks, ask);
   return true;
+}
+
+void Calls::wait_too(std::vector<Ask>& asks, const Ask& ask) {
+  if (std::any_of(asks.begin(), asks.end(), [&](const Ask& one) { return one.repeats(ask); }))
+    return;
+  if (asks.size() >= kRepeatsMax)
+    return send_reply(ask,
+                      busy_error(str(asks.size(), " calls with this idempotency key wait; ",
+                                     "retry after ", context_.limits().retry_after_ms, " ms")),
+                      "", false);
+  asks.push_back(ask);
 }
 
 void Calls::remember(const Ask& ask, const std::string& result) {
@@ -190,6 +221,12 @@ void Calls::cancel(const std::string& peer, const protocol::CallCancel& cancel) 
 
 void Calls::client_gone(const std::string& peer) {
   std::erase_if(streams_, [&](const auto& s) { return s.first.first == peer; });
+}
+
+std::set<std::string> Calls::watchers() const {
+  std::set<std::string> peers;
+  for (const auto& [key, stream] : streams_) peers.insert(key.first);
+  return peers;
 }
 
 void Calls::estimated(const EstimateOutcome& outcome) {

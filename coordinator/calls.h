@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,7 +30,8 @@ class Calls {
   };
   explicit Calls(const Parts& parts);
 
-  void handle(const std::string& peer, const std::string& user, const protocol::Call& call);
+  void handle(const std::string& peer, const std::string& user, const protocol::Call& call,
+              bool admin = true);
   void cancel(const std::string& peer, const protocol::CallCancel& cancel);
   void client_gone(const std::string& peer);
   /// False: not work of a call.
@@ -38,6 +40,13 @@ class Calls {
   /// After each input: events to those who watch, answers that became possible.
   void after_step();
   void tick();
+  /// Who watches a job.
+  [[nodiscard]] std::set<std::string> watchers() const;
+  /// For status: frames that were no message, and messages of those who had not said hello.
+  void count_refused(std::uint64_t frames, std::uint64_t before_hello) {
+    refused_frames_ = frames;
+    before_hello_ = before_hello;
+  }
   /// The core ends as soon as jobs have written their checkpoints.
   [[nodiscard]] bool ending() const { return ending_deadline_ms_ > 0; }
 
@@ -46,11 +55,15 @@ class Calls {
   struct Ask {
     std::string peer, user, call_id, key, method;
     Digest request;
+    [[nodiscard]] bool repeats(const Ask& other) const {
+      return peer == other.peer && call_id == other.call_id;
+    }
   };
   using Handler = void (Calls::*)(const Ask&, Params&);
   struct Verb {
     Handler handler = nullptr;
     bool changes = false;
+    bool admin = false;  ///< for keys of that role alone
   };
   struct Pending {
     std::vector<Ask> asks;  // more than one: repeats
@@ -74,6 +87,8 @@ class Calls {
   void answer(const Ask& ask, const Json& result) { reply(ask, {}, result); }
   void send_reply(const Ask& ask, const Status& status, const std::string& result, bool more);
   bool replay(const Ask& ask);
+  /// Another client, or a new call, that waits for the same answer; repeats of one are dropped.
+  void wait_too(std::vector<Ask>& asks, const Ask& ask);
   void remember(const Ask& ask, const std::string& result);
   void start(const Ask& ask, WorkRequest request,
              std::function<void(const Ask&, const WorkResult&)> finish);
@@ -155,6 +170,7 @@ class Calls {
   std::map<std::string, ReplicaAsk> replica_asks_;
   std::vector<std::pair<JobId, Ask>> submit_asks_;
   std::map<StreamKey, Stream> streams_;
+  std::uint64_t refused_frames_ = 0, before_hello_ = 0;
 };
 
 }  // namespace tandem::coordinator

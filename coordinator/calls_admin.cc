@@ -42,6 +42,7 @@ Json Calls::status_json() const {
                       {"failed", requests.failed},     {"cancelled", requests.cancelled},
                       {"busy", requests.refused_busy}, {"rerouted", requests.rerouted},
                       {"shared", requests.shared},     {"tokens", requests.tokens}};
+  json["frames"] = {{"refused", refused_frames_}, {"before_hello", before_hello_}};
   json["cache"] = {{"entries", cache.entries},
                    {"bytes", cache.bytes},
                    {"hits", cache.hits},

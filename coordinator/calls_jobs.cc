@@ -268,6 +268,10 @@ void Calls::estimate(const Ask& ask, Params& params) {
   if (!settings.ok()) return reply(ask, settings.status());
   auto model = find_model(context_.tables(), name);
   if (!model.ok()) return reply(ask, model.status());
+  if (estimate_asks_.size() >= context_.limits().pending_calls_max)
+    return reply(ask, busy_error(str("all ", context_.limits().pending_calls_max,
+                                     " places for estimates are taken; retry after ",
+                                     context_.limits().retry_after_ms, " ms")));
   const std::string id = str("call:", ++estimate_ids_);
   estimate_asks_[id] = ask;
   estimates_.ask(id, model_ref(**model), *settings, false);

@@ -43,7 +43,7 @@ void Calls::replica_add(const Ask& ask, Params& params) {
       return send_reply(
           ask, conflict_error(str("idempotency key ", ask.key, " is in use by another call")), "",
           false);
-    waiting.asks.push_back(ask);
+    wait_too(waiting.asks, ask);
     return;
   }
   const std::string id = str("replica:", ++estimate_ids_);

@@ -6,6 +6,7 @@
 namespace tandem::coordinator {
 
 void Context::put(Write write) {
+  ++version_;
   auto back = tables_.apply(write);
   std::move(back.begin(), back.end(), std::back_inserter(undo_));
   writes_.push_back(std::move(write));
@@ -14,6 +15,7 @@ void Context::put(Write write) {
 void Context::put_lazy(Write write) {
   // Behind a write of this step it must stay behind it, or an older record would win on disk.
   if (!writes_.empty()) return put(std::move(write));
+  ++version_;
   if (lazy_writes_.empty() && lazy_sends_.empty()) lazy_since_ = now_.ms;
   tables_.apply(write);
   lazy_writes_.push_back(std::move(write));

@@ -7,6 +7,7 @@
 #include "protocol/base/random.h"
 #include "protocol/base/str.h"
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,9 @@ class Context {
   [[nodiscard]] const Options& options() const { return options_; }
   [[nodiscard]] const Limits& limits() const { return options_.limits; }
   [[nodiscard]] const Tables& tables() const { return tables_; }
+  /// Another one with every step and every change: what was made of the tables under it still
+  /// holds.
+  [[nodiscard]] std::uint64_t version() const { return version_; }
 
   /// Changes the tables now and the disk with this step's transaction.
   void put(Write write);
@@ -52,10 +56,16 @@ class Context {
   std::string random_hex(int digits);
 
   // -- for Coordinator only
-  void begin(const Now& now) { now_ = now; }
+  void begin(const Now& now) {
+    now_ = now;
+    ++version_;
+  }
   /// The last step's transaction is on disk: nothing of it will be taken back.
   void settle() { undo_.clear(); }
-  void load(Tables tables) { tables_ = std::move(tables); }
+  void load(Tables tables) {
+    tables_ = std::move(tables);
+    tables_.index_jobs();
+  }
   /// Takes back everything the last step put, and drops lazy writes and their sends.
   void undo();
   std::vector<Effect> take();
@@ -65,7 +75,7 @@ class Context {
   Now now_;
   Tables tables_;
   Random random_;
-  std::uint64_t work_ids_ = 0;
+  std::uint64_t work_ids_ = 0, version_ = 0;
   std::vector<Write> writes_, lazy_writes_, undo_;
   std::vector<Effect> sends_, work_;
   std::vector<SendWorker> lazy_sends_;

@@ -1,6 +1,7 @@
 #include "coordinator/coordinator_loop.h"
 
 #include "protocol/codec.h"
+#include "protocol/descriptor_limit.h"
 
 #include <algorithm>
 #include <charconv>
@@ -100,7 +101,7 @@ void CoordinatorLoop::run(const std::atomic<bool>& stop) {
     any = take_done() || any;
     if (parts_.clock.now_ms() >= next_tick_ms_) {
       next_tick_ms_ = parts_.clock.now_ms() + kTickMs;
-      step(Tick{});
+      step(Tick{refused_frames()});
     }
     flush(parts_.workers, worker_outbox_, false);
     flush(parts_.clients, client_outbox_, true);
@@ -115,7 +116,16 @@ void CoordinatorLoop::run(const std::atomic<bool>& stop) {
     parts_.poller.wait(std::clamp<TimeMs>(owing ? std::min<TimeMs>(wait, 2) : wait, 0, kTickMs));
   }
   // What was told to nobody yet (progress, cached results) is written before the end.
-  step(Tick{});
+  step(Tick{refused_frames()});
+}
+
+std::uint64_t CoordinatorLoop::refused_frames() const {
+  std::uint64_t refused = counters_.malformed + protocol::connections_turned_away();
+  for (const protocol::ServerEndpoint* const endpoint : {&parts_.clients, &parts_.workers}) {
+    const protocol::EndpointCounters counters = endpoint->counters();
+    refused += counters.refused_frames + counters.refused_size + counters.refused_identity;
+  }
+  return refused;
 }
 
 bool CoordinatorLoop::receive_workers() {
@@ -146,7 +156,7 @@ bool CoordinatorLoop::receive_clients() {
     auto message = protocol::decode_client(envelope->frame);
     if (message.ok()) {
       step(ClientInput{std::move(envelope->peer), std::move(envelope->user_id), std::move(*message),
-                       received_us});
+                       received_us, envelope->admin});
     } else {
       ++counters_.malformed;
       log_debug("refused a client's frame: ", message.status().message());

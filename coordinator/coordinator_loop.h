@@ -78,6 +78,7 @@ class CoordinatorLoop {
                   BackgroundOptions background, const std::string& failpoint);
   [[nodiscard]] Now now() const;
   bool receive_workers();
+  [[nodiscard]] std::uint64_t refused_frames() const;
   bool receive_clients();
   bool take_done();
   void step(const Input& input);

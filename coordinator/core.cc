@@ -4,8 +4,20 @@
 #include "protocol/version.h"
 
 #include <algorithm>
+#include <set>
 
 namespace tandem::coordinator {
+
+namespace {
+
+bool is_inference(const Input& input) {
+  if (const auto* client = std::get_if<ClientInput>(&input))
+    return !std::holds_alternative<protocol::Call>(client->message);
+  const auto* worker = std::get_if<WorkerInput>(&input);
+  return worker != nullptr && std::holds_alternative<protocol::InferChunk>(worker->message);
+}
+
+}  // namespace
 
 Coordinator::Coordinator(Options options, Snapshot snapshot, const Now& now)
     : context_(std::move(options)),
@@ -28,7 +40,8 @@ std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
   if (!std::holds_alternative<CommitFailed>(input)) context_.settle();
   std::visit([this](const auto& i) { on(i); }, input);
   const bool failing = context_.now().ms < quiet_until_ms_;  // after a failed commit
-  if (!calls_.ending() && !failing) {
+  // A token or a request moves no job: the next tick looks, however long the queue of jobs is.
+  if (!calls_.ending() && !failing && !is_inference(input)) {
     replicas_.schedule();
     jobs_.schedule();
   }
@@ -37,7 +50,9 @@ std::vector<Effect> Coordinator::step(const Now& now, const Input& input) {
   return context_.take();
 }
 
-void Coordinator::on(const Tick&) {
+void Coordinator::on(const Tick& tick) {
+  calls_.count_refused(tick.refused_frames, dropped_before_hello_);
+  probe_silent_clients();
   for (const EngineLost& lost : workers_.expire()) engine_lost(lost);
   workers_.tick();
   jobs_.tick();
@@ -46,6 +61,22 @@ void Coordinator::on(const Tick&) {
   route_estimates(estimates_.tick());
   calls_.tick();
   assign_models();
+}
+
+void Coordinator::probe_silent_clients() {
+  const TimeMs now = context_.now().ms, every = context_.limits().probe_ms;
+  if (now < next_probe_ms_) return;
+  next_probe_ms_ = now + every / 4;
+  std::set<std::string> waiting = requests_.peers();
+  waiting.merge(calls_.watchers());
+  for (const std::string& peer : waiting) {
+    const auto session = sessions_.find(peer);
+    if (session == sessions_.end()) continue;
+    Session& known = session->second;
+    if (now - std::max(known.last_seen_ms, known.probed_ms) < every) continue;
+    known.probed_ms = now;
+    context_.send_client(peer, protocol::Pong{});
+  }
 }
 
 void Coordinator::on(const ClientInput& input) {
@@ -62,9 +93,9 @@ void Coordinator::on(const ClientInput& input) {
     requests_.generate(input.peer, user, *request,
                        input.received_us > 0 ? input.received_us : context_.now().us);
   else if (const auto* cancel = std::get_if<protocol::Cancel>(&input.message))
-    requests_.cancel(input.peer, *cancel);
+    requests_.cancel(user, *cancel);
   else if (const auto* call = std::get_if<protocol::Call>(&input.message))
-    calls_.handle(input.peer, user, *call);
+    calls_.handle(input.peer, user, *call, input.admin);
   else if (const auto* stop = std::get_if<protocol::CallCancel>(&input.message))
     calls_.cancel(input.peer, *stop);
   else if (const auto* ping = std::get_if<protocol::Ping>(&input.message))
@@ -93,7 +124,7 @@ void Coordinator::hello(const std::string& peer, const std::string& user,
     calls_.client_gone(oldest->first);
     sessions_.erase(oldest);
   }
-  sessions_[peer] = {user, message.client, context_.now().ms};
+  sessions_[peer] = {user, message.client, context_.now().ms, 0};
   context_.send_client(peer, std::move(reply));
 }
 

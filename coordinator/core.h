@@ -40,10 +40,12 @@ class Coordinator {
  private:
   struct Session {
     std::string user, client;
-    TimeMs last_seen_ms = 0;
+    TimeMs last_seen_ms = 0, probed_ms = 0;
   };
 
   void on(const Tick& tick);
+  /// A word to each client that waits and has long been silent: sending finds out who is gone.
+  void probe_silent_clients();
   void on(const ClientInput& input);
   void on(const WorkerInput& input);
   void on(const ClientGone& gone);
@@ -75,6 +77,7 @@ class Coordinator {
   std::map<std::string, Session> sessions_;
   std::uint64_t dropped_before_hello_ = 0;
   TimeMs quiet_until_ms_ = 0;  ///< nothing new is started before
+  TimeMs next_probe_ms_ = 0;
 };
 
 }  // namespace tandem::coordinator

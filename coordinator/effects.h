@@ -93,6 +93,7 @@ struct ClientInput {
   std::string peer, user;
   protocol::ClientMessage message;
   std::int64_t received_us = 0;  ///< on the clock of Now::us; 0: now
+  bool admin = true;             ///< may change keys and end the coordinator
 };
 struct WorkerInput {
   std::string peer, user;
@@ -113,7 +114,9 @@ struct WorkDone {
 struct CommitFailed {
   Status status;
 };
-struct Tick {};
+struct Tick {
+  std::uint64_t refused_frames = 0;  ///< that came in on the sockets so far
+};
 using Input = std::variant<Tick, ClientInput, WorkerInput, ClientGone, WorkDone, CommitFailed>;
 
 // -- effects -------------------------------------------------------------------------------------

@@ -546,7 +546,7 @@ std::string Jobs::waiting_reason(const Job& job) const {
                    " ms after: ", job.error);
       return str(
           job.preempted_by.empty() ? "" : str("preempted by ", job.preempted_by, "; "),
-          place(job, context_.tables(), workers_, reserved_before(job, context_.tables(), workers_))
+          place(job, context_.tables(), workers_, queue().reserved_at(queue_position(job.id)))
               .waiting);
     }
     case JobState::kStarting:
@@ -557,10 +557,16 @@ std::string Jobs::waiting_reason(const Job& job) const {
 }
 
 std::size_t Jobs::queue_position(const JobId& id) const {
-  const auto order = queue_order(context_.tables());
-  for (std::size_t i = 0; i < order.size(); ++i)
-    if (order[i]->id == id) return i + 1;
-  return 0;
+  const auto found = queue().positions.find(id);
+  return found == queue().positions.end() ? 0 : found->second;
+}
+
+const QueueView& Jobs::queue() const {
+  if (viewed_version_ != context_.version()) {
+    queue_view_ = view_queue(context_.tables(), workers_);
+    viewed_version_ = context_.version();
+  }
+  return queue_view_;
 }
 
 const std::deque<JobEventRecord>* Jobs::events(const JobId& id) const {

@@ -133,6 +133,8 @@ class Jobs {
   void tick_unseen_gang(const Job& job, const Worker& worker);
   void look_for_missing(const Job& job, const Process& process);
   bool is_pending(const JobId& job, const std::string& of) const;
+  /// Made once for all jobs of a list.
+  [[nodiscard]] const QueueView& queue() const;
 
   Context& context_;
   WorkerTable& workers_;
@@ -142,6 +144,8 @@ class Jobs {
   std::map<JobId, std::deque<JobEventRecord>> events_;
   std::vector<JobEventRecord> new_events_;
   std::map<std::uint64_t, Pending> pending_;  // work id -> checkpoint or publish
+  mutable QueueView queue_view_;
+  mutable std::uint64_t viewed_version_ = 0;  // of the tables
 };
 
 /// "engine HOST/cpu0", or "the gang on HOST/cpu0" of a job of several ranks.

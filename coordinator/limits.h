@@ -41,6 +41,7 @@ struct Limits {
       512;  ///< waiting, one user (with a key; else nobody is told apart)
   std::size_t requests_per_user_max = 2048;  ///< waiting and running
   TimeMs no_engine_wait_ms = 30'000;         ///< without any engine of the model: then kUnavailable
+  TimeMs probe_ms = 5000;                    ///< a silent client that waits is looked for
   TimeMs orphan_ms = 3000;                   ///< client gone: the request is cancelled after this
   TimeMs idle_engine_ms = 4000;              ///< engine says it runs nothing, we think it does
   int request_attempts_max = 8;              ///< engines tried for one request

@@ -4,6 +4,7 @@
 #include "protocol/base/environment.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
+#include "protocol/descriptor_limit.h"
 #include "protocol/key_file.h"
 #include "protocol/settings.h"
 #include "protocol/zmq_transport.h"
@@ -117,8 +118,8 @@ void scale(Limits& l) {
        {&Limits::heartbeat_ms, &Limits::lease_ms, &Limits::adoption_ms, &Limits::missing_job_ms,
         &Limits::load_resend_ms, &Limits::load_backoff_ms, &Limits::load_backoff_max_ms,
         &Limits::resend_ms, &Limits::estimate_resend_ms, &Limits::estimate_timeout_ms,
-        &Limits::start_timeout_ms, &Limits::no_engine_wait_ms, &Limits::orphan_ms,
-        &Limits::idle_engine_ms})
+        &Limits::start_timeout_ms, &Limits::no_engine_wait_ms, &Limits::probe_ms,
+        &Limits::orphan_ms, &Limits::idle_engine_ms})
     l.*time = scaled_ms(l.*time);
 }
 
@@ -238,6 +239,8 @@ Status write_text_file(const std::string& path, const std::string& text) {
 }
 
 Status run(const Settings& settings) {
+  log_info("limits: ", protocol::raise_descriptor_limit(), " open files, ",
+           protocol::kReservedDescriptors, " of them for the registry alone");
   TANDEM_ASSIGN_OR_RETURN(Limits limits, make_limits(settings));
   TANDEM_RETURN_IF_ERROR(make_private_directory(settings.data_dir()));
   TANDEM_RETURN_IF_ERROR(make_private_directory(settings.run_dir()));

@@ -23,7 +23,6 @@ std::int64_t estimated_bytes(const Job& job) {
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
                      const Without& without) {
-  const std::int64_t bytes = estimated_bytes(job);
   if (workers.draining(worker.id)) return "is draining";
   if (const Job* other = job_on(tables, worker.id, without)) return str("trains ", other->id);
   if (const Replica* replica = replica_on(tables, worker.id)) return str("serves ", replica->id);
@@ -33,6 +32,7 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
       if (process->alive && !without.contains(running.job) &&
           (running.job != job.id || running.epoch != job.epoch))
         return str("still ends ", running.job);
+  const std::int64_t bytes = estimated_bytes(job);  // reads JSON: for who passed all the others
   if (bytes > 0 && worker.memory_bytes > 0 && bytes > worker.memory_bytes)
     return str("has ", format_bytes(worker.memory_bytes), ", the job needs ", format_bytes(bytes));
   return "";
@@ -40,8 +40,7 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
 
 std::vector<const Job*> queue_order(const Tables& tables) {
   std::vector<const Job*> queue;
-  for (const auto& [id, job] : tables.jobs)
-    if (job.state == JobState::kQueued) queue.push_back(&job);
+  for (const JobId& id : tables.queued) queue.push_back(&tables.jobs.at(id));
   std::sort(queue.begin(), queue.end(), [](const Job* a, const Job* b) {
     return std::tuple(-a->priority, a->order, a->id) < std::tuple(-b->priority, b->order, b->id);
   });
@@ -49,8 +48,9 @@ std::vector<const Job*> queue_order(const Tables& tables) {
 }
 
 const Job* job_on(const Tables& tables, const WorkerId& worker, const Without& without) {
-  for (const auto& [id, job] : tables.jobs)
-    if (holds_engine(job.state) && job.holds(worker) && !without.contains(id)) return &job;
+  for (const JobId& id : tables.held)
+    if (const Job& job = tables.jobs.at(id); job.holds(worker) && !without.contains(id))
+      return &job;
   return nullptr;
 }
 

@@ -4,6 +4,7 @@
 #include "coordinator/records.h"
 #include "coordinator/workers.h"
 
+#include <map>
 #include <set>
 #include <string>
 #include <utility>
@@ -46,9 +47,13 @@ Placement place_replica(const Replica& replica, const Tables& tables, const Work
 /// What replicas that wait keep for themselves; jobs leave it alone.
 std::set<WorkerId> reserved_for_replicas(const Tables& tables, const WorkerTable& workers);
 
-/// What gangs before `job` in the queue keep for themselves.
-std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
-                                   const WorkerTable& workers);
+/// The queue as people see it: each job's place, and what replicas and the gangs before it keep.
+struct QueueView {
+  std::map<JobId, std::size_t> positions;                                ///< from 1
+  std::vector<std::pair<std::size_t, std::set<WorkerId>>> reservations;  ///< from a position on
+  [[nodiscard]] const std::set<WorkerId>& reserved_at(std::size_t position) const;
+};
+QueueView view_queue(const Tables& tables, const WorkerTable& workers);
 
 /// What stands in the way of a job on one engine, by its estimate too; "" when nothing does.
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,

@@ -82,16 +82,26 @@ std::string estimated_device(const std::string& estimate_json) {
   return device != json.end() && device->is_string() ? device->get<std::string>() : "cpu";
 }
 
-std::set<WorkerId> reserved_before(const Job& job, const Tables& tables,
-                                   const WorkerTable& workers) {
+QueueView view_queue(const Tables& tables, const WorkerTable& workers) {
+  QueueView view;
   std::set<WorkerId> reserved = reserved_for_replicas(tables, workers);
-  for (const Job* before : queue_order(tables)) {
-    if (before->id == job.id) break;
-    if (!before->needs_gang()) continue;
-    const Placement placement = place_gang(*before, tables, workers, reserved);
+  view.reservations.emplace_back(0, reserved);
+  std::size_t position = 0;
+  for (const Job* job : queue_order(tables)) {
+    view.positions[job->id] = ++position;
+    if (!job->needs_gang()) continue;
+    const std::size_t before = reserved.size();
+    const Placement placement = place_gang(*job, tables, workers, reserved);
     reserved.insert(placement.wanted.begin(), placement.wanted.end());
+    if (reserved.size() != before) view.reservations.emplace_back(position + 1, reserved);
   }
-  return reserved;
+  return view;
+}
+
+const std::set<WorkerId>& QueueView::reserved_at(std::size_t position) const {
+  std::size_t last = 0;
+  while (last + 1 < reservations.size() && reservations[last + 1].first <= position) ++last;
+  return reservations[last].second;
 }
 
 namespace {

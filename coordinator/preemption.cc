@@ -14,7 +14,8 @@ bool is_stopping(const Job& job) {
 std::vector<const Job*> candidates(const Job& job, const Tables& tables,
                                    const PreemptionRules& rules) {
   std::vector<const Job*> found;
-  for (const auto& [id, other] : tables.jobs) {
+  for (const JobId& id : tables.held) {
+    const Job& other = tables.jobs.at(id);
     const bool runs = other.state == JobState::kStarting || other.state == JobState::kRunning;
     const bool spared =
         other.preempted_unix_ms > 0 && rules.now_unix_ms - other.preempted_unix_ms < rules.spare_ms;
@@ -49,8 +50,8 @@ std::vector<JobId> choose_victims(const Job& job, const Tables& tables, const Wo
   const std::vector<const Job*> from = candidates(job, tables, rules);
   if (from.empty()) return {};
   Without gone;
-  for (const auto& [id, other] : tables.jobs)
-    if (is_stopping(other)) gone.insert(id);
+  for (const JobId& id : tables.held)
+    if (is_stopping(tables.jobs.at(id))) gone.insert(id);
   // An engine that has to load the base first is as good, when none is free as it is.
   const auto fits = [&](const Without& without) {
     const Placement placement = place(job, tables, workers, reserved, without);

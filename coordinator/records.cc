@@ -42,7 +42,11 @@ struct Apply {
   std::vector<Write> operator()(const AliasRecord& r) const {
     return put(t.aliases, r.name, r, EraseAlias{r.name});
   }
-  std::vector<Write> operator()(const Job& r) const { return put(t.jobs, r.id, r, EraseJob{r.id}); }
+  std::vector<Write> operator()(const Job& r) const {
+    std::vector<Write> undo = put(t.jobs, r.id, r, EraseJob{r.id});
+    t.index_job(r.id);
+    return undo;
+  }
   std::vector<Write> operator()(const Replica& r) const {
     return put(t.replicas, r.id, r, EraseReplica{r.id});
   }
@@ -88,7 +92,11 @@ struct Apply {
     t.settings.erase(found);
     return undo;
   }
-  std::vector<Write> operator()(const EraseJob& e) const { return erase(t.jobs, e.job); }
+  std::vector<Write> operator()(const EraseJob& e) const {
+    std::vector<Write> undo = erase(t.jobs, e.job);
+    t.index_job(e.job);
+    return undo;
+  }
   std::vector<Write> operator()(const JobEventRecord&) const { return {}; }
   std::vector<Write> operator()(const EraseJobEvent&) const { return {}; }
   std::vector<Write> operator()(const ResultRecord&) const { return {}; }
@@ -133,6 +141,24 @@ const char* replica_state_name(ReplicaState state) {
 
 bool is_replica(const JobId& id) {
   return id.value.starts_with("replica-");
+}
+
+void Tables::index_jobs() {
+  queued.clear();
+  held.clear();
+  for (const auto& [id, job] : jobs) index_job(id);
+}
+
+void Tables::index_job(const JobId& id) {
+  const auto job = jobs.find(id);
+  const auto keep = [&](std::set<JobId>& set, bool in) {
+    if (in)
+      set.insert(id);
+    else
+      set.erase(id);
+  };
+  keep(queued, job != jobs.end() && job->second.state == JobState::kQueued);
+  keep(held, job != jobs.end() && holds_engine(job->second.state));
 }
 
 std::vector<Write> Tables::apply(const Write& write) {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <variant>
@@ -208,6 +209,12 @@ struct Tables {
   std::map<std::pair<std::string, std::string>, IdempotencyRecord> idempotency;
   std::map<std::string, std::string> settings;
 
+  /// Of `jobs`, those that are queued, and those that hold an engine: a long history costs who
+  /// looks for these nothing. apply() keeps them; index_jobs() makes them anew.
+  std::set<JobId> queued, held;
+
+  void index_jobs();
+  void index_job(const JobId& id);
   /// Applies `write` and returns the writes that take it back (none for events and results).
   std::vector<Write> apply(const Write& write);
 

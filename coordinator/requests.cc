@@ -87,7 +87,7 @@ void Requests::generate(const std::string& peer, const std::string& user,
                         const protocol::Generate& request, std::int64_t received_us) {
   if (Status status = validate_request(request); !status.ok())
     return refuse(peer, request.id, status);
-  if (rejoin(peer, request) || repeat_finished(peer, user, request)) return;
+  if (rejoin(peer, user, request) || repeat_finished(peer, user, request)) return;
   auto target = resolve(context_.tables(), request.model);
   if (!target.ok()) return refuse(peer, request.id, target.status());
   if (!target->unservable.ok()) return refuse(peer, request.id, target->unservable);
@@ -130,7 +130,8 @@ void Requests::generate(const std::string& peer, const std::string& user,
 }
 
 /// A client that sends its request again gets the rest of the running answer.
-bool Requests::rejoin(const std::string& peer, const protocol::Generate& request) {
+bool Requests::rejoin(const std::string& peer, const std::string& user,
+                      const protocol::Generate& request) {
   const auto known = subscriptions_.find(request.id);
   if (known == subscriptions_.end()) return false;
   Execution& execution = executions_.at(known->second);
@@ -138,7 +139,7 @@ bool Requests::rejoin(const std::string& peer, const protocol::Generate& request
     if (subscriber.id != request.id) continue;
     const auto signature = result_key(execution.target.model.digest, execution.target.adapter,
                                       subscriber.user, request);
-    if (signature != execution.signature) {
+    if (signature != execution.signature || subscriber.user != user) {
       refuse(peer, request.id,
              conflict_error(
                  str("request ", request.id, " is running with another content; use a new id")));
@@ -304,8 +305,13 @@ void Requests::refuse(const std::string& peer, const RequestId& id, const Status
   context_.send_client(peer, std::move(chunk));
 }
 
-void Requests::cancel(const std::string&, const protocol::Cancel& cancel) {
-  if (!subscriptions_.contains(cancel.id)) return;
+void Requests::cancel(const std::string& user, const protocol::Cancel& cancel) {
+  const auto known = subscriptions_.find(cancel.id);
+  if (known == subscriptions_.end()) return;
+  const auto& subscribers = executions_.at(known->second).subscribers;
+  if (std::none_of(subscribers.begin(), subscribers.end(),
+                   [&](const Subscriber& one) { return one.id == cancel.id && one.user == user; }))
+    return;
   const Status status = cancelled_error("cancelled by the client");
   drop_subscriber(cancel.id, &status);
   ++stats_.cancelled;
@@ -369,6 +375,13 @@ RequestStats Requests::stats() const {
   stats.waiting = queue_.size();
   stats.running = executions_.size() - queue_.size();
   return stats;
+}
+
+std::set<std::string> Requests::peers() const {
+  std::set<std::string> peers;
+  for (const auto& [id, execution] : executions_)
+    for (const Subscriber& subscriber : execution.subscribers) peers.insert(subscriber.peer);
+  return peers;
 }
 
 std::size_t Requests::clear_cache() {

@@ -39,7 +39,8 @@ class Requests {
   /// `received_us`: when it came in, on the clock of Now::us.
   void generate(const std::string& peer, const std::string& user, const protocol::Generate& request,
                 std::int64_t received_us);
-  void cancel(const std::string& peer, const protocol::Cancel& cancel);
+  /// Of another user's request: nothing happens.
+  void cancel(const std::string& user, const protocol::Cancel& cancel);
   /// The connection broke; what is not asked for again within orphan_ms is cancelled.
   void client_gone(const std::string& peer);
 
@@ -61,6 +62,8 @@ class Requests {
   /// Whether a request that waits or runs uses this base or adapter (then it cannot be removed).
   [[nodiscard]] bool uses(const Digest& digest) const;
   [[nodiscard]] RequestStats stats() const;
+  /// Who waits for something.
+  [[nodiscard]] std::set<std::string> peers() const;
   [[nodiscard]] ResultCacheStats cache_stats() const { return cache_.stats(); }
   /// Removes all cached results and returns how many there were.
   std::size_t clear_cache();
@@ -95,7 +98,7 @@ class Requests {
     WorkerId last_engine;
   };
 
-  bool rejoin(const std::string& peer, const protocol::Generate& request);
+  bool rejoin(const std::string& peer, const std::string& user, const protocol::Generate& request);
   /// The rest of an answer that ended a short while ago.
   bool repeat_finished(const std::string& peer, const std::string& user,
                        const protocol::Generate& request);

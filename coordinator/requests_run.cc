@@ -1,8 +1,11 @@
 // Execution: engines are chosen, chunks come back and go to subscribers, engines die.
 #include "coordinator/requests.h"
 
+#include "protocol/answer_size.h"
+
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 namespace tandem::coordinator {
 
@@ -27,6 +30,34 @@ bool is_or_was_there(const Replica& replica, const Context& context) {
   return replica.state == ReplicaState::kStarting || replica.state == ReplicaState::kServing ||
          (replica.epoch > 0 &&
           context.now().unix_ms - replica.updated_unix_ms < context.limits().no_engine_wait_ms);
+}
+
+/// The chunks from `position` on, put together into as few as `bytes_max` allows; the last one ends
+/// the answer.
+std::vector<GenerateChunk> join(const std::vector<GenerateChunk>& chunks, std::size_t position,
+                                std::int64_t bytes_max) {
+  std::vector<GenerateChunk> parts;
+  std::int64_t bytes = 0;
+  for (std::size_t i = position; i < chunks.size(); ++i) {
+    const GenerateChunk& next = chunks[i];
+    const std::int64_t more = protocol::answer_bytes(next);
+    if (parts.empty() || bytes + more > bytes_max) {
+      parts.push_back(next);
+      bytes = more;
+      continue;
+    }
+    bytes += more;
+    GenerateChunk& part = parts.back();
+    part.text += next.text;
+    part.tokens.insert(part.tokens.end(), next.tokens.begin(), next.tokens.end());
+    part.logprobs.insert(part.logprobs.end(), next.logprobs.begin(), next.logprobs.end());
+    if (!next.prompt_logprobs.empty()) part.prompt_logprobs = next.prompt_logprobs;
+    part.finish = next.finish;
+    part.status = next.status;
+    part.usage = next.usage;
+    part.first_token_us = next.first_token_us;
+  }
+  return parts;
 }
 
 constexpr TimeMs kRetryDelayMs = 50;  // after kBusy and kUnavailable of an engine
@@ -179,19 +210,12 @@ void Requests::deliver(Execution& execution, Subscriber& subscriber) {
 }
 
 void Requests::send_whole(const Execution& execution, const Subscriber& subscriber) {
-  GenerateChunk whole = execution.chunks.back();
-  whole.index = subscriber.next_index;
-  whole.text.clear();
-  whole.tokens.clear();
-  whole.logprobs.clear();
-  for (std::size_t i = subscriber.position; i < execution.chunks.size(); ++i) {
-    const GenerateChunk& part = execution.chunks[i];
-    whole.text += part.text;
-    whole.tokens.insert(whole.tokens.end(), part.tokens.begin(), part.tokens.end());
-    whole.logprobs.insert(whole.logprobs.end(), part.logprobs.begin(), part.logprobs.end());
+  bool first = true;
+  for (GenerateChunk& part :
+       join(execution.chunks, subscriber.position, protocol::kAnswerPartBytesMax)) {
+    decorate(execution, subscriber, std::exchange(first, false), part);
+    context_.send_client(subscriber.peer, std::move(part));
   }
-  decorate(execution, subscriber, true, whole);
-  context_.send_client(subscriber.peer, std::move(whole));
 }
 
 void Requests::decorate(const Execution& execution, const Subscriber& subscriber, bool first,
@@ -232,16 +256,9 @@ void Requests::keep_result(const Execution& execution) {
   if (execution.key.empty() || execution.start_index != 0) return;
   const FinishReason reason = execution.chunks.back().finish;
   if (reason != FinishReason::kStop && reason != FinishReason::kLength) return;
-  GenerateChunk whole = execution.chunks.back();
-  whole.index = 0;
-  whole.text.clear();
-  whole.tokens.clear();
-  whole.logprobs.clear();
-  for (const GenerateChunk& part : execution.chunks) {
-    whole.text += part.text;
-    whole.tokens.insert(whole.tokens.end(), part.tokens.begin(), part.tokens.end());
-    whole.logprobs.insert(whole.logprobs.end(), part.logprobs.begin(), part.logprobs.end());
-  }
+  std::vector<GenerateChunk> parts = join(execution.chunks, 0, protocol::kAnswerPartBytesMax);
+  if (parts.size() != 1) return;  // a cached answer is one message
+  GenerateChunk& whole = parts.front();
   whole.id = {};
   whole.model = execution.target.model.digest;
   whole.adapter = execution.target.adapter;

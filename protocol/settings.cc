@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <cstdlib>
 #include <filesystem>
+#include <utility>
 
 #include <unistd.h>
 
@@ -71,6 +73,61 @@ Status read_file(const std::string& path, std::map<std::string, SettingValue>& v
     values[name] = {entry.second.Scalar(), path};
   }
   return {};
+}
+
+/// Words that a setting may be, and whole numbers' ranges.
+const std::map<std::string, std::vector<std::string>>& choices() {
+  static const std::map<std::string, std::vector<std::string>> table{
+      {"device", {"auto", "cpu", "cuda"}},
+      {"dtype", {"auto", "f32", "bf16", "f16"}},
+      {"numerics", {"auto", "replay", "invariant"}},
+      {"log_level", {"debug", "info", "warn", "error"}}};
+  return table;
+}
+const std::map<std::string, std::pair<std::int64_t, std::int64_t>>& ranges() {
+  constexpr std::int64_t kMany = 1'000'000, kDayMs = 86'400'000, kYearS = 366 * 86'400;
+  static const std::map<std::string, std::pair<std::int64_t, std::int64_t>> table{
+      {"workers", {1, 1024}},
+      {"threads", {0, 4096}},
+      {"queue_requests_max", {1, kMany}},
+      {"queue_jobs_max", {1, kMany}},
+      {"job_attempts_max", {1, kMany}},
+      {"lease_ms", {20, kDayMs}},
+      {"heartbeat_ms", {10, kDayMs}},
+      {"cache_ttl_s", {0, 100 * kYearS}},
+      {"adapter_slots", {1, kMany}},
+      {"batch_tokens_max", {1, kMany}},
+      {"running_requests_max", {1, kMany}},
+      {"serve_multiprocessors", {0, kMany}},
+      {"drain_timeout_s", {0, kYearS}},
+      {"gang_timeout_s", {1, kYearS}}};
+  return table;
+}
+
+/// What is wrong is said where it was set, not by a daemon that then does not start.
+Status check_value(const std::string& name, const SettingValue& setting) {
+  const auto origin = str(" (", setting.origin, ")");
+  if (const auto known = choices().find(name); known != choices().end()) {
+    const auto& words = known->second;
+    if (std::find(words.begin(), words.end(), setting.value) != words.end()) return {};
+    std::string list;
+    for (const std::string& word : words)
+      list += (list.empty() ? "" : word == words.back() ? " or " : ", ") + word;
+    return invalid_error(str(name, " must be ", list, ", not \"", setting.value, "\"", origin));
+  }
+  if (name.ends_with("_bytes_max")) {
+    const Status size = parse_bytes(setting.value).status();
+    return size.ok() ? size : invalid_error(str(name, ": ", size.message(), origin));
+  }
+  const auto range = ranges().find(name);
+  if (range == ranges().end()) return {};
+  std::int64_t number = 0;
+  const char* const end = setting.value.data() + setting.value.size();
+  const auto read = std::from_chars(setting.value.data(), end, number);
+  const auto [low, high] = range->second;
+  if (read.ec == std::errc() && read.ptr == end && number >= low && number <= high) return {};
+  return invalid_error(str(name, " must be a whole number in ", low, "..", high, ", not \"",
+                           setting.value, "\"", origin));
 }
 
 }  // namespace
@@ -154,6 +211,8 @@ Result<Settings> Settings::load(const std::map<std::string, std::string>& flags,
     if (!settings.values_.contains(name)) return unknown_setting("command line", name);
     settings.values_[name] = {value, "flag"};
   }
+  for (const auto& [name, value] : settings.values_)
+    TANDEM_RETURN_IF_ERROR(check_value(name, value));
   std::error_code error;
   auto& data_dir = settings.values_["data_dir"].value;
   data_dir = std::filesystem::absolute(data_dir, error).lexically_normal().string();

@@ -28,6 +28,7 @@ struct Envelope {
   std::string user_id;  ///< name of the peer's key; "" without CURVE
   Bytes frame;
   Bytes payload;
+  bool admin = true;  ///< its key's role is admin, or there are no keys
 };
 
 /// What an endpoint moved and refused since it was made.

@@ -2,6 +2,7 @@
 
 #include "protocol/base/ids.h"
 #include "protocol/base/str.h"
+#include "protocol/descriptor_limit.h"
 #include "protocol/endpoint_address.h"
 #include "protocol/wakeup.h"
 
@@ -132,9 +133,14 @@ void set_common(Socket& socket, const SocketLimits& limits) {
   socket.set(ZMQ_SNDHWM, limits.queue_messages);
   socket.set(ZMQ_RCVHWM, limits.queue_messages);
   socket.set(ZMQ_HANDSHAKE_IVL, ms(kHandshakeMs));
-  socket.set(ZMQ_HEARTBEAT_IVL, ms(kTransportHeartbeatMs));
-  socket.set(ZMQ_HEARTBEAT_TIMEOUT, ms(kTransportTimeoutMs));
-  socket.set(ZMQ_HEARTBEAT_TTL, ms(kTransportTimeoutMs));
+  // The kernel watches connections, not ZMTP heartbeats: their timer writes to an engine that has
+  // met its end while its input was stopped, and libzmq aborts the process then (4.3.4 and later).
+  constexpr int kProbes = kTransportTimeoutMs / kTransportProbeMs - 1;
+  socket.set(ZMQ_TCP_KEEPALIVE, 1);
+  socket.set(ZMQ_TCP_KEEPALIVE_IDLE, std::max(1, ms(kTransportProbeMs) / 1000));
+  socket.set(ZMQ_TCP_KEEPALIVE_INTVL, std::max(1, ms(kTransportProbeMs) / 1000));
+  socket.set(ZMQ_TCP_KEEPALIVE_CNT, kProbes);
+  socket.set(ZMQ_TCP_MAXRT, ms(kTransportTimeoutMs));
   socket.set64(ZMQ_MAXMSGSIZE,
                std::max(limits.frame_bytes_max, limits.payload_bytes_max) + kCurveOverheadBytes);
 }
@@ -278,6 +284,7 @@ class ZmqServer final : public ServerEndpoint, public Pollable {
         return Reading::kRefused;
       }
       envelope.user_id = key->name;
+      envelope.admin = key->role == KeyRole::kAdmin;
     }
     ++counters_.received;
     return Reading::kMessage;
@@ -493,7 +500,8 @@ Result<std::unique_ptr<ZmqContext>> ZmqContext::create() {
   auto state = std::make_unique<State>();
   state->context = zmq_ctx_new();
   if (state->context == nullptr)
-    return internal_error("ZeroMQ: no context: out of file descriptors?");
+    return internal_error(str("ZeroMQ: no context: out of file descriptors? (",
+                              connections_turned_away(), " connections were turned away)"));
   zmq_ctx_set(state->context, ZMQ_IO_THREADS, 1);
   zmq_ctx_set(state->context, ZMQ_BLOCKY, 0);
   return std::unique_ptr<ZmqContext>(new ZmqContext(std::move(state)));

@@ -1,8 +1,8 @@
 // ROUTER and DEALER over ipc:// and tcp:// with the settings that make ZeroMQ honest (measured
 // with 4.3.4): MANDATORY and DONTWAIT (a plain ROUTER drops silently), LINGER 0, IMMEDIATE (nothing
 // is queued for a peer that is not there), a short handshake interval (silent connections go),
-// MAXMSGSIZE, bounded queues, ZMTP heartbeats (they see dead connections, never a hung
-// application: leases are ours).
+// MAXMSGSIZE, bounded queues, TCP's own probes (they see dead connections, never a hung
+// application: leases are ours; ZMTP heartbeats would let a peer end this process).
 //
 // Who may connect: ipc:// lies in a directory of mode 0700, so the file system says it. Any tcp://
 // endpoint, loopback too, needs CURVE keys, and the peer's key must be in the server's key
@@ -25,7 +25,7 @@
 namespace tandem::protocol {
 
 inline constexpr int kHandshakeMs = 2000;
-inline constexpr int kTransportHeartbeatMs = 2000, kTransportTimeoutMs = 6000;
+inline constexpr int kTransportProbeMs = 2000, kTransportTimeoutMs = 6000;  ///< tcp
 inline constexpr int kReconnectMs = 50, kReconnectMaxMs = 1000;
 inline constexpr int kControlQueueMessages = 512;  ///< per connection and direction
 inline constexpr int kBulkQueueMessages = 8;

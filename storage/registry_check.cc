@@ -4,6 +4,9 @@
 
 #include "storage/json_strict.h"
 
+#include <map>
+#include <set>
+
 namespace tandem::storage {
 namespace {
 
@@ -15,7 +18,10 @@ class Checker {
     TANDEM_RETURN_IF_ERROR(manifests());
     TANDEM_RETURN_IF_ERROR(each<ModelRecord>([&](const ModelRecord& r) {
       refer(where(r), r.digest, ManifestKind::kModel);
-      for (const ModelFile& file : r.files) present(where(r), "file " + file.path, file.chunks);
+      for (const ModelFile& file : r.files) {
+        present(where(r), "file " + file.path, file.chunks);
+        for (const Digest& chunk : file.chunks) holders_[chunk].insert(r.digest);
+      }
     }));
     TANDEM_RETURN_IF_ERROR(each<AdapterVersionRecord>([&](const AdapterVersionRecord& r) {
       refer(where(r), r.digest, ManifestKind::kAdapter);
@@ -36,6 +42,24 @@ class Checker {
     TANDEM_RETURN_IF_ERROR(each<KeyRecord>([](const KeyRecord&) {}));
     TANDEM_RETURN_IF_ERROR(each<SettingRecord>([](const SettingRecord&) {}));
     return each<IdempotencyRecord>([](const IdempotencyRecord&) {});
+  }
+
+  /// "; needed by adapters guide@3": who cannot be had without this chunk, the first of them.
+  [[nodiscard]] std::string needed_by(const std::string& chunk) const {
+    const auto digest = Digest::parse(chunk);
+    const auto holders = digest.ok() ? holders_.find(*digest) : holders_.end();
+    std::set<std::string> names;
+    if (holders != holders_.end())
+      for (const Digest& manifest : holders->second)
+        if (const auto known = names_.find(manifest); known != names_.end())
+          names.insert(known->second.begin(), known->second.end());
+    if (names.empty()) return "";  // nobody, or somebody who cannot be read
+    constexpr std::size_t kNamesMax = 3;
+    std::string text = "; needed by ";
+    std::size_t shown = 0;
+    for (auto name = names.begin(); name != names.end() && shown < kNamesMax; ++name, ++shown)
+      text += (shown == 0 ? "" : ", ") + *name;
+    return names.size() > shown ? str(text, " and ", names.size() - shown, " more") : text;
   }
 
   std::vector<Finding> findings;
@@ -79,6 +103,7 @@ class Checker {
   }
 
   void refer(const std::string& at, const Digest& digest, ManifestKind kind) {
+    names_[digest].insert(at);
     const auto found = kinds_.find(digest);
     if (found == kinds_.end())
       report(at, str("the ", manifest_kind_name(kind), " manifest ", digest, " is absent"));
@@ -94,13 +119,15 @@ class Checker {
       const auto manifest = parse_manifest(r.text);
       if (!manifest.ok()) return report(where(r), manifest.status().message());
       if (manifest->kind != r.kind) report(where(r), "the kind differs from the text's");
-      if (r.kind != ManifestKind::kModel) chunks(where(r), *manifest);
+      if (r.kind != ManifestKind::kModel) chunks(where(r), r.digest, *manifest);
     });
   }
 
-  void chunks(const std::string& at, const Manifest& manifest) {
-    for (const ManifestTensor& tensor : manifest.tensors)
+  void chunks(const std::string& at, const Digest& digest, const Manifest& manifest) {
+    for (const ManifestTensor& tensor : manifest.tensors) {
       present(at, "tensor " + tensor.name, tensor.chunks);
+      for (const Digest& chunk : tensor.chunks) holders_[chunk].insert(digest);
+    }
   }
 
   void present(const std::string& at, const std::string& what, const std::vector<Digest>& chunks) {
@@ -132,6 +159,8 @@ class Checker {
   RegistryTxn& txn_;
   BlobStore& blobs_;
   std::map<Digest, ManifestKind> kinds_;
+  std::map<Digest, std::set<Digest>> holders_;     // chunk -> manifests that name it
+  std::map<Digest, std::set<std::string>> names_;  // manifest -> records that name it
 };
 
 }  // namespace
@@ -142,7 +171,7 @@ Result<std::vector<Finding>> Registry::check(bool deep) {
   TANDEM_RETURN_IF_ERROR(checker.run());
   if (deep)
     TANDEM_RETURN_IF_ERROR(blobs_->check([&](const std::string& name, const std::string& message) {
-      checker.findings.push_back({"blobs " + name, message});
+      checker.findings.push_back({"blobs " + name, message + checker.needed_by(name)});
     }));
   return std::move(checker.findings);
 }

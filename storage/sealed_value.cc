@@ -1,5 +1,6 @@
 #include "storage/sealed_value.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -105,7 +106,20 @@ Result<std::string_view> unseal(std::string_view table, std::string_view key,
 
 std::string printable_key(std::string_view key) {
   static constexpr char kDigits[] = "0123456789abcdef";
+  constexpr std::size_t kDigestBytes = 32;
   std::string text;
+  const auto is_text = [](char c) { return c >= 0x20 && c < 0x7f; };
+  if (key.size() == kDigestBytes && !std::all_of(key.begin(), key.end(), is_text)) {
+    for (const char c : key) text += {kDigits[static_cast<unsigned char>(c) >> 4], kDigits[c & 15]};
+    return text;
+  }
+  const std::size_t end = key.find('\0');  // then a number, of a version, a step or an event
+  if (const std::size_t size = key.size() - std::min(end, key.size());
+      end != std::string_view::npos && end > 0 && (size == 5 || size == 9)) {
+    std::uint64_t number = 0;
+    for (const char c : key.substr(end + 1)) number = number << 8 | static_cast<unsigned char>(c);
+    return printable_key(key.substr(0, end)) + "@" + std::to_string(number);
+  }
   for (char c : key.substr(0, 80)) {
     const auto byte = static_cast<unsigned char>(c);
     if (byte >= 0x20 && byte < 0x7f)

@@ -31,7 +31,8 @@ std::string seal(std::string_view table, std::string_view key, std::string_view 
 Result<std::string_view> unseal(std::string_view table, std::string_view key,
                                 std::string_view sealed);
 
-/// A key as messages show it: printable characters, others as \xNN, at most 80.
+/// A key as messages show it: a digest's digits, NAME@NUMBER, else printable characters and others
+/// as \xNN, at most 80.
 std::string printable_key(std::string_view key);
 
 }  // namespace tandem::storage

@@ -13,6 +13,7 @@
 #include "protocol/messages.h"
 #include "protocol/transport.h"
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -34,6 +35,9 @@ struct ClientOptions {
   TimeMs reconnect_ms = 30'000;  ///< an open operation outlasts a coordinator that is away so long
   TimeMs repeat_ms = 5'000;      ///< a call without any reply is sent again
   TimeMs busy_ms_max = 60'000;   ///< total wait on "busy, retry after"
+  /// While it is true, whoever waits for an answer gets kCancelled within a tenth of a second, also
+  /// when nothing comes (a signal handler may set it). Null: nobody interrupts.
+  const std::atomic<bool>* interrupted = nullptr;
 };
 
 struct CallOptions {

@@ -15,6 +15,7 @@ namespace {
 
 constexpr TimeMs kHelloRepeatMs = 2'000;  // schema/client.capnp
 constexpr TimeMs kTickMs = 100;           // the longest wait of the I/O thread
+constexpr TimeMs kFarewellMs = 100;       // a closed socket drops what it has not written yet
 constexpr TimeMs kSendAgainMs = 10;       // the socket's own queue was full
 constexpr TimeMs kGapMs = 50;             // between two requests for what is missing
 constexpr TimeMs kRepeatMsMax = 60'000;
@@ -102,12 +103,19 @@ Result<std::optional<ServerMessage>> Session::next(Operation& operation, TimeMs 
   const auto has_news = [&] {
     return !operation.unread.empty() || operation.ended || operation.failed.has_value();
   };
-  if (deadline_ms == 0) {
-    operation.changed.wait(lock, has_news);
-  } else {
-    const TimeMs left = std::max<TimeMs>(deadline_ms - now(), 0);
-    if (!operation.changed.wait_for(lock, std::chrono::milliseconds(left), has_news))
+  const auto interrupted = [&] {
+    return options_.interrupted != nullptr && options_.interrupted->load();
+  };
+  while (!has_news()) {
+    if (interrupted()) return cancelled_error(str("request ", operation.id(), " was interrupted"));
+    if (deadline_ms > 0 && now() >= deadline_ms)
       return timeout_error(str("no answer from ", options_.endpoint, " in time"));
+    TimeMs wait = deadline_ms > 0 ? deadline_ms - now() : kNever;
+    if (options_.interrupted != nullptr) wait = std::min(wait, kTickMs);
+    if (wait == kNever)
+      operation.changed.wait(lock, has_news);
+    else
+      operation.changed.wait_for(lock, std::chrono::milliseconds(std::max<TimeMs>(wait, 0)));
   }
   if (!operation.unread.empty()) {
     ServerMessage message = std::move(operation.unread.front());
@@ -163,6 +171,24 @@ void Session::run() {
     watch_silence();
     if (now() >= next_due_ms_ || !farewells_.empty()) send_due();
   }
+  say_farewells();
+}
+
+void Session::say_farewells() {
+  {
+    std::lock_guard lock(mutex_);
+    const bool said_just_now = last_farewell_ms_ >= 0 && now() - last_farewell_ms_ < kFarewellMs;
+    if (!ready_ || (farewells_.empty() && !said_just_now)) return;
+    for (; !farewells_.empty(); farewells_.pop_front())
+      static_cast<void>(endpoint_->send(encode(farewells_.front())));
+  }
+  const TimeMs end = now() + kFarewellMs;
+  for (TimeMs left = kFarewellMs; left > 0; left = end - now())
+    if (const auto answer = endpoint_->receive(left); answer.has_value()) {
+      const auto message = decode_server(answer->frame);
+      const auto* chunk = message.ok() ? std::get_if<GenerateChunk>(&*message) : nullptr;
+      if (chunk != nullptr && chunk->finish == FinishReason::kCancelled) return;
+    }
 }
 
 TimeMs Session::wait_ms() const {
@@ -339,8 +365,10 @@ void Session::watch_silence() {
 void Session::send_due() {
   const TimeMs time = now();
   next_due_ms_ = kNever;
-  for (; ready_ && !farewells_.empty(); farewells_.pop_front())
+  for (; ready_ && !farewells_.empty(); farewells_.pop_front()) {
     static_cast<void>(endpoint_->send(encode(farewells_.front())));
+    last_farewell_ms_ = time;
+  }
   for (auto& [id, operation] : open_) {
     if (operation->ended || operation->failed.has_value()) continue;
     const TimeMs away_ms = time - std::max(away_since_ms_, operation->opened_ms);

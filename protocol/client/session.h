@@ -66,6 +66,8 @@ class Session {
 
  private:
   void run();
+  /// Cancels that were said last go out before the connection is closed.
+  void say_farewells();
   [[nodiscard]] TimeMs wait_ms() const;
   // All below with mutex_ held, on the I/O thread.
   void follow_connection();
@@ -98,6 +100,7 @@ class Session {
   Status trouble_;               // of the connection, while there is none
   ServerHello server_;
   TimeMs hello_sent_ms_ = -1, away_since_ms_ = 0, heard_ms_ = 0, pinged_ms_ = 0;
+  TimeMs last_farewell_ms_ = -1;
   TimeMs next_due_ms_ = 0;
 
   std::atomic<bool> stopping_{false};

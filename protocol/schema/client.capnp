@@ -84,6 +84,8 @@ struct Ping {
 }
 
 struct Pong {
+  # Unasked, with nonce 0, it goes to a client that waits for an answer and has been silent for 5 s:
+  # one that is gone is found out so, and what it asked for is ended. It needs no answer.
   nonce @0 :UInt64;
 }
 
@@ -100,7 +102,8 @@ struct Pong {
 #                   "worker", "bulk"}, "data_dir", "log_path", "tensorboard_dir", "models": n,
 #                   "adapters": n, "jobs": {"queued", "running", "paused", "done", "failed",
 #                   "cancelled"}, "requests": {"running", "waiting", "accepted", "finished", "failed",
-#                   "cancelled", "busy", "rerouted", "shared", "tokens"}, "cache": as cache.stats,
+#                   "cancelled", "busy", "rerouted", "shared", "tokens"}, "frames": {"refused": those that
+#                   were no message, "before_hello"}, "cache": as cache.stats,
 #                   "datasets": n, "workers": [WORKER], "replicas": [REPLICA]}
 #
 # model.add !       {"name", "path", "shared"? = false} -> MODEL. The path is on the coordinator's host,
@@ -182,6 +185,7 @@ struct Pong {
 #                   is younger than an hour.
 # registry.backup ! {"path"} -> {"path", "bytes"}. A consistent copy on the coordinator's host, while it runs.
 #
+# With CURVE, key.create, key.revoke and shutdown are for keys of role admin, else `refused`.
 # key.create !      {"name", "role"} -> {"name", "role", "public", "secret", "server_public"}. The secret
 #                   is answered once and kept nowhere (a repeat with the same idempotency key answers
 #                   `conflict`, not the secret). role: client, worker or admin.

@@ -129,7 +129,7 @@ struct Generate {
   model @1 :Text;        # base, alias, alias@version, JOB@latest, JOB@step-N, digest prefix (12 digits or more)
   input @2 :PromptInput;
   sampling @3 :Sampling;
-  stream @4 :Bool = true;  # false: one chunk with everything
+  stream @4 :Bool = true;  # false: one chunk with everything (a few where one would exceed 512 KiB)
   noCache @5 :Bool;        # neither answer from nor write to the result cache
   nextIndex @6 :Int64;
   deadlineMs @7 :Int64;    # time left when sent; then the request ends with `timeout`; 0: none

@@ -123,6 +123,22 @@ TEST(Calls, AFullDiskIsAClearErrorAndTheNextCallSucceeds) {
   EXPECT_TRUE(h.core().workers().draining(CoreHarness::worker(0))) << "drains outlive restarts";
 }
 
+TEST(Calls, KeysAndTheCoordinatorsEndAreForAdministrators) {
+  CoreHarness h;
+  h.client("c", "alice");
+  for (const char* method : {"key.create", "key.revoke", "shutdown"}) {
+    h.step_as("c", "alice", false, protocol::Call{"1", "key", method, R"({"name": "x"})"});
+    const auto replies = h.to_client<protocol::CallReply>("c");
+    ASSERT_EQ(replies.size(), 1u) << method;
+    EXPECT_EQ(replies[0].status.code(), StatusCode::kRefused) << method;
+    EXPECT_NE(replies[0].status.message().find("admin"), std::string::npos);
+  }
+  h.step_as("c", "alice", false, protocol::Call{"1", "", "key.list", "{}"});
+  h.step_as("c", "alice", true, protocol::Call{"2", "key", "key.revoke", R"({"name": "x"})"});
+  for (const auto& reply : h.to_client<protocol::CallReply>("c"))
+    EXPECT_NE(reply.status.code(), StatusCode::kRefused) << reply.status.message();
+}
+
 TEST(Workers, AReplacedIncarnationIsToldToEnd) {
   CoreHarness h;
   h.engine(0, 5);

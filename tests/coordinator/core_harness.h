@@ -39,6 +39,12 @@ class CoreHarness {
   void beat(int slot, std::vector<protocol::RunningJob> jobs = {}, int running = 1,
             std::vector<Digest> adapters = {});
   void from_client(const std::string& peer, protocol::ClientMessage message);
+  void step_as(const std::string& peer, const std::string& user, bool admin,
+               protocol::ClientMessage message) {
+    step(ClientInput{peer, user, std::move(message), 0, admin});
+  }
+  /// The next message to this client cannot be sent: it is gone.
+  void client_gone(const std::string& peer) { step(ClientGone{peer}); }
   void from_engine(int slot, protocol::WorkerMessage message);
   void from_agent(int slot, protocol::WorkerMessage message);
   void from_gang(int slot, protocol::WorkerMessage message);

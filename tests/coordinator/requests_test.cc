@@ -1,5 +1,6 @@
 #include "coordinator/prefix_table.h"
 #include "coordinator/result_cache.h"
+#include "protocol/codec.h"
 #include "tests/coordinator/core_harness.h"
 
 #include <gtest/gtest.h>
@@ -150,6 +151,104 @@ TEST_F(RequestsTest, OtherTenantsSamplingAndNoCacheAreNotAnsweredFromTheCache) {
   EXPECT_FALSE(is_deterministic(request));
   request.sampling.seed = 1;
   EXPECT_TRUE(is_deterministic(request));
+}
+
+TEST_F(RequestsTest, AnotherUsersRequestIsNeitherTakenOverNorCancelled) {
+  h.client("d", "another-user");
+  h.generate("r", "base", "q");
+  h.generate("r", "base", "q", "d");
+  const auto refused = h.to_client<GenerateChunk>("d");
+  ASSERT_EQ(refused.size(), 1u);
+  EXPECT_EQ(refused[0].status.code(), StatusCode::kConflict);
+  h.from_client("d", protocol::Cancel{RequestId("r")});
+  h.answer(0, "r", 0, 2, true);
+  EXPECT_EQ(tokens(h.to_client<GenerateChunk>("c")).size(), 2u);
+}
+
+TEST_F(RequestsTest, AWholeAnswerThatNoMessageHoldsComesInAFew) {
+  protocol::Generate request;
+  request.id = RequestId("r");
+  request.model = "base";
+  request.input.prompt = "q";
+  request.sampling.temperature = 0.0f;
+  request.sampling.prompt_logprobs_from = 1;
+  request.stream = false;
+  h.from_client("c", request);
+  const auto infer = h.to_engine<Infer>(0).back();
+  constexpr int kParts = 24;
+  constexpr std::size_t kTop = 5000;
+  for (int i = 0; i < kParts; ++i) {
+    protocol::InferChunk part;
+    part.attempt = infer.attempt;
+    part.chunk.id = request.id;
+    part.chunk.index = i;
+    part.chunk.tokens = {i};
+    part.chunk.text = "x";
+    part.chunk.logprobs = {{i, -1.0f, {kTop, {i, -2.0f}}}};
+    if (i == 0) part.chunk.prompt_logprobs = {-3.0f, -4.0f};
+    if (i + 1 == kParts) part.chunk.finish = FinishReason::kLength;
+    h.from_engine(0, part);
+  }
+  const auto parts = h.to_client<GenerateChunk>("c");
+  EXPECT_EQ(parts.size(), 2u);
+  std::size_t logprobs = 0;
+  for (const GenerateChunk& part : parts) {
+    EXPECT_LE(protocol::encode(protocol::ServerMessage{part}).size(), 1u << 20);
+    logprobs += part.logprobs.size();
+  }
+  EXPECT_EQ(logprobs, static_cast<std::size_t>(kParts));
+  EXPECT_EQ(tokens(parts).size(), static_cast<std::size_t>(kParts));
+  EXPECT_EQ(parts.front().prompt_logprobs.size(), 2u);
+  EXPECT_EQ(parts.front().finish, FinishReason::kNone);
+  EXPECT_EQ(parts.back().finish, FinishReason::kLength);
+}
+
+TEST_F(RequestsTest, ACachedAnswerHasTheScoresOfItsPrompt) {
+  protocol::Generate request;
+  request.id = RequestId("r1");
+  request.model = "base";
+  request.input.prompt = "q";
+  request.sampling.temperature = 0.0f;
+  request.sampling.prompt_logprobs_from = 1;
+  h.from_client("c", request);
+  protocol::InferChunk part;
+  part.attempt = h.to_engine<Infer>(0).back().attempt;
+  part.chunk.id = request.id;
+  part.chunk.tokens = {1};
+  part.chunk.prompt_logprobs = {-3.0f, -4.0f};
+  h.from_engine(0, part);
+  part.chunk.index = 1;
+  part.chunk.prompt_logprobs.clear();
+  part.chunk.finish = FinishReason::kLength;
+  h.from_engine(0, part);
+  h.to_client<GenerateChunk>("c");
+  request.id = RequestId("r2");
+  h.from_client("c", request);
+  const auto cached = h.to_client<GenerateChunk>("c");
+  ASSERT_EQ(cached.size(), 1u);
+  EXPECT_TRUE(cached[0].cached);
+  EXPECT_EQ(cached[0].prompt_logprobs, (std::vector<float>{-3.0f, -4.0f}));
+}
+
+TEST_F(RequestsTest, ASilentClientThatWaitsIsLookedForAndAnotherIsLeftAlone) {
+  h.client("d");
+  h.generate("r", "base", "q");
+  for (int s = 0; s < 4; ++s) {
+    h.beat(0);
+    h.advance(1000);
+  }
+  EXPECT_TRUE(h.to_client<protocol::Pong>("c").empty());
+  for (int s = 0; s < 4; ++s) {
+    h.from_client("d", protocol::Ping{7});
+    h.beat(0);
+    h.advance(1000);
+  }
+  EXPECT_EQ(h.to_client<protocol::Pong>("c").size(), 1u);
+  for (const protocol::Pong& pong : h.to_client<protocol::Pong>("d")) EXPECT_EQ(pong.nonce, 7u);
+  h.client_gone("c");
+  h.beat(0);
+  h.advance(4000);
+  EXPECT_EQ(h.to_engine<InferCancel>(0).size(), 1u);
 }
 
 struct SmallQueue : RequestsTest {

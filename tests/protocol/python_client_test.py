@@ -111,6 +111,27 @@ class PythonClient(unittest.TestCase):
         self.assertIn(self.path, raised.exception.message)
         self.assertIn("tandem up", raised.exception.message)
 
+    def test_refuses_here_what_the_coordinator_would_never_answer(self):
+        self.serve(lambda kind, body, reply: None)
+        with self.client() as client:
+            for arguments in (
+                {"prompt": "x" * ((1 << 20) + 1)},
+                {"prompt": "\ud800"},
+                {"prompt": 7},
+                {"prompt": "x", "max_tokens": 1 << 70},
+                {"messages": [{"role": "user"}]},
+                {"tokens": [1] * ((1 << 18) + 1)},
+            ):
+                with self.assertRaises(TandemError) as caught:
+                    client.generate("base", **arguments)
+                self.assertEqual(caught.exception.code, "invalid")
+            with self.assertRaises(TandemError) as caught:
+                client.call("status", {"x": "y" * (1 << 20)})
+            self.assertEqual(caught.exception.code, "invalid")
+        with self.assertRaises(TandemError) as caught:
+            Client("nowhere")
+        self.assertEqual(caught.exception.code, "invalid")
+
     def test_refuses_tcp_without_keys(self):
         with self.assertRaises(TandemError) as raised:
             Client("tcp://127.0.0.1:1")

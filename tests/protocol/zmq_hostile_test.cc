@@ -1,5 +1,6 @@
 // What strangers and broken peers can do to the ZeroMQ sockets: nothing that others notice.
 #include "protocol/base/str.h"
+#include "protocol/descriptor_limit.h"
 #include "protocol/zmq_transport.h"
 #include "tests/protocol/transport_fixture.h"
 
@@ -7,13 +8,18 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <zmq.h>
 
 #include <array>
 #include <chrono>
+#include <csignal>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <thread>
@@ -313,6 +319,81 @@ TEST_F(IpcServer, MoreFramesThanItsKindHasAreRefusedAndCounted) {
     zmq_close(raw);
   }
   zmq_ctx_term(raw_context);
+}
+
+TEST_F(IpcServer, AConnectionThatEndsAfterAnotherTookItsNameOverHarmsNobody) {
+  auto server = listen("ipc://" + dir_.path() + "/s").value();
+  void* raw_context = zmq_ctx_new();
+  const auto dial = [&] {
+    void* raw = zmq_socket(raw_context, ZMQ_DEALER);
+    const int linger = 0;
+    zmq_setsockopt(raw, ZMQ_LINGER, &linger, sizeof linger);
+    zmq_setsockopt(raw, ZMQ_ROUTING_ID, "same", 4);
+    EXPECT_EQ(zmq_connect(raw, server->address().c_str()), 0);
+    EXPECT_EQ(zmq_send(raw, "hello", 5, 0), 5);
+    EXPECT_TRUE(receive_one(*server).has_value());
+    return raw;
+  };
+  void* first = dial();
+  void* second = dial();
+  // The server reads nothing more of the first, and then it ends. A timer of libzmq's that writes
+  // to such a connection aborts the process; those of ZMTP's heartbeats came every two seconds.
+  EXPECT_EQ(zmq_send(first, "unheard", 7, 0), 7);
+  EXPECT_FALSE(server->receive(100).has_value());
+  zmq_close(first);
+  EXPECT_FALSE(server->receive(2'500).has_value());
+  EXPECT_EQ(zmq_send(second, "heard", 5, 0), 5);
+  EXPECT_TRUE(receive_one(*server).has_value());
+  zmq_close(second);
+  zmq_ctx_term(raw_context);
+}
+
+TEST_F(IpcServer, WithoutDescriptorsLeftStrangersAreTurnedAwayAndFriendsServed) {
+  const std::string path = dir_.path() + "/s";
+  auto server = listen("ipc://" + path).value();
+  const auto dial = [&](const std::string& id) {
+    ZmqClientOptions options;
+    options.endpoint = "ipc://" + path;
+    options.routing_id = id;
+    return context_->connect(options).value();
+  };
+  auto client = dial("a/1");
+  ASSERT_TRUE(wait_connected(*client));
+  std::array<int, 2> go{}, done{};
+  ASSERT_EQ(::pipe(go.data()) + ::pipe(done.data()), 0);
+  const pid_t crowd = ::fork();
+  if (crowd == 0) {
+    char byte = 0;
+    (void)!::read(go[0], &byte, 1);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::strncpy(address.sun_path, path.c_str(), sizeof address.sun_path - 1);
+    for (int i = 0; i < 200; ++i)
+      (void)!::connect(::socket(AF_UNIX, SOCK_STREAM, 0), reinterpret_cast<sockaddr*>(&address),
+                       sizeof address);
+    (void)!::write(done[1], &byte, 1);
+    ::pause();
+    ::_exit(0);
+  }
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const int next = ::dup(go[0]);
+  rlimit few = before;
+  few.rlim_cur = static_cast<rlim_t>(next + kReservedDescriptors + 20);
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  char byte = 'x';
+  EXPECT_EQ(::write(go[1], &byte, 1), 1);
+  EXPECT_EQ(::read(done[0], &byte, 1), 1);
+  for (int i = 0; i < 200 && connections_turned_away() == 0; ++i) server->receive(50);
+  EXPECT_GT(connections_turned_away(), 0u);
+  EXPECT_TRUE(client->send(bytes_of("still")).ok());
+  EXPECT_TRUE(receive_one(*server).has_value());
+  ::kill(crowd, SIGKILL);
+  ::waitpid(crowd, nullptr, 0);
+  auto late = dial("b/1");
+  EXPECT_TRUE(wait_connected(*late)) << "there is room again";
+  ::setrlimit(RLIMIT_NOFILE, &before);
+  for (const int fd : {go[0], go[1], done[0], done[1], next}) ::close(fd);
 }
 
 TEST_F(IpcServer, ADirectoryThatOthersCanEnterIsRefused) {

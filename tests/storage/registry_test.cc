@@ -369,6 +369,8 @@ TEST(RegistryCheck, NamesEveryDamagedValueAndBrokenReference) {
   auto findings = registry->check().value();
   ASSERT_EQ(findings.size(), 1u);
   EXPECT_EQ(findings[0].where, "blobs " + sha256("v1").hex());
+  EXPECT_NE(findings[0].message.find("needed by adapters support@1"), std::string::npos)
+      << findings[0].message;
   EXPECT_TRUE(registry->check(false)->empty());  // only the deep one reads bytes
   EXPECT_EQ(registry->blob(sha256("v1")).status().code(), StatusCode::kCorrupt);
 
@@ -376,6 +378,7 @@ TEST(RegistryCheck, NamesEveryDamagedValueAndBrokenReference) {
   findings = registry->check(false).value();
   ASSERT_EQ(findings.size(), 2u);  // the value, and the version that needs it
   EXPECT_NE(findings[0].message.find("checksum"), std::string::npos);
+  EXPECT_EQ(findings[0].where, "manifests " + adapter.digest.hex());
   EXPECT_NE(findings[1].where.find("adapters support"), std::string::npos);
   EXPECT_EQ(registry->begin_read()->manifest(adapter.digest).status().code(), StatusCode::kCorrupt);
 

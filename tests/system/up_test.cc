@@ -2,7 +2,10 @@
 #include "tests/system/platform.h"
 
 #include <gtest/gtest.h>
+
 #include <sys/prctl.h>
+
+#include <csignal>
 
 namespace tandem::test {
 namespace {
@@ -46,6 +49,24 @@ TEST_F(Up, AddsTheWorkersThatAreMissingAndDownEndsAllOfThem) {
         << "slot " << slot;
   EXPECT_EQ(platform_.cli({"status"}).code, 5);
   run({"down"});
+}
+
+TEST_F(Up, DownEndsAWorkerWhoseSupervisorWasKilled) {
+  run({"up", "--workers", "1", "--device", "cpu"});
+  ASSERT_GT(platform_.supervisor(0), 0);
+  ::kill(platform_.supervisor(0), SIGKILL);
+  ASSERT_TRUE(eventually(10'000, [&] { return platform_.supervisor(0) == 0; }));
+  ASSERT_GT(platform_.agent(0), 0);
+  run({"down"});
+  EXPECT_EQ(platform_.agent(0) + platform_.engine(0), 0);
+}
+
+TEST_F(Up, StartsACoordinatorAgainRightAfterItWasKilled) {
+  run({"up", "--workers", "1", "--device", "cpu"});
+  const Json status = Json::parse(platform_.cli({"--json", "status"}).out);
+  ::kill(status.value("pid", 0), SIGKILL);
+  run({"up", "--workers", "1", "--device", "cpu"});
+  EXPECT_EQ(platform_.cli({"status"}).code, 0);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ Status run_model_add(Session& session, const std::string& name, const std::strin
                      bool shared);
 Status run_list(Session& session, const std::string& what);
 Status run_show(Session& session, const std::string& what, const std::string& name);
-Status run_remove(Session& session, const std::string& what, const std::string& name);
+Status run_remove(Session& session, const std::string& what, const std::string& name, bool force);
 Status run_data_add(Session& session, const std::string& path, const std::string& name);
 Status run_data_check(Session& session, const std::string& path, const std::string& model,
                       std::int64_t max_length, int samples);

@@ -3,17 +3,10 @@
 
 #include <unistd.h>
 
-#include <atomic>
-#include <csignal>
 #include <iostream>
 
 namespace tandem::tools {
 namespace {
-
-std::atomic<bool> g_interrupted{false};
-void on_interrupt(int) {
-  g_interrupted = true;
-}
 
 const char* finish_name(protocol::FinishReason reason) {
   switch (reason) {
@@ -101,8 +94,7 @@ Result<Answer> generate(Session& session, protocol::Generate request, bool print
   TANDEM_ASSIGN_OR_RETURN(protocol::client::Client* const client, session.client());
   Answer answer;
   const std::int64_t begin = steady_ns();
-  g_interrupted = false;
-  std::signal(SIGINT, on_interrupt);
+  const Interruptible interruptible(true);
   const auto generation =
       client->generate(std::move(request), [&](const protocol::GenerateChunk& chunk) {
         if (answer.first_token_us < 0 && !chunk.tokens.empty())
@@ -112,9 +104,8 @@ Result<Answer> generate(Session& session, protocol::Generate request, bool print
         answer.logprobs.insert(answer.logprobs.end(), chunk.logprobs.begin(), chunk.logprobs.end());
         if (print) std::cout << chunk.text << std::flush;
         if (chunk.finish != protocol::FinishReason::kNone) answer.last = chunk;
-        return !g_interrupted.load();
+        return !Interruptible::interrupted();
       });
-  std::signal(SIGINT, SIG_DFL);
   answer.total_us = (steady_ns() - begin) / 1000;
   if (!generation.ok()) return generation.status();
   return answer;

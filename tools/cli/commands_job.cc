@@ -7,21 +7,12 @@
 
 #include <yaml-cpp/yaml.h>
 
-#include <unistd.h>
-
-#include <atomic>
-#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 
 namespace tandem::tools {
 namespace {
-
-std::atomic<bool> g_detach{false};
-void on_interrupt(int) {
-  g_detach = true;
-}
 
 /// A scalar of a YAML file or command line as the JSON value it looks like.
 Json scalar_value(const std::string& text, bool quoted) {
@@ -134,6 +125,9 @@ Result<std::string> resolve_data(Session& session, const std::string& data) {
     return known.value("digest", "");
   }
   TANDEM_ASSIGN_OR_RETURN(Json upload, session.upload_file(data));
+  // What is known already keeps the name that somebody gave it.
+  const std::string digest = upload.value("digest", "");
+  if (session.call("data.show", {{"data", digest}}).ok()) return digest;
   upload["name"] = std::filesystem::path(data).filename().string();
   TANDEM_ASSIGN_OR_RETURN(const Json added, session.call("data.add", upload));
   return added.value("digest", "");
@@ -194,14 +188,12 @@ class Follower {
 
 Status follow(Session& session, const std::string& job) {
   Follower follower(session.json());
-  g_detach = false;
-  std::signal(SIGINT, on_interrupt);
+  const Interruptible interruptible(false);
   const Status status = session.stream("job.watch", {{"job", job}}, [&](const Json& event) {
-    return follower.show(event) && !g_detach;
+    return follower.show(event) && !Interruptible::interrupted();
   });
-  std::signal(SIGINT, SIG_DFL);
   follower.summary();
-  if (g_detach) {
+  if (Interruptible::interrupted()) {
     if (!session.json())
       std::fprintf(stderr, "detached; the job goes on: tandem job watch %s\n", job.c_str());
     return {};

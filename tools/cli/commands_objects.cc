@@ -160,8 +160,10 @@ Status run_show(Session& session, const std::string& what, const std::string& na
   return {};
 }
 
-Status run_remove(Session& session, const std::string& what, const std::string& name) {
-  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call(what + ".rm", {{what, name}}));
+Status run_remove(Session& session, const std::string& what, const std::string& name, bool force) {
+  Json params{{what, name}};
+  if (force) params["force"] = true;
+  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call(what + ".rm", params));
   if (session.json())
     std::cout << result.dump() << "\n";
   else

@@ -18,12 +18,16 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <optional>
+#include <sstream>
 #include <thread>
 
 namespace tandem::tools {
 namespace {
 
 namespace fs = std::filesystem;
+
+using worker::runtime::FileLock;
 
 constexpr TimeMs kStartTimeoutMs = 20000, kStopTimeoutMs = 60000, kPollMs = 50;
 
@@ -44,9 +48,47 @@ bool alive(pid_t pid) {
   return pid > 0 && ::kill(pid, 0) == 0;
 }
 
-pid_t read_pid(const std::string& path) {
+/// A whole number of a file that a program wrote; 0 where it has none.
+std::int64_t read_number(const std::string& path, const char* name) {
   const auto json = read_json(path);
-  return json.ok() ? json->value("pid", 0) : 0;
+  if (!json.ok() || !json->contains(name) || !(*json)[name].is_number_integer()) return 0;
+  return (*json)[name].get<std::int64_t>();
+}
+
+/// When a process began, in the kernel's ticks since the machine's start; 0: there is none.
+std::int64_t start_ticks(pid_t pid) {
+  std::ifstream in(str("/proc/", pid, "/stat"));
+  std::string text((std::istreambuf_iterator<char>(in)), {});
+  const auto name_end = text.rfind(')');  // the name may hold anything
+  if (name_end == std::string::npos) return 0;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string field;
+  for (int i = 3; i <= 22; ++i) fields >> field;
+  return std::atoll(field.c_str());
+}
+
+// A file outlives what it tells of, and the number of a process that is gone may be anybody's by
+// now (after a restart of the machine it often is): so each is asked for proof before it is
+// signalled.
+
+/// The pid in a lock file that somebody holds; 0: nobody does.
+pid_t holder(const std::string& path) {
+  pid_t pid = 0;
+  return FileLock::is_held(path) && std::ifstream(path) >> pid ? pid : 0;
+}
+
+/// The coordinator of this data folder, which holds its registry; 0: there is none.
+pid_t coordinator_of(const protocol::Settings& settings) {
+  const auto pid = static_cast<pid_t>(read_number(settings.run_dir() + "/coordinator.json", "pid"));
+  return pid > 0 && holder(settings.data_dir() + "/registry/owner") == pid ? pid : 0;
+}
+
+/// The last mpirun that up started here, while it runs; 0: it does not.
+pid_t launcher_of(const protocol::Settings& settings) {
+  const std::string file = settings.run_dir() + "/workers.json";
+  const auto pid = static_cast<pid_t>(read_number(file, "pid"));
+  const std::int64_t began = read_number(file, "start_ticks");
+  return pid > 0 && began > 0 && start_ticks(pid) == began ? pid : 0;
 }
 
 template <class Condition>
@@ -79,6 +121,15 @@ Result<pid_t> start_daemon(const std::vector<std::string>& command, const std::s
   ::_exit(127);
 }
 
+/// " (LINE)": what a daemon that did not start said last; "" when it said nothing.
+std::string last_line(const std::string& log) {
+  std::ifstream in(log);
+  std::string last;
+  for (std::string line; std::getline(in, line);)
+    if (!line.empty()) last = line;
+  return last.empty() ? "" : " (" + last + ")";
+}
+
 /// The settings this command was given, for the daemons it starts.
 std::vector<std::string> daemon_arguments(const protocol::Settings& settings) {
   std::vector<std::string> arguments{"--data-dir", settings.data_dir()};
@@ -96,7 +147,10 @@ std::vector<std::string> daemon_arguments(const protocol::Settings& settings) {
 Status start_coordinator(Session& session) {
   const auto& settings = session.settings();
   const std::string ready = settings.run_dir() + "/coordinator.json";
-  if (alive(read_pid(ready))) return {};
+  // One that was just killed may still be on its way out.
+  if (coordinator_of(settings) != 0 &&
+      (session.call("status", Json::object()).ok() || coordinator_of(settings) != 0))
+    return {};
   std::error_code error;
   fs::remove(ready, error);
   std::vector<std::string> command{sibling("tandem-coordinator")};
@@ -107,25 +161,36 @@ Status start_coordinator(Session& session) {
   bool ended = false;
   const bool up = wait_until(kStartTimeoutMs, [&] {
     ended = ::waitpid(pid, &wait_status, WNOHANG) == pid;
-    return ended || alive(read_pid(ready));
+    return ended || (fs::exists(ready, error) && coordinator_of(settings) != 0);
   });
   if (ended || !up)
-    return internal_error(str(
-        "the coordinator did not start (",
-        ended ? worker::runtime::describe_wait_status(wait_status) : "time-out", "); see ", log));
+    return internal_error(
+        str("the coordinator did not start (",
+            ended ? worker::runtime::describe_wait_status(wait_status) : "time-out", "); see ", log,
+            last_line(log)));
   return {};
 }
 
-/// The supervisors of this host's slots that are there.
-std::vector<pid_t> supervisors(const protocol::Settings& settings) {
+/// Of each of this host's slots that is in use, who is to be told what becomes of it: its
+/// supervisor, or, where that was killed, its agent, or the engine alone.
+std::vector<pid_t> slot_masters(const protocol::Settings& settings) {
   std::vector<pid_t> pids;
   std::error_code error;
-  for (const auto& slot : fs::directory_iterator(settings.run_dir(), error)) {
-    const std::string path = slot.path() / "supervisor.lock";
-    std::ifstream lock(path);
-    if (pid_t pid = 0; worker::runtime::FileLock::is_held(path) && lock >> pid) pids.push_back(pid);
-  }
+  for (const auto& slot : fs::directory_iterator(settings.run_dir(), error))
+    for (const char* lock : {"supervisor.lock", "agent.lock", "engine.lock"})
+      if (const pid_t pid = holder(slot.path() / lock); pid > 0) {
+        pids.push_back(pid);
+        break;
+      }
   return pids;
+}
+
+std::size_t supervisors(const protocol::Settings& settings) {
+  std::size_t count = 0;
+  std::error_code error;
+  for (const auto& slot : fs::directory_iterator(settings.run_dir(), error))
+    count += FileLock::is_held(slot.path() / "supervisor.lock");
+  return count;
 }
 
 /// mpirun starts all workers of this host; slots that are there already are left alone.
@@ -133,9 +198,7 @@ Status start_workers(Session& session) {
   const auto& settings = session.settings();
   const std::string pid_file = settings.run_dir() + "/workers.json";
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t count, settings.get_int("workers"));
-  if (count < 1 || count > 1024)
-    return invalid_error(str("workers must be in 1..1024, not ", count));
-  if (static_cast<std::int64_t>(supervisors(settings).size()) >= count) return {};
+  if (static_cast<std::int64_t>(supervisors(settings)) >= count) return {};
   for (const auto& [name, value] : {std::pair{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
                                     {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
                                     {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
@@ -146,8 +209,9 @@ Status start_workers(Session& session) {
   for (auto& argument : daemon_arguments(settings)) command.push_back(argument);
   const std::string log = settings.log_dir() + "/mpirun.out";
   TANDEM_ASSIGN_OR_RETURN(const pid_t pid, start_daemon(command, log));
-  std::ofstream(pid_file) << Json{{"pid", pid}}.dump();
+  std::ofstream(pid_file) << Json{{"pid", pid}, {"start_ticks", start_ticks(pid)}}.dump();
   const bool up = wait_until(kStartTimeoutMs, [&] {
+    if (static_cast<std::int64_t>(supervisors(settings)) < count) return false;
     auto status = session.call("status", Json::object());
     if (!status.ok()) return false;
     std::int64_t ready = 0;
@@ -156,9 +220,15 @@ Status start_workers(Session& session) {
     return ready >= count;
   });
   if (!up)
-    return internal_error(
-        str("not all ", count, " workers came up; see ", log, " and ", settings.log_dir()));
+    return internal_error(str("not all ", count, " workers came up; see ", log, " and ",
+                              settings.log_dir(), last_line(log)));
   return {};
+}
+
+/// Who starts or stops this platform; another up or down waits for its turn.
+Result<FileLock> one_at_a_time(const protocol::Settings& settings) {
+  return FileLock::acquire(settings.run_dir() + "/up.lock",
+                           scaled_ms(2 * kStartTimeoutMs + 2 * kStopTimeoutMs));
 }
 
 }  // namespace
@@ -170,8 +240,11 @@ Status run_up(Session& session, const UpOptions& options) {
     fs::create_directories(directory, error);
     if (error) return internal_error(str("cannot create ", directory, ": ", error.message()));
   }
-  TANDEM_RETURN_IF_ERROR(start_coordinator(session));
-  TANDEM_RETURN_IF_ERROR(start_workers(session));
+  {
+    TANDEM_ASSIGN_OR_RETURN(const FileLock lock, one_at_a_time(settings));
+    TANDEM_RETURN_IF_ERROR(start_coordinator(session));
+    TANDEM_RETURN_IF_ERROR(start_workers(session));
+  }
   TANDEM_RETURN_IF_ERROR(run_status(session));
   if (!options.foreground) return {};
   sigset_t signals;
@@ -185,31 +258,40 @@ Status run_up(Session& session, const UpOptions& options) {
 
 Status run_down(Session& session) {
   const auto& settings = session.settings();
-  const std::string coordinator_file = settings.run_dir() + "/coordinator.json";
-  const std::string workers_file = settings.run_dir() + "/workers.json";
-  const pid_t coordinator = read_pid(coordinator_file), launcher = read_pid(workers_file);
-  const auto running = [&] { return alive(launcher) || !supervisors(settings).empty(); };
-  Json result{{"coordinator", alive(coordinator)}, {"workers", running()}};
+  std::optional<FileLock> lock;
+  if (std::error_code error; fs::exists(settings.run_dir(), error)) {
+    TANDEM_ASSIGN_OR_RETURN(lock, one_at_a_time(settings));
+  }
+  const pid_t coordinator = coordinator_of(settings);
+  const auto running = [&] {
+    return launcher_of(settings) != 0 || !slot_masters(settings).empty();
+  };
+  const Json result{{"coordinator", coordinator != 0}, {"workers", running()}};
   // Engines write a checkpoint and say goodbye before the coordinator goes. Not to mpirun, which
   // would kill them after a second: each mpirun ends when the workers that it started have.
-  for (const pid_t supervisor : supervisors(settings)) ::kill(supervisor, SIGTERM);
+  for (const pid_t master : slot_masters(settings)) ::kill(master, SIGTERM);
   if (!wait_until(kStopTimeoutMs, [&] { return !running(); })) {
-    if (alive(launcher)) ::kill(launcher, SIGKILL);
-    for (const pid_t supervisor : supervisors(settings)) ::kill(supervisor, SIGKILL);
+    if (const pid_t launcher = launcher_of(settings)) ::kill(launcher, SIGKILL);
+    // Supervisors first, which would start others; then what each of them leaves.
+    wait_until(kStopTimeoutMs, [&] {
+      for (const pid_t master : slot_masters(settings)) ::kill(master, SIGKILL);
+      return !running();
+    });
   }
-  if (alive(coordinator)) {
+  if (coordinator != 0) {
     ::kill(coordinator, SIGTERM);
     if (!wait_until(kStopTimeoutMs, [&] { return !alive(coordinator); }))
       return timeout_error(
           str("coordinator ", coordinator, " did not end within ", kStopTimeoutMs / 1000, " s"));
   }
   std::error_code error;
-  fs::remove(coordinator_file, error);
-  fs::remove(workers_file, error);
+  fs::remove(settings.run_dir() + "/coordinator.json", error);
+  fs::remove(settings.run_dir() + "/workers.json", error);
+  const bool any = result["coordinator"].get<bool>() || result["workers"].get<bool>();
   if (session.json())
     std::cout << result.dump() << "\n";
   else
-    std::cout << (result["coordinator"].get<bool>() ? "stopped\n" : "nothing was running\n");
+    std::cout << (any ? "stopped\n" : "nothing was running\n");
   return {};
 }
 

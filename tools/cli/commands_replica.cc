@@ -2,9 +2,7 @@
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
 
-#include <atomic>
 #include <chrono>
-#include <csignal>
 #include <iostream>
 #include <map>
 #include <set>
@@ -15,15 +13,10 @@ namespace {
 
 constexpr auto kLookEvery = std::chrono::milliseconds(200);
 
-std::atomic<bool> g_detach{false};
-void on_interrupt(int) {
-  g_detach = true;
-}
-
 /// Prints what becomes of the replicas until all of them serve. not_found_error: one was removed.
 Status follow(Session& session, std::set<std::string> waiting) {
   std::map<std::string, std::string> shown;
-  while (!waiting.empty() && !g_detach) {
+  while (!waiting.empty() && !Interruptible::interrupted()) {
     TANDEM_ASSIGN_OR_RETURN(const Json list, session.call("replica.list", Json::object()));
     std::map<std::string, Json> known;
     for (const Json& replica : list.value("replicas", Json::array()))
@@ -45,8 +38,6 @@ Status follow(Session& session, std::set<std::string> waiting) {
     }
     if (!waiting.empty()) std::this_thread::sleep_for(kLookEvery);
   }
-  if (g_detach && !session.json())
-    std::fprintf(stderr, "detached; it goes on: tandem replica list\n");
   return {};
 }
 
@@ -69,11 +60,11 @@ Status run_replica_add(Session& session, const ReplicaOptions& options) {
     return {};
   }
   std::cout.flush();
-  g_detach = false;
-  std::signal(SIGINT, on_interrupt);
+  const Interruptible interruptible(false);
   const Status status = follow(session, std::move(ids));
-  std::signal(SIGINT, SIG_DFL);
-  return status;
+  if (!Interruptible::interrupted()) return status;
+  if (!session.json()) std::fprintf(stderr, "detached; it goes on: tandem replica list\n");
+  return {};
 }
 
 Status run_replica_rm(Session& session, const std::string& replica) {

@@ -5,6 +5,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <functional>
 #include <iostream>
 
@@ -19,7 +20,7 @@ struct Invocation {
   std::function<Status(Session&)> run;
 
   std::string name, target, path, model, role = "client", dtype = "bf16";
-  bool shared = false, offline = false, follow = false, origin = false;
+  bool shared = false, offline = false, follow = false, origin = false, force = false;
   std::int64_t max_length = 2048;
   int samples = 3, lines = 20;
   std::vector<std::string> arguments;
@@ -42,11 +43,17 @@ void add_setting(CLI::App& app, Invocation& in, const std::string& name, const s
       ->type_name("X");
 }
 
+/// "tandem job": a verb as it is typed.
+std::string typed(const CLI::App& app) {
+  const CLI::App* parent = app.get_parent();
+  return parent == nullptr ? app.get_name() : typed(*parent) + " " + app.get_name();
+}
+
 CLI::App* verb(CLI::App& parent, Invocation& in, const std::string& name, const std::string& help,
                std::function<Status(Session&)> run, const std::string& example = "") {
   CLI::App* sub = parent.add_subcommand(name, help);
   sub->fallthrough();
-  if (!example.empty()) sub->footer("Example:\n  " + example);
+  sub->footer("Example:\n  " + (example.empty() ? typed(parent) + " " + name : example));
   sub->callback([&in, run = std::move(run)] { in.run = run; });
   return sub;
 }
@@ -81,8 +88,15 @@ void add_platform(CLI::App& app, Invocation& in) {
 }
 
 CLI::App* named(CLI::App& parent, Invocation& in, const std::string& name, const std::string& help,
-                std::function<Status(Session&)> run) {
-  CLI::App* sub = verb(parent, in, name, help, std::move(run));
+                std::function<Status(Session&)> run, const std::string& more = "") {
+  static const std::map<std::string, std::string> kNames{
+      {"model", "smol"},       {"data", "train.jsonl"},
+      {"adapter", "guide"},    {"job", "job-0123456789ab"},
+      {"worker", "host/cpu0"}, {"replica", "replica-0123456789ab"},
+      {"key", "alice"}};
+  const auto known = kNames.find(parent.get_name());
+  CLI::App* sub = verb(parent, in, name, help, std::move(run),
+                       str(typed(parent), " ", name, " ", known->second, more));
   sub->add_option("name", in.name, "name or digest (12 digits or more)")->required();
   return sub;
 }
@@ -120,31 +134,39 @@ void add_objects(CLI::App& app, Invocation& in) {
     verb(*parent, in, "list", "all of them", [noun](Session& s) { return run_list(s, noun); });
     named(*parent, in, "show", "one of them",
           [&in, noun](Session& s) { return run_show(s, noun, in.name); });
-    named(*parent, in, "rm", "forget one",
-          [&in, noun](Session& s) { return run_remove(s, noun, in.name); });
+    CLI::App* remove = named(*parent, in, "rm", "forget one", [&in, noun](Session& s) {
+      return run_remove(s, noun, in.name, in.force);
+    });
+    if (parent == model)
+      remove->add_flag("--force", in.force, "also while adapters, jobs or replicas need it");
   }
-  named(*model, in, "export", "write a Hugging Face folder",
-        [&in](Session& s) { return run_model_export(s, in.name, in.path); })
+  named(
+      *model, in, "export", "write a Hugging Face folder",
+      [&in](Session& s) { return run_model_export(s, in.name, in.path); }, " ./smol")
       ->add_option("directory", in.path, "new or empty folder to write")
       ->required();
-  named(*adapter, in, "export", "write a PEFT folder",
-        [&in](Session& s) { return run_adapter_export(s, in.name, in.path); })
+  named(
+      *adapter, in, "export", "write a PEFT folder",
+      [&in](Session& s) { return run_adapter_export(s, in.name, in.path); }, " ./guide")
       ->add_option("directory", in.path, "folder to write")
       ->required();
-  CLI::App* import = named(*adapter, in, "import", "publish a PEFT folder", [&in](Session& s) {
-    return run_adapter_import(s, in.name, in.path, in.model);
-  });
+  CLI::App* import = named(
+      *adapter, in, "import", "publish a PEFT folder",
+      [&in](Session& s) { return run_adapter_import(s, in.name, in.path, in.model); },
+      " ./guide --model smol");
   import->add_option("directory", in.path, "folder with adapter_config.json")->required();
   import->add_option("--model", in.model, "its base model")->required();
-  CLI::App* merge =
-      named(*adapter, in, "merge",
-            "write base and adapter as one Hugging Face folder (W + s B A, in f32)",
-            [&in](Session& s) { return run_adapter_merge(s, in.name, in.path, in.dtype); });
+  CLI::App* merge = named(
+      *adapter, in, "merge",
+      "write base and adapter as one Hugging Face folder (W + s B A, in f32)",
+      [&in](Session& s) { return run_adapter_merge(s, in.name, in.path, in.dtype); },
+      " ./guide-merged");
   merge->add_option("directory", in.path, "empty folder to write")->required();
   merge->add_option("--dtype", in.dtype, "of the weights that are written [bf16]")
       ->check(CLI::IsMember({"bf16", "f16", "f32"}));
-  named(*adapter, in, "alias", "point a name at an adapter's version",
-        [&in](Session& s) { return run_adapter_alias(s, in.name, in.target); })
+  named(
+      *adapter, in, "alias", "point a name at an adapter's version",
+      [&in](Session& s) { return run_adapter_alias(s, in.name, in.target); }, " guide@3")
       ->add_option("target", in.target, "adapter, adapter@version or digest")
       ->required();
   named(*adapter, in, "rollback", "back to the version before",
@@ -340,32 +362,103 @@ void add_operations(CLI::App& app, Invocation& in) {
   });
 }
 
-void print_completion(const CLI::App& app) {
-  std::cout << "_tandem() {\n  local cur=${COMP_WORDS[COMP_CWORD]} words=''\n  case "
-               "${COMP_WORDS[1]}:$COMP_CWORD in\n";
+constexpr const char* kCompletionHead = R"(_tandem() {
+  local cur=${COMP_WORDS[COMP_CWORD]} words='' verb='' inner='' word i=1
+  while [ $i -lt $COMP_CWORD ]; do
+    word=${COMP_WORDS[$i]}
+    case "$word" in
+      --config|--data-dir|--coordinator|--key-file) i=$((i + 1)) ;;
+      -*) ;;
+      *) if [ -z "$verb" ]; then verb=$word; elif [ -z "$inner" ]; then inner=$word; fi ;;
+    esac
+    i=$((i + 1))
+  done
+  case "$verb:$inner" in
+)";
+constexpr const char* kCompletionTail = R"(  esac
+  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "$cur"))
+}
+complete -F _tandem tandem
+)";
+
+std::string option_names(const CLI::App& app) {
+  std::string names;
+  for (const auto* option : app.get_options())
+    for (const std::string& name : option->get_lnames()) names += "--" + name + " ";
+  return names;
+}
+
+/// One function for bash; zsh runs it through its own emulation of bash's completion.
+void print_completion(const CLI::App& app, const std::string& shell) {
+  if (shell == "zsh") std::cout << "autoload -U +X bashcompinit && bashcompinit\n";
+  std::cout << kCompletionHead;
+  const std::string global = option_names(app);
+  const auto row = [&](const std::string& at, const std::string& words) {
+    std::cout << "    " << at << ") words='" << words << global << "' ;;\n";
+  };
   std::string top;
   for (const auto* sub : app.get_subcommands(nullptr)) {
     top += sub->get_name() + " ";
-    std::string inner, options;
-    for (const auto* child : sub->get_subcommands(nullptr)) inner += child->get_name() + " ";
-    for (const auto* option : sub->get_options()) options += option->get_name() + " ";
-    std::cout << "    " << sub->get_name() << ":2) words='" << inner << options << "' ;;\n    "
-              << sub->get_name() << ":*) words='" << options << "' ;;\n";
+    std::string inner;
+    for (const auto* child : sub->get_subcommands(nullptr)) {
+      inner += child->get_name() + " ";
+      row(sub->get_name() + ":" + child->get_name(), option_names(*child));
+    }
+    row(sub->get_name() + (inner.empty() ? ":*" : ":"), inner + option_names(*sub));
   }
-  std::cout << "    *) words='" << top
-            << "' ;;\n  esac\n  COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n"
-            << "  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- \"$cur\"))\n}\ncomplete "
-               "-F _tandem tandem\n";
+  row(":", top);
+  std::cout << kCompletionTail;
 }
 
-int report(const Invocation& in, const Status& status) {
+/// The verb that the command line reached, and how it is typed.
+std::pair<const CLI::App*, std::string> reached(const CLI::App& app) {
+  const CLI::App* at = &app;
+  std::string typed = app.get_name();
+  while (!at->get_subcommands().empty()) {
+    at = at->get_subcommands().back();
+    typed += " " + at->get_name();
+  }
+  return {at, typed};
+}
+
+/// What is wrong with the command line: the word, and the nearest one that is known.
+std::string usage_error(const CLI::App& app, const CLI::ParseError& error) {
+  const auto [at, typed] = reached(app);
+  const auto nearest = [](const std::string& word, const std::vector<std::string>& known) {
+    const std::string name = nearest_name(word, known);
+    return name.empty() ? std::string() : "; did you mean " + name + "?";
+  };
+  std::vector<std::string> verbs, options;
+  for (const auto* sub : at->get_subcommands(nullptr)) verbs.push_back(sub->get_name());
+  for (const CLI::App* const from : {at, &app})
+    for (const auto* option : from->get_options()) {
+      for (const std::string& name : option->get_lnames()) options.push_back("--" + name);
+      for (const std::string& name : option->get_snames()) options.push_back("-" + name);
+    }
+  const std::vector<std::string> left = app.remaining(true);
+  for (const std::string& word : left) {
+    const std::string name = word.substr(0, word.find('='));
+    if (name.size() > 1 && name[0] == '-')
+      return str(typed, " has no option ", name, nearest(name, options));
+    if (!verbs.empty()) return str(typed, " has no verb ", word, nearest(word, verbs));
+  }
+  if (verbs.empty()) return left.empty() ? error.what() : str(typed, " takes no ", left.front());
+  std::string list;
+  for (const std::string& verb : verbs) list += (list.empty() ? "" : ", ") + verb;
+  return str(typed, " needs a verb: ", list);
+}
+
+void print_error(bool json, const Status& status, const std::string& more = "") {
+  const Json value{
+      {"error", {{"code", status_code_name(status.code())}, {"message", status.message()}}}};
+  if (json) std::cout << value.dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
+  std::cerr << "tandem: " << status.message() << "\n" << more;
+}
+
+int report(bool json, const Status& status) {
   if (status.ok()) return 0;
-  if (in.json)
-    std::cout << Json{{"error",
-                       {{"code", status_code_name(status.code())}, {"message", status.message()}}}}
-                     .dump()
-              << "\n";
-  std::cerr << "tandem: " << status.message() << "\n";
+  print_error(json, status);
   return exit_code(status.code());
 }
 
@@ -391,24 +484,39 @@ int run(int argc, char** argv) {
   add_inference(app, in);
   add_replicas(app, in);
   add_operations(app, in);
-  bool completion = false;
-  app.add_subcommand("completion", "shell completion for bash")->callback([&] {
-    completion = true;
-  });
+  std::string shell = "bash";
+  CLI::App* completion = app.add_subcommand("completion", "shell completion for bash or zsh");
+  completion->add_option("shell", shell, "bash or zsh [bash]")
+      ->check(CLI::IsMember({"bash", "zsh"}));
+  completion->footer("Example:\n  eval \"$(tandem completion zsh)\"");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    const int code = app.exit(error);
-    return code == 0 ? 0 : 2;
+    if (error.get_exit_code() == 0) return app.exit(error);  // help, version
+    // Flags are not taken over where parsing failed.
+    const bool json = std::find(argv, argv + argc, std::string_view("--json")) != argv + argc;
+    print_error(json, invalid_error(usage_error(app, error)),
+                str("tandem: ", reached(app).second, " --help shows what there is\n"));
+    return 2;
   }
-  if (completion) {
-    print_completion(app);
+  if (completion->parsed()) {
+    print_completion(app, shell);
     return 0;
   }
   auto settings = protocol::Settings::load(in.flags, in.config_file);
-  if (!settings.ok()) return report(in, settings.status());
+  if (!settings.ok()) return report(in.json, settings.status());
   Session session(std::move(*settings), in.json);
-  return report(in, in.run(session));
+  try {
+    return report(in.json, in.run(session));
+  } catch (const Json::type_error& error) {
+    constexpr int kNotUtf8 = 316;  // made of what was typed
+    return report(in.json,
+                  error.id == kNotUtf8
+                      ? invalid_error("a name or text on the command line is not valid UTF-8")
+                      : internal_error(error.what()));
+  } catch (const std::exception& error) {  // a file that goes away while it is read, no memory
+    return report(in.json, internal_error(error.what()));
+  }
 }
 
 }  // namespace

@@ -1,11 +1,34 @@
 #include "tools/cli/session.h"
 
+#include <atomic>
+#include <csignal>
 #include <filesystem>
 
 namespace tandem::tools {
 namespace {
 
+std::atomic<bool> g_interrupted{false};
+void on_signal(int) {
+  g_interrupted = true;
+}
+void handle(bool ending, void (*handler)(int)) {
+  struct sigaction action {};
+  action.sa_handler = handler;
+  action.sa_flags = SA_RESTART | static_cast<int>(SA_RESETHAND);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP})
+    if (ending || signal == SIGINT) ::sigaction(signal, &action, nullptr);
+}
+
 constexpr TimeMs kConnectMs = 1500;  ///< a person waits; a coordinator that is there answers in one
+
+/// Parameters as they travel; text that is not UTF-8 cannot.
+Result<std::string> to_text(const std::string& method, const Json& params) {
+  try {
+    return params.dump();
+  } catch (const Json::exception&) {
+    return invalid_error(str(method, ": a name or text on the command line is not valid UTF-8"));
+  }
+}
 
 Result<Json> parse_reply(const std::string& method, const std::string& text) {
   Json json = Json::parse(text, nullptr, false);
@@ -16,6 +39,17 @@ Result<Json> parse_reply(const std::string& method, const std::string& text) {
 
 }  // namespace
 
+Interruptible::Interruptible(bool ending) : ending_(ending) {
+  g_interrupted = false;
+  handle(ending_, on_signal);
+}
+Interruptible::~Interruptible() {
+  handle(ending_, SIG_DFL);
+}
+bool Interruptible::interrupted() {
+  return g_interrupted;
+}
+
 Result<protocol::client::Client*> Session::client() {
   if (!client_) {
     protocol::client::ClientOptions options;
@@ -25,21 +59,24 @@ Result<protocol::client::Client*> Session::client() {
     options.key_file = settings_.get("key_file");
     options.program = "tandem-cli/" TANDEM_VERSION;
     options.connect_ms = kConnectMs;
+    options.interrupted = &g_interrupted;
     TANDEM_ASSIGN_OR_RETURN(client_, protocol::client::Client::connect(options));
   }
   return client_.get();
 }
 
 Result<Json> Session::call(const std::string& method, const Json& params) {
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, to_text(method, params));
   TANDEM_ASSIGN_OR_RETURN(auto* const connected, client());
-  TANDEM_ASSIGN_OR_RETURN(const std::string reply, connected->call(method, params.dump()));
+  TANDEM_ASSIGN_OR_RETURN(const std::string reply, connected->call(method, text));
   return parse_reply(method, reply);
 }
 
 Status Session::stream(const std::string& method, const Json& params,
                        const std::function<bool(const Json&)>& on_event) {
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, to_text(method, params));
   TANDEM_ASSIGN_OR_RETURN(auto* const connected, client());
-  return connected->stream(method, params.dump(), [&](const std::string& reply) {
+  return connected->stream(method, text, [&](const std::string& reply) {
     const auto event = parse_reply(method, reply);
     return event.ok() && on_event(*event);
   });

@@ -1,5 +1,5 @@
 // One CLI invocation's connection to the platform, and how it talks to the person or script that
-// called it. Every verb gets a Session; nothing here exits the process.
+// called it, signals included. Every verb gets a Session; nothing here exits the process.
 #pragma once
 
 #include "protocol/base/result.h"
@@ -15,6 +15,21 @@
 namespace tandem::tools {
 
 using Json = nlohmann::ordered_json;
+
+/// While one lives, SIGINT (with `ending` also SIGTERM and SIGHUP) does not end the program:
+/// whoever waits for the coordinator gets kCancelled, and interrupted() says why. The second signal
+/// ends it as ever. One at a time.
+class Interruptible {
+ public:
+  explicit Interruptible(bool ending);
+  ~Interruptible();
+  Interruptible(const Interruptible&) = delete;
+  Interruptible& operator=(const Interruptible&) = delete;
+  [[nodiscard]] static bool interrupted();
+
+ private:
+  const bool ending_;
+};
 
 class Session {
  public:

@@ -75,6 +75,7 @@ class Engine {
       if (!turns_.step_under_way()) drain_inbox(serve_inbox_);
       drain_inbox(control_inbox_);
       if (job_ && job_->over()) job_.reset();
+      if (job_) job_->poll();
       set_budget();
       if (job_ && job_->runnable()) {
         (void)yield();

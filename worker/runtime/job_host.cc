@@ -235,6 +235,7 @@ void JobHost::checkpoint() {
 }
 
 void JobHost::poll() {
+  if (upload_again_ && steady_ns() >= upload_again_ns_) std::exchange(upload_again_, nullptr)();
   if (storing_step_ < 0 || !session_) return;
   constexpr std::int64_t kPollNs = 50'000'000;  // each look is a word to every rank
   const std::int64_t now = steady_ns();
@@ -272,6 +273,23 @@ void JobHost::publish() {
   if (!flat.ok()) return end(flat.status());
   publish_times_.copy_ms = static_cast<double>(steady_ns() - copy_begin) / 1e6;
   const auto adapter = std::make_shared<const model::FlatAdapter>(std::move(*flat));
+  upload_adapter(adapter);
+  // Meanwhile, on the device: what was trained must be what is served after loading it again.
+  const std::int64_t probe_begin = steady_ns();
+  served_ = session_->build_adapter(*adapter);
+  publish_times_.build_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
+  probe_difference_ = session_->probe(probe_prompt_, *adapter, served_);
+  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
+  if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
+    return end(internal_error(
+        str("publish refused: the reloaded adapter's logits differ from the trained one's by ",
+            probe_difference_)));
+  publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
+  probed_ = true;
+  publish_when_ready();
+}
+
+void JobHost::upload_adapter(const std::shared_ptr<const model::FlatAdapter>& adapter) {
   packed_ = std::make_shared<PackedObject>();
   auto failure = std::make_shared<Status>();
   auto times = std::make_shared<PublishTimes>();
@@ -296,26 +314,31 @@ void JobHost::publish() {
     if (object.ok()) *packed = std::move(*object);
     times->upload_ms = static_cast<double>(steady_ns() - begin) / 1e6 - times->pack_ms;
   };
-  in_background(task, [this, failure, times] {
-    if (!failure->ok()) return end(*failure);
+  in_background(task, [this, failure, times, adapter] {
+    if (!failure->ok())
+      return upload_failed(*failure, [this, adapter] { upload_adapter(adapter); });
     uploaded_ = true;
     publish_times_.pack_ms = times->pack_ms;
     publish_times_.upload_ms = times->upload_ms;
     publish_when_ready();
   });
-  // Meanwhile, on the device: what was trained must be what is served after loading it again.
-  const std::int64_t probe_begin = steady_ns();
-  served_ = session_->build_adapter(*adapter);
-  publish_times_.build_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
-  probe_difference_ = session_->probe(probe_prompt_, *adapter, served_);
-  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
-  if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
-    return end(internal_error(
-        str("publish refused: the reloaded adapter's logits differ from the trained one's by ",
-            probe_difference_)));
-  publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
-  probed_ = true;
-  publish_when_ready();
+}
+
+void JobHost::upload_failed(const Status& status, std::function<void()> again) {
+  if (phase_ != Phase::kPublishing) return;
+  constexpr std::int64_t kPatienceNs = 300'000'000'000, kFirstWaitNs = 1'000'000'000;
+  constexpr int kDoublingsMax = 4;
+  const std::int64_t now = steady_ns();
+  if (upload_failures_ == 0) upload_failed_ns_ = now;
+  if (status.code() != StatusCode::kInternal || now - upload_failed_ns_ > kPatienceNs)
+    return end(status);
+  const std::int64_t wait = kFirstWaitNs << std::min(upload_failures_++, kDoublingsMax);
+  const std::string what = str("what was trained is not stored yet, again in ",
+                               wait / 1'000'000'000, " s: ", status.message());
+  log_warn(what);
+  progress("log", what, "{}");
+  upload_again_ = std::move(again);
+  upload_again_ns_ = now + wait;
 }
 
 /// Written by all ranks into one folder, read back and compared, then uploaded.
@@ -353,7 +376,7 @@ void JobHost::upload_model() {
     *upload_ms = static_cast<double>(steady_ns() - begin) / 1e6;
   };
   in_background(task, [this, failure, upload_ms] {
-    if (!failure->ok()) return end(*failure);
+    if (!failure->ok()) return upload_failed(*failure, [this] { upload_model(); });
     uploaded_ = true;
     publish_times_.upload_ms = *upload_ms;
     publish_when_ready();
@@ -459,6 +482,7 @@ void JobHost::on_ack(const protocol::JobAck& ack) {
 void JobHost::end(Status status) {
   if (phase_ == Phase::kEnding || phase_ == Phase::kOver) return;
   const std::int64_t last_step = step();
+  upload_again_ = nullptr;
   session_.reset();  // its memory is free for serving and for the next job
   phase_ = Phase::kEnding;
   const Json summary{{"paused", pausing_},

@@ -46,7 +46,8 @@ class JobHost {
   [[nodiscard]] bool runnable() const;
   /// One bounded piece of training; see TrainSession::run_slice.
   void run_slice();
-  /// Now and then, slices or not: looks after a checkpoint that ranks are storing.
+  /// Now and then, slices or not: looks after a checkpoint that ranks are storing, and after a
+  /// publish that waits for room.
   void poll();
 
   /// Cancel ends at once; pause takes a checkpoint first. The end is reported either way.
@@ -72,7 +73,11 @@ class JobHost {
   void checkpoint_stored(std::int64_t step, const Result<std::string>& manifest);
   void publish();
   void publish_model();
+  void upload_adapter(const std::shared_ptr<const model::FlatAdapter>& adapter);
   void upload_model();
+  /// `again`, soon and for a while, where the registry's machine failed (a full disk gets room
+  /// again); the job's end else.
+  void upload_failed(const Status& status, std::function<void()> again);
   void keep_model(const Digest& model) const;
   void serve_ahead(const Digest& adapter);
   void publish_when_ready();
@@ -104,6 +109,9 @@ class JobHost {
   std::shared_ptr<PackedObject> packed_;
   std::shared_ptr<const model::AdapterWeights> served_;
   bool uploaded_ = false, probed_ = false, published_ = false;
+  std::function<void()> upload_again_;                       ///< after a failure; null: none is due
+  std::int64_t upload_again_ns_ = 0, upload_failed_ns_ = 0;  ///< when; since when
+  int upload_failures_ = 0;
   double probe_difference_ = 0;
   /// Where a publish's time goes; part of the version's metadata.
   struct PublishTimes {

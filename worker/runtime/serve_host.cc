@@ -1,5 +1,6 @@
 #include "worker/runtime/serve_host.h"
 
+#include "protocol/answer_size.h"
 #include "protocol/base/log.h"
 
 #include <nlohmann/json.hpp>
@@ -197,7 +198,8 @@ void ServeHost::deliver(const serve::SequenceOutput& output) {
   if (!output.prompt_logprobs.empty()) chunk.prompt_logprobs = output.prompt_logprobs;
   chunk.finish = finish_reason(output.finish);
   chunk.status = output.error;
-  if (!last && (!request.stream || chunk.tokens.empty())) return;
+  const bool full = protocol::answer_bytes(chunk) > protocol::kAnswerPartBytesMax;
+  if (!last && ((!request.stream && !full) || chunk.tokens.empty())) return;
   if (last || request.first) {
     chunk.model = model_->ref().digest;
     chunk.adapter = request.adapter;

@@ -103,7 +103,13 @@ class Client:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._dial(key_file)
         self._monitor = self._socket.get_monitor_socket()
-        self._socket.connect(endpoint)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise TandemError(
+                "invalid", f"endpoint {endpoint}: {error}; ipc:///DIR/NAME or tcp://HOST:PORT"
+            ) from None
         deadline = time.monotonic() + connect_timeout * scale
         try:
             while not self._ready:
@@ -166,7 +172,9 @@ class Client:
                 deadline_ms=left,
             )  # fmt: skip
 
-        return self._chunks(_Operation(id_, make, self._repeat_s), deadline)
+        operation = _Operation(id_, make, self._repeat_s)
+        make(operation)  # what cannot be sent is an error here, not where it is sent
+        return self._chunks(operation, deadline)
 
     def complete(self, model: str, **arguments: Any) -> Generation:
         """generate(), to its end."""
@@ -197,7 +205,8 @@ class Client:
         text = json.dumps(params or {})
         key = idempotency_key or secrets.token_hex(16)
         id_ = "call-" + secrets.token_hex(8)
-        operation = _Operation(id_, lambda _: wire.call(id_, key, method, text), self._repeat_s)
+        frame = wire.call(id_, key, method, text)
+        operation = _Operation(id_, lambda _: frame, self._repeat_s)
         for reply in self._replies(operation, time.monotonic() + timeout * _scale()):
             self._check(reply)
             result: Json = json.loads(reply.result_json)
@@ -299,8 +308,12 @@ class Client:
         socket.sndhwm = socket.rcvhwm = _QUEUE_MESSAGES
         socket.maxmsgsize = wire.FRAME_BYTES_MAX + 256
         socket.handshake_ivl = int(2000 * _scale())
-        socket.heartbeat_ivl = int(2000 * _scale())
-        socket.heartbeat_timeout = int(6000 * _scale())
+        # The kernel watches the connection: libzmq's own heartbeats abort the process where a
+        # connection ends while its input stands still.
+        socket.tcp_keepalive = 1
+        socket.tcp_keepalive_idle = socket.tcp_keepalive_intvl = 2
+        socket.tcp_keepalive_cnt = 2
+        socket.tcp_maxrt = int(6000 * _scale())
         socket.reconnect_ivl, socket.reconnect_ivl_max = 50, 1000
         if key_file is not None:
             key = read_key_file(key_file)

@@ -13,6 +13,8 @@ from tandem_client.types import Chunk, Logprob, Message, Sampling, Usage
 VERSION_MAJOR, VERSION_MINOR = 1, 2
 MINORS_BEFORE = 2  # older minor versions that are understood too
 FRAME_BYTES_MAX = 4 << 20
+TEXT_BYTES_MAX = 1 << 20  # of one text
+ITEMS_MAX = 1 << 18  # of one list
 _NESTING_MAX = 32
 
 capnp.remove_import_hook()
@@ -29,6 +31,27 @@ def _encode(message: Any) -> bytes:
             "invalid", f"a message of {len(frame)} bytes exceeds the limit of {FRAME_BYTES_MAX}"
         )
     return frame
+
+
+def _text(field: str, value: Any) -> str:
+    """The coordinator never answers what breaks a limit: so it is refused here."""
+    if not isinstance(value, str):
+        raise TandemError("invalid", f"{field} must be text, not {type(value).__name__}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise TandemError("invalid", f"{field} is not valid UTF-8") from None
+    if size > TEXT_BYTES_MAX:
+        raise TandemError(
+            "invalid", f"{field} has {size} bytes, the limit is {TEXT_BYTES_MAX}"
+        )
+    return value
+
+
+def _items(field: str, values: Sequence[Any]) -> Sequence[Any]:
+    if len(values) > ITEMS_MAX:
+        raise TandemError("invalid", f"{field} has {len(values)} items, the limit is {ITEMS_MAX}")
+    return values
 
 
 def hello(program: str, minor: int) -> bytes:
@@ -55,15 +78,23 @@ def generate(
 ) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
     body = message.init("generate")
-    body.id, body.model = request_id, model
-    turns = body.input.init("messages", len(messages))
-    for turn, given in zip(turns, messages):
-        turn.role, turn.content = given["role"], given["content"]
-    body.input.prompt, body.input.raw = prompt, raw
-    body.input.tokens = list(tokens)
-    _put_sampling(body.sampling, sampling)
-    body.stream, body.noCache = stream, no_cache
-    body.nextIndex, body.deadlineMs = next_index, deadline_ms
+    try:
+        body.id, body.model = _text("request_id", request_id), _text("model", model)
+        turns = body.input.init("messages", len(_items("messages", messages)))
+        for turn, given in zip(turns, messages):
+            turn.role = _text("a message's role", given["role"])
+            turn.content = _text("a message's content", given["content"])
+        body.input.prompt, body.input.raw = _text("prompt", prompt), raw
+        body.input.tokens = list(_items("tokens", tokens))
+        for stop in _items("stop", sampling.stop):
+            _text("stop", stop)
+        _put_sampling(body.sampling, sampling)
+        body.stream, body.noCache = stream, no_cache
+        body.nextIndex, body.deadlineMs = next_index, deadline_ms
+    except KeyError as missing:
+        raise TandemError("invalid", f"a message needs {missing}") from None
+    except (capnp.KjException, OverflowError, TypeError) as error:
+        raise TandemError("invalid", f"a value has the wrong type or range: {error}") from None
     return _encode(message)
 
 
@@ -98,8 +129,8 @@ def cancel(request_id: str) -> bytes:
 def call(call_id: str, key: str, method: str, params_json: str) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
     body = message.init("call")
-    body.callId, body.idempotencyKey = call_id, key
-    body.method, body.paramsJson = method, params_json
+    body.callId, body.idempotencyKey = call_id, _text("idempotency_key", key)
+    body.method, body.paramsJson = _text("method", method), _text("the parameters", params_json)
     return _encode(message)
 
 

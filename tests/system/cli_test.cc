@@ -1,0 +1,226 @@
+// The command line as a program among others: what it does with words it does not know, bytes that
+// are no text, signals while nothing comes, and files that tell of processes long gone.
+#include "tests/support/tiny_model.h"
+#include "tests/system/platform.h"
+
+#include <gtest/gtest.h>
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+namespace tandem::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+class CommandLine : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    platform_ = std::make_unique<Platform>(
+        std::vector<std::string>{"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "8MiB"});
+    write_tiny_model(file("model"), 7);
+    write_tiny_dataset(file("train.jsonl"), 16, 8);
+    platform_->start_coordinator();
+    platform_->start_worker();
+    ASSERT_EQ(platform_->cli({"model", "add", "tiny", file("model")}).code, 0);
+    worker_ = platform_->call("worker.list", Json::object())["workers"][0].value("worker", "");
+  }
+  static void TearDownTestSuite() { platform_.reset(); }
+  static std::string file(const std::string& name) { return platform_->directory() + "/" + name; }
+
+  /// Starts the CLI, lets it wait until `ready`, and interrupts it; its exit code, or -1 when it
+  /// does not end.
+  static int interrupt(const std::vector<std::string>& arguments, int signal,
+                       const std::function<bool()>& ready) {
+    const std::string path = std::string(TANDEM_BIN_DIR) + "/tandem", data = platform_->data_dir();
+    const pid_t pid = ::fork();
+    if (pid == 0) {
+      for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+        ::dup2(::open("/dev/null", O_RDWR), fd);
+      std::vector<char*> argv{const_cast<char*>(path.c_str()), const_cast<char*>("--data-dir"),
+                              const_cast<char*>(data.c_str())};
+      for (const auto& word : arguments) argv.push_back(const_cast<char*>(word.c_str()));
+      argv.push_back(nullptr);
+      ::execv(path.c_str(), argv.data());
+      ::_exit(127);
+    }
+    EXPECT_TRUE(eventually(20'000, ready));
+    ::kill(pid, signal);
+    int status = 0;
+    if (!eventually(10'000, [&] { return ::waitpid(pid, &status, WNOHANG) == pid; })) {
+      ::kill(pid, SIGKILL);
+      ::waitpid(pid, &status, 0);
+      return -1;
+    }
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  }
+  static std::int64_t requests(const char* what) {
+    return platform_->call("status", Json::object())["requests"].value(what, std::int64_t{-1});
+  }
+  /// Every verb's help, from the top.
+  static void for_each_help(const std::vector<std::string>& verbs,
+                            const std::function<void(const std::string&, const std::string&)>& f) {
+    std::vector<std::string> arguments = verbs;
+    arguments.emplace_back("--help");
+    const auto help = platform_->cli(arguments);
+    std::string typed;
+    for (const auto& verb : verbs) typed += verb + " ";
+    EXPECT_EQ(help.code, 0) << typed;
+    const auto inner = help.out.find("Subcommands:");
+    if (inner == std::string::npos) return f(typed, help.out);
+    std::istringstream lines(help.out.substr(inner));
+    std::string line;
+    std::getline(lines, line);
+    while (std::getline(lines, line) && line.starts_with("  ")) {
+      std::istringstream words(line);
+      std::vector<std::string> deeper = verbs;
+      words >> deeper.emplace_back();
+      if (line[2] != ' ') for_each_help(deeper, f);
+    }
+  }
+  static std::unique_ptr<Platform> platform_;
+  static std::string worker_;
+};
+std::unique_ptr<Platform> CommandLine::platform_;
+std::string CommandLine::worker_;
+
+TEST_F(CommandLine, UnknownWordsAreNamedWithTheNearest) {
+  const std::vector<std::pair<std::vector<std::string>, std::vector<std::string>>> cases{
+      {{"job", "lst"}, {"tandem job", "lst", "list"}},
+      {{"trian", "--model", "tiny"}, {"trian", "train"}},
+      {{"train", "--modle", "tiny"}, {"--modle", "--model"}},
+      {{"train", "--learning-rte=3"}, {"--learning-rte", "--learning-rate"}},
+      {{"--jsn", "status"}, {"--jsn", "--json"}},
+      {{"adapter"}, {"tandem adapter", "rollback"}},
+      {{"status", "now"}, {"tandem status", "now"}},
+  };
+  for (const auto& [arguments, words] : cases) {
+    const auto output = platform_->cli(arguments);
+    EXPECT_EQ(output.code, 2) << output.err;
+    EXPECT_EQ(output.out, "");
+    for (const auto& word : words)
+      EXPECT_NE(output.err.find(word), std::string::npos) << word << " in " << output.err;
+    std::vector<std::string> with_json = arguments;
+    with_json.insert(with_json.begin(), "--json");
+    const auto json = platform_->cli(with_json);
+    EXPECT_EQ(json.code, 2);
+    EXPECT_EQ(Json::parse(json.out)["error"]["code"], "invalid") << json.out;
+  }
+}
+
+TEST_F(CommandLine, BytesThatAreNoTextAreAnErrorAndNotACrash) {
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"job", "show", "\xff"},
+        {"generate", "--model", "tiny", "--prompt", "\xfe\xff"},
+        {"train", "--model", "\xff", "--data", file("train.jsonl"), "--adapter", "x"},
+        {"job", "\xff"},
+        {"--\xff"}}) {
+    EXPECT_EQ(platform_->cli(arguments).code, 2) << arguments.back();
+    std::vector<std::string> with_json = arguments;
+    with_json.insert(with_json.begin(), "--json");
+    const auto json = platform_->cli(with_json);
+    EXPECT_EQ(json.code, 2);
+    EXPECT_FALSE(Json::parse(json.out, nullptr, false).is_discarded()) << json.out;
+  }
+}
+
+TEST_F(CommandLine, EveryVerbsHelpHasAnExample) {
+  int verbs = 0;
+  for_each_help({}, [&](const std::string& typed, const std::string& help) {
+    ++verbs;
+    EXPECT_NE(help.find("Example"), std::string::npos) << typed;
+    EXPECT_NE(help.find("tandem " + typed.substr(0, typed.size() - 1)), std::string::npos) << typed;
+  });
+  EXPECT_GT(verbs, 40);
+}
+
+TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {
+  std::ofstream(file("complete.bash")) << platform_->cli({"completion"}).out
+                                       << "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _tandem\n"
+                                          "printf '%s\\n' \"${COMPREPLY[@]}\"\n";
+  const auto complete = [&](const std::string& line) {
+    const std::string out = file("complete.out");
+    EXPECT_EQ(std::system(("bash " + file("complete.bash") + " " + line + " >" + out).c_str()), 0);
+    std::ifstream in(out);
+    return std::string((std::istreambuf_iterator<char>(in)), {});
+  };
+  EXPECT_EQ(complete("tandem trai"), "train\n");
+  EXPECT_EQ(complete("tandem job wa"), "watch\n");
+  EXPECT_EQ(complete("tandem --json --data-dir /x job resume job-1 --vir"),
+            "--virtual-pipeline-size\n--virtual-pp\n");
+  EXPECT_EQ(complete("tandem generate --max"), "--max-tokens\n");
+  EXPECT_NE(platform_->cli({"completion", "zsh"}).out.find("bashcompinit"), std::string::npos);
+  EXPECT_EQ(platform_->cli({"completion", "tcsh"}).code, 2);
+}
+
+TEST_F(CommandLine, CtrlCEndsAWatchOfAJobThatWaitsAndTheJobGoesOn) {
+  platform_->call("worker.drain", {{"worker", worker_}});
+  const auto made = platform_->cli({"--json", "train", "--model", "tiny", "--data",
+                                    file("train.jsonl"), "--adapter", "later", "--max-steps", "2"});
+  ASSERT_EQ(made.code, 0) << made.err;
+  const std::string job = Json::parse(made.out).value("job", "");
+  EXPECT_EQ(interrupt({"job", "watch", job}, SIGINT, [] { return ::usleep(1'000'000) == 0; }), 0);
+  EXPECT_EQ(platform_->call("job.show", {{"job", job}}).value("state", ""), "queued");
+  platform_->call("worker.resume", {{"worker", worker_}});
+  EXPECT_EQ(platform_->wait_job(job).value("state", ""), "done");
+}
+
+TEST_F(CommandLine, SignalsCancelAnAnswerThatHasNotBegunAndOneThatIsNotStreamed) {
+  platform_->call("worker.drain", {{"worker", worker_}});
+  for (const int signal : {SIGINT, SIGTERM}) {
+    const auto waiting = [] { return requests("waiting") == 1; };
+    EXPECT_EQ(
+        interrupt({"generate", "--model", "tiny", "--prompt", "x", "--no-cache"}, signal, waiting),
+        1);
+    EXPECT_TRUE(eventually(10'000, [] { return requests("waiting") == 0; }));
+  }
+  platform_->call("worker.resume", {{"worker", worker_}});
+  EXPECT_EQ(interrupt({"generate", "--model", "tiny", "--prompt", "x", "--no-cache", "--no-stream",
+                       "--ignore-eos", "--max-tokens", "400"},
+                      SIGINT, [] { return requests("running") == 1; }),
+            1);
+  EXPECT_TRUE(eventually(10'000, [] { return requests("running") == 0; }));
+}
+
+TEST_F(CommandLine, AKilledClientsAnswerThatIsNotStreamedIsNotComputedForNobody) {
+  platform_->call("worker.drain", {{"worker", worker_}});
+  EXPECT_EQ(interrupt({"generate", "--model", "tiny", "--prompt", "x", "--no-cache", "--no-stream"},
+                      SIGKILL, [] { return requests("waiting") == 1; }),
+            128 + SIGKILL);
+  EXPECT_TRUE(eventually(30'000, [] { return requests("waiting") == 0; }));
+  platform_->call("worker.resume", {{"worker", worker_}});
+}
+
+TEST(StaleFiles, OfProcessesThatAreGoneAreNeverTakenForWhoHasTheNumberNow) {
+  Platform platform;
+  const pid_t stranger = ::fork();
+  if (stranger == 0) {
+    ::pause();
+    ::_exit(0);
+  }
+  fs::create_directories(platform.data_dir() + "/run");
+  fs::create_directories(platform.data_dir() + "/registry");
+  const std::string pid = std::to_string(stranger);
+  for (const char* name : {"coordinator.json", "workers.json"})
+    std::ofstream(platform.data_dir() + "/run/" + name) << R"({"pid": )" << pid << "}";
+  std::ofstream(platform.data_dir() + "/registry/owner") << pid << "\n";
+  const auto down = platform.cli({"down"});
+  EXPECT_EQ(down.code, 0) << down.err;
+  EXPECT_NE(down.out.find("nothing was running"), std::string::npos) << down.out;
+  EXPECT_EQ(::waitpid(stranger, nullptr, WNOHANG), 0) << "a stranger was ended";
+
+  std::ofstream(platform.data_dir() + "/run/coordinator.json") << R"({"pid": "x"})";
+  EXPECT_EQ(platform.cli({"down"}).code, 0);
+  ::kill(stranger, SIGKILL);
+  ::waitpid(stranger, nullptr, 0);
+}
+
+}  // namespace
+}  // namespace tandem::test
