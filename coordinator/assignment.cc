@@ -10,24 +10,31 @@ namespace tandem::coordinator {
 void Coordinator::model_loaded(Worker& worker, const protocol::ModelLoaded& message) {
   Engine& engine = worker.engine;
   if (engine.loading == message.model) engine.loading = {};
+  engine.load_status = message.status;
   if (message.status.ok()) {
     engine.model = message.model;
-    engine.load_failures = 0;
-    engine.load_failed = {};
-    engine.load_status = {};
+    engine.failed_loads.erase(message.model);
     context_.log(LogLevel::kInfo, "engine ", worker.id, " holds base ", message.model, " after ",
                  message.seconds, " s");
     return;
   }
-  const Limits& limits = context_.limits();
-  const int doublings = std::min(engine.load_failures, 16);
-  ++engine.load_failures;
-  engine.load_failed = message.model;
-  engine.load_status = message.status;
-  engine.load_not_before_ms =
-      context_.now().ms + std::min(limits.load_backoff_ms << doublings, limits.load_backoff_max_ms);
   context_.log(LogLevel::kWarn, "engine ", worker.id, " could not load base ", message.model, ": ",
                message.status.message());
+  if (engine.model == message.model) {  // it gave up the one it held to make room
+    engine.model = {};
+    return;
+  }
+  if (engine.failed_loads.size() >= kFailedLoadsMax && !engine.failed_loads.contains(message.model))
+    engine.failed_loads.erase(std::min_element(
+        engine.failed_loads.begin(), engine.failed_loads.end(),
+        [](const auto& a, const auto& b) { return a.second.at_ms < b.second.at_ms; }));
+  const Limits& limits = context_.limits();
+  FailedLoad& failed = engine.failed_loads[message.model];
+  const int doublings = std::min(failed.failures++, 16);
+  failed.status = message.status;
+  failed.at_ms = context_.now().ms;
+  failed.not_before_ms =
+      failed.at_ms + std::min(limits.load_backoff_ms << doublings, limits.load_backoff_max_ms);
 }
 
 void Coordinator::load_model(Worker& worker, const ModelRecord& model) {
@@ -39,8 +46,13 @@ void Coordinator::load_model(Worker& worker, const ModelRecord& model) {
 /// The base this engine should load now, or none. `demand` is what waits, the most urgent first.
 Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>& demand) const {
   const Tables& tables = context_.tables();
+  const auto waits_out_a_failure = [&](const Digest& model) {
+    const FailedLoad* failed = worker.engine.failed_load(model);
+    return failed != nullptr && context_.now().ms < failed->not_before_ms;
+  };
   for (const Digest& model : demand) {
     if (worker.engine.model == model) return {};
+    if (waits_out_a_failure(model)) continue;
     // An engine with another base is only taken when no engine has, or gets, the wanted one.
     const bool provided =
         std::any_of(workers_.all().begin(), workers_.all().end(), [&](const auto& other) {
@@ -54,7 +66,9 @@ Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>
   if (!worker.engine.model.empty()) return {};
   const ModelRecord* newest = nullptr;
   for (const auto& [name, model] : tables.models)
-    if (newest == nullptr || model.created_unix_ms > newest->created_unix_ms) newest = &model;
+    if ((newest == nullptr || model.created_unix_ms > newest->created_unix_ms) &&
+        !waits_out_a_failure(model.digest))
+      newest = &model;
   return newest == nullptr ? Digest{} : newest->digest;
 }
 
@@ -76,7 +90,6 @@ void Coordinator::assign_models() {
     const bool busy = !engine.jobs.empty() || !engine.requests.empty() ||
                       job_on(context_.tables(), id) != nullptr;
     if (!engine.model.empty() && busy) continue;
-    if (engine.load_failures > 0 && now < engine.load_not_before_ms) continue;
     if (!known) {
       known = true;
       demand = jobs_.demand();

@@ -25,7 +25,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr std::array<const char*, 3> kFamilies{"llama", "qwen2", "qwen3"};
+constexpr std::array<const char*, 2> kFamilies{"llama", "qwen2"};
 constexpr std::int64_t kConfigBytesMax = 64 << 20;
 /// Files of a Hugging Face folder that a worker needs beside the tensors.
 constexpr std::array<const char*, 6> kSideFiles{"config.json",         "generation_config.json",
@@ -36,7 +36,7 @@ Status check_family(const std::string& family, const std::string& path) {
   for (const char* known : kFamilies)
     if (family == known) return {};
   return refused_error(str(path, ": the model family ", family.empty() ? "(none)" : family,
-                           " is not supported; supported are llama, qwen2 and qwen3"));
+                           " is not supported; supported are llama and qwen2"));
 }
 
 Result<std::string> real_path(const std::string& path, const std::vector<std::string>& roots) {

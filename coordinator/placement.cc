@@ -92,8 +92,9 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
   if (free == 0) return {{}, {}, {}, false, obstacles};
   std::string waiting = str("base ", model->name, " is not loaded on a free engine yet");
   for (const auto& [id, worker] : workers.all())
-    if (worker.engine.alive && worker.engine.load_failed == job.model)
-      waiting += str("; ", id, " could not load it: ", worker.engine.load_status.message());
+    if (const FailedLoad* failed = worker.engine.failed_load(job.model);
+        worker.engine.alive && failed != nullptr)
+      waiting += str("; ", id, " could not load it: ", failed->status.message());
   return {{}, {}, {}, true, waiting};
 }
 

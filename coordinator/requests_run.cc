@@ -327,9 +327,12 @@ Status Requests::may_wait(const Execution& execution) const {
     if (!worker.engine.alive) continue;
     if (worker.engine.model == model || worker.engine.loading == model) return {};
     any = true;
+    // What failed before this request and may be tried again by now is tried again.
+    const FailedLoad* failed = worker.engine.failed_load(model);
+    if (failed != nullptr) refusal = failed->status;
     const bool refuses =
-        worker.engine.load_failed == model && is_permanent(worker.engine.load_status.code());
-    if (refuses) refusal = worker.engine.load_status;
+        failed != nullptr && is_permanent(failed->status.code()) &&
+        (failed->at_ms >= execution.queued_ms || context_.now().ms < failed->not_before_ms);
     all_refuse = all_refuse && refuses;
   }
   if (any && all_refuse)
@@ -341,7 +344,8 @@ Status Requests::may_wait(const Execution& execution) const {
         "no engine is connected; start workers with: tandem up, or "
         "mpirun -np N tandem-worker");
   return unavailable_error(
-      str("no engine holds base ", execution.target.model.name, " and none is free to load it"));
+      str("no engine holds base ", execution.target.model.name, " and none is free to load it",
+          refusal.ok() ? "" : str("; the last try ended with: ", refusal.message())));
 }
 
 void Requests::tick() {

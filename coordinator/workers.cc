@@ -80,10 +80,8 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
       fresh.superseded = std::move(engine.superseded);
       // The requests stay until their owner has moved them.
       fresh.requests = std::move(engine.requests);
-      fresh.load_failures = engine.load_failures;
-      fresh.load_failed = engine.load_failed;
+      fresh.failed_loads = std::move(engine.failed_loads);
       fresh.load_status = engine.load_status;
-      fresh.load_not_before_ms = engine.load_not_before_ms;
       engine = std::move(fresh);
     }
     engine.name = worker.id;

@@ -27,6 +27,14 @@ struct Process {
   std::deque<Incarnation> superseded;      ///< replaced by a later one; their hellos are refused
 };
 
+/// A base that an engine could not load.
+struct FailedLoad {
+  Status status;
+  int failures = 0;  ///< in a row
+  TimeMs at_ms = 0, not_before_ms = 0;
+};
+constexpr std::size_t kFailedLoadsMax = 64;  ///< remembered per engine; then the oldest goes
+
 /// Who answers requests: a worker's engine, or the first rank of a replica.
 struct Engine : Process {
   /// What requests, prefixes and views know it by: the worker's id; of a replica "ID/EPOCH", so
@@ -34,15 +42,20 @@ struct Engine : Process {
   WorkerId name;
   Digest model;  ///< the base it holds; empty: none
   Digest loading;
-  TimeMs load_sent_ms = 0, load_not_before_ms = 0;
-  int load_failures = 0;  ///< in a row
-  Digest load_failed;     ///< what could not be loaded
-  Status load_status;     ///< and why
+  TimeMs load_sent_ms = 0;
+  /// Each base waits out its own failures: one that cannot be loaded holds up no other.
+  std::map<Digest, FailedLoad> failed_loads;
+  Status load_status;  ///< of the last load; ok after one that succeeded
   std::int64_t credits = 0;
   std::set<RequestId> requests;  ///< sent to it and not finished
   std::set<Digest> adapters;     ///< resident, as it said
   TimeMs idle_since_ms = -1;     ///< since when its heartbeats name no request; -1: it has some
   protocol::Heartbeat heartbeat;
+  /// Null: `model` did not fail, as far as is remembered.
+  [[nodiscard]] const FailedLoad* failed_load(const Digest& failed) const {
+    const auto found = failed_loads.find(failed);
+    return found == failed_loads.end() ? nullptr : &found->second;
+  }
   [[nodiscard]] std::int64_t free_credits() const {
     return credits - static_cast<std::int64_t>(requests.size());
   }

@@ -207,9 +207,9 @@ class Engine {
     protocol::ModelRef ref;
     ref.name = "bench";
     ref.digest = sha256("bench");
-    TANDEM_ASSIGN_OR_RETURN(
-        host_, worker::runtime::ModelHost::adopt(backend_, clock_, ref, std::move(loaded), "bench",
-                                                 options, [this] { return yield(); }));
+    TANDEM_ASSIGN_OR_RETURN(host_, worker::runtime::ModelHost::adopt(
+                                       backend_, ref, std::move(loaded), "bench", options));
+    TANDEM_RETURN_IF_ERROR(host_->start(clock_, [this] { return yield(); }));
     load_.emplace(host_->serve(), o_, host_->config().vocab);
     turns_.emplace(
         worker::runtime::DeviceTurnsOptions{

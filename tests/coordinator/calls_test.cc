@@ -189,6 +189,43 @@ TEST(Workers, AnEngineWithoutABaseGetsOneAndAFailedLoadIsRepeatedLaterAndShown) 
   EXPECT_EQ(h.core().workers().find(CoreHarness::worker(0))->engine.model, base);
 }
 
+TEST(Workers, ABaseThatCannotBeLoadedHoldsUpNoOther) {
+  CoreHarness h;
+  const Digest held = h.add_model("a"), bad = h.add_model("bad"), other = h.add_model("other");
+  h.client("c");
+  h.engine(0);
+  const auto loads = [&] {
+    h.advance(50);
+    std::vector<Digest> digests;
+    for (const auto& load : h.to_engine<protocol::LoadModel>(0))
+      digests.push_back(load.model.digest);
+    return digests;
+  };
+  const auto engine_model = [&] {
+    return h.core().workers().find(CoreHarness::worker(0))->engine.model;
+  };
+  ASSERT_EQ(engine_model(), held);
+  h.generate("1", "bad", "x");
+  EXPECT_EQ(loads(), std::vector<Digest>{bad});
+  h.from_engine(0, protocol::ModelLoaded{bad, invalid_error("an odd head"), 0});
+  EXPECT_EQ(engine_model(), held) << "what it holds it keeps";
+  h.advance(100);
+  const auto refused = h.to_client<protocol::GenerateChunk>("c");
+  ASSERT_EQ(refused.size(), 1u);
+  EXPECT_NE(refused[0].status.message().find("an odd head"), std::string::npos);
+  h.generate("2", "other", "x");  // within the bad one's pause
+  EXPECT_EQ(loads(), std::vector<Digest>{other});
+  h.from_engine(0, protocol::ModelLoaded{held, unavailable_error("it made room"), 0});
+  EXPECT_EQ(engine_model(), Digest());
+  h.from_engine(0, protocol::ModelLoaded{other, {}, 1});
+  EXPECT_EQ(engine_model(), other);
+  h.advance(50);
+  h.answer(0, "2", 0, 1, true);
+  h.advance(30'000);
+  h.generate("3", "bad", "x");  // its files may have been repaired by now
+  EXPECT_EQ(loads(), std::vector<Digest>{bad});
+}
+
 TEST(Calls, ParametersThatNestTooDeepAreRefusedAndHarmNobody) {
   CoreHarness h;
   h.client("c");

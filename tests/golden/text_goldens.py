@@ -98,7 +98,7 @@ def tokenizer_goldens():
     texts = [text for _, text in text_samples.corpus(8, 160, 1)] + tokenizer_oracle.ADDED_CASES
     texts = [text[:160] for text in texts]
     golden = {"texts": texts, "tokenizers": []}
-    for kind in ("gpt2", "gpt2-prefix", "smollm", "llama3", "qwen2"):
+    for kind in ("gpt2", "gpt2-prefix", "smollm", "llama3", "qwen2", "llama2", "llama2-first", "metaspace", "gemma"):
         reference = tokenizer_oracle.train(kind, 700, train_texts)
         name = f"tokenizer_{kind}.json"
         (FOLDER / name).write_text(json.dumps(json.loads(reference.to_str()), ensure_ascii=False), encoding="utf-8")

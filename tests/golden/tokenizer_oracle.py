@@ -3,7 +3,7 @@
     python tests/golden/tokenizer_oracle.py --dump build/release/bin/tokenizer_dump --gguf MODEL.gguf
 
 compares a model's GGUF vocabulary (needs the Python package gguf), and tokenizers of the GPT-2,
-Llama 3 and Qwen2 kind trained here on the spot, over at least 200,000 characters in more than 20
+Llama 3, Qwen2 and Llama 2 kind trained here on the spot, over at least 200,000 characters in more than 20
 scripts, code and emoji. Prints one JSON object; exits 1 at any difference.
 """
 
@@ -51,8 +51,52 @@ def from_gguf(path):
     return tokenizer
 
 
+SPACE = "\u2581"
+SENTENCEPIECE = {  # kind: normalizer, pre-tokenizer, decoder
+    "llama2": (normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]), None,
+               decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                  decoders.Strip(" ", 1, 0)])),
+    "llama2-first": (None, pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False),
+                     decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(" ", 1, 0)])),
+    "metaspace": (None, pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=True),
+                  decoders.Metaspace(SPACE, prepend_scheme="always", split=True)),
+    "gemma": (normalizers.Replace(" ", SPACE), pre_tokenizers.Split(" ", "merged_with_previous"),
+              decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])),
+}
+
+
+def train_sentencepiece(kind, vocab_size, texts):
+    """A BPE over characters with bytes to fall back on, as Llama 2's, trained on `texts`."""
+    specials = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=kind != "metaspace"))
+    normalizer, pre_tokenizer, decoder = SENTENCEPIECE[kind]
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    # Words are learned from, although none but metaspace splits at them when it encodes.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=True)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials + [f"<0x{b:02X}>" for b in range(256)],
+        limit_alphabet=200, show_progress=False))
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
+    state["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("<right>", rstrip=True, normalized=False),
+                          AddedToken("<left>", lstrip=True, normalized=False), AddedToken("<norm>", normalized=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    return tokenizer
+
+
 def train(kind, vocab_size, texts):
-    """A byte-level BPE of one kind, trained on `texts`."""
+    """A BPE of one kind, trained on `texts`."""
+    if kind in SENTENCEPIECE:
+        return train_sentencepiece(kind, vocab_size, texts)
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -127,7 +171,7 @@ def main():
     if options.gguf:
         results.append(compare("gguf", from_gguf(options.gguf), [options.dump, "--gguf", options.gguf], texts))
     train_texts = [t for _, t in text_samples.corpus(options.seed + 1, 3000)]
-    for kind in ("gpt2", "gpt2-prefix", "smollm", "llama3", "qwen2"):
+    for kind in ("gpt2", "gpt2-prefix", "smollm", "llama3", "qwen2", *SENTENCEPIECE):
         reference = train(kind, 3000, train_texts)
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
             file.write(reference.to_str())

@@ -76,6 +76,38 @@ TEST_F(BadInput, AModelThatIsNotThereOrNotSupported) {
   expect({"model", "add", "mamba", write("mamba.gguf", gguf)}, 4, {"mamba"});
 }
 
+TEST_F(BadInput, AModelThatCannotBeLoadedTakesNothingFromTheOthers) {
+  expect({"generate", "--model", "tiny", "--prompt", "x", "--max-tokens", "2"}, 0, {});
+  for (const std::string name : {"gone1", "gone2", "gone3"}) {
+    fs::create_directories(file(name));
+    fs::copy(file("model"), file(name), fs::copy_options::recursive);
+    std::ifstream in(file("model/config.json"));
+    Json config = Json::parse(in);
+    config["initializer_range"] = 0.01 * name.back();  // another digest
+    write(name + "/config.json", config.dump());
+    expect({"model", "add", name, file(name)}, 0, {});
+    fs::remove(file(name + "/tokenizer.json"));
+    EXPECT_NE(platform_->cli({"generate", "--model", name, "--prompt", "x"}).code, 0);
+    // At once, and by the engine that held it all along.
+    expect({"generate", "--model", "tiny", "--prompt", name, "--max-tokens", "2"}, 0, {});
+  }
+}
+
+TEST_F(BadInput, AModelThatNoEngineCouldLoadIsNotAdded) {
+  fs::create_directories(file("odd"));
+  fs::copy(file("model"), file("odd"), fs::copy_options::recursive);
+  std::ifstream in(file("model/config.json"));
+  Json config = Json::parse(in);
+  config["rope_scaling"] = {{"rope_type", "longrope"}, {"factor", 2.0}};
+  write("odd/config.json", config.dump());
+  expect({"model", "add", "odd", file("odd")}, 4, {"odd", "longrope"});
+  fs::copy(file("model/config.json"), file("odd/config.json"),
+           fs::copy_options::overwrite_existing);
+  write("odd/tokenizer.json", R"({"model":{"type":"Unigram"}})");
+  expect({"model", "add", "odd", file("odd")}, 4, {"odd", "Unigram"});
+  expect({"model", "show", "odd"}, 3, {"odd"});
+}
+
 TEST_F(BadInput, TruncatedSafetensors) {
   fs::create_directories(file("cut"));
   fs::copy(file("model"), file("cut"), fs::copy_options::recursive);

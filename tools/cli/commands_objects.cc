@@ -171,10 +171,27 @@ Status run_remove(Session& session, const std::string& what, const std::string& 
   return {};
 }
 
+namespace {
+
+/// What no engine could load is refused before it has a name. A path that only the coordinator's
+/// host has is left to the engines.
+Status check_model(const std::string& path) {
+  std::error_code error;
+  if (!fs::exists(path, error)) return {};
+  const auto loaded = worker::model::load_model(path);
+  const Status status =
+      loaded.ok() ? worker::runtime::make_encoder(*loaded, path).status() : loaded.status();
+  if (status.ok() || status.message().find(path) != std::string::npos) return status;
+  return {status.code(), str(path, ": ", status.message())};
+}
+
+}  // namespace
+
 Status run_model_add(Session& session, const std::string& name, const std::string& path,
                      bool shared) {
   std::error_code error;
   const std::string absolute = fs::absolute(path, error).lexically_normal().string();
+  TANDEM_RETURN_IF_ERROR(check_model(absolute));
   TANDEM_ASSIGN_OR_RETURN(
       const Json model,
       session.call("model.add", {{"name", name}, {"path", absolute}, {"shared", shared}}));

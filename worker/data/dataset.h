@@ -80,6 +80,9 @@ struct Dataset {
 struct Encoder {
   text::Tokenizer tokenizer;
   std::optional<text::ChatTemplate> chat_template;
+  /// Rows of the model's embedding; a tokenizer may have tokens beyond them (added, never trained),
+  /// and a row with one of those is an error. 0: not checked.
+  std::int64_t vocab = 0;
   /// Tokens and labels of one row, of any length. `where` begins every error ("data.jsonl line 3").
   [[nodiscard]] Result<Example> encode(Format format, const nlohmann::ordered_json& row,
                                        const std::string& where) const;

@@ -17,7 +17,8 @@ void append(const std::vector<std::int32_t>& ids, bool trained, Example& example
 
 Status append_text(const text::Tokenizer& tokenizer, std::string_view part, bool trained,
                    Example& example, const std::string& where) {
-  const auto ids = tokenizer.encode(part, {.add_special_tokens = false});
+  const bool continues = !example.tokens.empty() && !tokenizer.is_added(example.tokens.back());
+  const auto ids = tokenizer.encode(part, {.add_special_tokens = false, .continues = continues});
   if (!ids.ok()) return {ids.status().code(), str(where, ": ", ids.status().message())};
   append(*ids, trained, example);
   return Status::ok_status();
@@ -66,6 +67,18 @@ Status encode_conversation(const Encoder& encoder, const Conversation& conversat
   return append_text(encoder.tokenizer, all.substr(from), false, example, where);
 }
 
+Status check_vocabulary(const Encoder& encoder, const Example& example, const std::string& where) {
+  if (encoder.vocab == 0) return Status::ok_status();
+  for (std::size_t i = 0; i < example.tokens.size(); ++i)
+    if (const std::int32_t id = example.tokens[i]; id >= encoder.vocab)
+      return invalid_error(str(where, ": token ", i, " (\"",
+                               encoder.tokenizer.token_bytes(id).substr(0, 40), "\") has the id ",
+                               id, ", the model's vocabulary is [0, ", encoder.vocab,
+                               "); the tokenizer does not belong to these weights, or the token "
+                               "was added to it alone"));
+  return Status::ok_status();
+}
+
 }  // namespace
 
 std::int64_t Example::trained_tokens() const {
@@ -84,6 +97,7 @@ Result<Example> Encoder::encode(Format format, const nlohmann::ordered_json& row
     TANDEM_RETURN_IF_ERROR(
         encode_conversation(*this, std::get<Conversation>(parts), example, where));
   }
+  TANDEM_RETURN_IF_ERROR(check_vocabulary(*this, example, where));
   return example;
 }
 

@@ -36,6 +36,23 @@ Result<bool> take_weight(const Json& message, bool assistant, const std::string&
   return assistant && *found == 1;
 }
 
+/// OpenAI's content parts, [{"type":"text","text":...}], as one text: most templates write content
+/// as it comes, and would train the list's spelling.
+Result<std::string> join_parts(const Json& parts, const std::string& where) {
+  std::string text;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const Json type = parts[i].is_object() ? parts[i].value("type", Json()) : Json();
+    const auto found = parts[i].is_object() ? parts[i].find("text") : parts[i].end();
+    if (type != "text" || found == parts[i].end() || !found->is_string())
+      return invalid_error(
+          str(where, ": part ", i + 1, " of \"content\" is of type ",
+              type.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 40),
+              "; only {\"type\":\"text\",\"text\":...} is supported"));
+    text += found->get_ref<const std::string&>();
+  }
+  return text;
+}
+
 Status add_message(const Json& message, std::size_t index, Conversation& conversation,
                    const std::string& where) {
   const std::string at = str(where, ", message ", index + 1);
@@ -59,6 +76,9 @@ Status add_message(const Json& message, std::size_t index, Conversation& convers
   TANDEM_ASSIGN_OR_RETURN(const bool trained, take_weight(message, assistant, at));
   Json kept = message;
   kept.erase("weight");
+  if (content != message.end() && content->is_array()) {
+    TANDEM_ASSIGN_OR_RETURN(kept["content"], join_parts(*content, at));
+  }
   conversation.messages.push_back(std::move(kept));
   conversation.trained.push_back(trained);
   return Status::ok_status();

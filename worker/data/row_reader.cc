@@ -100,7 +100,9 @@ const char* format_name(Format format) {
 
 Result<Format> detect_format(const Json& row, const std::string& where) {
   if (!row.is_object())
-    return invalid_error(str(where, ": a row has to be a JSON object, not a ", row.type_name()));
+    return invalid_error(str(where,
+                             ": a row has to be a JSON object on a line of its own, not of type ",
+                             row.type_name()));
   const auto has = [&](std::string_view key) { return row.contains(std::string(key)); };
   for (const FormatKeys& keys : format_keys()) {
     if (!std::all_of(keys.required.begin(), keys.required.end(), has)) continue;

@@ -156,6 +156,12 @@ Status read_rope_kind(Fields& fields, const char* key, RopeScaling& rope) {
   const Json* type = fields.find("rope_type");
   if (const Json* old = fields.find("type"); type == nullptr) type = old;
   if (type == nullptr || *type == "default") return {};
+  // Dynamic NTK turns as the default does up to max_position_embeddings, and no sequence here is
+  // longer (Hugging Face modeling_rope_utils._compute_dynamic_ntk_parameters).
+  if (*type == "dynamic") {
+    double factor = 1.0;
+    return fields.number("factor", factor, true);
+  }
   if (*type == "linear")
     rope.kind = RopeScaling::Kind::kLinear;
   else if (*type == "llama3")
@@ -164,7 +170,7 @@ Status read_rope_kind(Fields& fields, const char* key, RopeScaling& rope) {
     rope.kind = RopeScaling::Kind::kYarn;
   else
     return refused_error(str("config.json: ", key, ": rope_type ", type->dump(),
-                             " is not supported (default, linear, llama3, yarn are)"));
+                             " is not supported (default, dynamic, linear, llama3, yarn are)"));
   return fields.number("factor", rope.factor, true);
 }
 
@@ -200,11 +206,21 @@ Status read_rope(const Json& object, const char* key, ModelConfig& config) {
   return fields.no_others({});
 }
 
-Status read_family(Fields& fields, ModelConfig& config) {
+/// The one name of "architectures"; of a file without that key, what its model_type stands for.
+Result<std::string> read_architecture(Fields& fields) {
   const Json* names = fields.find("architectures");
+  const Json* type = fields.find("model_type");
+  if (names == nullptr && type != nullptr && *type == "llama")
+    return std::string("LlamaForCausalLM");
+  if (names == nullptr && type != nullptr && *type == "qwen2")
+    return std::string("Qwen2ForCausalLM");
   if (names == nullptr || !names->is_array() || names->size() != 1 || !(*names)[0].is_string())
     return invalid_error("config.json: architectures must hold one name");
-  const auto name = (*names)[0].get<std::string>();
+  return (*names)[0].get<std::string>();
+}
+
+Status read_family(Fields& fields, ModelConfig& config) {
+  TANDEM_ASSIGN_OR_RETURN(const std::string name, read_architecture(fields));
   if (name == "LlamaForCausalLM") {
     config.family = "llama";
   } else if (name == "Qwen2ForCausalLM") {
@@ -267,12 +283,16 @@ Status check_fixed(Fields& fields, const ModelConfig& config) {
 Status read_special_tokens(Fields& fields, ModelConfig& config) {
   std::int64_t bos = -1;
   TANDEM_RETURN_IF_ERROR(fields.integer("bos_token_id", bos));
+  if (bos < INT32_MIN || bos > INT32_MAX)
+    return fields.wrong("bos_token_id", Json(bos), "an id of 32 bits");
   config.bos_id = static_cast<std::int32_t>(bos);
   const Json* eos = fields.find("eos_token_id");
   if (eos == nullptr) return {};
   for (const Json& id : eos->is_array() ? *eos : Json::array({*eos})) {
-    if (!id.is_number_integer()) return fields.wrong("eos_token_id", *eos, "an id or a list");
-    config.eos_ids.push_back(id.get<std::int32_t>());
+    const std::int64_t value = id.is_number_integer() ? id.get<std::int64_t>() : INT64_MAX;
+    if (value < INT32_MIN || value > INT32_MAX)
+      return fields.wrong("eos_token_id", *eos, "an id of 32 bits or a list of them");
+    config.eos_ids.push_back(static_cast<std::int32_t>(value));
   }
   return {};
 }

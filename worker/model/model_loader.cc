@@ -45,12 +45,25 @@ Result<Json> read_json(const std::string& folder, const char* name) {
   return json;
 }
 
+Status wrong_default(const std::string& folder, const char* key, const Json& value,
+                     const char* want) {
+  return invalid_error(str(folder, "/generation_config.json: ", key, " is ",
+                           value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80),
+                           ", not ", want));
+}
+
 /// generation_config.json may name more ends of generation than config.json does.
-void add_eos(const Json& value, ModelConfig& config) {
-  for (const Json& id : value.is_array() ? value : Json::array({value}))
-    if (id.is_number_integer() && std::find(config.eos_ids.begin(), config.eos_ids.end(),
-                                            id.get<std::int32_t>()) == config.eos_ids.end())
-      config.eos_ids.push_back(id.get<std::int32_t>());
+Status add_eos(const std::string& folder, const Json& value, ModelConfig& config) {
+  if (value.is_null()) return {};
+  for (const Json& id : value.is_array() ? value : Json::array({value})) {
+    const std::int64_t number = id.is_number_integer() ? id.get<std::int64_t>() : INT64_MAX;
+    if (number < INT32_MIN || number > INT32_MAX)
+      return wrong_default(folder, "eos_token_id", value, "an id of 32 bits or a list of them");
+    const auto eos = static_cast<std::int32_t>(number);
+    if (std::find(config.eos_ids.begin(), config.eos_ids.end(), eos) == config.eos_ids.end())
+      config.eos_ids.push_back(eos);
+  }
+  return {};
 }
 
 Result<Opened> open_model(const std::string& path) {
@@ -67,27 +80,37 @@ Result<Opened> open_model(const std::string& path) {
                           read_text(path, "config.json", kConfigBytesMax, true));
   TANDEM_ASSIGN_OR_RETURN(opened.config, ModelConfig::from_hf_json(text));
   TANDEM_ASSIGN_OR_RETURN(const Json generation, read_json(path, "generation_config.json"));
-  if (generation.contains("eos_token_id")) add_eos(generation["eos_token_id"], opened.config);
+  if (generation.contains("eos_token_id"))
+    TANDEM_RETURN_IF_ERROR(add_eos(path, generation["eos_token_id"], opened.config));
   return opened;
 }
 
+/// A null is as good as no key; anything else of another kind would be a default that nobody gets.
 Result<GenerationDefaults> read_generation(const std::string& folder) {
   TANDEM_ASSIGN_OR_RETURN(const Json json, read_json(folder, "generation_config.json"));
   GenerationDefaults defaults;
-  const auto number = [&](const char* key, std::optional<double>& out) {
-    if (json.contains(key) && json[key].is_number()) out = json[key].get<double>();
+  const auto find = [&](const char* key) {
+    const auto it = json.find(key);
+    return it == json.end() || it->is_null() ? nullptr : &*it;
   };
-  const auto integer = [&](const char* key, std::optional<std::int64_t>& out) {
-    if (json.contains(key) && json[key].is_number_integer()) out = json[key].get<std::int64_t>();
-  };
-  number("temperature", defaults.temperature);
-  number("top_p", defaults.top_p);
-  number("min_p", defaults.min_p);
-  number("repetition_penalty", defaults.repetition_penalty);
-  integer("top_k", defaults.top_k);
-  integer("max_new_tokens", defaults.max_new_tokens);
-  if (json.contains("do_sample") && json["do_sample"].is_boolean())
-    defaults.do_sample = json["do_sample"].get<bool>();
+  for (const auto& [key, out] : {std::pair{"temperature", &defaults.temperature},
+                                 {"top_p", &defaults.top_p},
+                                 {"min_p", &defaults.min_p},
+                                 {"repetition_penalty", &defaults.repetition_penalty}})
+    if (const Json* value = find(key)) {
+      if (!value->is_number()) return wrong_default(folder, key, *value, "a number");
+      *out = value->get<double>();
+    }
+  for (const auto& [key, out] :
+       {std::pair{"top_k", &defaults.top_k}, {"max_new_tokens", &defaults.max_new_tokens}})
+    if (const Json* value = find(key)) {
+      if (!value->is_number_integer()) return wrong_default(folder, key, *value, "an integer");
+      *out = value->get<std::int64_t>();
+    }
+  if (const Json* value = find("do_sample")) {
+    if (!value->is_boolean()) return wrong_default(folder, "do_sample", *value, "true or false");
+    defaults.do_sample = value->get<bool>();
+  }
   return defaults;
 }
 
@@ -143,6 +166,30 @@ Status check_tensors(const ModelConfig& config, const TensorSource& source) {
   return {};
 }
 
+/// Tensors that old converters wrote and that follow from the configuration.
+bool is_derived(const std::string& name) {
+  for (const char* ending : {".rotary_emb.inv_freq", ".rotary_emb.cos_cached",
+                             ".rotary_emb.sin_cached", ".attn_rot_embd"})
+    if (name.ends_with(ending)) return true;
+  return name == "rope_freqs.weight";
+}
+
+/// A bias, a further norm or a further layer would be left out of every product without a word.
+/// `names`: those of the file, and what they stand for.
+Status check_no_others(const ModelConfig& config,
+                       const std::vector<std::pair<std::string, std::string>>& names) {
+  std::set<std::string> expected;
+  for (const TensorSpec& spec : expected_tensors(config)) expected.insert(spec.name);
+  if (config.tied_embedding) expected.insert(kHeadName);  // a copy of the embedding
+  for (const auto& [name, meaning] : names)
+    if (!expected.contains(meaning) && !is_derived(name))
+      return refused_error(str("tensor ", name, " is not part of a ", config.family, " model with ",
+                               config.layers,
+                               " layers, as its configuration describes it; it may "
+                               "change what the model computes, so it is not ignored"));
+  return {};
+}
+
 Result<std::string> settings_json(const LoadedModel& model) {
   Json settings;
   settings["config"] = Json::parse(model.config.canonical_json());
@@ -169,13 +216,18 @@ Result<LoadedModel> load_model(const std::string& path) {
   LoadedModel model;
   model.config = std::move(opened.config);
   std::vector<std::string> weight_paths;
+  std::vector<std::pair<std::string, std::string>> names;
   if (opened.gguf) {
     TANDEM_ASSIGN_OR_RETURN(model.tokenizer.gguf, opened.gguf->tokenizer());
     model.chat_template = model.tokenizer.gguf->chat_template;
+    for (const storage::GgufTensor& tensor : opened.gguf->tensors())
+      names.emplace_back(tensor.name, storage::gguf_to_hf_name(tensor.name).value_or(""));
     TANDEM_ASSIGN_OR_RETURN(model.source, make_gguf_source(*opened.gguf, model.config));
   } else {
     TANDEM_ASSIGN_OR_RETURN(storage::Safetensors weights, storage::Safetensors::open_folder(path));
     weight_paths = weights.paths();
+    for (const storage::TensorInfo& tensor : weights.tensors())
+      names.emplace_back(tensor.name, tensor.name);
     model.source = make_safetensors_source(std::move(weights));
     TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_json,
                             read_text(path, "tokenizer.json", kTokenizerBytesMax, true));
@@ -185,6 +237,7 @@ Result<LoadedModel> load_model(const std::string& path) {
     TANDEM_ASSIGN_OR_RETURN(model.generation, read_generation(path));
   }
   TANDEM_RETURN_IF_ERROR(check_tensors(model.config, *model.source));
+  TANDEM_RETURN_IF_ERROR(check_no_others(model.config, names));
   TANDEM_ASSIGN_OR_RETURN(model.files, list_files(path, weight_paths));
   return model;
 }

@@ -37,7 +37,7 @@ Result<data::Encoder> make_encoder(const model::LoadedModel& model, const std::s
     if (!parsed.ok()) return in(path, parsed.status());
     chat_template = std::move(*parsed);
   }
-  return data::Encoder{std::move(*tokenizer), std::move(chat_template)};
+  return data::Encoder{std::move(*tokenizer), std::move(chat_template), model.config.vocab};
 }
 
 Result<std::vector<std::int32_t>> encode_input(const data::Encoder& encoder,

@@ -237,12 +237,17 @@ class Engine {
     loading_ = {};
     turns_.finish();
     if (!path.ok()) return report_loaded(ref.digest, path.status(), 0);
+    auto opened = ModelHost::open(backend_, ref, *path, options_.model);
+    if (!opened.ok()) return report_loaded(ref.digest, opened.status(), 0);  // what is here stays
+    const Digest before = model_ ? model_->ref().digest : Digest();
     serve_.set_model(nullptr);
     model_.reset();
-    auto loaded =
-        ModelHost::load(backend_, clock_, ref, *path, options_.model, [this] { return yield(); });
-    if (!loaded.ok()) return report_loaded(ref.digest, loaded.status(), 0);
-    model_ = std::move(*loaded);
+    if (const Status status = (*opened)->start(clock_, [this] { return yield(); }); !status.ok()) {
+      if (!before.empty())
+        report_loaded(before, unavailable_error(str("it made room for ", ref.name)), 0);
+      return report_loaded(ref.digest, status, 0);
+    }
+    model_ = std::move(*opened);
     short_steps_ = false;
     serve_.set_model(model_.get());
     const double seconds = static_cast<double>(steady_ns() - begin) / 1e9;

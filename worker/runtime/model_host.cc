@@ -141,25 +141,25 @@ ModelHost::ModelHost(kernels::Backend& backend, const ModelHostOptions& options)
     : backend_(backend), options_(options) {}
 ModelHost::~ModelHost() = default;
 
-Result<std::unique_ptr<ModelHost>> ModelHost::load(kernels::Backend& backend, const Clock& clock,
+Result<std::unique_ptr<ModelHost>> ModelHost::open(kernels::Backend& backend,
                                                    const protocol::ModelRef& model,
                                                    const std::string& path,
-                                                   const ModelHostOptions& options,
-                                                   std::function<bool()> yield) {
+                                                   const ModelHostOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(path));
-  return adopt(backend, clock, model, std::move(loaded), path, options, std::move(yield));
+  return adopt(backend, model, std::move(loaded), path, options);
 }
 
-Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend, const Clock& clock,
+Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend,
                                                     const protocol::ModelRef& model,
                                                     model::LoadedModel loaded,
                                                     const std::string& path,
-                                                    const ModelHostOptions& options,
-                                                    std::function<bool()> yield) {
+                                                    const ModelHostOptions& options) {
   std::unique_ptr<ModelHost> host(new ModelHost(backend, options));
   host->ref_ = model;
+  TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded, path));
+  host->encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
   host->loaded_ = std::move(loaded);
-  TANDEM_RETURN_IF_ERROR(host->build(clock, path, std::move(yield)));
+  TANDEM_RETURN_IF_ERROR(host->check_fit());
   return host;
 }
 
@@ -180,9 +180,7 @@ Status ModelHost::check_fit() const {
           " (memory_bytes_max); lower kv_bytes_max or batch_tokens_max, or shard the model"));
 }
 
-Status ModelHost::build(const Clock& clock, const std::string& path, std::function<bool()> yield) {
-  TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded_, path));
-  TANDEM_RETURN_IF_ERROR(check_fit());
+Status ModelHost::start(const Clock& clock, std::function<bool()> yield) {
   auto& ops = *backend_.ops;
   comm_ = comm::make_single_communicator([&ops](kernels::Exec& exec, kernels::Tensor from,
                                                 kernels::Tensor to) { ops.copy(exec, from, to); });
@@ -192,7 +190,6 @@ Status ModelHost::build(const Clock& clock, const std::string& path, std::functi
       base_, model::BaseWeights::load(ops, memory_->serve_exec, memory_->weights, loaded_.config,
                                       options_.dtype, *loaded_.source));
   loaded_.source.reset();
-  encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
   weights_ = model::make_resident_weights(base_);
   ops.synchronize(memory_->serve_exec);  // training reads the weights in another queue
   yielding_weights_ =

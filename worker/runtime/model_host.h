@@ -35,22 +35,24 @@ serve::ServeOptions serve_options(const ModelHostOptions& options);
 
 class ModelHost final : public JobModel, public ServedModel {
  public:
-  /// Loads from `path` (verified before by the caller). Errors: those of the loader; refused_error
-  /// when what serving needs does not fit memory_bytes_max (names the numbers).
-  /// `yield` is called between blocks of training's passes, and again while the device is busy with
-  /// them; true: the next block is to be issued when the device has done all that was.
-  static Result<std::unique_ptr<ModelHost>> load(kernels::Backend& backend, const Clock& clock,
+  /// Everything that can be wrong with the model at `path` (verified before by the caller), before
+  /// any device memory is taken: another model may still be there. Errors: those of the loader, the
+  /// tokenizer and the chat template; refused_error when what serving needs does not fit
+  /// memory_bytes_max (names the numbers).
+  static Result<std::unique_ptr<ModelHost>> open(kernels::Backend& backend,
                                                  const protocol::ModelRef& model,
                                                  const std::string& path,
-                                                 const ModelHostOptions& options,
-                                                 std::function<bool()> yield);
-  /// The same of a model that was opened before; `path` begins errors of its tokenizer.
-  static Result<std::unique_ptr<ModelHost>> adopt(kernels::Backend& backend, const Clock& clock,
+                                                 const ModelHostOptions& options);
+  /// The same of a model that was loaded before; `path` begins errors of its tokenizer.
+  static Result<std::unique_ptr<ModelHost>> adopt(kernels::Backend& backend,
                                                   const protocol::ModelRef& model,
                                                   model::LoadedModel loaded,
                                                   const std::string& path,
-                                                  const ModelHostOptions& options,
-                                                  std::function<bool()> yield);
+                                                  const ModelHostOptions& options);
+  /// Takes the device memory, once; nothing else may be called before.
+  /// `yield` is called between blocks of training's passes, and again while the device is busy with
+  /// them; true: the next block is to be issued when the device has done all that was.
+  Status start(const Clock& clock, std::function<bool()> yield);
   ~ModelHost() override;
   ModelHost(const ModelHost&) = delete;
   ModelHost& operator=(const ModelHost&) = delete;
@@ -83,7 +85,6 @@ class ModelHost final : public JobModel, public ServedModel {
 
  private:
   ModelHost(kernels::Backend& backend, const ModelHostOptions& options);
-  Status build(const Clock& clock, const std::string& path, std::function<bool()> yield);
   [[nodiscard]] Status check_fit() const;
 
   kernels::Backend& backend_;

@@ -90,9 +90,10 @@ Result<serve::GenerateRequest> ServeHost::translate(const protocol::Infer& infer
   to.max_tokens = sampling.max_tokens;
   to.min_tokens = sampling.min_tokens;
   to.temperature = choose<float>(sampling.temperature, defaults.temperature, 1.0f);
-  to.top_k = choose<std::int64_t>(sampling.top_k, defaults.top_k, 0);
+  to.top_k = sampling.top_k ? *sampling.top_k
+                            : std::min(defaults.top_k.value_or(0), model_->config().vocab);
   to.top_p = choose<float>(sampling.top_p, defaults.top_p, 1.0f);
-  to.min_p = sampling.min_p.value_or(0.0f);
+  to.min_p = choose<float>(sampling.min_p, defaults.min_p, 0.0f);
   to.repetition_penalty = sampling.repetition_penalty;
   to.presence_penalty = sampling.presence_penalty;
   to.frequency_penalty = sampling.frequency_penalty;

@@ -101,9 +101,10 @@ void LiveRequest::add_token(std::int32_t id, float logprob, std::span<const std:
   out.index = std::max(index, request_.start_index);
   if (!std::isfinite(logprob)) {
     out.finish = FinishReason::kError;
-    out.error = internal_error(str("token ", index, " of request ", request_.id,
-                                   ": the model's output is not finite; check the adapter ",
-                                   request_.adapter, " and the base weights"));
+    out.error = internal_error(str(
+        "token ", index, " of request ", request_.id, ": the model's output is not finite; check ",
+        request_.adapter.empty() ? std::string("the base weights")
+                                 : str("the adapter ", request_.adapter, " and the base weights")));
     return;
   }
   const bool ended = std::find(ending_.begin(), ending_.end(), id) != ending_.end();

@@ -2,6 +2,7 @@
 
 #include "protocol/base/random.h"
 #include "worker/text/byte_level.h"
+#include "worker/text/utf8.h"
 
 #include <algorithm>
 #include <bit>
@@ -20,6 +21,11 @@ std::uint64_t pair_key(std::int32_t left, std::int32_t right) {
 }
 
 }  // namespace
+
+std::string byte_token(unsigned byte) {
+  constexpr const char* kDigits = "0123456789ABCDEF";
+  return str("<0x", kDigits[byte / 16], kDigits[byte % 16], ">");
+}
 
 MergeTable::MergeTable(std::size_t pairs)
     : slots_(std::bit_ceil(pairs * 2 + 2), Slot{kEmptySlot, {0, 0}}), mask_(slots_.size() - 1) {}
@@ -41,7 +47,8 @@ const MergeTable::Merge* MergeTable::find(std::int32_t left, std::int32_t right)
 Bpe::Bpe(StringMap<std::int32_t> vocabulary, std::size_t merges, BpeOptions options)
     : vocabulary_(std::move(vocabulary)), merges_(merges), options_(options) {
   for (unsigned b = 0; b < 256; ++b) {
-    const auto found = vocabulary_.find(std::string(1, static_cast<char>(b)));
+    const auto found =
+        vocabulary_.find(options.characters ? byte_token(b) : std::string(1, static_cast<char>(b)));
     byte_ids_[b] = found == vocabulary_.end() ? -1 : found->second;
   }
 }
@@ -56,8 +63,9 @@ Result<std::unique_ptr<Bpe>> Bpe::create(
                merged = bpe->vocabulary_.find(left + right);
     const auto end = bpe->vocabulary_.end();
     if (a == end || b == end || merged == end)
-      return invalid_error(str("merge ", rank, " of the tokenizer, \"", spelling_of_bytes(left),
-                               " ", spelling_of_bytes(right),
+      return invalid_error(str("merge ", rank, " of the tokenizer, \"",
+                               options.characters ? left : spelling_of_bytes(left), " ",
+                               options.characters ? right : spelling_of_bytes(right),
                                "\": ", a == end || b == end ? "a part" : "the result",
                                " is not in the vocabulary"));
     bpe->merges_.add(a->second, b->second, {static_cast<std::int32_t>(rank), merged->second});
@@ -82,7 +90,10 @@ void Bpe::encode(std::string_view piece, std::vector<std::int32_t>& ids) const {
     }
   }
   std::vector<std::int32_t> symbols;
-  split_bytes(piece, symbols);
+  if (options_.characters)
+    split_characters(piece, symbols);
+  else
+    split_bytes(piece, symbols);
   if (symbols.size() <= kShortPieceSymbols)
     merge_short(symbols);
   else
@@ -107,6 +118,36 @@ void Bpe::split_bytes(std::string_view piece, std::vector<std::int32_t>& symbols
     }
     after_unknown = id < 0;
   }
+}
+
+/// False: not every byte has a token, or they are not to be used.
+bool Bpe::add_bytes(std::string_view character, std::vector<std::int32_t>& symbols) const {
+  if (!options_.byte_fallback) return false;
+  for (const char c : character)
+    if (byte_ids_[static_cast<unsigned char>(c)] < 0) return false;
+  for (const char c : character) symbols.push_back(byte_ids_[static_cast<unsigned char>(c)]);
+  return true;
+}
+
+void Bpe::split_characters(std::string_view piece, std::vector<std::int32_t>& symbols) const {
+  bool unknown = false;  // seen, and not yet among the symbols
+  const auto add_unknown = [&] {
+    if (unknown) symbols.push_back(*options_.unk_id);
+    unknown = false;
+  };
+  for (std::size_t at = 0; at < piece.size();) {
+    const std::string_view character =
+        piece.substr(at, utf8_length(static_cast<unsigned char>(piece[at])));
+    at += character.size();
+    if (const auto found = vocabulary_.find(character); found != vocabulary_.end()) {
+      add_unknown();
+      symbols.push_back(found->second);
+    } else if (!add_bytes(character, symbols) && options_.unk_id) {
+      if (!options_.fuse_unk) add_unknown();
+      unknown = true;
+    }
+  }
+  add_unknown();
 }
 
 void Bpe::merge_short(std::vector<std::int32_t>& symbols) const {

@@ -48,17 +48,23 @@ class MergeTable {
   std::size_t mask_;
 };
 
+/// SentencePiece's spelling of a byte: <0x0A>.
+std::string byte_token(unsigned byte);
+
 struct BpeOptions {
   bool ignore_merges = false;            ///< a piece that is a token is that token
   std::optional<std::int32_t> unk_id{};  ///< stands for bytes without a token; absent: dropped
   bool fuse_unk = false;                 ///< neighbouring unknown bytes become one
+  /// Symbols begin as characters, as SentencePiece has it, not as bytes.
+  bool characters = false;
+  bool byte_fallback = false;  ///< characters without a token become the tokens <0x00> to <0xFF>
 };
 
 /// Immutable but for its cache; any thread.
 class Bpe {
  public:
-  /// `vocabulary` maps bytes (not spellings) to ids; `merges` are pairs of bytes, best first.
-  /// Invalid: a merge whose parts or result are not in the vocabulary.
+  /// `vocabulary` maps bytes (with `characters`: spellings) to ids; `merges` are pairs of them,
+  /// best first. Invalid: a merge whose parts or result are not in the vocabulary.
   static Result<std::unique_ptr<Bpe>> create(
       StringMap<std::int32_t> vocabulary,
       const std::vector<std::pair<std::string, std::string>>& merges, BpeOptions options);
@@ -69,6 +75,8 @@ class Bpe {
  private:
   Bpe(StringMap<std::int32_t> vocabulary, std::size_t merges, BpeOptions options);
   void split_bytes(std::string_view piece, std::vector<std::int32_t>& symbols) const;
+  void split_characters(std::string_view piece, std::vector<std::int32_t>& symbols) const;
+  bool add_bytes(std::string_view character, std::vector<std::int32_t>& symbols) const;
   void merge_short(std::vector<std::int32_t>& symbols) const;
   void merge_long(std::vector<std::int32_t>& symbols) const;
 
@@ -77,7 +85,8 @@ class Bpe {
     StringMap<std::vector<std::int32_t>> pieces;
   };
   StringMap<std::int32_t> vocabulary_;
-  std::array<std::int32_t, 256> byte_ids_{};  ///< -1: the vocabulary has no such byte
+  /// Of each byte, or with byte_fallback of its token <0xNN>; -1: the vocabulary has none.
+  std::array<std::int32_t, 256> byte_ids_{};
   MergeTable merges_;
   BpeOptions options_;
   mutable std::array<CacheShard, kPieceCacheShards> cache_;

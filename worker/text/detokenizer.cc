@@ -23,7 +23,7 @@ Result<Detokenizer> Detokenizer::create(Tokenizer tokenizer, DetokenizerOptions 
 Detokenizer::Update Detokenizer::append(std::int32_t id) {
   if (stopped_) return {};
   if (options_.skip_special && tokenizer_.is_special(id)) return {};
-  bytes_ += tokenizer_.token_bytes(id);
+  bytes_ += drop_leading_space(tokenizer_.leading_space(), first_, tokenizer_.token_bytes(id));
   return release(false);
 }
 

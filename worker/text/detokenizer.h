@@ -50,6 +50,7 @@ class Detokenizer {
   DetokenizerOptions options_;
   std::string bytes_;  ///< the unfinished character, at most 3 bytes
   std::string held_;   ///< whole characters that may begin a stop string
+  bool first_ = true;  ///< no token with text yet
   bool stopped_ = false;
 };
 

@@ -41,9 +41,10 @@ Result<std::string> apply_step(const ReplaceStep& step, const std::string& text)
 
 }  // namespace
 
-Result<std::string> Normalizer::apply(std::string_view text) const {
+Result<std::string> Normalizer::apply(std::string_view text, bool prepend) const {
   std::string current(text);
   for (const Step& step : steps_) {
+    if (!prepend && std::holds_alternative<PrependStep>(step)) continue;
     auto next = std::visit([&](const auto& s) { return apply_step(s, current); }, step);
     if (!next.ok()) return next.status();
     current = std::move(next).value();

@@ -31,7 +31,8 @@ class Normalizer {
   }
   [[nodiscard]] bool empty() const { return steps_.empty(); }
   /// All steps in order. Refused: a limit of a step. Text may grow to at most kNormalizedBytesMax.
-  [[nodiscard]] Result<std::string> apply(std::string_view text) const;
+  /// Without `prepend` nothing is put before it.
+  [[nodiscard]] Result<std::string> apply(std::string_view text, bool prepend = true) const;
 
  private:
   std::vector<Step> steps_;

@@ -3,6 +3,7 @@
 #include "worker/text/unicode.h"
 #include "worker/text/utf8.h"
 
+#include <algorithm>
 #include <string_view>
 
 namespace tandem::worker::text {
@@ -18,7 +19,7 @@ struct Stretch {
   bool matched;
 };
 
-/// Cuts [0, size) at the matches; empty stretches are left out.
+/// Cuts [0, size) at the matches, of which some may be empty; stretches between them are not.
 std::vector<Stretch> stretches_of(const std::vector<Span>& matches, std::size_t size, bool invert) {
   std::vector<Stretch> out;
   std::size_t from = 0;
@@ -63,6 +64,9 @@ void join_stretches(const std::vector<Stretch>& stretches, SplitBehavior behavio
       pieces.push_back(moved);
     previous_matched = matched;
   }
+  pieces.erase(std::remove_if(pieces.begin() + static_cast<std::ptrdiff_t>(first), pieces.end(),
+                              [](const Span& piece) { return piece.size() == 0; }),
+               pieces.end());
 }
 
 Status find_pattern(const std::variant<std::string, Regex>& pattern, std::string_view text,
@@ -99,31 +103,35 @@ Status find_digits(std::string_view text, std::vector<Span>& matches) {
   return Status::ok_status();
 }
 
-Status apply_step(const SplitStep& step, std::string& buffer, std::vector<Span>& pieces) {
+Status apply_step(const SplitStep& step, TextPlace, std::string& buffer,
+                  std::vector<Span>& pieces) {
   return split_pieces(buffer, pieces, step.behavior, step.invert,
                       [&](std::string_view text, std::vector<Span>& matches) {
                         return find_pattern(step.pattern, text, matches);
                       });
 }
 
-Status apply_step(const DigitsStep& step, std::string& buffer, std::vector<Span>& pieces) {
+Status apply_step(const DigitsStep& step, TextPlace, std::string& buffer,
+                  std::vector<Span>& pieces) {
   const auto behavior = step.individual ? SplitBehavior::kIsolated : SplitBehavior::kContiguous;
   return split_pieces(buffer, pieces, behavior, false, find_digits);
 }
 
-void add_prefix_spaces(std::string& buffer, std::vector<Span>& pieces) {
+void add_prefix_spaces(TextPlace place, std::string& buffer, std::vector<Span>& pieces) {
   std::string out;
   for (Span& piece : pieces) {
     const std::size_t begin = out.size();
-    if (buffer[piece.begin] != ' ') out.push_back(' ');
+    const bool here = !(place.continues && piece.begin == 0);
+    if (here && buffer[piece.begin] != ' ') out.push_back(' ');
     out.append(buffer, piece.begin, piece.size());
     piece = {begin, out.size()};
   }
   buffer.swap(out);
 }
 
-Status apply_step(const ByteLevelStep& step, std::string& buffer, std::vector<Span>& pieces) {
-  if (step.add_prefix_space) add_prefix_spaces(buffer, pieces);
+Status apply_step(const ByteLevelStep& step, TextPlace place, std::string& buffer,
+                  std::vector<Span>& pieces) {
+  if (step.add_prefix_space) add_prefix_spaces(place, buffer, pieces);
   if (!step.regex) return Status::ok_status();
   return split_pieces(buffer, pieces, SplitBehavior::kIsolated, false,
                       [&](std::string_view text, std::vector<Span>& matches) {
@@ -131,15 +139,49 @@ Status apply_step(const ByteLevelStep& step, std::string& buffer, std::vector<Sp
                       });
 }
 
+/// Spaces of every piece become U+2581; where the step says so, one is put before the piece.
+void write_metaspaces(const MetaspaceStep& step, TextPlace place, std::string& buffer,
+                      std::vector<Span>& pieces) {
+  std::string out;
+  for (Span& piece : pieces) {
+    const std::size_t begin = out.size();
+    const std::string_view text = std::string_view(buffer).substr(piece.begin, piece.size());
+    const bool first = piece.begin == 0;
+    const bool wanted =
+        step.prepend == MetaspaceStep::Prepend::kAlways
+            ? !(first && place.continues)
+            : step.prepend == MetaspaceStep::Prepend::kFirst && first && place.begins;
+    if (wanted && !text.starts_with(' ') && !text.starts_with(kMetaspace)) out += kMetaspace;
+    for (const char c : text) {
+      if (c == ' ')
+        out += kMetaspace;
+      else
+        out += c;
+    }
+    piece = {begin, out.size()};
+  }
+  buffer.swap(out);
+}
+
+Status apply_step(const MetaspaceStep& step, TextPlace place, std::string& buffer,
+                  std::vector<Span>& pieces) {
+  write_metaspaces(step, place, buffer, pieces);
+  if (!step.split) return Status::ok_status();
+  return split_pieces(buffer, pieces, SplitBehavior::kMergedWithNext, false,
+                      [](std::string_view text, std::vector<Span>& matches) {
+                        return find_pattern(std::string(kMetaspace), text, matches);
+                      });
+}
+
 }  // namespace
 
-Status PreTokenizer::apply(std::string& buffer, std::vector<Span>& pieces) const {
+Status PreTokenizer::apply(std::string& buffer, TextPlace place, std::vector<Span>& pieces) const {
   pieces.clear();
   if (buffer.empty()) return Status::ok_status();
   pieces.push_back({0, buffer.size()});
   for (const Step& step : steps_) {
     TANDEM_RETURN_IF_ERROR(
-        std::visit([&](const auto& s) { return apply_step(s, buffer, pieces); }, step));
+        std::visit([&](const auto& s) { return apply_step(s, place, buffer, pieces); }, step));
   }
   return Status::ok_status();
 }

@@ -25,13 +25,14 @@ struct Span {
 /// A compiled expression; immutable, copies share it, any thread.
 class Regex {
  public:
-  /// Invalid: a syntax error. Refused: what the two dialects read differently (nested classes,
-  /// class intersections, \h), so that no pattern is silently misread. \s is White_Space and \w is
-  /// letters, marks, decimal digits and connectors, as in Oniguruma.
+  /// Read as Oniguruma with Ruby's syntax reads it: \s is White_Space, \w what is alphabetic, a
+  /// mark, a decimal digit or a connector, \b ends such a word, x{1,3}+ repeats x{1,3}. Invalid: a
+  /// syntax error. Refused, so that no pattern is silently misread: nested classes, class
+  /// intersections, \X.
   static Result<Regex> compile(std::string_view pattern);
 
-  /// Appends every match in `text` (valid UTF-8), in order and disjoint; empty matches are left
-  /// out. Refused: the match limit was hit.
+  /// Appends every match in `text` (valid UTF-8), in order and disjoint; some may be empty, but
+  /// none where the one before ended. Refused: the match limit was hit.
   Status find_all(std::string_view text, std::vector<Span>& matches) const;
 
  private:

@@ -5,6 +5,7 @@
 #include "worker/text/utf8.h"
 
 #include <algorithm>
+#include <charconv>
 
 namespace tandem::worker::text {
 namespace {
@@ -29,19 +30,38 @@ Status put_entry(Tokenizer::Impl& impl, std::int32_t id, std::string bytes,
   if (impl.entries.size() <= index) impl.entries.resize(index + 1);
   if (impl.entries[index].present)
     return invalid_error(str("the tokenizer gives the id ", id, " twice, once to \"", shown, "\""));
-  impl.entries[index] = {std::move(bytes), true, false};
+  impl.entries[index] = {std::move(bytes), true, false, false};
   return Status::ok_status();
 }
 
-Status add_token(const AddedToken& token, Tokenizer::Impl& impl) {
+/// What decoding makes of a token's spelling.
+std::string decoded(const std::string& spelling, const TokenizerParts& parts) {
+  if (!parts.bpe.characters) return bytes_of_spelling(spelling).value_or(spelling);
+  if (parts.decodes_bytes && spelling.size() == 6 && spelling.starts_with("<0x") &&
+      spelling.ends_with(">")) {
+    unsigned byte = 0;
+    const char* const digits = spelling.data() + 3;
+    if (std::from_chars(digits, digits + 2, byte, 16).ptr == digits + 2)
+      return std::string(1, static_cast<char>(byte));
+  }
+  if (!parts.decodes_spaces) return spelling;
+  std::string out = spelling;
+  const std::string metaspace = kMetaspace;
+  for (std::size_t at = out.find(metaspace); at != std::string::npos; at = out.find(metaspace, at))
+    out.replace(at, metaspace.size(), " ");
+  return out;
+}
+
+Status add_token(const AddedToken& token, const TokenizerParts& parts, Tokenizer::Impl& impl) {
   if (token.content.empty() || token.content.size() > kAddedTokenBytesMax)
     return invalid_error(str("added token ", token.id, " has ", token.content.size(),
                              " bytes; 1 to ", kAddedTokenBytesMax, " are supported"));
   if (find_invalid_utf8(token.content) != std::string::npos)
     return invalid_error(str("added token ", token.id, " is not UTF-8"));
   Tokenizer::Impl::Entry& entry = impl.entries[static_cast<std::size_t>(token.id)];
-  entry.bytes = token.content;
+  entry.bytes = parts.bpe.characters ? decoded(token.content, parts) : token.content;
   entry.special = token.special;
+  entry.added = true;
   impl.added_ids[token.content] = token.id;
   if (!token.normalized) {
     impl.raw_matcher.add(token, token.content);
@@ -59,10 +79,12 @@ Status build_vocabulary(TokenizerParts parts, Tokenizer::Impl& impl) {
   TANDEM_RETURN_IF_ERROR(check_parts(parts));
   StringMap<std::int32_t> by_bytes;
   by_bytes.reserve(parts.vocabulary.size());
+  const auto symbol = [&](const std::string& spelling) {
+    return parts.bpe.characters ? std::optional(spelling) : bytes_of_spelling(spelling);
+  };
   for (const auto& [spelling, id] : parts.vocabulary) {
-    auto bytes = bytes_of_spelling(spelling);
-    TANDEM_RETURN_IF_ERROR(put_entry(impl, id, bytes.value_or(spelling), spelling));
-    if (bytes) by_bytes.emplace(std::move(*bytes), id);
+    TANDEM_RETURN_IF_ERROR(put_entry(impl, id, decoded(spelling, parts), spelling));
+    if (auto bytes = symbol(spelling)) by_bytes.emplace(std::move(*bytes), id);
   }
   for (AddedToken& token : parts.added) {
     const auto known = parts.vocabulary.find(token.content);
@@ -72,12 +94,12 @@ Status build_vocabulary(TokenizerParts parts, Tokenizer::Impl& impl) {
       TANDEM_RETURN_IF_ERROR(put_entry(impl, token.id, token.content, token.content));
     else
       return invalid_error(str("added token \"", token.content, "\" is listed twice"));
-    TANDEM_RETURN_IF_ERROR(add_token(token, impl));
+    TANDEM_RETURN_IF_ERROR(add_token(token, parts, impl));
   }
   std::vector<std::pair<std::string, std::string>> merges;
   merges.reserve(parts.merges.size());
   for (const auto& [left, right] : parts.merges) {
-    auto left_bytes = bytes_of_spelling(left), right_bytes = bytes_of_spelling(right);
+    auto left_bytes = symbol(left), right_bytes = symbol(right);
     if (!left_bytes || !right_bytes)
       return invalid_error(str("merge \"", left, " ", right, "\" is not in byte-level spelling"));
     merges.emplace_back(std::move(*left_bytes), std::move(*right_bytes));
@@ -86,9 +108,9 @@ Status build_vocabulary(TokenizerParts parts, Tokenizer::Impl& impl) {
   return Status::ok_status();
 }
 
-Status Tokenizer::Impl::encode_text(std::string_view text, bool parse_special,
+Status Tokenizer::Impl::encode_text(std::string_view text, bool parse_special, TextPlace place,
                                     std::vector<std::int32_t>& ids) const {
-  TANDEM_ASSIGN_OR_RETURN(const std::string normalized, normalizer.apply(text));
+  TANDEM_ASSIGN_OR_RETURN(const std::string normalized, normalizer.apply(text, !place.continues));
   std::string buffer;
   std::vector<Span> pieces;
   for (const TextSegment& segment : normalized_matcher.split(normalized, parse_special)) {
@@ -97,7 +119,8 @@ Status Tokenizer::Impl::encode_text(std::string_view text, bool parse_special,
       continue;
     }
     buffer.assign(normalized, segment.span.begin, segment.span.size());
-    TANDEM_RETURN_IF_ERROR(pre_tokenizer.apply(buffer, pieces));
+    const TextPlace here = segment.span.begin == 0 ? place : TextPlace{false, false};
+    TANDEM_RETURN_IF_ERROR(pre_tokenizer.apply(buffer, here, pieces));
     for (const Span& piece : pieces)
       bpe->encode(std::string_view(buffer).substr(piece.begin, piece.size()), ids);
   }
@@ -118,8 +141,11 @@ Result<std::vector<std::int32_t>> Tokenizer::encode(std::string_view text,
       ids.push_back(*segment.added_id);
       continue;
     }
+    const TextPlace place = segment.span.begin == 0
+                                ? TextPlace{!options.continues, options.continues}
+                                : TextPlace{false, false};
     TANDEM_RETURN_IF_ERROR(impl_->encode_text(text.substr(segment.span.begin, segment.span.size()),
-                                              options.parse_special, ids));
+                                              options.parse_special, place, ids));
   }
   if (options.add_special_tokens)
     ids.insert(ids.end(), impl_->suffix_ids.begin(), impl_->suffix_ids.end());
@@ -128,15 +154,32 @@ Result<std::vector<std::int32_t>> Tokenizer::encode(std::string_view text,
 
 std::string Tokenizer::decode(std::span<const std::int32_t> ids, bool skip_special) const {
   std::string bytes, out;
-  for (const std::int32_t id : ids)
-    if (!(skip_special && is_special(id))) bytes += token_bytes(id);
+  bool first = true;
+  for (const std::int32_t id : ids) {
+    if (skip_special && is_special(id)) continue;
+    bytes += drop_leading_space(leading_space(), first, token_bytes(id));
+  }
   take_characters(bytes, out, true);
   return out;
+}
+
+std::string_view drop_leading_space(LeadingSpace what, bool& first, std::string_view bytes) {
+  if (!first || bytes.empty()) return bytes;
+  first = false;
+  if (what == LeadingSpace::kKept) return bytes;
+  const std::size_t spaces = std::min(bytes.find_first_not_of(' '), bytes.size());
+  return bytes.substr(what == LeadingSpace::kOneDropped ? std::min<std::size_t>(spaces, 1)
+                                                        : spaces);
 }
 
 std::string_view Tokenizer::token_bytes(std::int32_t id) const {
   if (id < 0 || static_cast<std::size_t>(id) >= impl_->entries.size()) return {};
   return impl_->entries[static_cast<std::size_t>(id)].bytes;
+}
+
+bool Tokenizer::is_added(std::int32_t id) const {
+  if (id < 0 || static_cast<std::size_t>(id) >= impl_->entries.size()) return false;
+  return impl_->entries[static_cast<std::size_t>(id)].added;
 }
 
 bool Tokenizer::is_special(std::int32_t id) const {
@@ -171,6 +214,10 @@ std::optional<std::int32_t> Tokenizer::added_token_id(std::string_view content) 
   const auto found = impl_->added_ids.find(content);
   if (found == impl_->added_ids.end()) return std::nullopt;
   return found->second;
+}
+
+LeadingSpace Tokenizer::leading_space() const {
+  return impl_->leading_space;
 }
 
 bool Tokenizer::adds_bos() const {

@@ -1,6 +1,6 @@
-// Byte-level BPE tokenizers (GPT-2's family: SmolLM2, Llama 3, Qwen2/3), from a Hugging Face
-// tokenizer.json or from the metadata of a GGUF file. The oracle is the Hugging Face `tokenizers`
-// library: same text, same ids.
+// BPE tokenizers, byte-level (GPT-2's family: SmolLM2, Llama 3, Qwen2/3) and SentencePiece's (Llama
+// 2, TinyLlama), from a Hugging Face tokenizer.json or from the metadata of a GGUF file. The oracle
+// is the Hugging Face `tokenizers` library: same text, same ids.
 //
 // A Tokenizer is immutable after loading; copies share one vocabulary. Every const function may be
 // called from any thread at once.
@@ -35,17 +35,27 @@ struct EncodeOptions {
   /// Special tokens spelled in the text become their ids. With false their spelling is plain text,
   /// so that a user cannot write one; added tokens that are not special are found either way.
   bool parse_special = true;
+  /// The text goes on where another ended, in the middle of its plain text: nothing is put before
+  /// it that a tokenizer puts before a text (a space, often).
+  bool continues = false;
+};
+
+/// What decoding does with spaces at the very beginning, where the tokenizer may have put one.
+enum class LeadingSpace {
+  kKept,
+  kOneDropped,      ///< of the whole text
+  kOfFirstDropped,  ///< all that the first token begins with
 };
 
 class Tokenizer {
  public:
   /// From the text of tokenizer.json. `tokenizer_config_json` ("" when the folder has none) names
-  /// bos, eos, unk and pad tokens. Refused: any model but byte-level BPE and any component that
-  /// this class does not know, named in the message. Invalid: not JSON, or contradictory.
+  /// bos, eos, unk and pad tokens. Refused: any model but BPE and any component that this class
+  /// does not know, named in the message. Invalid: not JSON, or contradictory.
   static Result<Tokenizer> from_json(std::string_view tokenizer_json,
                                      std::string_view tokenizer_config_json = {});
   /// From the metadata of a GGUF file (storage::Gguf::tokenizer()). Refused: a model other than
-  /// "gpt2", an unknown `pre`.
+  /// "gpt2" and "llama", an unknown `pre`.
   static Result<Tokenizer> from_gguf(const storage::GgufTokenizer& data);
 
   /// The ids of `text`. Invalid: not UTF-8 (with the byte's offset), or over kEncodeBytesMax.
@@ -57,7 +67,8 @@ class Tokenizer {
   [[nodiscard]] std::string decode(std::span<const std::int32_t> ids,
                                    bool skip_special = false) const;
 
-  /// The bytes that `id` stands for; they need not be whole characters. Empty: not in the
+  /// The bytes that `id` stands for (see leading_space for the first of a text); they need not be
+  /// whole characters. Empty: not in the
   /// vocabulary. Valid as long as any copy of this tokenizer lives.
   [[nodiscard]] std::string_view token_bytes(std::int32_t id) const;
 
@@ -71,10 +82,14 @@ class Tokenizer {
   [[nodiscard]] std::string bos_token() const;
   [[nodiscard]] std::string eos_token() const;
 
+  /// Whether the id is an added token's: plain text begins anew after it.
+  [[nodiscard]] bool is_added(std::int32_t id) const;
   /// Whether decode(skip_special = true) leaves this id out.
   [[nodiscard]] bool is_special(std::int32_t id) const;
   /// The id of the added token (special or not) with exactly this content.
   [[nodiscard]] std::optional<std::int32_t> added_token_id(std::string_view content) const;
+  /// What decode, and whoever adds up token_bytes, does to the beginning of a text.
+  [[nodiscard]] LeadingSpace leading_space() const;
   /// Whether encode(add_special_tokens = true) puts the BOS token first.
   [[nodiscard]] bool adds_bos() const;
 
@@ -85,6 +100,10 @@ class Tokenizer {
  private:
   std::shared_ptr<const Impl> impl_;
 };
+
+/// A token's bytes without the spaces that decoding drops; `first` (true until the first token that
+/// has bytes) is kept by the caller.
+std::string_view drop_leading_space(LeadingSpace what, bool& first, std::string_view bytes);
 
 /// A GGUF file's tokenizer as a Hugging Face folder has it: same ids for every text. Errors as
 /// Tokenizer::from_gguf.

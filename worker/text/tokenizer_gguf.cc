@@ -6,7 +6,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <map>
 
 namespace tandem::worker::text {
@@ -15,8 +17,19 @@ namespace {
 using Json = nlohmann::json;
 
 /// tokenizer.ggml.token_type, as llama.cpp numbers them.
+constexpr std::int32_t kTypeNormal = 1;
+constexpr std::int32_t kTypeUnknown = 2;
 constexpr std::int32_t kTypeControl = 3;
 constexpr std::int32_t kTypeUserDefined = 4;
+
+bool is_sentencepiece(const storage::GgufTokenizer& data) {
+  return data.model == "llama";
+}
+
+bool is_added(std::int32_t type, const storage::GgufTokenizer& data) {
+  return type == kTypeControl || type == kTypeUserDefined ||
+         (type == kTypeUnknown && is_sentencepiece(data));
+}
 
 constexpr const char* kLlama3Pattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*)"
@@ -152,11 +165,11 @@ Status parse_tokens(const storage::GgufTokenizer& data, TokenizerParts& parts) {
     if (!parts.vocabulary.emplace(data.tokens[i], id).second)
       return invalid_error(str("GGUF: token ", i, " repeats \"", data.tokens[i], "\""));
     const std::int32_t type = data.token_types.empty() ? 1 : data.token_types[i];
-    if (type != kTypeControl && type != kTypeUserDefined) continue;
+    if (!is_added(type, data)) continue;
     AddedToken token;
     token.id = id;
     token.content = data.tokens[i];
-    token.special = type == kTypeControl;
+    token.special = type != kTypeUserDefined;
     parts.added.push_back(std::move(token));
   }
   for (const std::string& merge : data.merges) {
@@ -166,6 +179,44 @@ Status parse_tokens(const storage::GgufTokenizer& data, TokenizerParts& parts) {
     parts.merges.emplace_back(merge.substr(0, space), merge.substr(space + 1));
   }
   return Status::ok_status();
+}
+
+/// SentencePiece has no list of merges: any two neighbours that are a token together merge, the
+/// best score first. As a list: every way to cut a token into two, in the order of the scores (as
+/// transformers' SentencePieceExtractor writes it).
+Result<std::vector<std::pair<std::string, std::string>>> merges_of_scores(
+    const storage::GgufTokenizer& data) {
+  const std::size_t count = data.tokens.size();
+  if (data.scores.size() != count || data.token_types.size() != count)
+    return invalid_error(str("GGUF: ", count, " tokens but ", data.scores.size(), " scores and ",
+                             data.token_types.size(), " token types"));
+  StringMap<std::size_t> normal;
+  std::vector<std::size_t> order;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (data.token_types[i] != kTypeNormal) continue;
+    if (std::isnan(data.scores[i]))
+      return invalid_error(str("GGUF: the score of token ", i, " is NaN"));
+    normal.emplace(data.tokens[i], i);
+    order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return data.scores[a] > data.scores[b]; });
+  std::vector<std::pair<std::string, std::string>> merges;
+  for (const std::size_t token : order) {
+    const std::string_view spelling = data.tokens[token];
+    std::vector<std::array<std::size_t, 3>> cuts;  // left, right, where
+    for (std::size_t at = 1; at < spelling.size(); ++at) {
+      if ((static_cast<unsigned char>(spelling[at]) & 0xC0) == 0x80) continue;
+      const auto left = normal.find(spelling.substr(0, at)),
+                 right = normal.find(spelling.substr(at));
+      if (left != normal.end() && right != normal.end())
+        cuts.push_back({left->second, right->second, at});
+    }
+    std::sort(cuts.begin(), cuts.end());
+    for (const auto& cut : cuts)
+      merges.emplace_back(spelling.substr(0, cut[2]), spelling.substr(cut[2]));
+  }
+  return merges;
 }
 
 Status take_ids(const storage::GgufTokenizer& data, bool adds_bos, Tokenizer::Impl& impl) {
@@ -186,12 +237,57 @@ Status take_ids(const storage::GgufTokenizer& data, bool adds_bos, Tokenizer::Im
   return Status::ok_status();
 }
 
+Result<Tokenizer> from_scores(const storage::GgufTokenizer& data) {
+  auto impl = std::make_shared<Tokenizer::Impl>();
+  if (data.add_space_prefix.value_or(true)) {
+    impl->normalizer.add(PrependStep{kMetaspace});
+    impl->leading_space = LeadingSpace::kOneDropped;
+  }
+  impl->normalizer.add(ReplaceStep{std::string(" "), kMetaspace});
+  TokenizerParts parts;
+  parts.decodes_spaces = parts.decodes_bytes = true;
+  parts.bpe.characters = parts.bpe.byte_fallback = parts.bpe.fuse_unk = true;
+  if (data.unk_id && *data.unk_id < data.tokens.size())
+    parts.bpe.unk_id = static_cast<std::int32_t>(*data.unk_id);
+  TANDEM_ASSIGN_OR_RETURN(auto merges, merges_of_scores(data));
+  TANDEM_RETURN_IF_ERROR(parse_tokens(data, parts));
+  parts.merges = std::move(merges);
+  TANDEM_RETURN_IF_ERROR(build_vocabulary(std::move(parts), *impl));
+  TANDEM_RETURN_IF_ERROR(take_ids(data, true, *impl));
+  return Tokenizer(std::move(impl));
+}
+
+/// The same as tokenizer.json's components, but for the vocabulary.
+void scores_json(const storage::GgufTokenizer& data,
+                 const std::vector<std::pair<std::string, std::string>>& merges, Json& json) {
+  const bool prefix = data.add_space_prefix.value_or(true);
+  const auto replace = [](const char* from, const char* to) {
+    return Json{{"type", "Replace"}, {"pattern", {{"String", from}}}, {"content", to}};
+  };
+  Json normalizers = Json::array(), decoders = Json::array();
+  if (prefix) normalizers.push_back({{"type", "Prepend"}, {"prepend", kMetaspace}});
+  normalizers.push_back(replace(" ", kMetaspace));
+  decoders.push_back(replace(kMetaspace, " "));
+  decoders.push_back({{"type", "ByteFallback"}});
+  decoders.push_back({{"type", "Fuse"}});
+  if (prefix) decoders.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
+  json["normalizer"] = {{"type", "Sequence"}, {"normalizers", std::move(normalizers)}};
+  json["pre_tokenizer"] = nullptr;
+  json["decoder"] = {{"type", "Sequence"}, {"decoders", std::move(decoders)}};
+  Json& model = json["model"];
+  model["byte_fallback"] = model["fuse_unk"] = true;
+  model["merges"] = merges;
+  if (data.unk_id) model["unk_token"] = data.tokens[*data.unk_id];
+}
+
 }  // namespace
 
 Result<Tokenizer> Tokenizer::from_gguf(const storage::GgufTokenizer& data) {
+  if (is_sentencepiece(data)) return from_scores(data);
   if (data.model != "gpt2")
     return refused_error(str("GGUF: tokenizer.ggml.model is \"", data.model,
-                             "\", which is not supported (supported: gpt2, byte-level BPE)"));
+                             "\", which is not supported (supported: gpt2, byte-level BPE, and "
+                             "llama, SentencePiece's BPE)"));
   TANDEM_ASSIGN_OR_RETURN(const PreName pre, find_pre(data.pre));
   auto impl = std::make_shared<Impl>();
   TANDEM_RETURN_IF_ERROR(add_rules(pre.rules, data.add_space_prefix.value_or(false), *impl));
@@ -206,21 +302,24 @@ Result<Tokenizer> Tokenizer::from_gguf(const storage::GgufTokenizer& data) {
 
 Result<HfTokenizerFiles> hf_tokenizer_files(const storage::GgufTokenizer& data) {
   TANDEM_RETURN_IF_ERROR(Tokenizer::from_gguf(data).status());  // every error is found there
-  TANDEM_ASSIGN_OR_RETURN(const PreName pre, find_pre(data.pre));
+  PreName pre{"", Rules::kGpt2, true};
+  if (!is_sentencepiece(data)) {
+    TANDEM_ASSIGN_OR_RETURN(pre, find_pre(data.pre));
+  }
   Json json{{"version", "1.0"}, {"truncation", nullptr}, {"padding", nullptr}};
   rules_json(pre.rules, data.add_space_prefix.value_or(false), json);
   Json added = Json::array(), vocabulary = Json::object();
   for (std::size_t id = 0; id < data.tokens.size(); ++id) {
     vocabulary[data.tokens[id]] = id;
     const std::int32_t type = data.token_types.empty() ? 1 : data.token_types[id];
-    if (type == kTypeControl || type == kTypeUserDefined)
+    if (is_added(type, data))
       added.push_back({{"id", id},
                        {"content", data.tokens[id]},
                        {"single_word", false},
                        {"lstrip", false},
                        {"rstrip", false},
                        {"normalized", false},
-                       {"special", type == kTypeControl}});
+                       {"special", type != kTypeUserDefined}});
   }
   json["added_tokens"] = std::move(added);
   json["model"] = {{"type", "BPE"},
@@ -233,6 +332,10 @@ Result<HfTokenizerFiles> hf_tokenizer_files(const storage::GgufTokenizer& data) 
                    {"ignore_merges", pre.rules == Rules::kLlama3},
                    {"vocab", std::move(vocabulary)},
                    {"merges", data.merges}};
+  if (is_sentencepiece(data)) {
+    TANDEM_ASSIGN_OR_RETURN(const auto merges, merges_of_scores(data));
+    scores_json(data, merges, json);
+  }
   Json config{{"tokenizer_class", "PreTrainedTokenizerFast"},
               {"clean_up_tokenization_spaces", false}};
   std::map<std::string, std::uint32_t> ids;

@@ -19,6 +19,7 @@ struct Tokenizer::Impl {
     std::string bytes;
     bool present = false;
     bool special = false;
+    bool added = false;
   };
   std::vector<Entry> entries;  ///< by id
   std::vector<AddedToken> added;
@@ -30,9 +31,10 @@ struct Tokenizer::Impl {
   std::unique_ptr<Bpe> bpe;
   std::vector<std::int32_t> prefix_ids, suffix_ids;  ///< what add_special_tokens puts around
   std::optional<std::int32_t> bos_id, eos_id, unk_id, pad_id;
+  LeadingSpace leading_space = LeadingSpace::kKept;
 
   /// Appends the ids of text that holds no added token of the raw matcher.
-  Status encode_text(std::string_view text, bool parse_special,
+  Status encode_text(std::string_view text, bool parse_special, TextPlace place,
                      std::vector<std::int32_t>& ids) const;
 };
 
@@ -42,6 +44,9 @@ struct TokenizerParts {
   std::vector<std::pair<std::string, std::string>> merges;  ///< spellings, best first
   std::vector<AddedToken> added;
   BpeOptions bpe;
+  // Of SentencePiece's spellings: what decoding makes of them.
+  bool decodes_spaces = false;  ///< U+2581 is a space
+  bool decodes_bytes = false;   ///< <0x0A> is a byte
 };
 
 /// Fills entries, matchers and bpe of `impl` (whose normalizer is set already). Invalid: ids out of

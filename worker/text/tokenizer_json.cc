@@ -118,6 +118,33 @@ Status add_byte_level(const Json& component, PreTokenizer& pre_tokenizer) {
   return Status::ok_status();
 }
 
+/// Of the pre-tokenizer and the decoder Metaspace. Older files say add_prefix_space.
+Result<MetaspaceStep> read_metaspace(const Json& component) {
+  TANDEM_RETURN_IF_ERROR(
+      check_keys(component, "Metaspace",
+                 {"replacement", "prepend_scheme", "add_prefix_space", "split", "str_rep"}));
+  if (component.value("replacement", std::string(kMetaspace)) != kMetaspace)
+    return unsupported("a replacement of Metaspace other than U+2581", "U+2581");
+  MetaspaceStep step;
+  step.split = component.value("split", true);
+  const std::string scheme =
+      component.value("prepend_scheme",
+                      std::string(component.value("add_prefix_space", true) ? "always" : "never"));
+  if (scheme == "never")
+    step.prepend = MetaspaceStep::Prepend::kNever;
+  else if (scheme == "first")
+    step.prepend = MetaspaceStep::Prepend::kFirst;
+  else if (scheme != "always")
+    return invalid_error(str("tokenizer.json: unknown prepend_scheme \"", scheme, "\""));
+  return step;
+}
+
+Status add_metaspace(const Json& component, PreTokenizer& pre_tokenizer) {
+  TANDEM_ASSIGN_OR_RETURN(const MetaspaceStep step, read_metaspace(component));
+  pre_tokenizer.add(step);
+  return Status::ok_status();
+}
+
 /// `byte_level` becomes true at ByteLevel, after which nothing may follow: text is bytes then.
 Status add_pre_tokenizer(const Json& component, PreTokenizer& pre_tokenizer, bool& byte_level,
                          int depth) {
@@ -137,7 +164,10 @@ Status add_pre_tokenizer(const Json& component, PreTokenizer& pre_tokenizer, boo
     byte_level = true;
     return add_byte_level(component, pre_tokenizer);
   }
-  return unsupported(str("the pre-tokenizer ", type), "ByteLevel, Split, Digits, Sequence");
+  if (type == "Metaspace") return add_metaspace(component, pre_tokenizer);
+  if (component.is_null()) return Status::ok_status();
+  return unsupported(str("the pre-tokenizer ", type),
+                     "ByteLevel, Metaspace, Split, Digits, Sequence");
 }
 
 Status add_template(const Json& component, Tokenizer::Impl& impl) {
@@ -181,6 +211,44 @@ Status check_decoder(const Json& component, int depth) {
   return unsupported(str("the decoder ", type), "ByteLevel");
 }
 
+/// The decoder of a tokenizer whose tokens are spelled as SentencePiece does.
+Status parse_decoder(const Json& component, TokenizerParts& parts, Tokenizer::Impl& impl,
+                     int depth) {
+  const std::string type = component.is_null() ? "(none)" : type_of(component);
+  if (type == "Sequence" && depth < kComponentNestingMax) {
+    for (const Json& part : component.at("decoders"))
+      TANDEM_RETURN_IF_ERROR(parse_decoder(part, parts, impl, depth + 1));
+    return Status::ok_status();
+  }
+  if (type == "Fuse") return Status::ok_status();  // tokens are put together anyway
+  if (type == "ByteFallback") {
+    parts.decodes_bytes = true;
+    return Status::ok_status();
+  }
+  if (type == "Replace" && component.at("pattern") == Json{{"String", kMetaspace}} &&
+      component.at("content") == " ") {
+    parts.decodes_spaces = true;
+    return Status::ok_status();
+  }
+  if (type == "Strip" && component.at("content") == " " && component.at("stop") == 0 &&
+      (component.at("start") == 0 || component.at("start") == 1)) {
+    if (component.at("start") == 1) impl.leading_space = LeadingSpace::kOneDropped;
+    return Status::ok_status();
+  }
+  if (type == "Metaspace") {
+    TANDEM_ASSIGN_OR_RETURN(const MetaspaceStep step, read_metaspace(component));
+    parts.decodes_spaces = true;
+    if (step.prepend != MetaspaceStep::Prepend::kNever)
+      impl.leading_space = LeadingSpace::kOfFirstDropped;
+    return Status::ok_status();
+  }
+  const bool known = type == "Replace" || type == "Strip";
+  return unsupported(
+      str("the decoder ", known ? component.dump() : type, " of a tokenizer without ByteLevel"),
+      "Replace of U+2581 by a space, ByteFallback, Fuse, Strip of one leading "
+      "space, Metaspace, Sequence");
+}
+
 Result<std::pair<std::string, std::string>> parse_merge(const Json& merge) {
   if (merge.is_array() && merge.size() == 2)
     return std::pair(merge[0].get<std::string>(), merge[1].get<std::string>());
@@ -208,7 +276,6 @@ Status check_model(const Json& model) {
       return unsupported(str("the model's ", affix), "none");
   if (model.contains("dropout") && !model.at("dropout").is_null() && model.at("dropout") != 0.0)
     return unsupported("the model's dropout", "none");
-  if (model.value("byte_fallback", false)) return unsupported("the model's byte_fallback", "false");
   return Status::ok_status();
 }
 
@@ -216,6 +283,7 @@ Status parse_model(const Json& model, TokenizerParts& parts) {
   TANDEM_RETURN_IF_ERROR(check_model(model));
   parts.bpe.ignore_merges = model.value("ignore_merges", false);
   parts.bpe.fuse_unk = model.value("fuse_unk", false);
+  parts.bpe.byte_fallback = model.value("byte_fallback", false);
   for (const auto& [spelling, id] : model.at("vocab").items())
     parts.vocabulary.emplace(spelling, read_id(id));
   for (const Json& merge : model.at("merges")) {
@@ -245,8 +313,9 @@ void parse_added(const Json& list, TokenizerParts& parts) {
   }
 }
 
-/// The id of a token that tokenizer_config.json names, as text or as {"content": ...}.
-Result<std::optional<std::int32_t>> named_token(const Json& config, const char* key,
+/// The id of a token that tokenizer_config.json names, as text or as {"content": ...}. One that the
+/// tokenizer does not have is an error where it would be written (`needed`), else there is none.
+Result<std::optional<std::int32_t>> named_token(const Json& config, const char* key, bool needed,
                                                 const Tokenizer::Impl& impl,
                                                 const TokenizerParts& parts) {
   if (!config.contains(key) || config.at(key).is_null()) return std::optional<std::int32_t>();
@@ -257,15 +326,16 @@ Result<std::optional<std::int32_t>> named_token(const Json& config, const char* 
     return std::optional(added->second);
   if (const auto known = parts.vocabulary.find(content); known != parts.vocabulary.end())
     return std::optional(known->second);
+  if (!needed) return std::optional<std::int32_t>();
   return invalid_error(str("tokenizer_config.json: ", key, " is \"", content,
                            "\", which the tokenizer does not have"));
 }
 
 Status parse_config(const Json& config, const TokenizerParts& parts, Tokenizer::Impl& impl) {
-  TANDEM_ASSIGN_OR_RETURN(impl.bos_id, named_token(config, "bos_token", impl, parts));
-  TANDEM_ASSIGN_OR_RETURN(impl.eos_id, named_token(config, "eos_token", impl, parts));
-  TANDEM_ASSIGN_OR_RETURN(impl.unk_id, named_token(config, "unk_token", impl, parts));
-  TANDEM_ASSIGN_OR_RETURN(impl.pad_id, named_token(config, "pad_token", impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.bos_id, named_token(config, "bos_token", true, impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.eos_id, named_token(config, "eos_token", true, impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.unk_id, named_token(config, "unk_token", false, impl, parts));
+  TANDEM_ASSIGN_OR_RETURN(impl.pad_id, named_token(config, "pad_token", false, impl, parts));
   return Status::ok_status();
 }
 
@@ -292,9 +362,13 @@ Result<Tokenizer> parse(std::string_view tokenizer_json, std::string_view config
   bool byte_level = false;
   TANDEM_RETURN_IF_ERROR(
       add_pre_tokenizer(root.value("pre_tokenizer", Json()), impl->pre_tokenizer, byte_level, 0));
-  if (!byte_level) return unsupported("a pre-tokenizer without ByteLevel", "byte-level BPE");
+  parts.bpe.characters = !byte_level;
+  if (byte_level && parts.bpe.byte_fallback)
+    return unsupported("the model's byte_fallback beside ByteLevel", "one of the two");
   TANDEM_RETURN_IF_ERROR(add_post_processor(root.value("post_processor", Json()), *impl, 0));
-  TANDEM_RETURN_IF_ERROR(check_decoder(root.value("decoder", Json()), 0));
+  const Json decoder = root.value("decoder", Json());
+  TANDEM_RETURN_IF_ERROR(byte_level ? check_decoder(decoder, 0)
+                                    : parse_decoder(decoder, parts, *impl, 0));
   if (root.contains("added_tokens") && !root.at("added_tokens").is_null())
     parse_added(root.at("added_tokens"), parts);
   TANDEM_RETURN_IF_ERROR(build_vocabulary(parts, *impl));

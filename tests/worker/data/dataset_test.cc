@@ -92,6 +92,24 @@ TEST(Dataset, AddsBosOnceWhereTheTokenizerWantsIt) {
   }
 }
 
+TEST(Dataset, JoinsTextPartsOfContent) {
+  const Encoder encoder = chatml_encoder();
+  const std::string row = R"({"messages":[{"role":"user","content":[{"type":"text","text":"Hi"}]},)"
+                          R"({"role":"assistant","content":[{"type":"text","text":"Hello"},)"
+                          R"({"type":"text","text":" you"}]}]})";
+  EXPECT_EQ(parse_ok(row, encoder).examples[0].tokens, parse_ok(kChat, encoder).examples[0].tokens);
+}
+
+TEST(Dataset, RefusesTokensThatTheModelHasNoEmbeddingFor) {
+  Encoder encoder = chatml_encoder();
+  const auto tokens = parse_ok(kChat, encoder).examples[0].tokens;
+  const std::int32_t largest = *std::max_element(tokens.begin(), tokens.end());
+  encoder.vocab = largest + 1;
+  EXPECT_EQ(parse_ok(kChat, encoder).examples[0].tokens, tokens);
+  encoder.vocab = largest;
+  expect_error(kChat, {"line 1", str(largest), str("[0, ", largest, ")")}, {}, encoder);
+}
+
 TEST(Dataset, LeavesTurnsOfWeightZeroOut) {
   const Encoder encoder = chatml_encoder();
   const std::string row = R"({"messages":[{"role":"user","content":"u"},)"
@@ -182,6 +200,10 @@ TEST(Dataset, NamesTheLineAndTheProblem) {
   expect_error(R"({"messages":[{"role":"user","contents":"x"}]})",
                {"message 1", "contents", "did you mean content"});
   expect_error(R"({"messages":[{"role":"user","content":5}]})", {"message 1", "content"});
+  expect_error(R"({"messages":[{"role":"user","content":[{"type":"image_url"}]}]})",
+               {"message 1", "part 1", "image_url"});
+  expect_error(R"({"messages":[{"role":"user","content":["x"]}]})", {"message 1", "part 1"});
+  expect_error(R"([{"text":"x"}])", {"line 1", "array"});
   expect_error(R"({"messages":[]})", {"line 1", "not empty"});
   expect_error(R"({"messages":[{"content":"x"}]})", {"role"});
   expect_error(R"({"prompt":"x","completion":5})", {"completion", "number"});

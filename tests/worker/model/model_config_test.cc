@@ -103,6 +103,34 @@ TEST(ModelConfig, OldAndNewNamesOfRopeScalingMeanTheSame) {
   EXPECT_EQ(a.value().canonical_json(), b.value().canonical_json());
 }
 
+TEST(ModelConfig, DynamicRopeIsTheDefaultWithinTheContext) {
+  Json dynamic = smollm2();
+  dynamic["rope_scaling"] = {{"type", "dynamic"}, {"factor", 2.0}};
+  const auto config = ModelConfig::from_hf_json(dynamic.dump());
+  ASSERT_TRUE(config.ok()) << config.status().to_string();
+  EXPECT_EQ(config->canonical_json(),
+            ModelConfig::from_hf_json(smollm2().dump())->canonical_json());
+  dynamic["rope_scaling"].erase("factor");
+  EXPECT_NE(refusal(dynamic).find("factor is missing"), std::string::npos);
+}
+
+TEST(ModelConfig, AModelTypeStandsInForMissingArchitectures) {
+  Json json = smollm2();
+  json.erase("architectures");
+  json["model_type"] = "llama";
+  EXPECT_EQ(ModelConfig::from_hf_json(json.dump())->family, "llama");
+  json["model_type"] = "mamba";
+  EXPECT_NE(refusal(json).find("architectures"), std::string::npos);
+}
+
+TEST(ModelConfig, TokenIdsThatDoNotFitAreErrors) {
+  for (const char* key : {"bos_token_id", "eos_token_id"}) {
+    Json json = smollm2();
+    json[key] = std::int64_t{1} << 40;  // as 32 bits it would be token 0
+    EXPECT_NE(refusal(json).find(key), std::string::npos) << refusal(json);
+  }
+}
+
 TEST(ModelConfig, CanonicalTextDiffersWhereTheMathematicsDoes) {
   ModelConfig config = ModelConfig::from_hf_json(smollm2().dump()).value();
   const std::string text = config.canonical_json();

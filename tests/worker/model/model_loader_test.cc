@@ -106,6 +106,37 @@ TEST_F(ModelFolder, ATensorOfAnotherShapeOrNoneIsFoundBeforeAnyWork) {
   EXPECT_NE(load().message().find("model.layers.2."), std::string::npos) << load().message();
 }
 
+TEST_F(ModelFolder, ATensorThatNoProductWouldUseIsRefusedByName) {
+  const auto weights = storage::Safetensors::open((folder / "model.safetensors").string()).value();
+  const std::vector<float> values(64, 1.0f);
+  const auto with = [&](const std::string& name) {
+    std::vector<storage::TensorInfo> tensors(weights.tensors().begin(), weights.tensors().end());
+    tensors.push_back({name, DType::kF32, {64}, std::as_bytes(std::span(values))});
+    const std::string path = (folder / "model.safetensors").string();
+    EXPECT_TRUE(storage::write_safetensors(path, tensors, {}).ok());
+    return load();
+  };
+  EXPECT_TRUE(with("model.layers.0.self_attn.rotary_emb.inv_freq").ok());
+  for (const char* name : {"model.layers.0.self_attn.q_proj.bias",
+                           "model.layers.2.input_layernorm.weight", "score.weight"}) {
+    const Status status = with(name);
+    EXPECT_EQ(status.code(), StatusCode::kRefused) << status.to_string();
+    EXPECT_NE(status.message().find(name), std::string::npos) << status.message();
+  }
+}
+
+TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindAreErrors) {
+  for (const char* bad :
+       {R"({"temperature": "hot"})", R"({"top_k": 1.5})", R"({"do_sample": 1})",
+        R"({"eos_token_id": "</s>"})", R"({"eos_token_id": [2, 1099511627776]})"}) {
+    write("generation_config.json", bad);
+    EXPECT_EQ(load().code(), StatusCode::kInvalid) << bad;
+    EXPECT_NE(load().message().find("generation_config.json"), std::string::npos);
+  }
+  write("generation_config.json", R"({"temperature": null, "eos_token_id": null, "top_k": 3})");
+  EXPECT_EQ(load_model(folder.string())->generation.top_k, 3);
+}
+
 TEST_F(ModelFolder, TruncatedWeightsAreCorrupt) {
   fs::resize_file(folder / "model.safetensors", fs::file_size(folder / "model.safetensors") - 100);
   EXPECT_EQ(load().code(), StatusCode::kCorrupt);

@@ -57,9 +57,11 @@ TEST(Detokenizer, NeverEmitsHalfACharacterAndLosesNone) {
 }
 
 TEST(Detokenizer, StreamsWhatDecodeGivesForAnyIds) {
-  const Tokenizer tokenizer = golden_tokenizer();
   Random random(9);
-  for (int round = 0; round < 300; ++round) {
+  for (int round = 0; round < 600; ++round) {
+    const Tokenizer tokenizer = round % 3 == 0   ? golden_tokenizer()
+                                : round % 3 == 1 ? golden_tokenizer("llama2", "{}")
+                                                 : golden_tokenizer("metaspace", "{}");
     std::vector<std::int32_t> ids;
     for (std::uint64_t n = random.below(20); n > 0; --n)
       ids.push_back(static_cast<std::int32_t>(

@@ -19,10 +19,10 @@ inline std::string read_golden(const std::string& name) {
 }
 
 /// A small byte-level BPE with "<|im_start|>" and "<|im_end|>"; EOS is "<|end|>".
-inline Tokenizer golden_tokenizer(const std::string& kind = "gpt2") {
-  auto tokenizer =
-      Tokenizer::from_json(read_golden("tokenizer_" + kind + ".json"),
-                           R"({"bos_token":"<|begin|>","eos_token":{"content":"<|end|>"}})");
+inline Tokenizer golden_tokenizer(
+    const std::string& kind = "gpt2",
+    std::string_view config = R"({"bos_token":"<|begin|>","eos_token":{"content":"<|end|>"}})") {
+  auto tokenizer = Tokenizer::from_json(read_golden("tokenizer_" + kind + ".json"), config);
   EXPECT_TRUE(tokenizer.ok()) << tokenizer.status().to_string();
   return std::move(*tokenizer);
 }

@@ -46,8 +46,9 @@ TEST(Tokenizer, NamesTheComponentThatItDoesNotSupport) {
   };
   expect_refused(with("normalizer", {{"type", "BertNormalizer"}}), StatusCode::kRefused,
                  "BertNormalizer");
-  expect_refused(with("pre_tokenizer", {{"type", "Metaspace"}}), StatusCode::kRefused, "Metaspace");
-  expect_refused(with("pre_tokenizer", nullptr), StatusCode::kRefused, "(none)");
+  expect_refused(with("pre_tokenizer", {{"type", "Whitespace"}}), StatusCode::kRefused,
+                 "Whitespace");
+  expect_refused(with("pre_tokenizer", nullptr), StatusCode::kRefused, "the decoder ByteLevel");
   expect_refused(with("decoder", {{"type", "WordPiece"}}), StatusCode::kRefused, "WordPiece");
   expect_refused(with("post_processor", {{"type", "BertProcessing"}}), StatusCode::kRefused,
                  "BertProcessing");
@@ -249,6 +250,102 @@ TEST(GgufTokenizer, GivesTheIdsOfTheSameVocabularyInTokenizerJson) {
   }
 }
 
+/// The vocabulary of a golden SentencePiece tokenizer as a GGUF file would hold it: ids are ranks.
+storage::GgufTokenizer gguf_of_llama2() {
+  storage::GgufTokenizer data = gguf_of("llama2", "");
+  data.model = "llama";
+  data.merges.clear();
+  for (std::size_t i = 0; i < data.tokens.size(); ++i) {
+    data.scores.push_back(-static_cast<float>(i));
+    const bool byte = data.tokens[i].size() == 6 && data.tokens[i].starts_with("<0x");
+    if (byte) data.token_types[i] = 6;
+  }
+  data.token_types[0] = 2;
+  data.unk_id = 0;
+  data.bos_id = 1;
+  data.eos_id = 2;
+  return data;
+}
+
+/// SentencePiece's definition: of all neighbours that are a token together the best score merges.
+std::vector<std::int32_t> merge_by_score(const std::string& text,
+                                         const storage::GgufTokenizer& data) {
+  StringMap<std::int32_t> ids;
+  for (std::size_t i = 0; i < data.tokens.size(); ++i)
+    if (data.token_types[i] == 1) ids.emplace(data.tokens[i], static_cast<std::int32_t>(i));
+  std::vector<std::string> parts;
+  std::string all = "\u2581";
+  for (const char c : text) all += c == ' ' ? std::string("\u2581") : std::string(1, c);
+  for (std::size_t at = 0; at < all.size(); at += parts.back().size())
+    parts.push_back(all.substr(at, utf8_length(static_cast<unsigned char>(all[at]))));
+  while (true) {
+    std::size_t best = parts.size();
+    float score = -1e30f;
+    for (std::size_t i = 0; i + 1 < parts.size(); ++i)
+      if (const auto found = ids.find(parts[i] + parts[i + 1]);
+          found != ids.end() && data.scores[static_cast<std::size_t>(found->second)] > score) {
+        score = data.scores[static_cast<std::size_t>(found->second)];
+        best = i;
+      }
+    if (best == parts.size()) break;
+    parts[best] += parts[best + 1];
+    parts.erase(parts.begin() + static_cast<std::ptrdiff_t>(best) + 1);
+  }
+  std::vector<std::int32_t> out;
+  for (const std::string& part : parts) {
+    if (const auto found = ids.find(part); found != ids.end()) {
+      out.push_back(found->second);
+      continue;
+    }
+    for (const char c : part) {
+      const auto byte = std::find(data.tokens.begin(), data.tokens.end(),
+                                  byte_token(static_cast<unsigned char>(c)));
+      out.push_back(static_cast<std::int32_t>(byte - data.tokens.begin()));
+    }
+  }
+  return out;
+}
+
+TEST(GgufTokenizer, MergesSentencePieceVocabulariesByScore) {
+  const auto data = gguf_of_llama2();
+  const auto gguf = Tokenizer::from_gguf(data);
+  ASSERT_TRUE(gguf.ok()) << gguf.status().to_string();
+  const auto files = hf_tokenizer_files(data);
+  ASSERT_TRUE(files.ok()) << files.status().to_string();
+  const auto exported = Tokenizer::from_json(files->tokenizer_json, files->tokenizer_config_json);
+  ASSERT_TRUE(exported.ok()) << exported.status().to_string();
+  const auto texts =
+      Json::parse(read_golden("tokenizers.json"))["texts"].get<std::vector<std::string>>();
+  int compared = 0;
+  for (const std::string& text : texts) {
+    EXPECT_EQ(encode_ok(*exported, text), encode_ok(*gguf, text)) << text;
+    if (text.empty() || text.find('<') != std::string::npos) continue;  // added tokens
+    EXPECT_EQ(gguf->decode(encode_ok(*gguf, text)), text);
+    if (++compared <= 30) {
+      EXPECT_EQ(encode_ok(*gguf, text), merge_by_score(text, data)) << text;
+    }
+  }
+  EXPECT_GT(compared, 30);
+  EXPECT_TRUE(gguf->adds_bos());
+  EXPECT_TRUE(exported->adds_bos());
+}
+
+TEST(Tokenizer, PutsNothingBeforeATextThatContinuesAnother) {
+  for (const char* kind : {"llama2", "llama2-first", "metaspace", "gpt2-prefix"}) {
+    const Tokenizer tokenizer = golden_tokenizer(kind, "{}");
+    const auto whole = encode_ok(tokenizer, "a b c");
+    auto parts = encode_ok(tokenizer, "a");
+    const auto rest =
+        encode_ok(tokenizer, " b c", {.add_special_tokens = false, .continues = true});
+    parts.insert(parts.end(), rest.begin(), rest.end());
+    EXPECT_EQ(parts, whole) << kind;
+    EXPECT_EQ(tokenizer.decode(whole),
+              std::string_view(kind) == "gpt2-prefix" ? " a b c" : "a b c");
+    const auto glued = encode_ok(tokenizer, "c", {.add_special_tokens = false, .continues = true});
+    EXPECT_EQ(tokenizer.token_bytes(glued[0]), "c") << kind;
+  }
+}
+
 TEST(GgufTokenizer, RefusesAnUnknownPreAndAnUnknownModelByName) {
   const auto pre = Tokenizer::from_gguf(gguf_of("gpt2", "hal-9000"));
   ASSERT_FALSE(pre.ok());
@@ -256,8 +353,10 @@ TEST(GgufTokenizer, RefusesAnUnknownPreAndAnUnknownModelByName) {
   EXPECT_NE(pre.status().message().find("hal-9000"), std::string::npos);
   EXPECT_NE(pre.status().message().find("smollm"), std::string::npos);
   auto data = gguf_of("gpt2", "gpt-2");
-  data.model = "llama";
+  data.model = "t5";
   EXPECT_EQ(Tokenizer::from_gguf(data).status().code(), StatusCode::kRefused);
+  data.model = "llama";  // needs scores
+  EXPECT_EQ(Tokenizer::from_gguf(data).status().code(), StatusCode::kInvalid);
   data = gguf_of("gpt2", "gpt-2");
   data.eos_id = 1 << 30;
   EXPECT_EQ(Tokenizer::from_gguf(data).status().code(), StatusCode::kInvalid);
@@ -354,11 +453,35 @@ TEST(ByteLevel, SpellsEveryByteAndReadsItBack) {
 }
 
 TEST(Regex, RefusesWhatTheDialectsReadDifferently) {
-  for (const char* pattern : {"[a[bc]]", "[a&&b]", "\\h", "[\\W]", "[]a]"})
+  for (const char* pattern : {"[a[bc]]", "[a&&b]", "\\X", "[\\W]", "[]a]"})
     EXPECT_EQ(Regex::compile(pattern).status().code(), StatusCode::kRefused) << pattern;
   EXPECT_EQ(Regex::compile("(a").status().code(), StatusCode::kInvalid);
   EXPECT_EQ(Regex::compile(std::string(kRegexBytesMax + 1, 'a')).status().code(),
             StatusCode::kRefused);
+}
+
+TEST(Regex, ReadsBoundsWordBoundariesAndEmptyMatchesAsOniguruma) {
+  const auto found = [](const char* pattern, std::string_view text) {
+    const auto regex = Regex::compile(pattern);
+    EXPECT_TRUE(regex.ok()) << regex.status().to_string();
+    std::vector<Span> matches;
+    if (regex.ok()) {
+      EXPECT_TRUE(regex->find_all(text, matches).ok());
+    }
+    return matches;
+  };
+  using Spans = std::vector<Span>;
+  EXPECT_EQ(found("\\p{N}{1,3}+", "12345"), (Spans{{0, 5}}));  // not possessive: repeated
+  EXPECT_EQ(found("(?:ab|c){2}+", "abcabcabc"), (Spans{{0, 9}}));
+  EXPECT_EQ(found("[ab]{2}?", "abb"), (Spans{{0, 2}, {3, 3}}));  // optional, not lazy
+  EXPECT_EQ(found("xé{,2}", "xééé"), (Spans{{0, 5}}));
+  EXPECT_EQ(found("a{x}|{", "a{x}{"), (Spans{{0, 4}, {4, 5}}));  // braces that mean themselves
+  EXPECT_EQ(found("a{1,2}?", "aa"), (Spans{{0, 1}, {1, 2}}));
+  EXPECT_EQ(found("\\h+\\b", "beef e\u0301"), (Spans{{0, 4}}));  // a mark continues the word
+  EXPECT_EQ(found("\\u0041|\\x{42}", "AB"), (Spans{{0, 1}, {1, 2}}));
+  EXPECT_EQ(found("\\w+", "a½Ⅷ④Ⓐ"), (Spans{{0, 6}, {9, 12}}));
+  EXPECT_EQ(found("[\\w]+", "a½Ⅷ"), (Spans{{0, 1}, {3, 6}}));  // another set, inside a class
+  EXPECT_EQ(found("(?=b)|c", "abc"), (Spans{{1, 1}, {2, 3}}));
 }
 
 TEST(Regex, KnowsLettersAndNumbersNewerThanItsLibrary) {
