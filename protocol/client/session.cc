@@ -345,7 +345,7 @@ void Session::watch_silence() {
     if (!fatal_.has_value()) say_hello();
     return;
   }
-  const TimeMs heartbeat = scaled_ms(server_.heartbeat_ms);
+  const TimeMs heartbeat = server_.heartbeat_ms;  // scaled by the coordinator
   if (open_.empty() || heartbeat == 0) {
     heard_ms_ = time;
     return;

@@ -115,6 +115,9 @@ void check_list(std::size_t size, const char* field, std::int64_t items_max) {
 std::int64_t get_count(std::int64_t value, const char* field) {
   if (value < 0)
     throw Refusal(&DecodeCounters::over_limit, str(field, ": ", value, " is negative"));
+  if (value > kCountMax)
+    throw Refusal(&DecodeCounters::over_limit,
+                  str(field, ": ", value, " exceeds the limit of ", kCountMax));
   return value;
 }
 

@@ -117,7 +117,9 @@ IdType get_id(capnp::Text::Reader reader, const char* field) {
 }
 Digest get_digest(capnp::Data::Reader reader, const char* field);
 void check_list(std::size_t size, const char* field, std::int64_t items_max = kListItemsMax);
-/// Refuses a negative count, size or time.
+/// Of a count, size or time: a receiver may add one to a clock's time or a size of its own.
+inline constexpr std::int64_t kCountMax = std::int64_t{1} << 62;
+/// Refuses a count, size or time that is negative or over kCountMax.
 std::int64_t get_count(std::int64_t value, const char* field);
 
 /// The C++ enum of a wire enum whose last known value is `last`; both number their values alike.

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <set>
 #include <sstream>
 
@@ -427,13 +428,21 @@ TEST(HostileFrames, LimitsNameTheFieldTheLimitAndTheValue) {
   Generate generate;
   generate.next_index = -1;
   EXPECT_FALSE(decode_client(encode(ClientMessage(generate)), &counters).ok());
+  // Added to a clock, a size or a position these would overflow.
+  generate.next_index = std::numeric_limits<std::int64_t>::max();
+  EXPECT_FALSE(decode_client(encode(ClientMessage(generate)), &counters).ok());
+  generate.next_index = 0;
+  generate.deadline_ms = std::numeric_limits<std::int64_t>::max();
+  EXPECT_FALSE(decode_client(encode(ClientMessage(generate)), &counters).ok());
+  const BlobGet whole{1, {}, 0, std::numeric_limits<std::int64_t>::max()};
+  EXPECT_FALSE(decode_bulk(encode(BulkRequest(whole)), &counters).ok());
   BlobHas has;
   has.digests.resize(static_cast<std::size_t>(kBlobHasMax) + 1);
   EXPECT_FALSE(decode_bulk(encode(BulkRequest(has)), &counters).ok());
   const Bytes digest = raw_message<wire::BulkRequest>(
       [](auto b) { b.initPut().setDigest(kj::StringPtr("short").asBytes()); });
   EXPECT_FALSE(decode_bulk(digest, &counters).ok());
-  EXPECT_EQ(counters.over_limit, 4u);
+  EXPECT_EQ(counters.over_limit, 7u);
 }
 
 TEST(HostileFrames, ATextThatIsNotUtf8IsRefusedWithItsPlace) {

@@ -53,6 +53,22 @@ bool alive(pid_t pid) {
          stat[end + 2] != 'X';
 }
 
+/// What a sanitizer said of a process that the test only knows by its log: it may have been started
+/// again since, and all else went well. "" in builds without one.
+std::string sanitizer_report(const std::string& folder) {
+  constexpr std::size_t kShownBytes = 6000;
+  std::error_code error;
+  for (const auto& file : fs::recursive_directory_iterator(folder, error)) {
+    const std::string text = file.is_regular_file(error) ? read_all(file.path()) : "";
+    for (const char* mark : {"ERROR: AddressSanitizer", "ERROR: LeakSanitizer",
+                             "WARNING: ThreadSanitizer", "ThreadSanitizer:DEADLYSIGNAL",
+                             ": runtime error: "})
+      if (const auto at = text.find(mark); at != std::string::npos)
+        return file.path().filename().string() + ": " + text.substr(at, kShownBytes);
+  }
+  return "";
+}
+
 }  // namespace
 
 bool eventually(TimeMs timeout_ms, const std::function<bool()>& condition) {
@@ -93,6 +109,8 @@ Platform::~Platform() {
   if (alive(coordinator_)) kill_process(coordinator_);
   while (::waitpid(-1, nullptr, WNOHANG) > 0) {
   }
+  const std::string report = sanitizer_report(data_dir() + "/log");
+  EXPECT_EQ(report, "");
   if (!testing::Test::HasFailure())
     fs::remove_all(directory_);
   else

@@ -14,6 +14,16 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__SANITIZE_ADDRESS__)
+/// What a program that uses MPI starts with, before ASAN_OPTIONS. Leaks of Open MPI are known by its
+/// libraries' names (tests/support/lsan.supp), which only whole stacks hold: it has no frame
+/// pointers, and its components are unloaded before leaks are looked for.
+extern "C" const char* __asan_default_options();
+const char* __asan_default_options() {
+  return "fast_unwind_on_malloc=0";
+}
+#endif
+
 namespace tandem::worker::comm {
 
 namespace {

@@ -28,7 +28,7 @@ void CoordinatorLink::tick() {
     connections_seen_ = connections;  // another connection, perhaps another coordinator
     rehello();
   }
-  if (state_ == State::kReady && now - heard_ms_ > scaled_ms(lease_ms_)) {
+  if (state_ == State::kReady && now - heard_ms_ > lease_ms_) {
     log_warn("no word from the coordinator for ", now - heard_ms_,
              " ms; saying hello until it answers");
     rehello();
@@ -42,7 +42,7 @@ void CoordinatorLink::tick() {
   if (state_ == State::kReady && now >= next_heartbeat_ms_) {
     if (auto beat = callbacks_.heartbeat(++seq_))
       (void)endpoint_->send(protocol::encode(protocol::WorkerMessage{std::move(*beat)}));
-    next_heartbeat_ms_ = now + scaled_ms(heartbeat_ms_);
+    next_heartbeat_ms_ = now + heartbeat_ms_;
   }
 }
 

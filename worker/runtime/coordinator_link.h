@@ -50,7 +50,8 @@ class CoordinatorLink {
   Callbacks callbacks_;
   State state_ = State::kGreeting;
   TimeMs next_hello_ms_ = 0, next_heartbeat_ms_ = 0, heard_ms_ = 0;
-  TimeMs heartbeat_ms_ = 1000, lease_ms_ = 5000;
+  /// As the coordinator says them, which has scaled them.
+  TimeMs heartbeat_ms_ = scaled_ms(1000), lease_ms_ = scaled_ms(5000);
   std::uint64_t seq_ = 0, connections_seen_ = 0;
 };
 
