@@ -15,8 +15,8 @@
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
-/// What a program that uses MPI starts with, before ASAN_OPTIONS. Leaks of Open MPI are known by its
-/// libraries' names (tests/support/lsan.supp), which only whole stacks hold: it has no frame
+/// What a program that uses MPI starts with, before ASAN_OPTIONS. Leaks of Open MPI are known by
+/// its libraries' names (tests/support/lsan.supp), which only whole stacks hold: it has no frame
 /// pointers, and its components are unloaded before leaks are looked for.
 extern "C" const char* __asan_default_options();
 const char* __asan_default_options() {
