@@ -14,8 +14,8 @@ inline constexpr int kRows = kSkinnyRows,
 inline constexpr int kConsumerWarps = 4, kConsumers = 32 * kConsumerWarps;
 inline constexpr int kProducer = kConsumerWarps, kLister = kProducer + 1,
                      kThreads = 32 * (kLister + 1);
-/// Of narrow tiles, whose stages are small: a multiprocessor asks for 72 KiB of weights at once. Wide
-/// ones do not gain from more than eight.
+/// Of narrow tiles, whose stages are small: a multiprocessor asks for 72 KiB of weights at once.
+/// Wide ones do not gain from more than eight.
 inline constexpr int kStagesMax = 18;
 inline constexpr int kRankMax = 64;
 inline constexpr int kPiecesMax = kRows * kSitesMax;

@@ -85,7 +85,7 @@ TEST_F(BadInput, AModelThatCannotBeLoadedTakesNothingFromTheOthers) {
     Json config = Json::parse(in);
     config["initializer_range"] = 0.01 * name.back();  // another digest
     write(name + "/config.json", config.dump());
-    expect({"model", "add", name, file(name)}, 0, {});
+    expect({"model", "add", name, file(name), "--shared"}, 0, {});
     fs::remove(file(name + "/tokenizer.json"));
     EXPECT_NE(platform_->cli({"generate", "--model", name, "--prompt", "x"}).code, 0);
     // At once, and by the engine that held it all along.

@@ -182,10 +182,14 @@ TEST_F(CommandLine, SignalsCancelAnAnswerThatHasNotBegunAndOneThatIsNotStreamed)
     EXPECT_TRUE(eventually(10'000, [] { return requests("waiting") == 0; }));
   }
   platform_->call("worker.resume", {{"worker", worker_}});
+  // An engine that holds still does not finish before the signal comes.
+  const pid_t engine = platform_->engine();
+  ASSERT_EQ(::kill(engine, SIGSTOP), 0);
   EXPECT_EQ(interrupt({"generate", "--model", "tiny", "--prompt", "x", "--no-cache", "--no-stream",
                        "--ignore-eos", "--max-tokens", "400"},
                       SIGINT, [] { return requests("running") == 1; }),
             1);
+  ::kill(engine, SIGCONT);
   EXPECT_TRUE(eventually(10'000, [] { return requests("running") == 0; }));
 }
 
