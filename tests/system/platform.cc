@@ -60,9 +60,9 @@ std::string sanitizer_report(const std::string& folder) {
   std::error_code error;
   for (const auto& file : fs::recursive_directory_iterator(folder, error)) {
     const std::string text = file.is_regular_file(error) ? read_all(file.path()) : "";
-    for (const char* mark : {"ERROR: AddressSanitizer", "ERROR: LeakSanitizer",
-                             "WARNING: ThreadSanitizer", "ThreadSanitizer:DEADLYSIGNAL",
-                             ": runtime error: "})
+    for (const char* mark :
+         {"ERROR: AddressSanitizer", "ERROR: LeakSanitizer", "WARNING: ThreadSanitizer",
+          "ThreadSanitizer:DEADLYSIGNAL", ": runtime error: "})
       if (const auto at = text.find(mark); at != std::string::npos)
         return file.path().filename().string() + ": " + text.substr(at, kShownBytes);
   }
