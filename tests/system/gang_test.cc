@@ -265,7 +265,7 @@ TEST_F(Gangs, ARankKilledWhileItsCheckpointIsUploadedCostsThatCheckpointAlone) {
 TEST_F(Gangs, ARankThatHangsEndsItsGangWithinTheGangsPatience) {
   for (const int rank : {0, 1}) {
     const std::string job =
-        submit(str("hung-", rank), with(kSettings, {{"tp", 2}, {"max_steps", 120}}));
+        submit(str("hung-", rank), with(kSettings, {{"tp", 2}, {"max_steps", 400}}));
     ASSERT_TRUE(reaches(job, 5));
     const pid_t pid = rank_of(job, rank);
     ASSERT_GT(pid, 0);
