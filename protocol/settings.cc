@@ -75,64 +75,36 @@ Status read_file(const std::string& path, std::map<std::string, SettingValue>& v
   return {};
 }
 
-/// Words that a setting may be, and whole numbers' ranges.
-const std::map<std::string, std::vector<std::string>>& choices() {
-  static const std::map<std::string, std::vector<std::string>> table{
-      {"device", {"auto", "cpu", "cuda"}},
-      {"dtype", {"auto", "f32", "bf16", "f16"}},
-      {"numerics", {"auto", "replay", "invariant"}},
-      {"log_level", {"debug", "info", "warn", "error"}}};
-  return table;
-}
-const std::map<std::string, std::pair<std::int64_t, std::int64_t>>& ranges() {
-  constexpr std::int64_t kMany = 1'000'000, kDayMs = 86'400'000, kYearS = 366 * 86'400;
-  static const std::map<std::string, std::pair<std::int64_t, std::int64_t>> table{
-      {"workers", {1, 1024}},
-      {"threads", {0, 4096}},
-      {"queue_requests_max", {1, kMany}},
-      {"queue_jobs_max", {1, kMany}},
-      {"job_attempts_max", {1, kMany}},
-      {"lease_ms", {20, kDayMs}},
-      {"heartbeat_ms", {10, kDayMs}},
-      {"cache_ttl_s", {0, 100 * kYearS}},
-      {"adapter_slots", {1, kMany}},
-      {"batch_tokens_max", {1, kMany}},
-      {"running_requests_max", {1, kMany}},
-      {"serve_multiprocessors", {0, kMany}},
-      {"drain_timeout_s", {0, kYearS}},
-      {"gang_timeout_s", {1, kYearS}}};
-  return table;
-}
-
 /// What is wrong is said where it was set, not by a daemon that then does not start.
-Status check_value(const std::string& name, const SettingValue& setting) {
+Status check_value(const SettingInfo& info, const SettingValue& setting) {
   const auto origin = str(" (", setting.origin, ")");
-  if (const auto known = choices().find(name); known != choices().end()) {
-    const auto& words = known->second;
-    if (std::find(words.begin(), words.end(), setting.value) != words.end()) return {};
+  if (!info.words.empty()) {
+    if (std::find(info.words.begin(), info.words.end(), setting.value) != info.words.end())
+      return {};
     std::string list;
-    for (const std::string& word : words)
-      list += (list.empty() ? "" : word == words.back() ? " or " : ", ") + word;
-    return invalid_error(str(name, " must be ", list, ", not \"", setting.value, "\"", origin));
+    for (const std::string& word : info.words)
+      list += (list.empty() ? "" : word == info.words.back() ? " or " : ", ") + word;
+    return invalid_error(
+        str(info.name, " must be ", list, ", not \"", setting.value, "\"", origin));
   }
-  if (name.ends_with("_bytes_max")) {
+  if (info.name.ends_with("_bytes_max")) {
     const Status size = parse_bytes(setting.value).status();
-    return size.ok() ? size : invalid_error(str(name, ": ", size.message(), origin));
+    return size.ok() ? size : invalid_error(str(info.name, ": ", size.message(), origin));
   }
-  const auto range = ranges().find(name);
-  if (range == ranges().end()) return {};
+  if (!info.range) return {};
   std::int64_t number = 0;
   const char* const end = setting.value.data() + setting.value.size();
   const auto read = std::from_chars(setting.value.data(), end, number);
-  const auto [low, high] = range->second;
+  const auto [low, high] = *info.range;
   if (read.ec == std::errc() && read.ptr == end && number >= low && number <= high) return {};
-  return invalid_error(str(name, " must be a whole number in ", low, "..", high, ", not \"",
+  return invalid_error(str(info.name, " must be a whole number in ", low, "..", high, ", not \"",
                            setting.value, "\"", origin));
 }
 
 }  // namespace
 
 const std::vector<SettingInfo>& Settings::known() {
+  constexpr std::int64_t kMany = 1'000'000, kDayMs = 86'400'000, kYearS = 366 * 86'400;
   static const std::vector<SettingInfo> table{
       {"data_dir", default_data_dir(), "registry, logs, sockets and caches live below it"},
       {"coordinator", "", "endpoint of the coordinator's client socket; empty: ipc below data_dir"},
@@ -148,37 +120,64 @@ const std::vector<SettingInfo>& Settings::known() {
       {"registry_bytes_max", "1GiB", "map size of the registry"},
       {"blobs_bytes_max", "16GiB", "map size of the blob store; larger objects become files"},
       {"cache_bytes_max", "256MiB", "result cache"},
-      {"cache_ttl_s", "86400", "seconds a cached result lives"},
-      {"queue_requests_max", "1024", "requests waiting in the coordinator; more are answered busy"},
-      {"queue_jobs_max", "1024", "jobs waiting; more are refused"},
-      {"lease_ms", "5000", "a worker that is silent this long is dead"},
-      {"heartbeat_ms", "1000", "how often workers report"},
-      {"job_attempts_max", "10", "starts of one job after worker deaths before it fails"},
-      {"device", "auto", "auto, cpu or cuda"},
-      {"threads", "0",
-       "OpenMP threads per engine; 0: the machine's cores divided by the local workers"},
-      {"dtype", "auto", "compute dtype: auto, f32, bf16 or (on a GPU) f16"},
-      {"numerics", "auto", "auto, replay or invariant (auto: invariant for f32 on CPU)"},
+      {"cache_ttl_s", "86400", "seconds a cached result lives", {}, {{0, 100 * kYearS}}},
+      {"queue_requests_max",
+       "1024",
+       "requests waiting in the coordinator; more are answered busy",
+       {},
+       {{1, kMany}}},
+      {"queue_jobs_max", "1024", "jobs waiting; more are refused", {}, {{1, kMany}}},
+      {"lease_ms", "5000", "a worker that is silent this long is dead", {}, {{20, kDayMs}}},
+      {"heartbeat_ms", "1000", "how often workers report", {}, {{10, kDayMs}}},
+      {"job_attempts_max",
+       "10",
+       "starts of one job after worker deaths before it fails",
+       {},
+       {{1, kMany}}},
+      {"device", "auto", "auto, cpu or cuda", {"auto", "cpu", "cuda"}},
+      {"threads",
+       "0",
+       "OpenMP threads per engine; 0: the machine's cores divided by the local workers",
+       {},
+       {{0, 4096}}},
+      {"dtype",
+       "auto",
+       "compute dtype: auto, f32, bf16 or (on a GPU) f16",
+       {"auto", "f32", "bf16", "f16"}},
+      {"numerics",
+       "auto",
+       "auto, replay or invariant (auto: invariant for f32 on CPU)",
+       {"auto", "replay", "invariant"}},
       {"memory_bytes_max", "0",
        "device memory an engine may use; 0: three quarters of what is there"},
       {"kv_bytes_max", "0",
        "key-value cache; 0: an eighth of memory_bytes_max, at most 1 GiB on CPU"},
-      {"adapter_slots", "32", "adapters that may share a batch"},
-      {"batch_tokens_max", "512", "tokens of one serving iteration (prefill is chunked to fit)"},
-      {"running_requests_max", "64", "requests decoding at once in one engine"},
+      {"adapter_slots", "32", "adapters that may share a batch", {}, {{1, kMany}}},
+      {"batch_tokens_max",
+       "512",
+       "tokens of one serving iteration (prefill is chunked to fit)",
+       {},
+       {{1, kMany}}},
+      {"running_requests_max", "64", "requests decoding at once in one engine", {}, {{1, kMany}}},
       {"train_share_min", "0.25", "share of device time a training job keeps while requests run"},
       {"serve_interval_ms", "auto",
        "while a job trains, from the end of one serving step to that of the next; auto: 22 on a "
        "GPU, 0 on CPU"},
       {"batch_tokens_beside", "auto",
        "batch_tokens_max while a job trains; auto: 256 on a GPU, unchanged on CPU"},
-      {"serve_multiprocessors", "0",
-       "of a GPU, that training leaves to small serving steps, which then run beside it"},
-      {"drain_timeout_s", "25", "seconds SIGTERM waits for running work"},
-      {"gang_timeout_s", "120",
-       "a rank that is silent this long (and 5 of its longest recent steps) ends its job's gang"},
-      {"workers", "1", "tandem up: workers to launch"},
-      {"log_level", "info", "debug, info, warn or error"},
+      {"serve_multiprocessors",
+       "0",
+       "of a GPU, that training leaves to small serving steps, which then run beside it",
+       {},
+       {{0, kMany}}},
+      {"drain_timeout_s", "25", "seconds SIGTERM waits for running work", {}, {{0, kYearS}}},
+      {"gang_timeout_s",
+       "120",
+       "a rank that is silent this long (and 5 of its longest recent steps) ends its job's gang",
+       {},
+       {{1, kYearS}}},
+      {"workers", "1", "tandem up: workers to launch", {}, {{1, 1024}}},
+      {"log_level", "info", "debug, info, warn or error", {"debug", "info", "warn", "error"}},
   };
   return table;
 }
@@ -211,8 +210,8 @@ Result<Settings> Settings::load(const std::map<std::string, std::string>& flags,
     if (!settings.values_.contains(name)) return unknown_setting("command line", name);
     settings.values_[name] = {value, "flag"};
   }
-  for (const auto& [name, value] : settings.values_)
-    TANDEM_RETURN_IF_ERROR(check_value(name, value));
+  for (const SettingInfo& info : known())
+    TANDEM_RETURN_IF_ERROR(check_value(info, settings.values_.at(info.name)));
   std::error_code error;
   auto& data_dir = settings.values_["data_dir"].value;
   data_dir = std::filesystem::absolute(data_dir, error).lexically_normal().string();

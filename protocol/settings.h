@@ -8,7 +8,9 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace tandem::protocol {
@@ -16,6 +18,9 @@ namespace tandem::protocol {
 /// One known setting. `name` is the YAML key; the environment variable is TANDEM_ + upper case.
 struct SettingInfo {
   std::string name, default_value, help;
+  std::vector<std::string> words{};  ///< that its value may be; empty: it is none of these
+  /// Of a whole number, both ends included. Sizes (NAME_bytes_max) have none.
+  std::optional<std::pair<std::int64_t, std::int64_t>> range{};
 };
 
 struct SettingValue {
