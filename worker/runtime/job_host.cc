@@ -278,15 +278,23 @@ void JobHost::publish() {
   const std::int64_t probe_begin = steady_ns();
   served_ = session_->build_adapter(*adapter);
   publish_times_.build_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
-  probe_difference_ = session_->probe(probe_prompt_, *adapter, served_);
+  const double difference = session_->probe(probe_prompt_, *adapter, served_);
+  if (probed(difference, probe_begin)) publish_when_ready();
+}
+
+bool JobHost::probed(double difference, std::int64_t begin_ns) {
+  probe_difference_ = difference;
   const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
-  if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
-    return end(internal_error(
-        str("publish refused: the reloaded adapter's logits differ from the trained one's by ",
-            probe_difference_)));
-  publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
+  if (!std::isfinite(difference) || (exact && difference != 0)) {
+    end(
+        internal_error(str("publish refused: the logits of what was read back differ from those of "
+                           "what was trained by ",
+                           difference)));
+    return false;
+  }
+  publish_times_.probe_ms = static_cast<double>(steady_ns() - begin_ns) / 1e6;
   probed_ = true;
-  publish_when_ready();
+  return true;
 }
 
 void JobHost::upload_adapter(const std::shared_ptr<const model::FlatAdapter>& adapter) {
@@ -351,15 +359,7 @@ void JobHost::publish_model() {
   const std::int64_t probe_begin = steady_ns();
   auto difference = session_->probe_model(probe_prompt_, parts_.model_folder, adapter_dtype_);
   if (!difference.ok()) return end(difference.status());
-  probe_difference_ = *difference;
-  const bool exact = dtype_bytes(adapter_dtype_) >= dtype_bytes(model_.dtype());
-  if (!std::isfinite(probe_difference_) || (exact && probe_difference_ != 0))
-    return end(internal_error(
-        str("publish refused: the model that was written differs from the trained one by ",
-            probe_difference_)));
-  publish_times_.probe_ms = static_cast<double>(steady_ns() - probe_begin) / 1e6;
-  probed_ = true;
-  upload_model();
+  if (probed(*difference, probe_begin)) upload_model();
 }
 
 void JobHost::upload_model() {

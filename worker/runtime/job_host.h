@@ -73,6 +73,8 @@ class JobHost {
   void checkpoint_stored(std::int64_t step, const Result<std::string>& manifest);
   void publish();
   void publish_model();
+  /// Of what was published, read back: false, and the job ends, where it computes something else.
+  bool probed(double difference, std::int64_t begin_ns);
   void upload_adapter(const std::shared_ptr<const model::FlatAdapter>& adapter);
   void upload_model();
   /// `again`, soon and for a while, where the registry's machine failed (a full disk gets room
