@@ -24,6 +24,7 @@
 #include <map>
 #include <optional>
 #include <sstream>
+#include <system_error>
 #include <thread>
 
 namespace tandem::storage {
@@ -222,7 +223,10 @@ class LmdbTxn final : public WriteTxn {
     }
     std::optional<EarlyWriteback> early;
     if (int fd = -1; bytes_ >= kEarlyBytesMin && mdb_env_get_fd(environment_->env.get(), &fd) == 0)
-      early.emplace(fd);
+      try {
+        early.emplace(fd);
+      } catch (const std::system_error&) {  // no thread to be had: it takes longer
+      }
     const int code = mdb_txn_commit(txn);
     early.reset();
     if (code != 0) return lmdb_error(code, environment_->directory, "commit");
