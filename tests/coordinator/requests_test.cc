@@ -165,13 +165,19 @@ TEST_F(RequestsTest, AnotherUsersRequestIsNeitherTakenOverNorCancelled) {
   EXPECT_EQ(tokens(h.to_client<GenerateChunk>("c")).size(), 2u);
 }
 
-TEST_F(RequestsTest, AWholeAnswerThatNoMessageHoldsComesInAFew) {
+/// A greedy request of "base" that asks for its prompt's scores.
+protocol::Generate scored_request(const std::string& id) {
   protocol::Generate request;
-  request.id = RequestId("r");
+  request.id = RequestId(id);
   request.model = "base";
   request.input.prompt = "q";
   request.sampling.temperature = 0.0f;
   request.sampling.prompt_logprobs_from = 1;
+  return request;
+}
+
+TEST_F(RequestsTest, AWholeAnswerThatNoMessageHoldsComesInAFew) {
+  protocol::Generate request = scored_request("r");
   request.stream = false;
   h.from_client("c", request);
   const auto infer = h.to_engine<Infer>(0).back();
@@ -204,12 +210,7 @@ TEST_F(RequestsTest, AWholeAnswerThatNoMessageHoldsComesInAFew) {
 }
 
 TEST_F(RequestsTest, ACachedAnswerHasTheScoresOfItsPrompt) {
-  protocol::Generate request;
-  request.id = RequestId("r1");
-  request.model = "base";
-  request.input.prompt = "q";
-  request.sampling.temperature = 0.0f;
-  request.sampling.prompt_logprobs_from = 1;
+  protocol::Generate request = scored_request("r1");
   h.from_client("c", request);
   protocol::InferChunk part;
   part.attempt = h.to_engine<Infer>(0).back().attempt;

@@ -39,18 +39,7 @@ class CommandLine : public testing::Test {
   /// does not end.
   static int interrupt(const std::vector<std::string>& arguments, int signal,
                        const std::function<bool()>& ready) {
-    const std::string path = std::string(TANDEM_BIN_DIR) + "/tandem", data = platform_->data_dir();
-    const pid_t pid = ::fork();
-    if (pid == 0) {
-      for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
-        ::dup2(::open("/dev/null", O_RDWR), fd);
-      std::vector<char*> argv{const_cast<char*>(path.c_str()), const_cast<char*>("--data-dir"),
-                              const_cast<char*>(data.c_str())};
-      for (const auto& word : arguments) argv.push_back(const_cast<char*>(word.c_str()));
-      argv.push_back(nullptr);
-      ::execv(path.c_str(), argv.data());
-      ::_exit(127);
-    }
+    const pid_t pid = platform_->start_cli(arguments, "/dev/null", "/dev/null");
     EXPECT_TRUE(eventually(20'000, ready));
     ::kill(pid, signal);
     int status = 0;

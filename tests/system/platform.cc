@@ -277,8 +277,8 @@ Result<protocol::client::Generation> Platform::generate(const std::string& model
   return client().generate(std::move(request));
 }
 
-Platform::Output Platform::cli(const std::vector<std::string>& arguments) const {
-  const std::string out = directory_ + "/cli.out", err = directory_ + "/cli.err";
+pid_t Platform::start_cli(const std::vector<std::string>& arguments, const std::string& out,
+                          const std::string& err) const {
   const std::string path = program("tandem"), data = data_dir();
   const pid_t pid = ::fork();
   if (pid == 0) {
@@ -292,6 +292,12 @@ Platform::Output Platform::cli(const std::vector<std::string>& arguments) const 
     ::execv(path.c_str(), argv.data());
     ::_exit(127);
   }
+  return pid;
+}
+
+Platform::Output Platform::cli(const std::vector<std::string>& arguments) const {
+  const std::string out = directory_ + "/cli.out", err = directory_ + "/cli.err";
+  const pid_t pid = start_cli(arguments, out, err);
   int status = 0;
   ::waitpid(pid, &status, 0);
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_all(out),

@@ -70,6 +70,9 @@ class Platform {
     std::string out, err;
   };
   Output cli(const std::vector<std::string>& arguments) const;
+  /// Starts it, writing to these files; the caller waits for the process.
+  [[nodiscard]] pid_t start_cli(const std::vector<std::string>& arguments, const std::string& out,
+                                const std::string& err) const;
 
   [[nodiscard]] const std::string& directory() const { return directory_; }
   /// "cpu" or "cuda": of all workers, from the flags.
