@@ -3,6 +3,7 @@
 #include "coordinator/coordinator_loop.h"
 #include "protocol/base/environment.h"
 #include "protocol/base/log.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/units.h"
 #include "protocol/descriptor_limit.h"
 #include "protocol/key_file.h"
@@ -23,7 +24,6 @@
 #include <filesystem>
 #include <iostream>
 #include <map>
-#include <thread>
 
 namespace tandem::coordinator {
 namespace {
@@ -276,7 +276,7 @@ Status run(const Settings& settings) {
   background.model_roots = split(settings.get("model_roots"), ':');
   background.keys_dir = settings.get("keys_dir");
   background.server_public_key = sockets.public_key;
-  background.hash_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  background.hash_threads = processors();
 
   ServedFiles files(&registry->blobs());
   const char* failpoint = std::getenv("TANDEM_FAILPOINT");

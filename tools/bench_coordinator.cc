@@ -3,6 +3,7 @@
 // client's send and its first token but the model: four socket hops and two passes of the core.
 //   bench_coordinator [REQUESTS]
 #include "coordinator/coordinator_loop.h"
+#include "protocol/base/processors.h"
 #include "protocol/codec.h"
 #include "protocol/zmq_transport.h"
 
@@ -148,7 +149,7 @@ int run(int requests) {
   coordinator.join();
   engine.join();
   std::cout << nlohmann::ordered_json{{"bench", "coordinator"},
-                                      {"cores", std::thread::hardware_concurrency()},
+                                      {"cores", processors()},
                                       {"transport", "ipc"},
                                       {"first_token", quantiles(uncached)},
                                       {"cached_answer", quantiles(cached)}}

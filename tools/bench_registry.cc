@@ -3,6 +3,7 @@
 // chunks, and the 10 MB of an adapter in 400 chunks, a pause before each; with --write-ahead as a
 // coordinator opens its registry.
 #include "protocol/base/clock.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/random.h"
 #include "storage/registry.h"
 
@@ -85,7 +86,7 @@ int run(const std::string& directory, int count, bool write_ahead) {
   Json result{{"bench", "registry"},
               {"directory", directory},
               {"write_ahead", write_ahead},
-              {"cores", std::thread::hardware_concurrency()}};
+              {"cores", processors()}};
 
   result["commit"] = measure(count, [&](int i) {
     auto txn = registry.begin_write();

@@ -9,6 +9,7 @@
 // Needs a platform that is idle: tandem up; tandem model add NAME PATH; bench_serve --model NAME
 // --data FILE
 #include "protocol/base/clock.h"
+#include "protocol/base/processors.h"
 #include "protocol/client/client.h"
 #include "protocol/settings.h"
 
@@ -209,7 +210,7 @@ int run(const Options& options) {
   ask(*client, options.model, options.prompt, 8, true);  // warm
   Json result{{"bench", "serve"},
               {"machine", processor()},
-              {"cores", std::thread::hardware_concurrency()},
+              {"cores", processors()},
               {"settings",
                {{"model", options.model},
                 {"requests", options.requests},

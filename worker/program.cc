@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/log.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/units.h"
 
 #include <algorithm>
@@ -61,14 +62,16 @@ Result<Identity> identity(const protocol::CommandLine& line, const Settings& set
 Result<kernels::CpuOptions> cpu_options(const Settings& settings, const Identity& id) {
   kernels::CpuOptions options;
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t threads, settings.get_int("threads"));
-  const auto cores = static_cast<std::int64_t>(std::max(1u, std::thread::hardware_concurrency()));
+  // A share of the machine, and no more than this slot may use: it may be bound to its share
+  // already.
+  const int share = static_cast<int>(std::thread::hardware_concurrency()) / id.local_workers;
   options.threads =
-      static_cast<int>(threads > 0 ? threads : std::max<std::int64_t>(1, cores / id.local_workers));
+      threads > 0 ? static_cast<int>(threads) : std::min(std::max(1, share), processors());
   return options;
 }
 
 Result<kernels::Backend> open_device(const Settings& settings, const Identity& id) {
-  if (id.device == "cuda") return kernels::make_cuda_backend({.device = id.slot});
+  if (id.device == "cuda") return kernels::make_cuda_backend({.device = id.slot, .uuid = id.gpu});
   TANDEM_ASSIGN_OR_RETURN(const auto options, cpu_options(settings, id));
   return kernels::make_cpu_backend(options);
 }

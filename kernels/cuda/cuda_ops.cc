@@ -2,6 +2,7 @@
 #include "kernels/cuda/cuda_ops.h"
 
 #include "kernels/cuda/weight_upload.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/units.h"
 
 #include <algorithm>
@@ -51,7 +52,7 @@ class PinnedRing {
   /// threads, each through parts of its own: one copies less than the device sends.
   void download(cudaStream_t stream, const void* from, std::span<std::byte> host) {
     const std::size_t parts = (host.size() + kPartBytes - 1) / kPartBytes;
-    const std::size_t cores = std::thread::hardware_concurrency();
+    static const auto cores = static_cast<std::size_t>(processors());
     const std::size_t threads =
         parts < 2 * kParts ? 1 : std::bit_floor(std::clamp<std::size_t>(cores / 2, 1, kParts / 2));
     const std::size_t begin = std::exchange(next_, (next_ + parts) % kParts);

@@ -1,6 +1,7 @@
 #include "kernels/cuda/weight_upload.h"
 
 #include "kernels/cuda/cuda_check.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/units.h"
 
 #include <array>
@@ -74,7 +75,7 @@ struct UploadThreads::Impl {
       pairs.clear();
       half_bytes = bytes;
     }
-    const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+    static const std::int64_t cores = processors();
     const auto count = static_cast<std::size_t>(std::clamp<std::int64_t>(
         w.n * w.i / kUploadThreadElements, 1, std::min(kUploadThreadsMax, cores)));
     while (pairs.size() < count) pairs.push_back(std::make_unique<PinnedPair>(half_bytes));

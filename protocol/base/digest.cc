@@ -1,5 +1,7 @@
 #include "protocol/base/digest.h"
 
+#include "protocol/base/processors.h"
+
 #include <openssl/evp.h>
 
 #include <algorithm>
@@ -103,7 +105,7 @@ std::vector<Digest> sha256_each(std::span<const std::span<const std::byte>> part
 
 int hash_threads(std::size_t bytes) {
   constexpr std::size_t kThreadsMax = 8, kThreadBytesMin = std::size_t{512} << 10;
-  const std::size_t cores = std::thread::hardware_concurrency();
+  const auto cores = static_cast<std::size_t>(processors());
   return static_cast<int>(
       std::clamp<std::size_t>(std::min(cores / 2, bytes / kThreadBytesMin), 1, kThreadsMax));
 }

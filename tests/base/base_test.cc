@@ -1,11 +1,14 @@
 #include "protocol/base/bounded_queue.h"
 #include "protocol/base/digest.h"
 #include "protocol/base/dtype.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/random.h"
 #include "protocol/base/result.h"
 #include "protocol/base/units.h"
 
 #include <gtest/gtest.h>
+
+#include <sched.h>
 
 #include <cmath>
 #include <limits>
@@ -115,6 +118,21 @@ TEST(BoundedQueue, RefusesWhatDoesNotFitAndKeepsTheValue) {
 TEST(Units, PrintsBytesTheWayPeopleReadThem) {
   EXPECT_EQ(format_bytes(512), "512 B");
   EXPECT_EQ(format_bytes(3 * kGiB / 2), "1.50 GiB");
+}
+
+TEST(Processors, AreThoseOfTheAffinityMask) {
+  const int all = processors();
+  EXPECT_GE(all, 1);
+  cpu_set_t before, one;
+  ASSERT_EQ(sched_getaffinity(0, sizeof before, &before), 0);
+  EXPECT_LE(all, CPU_COUNT(&before));
+  CPU_ZERO(&one);
+  for (int cpu = 0; cpu < CPU_SETSIZE && CPU_COUNT(&one) == 0; ++cpu)
+    if (CPU_ISSET(cpu, &before)) CPU_SET(cpu, &one);
+  ASSERT_EQ(sched_setaffinity(0, sizeof one, &one), 0);
+  EXPECT_EQ(processors(), 1);
+  ASSERT_EQ(sched_setaffinity(0, sizeof before, &before), 0);
+  EXPECT_EQ(processors(), all);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/clock.h"
+#include "protocol/base/processors.h"
 #include "protocol/base/units.h"
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
@@ -20,7 +21,6 @@
 #include <iostream>
 #include <optional>
 #include <sstream>
-#include <thread>
 
 namespace tandem::tools {
 namespace {
@@ -410,7 +410,7 @@ Status run_doctor(Session& session) {
   ::getrlimit(RLIMIT_NOFILE, &files);
   findings.push_back({"open files", files.rlim_cur >= 1024 ? "ok" : "warn",
                       str("limit ", files.rlim_cur, ", 1024 is enough")});
-  findings.push_back({"cores", "ok", str(std::thread::hardware_concurrency())});
+  findings.push_back({"cores", "ok", str(processors())});
   std::ifstream cpu("/proc/cpuinfo");
   const std::string text((std::istreambuf_iterator<char>(cpu)), {});
   const bool amx = text.find("amx_bf16") != std::string::npos,

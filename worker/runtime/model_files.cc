@@ -1,6 +1,7 @@
 #include "worker/runtime/model_files.h"
 
 #include "protocol/base/log.h"
+#include "protocol/base/processors.h"
 #include "storage/mapped_file.h"
 
 #include <nlohmann/json.hpp>
@@ -9,7 +10,6 @@
 
 #include <filesystem>
 #include <fstream>
-#include <thread>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -42,8 +42,7 @@ class VerifiedFiles {
         if (auto digest = Digest::parse(root); digest.ok()) return digest;
     }
     TANDEM_ASSIGN_OR_RETURN(const auto mapping, storage::MappedFile::open(file));
-    const Digest digest =
-        content_root(mapping->bytes(), static_cast<int>(std::thread::hardware_concurrency()));
+    const Digest digest = content_root(mapping->bytes(), processors());
     Json entry = now;
     entry["root"] = digest.hex();
     entries_[file] = std::move(entry);

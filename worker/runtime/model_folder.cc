@@ -1,5 +1,6 @@
 #include "worker/runtime/model_folder.h"
 
+#include "protocol/base/processors.h"
 #include "storage/file_io.h"
 #include "storage/mapped_file.h"
 #include "worker/model/merge.h"
@@ -9,7 +10,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <thread>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -53,7 +53,7 @@ Status write_model_texts(const model::LoadedModel& base, const std::string& path
 }
 
 Result<PackedObject> pack_model(const std::string& folder) {
-  const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  const int threads = processors();
   PackedObject object;
   storage::Manifest manifest;
   manifest.kind = storage::ManifestKind::kModel;
