@@ -85,7 +85,7 @@ LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const Devic
       piece_rank = rank_max;
     }
     w.gemm_bytes = most_over_rows(t, [&](std::int64_t rows) {  // of a segment
-      return cpu::small_product_scratch(cd, rows, i, rank_max, profile.threads);
+      return cpu::small_product_scratch(cd, rows, i, columns, profile.threads);
     });
   }
   w.gemm_bytes =
@@ -115,7 +115,7 @@ LinearBackwardWorkspace linear_backward_workspace(const LinearBackwardArgs& a,
       rank_sum = columns;
     }
     w.gemm_bytes = most_over_rows(t, [&](std::int64_t rows) {
-      return std::max({cpu::small_product_scratch(cd, rows, i, rank_max, threads),
+      return std::max({cpu::small_product_scratch(cd, rows, i, columns, threads),
                        cpu::small_product_scratch(cd, rows, n_max, rank_max, threads),
                        cpu::small_product_scratch(cd, rows, rank_max, i, threads),
                        cpu::outer_accumulate_scratch(cd, rows, rank_max, i, threads),

@@ -66,14 +66,27 @@ std::int64_t term_panels_max(std::int64_t out) {
   return ceil_div(out, kPanel) + 1;
 }
 
+void pack_parts(DType format, std::span<const SmallPart> parts, std::int64_t columns,
+                std::int64_t in, char* to) {
+  const auto count = static_cast<std::int64_t>(parts.size());
+  if (format == DType::kF32)
+    pack_parts_f32(parts.data(), count, columns, in, reinterpret_cast<float*>(to));
+  else if (isa() < Isa::kAvx512Bf16)
+    pack_parts_bf16(parts.data(), count, columns, in, reinterpret_cast<bf16*>(to));
+  else
+    pack_parts_bf16_avx512(parts.data(), count, columns, in, to);
+}
+
 void pack_small(DType format, ConstRows w, SmallLayout layout, std::int64_t out, std::int64_t in,
                 std::int64_t out_shift, char* to) {
+  if (layout == SmallLayout::kOutByIn) {
+    const SmallPart part{w, out_shift, out};
+    return pack_parts(format, {&part, 1}, out_shift + out, in, to);
+  }
   if (format == DType::kF32)
-    return pack_small_f32(w, layout, out, in, out_shift, reinterpret_cast<float*>(to));
-  if (isa() < Isa::kAvx512Bf16)
-    return pack_small_bf16(w, layout, out, in, out_shift, reinterpret_cast<bf16*>(to));
-  if (layout == SmallLayout::kOutByIn)
-    pack_bf16_out_by_in(w.data, w.ld, out, in, out_shift, to);
+    pack_in_by_out_f32(w, in, out, out_shift, reinterpret_cast<float*>(to));
+  else if (isa() < Isa::kAvx512Bf16)
+    pack_in_by_out_bf16(w, in, out, out_shift, reinterpret_cast<bf16*>(to));
   else
     pack_bf16_in_by_out(w.data, w.ld, in, out, out_shift, to);
 }
@@ -280,6 +293,26 @@ void small_product(std::int64_t t, std::int64_t in, std::int64_t out, ConstRows 
   p.panels = panels;
   give_scratch(p, scratch, 0, 0);
   run_product(p, w.dtype);
+}
+
+void stacked_product(std::int64_t t, std::int64_t in, std::int64_t columns, ConstRows x,
+                     std::span<const SmallPart> parts, float scale, Rows y,
+                     std::span<std::byte> scratch_bytes) {
+  check_rows(x.dtype, x, y);
+  for (const SmallPart& part : parts) {
+    TANDEM_CHECK(part.column >= 0 && part.out >= 0 && part.column + part.out <= columns, "rows ",
+                 part.column, "+", part.out, " of ", columns);
+    TANDEM_CHECK(part.w.dtype == x.dtype, "a part is ", dtype_name(part.w.dtype), ", x ",
+                 dtype_name(x.dtype));
+  }
+  Scratch scratch(scratch_bytes);
+  Product p = start_product(t, in, columns, x, y);
+  p.scale = scale;
+  char* panels = scratch.take(ceil_div(columns, kPanel) * panel_bytes(x.dtype, in));
+  pack_parts(x.dtype, parts, columns, in, panels);
+  p.panels = panels;
+  give_scratch(p, scratch, 0, 0);
+  run_product(p, x.dtype);
 }
 
 }  // namespace tandem::kernels::cpu

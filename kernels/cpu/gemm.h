@@ -119,6 +119,18 @@ void small_product(std::int64_t t, std::int64_t in, std::int64_t out, ConstRows 
                    SmallLayout layout, float scale, bool accumulate, Rows y,
                    std::span<std::byte> scratch);
 
+/// Rows [column, column + out) of a matrix that is put together from several: w [out, in].
+struct SmallPart {
+  ConstRows w;
+  std::int64_t column = 0, out = 0;
+};
+/// y[T, columns] = scale * x[T, in] W^T, W's rows those of the parts and zero between them: the u
+/// of all sites that read one x, in one product. Every column has the bits of its part's own
+/// small_product. Takes small_product's scratch for `columns` outputs.
+void stacked_product(std::int64_t t, std::int64_t in, std::int64_t columns, ConstRows x,
+                     std::span<const SmallPart> parts, float scale, Rows y,
+                     std::span<std::byte> scratch);
+
 /// c[m, n] += alpha * a[T, m]^T b[T, n]: weight gradients. a, b of one dtype (f32 or bf16), c f32
 /// with row stride ldc. The sum over T is taken in blocks of fixed size in ascending order, so the
 /// bits do not depend on the thread count. m or n is expected to be small (a rank).

@@ -321,27 +321,24 @@ void pack_panel_bf16_avx512(const void* from, bool from_f32, std::int64_t ld, st
     }
 }
 
-// Row-major rows (the out index) to panels; `count` columns of reduction.
-void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::int64_t in,
-                         std::int64_t out_shift, char* to) {
-  const auto* from = static_cast<const std::uint16_t*>(w);
+void pack_parts_bf16_avx512(const SmallPart* parts, std::int64_t count, std::int64_t columns,
+                            std::int64_t in, char* to) {
   const std::int64_t stride = panel_bytes(DType::kBF16, in);
-  const std::int64_t tiles = ceil_div(out_shift + out, kPanel) * 2;
+  const std::int64_t tiles = ceil_div(columns, kPanel) * 2, steps = ceil_div(in, kTileK);
 #pragma omp parallel for schedule(static) if (tiles * in > 4096)
-  for (std::int64_t tile = 0; tile < tiles; ++tile)
-    for (std::int64_t j = 0; j < in; j += kTileK) {
-      const std::int64_t valid = min_of(kTileK, in - j);
-      const __mmask32 m = valid >= 32 ? ~__mmask32{0} : ((__mmask32{1} << valid) - 1);
-      __m512i r[16];
-      for (int i = 0; i < 16; ++i) {
-        const std::int64_t row = tile * 16 + i - out_shift;
-        r[i] = row >= 0 && row < out ? _mm512_maskz_loadu_epi16(m, from + row * ld + j)
-                                     : _mm512_setzero_si512();
-      }
-      transpose_16x16(r);
-      char* block = to + tile / 2 * stride + j * kPanel * 2 + tile % 2 * 1024;
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(block + i * 64, r[i]);
+  for (std::int64_t step = 0; step < tiles * steps; ++step) {
+    const std::int64_t tile = step / steps, j = step % steps * kTileK;
+    const std::int64_t valid = min_of(kTileK, in - j);
+    const __mmask32 m = valid >= 32 ? ~__mmask32{0} : ((__mmask32{1} << valid) - 1);
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) {
+      const char* row = part_row(parts, count, tile * 16 + i, 2);
+      r[i] = row != nullptr ? _mm512_maskz_loadu_epi16(m, row + j * 2) : _mm512_setzero_si512();
     }
+    transpose_16x16(r);
+    char* block = to + tile / 2 * stride + j * kPanel * 2 + tile % 2 * 1024;
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(block + i * 64, r[i]);
+  }
 }
 
 void pack_piece_bf16_avx512(const LowRankPiece& piece, std::int64_t panel, char* to) {

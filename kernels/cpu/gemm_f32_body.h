@@ -283,15 +283,19 @@ void run_widened(const Product& p, const Task& task, float* scratch) {
 
 template <class Run>
 void run_all(const Product& p, std::int64_t row_block, std::int64_t width, Run run) {
-  const std::int64_t panels = ceil_div(p.columns, kPanel);
-  const std::int64_t row_blocks = ceil_div(p.t, row_block), splits = ceil_div(panels, width);
+  const std::int64_t panels = ceil_div(p.columns, kPanel), splits = ceil_div(panels, width);
+  const std::int64_t threads_max = omp_get_max_threads();
+  // An output too narrow for all threads is shared out by rows.
+  if (ceil_div(p.t, row_block) * splits < threads_max)
+    row_block = max_of(kRowsMax, ceil_div(p.t * splits, threads_max));
+  const std::int64_t row_blocks = ceil_div(p.t, row_block);
 #pragma omp parallel if (p.t * p.reduction * p.columns > kParallelMin)
   {
     const std::int64_t threads = omp_get_num_threads(), id = omp_get_thread_num();
     auto* scratch = reinterpret_cast<float*>(p.scratch + id * p.scratch_per_thread);
-    if (p.t <= kStreamRows) {
+    if (p.t <= kStreamRows && panels >= threads) {
       const std::int64_t begin = panels * id / threads, end = panels * (id + 1) / threads;
-      if (begin < end) run(p, Task{0, p.t, begin, end}, scratch);
+      run(p, Task{0, p.t, begin, end}, scratch);
     } else {
 #pragma omp for schedule(dynamic)
       for (std::int64_t i = 0; i < row_blocks * splits; ++i) {

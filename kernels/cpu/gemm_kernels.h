@@ -30,6 +30,17 @@ TANDEM_ALWAYS_INLINE PieceRows piece_rows(const LowRankPiece& piece, std::int64_
   return {max_of(piece.row_begin, row), min_of(piece.row_end, row + rows)};
 }
 
+/// Where row `row` of the parts' matrix lies; null: it is zero. `size`: bytes of an element.
+TANDEM_ALWAYS_INLINE const char* part_row(const SmallPart* parts, std::int64_t count,
+                                          std::int64_t row, std::int64_t size) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t at = row - parts[i].column;
+    if (at >= 0 && at < parts[i].out)
+      return static_cast<const char*>(parts[i].w.data) + at * parts[i].w.ld * size;
+  }
+  return nullptr;
+}
+
 /// y[t, columns] (+)= scale * x[t, reduction] * panels, + bias, + terms, + pieces.
 struct Product {
   std::int64_t t = 0, reduction = 0, columns = 0;
@@ -94,12 +105,14 @@ void retile_bf16_avx512(const char* from, std::int64_t n, std::int64_t k, std::i
 /// `rows` (at most 32) rows of k elements, f32 (rounded; denormals to zero) or bf16, to one panel.
 void pack_panel_bf16_avx512(const void* from, bool from_f32, std::int64_t ld, std::int64_t rows,
                             std::int64_t k, char* panel);
-/// bf16 w to panels in which `out` is the column and `in` the reduction; column o of w becomes
-/// column out_shift + o (0 <= out_shift < 32), the others are zero.
-void pack_bf16_out_by_in(const void* w, std::int64_t ld, std::int64_t out, std::int64_t in,
-                         std::int64_t out_shift, char* to);  ///< w [out, in]
+/// The rows of bf16 parts to panels over `in`, panels of `columns` columns in all; zero where no
+/// part is.
+void pack_parts_bf16_avx512(const SmallPart* parts, std::int64_t count, std::int64_t columns,
+                            std::int64_t in, char* to);
+/// bf16 w [in, out] to panels in which `out` is the column and `in` the reduction; column o of w
+/// becomes column out_shift + o (0 <= out_shift < 32), the others are zero.
 void pack_bf16_in_by_out(const void* w, std::int64_t ld, std::int64_t in, std::int64_t out,
-                         std::int64_t out_shift, char* to);  ///< w [in, out]
+                         std::int64_t out_shift, char* to);
 /// What of a bf16 piece's v meets one panel of the output: a panel of panel_bytes(kBF16, rank).
 void pack_piece_bf16_avx512(const LowRankPiece& piece, std::int64_t panel, char* to);
 

@@ -1,18 +1,12 @@
 #include "kernels/cpu/gemm_plain.h"
 
+#include "kernels/cpu/gemm_kernels.h"
 #include "kernels/cpu/gemm_layout.h"
 
 #include <cstring>
 
 namespace tandem::kernels::cpu {
 namespace {
-
-// Element (out o, in i) of a small operand, as stored.
-template <class T>
-T small_element(const ConstRows& w, SmallLayout layout, std::int64_t o, std::int64_t i) {
-  return static_cast<const T*>(
-      w.data)[layout == SmallLayout::kOutByIn ? o * w.ld + i : i * w.ld + o];
-}
 
 void retile_panel_f32(const PackedMatrix& w, std::int64_t k_begin, std::int64_t k_end, float* to) {
   const auto* from = static_cast<const float*>(w.data);
@@ -36,8 +30,40 @@ void retile_panel_bf16(const PackedMatrix& w, std::int64_t k_begin, std::int64_t
 
 }  // namespace
 
-void pack_small_f32(ConstRows w, SmallLayout layout, std::int64_t out, std::int64_t in,
-                    std::int64_t out_shift, float* to) {
+void pack_parts_f32(const SmallPart* parts, std::int64_t count, std::int64_t columns,
+                    std::int64_t in, float* to) {
+  // A step is so short that its part of a panel stays in L1 while the columns are filled in.
+  constexpr std::int64_t kStep = 64;
+  const std::int64_t panels = ceil_div(columns, kPanel), steps = ceil_div(in, kStep);
+#pragma omp parallel for schedule(static) if (panels * in > 256)
+  for (std::int64_t at = 0; at < panels * steps; ++at) {
+    const std::int64_t panel = at / steps, begin = at % steps * kStep;
+    const std::int64_t end = min_of(in, begin + kStep);
+    float* block = to + panel * in * kPanel;
+    for (std::int64_t j = 0; j < kPanel; ++j) {
+      const auto* row =
+          reinterpret_cast<const float*>(part_row(parts, count, panel * kPanel + j, sizeof(float)));
+      for (std::int64_t i = begin; i < end; ++i)
+        block[i * kPanel + j] = row != nullptr ? row[i] : 0.0f;
+    }
+  }
+}
+
+void pack_parts_bf16(const SmallPart* parts, std::int64_t count, std::int64_t columns,
+                     std::int64_t in, bf16* to) {
+  const std::int64_t panels = ceil_div(columns, kPanel);
+  const std::int64_t stride = panel_bytes(DType::kBF16, in) / 2;
+  std::memset(to, 0, static_cast<std::size_t>(panels * stride * 2));
+#pragma omp parallel for schedule(static) if (columns * in > 4096)
+  for (std::int64_t column = 0; column < columns; ++column) {
+    const auto* row = reinterpret_cast<const bf16*>(part_row(parts, count, column, sizeof(bf16)));
+    for (std::int64_t i = 0; row != nullptr && i < in; ++i)
+      to[column / kPanel * stride + bf16_panel_index(column % kPanel, i)] = row[i];
+  }
+}
+
+void pack_in_by_out_f32(ConstRows w, std::int64_t in, std::int64_t out, std::int64_t out_shift,
+                        float* to) {
   const std::int64_t panels = ceil_div(out_shift + out, kPanel);
 #pragma omp parallel for schedule(static) if (panels * in > 256)
   for (std::int64_t panel = 0; panel < panels; ++panel)
@@ -45,12 +71,12 @@ void pack_small_f32(ConstRows w, SmallLayout layout, std::int64_t out, std::int6
       for (std::int64_t j = 0; j < kPanel; ++j) {
         const std::int64_t o = panel * kPanel + j - out_shift;
         to[(panel * in + i) * kPanel + j] =
-            o >= 0 && o < out ? small_element<float>(w, layout, o, i) : 0.0f;
+            o >= 0 && o < out ? static_cast<const float*>(w.data)[i * w.ld + o] : 0.0f;
       }
 }
 
-void pack_small_bf16(ConstRows w, SmallLayout layout, std::int64_t out, std::int64_t in,
-                     std::int64_t out_shift, bf16* to) {
+void pack_in_by_out_bf16(ConstRows w, std::int64_t in, std::int64_t out, std::int64_t out_shift,
+                         bf16* to) {
   const std::int64_t panels = ceil_div(out_shift + out, kPanel);
   const std::int64_t stride = panel_bytes(DType::kBF16, in) / 2;
   std::memset(to, 0, static_cast<std::size_t>(panels * stride * 2));
@@ -59,7 +85,7 @@ void pack_small_bf16(ConstRows w, SmallLayout layout, std::int64_t out, std::int
     const std::int64_t column = out_shift + o;
     for (std::int64_t i = 0; i < in; ++i)
       to[column / kPanel * stride + bf16_panel_index(column % kPanel, i)] =
-          small_element<bf16>(w, layout, o, i);
+          static_cast<const bf16*>(w.data)[i * w.ld + o];
   }
 }
 

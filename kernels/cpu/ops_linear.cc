@@ -59,19 +59,34 @@ void zero_columns(const Tensor& t, std::int64_t begin, std::int64_t end, std::in
     std::fill_n(static_cast<char*>(at.data) + r * at.ld * size, count * size, char{0});
 }
 
-/// u of one site: s A dropout(x) of each row's adapter, zeros where there is none.
-void make_u(const LoraCall& call, std::size_t s, const Tensor& x) {
-  const LoraSite& site = call.sites[s];
-  const std::int64_t i = x.dim(1), column = call.column(s);
+/// u of the sites [first, last), which read one x: s A x of each row's adapter, zeros where there
+/// is none. Sites that follow each other and have one scale are one product.
+void make_u(const LoraCall& call, std::size_t first, std::size_t last, const Tensor& x) {
+  const std::int64_t i = x.dim(1);
+  std::vector<SmallPart> parts;
   for_each_segment(call.rows, x.dim(0), [&](std::int64_t begin, std::int64_t end, auto slot) {
-    const std::int64_t rank = slot < 0 ? 0 : lora_entry(site, slot, call.rows).rank;
-    if (rank > 0) {
-      const LoraEntry& entry = lora_entry(site, slot, call.rows);
-      small_product(end - begin, i, rank, part(x, begin, 0), {entry.a, i, x.dtype},
-                    SmallLayout::kOutByIn, entry.scale, false, part_of(call.u, begin, column),
-                    call.gemm);
+    const auto rank_of = [&](std::size_t s) -> std::int64_t {
+      return slot < 0 ? 0 : lora_entry(call.sites[s], slot, call.rows).rank;
+    };
+    for (std::size_t s = first; s < last;) {
+      if (rank_of(s) == 0) {
+        ++s;
+        continue;
+      }
+      const std::int64_t column = call.column(s);
+      const float scale = lora_entry(call.sites[s], slot, call.rows).scale;
+      parts.clear();
+      for (; s < last && rank_of(s) > 0; ++s) {
+        const LoraEntry& entry = lora_entry(call.sites[s], slot, call.rows);
+        if (entry.scale != scale) break;
+        parts.push_back({{entry.a, i, x.dtype}, call.column(s) - column, entry.rank});
+      }
+      stacked_product(end - begin, i, parts.back().column + parts.back().out, part(x, begin, 0),
+                      parts, scale, part_of(call.u, begin, column), call.gemm);
     }
-    zero_columns(call.u, begin, end, column + rank, call.rows.rank_max - rank);
+    for (std::size_t s = first; s < last; ++s)
+      zero_columns(call.u, begin, end, call.column(s) + rank_of(s),
+                   call.rows.rank_max - rank_of(s));
   });
 }
 
@@ -103,9 +118,10 @@ void forward_with_adapters(const LinearArgs& a, const LoraCall& call, std::span<
   LinearOptions options = with_bias(a.bias);
   std::vector<LowRankTerm> terms;
   std::vector<LowRankPiece> pieces;
+  if (!call.drops()) make_u(call, 0, a.sites.size(), a.x);
   for (std::size_t s = 0; s < a.sites.size(); ++s) {
     const LoraSite& site = a.sites[s];
-    make_u(call, s, dropped_input(call, site, a.x));
+    if (call.drops()) make_u(call, s, s + 1, dropped_input(call, site, a.x));
     const ConstRows u = part(call.u, 0, call.column(s));
     if (const LoraEntry* entry = single ? single_entry(call, site, t) : nullptr)
       terms.push_back({site.n_begin, site.n, entry->rank, u, {entry->b, entry->rank, a.x.dtype}});
@@ -170,9 +186,10 @@ void backward_with_adapters(const LinearBackwardArgs& a, const LoraCall& call, c
   const std::int64_t t = a.x.dim(0);
   const bool fused = fuses_adapters(a.sites, a.adapters) && !call.drops();
   std::vector<LowRankTerm> terms;
+  if (!a.u.defined() && !call.drops()) make_u(call, 0, a.sites.size(), a.x);
   for (std::size_t s = 0; s < a.sites.size(); ++s) {
     const Tensor x = dropped_input(call, a.sites[s], a.x);
-    if (!a.u.defined()) make_u(call, s, x);
+    if (!a.u.defined() && call.drops()) make_u(call, s, s + 1, x);
     adapter_grads(a, call, s, x, du);
     if (const LoraEntry* entry = fused ? single_entry(call, a.sites[s], t) : nullptr)
       terms.push_back({0,

@@ -339,6 +339,47 @@ TEST(InvariantF32, SmallProductRowsHaveTheSameBitsAloneAndInAnyBatch) {
                         });
 }
 
+TEST(StackedProduct, HasTheSumsOfEachPartAndZerosBetween) {
+  for (const Setting& setting : kSettings)
+    for (const auto& [t, in] : {std::pair{1, 70}, {5, 576}, {39, 100}, {300, 64}}) {
+      const Matrix x = random_matrix(t, in, setting.format, 2, 4);
+      const Matrix a = random_matrix(16, in, setting.format, 5, 2);
+      const Matrix b = random_matrix(7, in, setting.format, 6);
+      const SmallPart parts[] = {{a.view(), 3, 16},
+                                 {b.view(), 29, 7}};  // the second crosses panels
+      constexpr std::int64_t kColumns = 40;
+      const Matrix y(t, kColumns, setting.out);
+      const Buffer scratch(
+          small_product_scratch(setting.format, t, in, kColumns, omp_get_max_threads()));
+      stacked_product(t, in, kColumns, x.view(), parts, 0.5f, y.out(), scratch.span());
+      const Case c{t, kColumns, in};
+      expect_sums(y, in + 1, name_of(c, setting.format), [&](std::int64_t i, std::int64_t j) {
+        ExactSum exact;
+        for (const auto& [w, column, out] : {std::tuple{&a, 3, 16}, {&b, 29, 7}})
+          if (j >= column && j < column + out)
+            for (std::int64_t k = 0; k < in; ++k)
+              exact.add(0.5 * x.get(i, k) * w->get(j - column, k));
+        return exact;
+      });
+    }
+}
+
+TEST(InvariantF32, AStackedProductHasTheBitsOfItsPartsAlone) {
+  const Matrix x = random_matrix(50, 300, DType::kF32, 1);
+  const Matrix a = random_matrix(16, 300, DType::kF32, 2),
+               b = random_matrix(8, 300, DType::kF32, 3);
+  const SmallPart parts[] = {{a.view(), 0, 16}, {b.view(), 20, 8}};
+  const Matrix stacked(50, 28, DType::kF32), alone(50, 28, DType::kF32);
+  const Buffer scratch(small_product_scratch(DType::kF32, 50, 300, 28, omp_get_max_threads()));
+  stacked_product(50, 300, 28, x.view(), parts, 1.3f, stacked.out(), scratch.span());
+  for (const SmallPart& part : parts)
+    small(50, 300, part.out, x.view(), part.w, SmallLayout::kOutByIn, 1.3f, false,
+          alone.out(0, part.column));
+  for (std::int64_t i = 0; i < 50; ++i)
+    for (std::int64_t j = 0; j < 28; ++j)
+      EXPECT_EQ(stacked.get(i, j), j < 16 || j >= 20 ? alone.get(i, j) : 0.0f) << i << ", " << j;
+}
+
 TEST(InvariantF32, ALowRankTermHasTheBitsOfTheSeparateSmallProduct) {
   const Weight w(random_matrix(128, 96, DType::kF32, 1), DType::kF32);
   const Matrix x = random_matrix(50, 96, DType::kF32, 2);
