@@ -53,8 +53,7 @@ class Program {
     const std::string role = agent ? "agent" : engine ? "engine" : "supervisor";
     set_log_component(str(role, "/", id_.device, id_.slot));
     if (role == "supervisor")
-      return runtime::run_supervisor(
-          {executable_, child_arguments("--agent"), paths_.supervisor_lock});
+      return runtime::run_supervisor({executable_, child_arguments("--agent"), paths_});
     // A host of workers has a data_dir of its own, which no coordinator has furnished.
     std::error_code error;
     std::filesystem::create_directories(settings_.log_dir(), error);
@@ -90,8 +89,8 @@ class Program {
   }
 
   /// TANDEM_TEST_FAULT_FILE: for tests; a slot's faults are those of this name and its number.
-  Result<kernels::Backend> open_engine_device() const {
-    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings_, id_));
+  Result<kernels::Backend> open_engine_device(const Identity& id) const {
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_device(settings_, id));
     const char* faults = std::getenv("TANDEM_TEST_FAULT_FILE");
     if (faults == nullptr) return backend;
     return kernels::with_faults(std::move(backend), str(faults, id_.slot));
@@ -150,7 +149,12 @@ class Program {
 
   Result<int> run_engine() {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
-    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_engine_device());
+    Identity id = id_;
+    id.gpu = runtime::gpu_of(paths_);
+    if (id.device == "cuda" && id.gpu.empty()) {
+      TANDEM_ASSIGN_OR_RETURN(id.gpu, kernels::cuda_uuid(id.slot));
+    }
+    TANDEM_ASSIGN_OR_RETURN(kernels::Backend backend, open_engine_device(id));
     const auto& profile = backend.ops->profile();
     runtime::EngineOptions options;
     options.worker = worker_;
@@ -158,6 +162,7 @@ class Program {
     options.device = id_.device;
     options.device_name = profile.name;
     options.slot = id_.slot;
+    options.gpu = id.gpu;
     TANDEM_ASSIGN_OR_RETURN(options.model, model_options(settings_, profile, id_));
     TANDEM_RETURN_IF_ERROR(share_device(options));
     options.drain_timeout_ms = drain_s * 1000;

@@ -15,6 +15,9 @@ namespace tandem::worker {
 struct Identity {
   int slot = 0, local_workers = 1;
   std::string device = "cpu";
+  /// UUID of the slot's GPU, once an engine has opened it: numbers are dealt anew when a GPU is
+  /// lost, and the slot would then open its neighbour's.
+  std::string gpu = {};
 };
 
 /// From --slot, else from what a launcher left in the environment. `roles`: the other words that
@@ -25,7 +28,8 @@ Result<Identity> identity(const protocol::CommandLine& line, const protocol::Set
 /// Threads: as set, else this slot's share of the cores.
 Result<kernels::CpuOptions> cpu_options(const protocol::Settings& settings, const Identity& id);
 
-/// The device of that slot: a GPU by its number, or the slot's share of the processors.
+/// The device of that slot: a GPU by its UUID or else its number, or the slot's share of the
+/// processors.
 Result<kernels::Backend> open_device(const protocol::Settings& settings, const Identity& id);
 
 /// Compute dtype, numerics and memory on this device.

@@ -94,13 +94,17 @@ class Watched {
 };
 
 /// `leader` is the slot whose agent started the gang; each rank has the device of its own member.
-Result<Identity> identity_of_rank(const Identity& leader, const protocol::StartJob& start,
-                                  int rank) {
+Result<Identity> identity_of_rank(const Settings& settings, const Identity& leader,
+                                  const protocol::StartJob& start, int rank) {
   if (rank >= static_cast<int>(start.members.size()))
     return corrupt_error(str("rank ", rank, " of a gang of ", start.members.size(), " workers"));
   Identity mine = leader;
   TANDEM_ASSIGN_OR_RETURN(mine.slot,
                           runtime::slot_of(start.members[static_cast<std::size_t>(rank)]));
+  if (mine.device != "cuda") return mine;
+  TANDEM_ASSIGN_OR_RETURN(const auto paths,
+                          runtime::SlotPaths::create(settings.run_dir(), mine.device, mine.slot));
+  mine.gpu = runtime::gpu_of(paths);
   return mine;
 }
 
@@ -119,7 +123,7 @@ Result<int> run(const Settings& settings, const Identity& id) {
   set_log_component(str("rank ", gang->rank(), "/", id.device, id.slot));
   TANDEM_ASSIGN_OR_RETURN(const auto lock,
                           runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
-  TANDEM_ASSIGN_OR_RETURN(const Identity mine, identity_of_rank(id, start, gang->rank()));
+  TANDEM_ASSIGN_OR_RETURN(const Identity mine, identity_of_rank(settings, id, start, gang->rank()));
   const Watched watched(paths, gang->rank());
   auto opened = watched.run([&] { return open_device(settings, mine); });
   if (!opened.ok()) watched.end(opened.status().to_string());

@@ -14,6 +14,8 @@ struct CudaOptions {
   int device = 0;
   /// map() refuses beyond this many bytes; 0: what the driver gives.
   std::int64_t memory_bytes_max = 0;
+  /// Not empty: the GPU of this UUID (cuda_uuid), whatever number it has by now.
+  std::string uuid = {};
 };
 
 /// A GPU as the driver names it, found through NVML: no context, none of CUDA's libraries.
@@ -33,5 +35,8 @@ Status check_cuda_module();
 /// Creates a context. unavailable_error says what is missing: the module (a build without CUDA),
 /// the driver, a library or the device; refused_error for a GPU older than this build knows.
 Result<Backend> make_cuda_backend(const CudaOptions& options);
+
+/// UUID of the GPU that make_cuda_backend opens for this number now, as CUDA tells it.
+Result<std::string> cuda_uuid(int device);
 
 }  // namespace tandem::kernels

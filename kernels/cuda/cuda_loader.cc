@@ -21,4 +21,9 @@ Result<Backend> make_cuda_backend(const CudaOptions& options) {
   return loaded->make(options);
 }
 
+Result<std::string> cuda_uuid(int device) {
+  TANDEM_ASSIGN_OR_RETURN(const cuda::Module* loaded, module());
+  return loaded->uuid(device);
+}
+
 }  // namespace tandem::kernels

@@ -10,12 +10,39 @@ namespace {
 /// The oldest GPU that the kernels are built for.
 constexpr int kComputeCapabilityMin = 80;
 
-Result<DeviceProfile> open_device(int index) {
+/// As NVML writes it: GPU-01234567-89ab-cdef-0123-456789abcdef.
+std::string uuid_text(const cudaUUID_t& uuid) {
+  constexpr const char* kHex = "0123456789abcdef";
+  std::string text = "GPU";
+  for (int i = 0; i < 16; ++i) {
+    if (i == 0 || i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    const auto byte = static_cast<unsigned char>(uuid.bytes[i]);
+    text += kHex[byte >> 4];
+    text += kHex[byte & 15];
+  }
+  return text;
+}
+
+/// The number that the asked-for GPU has now.
+Result<int> find_device(const CudaOptions& options) {
   int count = 0;
   if (const cudaError_t code = cudaGetDeviceCount(&count); code != cudaSuccess)
     return unavailable_error(str("no usable GPU: ", cudaGetErrorString(code)));
-  if (index < 0 || index >= count)
-    return unavailable_error(str("no GPU ", index, ": this machine has ", count));
+  if (options.uuid.empty()) {
+    if (options.device < 0 || options.device >= count)
+      return unavailable_error(str("no GPU ", options.device, ": this machine has ", count));
+    return options.device;
+  }
+  for (int index = 0; index < count; ++index) {
+    cudaDeviceProp prop{};
+    TANDEM_CUDA(cudaGetDeviceProperties(&prop, index));
+    if (uuid_text(prop.uuid) == options.uuid) return index;
+  }
+  return unavailable_error(
+      str("GPU ", options.uuid, " is not among the ", count, " that are here"));
+}
+
+Result<DeviceProfile> open_device(int index) {
   TANDEM_CUDA(cudaSetDevice(index));
   cudaDeviceProp prop{};
   TANDEM_CUDA(cudaGetDeviceProperties(&prop, index));
@@ -33,8 +60,10 @@ Result<DeviceProfile> open_device(int index) {
   return profile;
 }
 
-Result<Backend> make(const CudaOptions& options) {
+Result<Backend> make(const CudaOptions& asked) {
   try {
+    CudaOptions options = asked;
+    TANDEM_ASSIGN_OR_RETURN(options.device, find_device(asked));
     TANDEM_ASSIGN_OR_RETURN(const DeviceProfile profile, open_device(options.device));
     const auto bytes_in_use = [] {
       std::size_t free = 0, total = 0;
@@ -49,11 +78,23 @@ Result<Backend> make(const CudaOptions& options) {
   }
 }
 
+Result<std::string> uuid(int device) {
+  try {
+    TANDEM_ASSIGN_OR_RETURN(const int index, find_device({.device = device}));
+    cudaDeviceProp prop{};
+    TANDEM_CUDA(cudaGetDeviceProperties(&prop, index));
+    return uuid_text(prop.uuid);
+  } catch (const DeviceError& error) {
+    return unavailable_error(error.what());
+  }
+}
+
 }  // namespace
 }  // namespace tandem::kernels::cuda
 
 extern "C" __attribute__((visibility("default"))) const tandem::kernels::cuda::Module*
 tandem_cuda_module() {
-  static const tandem::kernels::cuda::Module module{TANDEM_VERSION, tandem::kernels::cuda::make};
+  static const tandem::kernels::cuda::Module module{TANDEM_VERSION, tandem::kernels::cuda::make,
+                                                    tandem::kernels::cuda::uuid};
   return &module;
 }

@@ -8,6 +8,7 @@ namespace tandem::kernels::cuda {
 struct Module {
   const char* version;
   Result<Backend> (*make)(const CudaOptions& options);
+  Result<std::string> (*uuid)(int device);
 };
 
 inline constexpr const char* kModuleFile = "libtandem_cuda.so";

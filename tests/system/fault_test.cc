@@ -3,10 +3,14 @@
 // are injected (kernels/fault_injection.h).
 #include "tests/system/tiny_pool.h"
 
+#include <sched.h>
+#include <sys/mount.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <vector>
 
 namespace tandem::test {
 namespace {
@@ -23,6 +27,9 @@ class Fault : public TinyPool {
   static void SetUpTestSuite() {
     faults_ = (fs::temp_directory_path() / str("tandem-faults-", ::getpid(), "-")).string();
     ::setenv("TANDEM_TEST_FAULT_FILE", faults_.c_str(), 1);
+    // What is mounted from here on only this program and its children see.
+    private_mounts_ = on_gpus() && ::unshare(CLONE_NEWNS) == 0 &&
+                      ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0;
     start_pool(2, 64);
   }
   void TearDown() override {
@@ -53,7 +60,30 @@ class Fault : public TinyPool {
     const Json check = platform_->call("registry.check", {{"verify_blobs", true}});
     EXPECT_TRUE(check.value("ok", false)) << check.dump(1);
   }
+  /// The node of a slot's GPU, which CUDA numbers as the bus does.
+  static std::string gpu_node(int slot) {
+    std::vector<fs::path> gpus;
+    std::error_code error;
+    for (const auto& gpu : fs::directory_iterator("/proc/driver/nvidia/gpus", error))
+      gpus.push_back(gpu.path());
+    std::sort(gpus.begin(), gpus.end());
+    if (slot < std::ssize(gpus)) {
+      std::ifstream information(gpus[static_cast<std::size_t>(slot)] / "information");
+      for (std::string line; std::getline(information, line);)
+        if (line.starts_with("Device Minor:"))
+          return str("/dev/nvidia", std::stoi(line.substr(line.find(':') + 1)));
+    }
+    return str("/dev/nvidia", slot);
+  }
+  static int count_in_log(int slot, const std::string& text) {
+    std::ifstream log(
+        str(platform_->data_dir(), "/log/engine-", on_gpus() ? "cuda" : "cpu", slot, ".log"));
+    int count = 0;
+    for (std::string line; std::getline(log, line);) count += line.find(text) != std::string::npos;
+    return count;
+  }
   static inline std::string faults_;
+  static inline bool private_mounts_ = false;
 };
 
 TEST_F(Fault, OneInTrainingCostsARetryAndNotABit) {
@@ -124,13 +154,7 @@ TEST_F(Fault, AnEngineThatCannotLoadIsTriedMoreAndMoreSeldomWhileTheOtherServes)
   ASSERT_TRUE(ready(2));
   inject("pack_weight", 1);
   platform_->kill_process(platform_->engine(1));
-  const auto starts = [&] {
-    std::ifstream log(platform_->data_dir() + "/log/engine-cpu1.log");
-    int count = 0;
-    for (std::string line; std::getline(log, line);)
-      count += line.find("engine starts") != std::string::npos;
-    return count;
-  };
+  const auto starts = [&] { return count_in_log(1, "engine starts"); };
   const int before = starts();
   ASSERT_TRUE(eventually(60'000, [&] { return starts() >= before + 4; }));
   const auto begin = std::chrono::steady_clock::now();
@@ -142,6 +166,37 @@ TEST_F(Fault, AnEngineThatCannotLoadIsTriedMoreAndMoreSeldomWhileTheOtherServes)
   EXPECT_LE(starts(), before + 4 + 7);
   TearDown();
   EXPECT_TRUE(ready(2)) << "it is tried again for ever, at most a minute apart";
+}
+
+/// As when a GPU falls off the bus: its process ends, and nobody can open it any more. The driver
+/// numbers those that are left anew.
+TEST_F(Fault, AGpuThatIsLostMovesItsJobAndItsSlotTakesNoOther) {
+  if (!on_gpus()) GTEST_SKIP() << "it takes GPUs";
+  if (!private_mounts_) GTEST_SKIP() << "it takes the right to mount";
+  ASSERT_TRUE(ready(2));
+  finish(submit("undisturbed-gpu", kSettings));
+  const std::string job = submit("moved", kSettings);
+  ASSERT_TRUE(reaches(job, 15));
+  const int slot = slot_of(job);
+  ASSERT_GE(slot, 0);
+  const std::string node = gpu_node(slot);
+  ASSERT_EQ(::mount("/dev/null", node.c_str(), nullptr, MS_BIND, nullptr), 0) << node;
+  platform_->kill_process(platform_->engine(slot));
+  int answered = 0;
+  ASSERT_TRUE(eventually(120'000, [&] {
+    const auto answer = platform_->generate("tiny", "say red 1", 4);
+    EXPECT_TRUE(answer.ok()) << answer.status().to_string();
+    ++answered;
+    return show_job(job).value("state", "") == "done";
+  })) << show_job(job).dump(1);
+  EXPECT_GT(answered, 1);
+  EXPECT_EQ(slot_of(job), 1 - slot);
+  EXPECT_EQ(digest("moved"), digest("undisturbed-gpu"));
+  EXPECT_TRUE(ready(1));
+  EXPECT_GT(count_in_log(slot, "is not among the 1") + count_in_log(slot, "no usable GPU"), 0);
+  expect_registry_untouched();
+  ASSERT_EQ(::umount2(node.c_str(), MNT_DETACH), 0);
+  EXPECT_TRUE(eventually(120'000, [&] { return ready(2); })) << "it is tried again for ever";
 }
 
 }  // namespace

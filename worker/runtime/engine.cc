@@ -410,7 +410,8 @@ int run_engine(const EngineOptions& options, const SlotPaths& paths, kernels::Ba
     return 1;
   }
   Engine engine(options, paths, backend, std::move(endpoints), clock);
-  if (const Status status = write_engine_info(paths, {::getpid(), engine.incarnation()});
+  if (const Status status =
+          write_engine_info(paths, {::getpid(), engine.incarnation(), options.gpu});
       !status.ok()) {
     log_error(status.message());
     return 1;

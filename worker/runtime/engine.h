@@ -20,6 +20,7 @@ struct EngineOptions {
   WorkerId worker;
   std::string host, device, device_name;
   int slot = 0;
+  std::string gpu;  ///< UUID; empty on a CPU
   ModelHostOptions model;
   DeviceTurnsOptions turns;
   /// Of a GPU: training leaves so many multiprocessors to steps that run beside it.

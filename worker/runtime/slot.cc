@@ -74,7 +74,8 @@ Status write_engine_info(const SlotPaths& paths, const EngineInfo& info) {
   const std::string temporary = paths.engine_json + ".new";
   {
     std::ofstream out(temporary);
-    out << nlohmann::json{{"pid", info.pid}, {"incarnation", info.incarnation}}.dump();
+    out << nlohmann::json{{"pid", info.pid}, {"incarnation", info.incarnation}, {"gpu", info.gpu}}
+               .dump();
     if (!out.flush()) return internal_error(str("cannot write ", temporary));
   }
   std::error_code error;
@@ -83,13 +84,30 @@ Status write_engine_info(const SlotPaths& paths, const EngineInfo& info) {
   return {};
 }
 
-std::optional<EngineInfo> running_engine(const SlotPaths& paths) {
-  if (!FileLock::is_held(paths.engine_lock)) return std::nullopt;
+namespace {
+
+std::optional<EngineInfo> read_engine_info(const SlotPaths& paths) {
   std::ifstream in(paths.engine_json);
   const auto json = nlohmann::json::parse(in, nullptr, false);
   if (!json.is_object() || !json.contains("pid") || !json["pid"].is_number_integer())
     return std::nullopt;
-  return EngineInfo{json["pid"].get<pid_t>(), json.value("incarnation", Incarnation{0})};
+  return EngineInfo{json["pid"].get<pid_t>(), json.value("incarnation", Incarnation{0}),
+                    json.value("gpu", "")};
+}
+
+}  // namespace
+
+std::optional<EngineInfo> running_engine(const SlotPaths& paths) {
+  return FileLock::is_held(paths.engine_lock) ? read_engine_info(paths) : std::nullopt;
+}
+
+std::string gpu_of(const SlotPaths& paths) {
+  const auto info = read_engine_info(paths);
+  return info ? info->gpu : "";
+}
+
+void forget_engine(const SlotPaths& paths) {
+  if (!FileLock::is_held(paths.engine_lock)) (void)::unlink(paths.engine_json.c_str());
 }
 
 Result<int> slot_of(const WorkerId& worker) {

@@ -3,7 +3,8 @@
 // running.
 //
 //   <run>/worker-<device><slot>/supervisor.lock  agent.lock  engine.lock   held (flock) while alive
-//                               engine.json      {"pid", "incarnation"} of the running engine
+//                               engine.json      {"pid", "incarnation", "gpu"} of the running
+//                               engine
 #pragma once
 
 #include "protocol/base/ids.h"
@@ -45,11 +46,18 @@ struct SlotPaths {
 struct EngineInfo {
   pid_t pid = 0;
   Incarnation incarnation = 0;
+  std::string gpu = {};  ///< UUID; empty on a CPU
 };
 /// Written by the engine after it took its lock.
 Status write_engine_info(const SlotPaths& paths, const EngineInfo& info);
 /// The engine that holds the slot now, if any does.
 std::optional<EngineInfo> running_engine(const SlotPaths& paths);
+/// UUID of the GPU that the slot's first engine found, for those that come after it and for ranks
+/// of this slot; empty: a CPU, or no engine has been there.
+std::string gpu_of(const SlotPaths& paths);
+/// A new supervisor's slot may have another GPU than the file that an earlier one left says.
+/// Nothing happens while an engine runs.
+void forget_engine(const SlotPaths& paths);
 
 /// This host's name, for WorkerId and hello.
 std::string host_name();

@@ -3,7 +3,6 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/log.h"
 #include "worker/runtime/process.h"
-#include "worker/runtime/slot.h"
 
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -70,11 +69,12 @@ struct Loop {
 }  // namespace
 
 int run_supervisor(const SupervisorOptions& options) {
-  auto lock = FileLock::acquire(options.lock_path, 0);
+  auto lock = FileLock::acquire(options.paths.supervisor_lock, 0);
   if (!lock.ok()) {
     log_info("this slot already has a supervisor: ", lock.status().message());
     return kExitAsked;  // launching again fills only the missing slots
   }
+  forget_engine(options.paths);
   ::prctl(PR_SET_CHILD_SUBREAPER, 1);
   const sigset_t signals = watched_signals();
   sigprocmask(SIG_BLOCK, &signals, nullptr);

@@ -2,6 +2,8 @@
 // else. It never initialises MPI or CUDA, so nothing in it can hang or be poisoned.
 #pragma once
 
+#include "worker/runtime/slot.h"
+
 #include <string>
 #include <vector>
 
@@ -15,7 +17,7 @@ inline constexpr int kExitUsage = 2;
 struct SupervisorOptions {
   std::string executable;              ///< this binary
   std::vector<std::string> arguments;  ///< for the agent: "--agent" and what the user gave
-  std::string lock_path;
+  SlotPaths paths;
 };
 
 /// Forks and execs the agent, waits, starts it again when it dies (at once after a long life, with

@@ -69,13 +69,29 @@ TEST(FileLock, IsFreeOnceItsHolderWasKilled) {
 TEST(Slot, ARunningEngineIsKnownOnlyWhileItsLockIsHeld) {
   const auto paths = SlotPaths::create(temporary("run"), "cpu", 3);
   ASSERT_TRUE(paths.ok());
-  ASSERT_TRUE(write_engine_info(*paths, {4711, 42}).ok());
+  ASSERT_TRUE(write_engine_info(*paths, {4711, 42, "GPU-1"}).ok());
   EXPECT_FALSE(running_engine(*paths).has_value()) << "the file alone is a leftover";
   const auto lock = FileLock::acquire(paths->engine_lock);
   const auto engine = running_engine(*paths);
   ASSERT_TRUE(engine.has_value());
   EXPECT_EQ(engine->pid, 4711);
   EXPECT_EQ(engine->incarnation, 42u);
+  std::filesystem::remove_all(temporary("run"));
+}
+
+TEST(Slot, KeepsItsGpuOverEnginesUntilANewSupervisorFindsNoneRunning) {
+  const auto paths = SlotPaths::create(temporary("run"), "cuda", 3);
+  ASSERT_TRUE(paths.ok());
+  EXPECT_EQ(gpu_of(*paths), "");
+  ASSERT_TRUE(write_engine_info(*paths, {4711, 42, "GPU-1"}).ok());
+  EXPECT_EQ(gpu_of(*paths), "GPU-1") << "of the engine that was here";
+  {
+    const auto lock = FileLock::acquire(paths->engine_lock);
+    forget_engine(*paths);
+    EXPECT_EQ(gpu_of(*paths), "GPU-1") << "an engine runs";
+  }
+  forget_engine(*paths);
+  EXPECT_EQ(gpu_of(*paths), "");
   std::filesystem::remove_all(temporary("run"));
 }
 
