@@ -124,7 +124,8 @@ std::string upload(Client& client, const std::string& path) {
   return Json::parse(need(client.call("data.add", params.dump()))).value("digest", "");
 }
 
-/// Where a publish's time went, by part.
+/// Where a publish's time went, by part: those of its metadata, and, seen from here, until a client
+/// knew of it and what its first request took.
 using Parts = std::map<std::string, std::vector<double>>;
 
 /// Milliseconds from the last step's event to the first token of the adapter it published.
@@ -140,7 +141,7 @@ double publish_once(Client& client, const Options& options, const std::string& d
                     {"seed", index}}}};
   const std::string job =
       Json::parse(need(client.call("job.submit", Json{{"spec", spec}}.dump()))).value("job", "");
-  std::int64_t last_step_unix_ms = 0;
+  std::int64_t last_step_unix_ms = 0, visible_unix_ms = 0;
   bool published = false;
   const Status watched =
       client.stream("job.watch", Json{{"job", job}}.dump(), [&](const std::string& text) {
@@ -148,6 +149,7 @@ double publish_once(Client& client, const Options& options, const std::string& d
         if (event.value("kind", "") == "step")
           last_step_unix_ms = event.value("time", std::int64_t{0});
         published = published || event.value("kind", "") == "publish";
+        if (published) visible_unix_ms = SystemClock().unix_ms();
         return !published;
       });
   if (!published) {
@@ -168,6 +170,8 @@ double publish_once(Client& client, const Options& options, const std::string& d
   const Json metadata = shown.value("metadata", Json::object());
   for (const auto& [name, value] : metadata.items())
     if (name.ends_with("_ms")) parts[name].push_back(value.get<double>());
+  parts["visible_ms"].push_back(static_cast<double>(visible_unix_ms - last_step_unix_ms));
+  parts["first_request_ms"].push_back(timed.first_ms);
   return total - (timed.total_ms - timed.first_ms);
 }
 
