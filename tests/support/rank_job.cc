@@ -3,6 +3,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/random.h"
+#include "tests/support/background_communicator.h"
 #include "tests/support/exact_backend.h"
 #include "worker/model/tensor_source.h"
 #include "worker/model/weight_door.h"
@@ -73,6 +74,9 @@ kernels::Backend make_backend(const RankJob& job) {
 struct RankEngine {
   RankEngine(comm::Communicator& gang, const RankJob& job)
       : backend(make_backend(job)), ranks(train::make_ranks(gang, job.layout)) {
+    if (job.background != nullptr)
+      ranks.groups.tp = background_communicator(std::move(ranks.groups.tp), *job.background);
+    ranks.stream_part_bytes = job.stream_part_bytes;
     if (job.gpu >= 0) exec.stream = backend.ops->make_stream(false);
     const model::ModelConfig config = rank_job_model(job);
     const DType dtype = job.exact ? DType::kF64 : job.dtype;

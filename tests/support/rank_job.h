@@ -6,6 +6,7 @@
 #include "worker/model/model_config.h"
 #include "worker/train/train_session.h"
 
+#include <atomic>
 #include <functional>
 #include <string>
 #include <vector>
@@ -19,6 +20,11 @@ struct RankJob {
   /// On this GPU of the process, over NCCL; -1: on the CPU.
   int gpu = -1;
   DType dtype = DType::kF32;  ///< unless exact
+  /// Of a part of the residual stream's rows, where collectives go on in the background: as many
+  /// parts as can be.
+  std::int64_t stream_part_bytes = 1;
+  /// On the CPU: makes as if they did (background_communicator.h), and counts what was begun.
+  std::atomic<std::int64_t>* background = nullptr;
   bool tied = true, bias = true;
   std::int64_t steps = 30;
   double max_grad_norm = 1.0;

@@ -22,7 +22,7 @@ namespace {
 /// Of an H100: what the driver counts for a process that has opened the CUDA backend.
 constexpr std::int64_t kCudaContextBytes = 544 * kMiB;
 /// Room for the channels of one NCCL communicator of ranks on NVLink, and for what copy engines and
-/// sums take beside it (66 MiB). Measured on two GPUs, with 58: 345 MB beside the context with one
+/// sums take beside it (82 MiB). Measured on two GPUs, with 58: 345 MB beside the context with one
 /// (dp 2, tp 2), 408 MB with ZeRO 3, 813 MB with two (pp 2).
 constexpr std::int64_t kNcclBytes = 448 * kMiB;
 

@@ -6,6 +6,8 @@
 
 namespace tandem::worker::model {
 
+struct StreamRoom;
+
 /// One device thread owns it. `activations` holds what lives from forward to backward (training) or
 /// for one iteration (serving); callers open ArenaScopes around a step.
 struct Context {
@@ -14,6 +16,8 @@ struct Context {
   comm::Communicator& comm;
   kernels::Arena& activations;
   DType compute_dtype;
+  /// Of a session with sequence parallelism on a GPU (stream_rows.h); else null.
+  const StreamRoom* room = nullptr;
 };
 
 }  // namespace tandem::worker::model

@@ -1,8 +1,10 @@
 #include "worker/model/transformer.h"
 
+#include "worker/model/stream_rows.h"
 #include "worker/model/vocab_loss.h"
 
 #include <cmath>
+#include <cstdlib>
 
 namespace tandem::worker::model {
 
@@ -11,6 +13,7 @@ struct ResidualStream {
   kernels::Tensor before{};  ///< may be undefined
   kernels::Tensor stream{};
   bool addend = false;  ///< `stream` is this rank's addend of what it stands for
+  PartsPending sums{};  ///< what `stream` waits for
 };
 
 namespace {
@@ -25,23 +28,9 @@ kernels::AttentionSpec attention_spec(const ModelConfig& config) {
           config.window,   0.0f};
 }
 
-/// All rows of a tensor, on their way from the ranks until wait().
-struct Gathered {
-  Tensor all;
-  std::unique_ptr<comm::Pending> pending;  ///< null: they are here
-
-  const Tensor& wait(Context& ctx) {
-    if (pending) pending->wait(ctx.exec);
-    pending.reset();
-    return all;
-  }
-};
-
 /// What every part of a block needs: who runs, on what, with which weights and adapters.
-///
-/// Sequence parallelism (Korthikanti et al. 2022): the residual stream and its norms have only this
-/// rank's rows, products and attention all of them. Gathers stand before qkv and gate_up, and the
-/// sums behind o and down leave each rank its own rows; in backward the other way round.
+/// With sequence parallelism (stream_rows.h) products of rows that are gathered or summed go part
+/// by part, attention and gradients of weights over all rows at once.
 struct BlockRun {
   Context& ctx;
   const TokenBatch& batch;
@@ -52,7 +41,11 @@ struct BlockRun {
   std::int64_t layer;
   std::int64_t stream_rows;           ///< T, or with sequence parallelism T / ranks
   const BlockGrads* grads = nullptr;  ///< full fine-tuning, in backward
+  std::int64_t parts = stream_parts(ctx, batch.tokens(), stream_rows);
 
+  [[nodiscard]] Tensor part(const Tensor& x, std::int64_t p) const {
+    return stream_part(x, p, parts);
+  }
   [[nodiscard]] bool has_adapters() const {
     return adapters != nullptr && batch.adapters.rank_max > 0;
   }
@@ -69,9 +62,19 @@ struct BlockRun {
   [[nodiscard]] bool has_all_rows(const Tensor& x) const {
     return x.defined() && x.dim(0) == batch.tokens();
   }
-  /// This rank's rows of the residual stream in a tensor of all rows.
+  /// This rank's rows of the residual stream in a tensor of all rows, which is one part.
   [[nodiscard]] Tensor mine(const Tensor& all) const {
     return sequence_parallel() ? all.rows(ctx.comm.rank() * stream_rows, stream_rows) : all;
+  }
+  /// Collectives read what lies in ctx.room.
+  [[nodiscard]] bool in_room() const { return sequence_parallel() && ctx.room != nullptr; }
+  /// Where rows lie that are gathered to `all`.
+  [[nodiscard]] Tensor to_gather(const Tensor& all) const {
+    return in_room() ? ctx.room->normed.rows(0, stream_rows) : mine(all);
+  }
+  /// Where addends lie that are summed for the stream: in the room, or in new memory.
+  [[nodiscard]] Tensor addends() const {
+    return in_room() ? ctx.room->addends.rows(0, batch.tokens()) : rows(config.width);
   }
   [[nodiscard]] Tensor row_scalars(std::int64_t width) const {
     return ctx.activations.alloc({batch.tokens(), width}, sum_dtype(ctx.compute_dtype));
@@ -84,20 +87,25 @@ struct BlockRun {
     const auto count = static_cast<std::int64_t>(sites(fused).size());
     return count == 0 ? Tensor{} : rows(count * batch.adapters.rank_max);
   }
+  /// Whose adapters a product has over these rows: all of them, or a part.
+  [[nodiscard]] const kernels::AdapterRows* adapter_rows(const Tensor& y) const {
+    if (!has_adapters()) return nullptr;
+    return has_all_rows(y) ? &batch.adapters : &batch.part_adapters;
+  }
   /// x is read or, where `make_x` says something, written.
   void linear(Fused fused, const Tensor& x, const kernels::PackedWeight& weight, const Tensor& bias,
               const Tensor& y, const Tensor& u, const kernels::SiluMulArgs& make_x = {}) const {
-    ctx.ops.linear_forward(ctx.exec, {x, &weight, bias, sites(fused),
-                                      has_adapters() ? &batch.adapters : nullptr, y, u, make_x});
+    ctx.ops.linear_forward(ctx.exec,
+                           {x, &weight, bias, sites(fused), adapter_rows(y), y, u, make_x});
   }
   /// x undefined: by its recipe; dy as `make_dy` says, where that says something.
   void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
                        const kernels::PackedWeight& weight, const Tensor& u, const Tensor& dx,
                        const kernels::LinearInputRecipe& make_x = {},
                        const kernels::SiluMulBackwardArgs& make_dy = {}) const {
-    ctx.ops.linear_backward(
-        ctx.exec, {dy, x, &weight, sites(fused), has_adapters() ? &batch.adapters : nullptr, u, dx,
-                   x.defined() ? kernels::LinearInputRecipe{} : make_x, make_dy});
+    ctx.ops.linear_backward(ctx.exec,
+                            {dy, x, &weight, sites(fused), adapter_rows(dy), u, dx,
+                             x.defined() ? kernels::LinearInputRecipe{} : make_x, make_dy});
   }
   /// Gradients of a weight, where they are wanted: see BlockGrads.
   void weight_grad(const Tensor& dy, const Tensor& x, Tensor BlockGrads::*weight,
@@ -105,49 +113,56 @@ struct BlockRun {
     if (grads != nullptr)
       ctx.ops.linear_weight_grad(ctx.exec, {dy, x, grads->*weight, dbias, grads->fresh});
   }
-  void norm_backward(const Tensor& dy, const Tensor& residual, const Tensor& weight,
-                     const Tensor& rstd, const Tensor& dresidual,
-                     Tensor BlockGrads::*dweight) const {
-    ctx.ops.rms_norm_backward(ctx.exec, {dy, residual, weight, rstd, dresidual,
-                                         grads != nullptr ? grads->*dweight : Tensor{},
-                                         grads != nullptr && grads->fresh});
+  /// The norm's backward, as the sums over ranks that are its `dy` come. dresidual, which it adds
+  /// to, goes on its way to `next`, where that is given.
+  void norm_backward(const Tensor& dy, PartsPending& sums, const Tensor& residual,
+                     const Tensor& weight, const Tensor& rstd, const Tensor& dresidual,
+                     Tensor BlockGrads::*dweight, GatheredRows* next) const {
+    for (std::int64_t p = 0; p < parts; ++p) {
+      wait_part(ctx, sums, p);
+      ctx.ops.rms_norm_backward(
+          ctx.exec, {part(dy, p), part(residual, p), weight, part(rstd, p), part(dresidual, p),
+                     grads != nullptr ? grads->*dweight : Tensor{},
+                     grads != nullptr && grads->fresh && p == 0});
+      if (next != nullptr) gather_part(dresidual, *next, p);
+    }
   }
   /// Each rank of a tensor-parallel group has an addend [T, C]; their sum, or this rank's rows of
-  /// it, comes to `to`, which is a part of x or elsewhere.
-  void sum_over_ranks(const Tensor& x, const Tensor& to) const {
+  /// it, comes to `to`, which is a part of x or elsewhere. Part p begins now; the one before, which
+  /// went on beside the product of this one, is taken.
+  void sum_part(const Tensor& x, const Tensor& to, PartsPending& sums, std::int64_t p) const {
     if (ctx.comm.size() == 1) return;
-    if (sequence_parallel())
-      ctx.comm.reduce_scatter_sum(ctx.exec, x, to);
-    else
-      ctx.comm.all_reduce_sum(ctx.exec, x);
+    if (!sequence_parallel()) return ctx.comm.all_reduce_sum(ctx.exec, x);
+    sums.push_back(ctx.comm.start_reduce_scatter_sum(ctx.exec, part(x, p), part(to, p)));
+    if (p > 0) wait_part(ctx, sums, p - 1);
   }
-  /// The same, done when it is waited for; null: nothing to wait for.
-  [[nodiscard]] std::unique_ptr<comm::Pending> start_sum_over_ranks(const Tensor& x,
-                                                                    const Tensor& to) const {
-    if (sequence_parallel()) return ctx.comm.start_reduce_scatter_sum(ctx.exec, x, to);
-    sum_over_ranks(x, to);
-    return nullptr;
-  }
-  void wait(const std::unique_ptr<comm::Pending>& pending) const {
-    if (pending) pending->wait(ctx.exec);
-  }
-  /// A product whose sum over ranks is the stream `to`; `all` holds the addend where `to` has not
-  /// all rows. Where it has, the sum is left to the norm that reads it (has_addend()).
-  void linear_to_stream(Fused fused, const Tensor& x, const kernels::PackedWeight& weight,
-                        const Tensor& to, const Tensor& u, const Tensor& all,
-                        const kernels::SiluMulArgs& make_x = {}) const {
+  /// A product whose sum over ranks is the stream `to`. Where `to` has all rows, the sum is left to
+  /// the norm that reads it (has_addend()).
+  [[nodiscard]] PartsPending linear_to_stream(Fused fused, const Tensor& x,
+                                              const kernels::PackedWeight& weight, const Tensor& to,
+                                              const Tensor& u, const Tensor& all,
+                                              const kernels::SiluMulArgs& make_x = {}) const {
+    PartsPending sums;
     const Tensor addend = sequence_parallel() ? all : to;
-    linear(fused, x, weight, {}, addend, u, make_x);
-    if (sequence_parallel()) sum_over_ranks(addend, to);
+    for (std::int64_t p = 0; p < parts; ++p) {
+      linear(fused, part(x, p), weight, {}, part(addend, p), part(u, p),
+             {part(make_x.gate_up, p), part(make_x.out, p)});
+      if (sequence_parallel()) sum_part(addend, to, sums, p);
+    }
+    return sums;
   }
   /// What linear_to_stream leaves is this rank's addend of the stream.
   [[nodiscard]] bool has_addend() const { return ctx.comm.size() > 1 && !sequence_parallel(); }
-  /// x (which may be a part of `all`) to `all`; nothing to do where x has all rows.
-  void gather(const Tensor& x, const Tensor& all) const {
-    if (sequence_parallel()) ctx.comm.all_gather(ctx.exec, x, all);
+  /// Part p of the stream's rows x (which may be a part of `to.all`) goes to all ranks; nothing to
+  /// do where x has all rows.
+  void gather_part(const Tensor& x, GatheredRows& to, std::int64_t p) const {
+    if (sequence_parallel())
+      to.pending.push_back(ctx.comm.start_all_gather(ctx.exec, part(x, p), part(to.all, p)));
   }
-  [[nodiscard]] Gathered start_gather(const Tensor& x, const Tensor& all) const {
-    return {all, sequence_parallel() ? ctx.comm.start_all_gather(ctx.exec, x, all) : nullptr};
+  [[nodiscard]] GatheredRows gather(const Tensor& x, const Tensor& all) const {
+    GatheredRows gathered{all, {}};
+    for (std::int64_t p = 0; p < parts; ++p) gather_part(x, gathered, p);
+    return gathered;
   }
 };
 
@@ -224,59 +239,77 @@ void allocate_kept(const BlockRun& run, SavedBlock& s, const Keep& keep) {
   if (keep.act) s.act = run.rows(run.config.mlp_width);
 }
 
-/// All rows of a norm's output: `norm` writes this rank's. They are left in `kept` as far as it
-/// goes, and in `all` where it does not hold them all.
-template <class Norm>
-Tensor norm_all_rows(const BlockRun& run, const Tensor& kept, const Tensor& all, const Norm& norm) {
-  const Tensor to = run.has_all_rows(kept) ? kept : all;
-  const Tensor mine = kept.defined() && !run.has_all_rows(kept) ? kept : run.mine(to);
-  norm(mine);
-  run.gather(mine, to);
-  return to;
+/// All rows of the norm of a stream, whose parts are taken as they come. They are left in `kept` as
+/// far as it goes, and in `all` where it does not hold them all.
+GatheredRows norm_all_rows(const BlockRun& run, ResidualStream& in, const Tensor& weight,
+                           const Tensor& kept, const Tensor& all, const Tensor& rstd) {
+  GatheredRows normed{run.has_all_rows(kept) ? kept : all, {}};
+  const bool keeps_own = kept.defined() && !run.has_all_rows(kept);
+  const Tensor mine = keeps_own && !run.in_room() ? kept : run.to_gather(normed.all);
+  for (std::int64_t p = 0; p < run.parts; ++p) {
+    wait_part(run.ctx, in.sums, p);
+    add_and_norm(run.ctx, run.config,
+                 {run.part(in.before, p), run.part(in.stream, p), in.addend, {}}, weight,
+                 run.part(mine, p), run.part(rstd, p));
+    run.gather_part(mine, normed, p);
+    if (keeps_own && run.in_room())
+      run.ctx.ops.copy(run.ctx.exec, run.part(mine, p), run.part(kept, p));
+  }
+  return normed;
 }
 
 /// One block. On entry the residual stream is `in`, of which s.x is the stream and then holds the
 /// whole. On return it is s.residual_attention (memory given by the caller, as is `mlp_out`) +
-/// mlp_out, which is an addend where run.has_addend(). Everything else that `keep` names is
-/// allocated here.
-void block_forward(const BlockRun& run, SavedBlock& s, const ResidualStream& in,
-                   const Tensor& mlp_out, const Keep& keep) {
+/// mlp_out, which waits for what is returned and is an addend where run.has_addend(). Everything
+/// else that `keep` names is allocated here.
+PartsPending block_forward(const BlockRun& run, SavedBlock& s, ResidualStream& in,
+                           const Tensor& mlp_out, const Keep& keep) {
   allocate_kept(run, s, keep);
   const ArenaScope scope(run.ctx.activations);
   SavedBlock b = s;
   // All rows of what is not kept with all of them: a norm's output, then a product's addend.
-  const Tensor all =
-      keep.normed && !run.sequence_parallel() ? Tensor{} : run.rows(run.config.width);
-  const Tensor normed_attention = norm_all_rows(run, b.normed_attention, all, [&](const Tensor& y) {
-    add_and_norm(run.ctx, run.config, in, run.weights.attention_norm, y, b.rstd_attention);
-  });
-  run.linear(Fused::kQkv, normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0]);
+  const bool keeps_rows =
+      keep.normed && (!run.sequence_parallel() || (keep.gathered && run.in_room()));
+  const Tensor all = keeps_rows ? Tensor{} : run.rows(run.config.width);
+  const Tensor addends = run.in_room() ? run.addends() : all;
+  GatheredRows normed =
+      norm_all_rows(run, in, run.weights.attention_norm, b.normed_attention, all, b.rstd_attention);
+  for (std::int64_t p = 0; p < run.parts; ++p)
+    run.linear(Fused::kQkv, normed.part(run.ctx, p, run.parts), run.weights.qkv,
+               run.weights.qkv_bias, run.part(b.qkv, p), run.part(b.u[0], p));
   attend(run, b.qkv, b.attention_out, b.lse);
-  run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o, b.residual_attention, b.u[1],
-                       all);
-  const Tensor normed_mlp = norm_all_rows(run, b.normed_mlp, all, [&](const Tensor& y) {
-    add_and_norm(run.ctx, run.config, {b.x, b.residual_attention, run.has_addend()},
-                 run.weights.mlp_norm, y, b.rstd_mlp);
-  });
+  ResidualStream stream{b.x, b.residual_attention, run.has_addend(),
+                        run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o,
+                                             b.residual_attention, b.u[1], addends)};
+  normed = norm_all_rows(run, stream, run.weights.mlp_norm, b.normed_mlp, all, b.rstd_mlp);
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
-  run.linear(Fused::kGateUp, normed_mlp, run.weights.gate_up, {}, b.gate_up, b.u[2]);
-  run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], all,
-                       {b.gate_up, b.act});
+  for (std::int64_t p = 0; p < run.parts; ++p)
+    run.linear(Fused::kGateUp, normed.part(run.ctx, p, run.parts), run.weights.gate_up, {},
+               run.part(b.gate_up, p), run.part(b.u[2], p));
+  return run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], addends,
+                              {b.gate_up, b.act});
 }
 
 // -- backward
 // ----------------------------------------------------------------------------------------
 
+bool grads_at_once() {
+  static const bool yes = std::getenv("TANDEM_GRADS_AT_ONCE") != nullptr;
+  return yes;
+}
+
 /// dresidual, of the stream's rows: on entry the gradient of the block's output stream, on return
 /// that of its input stream (`want_dx` false: nobody asks for it, dresidual is then left half way).
+/// `dstream`: all rows of it, on entry on their way; on return again, if the block before is to
+/// come (`more`). Gradients of weights stand where they hide collectives: the first product's
+/// beside the sum of the second's dx, the second's beside the gather of what the norm makes of it.
 void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dresidual,
-                    bool want_dx) {
+                    GatheredRows& dstream, bool want_dx, bool more) {
   ArenaScope scope(run.ctx.activations);
   kernels::Ops& ops = run.ctx.ops;
-  const Tensor dnormed_all = run.rows(run.config.width), dnormed = run.mine(dnormed_all);
-  // The gradient of what o and down gave, which is all rows.
-  const Tensor dstream = run.sequence_parallel() ? run.rows(run.config.width) : dresidual;
+  const Tensor dnormed_all = run.addends();
+  const Tensor dnormed = run.in_room() ? run.stream() : run.mine(dnormed_all);
   // Gradients of weights are the only other readers of a linear's x: without them, x that was not
   // kept is made by the product's backward.
   const bool by_recipe = run.grads == nullptr;
@@ -286,49 +319,60 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   // The norm of a stream that is whole already: undefined with its recipe; else once more, where it
   // was not kept; and all its rows, which arrive beside the product that comes first.
   const auto normed = [&](const Tensor& kept, const Tensor& stream, const Tensor& weight) {
-    if (run.has_all_rows(kept)) return Gathered{kept, nullptr};
-    if (by_recipe && !run.sequence_parallel()) return Gathered{};
+    if (run.has_all_rows(kept)) return GatheredRows{kept, {}};
+    if (by_recipe && !run.sequence_parallel()) return GatheredRows{};
     const Tensor all = run.rows(run.config.width);
-    const Tensor mine = kept.defined() ? kept : run.mine(all);
-    if (!kept.defined()) add_and_norm(run.ctx, run.config, {{}, stream}, weight, mine, {});
-    return run.start_gather(mine, all);
+    const Tensor mine = kept.defined() && !run.in_room() ? kept : run.to_gather(all);
+    if (!kept.defined())
+      add_and_norm(run.ctx, run.config, {{}, stream}, weight, mine, {});
+    else if (run.in_room())
+      ops.copy(run.ctx.exec, kept, mine);
+    return run.gather(mine, all);
   };
   {
     ArenaScope mlp(run.ctx.activations);
     SavedBlock again = s;
-    Gathered arriving = run.start_gather(dresidual, dstream);
-    Gathered normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
+    GatheredRows normed_mlp = normed(s.normed_mlp, s.residual_attention, run.weights.mlp_norm);
     if (!s.gate_up.defined()) {
       again.gate_up = run.rows(2 * run.config.mlp_width);
-      run.linear(Fused::kGateUp, normed_mlp.wait(run.ctx), run.weights.gate_up, {}, again.gate_up,
-                 s.u[2]);
+      for (std::int64_t p = 0; p < run.parts; ++p)
+        run.linear(Fused::kGateUp, normed_mlp.part(run.ctx, p, run.parts), run.weights.gate_up, {},
+                   run.part(again.gate_up, p), run.part(s.u[2], p));
     }
     if (!s.act.defined() && !by_recipe) {
       again.act = run.rows(run.config.mlp_width);
       ops.silu_mul_forward(run.ctx.exec, {again.gate_up, again.act});
     }
     const Tensor dact = run.rows(run.config.mlp_width);
-    arriving.wait(run.ctx);
-    run.linear_backward(Fused::kDown, dstream, again.act, run.weights.down, s.u[3], dact,
-                        {.silu_mul = {again.gate_up, {}}});
-    run.weight_grad(dstream, again.act, &BlockGrads::down);
-    const Tensor& x = normed_mlp.wait(run.ctx);
-    // The gradient takes gate_up's memory: nobody reads that again.
-    run.linear_backward(Fused::kGateUp, again.gate_up, x, run.weights.gate_up, s.u[2], dnormed_all,
-                        norm_recipe(s.residual_attention, run.weights.mlp_norm, s.rstd_mlp),
-                        {dact, again.gate_up, again.gate_up});
-    const auto summing = run.start_sum_over_ranks(dnormed_all, dnormed);
-    run.weight_grad(again.gate_up, x, &BlockGrads::gate_up);
-    run.wait(summing);
+    for (std::int64_t p = 0; p < run.parts; ++p)
+      run.linear_backward(Fused::kDown, dstream.part(run.ctx, p, run.parts), run.part(again.act, p),
+                          run.weights.down, run.part(s.u[3], p), run.part(dact, p),
+                          {.silu_mul = {run.part(again.gate_up, p), {}}});
+    if (grads_at_once()) run.weight_grad(dstream.all, again.act, &BlockGrads::down);
+    PartsPending sums;
+    for (std::int64_t p = 0; p < run.parts; ++p) {
+      // The gradient takes gate_up's memory: nobody reads that again.
+      const Tensor gate_up = run.part(again.gate_up, p);
+      run.linear_backward(Fused::kGateUp, gate_up, normed_mlp.part(run.ctx, p, run.parts),
+                          run.weights.gate_up, run.part(s.u[2], p), run.part(dnormed_all, p),
+                          norm_recipe(s.residual_attention, run.weights.mlp_norm, s.rstd_mlp),
+                          {run.part(dact, p), gate_up, gate_up});
+      run.sum_part(dnormed_all, dnormed, sums, p);
+    }
+    if (!grads_at_once()) run.weight_grad(dstream.all, again.act, &BlockGrads::down);
+    if (grads_at_once()) run.weight_grad(again.gate_up, normed_mlp.all, &BlockGrads::gate_up);
+    dstream.pending.clear();
+    run.norm_backward(dnormed, sums, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp,
+                      dresidual, &BlockGrads::mlp_norm, &dstream);
+    if (!grads_at_once()) run.weight_grad(again.gate_up, normed_mlp.all, &BlockGrads::gate_up);
   }
-  run.norm_backward(dnormed, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp, dresidual,
-                    &BlockGrads::mlp_norm);
-  Gathered arriving = run.start_gather(dresidual, dstream);
-  Gathered normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
+  GatheredRows normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
-  arriving.wait(run.ctx);
-  run.linear_backward(Fused::kO, dstream, s.attention_out, run.weights.o, s.u[1], dattention);
-  run.weight_grad(dstream, s.attention_out, &BlockGrads::o);
+  for (std::int64_t p = 0; p < run.parts; ++p)
+    run.linear_backward(Fused::kO, dstream.part(run.ctx, p, run.parts),
+                        run.part(s.attention_out, p), run.weights.o, run.part(s.u[1], p),
+                        run.part(dattention, p));
+  if (grads_at_once()) run.weight_grad(dstream.all, s.attention_out, &BlockGrads::o);
   const Tensor dqkv = run.rows(run.qkv_width());
   ops.attention_backward(run.ctx.exec,
                          {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
@@ -336,24 +380,25 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   ops.rope_backward(run.ctx.exec, {dqkv, run.batch.positions, run.base.inv_freq(),
                                    run.base.rope_attention_factor(), run.config.heads,
                                    run.config.kv_heads, run.config.head_dim});
-  const Tensor& x = normed_attention.wait(run.ctx);
-  run.linear_backward(Fused::kQkv, dqkv, x, run.weights.qkv, s.u[0],
-                      want_dx ? dnormed_all : Tensor{},
-                      norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention));
-  const auto summing = want_dx ? run.start_sum_over_ranks(dnormed_all, dnormed) : nullptr;
-  run.weight_grad(dqkv, x, &BlockGrads::qkv, run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
-  if (!want_dx) return;
-  run.wait(summing);
-  run.norm_backward(dnormed, s.x, run.weights.attention_norm, s.rstd_attention, dresidual,
-                    &BlockGrads::attention_norm);
-}
-
-/// x of the stream's rows with all T rows: x itself, or in `all`.
-Tensor all_rows(Context& ctx, const Tensor& x, std::int64_t t) {
-  if (x.dim(0) == t) return x;
-  const Tensor all = ctx.activations.alloc({t, x.dim(1)}, x.dtype);
-  ctx.comm.all_gather(ctx.exec, x, all);
-  return all;
+  PartsPending sums;
+  for (std::int64_t p = 0; p < run.parts; ++p) {
+    run.linear_backward(Fused::kQkv, run.part(dqkv, p),
+                        normed_attention.part(run.ctx, p, run.parts), run.weights.qkv,
+                        run.part(s.u[0], p), want_dx ? run.part(dnormed_all, p) : Tensor{},
+                        norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention));
+    if (want_dx) run.sum_part(dnormed_all, dnormed, sums, p);
+  }
+  if (!grads_at_once()) run.weight_grad(dstream.all, s.attention_out, &BlockGrads::o);
+  if (grads_at_once())
+    run.weight_grad(dqkv, normed_attention.all, &BlockGrads::qkv,
+                    run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
+  dstream.pending.clear();
+  if (want_dx)
+    run.norm_backward(dnormed, sums, s.x, run.weights.attention_norm, s.rstd_attention, dresidual,
+                      &BlockGrads::attention_norm, more ? &dstream : nullptr);
+  if (!grads_at_once())
+    run.weight_grad(dqkv, normed_attention.all, &BlockGrads::qkv,
+                    run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
 }
 
 /// Leaves an addend where the stream has all rows.
@@ -365,7 +410,7 @@ void embed(Context& ctx, const TokenBatch& batch, const BaseWeights& base, const
   const VocabShard shard = vocab_shard(base);
   ctx.ops.embedding_forward(ctx.exec,
                             {batch.ids, &base.embedding(), all, shard.first, shard.vocab});
-  if (split) ctx.comm.reduce_scatter_sum(ctx.exec, all, stream);
+  if (split) sum_stream(ctx, all, stream);
 }
 
 }  // namespace
@@ -413,8 +458,9 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
     const Tensor mlp_out = saved != nullptr ? rows() : streams.stream;
     s.residual_attention = keep_blocks ? rows() : shared;
     const std::int64_t block_mark = ctx.activations.mark();
-    block_forward(run, s, streams, mlp_out, keep_of(saved != nullptr, recompute));
-    streams = {s.residual_attention, mlp_out, run.has_addend()};
+    PartsPending sums =
+        block_forward(run, s, streams, mlp_out, keep_of(saved != nullptr, recompute));
+    streams = {s.residual_attention, mlp_out, run.has_addend(), std::move(sums)};
     if (!keep_blocks) {
       ctx.activations.reset(block_mark);
       const Tensor x = s.x;
@@ -424,6 +470,7 @@ void Transformer::forward(Context& ctx, const TokenBatch& batch, Tensor in, Tens
     if (saved != nullptr) saved->blocks.push_back(std::move(s));
     weights_.release(layer, Phase::kForward);
   }
+  wait_parts(ctx, streams.sums);
   finish_forward(ctx, streams, hidden, saved);
   if (saved == nullptr) ctx.activations.reset(mark);
 }
@@ -456,14 +503,33 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
   ArenaScope scope(ctx.activations);
   const BaseWeights& base = weights_.base();
   const EndGrads* ends = sink.ends();
-  Tensor dresidual = dhidden;
+  const std::int64_t rows = dhidden.dim(0);
+  const bool split = rows != batch.tokens();
+  // Where all ranks can read it.
+  const auto room = [&] {
+    return split && ctx.room != nullptr ? ctx.room->gradients.rows(0, rows) : Tensor{};
+  };
+  Tensor dresidual = room();
   if (stage_.last == config().layers) {
-    dresidual = ctx.activations.alloc(dhidden.shape, ctx.compute_dtype);
+    if (!dresidual.defined()) dresidual = ctx.activations.alloc(dhidden.shape, ctx.compute_dtype);
     ctx.ops.fill_zero(ctx.exec, dresidual);
     ctx.ops.rms_norm_backward(
         ctx.exec, {dhidden, saved.final_residual, base.final_norm(), saved.final_rstd, dresidual,
                    ends != nullptr ? ends->final_norm : Tensor{}});
+  } else if (dresidual.defined()) {
+    ctx.ops.copy(ctx.exec, dhidden, dresidual);
+  } else {
+    dresidual = dhidden;
   }
+  const std::int64_t parts = stream_parts(ctx, batch.tokens(), rows);
+  GatheredRows dstream{dresidual, {}};
+  if (split) {
+    dstream.all = ctx.activations.alloc({batch.tokens(), config().width}, ctx.compute_dtype);
+    for (std::int64_t p = 0; p < parts; ++p)
+      dstream.pending.push_back(ctx.comm.start_all_gather(
+          ctx.exec, stream_part(dresidual, p, parts), stream_part(dstream.all, p, parts)));
+  }
+  const bool embeds = stage_.first == 0 && ends != nullptr;
   for (std::int64_t layer = stage_.last; layer-- > stage_.first;) {
     const BlockRun run{ctx,
                        batch,
@@ -472,27 +538,30 @@ void Transformer::backward(Context& ctx, const TokenBatch& batch, Tensor dhidden
                        weights_.acquire(layer, Phase::kBackward),
                        adapters_,
                        layer,
-                       dhidden.dim(0),
+                       rows,
                        sink.acquire(layer)};
     const SavedBlock& s = saved.blocks.at(static_cast<std::size_t>(layer - stage_.first));
-    const bool want_dx = layer > stage_.first || din.defined() || ends != nullptr;
+    const bool more = layer > stage_.first || embeds;
+    const bool want_dx = more || din.defined();
     if (recompute == Recompute::kBlock) {
       ArenaScope block(ctx.activations);
       SavedBlock again;
       again.x = s.x;  // already the whole stream
       again.residual_attention = run.stream();
-      block_forward(run, again, {{}, again.x}, run.stream(), kKeepAll);
-      block_backward(run, again, dresidual, want_dx);
+      ResidualStream in{{}, again.x};
+      PartsPending unused = block_forward(run, again, in, run.stream(), kKeepAll);
+      wait_parts(ctx, unused);
+      block_backward(run, again, dresidual, dstream, want_dx, more);
     } else {
-      block_backward(run, s, dresidual, want_dx);
+      block_backward(run, s, dresidual, dstream, want_dx, more);
     }
     weights_.release(layer, Phase::kBackward);
     sink.ready(layer);
   }
   if (din.defined()) ctx.ops.copy(ctx.exec, dresidual, din);
-  if (stage_.first == 0 && ends != nullptr) {
+  if (embeds) {
     const VocabShard shard = vocab_shard(base);
-    const Tensor dout = all_rows(ctx, dresidual, batch.tokens());
+    const Tensor dout = dstream.wait(ctx);
     sink.acquire_end(End::kEmbedding);
     ctx.ops.embedding_backward(ctx.exec,
                                {batch.ids, dout, sink.ends()->embedding, shard.first, shard.vocab});

@@ -2,9 +2,9 @@
 // and decode tokens alike; they differ only in the attention they ask for. Backward by hand, in
 // reverse order of forward. Stateless but for weights and adapters it refers to; one device thread.
 //
-// Over tensor-parallel ranks the residual stream is either whole on every rank, or each has a part
-// of its rows (sequence parallelism): S = T or T / ranks, as `hidden` says. The sums are the same
-// bits.
+// Over tensor-parallel ranks the residual stream is either whole on every rank, or each has some of
+// its rows (sequence parallelism, stream_rows.h): S = T or T / ranks, as `hidden` says. The sums
+// are the same bits.
 #pragma once
 
 #include "worker/model/adapter.h"
@@ -28,9 +28,10 @@ struct TokenBatch {
   kernels::Tensor ids;        ///< [T] i32
   kernels::Tensor positions;  ///< [T] i32
   kernels::AdapterRows adapters;
-  kernels::Tensor seq_offsets;     ///< [S + 1] i32, training only
-  std::int64_t seq_len_max = 0;    ///< training only
-  const PagedKv* paged = nullptr;  ///< serving only
+  kernels::AdapterRows part_adapters;  ///< of stream_part()s of the rows, training only
+  kernels::Tensor seq_offsets;         ///< [S + 1] i32, training only
+  std::int64_t seq_len_max = 0;        ///< training only
+  const PagedKv* paged = nullptr;      ///< serving only
   [[nodiscard]] std::int64_t tokens() const { return ids.dim(0); }
 };
 

@@ -1,6 +1,7 @@
 #include "worker/model/vocab_loss.h"
 
 #include "kernels/workspace.h"
+#include "worker/model/stream_rows.h"
 
 #include <algorithm>
 
@@ -24,7 +25,7 @@ void vocab_loss(Context& ctx, const BaseWeights& base, const VocabLossArgs& args
   if (split) {
     const kernels::Shape shape{t, hidden.dim(1)};
     hidden = ctx.activations.alloc(shape, ctx.compute_dtype);
-    ctx.comm.all_gather(ctx.exec, args.hidden, hidden);
+    gather_stream(ctx, args.hidden, hidden);
     if (dhidden.defined()) dhidden = ctx.activations.alloc(shape, ctx.compute_dtype);
   }
   const std::int64_t chunk = std::max(
@@ -55,7 +56,7 @@ void vocab_loss(Context& ctx, const BaseWeights& base, const VocabLossArgs& args
   }
   if (!dhidden.defined() || ctx.comm.size() == 1) return;
   if (split)
-    ctx.comm.reduce_scatter_sum(ctx.exec, dhidden, args.dhidden);
+    sum_stream(ctx, dhidden, args.dhidden);
   else
     ctx.comm.all_reduce_sum(ctx.exec, dhidden);
 }

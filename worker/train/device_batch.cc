@@ -1,6 +1,7 @@
 #include "worker/train/device_batch.h"
 
 #include "protocol/base/units.h"
+#include "worker/model/stream_rows.h"
 
 #include <algorithm>
 
@@ -19,11 +20,10 @@ kernels::Tensor upload_padded(model::Context& ctx, std::vector<std::int32_t> val
 
 }  // namespace
 
-std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds,
-                         std::int64_t parts) {
+std::int64_t device_rows(std::int64_t tokens, const BatchBounds& bounds, std::int64_t parts) {
   const std::int64_t bucket =
       std::min(kTokenBucket, round_up(bounds.micro_batch_tokens, kSmallBucket));
-  return round_up(round_up(static_cast<std::int64_t>(batch.tokens.size()), bucket), parts);
+  return round_up(round_up(tokens, bucket), parts);
 }
 
 DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
@@ -31,7 +31,7 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
                          std::int64_t parts) {
   const auto real = static_cast<std::int64_t>(batch.tokens.size());
   const auto end = static_cast<std::int32_t>(real);
-  const std::int64_t rows = device_rows(batch, bounds, parts);
+  const std::int64_t rows = device_rows(real, bounds, parts);
   DeviceBatch device;
   device.real_tokens = real;
   device.tokens.ids = upload_padded(ctx, batch.tokens, rows, 0);
@@ -48,6 +48,11 @@ DeviceBatch upload_batch(model::Context& ctx, const data::MicroBatch& batch,
   adapters.rank_max = rank_max;
   adapters.segment_offsets = upload_padded(ctx, {0, static_cast<std::int32_t>(rows)}, 2, 0);
   adapters.segment_slots = upload_padded(ctx, {static_cast<std::int32_t>(slot)}, 1, -1);
+  device.tokens.part_adapters = adapters;
+  const std::int64_t cut = model::stream_parts(ctx, rows, rows / parts);
+  if (cut > 1)
+    device.tokens.part_adapters.segment_offsets =
+        upload_padded(ctx, {0, static_cast<std::int32_t>(rows / cut)}, 2, 0);
   return device;
 }
 

@@ -19,9 +19,8 @@ struct DeviceBatch {
 };
 
 /// Rows of a micro-batch's device tensors: a multiple of `parts`, so that ranks can share them
-/// equally (then one plain collective does; inert rows are there anyway).
-std::int64_t device_rows(const data::MicroBatch& batch, const BatchBounds& bounds,
-                         std::int64_t parts);
+/// equally (then plain collectives do; inert rows are there anyway).
+std::int64_t device_rows(std::int64_t tokens, const BatchBounds& bounds, std::int64_t parts);
 
 /// Uploads a micro-batch with all its rows in `slot` (-1: no adapter) of at most `rank_max`. Shapes
 /// depend on the number of tokens, on `bounds` and on `parts` (of device_rows) alone.

@@ -93,7 +93,7 @@ void PipelineRunner::forward(const Step& step, const PipelineAction& action, Ten
   Flight& f = flights_[static_cast<std::size_t>(action.slot)];
   const model::Transformer& chunk = chunks_[static_cast<std::size_t>(action.unit.chunk)];
   f.arena->reset(0);
-  model::Context ctx{ctx_.ops, ctx_.exec, ctx_.comm, *f.arena, ctx_.compute_dtype};
+  model::Context ctx{ctx_.ops, ctx_.exec, ctx_.comm, *f.arena, ctx_.compute_dtype, ctx_.room};
   f.batch = step.upload(ctx, static_cast<std::size_t>(action.unit.micro_batch));
   f.hidden = f.arena->alloc({ranks_.stream_rows(f.batch.tokens.tokens()), chunk.config().width},
                             ctx.compute_dtype);

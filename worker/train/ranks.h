@@ -6,6 +6,7 @@
 #include "worker/comm/layout.h"
 #include "worker/model/context.h"
 #include "worker/model/shard.h"
+#include "worker/model/stream_rows.h"
 
 #include <memory>
 #include <span>
@@ -20,6 +21,7 @@ struct Ranks {
   /// First and last stage, which both hold a tied embedding; of size 1 where there is nobody to
   /// agree with.
   std::unique_ptr<comm::Communicator> ends;
+  std::int64_t stream_part_bytes = model::kStreamPartBytes;  ///< see StreamRoom
 
   [[nodiscard]] int dp_rank() const { return layout.dp_rank(rank); }
   [[nodiscard]] int tp_rank() const { return layout.tp_rank(rank); }

@@ -19,6 +19,7 @@ using kernels::Tensor;
 constexpr std::uint64_t kDropoutStream = 0x64726f70;  // "drop"
 /// gradient_accumulation_steps never exceeds it, so (step, micro-batch) is one number.
 constexpr std::int64_t kMicroBatchesMax = 4096;
+constexpr std::int64_t kReserveBytes = std::int64_t{1} << 40;  ///< address space of an arena
 
 Result<model::Recompute> parse_recompute(const std::string& name) {
   if (name == "none") return model::Recompute::kNone;
@@ -80,6 +81,21 @@ class PhaseTimer {
 
 // -- training
 // --------------------------------------------------------------------------------------
+
+/// Where collectives of the residual stream go on in the background: what they read. On CPUs they
+/// do not, and rows are not cut.
+void TrainSession::Impl::make_room() {
+  model::Context& ctx = parts_.context;
+  if (row_parts() == 1 || !ctx.comm.has_background()) return;
+  room_arena_ = std::make_unique<kernels::Arena>(
+      parts_.allocator, parts_.ledger, kernels::MemoryKind::kActivations, "rows between ranks",
+      kReserveBytes, kernels::Sharing::kPeers);
+  const BatchBounds& bounds = batches_->bounds();
+  room_ = model::make_stream_room(ctx, *room_arena_,
+                                  device_rows(bounds.micro_batch_tokens, bounds, row_parts()),
+                                  transformer_.config().width, parts_.ranks->stream_part_bytes);
+  ctx.room = &*room_;
+}
 
 Status TrainSession::Impl::begin_step() {
   PhaseTimer timer(times_.data);
@@ -146,7 +162,8 @@ double TrainSession::Impl::run_pipeline() {
   PhaseTimer timer(times_.backward);
   std::vector<std::int64_t> rows;
   for (const LocalBatch& batch : local_)
-    rows.push_back(device_rows(*batch.batch, batches_->bounds(), row_parts()));
+    rows.push_back(device_rows(static_cast<std::int64_t>(batch.batch->tokens.size()),
+                               batches_->bounds(), row_parts()));
   return pipeline_->run({std::move(rows),
                          [&](model::Context& ctx, std::size_t m) { return upload(ctx, local_[m]); },
                          gradient_scale(), params_.sink()});

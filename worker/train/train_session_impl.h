@@ -2,6 +2,7 @@
 // train_session_state.cc its checkpoints and the probe.
 #pragma once
 
+#include "worker/model/stream_rows.h"
 #include "worker/train/device_batch.h"
 #include "worker/train/pipeline_run.h"
 #include "worker/train/train_session.h"
@@ -27,8 +28,9 @@ class TrainSession::Impl {
         params_(*params_owner_),
         transformer_(params_.weights(), &parts.adapters,
                      parts.weights.base().shard().stages.back()) {
+    make_room();
     if (pipelined())
-      pipeline_.emplace(parts.allocator, parts.ledger, parts.context, params_.weights(),
+      pipeline_.emplace(parts.allocator, parts.ledger, parts_.context, params_.weights(),
                         parts.adapters, *parts.ranks, recompute);
     scaler_ = options_.loss_scaling ? LossScaler(*options_.loss_scaling)
                                     : LossScaler::of(parts.context.compute_dtype);
@@ -88,6 +90,8 @@ class TrainSession::Impl {
   const std::unique_ptr<Trainable> params_owner_;
   Trainable& params_;
   const model::Transformer transformer_;  ///< the model; of a pipeline, this rank's last stage
+  std::unique_ptr<kernels::Arena> room_arena_;
+  std::optional<model::StreamRoom> room_;  ///< with sequence parallelism on a GPU
   std::optional<PipelineRunner> pipeline_;
   PhaseTimes times_;
 
@@ -127,6 +131,7 @@ class TrainSession::Impl {
   [[nodiscard]] std::int64_t dp_size() const { return parts_.ranks ? parts_.ranks->layout.dp : 1; }
   [[nodiscard]] std::int64_t dp_rank() const { return parts_.ranks ? parts_.ranks->dp_rank() : 0; }
   void phase_after_step();
+  void make_room();
 
   // The step in progress.
   std::optional<data::OptimizerStep> current_;

@@ -127,6 +127,55 @@ TEST(Peers, WhatIsSharedIsGatheredAndSummedWhereItLies) {
   }
 }
 
+/// Addends come by copy engines, and who waits adds them up in rank order. Values whose sums round.
+template <class T>
+void check_shared_sums(DType dtype, kernels::Arena& shared) {
+  const int size = gang().size(), rank = gang().rank();
+  const auto value = [](int r, std::int64_t e) {
+    return from_f32<T>(std::sin(static_cast<float>(e % 1013) * 0.37f + static_cast<float>(r)));
+  };
+  const auto values = [&](int r, std::int64_t n) {
+    std::vector<T> x(static_cast<std::size_t>(n));
+    for (std::int64_t e = 0; e < n; ++e) x[static_cast<std::size_t>(e)] = value(r, e);
+    return x;
+  };
+  // The last is more than there is room for beside another.
+  for (const std::int64_t n : {8, 40'008, 1'000'000, 6'000'000}) {
+    const kernels::ArenaScope scope(device->tensors), rows(shared);
+    const Tensor whole = shared.alloc({4 * n * size}, dtype);
+    const Tensor sums = device->tensors.alloc({4 * n}, dtype);
+    ASSERT_TRUE(gang().share(device->exec, whole));
+    for (int turn = 0; turn < 2; ++turn) {
+      device->upload(values(rank + turn, whole.elements()), whole);
+      std::vector<std::unique_ptr<worker::comm::Pending>> pending;
+      for (int p = 0; p < 4; ++p) {  // two at a time have room
+        if (p >= 2) pending[static_cast<std::size_t>(p - 2)]->wait(device->exec);
+        pending.push_back(gang().start_reduce_scatter_sum(
+            device->exec, whole.rows(p * n * size, n * size), sums.rows(p * n, n)));
+      }
+      pending[2]->wait(device->exec);
+      pending[3]->wait(device->exec);
+      const auto got = device->get<T>(sums);
+      for (std::int64_t e = 0; e < 4 * n; ++e) {
+        const std::int64_t at = (e / n * size + rank) * n + e % n;
+        float want = 0.0f;
+        for (int r = 0; r < size; ++r) want += to_f32(value(r + turn, at));
+        ASSERT_EQ(to_f32(got[static_cast<std::size_t>(e)]), to_f32(from_f32<T>(want)))
+            << n << " " << e;
+      }
+      gang().barrier(device->exec);
+    }
+  }
+}
+
+TEST(Peers, SumsIn16BitsAreThoseOfRankOrder) {
+  kernels::Arena shared(*device->backend.allocator, *device->backend.ledger,
+                        kernels::MemoryKind::kWeights, "shared", std::int64_t{1} << 32,
+                        kernels::Sharing::kPeers);
+  check_shared_sums<bf16>(DType::kBF16, shared);
+  check_shared_sums<f16>(DType::kF16, shared);
+}
+
 TEST(Peers, WhatOthersCannotMapIsLeftToNccl) {
   const kernels::ArenaScope scope(device->tensors);
   EXPECT_FALSE(gang().share(device->exec, device->tensors.alloc({1000}, DType::kF32)));

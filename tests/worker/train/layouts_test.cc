@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 
 namespace tandem::test {
@@ -91,6 +92,59 @@ TEST(SequenceParallel, ChangesNoBitOfALoraJob) {
     for (std::size_t t = 0; t < left.tensors.size(); ++t)
       EXPECT_EQ(left.tensors[t].values, right.tensors[t].values) << left.tensors[t].name;
   }
+}
+
+// -- rows in parts, as where collectives go on in the background
+// ------------------------------------
+
+std::vector<Case> stream_cases() {
+  std::vector<Case> all;
+  for (const Case& c : cases())
+    if (c.layout.tp > 1 && c.layout.sequence_parallel) all.push_back(c);
+  return all;
+}
+class StreamParts : public Layouts {};
+INSTANTIATE_TEST_SUITE_P(All, StreamParts, testing::ValuesIn(stream_cases()), case_name);
+
+TEST_P(StreamParts, LossesInF64AreThoseOfOneRank) {
+  for (const char* recompute : {"none", "elementwise", "mlp", "block"}) {
+    RankJob j = job();
+    j.exact = j.eval = true;
+    j.steps = 6;
+    j.recompute = recompute;
+    const RankResult want = as_one_rank(j);
+    std::array<std::atomic<std::int64_t>, 2> begun{};
+    for (const std::int64_t bytes : {std::int64_t{1}, std::int64_t{1} << 40}) {
+      j.stream_part_bytes = bytes;
+      j.background = &begun[bytes == 1 ? 0 : 1];
+      for (const RankResult& rank : run_as_threads(j)) {
+        ASSERT_EQ(rank.losses.size(), want.losses.size());
+        for (std::size_t s = 0; s < want.losses.size(); ++s) {
+          EXPECT_NEAR(rank.losses[s], want.losses[s], 1e-9) << recompute << " step " << s + 1;
+          EXPECT_NEAR(rank.norms[s], want.norms[s], 1e-9 * want.norms[s] + 1e-9);
+        }
+        for (std::size_t e = 0; e < want.eval_losses.size(); ++e)
+          EXPECT_NEAR(rank.eval_losses[e], want.eval_losses[e], 1e-9);
+      }
+    }
+    EXPECT_GE(begun[0], 2 * begun[1]) << "parts";
+    EXPECT_GT(begun[1], 0) << "all rows as one";
+  }
+}
+
+TEST_P(StreamParts, ForwardChangesNoBitAndTwoRunsAreTheSame) {
+  RankJob j = job();
+  j.steps = 4;
+  const auto whole = run_as_threads(j);
+  std::atomic<std::int64_t> begun = 0;
+  j.background = &begun;
+  const auto a = run_as_threads(j), b = run_as_threads(j);
+  EXPECT_EQ(a[0].losses.front(), whole[0].losses.front()) << "before any update";
+  EXPECT_EQ(a[0].losses, b[0].losses);
+  const auto left = merged_state(a), right = merged_state(b);
+  ASSERT_EQ(left.tensors.size(), right.tensors.size());
+  for (std::size_t t = 0; t < left.tensors.size(); ++t)
+    EXPECT_EQ(left.tensors[t].values, right.tensors[t].values) << left.tensors[t].name;
 }
 
 // -- what else a job may ask for

@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <numeric>
 
 namespace tandem::worker::comm {
@@ -60,6 +61,30 @@ class Behind final : public Pending {
   bool waited_ = false;
 };
 
+/// A sum whose addends come on a second queue; who waits for it adds them up.
+class Addends final : public Pending {
+ public:
+  Addends(cudaStream_t main, cudaStream_t side, PeerCollectives& peers,
+          const PeerCollectives::Addends& addends)
+      : come_(main, side), peers_(peers), addends_(addends) {}
+  ~Addends() override {
+    if (!added_) peers_.drop(addends_);
+  }
+  Addends(const Addends&) = delete;
+  Addends& operator=(const Addends&) = delete;
+  void wait(Exec& exec) override {
+    come_.wait(exec);
+    peers_.add_up(stream_of(exec), addends_);
+    added_ = true;
+  }
+
+ private:
+  Behind come_;
+  PeerCollectives& peers_;
+  const PeerCollectives::Addends addends_;
+  bool added_ = false;
+};
+
 /// The queue of what runs in the background; urgent, so that they move while products run.
 class SideQueue {
  public:
@@ -87,12 +112,17 @@ class SideQueue {
   cudaEvent_t forked_ = nullptr;
 };
 
+/// Those of one gang, for as long as somebody may watch what is on them. Each group that begins
+/// something in the background has one of its own: rows of a micro-batch do not stand in line
+/// behind weights of a block.
+using SideQueues = std::deque<SideQueue>;
+
 class NcclCommunicator final : public Communicator {
  public:
   /// `members`: ranks of the gang, in this communicator's order.
-  NcclCommunicator(std::shared_ptr<Handle> handle, std::shared_ptr<SideQueue> side, int rank,
+  NcclCommunicator(std::shared_ptr<Handle> handle, std::shared_ptr<SideQueues> sides, int rank,
                    std::vector<int> members, bool reaches_peers)
-      : side_(std::move(side)),
+      : sides_(std::move(sides)),
         handle_(std::move(handle)),
         rank_(rank),
         size_(static_cast<int>(members.size())),
@@ -142,6 +172,18 @@ class NcclCommunicator final : public Communicator {
     reduce_scatter(stream_of(exec), x, out, nullptr);
   }
   std::unique_ptr<Pending> start_reduce_scatter_sum(Exec& exec, Tensor x, Tensor out) override {
+    TANDEM_CHECK_EQ(x.elements(), out.elements() * size_);
+    TANDEM_CHECK(x.dtype == out.dtype);
+    // In 16 bits they are a stream's, which products wait for. What ZeRO sums in f32 is nobody's
+    // until the step's end: it is added up on its way, and leaves the room to others.
+    PeerCollectives::Addends addends;
+    if (peers_ != nullptr && dtype_bytes(x.dtype) == 2 && out.elements() > 0) {
+      const cudaStream_t side = fork(exec);
+      if (peers_->fetch_addends(side, x, out, addends)) {
+        handle_->watch()->note("reduce_scatter", side);
+        return std::make_unique<Addends>(stream_of(exec), side, *peers_, addends);
+      }
+    }
     return behind(exec, [&](cudaStream_t side) { reduce_scatter(side, x, out, peers_.get()); });
   }
   bool share(Exec& exec, Tensor x) override {
@@ -206,7 +248,7 @@ class NcclCommunicator final : public Communicator {
     std::vector<int> theirs;
     for (const int member : members) theirs.push_back(members_[static_cast<std::size_t>(member)]);
     if (theirs == members_)
-      return std::make_unique<NcclCommunicator>(handle_, side_, rank_, std::move(theirs),
+      return std::make_unique<NcclCommunicator>(handle_, sides_, rank_, std::move(theirs),
                                                 reaches_peers_);
     auto part = std::make_unique<Handle>(handle_->watch());
     ncclConfig_t config = part->config();
@@ -223,7 +265,7 @@ class NcclCommunicator final : public Communicator {
                                    stream_of(exec)),
                    "copy");
       });
-    return std::make_unique<NcclCommunicator>(std::move(part), side_, key, std::move(theirs),
+    return std::make_unique<NcclCommunicator>(std::move(part), sides_, key, std::move(theirs),
                                               reaches_peers_);
   }
 
@@ -256,9 +298,13 @@ class NcclCommunicator final : public Communicator {
                  size_);
     return r;
   }
+  cudaStream_t fork(const Exec& exec) {
+    if (side_ == nullptr) side_ = &sides_->emplace_back();
+    return side_->fork(stream_of(exec));
+  }
   template <class Begin>
   std::unique_ptr<Pending> behind(const Exec& exec, const Begin& begin) {
-    const cudaStream_t side = side_->fork(stream_of(exec));
+    const cudaStream_t side = fork(exec);
     begin(side);
     return std::make_unique<Behind>(stream_of(exec), side);
   }
@@ -318,8 +364,9 @@ class NcclCommunicator final : public Communicator {
     return peers_.get();
   }
 
-  const std::shared_ptr<SideQueue> side_;  ///< outlives who watches what is on it
-  const std::shared_ptr<Handle> handle_;   ///< shared by groups of all ranks
+  const std::shared_ptr<SideQueues> sides_;  ///< outlive who watches what is on them
+  SideQueue* side_ = nullptr;                ///< of sides_, made at its first use
+  const std::shared_ptr<Handle> handle_;     ///< shared by groups of all ranks
   const int rank_, size_;
   const std::vector<int> members_;
   const bool reaches_peers_;  ///< this GPU can read the others of the host
@@ -373,7 +420,7 @@ Result<std::unique_ptr<Communicator>> make(const NcclOptions& asked) {
     std::vector<int> all(static_cast<std::size_t>(options.size));
     std::iota(all.begin(), all.end(), 0);
     return std::unique_ptr<Communicator>(std::make_unique<NcclCommunicator>(
-        std::move(handle), std::make_shared<SideQueue>(), options.rank, std::move(all), peers));
+        std::move(handle), std::make_shared<SideQueues>(), options.rank, std::move(all), peers));
   } catch (const DeviceError& error) {
     return unavailable_error(error.what());
   }

@@ -77,13 +77,14 @@ struct ColumnGather {
 };
 cudaError_t gather_columns(cudaStream_t stream, const SumRooms& rooms, const ColumnGather& gather);
 
-/// out[e] = parts[0][e] + parts[1][e] + ..., `elements` f32 each; all aligned to 16 bytes.
+/// out[e] = parts[0][e] + parts[1][e] + ..., in f32, rounded once; all aligned to 16 bytes. out may
+/// be one of the parts.
 struct PartSum {
-  const float* parts[kPeersMax];
-  float* out;
+  const void* parts[kPeersMax];
+  void* out;
   std::int64_t elements;
   int size;
 };
-cudaError_t sum_parts(cudaStream_t stream, const PartSum& sum);
+cudaError_t sum_parts(cudaStream_t stream, PeerType type, const PartSum& sum);
 
 }  // namespace tandem::worker::comm
