@@ -143,6 +143,21 @@ void Jobs::ask_estimate(Job& job) {
   estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, true);
 }
 
+std::string Jobs::nearest_layout_text(const Job& job, std::size_t ranks) {
+  const auto spec = protocol::JobSpec::parse(job.spec_json);
+  if (!spec.ok()) return "";
+  const protocol::TrainSettings& train = spec->train;
+  std::vector<std::int64_t> dps;
+  for (std::int64_t d = 1; d <= train.dp; ++d)
+    if (train.gradient_accumulation_steps % d == 0) dps.push_back(d);
+  const NearestLayout nearest = nearest_layout(dps, train.tp, train.pp, ranks);
+  if (nearest.dp == 0) return "";
+  return str("; the nearest layout with as many workers: dp ", nearest.dp, ", tp ", nearest.tp,
+             ", pp ", nearest.pp, train.zero > 0 && nearest.dp == 1 ? ", zero 0" : "",
+             train.virtual_pipeline_size > 1 && nearest.pp == 1 ? ", virtual_pipeline_size 1" : "",
+             train.dp_min > nearest.dp ? str(", dp_min ", nearest.dp) : std::string());
+}
+
 /// More ranks than a gang can have on its device will never start. Right after a start of the
 /// coordinator nobody knows how many there are, so the job then waits.
 Status Jobs::check_pool(const Job& job) const {
@@ -153,7 +168,8 @@ Status Jobs::check_pool(const Job& job) const {
     return {};
   return refused_error(str("the job has ", ranks, " ranks, one worker each, and ", room.description,
                            "; start more (tandem up --workers ", ranks,
-                           ") or use fewer ranks (dp, tp, pp)"));
+                           ") or use fewer ranks (dp, tp, pp)",
+                           nearest_layout_text(job, room.ranks)));
 }
 
 void Jobs::estimated(const EstimateOutcome& outcome) {
@@ -550,7 +566,10 @@ std::string Jobs::waiting_reason(const Job& job) const {
               .waiting);
     }
     case JobState::kStarting:
-      return str(runner_name(job), " prepares it");
+      return str(runner_name(job), " prepares it",
+                 job.attempts > 1 && !job.error.empty()
+                     ? str("; attempt ", job.attempts, " after: ", job.error)
+                     : std::string());
     default:
       return "";
   }

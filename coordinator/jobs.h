@@ -114,6 +114,8 @@ class Jobs {
   static Status change_layout(Job& job, const std::string& layout_json);
   void ask_estimate(Job& job);
   [[nodiscard]] Status check_pool(const Job& job) const;
+  /// "; the nearest layout ...", or "".
+  static std::string nearest_layout_text(const Job& job, std::size_t ranks);
   /// Whether the message is of the job's current attempt on this engine; takes a queued job back
   /// that only lost its lease. Answers a stale one with kConflict.
   bool accept(const Runner& runner, const JobId& id, Epoch epoch, const std::string& of, Job& job);

@@ -33,10 +33,11 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
                 const std::set<WorkerId>& reserved, const Without& without = {});
 
 /// Workers for a queued job of several ranks: all at once, one per rank, slots with the device of
-/// the job's estimate that train nothing and have memory for a rank beside their engine (whose base
-/// does not matter). On one host where one has as many slots; else, CPU slots only, over several,
-/// members of a host next to each other. The agent of the first member of each host must be there.
-/// Of an elastic job's sizes the largest that fits. Deterministic.
+/// the job's estimate, of one kind (device name), that train nothing and have memory for a rank
+/// beside their engine (whose base does not matter). On one host where one has as many slots; else,
+/// CPU slots only, over several, members of a host next to each other. The agent of the first
+/// member of each host must be there, all of one program version: each host's ranks are its own
+/// program. Of an elastic job's sizes the largest that fits. Deterministic.
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
                      const std::set<WorkerId>& reserved, const Without& without = {});
 
@@ -60,25 +61,35 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
                      const Without& without = {});
 
-/// The most slots with one device that a host is known to have; count 0: no worker is known.
+/// The most slots of one kind that a host is known to have; count 0: no worker is known.
 struct HostSlots {
   std::size_t count = 0;
   std::string name, device = "cpu";
+  std::string kind{};  ///< device name
   /// "4 CPU workers"
   [[nodiscard]] std::string to_string() const;
 };
 /// Of all hosts with this device.
 HostSlots largest_host(const WorkerTable& workers, const std::string& device);
-/// How many ranks on one device a gang can have: as many as the pool has CPU slots, or as the
-/// largest host has GPUs, for GPUs of several hosts make no gang.
+/// How many ranks on one device a gang can have: as many as the pool has CPU slots of one kind, or
+/// as a host has GPUs of one kind, for GPUs of several hosts make no gang.
 struct GangRoom {
   std::size_t ranks = 0;
-  /// "there are 3 CPU workers, 2 of them on HOST", or "a gang of GPUs stays within one host: ...".
+  /// "there are 3 CPU workers, 2 of them on HOST", or "a gang of GPUs stays within one host: ...";
+  /// the kinds, where there are several.
   std::string description;
 };
 GangRoom gang_room(const WorkerTable& workers, const std::string& device);
 /// Where a gang of so many ranks is to run: on GPUs, where a host has as many, else on CPUs.
 std::string gang_device(const WorkerTable& workers, std::int64_t ranks);
+/// Of the layouts with at most `ranks` ranks that cut no axis more than the asked one, so that a
+/// model that takes this takes them, the one with most; all zero: there is none. `dps`: what dp may
+/// be.
+struct NearestLayout {
+  std::int64_t dp = 0, tp = 0, pp = 0;
+};
+NearestLayout nearest_layout(const std::vector<std::int64_t>& dps, std::int64_t tp, std::int64_t pp,
+                             std::size_t ranks);
 /// The device that a job's dry run was made for.
 std::string estimated_device(const std::string& estimate_json);
 

@@ -18,18 +18,21 @@ struct Host {
   std::string name;
   std::vector<const Worker*> free, busy;
   std::string obstacles;
+  std::size_t away = 0;  ///< of the busy ones: not connected
   bool held_it = false;  ///< the job ran here last
 };
 
 Host look_at(const std::string& name, const std::vector<const Worker*>& slots, const Job& job,
              const Tables& tables, const WorkerTable& workers, const std::set<WorkerId>& reserved,
              const Without& without) {
-  Host host{name, {}, {}, "", false};
+  Host host{name, {}, {}, "", 0, false};
   for (const Worker* worker : slots) {
     host.held_it = host.held_it || job.worker == worker->id;
+    const bool away = !worker->engine.alive && !worker->agent.alive;
+    host.away += away;
     const std::string what = worker->engine.alive
                                  ? obstacle(job, *worker, tables, workers, reserved, without)
-                                 : std::string("has no engine now");
+                                 : std::string(away ? "is not connected" : "has no engine now");
     (what.empty() ? host.free : host.busy).push_back(worker);
     if (!what.empty() && host.obstacles.size() < 400)
       host.obstacles += str(host.obstacles.empty() ? "" : "; ", worker->id, " ", what);
@@ -47,27 +50,78 @@ std::string HostSlots::to_string() const {
   return str(count, " ", device == "cpu" ? "CPU" : "GPU", " workers");
 }
 
-HostSlots largest_host(const WorkerTable& workers, const std::string& device) {
-  std::map<std::string, std::size_t> slots;
+namespace {
+
+/// Known slots by device name, then host.
+using Kinds = std::map<std::string, std::map<std::string, std::vector<const Worker*>>>;
+Kinds kinds_of(const WorkerTable& workers, const std::string& device) {
+  Kinds kinds;
   for (const auto& [id, worker] : workers.all())
-    if (worker.device == device) ++slots[worker.host];
+    if (worker.device == device) kinds[worker.device_name][worker.host].push_back(&worker);
+  return kinds;
+}
+
+std::size_t slots_of(const Kinds::mapped_type& hosts) {
+  std::size_t count = 0;
+  for (const auto& [host, slots] : hosts) count += slots.size();
+  return count;
+}
+
+HostSlots largest_of(const Kinds::value_type& kind, const std::string& device) {
+  HostSlots best{0, "", device, kind.first};
+  for (const auto& [host, slots] : kind.second)
+    if (slots.size() > best.count) best = {slots.size(), host, device, kind.first};
+  return best;
+}
+
+/// "; ranks of a gang have one kind: 2 x A, 1 x B", where there are several.
+std::string list_kinds(const Kinds& kinds) {
+  if (kinds.size() < 2) return "";
+  std::string list;
+  for (const auto& [name, hosts] : kinds)
+    list += str(list.empty() ? "" : ", ", slots_of(hosts), " x ", name.empty() ? "unnamed" : name);
+  return str("; all ranks of a gang are of one kind, and there are ", list);
+}
+
+}  // namespace
+
+HostSlots largest_host(const WorkerTable& workers, const std::string& device) {
   HostSlots best{0, "", device};
-  for (const auto& [name, count] : slots)
-    if (count > best.count) best = {count, name, device};
+  for (const auto& kind : kinds_of(workers, device))
+    if (HostSlots slots = largest_of(kind, device); slots.count > best.count)
+      best = std::move(slots);
   return best;
 }
 
 GangRoom gang_room(const WorkerTable& workers, const std::string& device) {
-  const HostSlots largest = largest_host(workers, device);
+  const Kinds kinds = kinds_of(workers, device);
   const bool cpu = device == "cpu";
-  if (largest.count == 0) return {0, str("no ", cpu ? "CPU" : "GPU", " worker is known")};
-  if (!cpu)
-    return {largest.count, str("a gang of GPUs stays within one host: ", largest.name, " has ",
-                               largest.to_string(), ", no host more")};
-  HostSlots all{0, "", device};
-  for (const auto& [id, worker] : workers.all()) all.count += worker.device == device;
-  return {all.count,
-          str("there are ", all.to_string(), ", ", largest.count, " of them on ", largest.name)};
+  if (kinds.empty()) return {0, str("no ", cpu ? "CPU" : "GPU", " worker is known")};
+  if (!cpu) {
+    const HostSlots largest = largest_host(workers, device);
+    return {largest.count,
+            str("a gang of GPUs stays within one host: ", largest.name, " has ",
+                largest.to_string(), kinds.size() > 1 ? " of kind " + largest.kind : std::string(),
+                ", no host more", list_kinds(kinds))};
+  }
+  const auto most = std::max_element(kinds.begin(), kinds.end(), [](const auto& a, const auto& b) {
+    return slots_of(a.second) < slots_of(b.second);
+  });
+  const HostSlots all{slots_of(most->second), "", device}, largest = largest_of(*most, device);
+  return {all.count, str("there are ", all.to_string(),
+                         kinds.size() > 1 ? str(" of kind ", most->first) : std::string(), ", ",
+                         largest.count, " of them on ", largest.name, list_kinds(kinds))};
+}
+
+NearestLayout nearest_layout(const std::vector<std::int64_t>& dps, std::int64_t tp, std::int64_t pp,
+                             std::size_t ranks) {
+  std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> best{};  // ranks, tp, pp, dp
+  for (const std::int64_t d : dps)
+    for (std::int64_t t = 1; t <= tp; ++t)
+      for (std::int64_t p = 1; tp % t == 0 && p <= pp; ++p)
+        if (d * t * p <= static_cast<std::int64_t>(ranks))
+          best = std::max(best, std::tuple(d * t * p, t, p, d));
+  return {std::get<3>(best), std::get<1>(best), std::get<2>(best)};
 }
 
 std::string gang_device(const WorkerTable& workers, std::int64_t ranks) {
@@ -106,28 +160,48 @@ const std::set<WorkerId>& QueueView::reserved_at(std::size_t position) const {
 
 namespace {
 
+/// "0.1.0 (protocol 1.5)"; an agent of before 1.5 says the protocol's alone.
+std::string program_of(const Process& agent) {
+  return str(agent.program.empty() ? "unknown" : agent.program, " (protocol ", agent.version.major,
+             ".", agent.version.minor, ")");
+}
+
+/// Whether the host has a worker free whose agent can start ranks for a gang that another leads.
+bool can_join(const Host& host) {
+  if (host.free.empty()) return false;
+  const Process& agent = host.free.front()->agent;
+  return agent.alive && protocol::has_far_ranks(agent.version);
+}
+
 /// Over several hosts, for none has as many slots: those with most free workers first, whichever
-/// have an agent that can start a daemon there.
+/// have an agent that can start a daemon there, all of one program version.
 Placement place_over_hosts(std::size_t wanted, std::vector<Host> hosts) {
   std::stable_sort(hosts.begin(), hosts.end(), [](const Host& a, const Host& b) {
     return std::tuple(!a.held_it, b.free.size()) < std::tuple(!b.held_it, a.free.size());
   });
   Placement placement;
-  std::string obstacles;
+  std::string obstacles, versions;
+  std::map<std::string, std::vector<WorkerId>> members;  // by version
   for (const Host& host : hosts) {
-    const Process* agent = host.free.empty() ? nullptr : &host.free.front()->agent;
-    const bool able = agent != nullptr && agent->alive && protocol::has_far_ranks(agent->version);
-    if (agent != nullptr && !able)
+    if (can_join(host)) {
+      const std::string program = program_of(host.free.front()->agent);
+      versions += str(versions.empty() ? "" : ", ", host.name, " has ", program);
+      auto& of_version = members[program];
+      for (const Worker* worker : host.free)
+        if (of_version.size() < wanted) of_version.push_back(worker->id);
+      if (of_version.size() > placement.members.size()) placement.members = of_version;
+    } else if (!host.free.empty()) {
       obstacles +=
           str("; no agent of ", host.name, " is connected that can start ranks for another host");
-    for (const Worker* worker : able ? host.free : std::vector<const Worker*>{})
-      if (placement.members.size() < wanted) placement.members.push_back(worker->id);
+    }
     if (!host.obstacles.empty() && obstacles.size() < 400) obstacles += "; " + host.obstacles;
   }
   if (placement.members.size() == wanted) {
     placement.worker = placement.members.front();
     return placement;
   }
+  if (members.size() > 1)
+    obstacles += str("; hosts of a gang have one version of Tandem: ", versions);
   placement.waiting = str("needs ", wanted, " workers of ", hosts.size(), " hosts at once, ",
                           placement.members.size(), " are free", obstacles);
   placement.wanted = std::move(placement.members);
@@ -142,34 +216,34 @@ Placement place_over_hosts(std::size_t wanted, std::vector<Host> hosts) {
   return placement;
 }
 
-Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
-                     const WorkerTable& workers, const std::set<WorkerId>& reserved,
-                     const Without& without) {
-  const auto wanted = static_cast<std::size_t>(size);
-  const std::string device = estimated_device(job.estimate_json);
-  std::map<std::string, std::vector<const Worker*>> by_host;
-  for (const auto& [id, worker] : workers.all())
-    if (worker.device == device) by_host[worker.host].push_back(&worker);
-  std::optional<Host> best;
-  for (const auto& [name, slots] : by_host) {
-    if (slots.size() < wanted) continue;
-    Host host = look_at(name, slots, job, tables, workers, reserved, without);
-    const auto score = [&](const Host& h) {
-      return std::tuple(h.free.size() >= wanted, h.held_it, h.free.size());
-    };
-    if (!best || score(host) > score(*best)) best = std::move(host);
+/// On slots of one kind, by host.
+Placement place_kind(const Job& job, std::size_t wanted, const Kinds::mapped_type& by_host,
+                     const std::string& device, const Tables& tables, const WorkerTable& workers,
+                     const std::set<WorkerId>& reserved, const Without& without) {
+  std::vector<Host> hosts;
+  for (const auto& [host, slots] : by_host)
+    hosts.push_back(look_at(host, slots, job, tables, workers, reserved, without));
+  const Host* best = nullptr;
+  for (const bool connected :
+       {true, false}) {  // rather over several hosts than on one that is away
+    std::size_t all = 0;
+    for (const Host& host : hosts) {
+      const std::size_t slots = host.free.size() + host.busy.size() - (connected ? host.away : 0);
+      all += slots;
+      if (slots < wanted) continue;
+      const auto score = [&](const Host& h) {
+        return std::tuple(h.free.size() >= wanted, h.held_it, h.free.size());
+      };
+      if (best == nullptr || score(host) > score(*best)) best = &host;
+    }
+    if (best != nullptr) break;
+    if (device == "cpu" && all >= wanted) return place_over_hosts(wanted, std::move(hosts));
   }
   Placement placement;
-  if (!best) {
-    const GangRoom room = gang_room(workers, device);
-    if (room.ranks >= wanted) {  // CPU slots: the GPUs that have room for it are of one host
-      std::vector<Host> hosts;
-      for (const auto& [host, slots] : by_host)
-        hosts.push_back(look_at(host, slots, job, tables, workers, reserved, without));
-      return place_over_hosts(wanted, std::move(hosts));
-    }
+  if (best == nullptr) {
     placement.waiting = str("needs ", HostSlots{wanted, "", device}.to_string(), "; ",
-                            room.description, "; tandem up --workers ", size, " starts as many");
+                            gang_room(workers, device).description, "; tandem up --workers ",
+                            wanted, " starts as many");
     return placement;
   }
   const Worker* leader = best->free.empty() ? nullptr : best->free.front();
@@ -183,8 +257,8 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
   for (const auto* list : {&best->free, &best->busy})
     for (const Worker* worker : *list)
       if (placement.wanted.size() < wanted) placement.wanted.push_back(worker->id);
-  placement.waiting =
-      str("needs ", size, " workers of ", best->name, " at once, ", best->free.size(), " are free");
+  placement.waiting = str("needs ", wanted, " workers of ", best->name, " at once, ",
+                          best->free.size(), " are free");
   if (best->free.size() >= wanted)
     placement.waiting +=
         leader->agent.alive
@@ -193,6 +267,36 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
             : str("; no agent of theirs is connected");
   if (!best->obstacles.empty()) placement.waiting += "; " + best->obstacles;
   return placement;
+}
+
+/// On the kind where it was last, else on the one with most slots that has as many free.
+Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
+                     const WorkerTable& workers, const std::set<WorkerId>& reserved,
+                     const Without& without) {
+  const std::string device = estimated_device(job.estimate_json);
+  const Kinds kinds = kinds_of(workers, device);
+  const Worker* last = workers.find(job.worker);
+  std::vector<const Kinds::value_type*> order;
+  for (const auto& kind : kinds) order.push_back(&kind);
+  std::stable_sort(order.begin(), order.end(), [&](const auto* a, const auto* b) {
+    const auto rank = [&](const Kinds::value_type& kind) {
+      return std::tuple(last != nullptr && last->device_name == kind.first, slots_of(kind.second));
+    };
+    return rank(*a) > rank(*b);
+  });
+  std::optional<Placement> waits;
+  for (const auto* kind : order) {
+    Placement placement = place_kind(job, static_cast<std::size_t>(size), kind->second, device,
+                                     tables, workers, reserved, without);
+    if (!placement.worker.empty()) return placement;
+    if (!waits || (waits->wanted.empty() && !placement.wanted.empty())) waits = placement;
+  }
+  if (waits) {
+    if (!waits->wanted.empty()) waits->waiting += list_kinds(kinds);
+    return *waits;
+  }
+  return place_kind(job, static_cast<std::size_t>(size), {}, device, tables, workers, reserved,
+                    without);
 }
 
 }  // namespace

@@ -39,9 +39,14 @@ Status Replicas::check(const Wanted& wanted) const {
   if (static_cast<std::int64_t>(room.ranks) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
+  const NearestLayout nearest = nearest_layout({1}, wanted.tp, wanted.pp, room.ranks);
   return refused_error(str("a replica of tp ", wanted.tp, " x pp ", wanted.pp, " has ", ranks,
                            " ranks, one worker each, and ", room.description,
-                           "; start more (tandem up --workers ", ranks, ") or use fewer ranks"));
+                           "; start more (tandem up --workers ", ranks, ") or use fewer ranks",
+                           nearest.tp * nearest.pp < 2
+                               ? std::string()
+                               : str("; the nearest layout with as many workers: tp ", nearest.tp,
+                                     ", pp ", nearest.pp)));
 }
 
 Result<std::vector<JobId>> Replicas::add(const Wanted& wanted, const std::string& estimate_json) {

@@ -147,6 +147,7 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
           {"host", worker.host},
           {"device", worker.device},
           {"device_name", worker.device_name},
+          {"version", worker.agent.program},
           {"state", state},
           {"model", engine.model.empty() ? "" : model_name(tables, engine.model)},
           {"loading", engine.loading.empty() ? "" : model_name(tables, engine.loading)},

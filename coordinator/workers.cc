@@ -95,6 +95,7 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
     worker.host = hello.host;
     worker.slot = hello.slot;
     if (worker.device.empty()) worker.device = hello.device;
+    if (worker.device_name.empty()) worker.device_name = hello.device_name;
     if (worker.memory_bytes == 0) worker.memory_bytes = hello.memory_bytes;
   }
   Process& now = process(worker, hello.role);
@@ -102,6 +103,7 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
   now.incarnation = hello.incarnation;
   now.pid = hello.pid;
   now.version = hello.version;
+  now.program = hello.program;
   now.jobs = hello.jobs;
   now.last_seen_ms = context_.now().ms;
   now.alive = true;

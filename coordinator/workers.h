@@ -23,6 +23,7 @@ struct Process {
   bool alive = false;
   std::int64_t pid = 0;
   protocol::Version version;
+  std::string program;                     ///< version of an agent's programs
   std::vector<protocol::RunningJob> jobs;  ///< what it says it runs; an agent: its gang
   std::deque<Incarnation> superseded;      ///< replaced by a later one; their hellos are refused
 };

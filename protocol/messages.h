@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 4;  ///< range: version.h
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 5;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
@@ -224,6 +224,7 @@ struct WorkerHello {
   std::vector<RequestId> requests;  ///< still being answered
   std::vector<Digest> adapters;     ///< resident
   std::int64_t credits = 0;         ///< requests it will hold at once
+  std::string program;              ///< since 1.5, agent: the version of its host's programs
   bool operator==(const WorkerHello&) const = default;
 };
 /// Every heartbeat_ms from agents and engines. An engine sends it from its device loop, so that a

@@ -564,6 +564,8 @@ Result<std::unique_ptr<ClientEndpoint>> ZmqContext::connect(const ZmqClientOptio
   socket.set(ZMQ_IMMEDIATE, 1);
   socket.set(ZMQ_RECONNECT_IVL, kReconnectMs);
   socket.set(ZMQ_RECONNECT_IVL_MAX, kReconnectMaxMs);
+  // The kernel's own attempts come up to a minute apart where nobody answers, and take two.
+  socket.set(ZMQ_CONNECT_TIMEOUT, static_cast<int>(scaled_ms(kTransportTimeoutMs)));
   socket.set_text(ZMQ_ROUTING_ID, options.routing_id);
   if (options.keys.has_value() &&
       (!socket.set_text(ZMQ_CURVE_SERVERKEY, options.server_public_key) ||

@@ -100,11 +100,17 @@ class Program {
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t drain_s, settings_.get_int("drain_timeout_s"));
     TANDEM_ASSIGN_OR_RETURN(const auto device, describe_device());
     TANDEM_ASSIGN_OR_RETURN(auto endpoint, connect("workers", "agent"));
-    runtime::AgentOptions options{executable_,    child_arguments("--engine"),
-                                  worker_,        runtime::host_name(),
-                                  id_.device,     device.name,
-                                  id_.slot,       device.memory_bytes,
-                                  drain_s * 1000, {}};
+    runtime::AgentOptions options{.executable = executable_,
+                                  .engine_arguments = child_arguments("--engine"),
+                                  .worker = worker_,
+                                  .host = runtime::host_name(),
+                                  .device = id_.device,
+                                  .device_name = device.name,
+                                  .program = TANDEM_VERSION,
+                                  .slot = id_.slot,
+                                  .memory_bytes = device.memory_bytes,
+                                  .drain_timeout_ms = drain_s * 1000,
+                                  .gang = {}};
     TANDEM_ASSIGN_OR_RETURN(options.gang, gang_options());
     return runtime::run_agent(options, paths_, std::move(endpoint), clock_);
   }

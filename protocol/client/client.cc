@@ -82,7 +82,7 @@ struct Client::State {
     zmq.endpoint = endpoint;
     zmq.limits = limits;
     zmq.routing_id = make_routing_id(key.name.empty() ? "local" : key.name, purpose);
-    if (!key.name.empty()) {
+    if (!key.name.empty() && endpoint.starts_with("tcp://")) {  // a socket's file takes no keys
       zmq.keys = CurveKeyPair{key.public_key, key.secret_key};
       zmq.server_public_key = key.server_key;
     }

@@ -39,6 +39,7 @@ static void put(wire::WorkerMessage::Builder root, const WorkerHello& m) {
   put_ids(b.initRequests(count(m.requests)), m.requests);
   put_digests(b.initAdapters(count(m.adapters)), m.adapters);
   b.setCredits(m.credits);
+  b.setProgram(text(m.program));
 }
 static WorkerHello get(wire::WorkerHello::Reader r) {
   WorkerHello m;
@@ -57,6 +58,7 @@ static WorkerHello get(wire::WorkerHello::Reader r) {
   m.requests = get_ids<RequestId>(r.getRequests(), "hello.requests");
   m.adapters = get_digests(r.getAdapters(), "hello.adapters");
   m.credits = get_count(r.getCredits(), "hello.credits");
+  m.program = get_text(r.getProgram(), "hello.program", kNameBytesMax);
   return m;
 }
 

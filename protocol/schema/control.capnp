@@ -89,8 +89,8 @@ struct WorkerHello {
   worker @2 :Text;       # at most 256 bytes
   host @3 :Text;
   slot @4 :Int32;
-  device @5 :Text;       # "cpu" or "cuda": a gang has one kind
-  deviceName @6 :Text;
+  device @5 :Text;       # "cpu" or "cuda"
+  deviceName @6 :Text;   # a gang has one device and one name of it
   memoryBytes @7 :Int64; # what the device may give to this worker
   pid @8 :Int64;
   incarnation @9 :UInt64;  # random, not 0
@@ -99,6 +99,7 @@ struct WorkerHello {
   requests @12 :List(Text);  # ids of requests still being answered
   adapters @13 :List(Data);  # resident
   credits @14 :Int64;    # requests it will hold at once; the coordinator never has more open with it
+  program @15 :Text;     # since 1.5, agent: the version of its host's programs; hosts of a gang have one
 }
 
 struct Heartbeat {

@@ -97,6 +97,7 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   hello.host = host(slot);
   hello.slot = slot;
   hello.device = device(slot);
+  hello.device_name = device_names[slot];
   hello.memory_bytes = 1 << 30;
   hello.incarnation = incarnation;
   hello.credits = 2;
@@ -113,6 +114,8 @@ void CoreHarness::agent(int slot, std::vector<protocol::RunningJob> jobs) {
   hello.host = host(slot);
   hello.slot = slot;
   hello.device = device(slot);
+  hello.device_name = device_names[slot];
+  hello.program = programs[slot];
   hello.incarnation = 1;
   hello.jobs = std::move(jobs);
   from_agent(slot, hello);

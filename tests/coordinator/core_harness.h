@@ -48,11 +48,14 @@ class CoreHarness {
   void from_engine(int slot, protocol::WorkerMessage message);
   void from_agent(int slot, protocol::WorkerMessage message);
   void from_gang(int slot, protocol::WorkerMessage message);
-  /// Slots from 10 on are of another host.
-  static std::string host(int slot) { return slot < 10 ? "host" : "far"; }
+  /// Slots from 10 on are of another host, those from 20 on of a third.
+  static std::string host(int slot) { return slot < 10 ? "host" : slot < 20 ? "far" : "farther"; }
   static WorkerId worker(int slot) { return WorkerId(str(host(slot), "/cpu", slot)); }
   /// Slots from this one on are GPUs.
   int first_gpu = 1 << 20;
+  /// What the next hello of a slot's agent and engine says: the device's name, and (the agent) the
+  /// version of its programs.
+  std::map<int, std::string> device_names, programs;
   [[nodiscard]] std::string device(int slot) const { return slot < first_gpu ? "cpu" : "cuda"; }
   static std::string engine_peer(int slot) { return str("engine", slot); }
   static std::string agent_peer(int slot) { return str("agent", slot); }

@@ -187,23 +187,145 @@ TEST_F(FarGangs, ADaemonOfAHostWhoseAgentIsGoneIsRefusedAtOnce) {
   EXPECT_EQ(answers[0].status.code(), StatusCode::kUnavailable);
 }
 
-TEST_F(Gangs, MoreRanksThanThereAreSlotsAreRefusedAtSubmission) {
+TEST_F(FarGangs, AreOfHostsWithOneVersionOfThePrograms) {
+  for (const int slot : {0, 1, 2, 10, 11}) {
+    h.programs[slot] = slot < 10 ? "0.1.0" : "0.2.0";
+    h.agent(slot);
+  }
+  const JobId far = h.submit(kFourRanks);
+  EXPECT_EQ(h.job(far).state, JobState::kQueued);
+  EXPECT_NE(reason(far).find("needs 4 workers of 2 hosts at once, 3 are free; hosts of a gang have "
+                             "one version of Tandem: host has 0.1.0 (protocol 1.5), far has 0.2.0 "
+                             "(protocol 1.5)"),
+            std::string::npos)
+      << reason(far);
+  for (const int slot : {20, 21}) {
+    h.programs[slot] = "0.2.0";
+    h.agent(slot);
+    h.engine(slot);
+  }
+  h.advance(100);
+  EXPECT_EQ(h.job(far).members, (std::vector<WorkerId>{w(10), w(11), w(20), w(21)}))
+      << "not of the host with most slots";
+}
+
+TEST_F(FarGangs, WaitForAHostThatIsSilentAndNameIt) {
+  const JobId far = h.submit(kFourRanks);
+  start = told(0);
+  h.from_agent(0, JobEnded{far, start.epoch, unavailable_error("a rank is gone"), 0, "{}"});
+  for (TimeMs t = 0; t < 8000; t += 1000) {
+    h.advance(1000);
+    for (const int slot : {0, 1, 2}) {
+      h.agent(slot);
+      h.beat(slot);
+    }
+  }
+  EXPECT_EQ(h.job(far).state, JobState::kQueued);
+  EXPECT_NE(reason(far).find("needs 4 workers of 2 hosts at once, 3 are free; far/cpu10 is not "
+                             "connected; far/cpu11 is not connected"),
+            std::string::npos)
+      << reason(far);
+}
+
+TEST_F(FarGangs, DoNotWaitForAHostThatIsAwayWhereOthersHaveAsManySlots) {
+  const nlohmann::json three{{"train", {{"dp", 3}, {"gradient_accumulation_steps", 3}}}};
+  for (const int slot : {20, 21}) {
+    h.agent(slot);
+    h.engine(slot);
+  }
+  const JobId first = h.submit(three);
+  EXPECT_EQ(h.job(first).members, (std::vector<WorkerId>{w(0), w(1), w(2)})) << "of one host";
+  start = told(0);
+  for (TimeMs t = 0; t < 8000; t += 1000) {  // which then is silent
+    h.advance(1000);
+    for (const int slot : {10, 11, 20, 21}) {
+      h.agent(slot);
+      h.beat(slot);
+    }
+  }
+  EXPECT_EQ(h.job(first).epoch, start.epoch + 1);
+  EXPECT_EQ(h.job(first).members, (std::vector<WorkerId>{w(10), w(11), w(20)}));
+}
+
+struct MixedGangs : Gangs {
+  /// Three workers of two kinds.
+  void mix(int first_gpu, const std::string& one, const std::string& two) {
+    h.first_gpu = first_gpu;
+    for (int slot = 0; slot < 3; ++slot) {
+      h.device_names[slot] = slot == 0 ? one : two;
+      h.agent(slot);
+      h.engine(slot);
+    }
+  }
+  /// The refusal of a job at its submission.
+  Status refused(const nlohmann::json& train) {
+    h.from_client(
+        "c", protocol::Call{
+                 "s", "k", "job.submit",
+                 nlohmann::json{
+                     {"spec",
+                      {{"model", "base"}, {"dataset", "rows"}, {"adapter", "a"}, {"train", train}}}}
+                     .dump()});
+    for (int slot = 0; slot < 3; ++slot)
+      for (const auto& asked : h.to_engine<protocol::EstimateRequest>(slot))
+        h.from_engine(slot,
+                      protocol::EstimateReply{
+                          asked.call_id,
+                          {},
+                          nlohmann::json{{"peak_bytes", 10}, {"device", h.device(slot)}}.dump()});
+    const auto replies = h.to_client<protocol::CallReply>("c");
+    return replies.size() == 1 ? replies[0].status : internal_error("no reply");
+  }
+};
+const nlohmann::json kThreeRanks{{"dp", 3}, {"gradient_accumulation_steps", 6}};
+
+TEST_F(MixedGangs, AreOfOneKindOfProcessorAndSayWhichThereAre) {
+  mix(1 << 20, "Xeon", "EPYC");
+  const JobId two = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(two).members,
+            (std::vector<WorkerId>{CoreHarness::worker(1), CoreHarness::worker(2)}));
+  const JobId three = h.submit({{"train", kThreeRanks}});
+  EXPECT_EQ(h.job(three).state, JobState::kQueued);
+  EXPECT_NE(reason(three).find("needs 3 CPU workers; there are 2 CPU workers of kind EPYC, 2 of "
+                               "them on host; all ranks of a gang are of one kind, and there are "
+                               "2 x EPYC, 1 x Xeon"),
+            std::string::npos)
+      << reason(three);
+  const JobId waits = h.submit(kTwoRanks);
+  EXPECT_NE(reason(waits).find("needs 2 workers of host at once, 0 are free"), std::string::npos)
+      << reason(waits);
+  EXPECT_NE(reason(waits).find("2 x EPYC, 1 x Xeon"), std::string::npos) << reason(waits);
+}
+
+TEST_F(MixedGangs, OfGpusToo) {
+  mix(0, "NVIDIA A100", "NVIDIA H100");
+  const JobId two = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(two).members,
+            (std::vector<WorkerId>{CoreHarness::worker(1), CoreHarness::worker(2)}));
   live(11'000, JobId("none"), false);  // the coordinator knows its pool by now
-  h.from_client("c", protocol::Call{"s", "k", "job.submit",
-                                    nlohmann::json{{"spec",
-                                                    {{"model", "base"},
-                                                     {"dataset", "rows"},
-                                                     {"adapter", "a"},
-                                                     {"train", kFourRanks["train"]}}}}
-                                        .dump()});
-  for (int slot = 0; slot < 3; ++slot)
-    for (const auto& asked : h.to_engine<protocol::EstimateRequest>(slot))
-      h.from_engine(slot, protocol::EstimateReply{asked.call_id, {}, R"({"peak_bytes":10})"});
-  const auto replies = h.to_client<protocol::CallReply>("c");
-  ASSERT_EQ(replies.size(), 1u);
-  EXPECT_EQ(replies[0].status.code(), StatusCode::kRefused);
-  EXPECT_NE(replies[0].status.message().find("4 ranks"), std::string::npos);
-  EXPECT_NE(replies[0].status.message().find("3 CPU workers"), std::string::npos);
+  const Status three = refused(kThreeRanks);
+  EXPECT_EQ(three.code(), StatusCode::kRefused);
+  EXPECT_NE(three.message().find("the job has 3 ranks, one worker each, and a gang of GPUs stays "
+                                 "within one host: host has 2 GPU workers of kind NVIDIA H100, no "
+                                 "host more; all ranks of a gang are of one kind, and there are "
+                                 "1 x NVIDIA A100, 2 x NVIDIA H100"),
+            std::string::npos)
+      << three.message();
+  EXPECT_NE(three.message().find("the nearest layout with as many workers: dp 2, tp 1, pp 1"),
+            std::string::npos)
+      << three.message();
+}
+
+TEST_F(MixedGangs, MoreRanksThanThereAreSlotsAreRefusedAtSubmission) {
+  live(11'000, JobId("none"), false);  // the coordinator knows its pool by now
+  const Status four = refused(kFourRanks["train"]);
+  EXPECT_EQ(four.code(), StatusCode::kRefused);
+  for (const char* words : {"4 ranks", "3 CPU workers", "nearest layout", "dp 1, tp 2, pp 1"})
+    EXPECT_NE(four.message().find(words), std::string::npos) << four.message();
+  const Status sharded =
+      refused({{"dp", 2}, {"zero", 3}, {"tp", 2}, {"gradient_accumulation_steps", 2}});
+  EXPECT_NE(sharded.message().find("dp 1, tp 2, pp 1, zero 0"), std::string::npos)
+      << sharded.message();
 }
 
 TEST_F(Gangs, LayoutAutoIsToldThePoolAndTakesWhatTheDryRunChose) {
@@ -321,6 +443,8 @@ TEST_F(Gangs, AGangThatDiesIsStartedAgainFromItsCheckpointUnderANewEpochAndIncar
   EXPECT_EQ(again.epoch, start.epoch + 1);
   EXPECT_NE(again.gang, start.gang);
   EXPECT_EQ(again.checkpoint_manifest, text);
+  EXPECT_NE(reason(id).find("prepares it; attempt 2 after: ended by signal 9"), std::string::npos)
+      << reason(id);
   // What the old one still says is refused.
   h.to_gang<JobAck>(0);
   h.from_gang(0, protocol::Publish{id, start.epoch, 9,

@@ -176,6 +176,7 @@ TEST_F(ReplicaTest, IsRefusedAtSubmissionWithReasonLimitAndValue) {
   EXPECT_EQ(many, StatusCode::kRefused);
   has(why_many, "4 ranks");
   has(why_many, "3 CPU workers");
+  has(why_many, "the nearest layout with as many workers: tp 1, pp 3");
   EXPECT_TRUE(h.tables().replicas.empty());
 }
 

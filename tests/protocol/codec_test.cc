@@ -183,13 +183,29 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_4.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_5.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion14Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_4.txt");
+  int hellos = 0;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("worker ")) continue;
+    const auto message = decode_worker(bytes_of_hex(line.substr(line.rfind(' ') + 1)));
+    ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+    const auto* hello = std::get_if<WorkerHello>(&*message);
+    if (hello == nullptr) continue;
+    ++hellos;
+    EXPECT_FALSE(hello->device_name.empty());
+    EXPECT_EQ(hello->program, "") << "1.4 did not say it";
+  }
+  EXPECT_EQ(hellos, 1);
 }
 
 TEST(Codec, ReadsWhatVersion13Wrote) {

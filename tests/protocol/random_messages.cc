@@ -136,6 +136,7 @@ WorkerHello worker_hello(Draw& d) {
   m.requests = d.ids<RequestId>();
   m.adapters = d.digests();
   m.credits = d.count();
+  m.program = d.text();
   return m;
 }
 

@@ -1,6 +1,7 @@
 #include "tests/system/platform.h"
 
 #include "protocol/base/clock.h"
+#include "protocol/zap.h"
 #include "worker/runtime/slot.h"
 
 #include <gtest/gtest.h>
@@ -20,6 +21,8 @@ namespace tandem::test {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr int kWorkersPort = 5556, kBulkPort = 5557;  ///< with listen_at
 
 /// "" also when the file goes away while it is read, as a process's files do.
 std::string read_all(const std::string& path) try {
@@ -117,9 +120,35 @@ Platform::~Platform() {
     std::fprintf(stderr, "logs are kept in %s\n", directory_.c_str());
 }
 
+void Platform::listen_at(const std::string& address) {
+  using protocol::KeyRole;
+  address_ = address;
+  const std::string accepted = directory_ + "/keys/accepted";
+  fs::create_directories(accepted);
+  std::string server;
+  for (const auto& [name, role] : {std::pair<std::string, KeyRole>{"coordinator", KeyRole::kAdmin},
+                                   {"workers", KeyRole::kWorker},
+                                   {"test", KeyRole::kClient}}) {
+    const auto pair = protocol::generate_curve_keys().value();
+    if (server.empty()) server = pair.public_key;
+    const Status own = protocol::write_key_file(
+        key_file(name), {name, role, pair.public_key, pair.secret_key, server});
+    const Status known = protocol::write_key_file(accepted + "/" + name + ".key",
+                                                  {name, role, pair.public_key, "", ""});
+    ASSERT_TRUE(own.ok() && known.ok()) << own.to_string() << known.to_string();
+  }
+  flags_.insert(flags_.end(), {"--listen-workers", str("tcp://", address, ":", kWorkersPort),
+                               "--listen-bulk", str("tcp://", address, ":", kBulkPort)});
+}
+
 pid_t Platform::spawn(const std::string& name, std::vector<std::string> arguments,
                       const std::vector<std::string>& through) {
   arguments.insert(arguments.end(), {"--data-dir", data_dir()});
+  if (!address_.empty() && name == "tandem-coordinator")
+    arguments.insert(arguments.end(), {"--key-file", key_file("coordinator"), "--keys-dir",
+                                       directory_ + "/keys/accepted"});
+  if (!address_.empty() && name == "tandem-worker")
+    arguments.insert(arguments.end(), {"--key-file", key_file("workers")});
   arguments.insert(arguments.end(), flags_.begin(), flags_.end());
   const std::string path = program(name), log = data_dir() + "/log/" + name + ".out";
   const pid_t pid = ::fork();
@@ -209,6 +238,10 @@ protocol::client::Client& Platform::client() {
     protocol::client::ClientOptions options;
     options.endpoint = "ipc://" + data_dir() + "/run/clients.sock";
     options.bulk_endpoint = "ipc://" + data_dir() + "/run/bulk.sock";
+    if (!address_.empty()) {
+      options.bulk_endpoint = str("tcp://", address_, ":", kBulkPort);
+      options.key_file = key_file("test");
+    }
     options.connect_ms = 20'000;
     auto connected = protocol::client::Client::connect(options);
     TANDEM_CHECK(connected.ok(), connected.status().to_string());

@@ -29,6 +29,9 @@ class Platform {
   Platform(const Platform&) = delete;
   Platform& operator=(const Platform&) = delete;
 
+  /// Before anything is started: workers and blobs come over TCP to this address, with keys, not
+  /// through sockets' files. Clients of the test go on without, but for their blobs.
+  void listen_at(const std::string& address);
   void start_coordinator();
   /// `through`: a command that starts it, such as one that enters a namespace first.
   void start_worker(int slot = 0, const std::vector<std::string>& through = {});
@@ -85,7 +88,12 @@ class Platform {
   [[nodiscard]] std::string slot_directory(int slot) const;
   [[nodiscard]] pid_t lock_holder(int slot, const std::string& lock) const;
 
+  [[nodiscard]] std::string key_file(const std::string& name) const {
+    return directory_ + "/keys/" + name + ".key";
+  }
+
   std::string directory_, device_ = "cpu";
+  std::string address_;  ///< of workers' and blobs' sockets; "": sockets' files
   std::vector<std::string> flags_;
   pid_t coordinator_ = 0;
   std::vector<pid_t> supervisors_;

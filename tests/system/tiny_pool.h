@@ -52,11 +52,12 @@ class TinyPool : public testing::Test {
     for (int slot = 0; slot < count; ++slot) platform_->start_worker(slot);
     await_workers(count);
   }
-  /// The same without workers.
-  static void begin_pool(int rows, std::int64_t layers) {
+  /// The same without workers; `address`: see Platform::listen_at.
+  static void begin_pool(int rows, std::int64_t layers, const std::string& address = "") {
     platform_ = std::make_unique<Platform>(std::vector<std::string>{
         "--dtype", "f32", "--numerics", "invariant", "--threads", "1", "--kv-bytes-max", "4MiB",
         "--device", on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", on_gpus() ? "15" : "5"});
+    if (!address.empty()) platform_->listen_at(address);
     write_tiny_model(platform_->directory() + "/model", 7, layers);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", rows, 8);
     platform_->start_coordinator();

@@ -61,7 +61,7 @@ class Agent {
         incarnation_(entropy64() | 1),
         link_(std::move(endpoint), clock,
               {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); }}),
-        gang_(options.gang, paths) {
+        gang_(options.gang, paths, clock) {
     gang_.adopt();
   }
 
@@ -100,6 +100,7 @@ class Agent {
     hello.slot = options_.slot;
     hello.device = options_.device;
     hello.device_name = options_.device_name;
+    hello.program = options_.program;
     hello.memory_bytes = options_.memory_bytes;
     hello.pid = ::getpid();
     hello.incarnation = incarnation_;

@@ -20,7 +20,7 @@ struct AgentOptions {
   std::string executable;                     ///< this binary
   std::vector<std::string> engine_arguments;  ///< "--engine" and what the user gave
   WorkerId worker;
-  std::string host, device, device_name;
+  std::string host, device, device_name, program;  ///< program: its version
   int slot = 0;
   std::int64_t memory_bytes = 0;
   std::int64_t drain_timeout_ms = 25000;

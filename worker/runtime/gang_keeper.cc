@@ -27,6 +27,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::size_t kWordBytesMax = 1000;
+constexpr TimeMs kLookMs = 500;                    ///< between two looks at a gang's ranks
 constexpr std::uintmax_t kLogBytesMax = 16 << 20;  ///< then it begins anew, one old one is kept
 
 /// Variables that a rank may see. Nothing of an outer mpirun, Slurm or PMIx: a nested mpirun would
@@ -140,8 +141,8 @@ std::string GangPaths::word() const {
   return why;
 }
 
-GangKeeper::GangKeeper(GangOptions options, const SlotPaths& slot)
-    : options_(std::move(options)), paths_(slot) {}
+GangKeeper::GangKeeper(GangOptions options, const SlotPaths& slot, const Clock& clock)
+    : options_(std::move(options)), paths_(slot), clock_(clock) {}
 
 void GangKeeper::adopt() {
   if (!fs::exists(paths_.directory)) return;
@@ -155,6 +156,8 @@ void GangKeeper::adopt() {
   }
   child_ = false;
   ended_ = false;
+  word_ms_ = 0;
+  ranks_ms_ = clock_.now_ms();
   how_ = "it had ended while no agent was here";
   if (running_ && FileLock::is_held(paths_.lock)) {
     log_info("adopting the gang of ", running_->job, ", mpirun ", mpirun_);
@@ -211,6 +214,8 @@ Status GangKeeper::run(ProcessSpec spec, const FileLock& lock, const protocol::S
   led_ = led;
   child_ = true;
   ended_ = false;
+  word_ms_ = 0;
+  ranks_ms_ = clock_.now_ms();
   how_.clear();
   return {};
 }
@@ -261,13 +266,10 @@ std::vector<protocol::LaunchDaemon> GangKeeper::wanted_daemons() {
   if (!running_ || !led_) return wanted;
   const auto requests = open_requests(paths_.directory);
   if (requests.empty()) return wanted;
-  std::ifstream in(paths_.start, std::ios::binary);
-  const std::string bytes((std::istreambuf_iterator<char>(in)), {});
-  const auto message = protocol::decode_control(std::as_bytes(std::span(bytes)));
-  const auto* start = message.ok() ? std::get_if<protocol::StartJob>(&*message) : nullptr;
+  const auto start = started();
   for (const LaunchRequest& request : requests) {
     const WorkerId* first = nullptr;
-    for (std::size_t i = 0; start != nullptr && first == nullptr && i < start->members.size(); ++i)
+    for (std::size_t i = 0; start && first == nullptr && i < start->members.size(); ++i)
       if (host_of(start->members[i]) == request.host) first = &start->members[i];
     if (first == nullptr)
       reply(request, invalid_error(str("no member of the gang is on ", request.host)));
@@ -282,6 +284,14 @@ void GangKeeper::answer(const protocol::DaemonLaunched& launched) {
     return;
   for (const LaunchRequest& request : open_requests(paths_.directory))
     if (request.host == host_of(launched.worker)) reply(request, launched.status);
+}
+
+std::optional<protocol::StartJob> GangKeeper::started() const {
+  std::ifstream in(paths_.start, std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  const auto message = protocol::decode_control(std::as_bytes(std::span(bytes)));
+  const auto* start = message.ok() ? std::get_if<protocol::StartJob>(&*message) : nullptr;
+  return start != nullptr ? std::optional(*start) : std::nullopt;
 }
 
 std::vector<pid_t> GangKeeper::live_ranks() const {
@@ -303,6 +313,26 @@ void GangKeeper::drain() {
   if (led() && mpirun_ > 1 && FileLock::is_held(paths_.lock)) ::kill(mpirun_, SIGUSR1);
 }
 
+/// mpirun and its daemons wait for each other without a limit where a host is silent, and so do
+/// ranks that come together or part (MPI_Init, MPI_Finalize): there they hold no lock.
+void GangKeeper::end_if_stuck() {
+  const TimeMs now = clock_.now_ms();
+  if (now < next_look_ms_) return;
+  next_look_ms_ = now + kLookMs;
+  if (word_ms_ == 0 && !paths_.word().empty()) word_ms_ = now;
+  if (!live_ranks().empty()) ranks_ms_ = now;
+  const bool rankless = now - ranks_ms_ > scaled_ms(kRanklessMs);
+  if (rankless) {
+    std::string hosts;
+    if (const auto start = started())
+      for (const auto& [host, count] : hosts_of(start->members))
+        hosts += str(hosts.empty() ? "" : ", ", host);
+    paths_.leave_word(str("no rank of it ran for ", kRanklessMs / 1000, " s on ", host_name(),
+                          "; its hosts must reach each other over TCP, any port: ", hosts));
+  }
+  if (rankless || (word_ms_ != 0 && now - word_ms_ > scaled_ms(kWordMs))) kill();
+}
+
 std::optional<std::string> GangKeeper::poll() {
   if (!running_) return std::nullopt;
   if (!ended_) {
@@ -310,8 +340,10 @@ std::optional<std::string> GangKeeper::poll() {
     if (child_ && ::waitpid(mpirun_, &wait_status, WNOHANG) == mpirun_)
       how_ =
           str(led_ ? "its mpirun" : "its daemon", " ended by ", describe_wait_status(wait_status));
-    else if (child_ || FileLock::is_held(paths_.lock))
+    else if (child_ || FileLock::is_held(paths_.lock)) {
+      end_if_stuck();
       return std::nullopt;
+    }
     ended_ = true;
   }
   // mpirun is gone; ranks that outlived it have nobody to talk to.

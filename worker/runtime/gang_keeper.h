@@ -9,13 +9,15 @@
 //                          gang.json    {"job", "epoch", "led"} for an agent that comes later
 //                          arguments    of this host's ranks, where a gang has several hosts
 //                          rank-R.lock  held by rank R, with its pid
-//                          why          what the first rank that failed says of it
+//                          why          what the first rank that failed says of it, or this
+//                                       keeper of ranks that never came
 //                          ...          Open MPI's session and shared-memory files
 //
 // mpirun is a session of its own and does not die with the agent: the next agent adopts it. Its
 // ranks die with it (PR_SET_PDEATHSIG). One thread.
 #pragma once
 
+#include "protocol/base/clock.h"
 #include "protocol/messages.h"
 #include "worker/runtime/process.h"
 #include "worker/runtime/slot.h"
@@ -44,7 +46,13 @@ struct GangOptions {
 
 class GangKeeper {
  public:
-  GangKeeper(GangOptions options, const SlotPaths& slot);
+  GangKeeper(GangOptions options, const SlotPaths& slot, const Clock& clock);
+
+  /// How long a gang may take to end once a rank has said why it ends: Open MPI waits for a host
+  /// that is silent.
+  static constexpr TimeMs kWordMs = 2000;
+  /// How long a gang may be without any rank here that has met the others.
+  static constexpr TimeMs kRanklessMs = 60'000;
 
   /// Takes up the gang that an earlier agent left running, and clears away what a dead one left.
   void adopt();
@@ -67,7 +75,8 @@ class GangKeeper {
   void kill();
   /// SIGUSR1, where it is led: the first rank takes a checkpoint and ends.
   void drain();
-  /// When the gang has gone: how it ended, once. Its folder is empty then.
+  /// When the gang has gone: how it ended, once. Its folder is empty then. Ends one that cannot
+  /// end by itself.
   std::optional<std::string> poll();
 
  private:
@@ -77,10 +86,15 @@ class GangKeeper {
   Status launch_daemon(const protocol::LaunchDaemon& launch);
   Status run(ProcessSpec spec, const FileLock& lock, const protocol::StartJob& start, bool led);
   [[nodiscard]] std::vector<pid_t> live_ranks() const;
+  /// What the running gang was started with; nothing where it cannot be read.
+  [[nodiscard]] std::optional<protocol::StartJob> started() const;
+  void end_if_stuck();
   void clear();
 
   const GangOptions options_;
   const GangPaths paths_;
+  const Clock& clock_;
+  TimeMs next_look_ms_ = 0, word_ms_ = 0, ranks_ms_ = 0;  ///< of end_if_stuck()
   std::optional<protocol::RunningJob> running_;
   pid_t mpirun_ = 0;
   bool child_ = false, ended_ = false, led_ = true;

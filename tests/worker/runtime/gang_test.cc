@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include <unistd.h>
@@ -130,6 +131,69 @@ TEST(GangPaths, KeepTheWordOfTheRankThatFailedFirst) {
   std::filesystem::remove_all(paths.directory);
   paths.leave_word("nobody is there to hear it");
   EXPECT_EQ(paths.word(), "");
+}
+
+/// A keeper of a gang over two hosts whose mpirun never ends by itself, and nobody's ranks.
+struct StuckGang : testing::Test {
+  StuckGang() {
+    std::filesystem::create_directories(folder);
+    for (const char* program : {"mpirun", "tandem-rank"}) {
+      const std::string path = str(folder, "/", program);
+      std::ofstream(path) << "#!/bin/sh\nexec sleep 1000\n";
+      std::filesystem::permissions(path, std::filesystem::perms::owner_all);
+    }
+    ::setenv("PATH", str(folder, ":", path_before).c_str(), 1);
+    clock.advance(1);
+    protocol::StartJob start;
+    start.job = JobId("job-1");
+    start.epoch = 1;
+    start.members = {WorkerId("near/cpu0"), WorkerId("far/cpu0")};
+    EXPECT_TRUE(keeper.start(start).ok());
+  }
+  ~StuckGang() override {
+    keeper.kill();
+    (void)ended();
+    ::setenv("PATH", path_before.c_str(), 1);
+    std::filesystem::remove_all(folder);
+  }
+  /// How it ended, within a few seconds of real time; "" when it goes on.
+  std::string ended() {
+    for (TimeMs wait = 0; wait < scaled_ms(3000) && keeper.running(); wait += 10) {
+      if (const auto how = keeper.poll()) return *how;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    return "";
+  }
+  const std::string path_before = std::getenv("PATH");
+  const std::string folder = testing::TempDir() + str("tandem_stuck_", ::getpid());
+  const SlotPaths slot = SlotPaths::create(folder, "cpu", 0).value();
+  ManualClock clock;
+  GangKeeper keeper{{folder + "/tandem-rank", {}, folder + "/log"}, slot, clock};
+};
+
+TEST_F(StuckGang, IsEndedSoonAfterARanksWord) {
+  GangPaths(slot).leave_word("rank 1: a member of the gang is gone");
+  EXPECT_EQ(keeper.poll(), std::nullopt);  // mpirun has a moment to end by itself
+  clock.advance(scaled_ms(GangKeeper::kWordMs) - 100);
+  EXPECT_EQ(keeper.poll(), std::nullopt);
+  clock.advance(1000);
+  const std::string how = ended();
+  EXPECT_NE(how.find("rank 1: a member of the gang is gone"), std::string::npos) << how;
+  EXPECT_FALSE(std::filesystem::exists(GangPaths(slot).directory));
+}
+
+TEST_F(StuckGang, IsEndedWhereNoRankComesAndNamesItsHosts) {
+  {
+    const auto rank = FileLock::acquire(GangPaths(slot).rank_lock(1));
+    clock.advance(2 * scaled_ms(GangKeeper::kRanklessMs));
+    EXPECT_EQ(keeper.poll(), std::nullopt) << "a rank is there";
+  }
+  clock.advance(scaled_ms(GangKeeper::kRanklessMs) - 100);
+  EXPECT_EQ(keeper.poll(), std::nullopt);
+  clock.advance(1000);
+  const std::string how = ended();
+  EXPECT_NE(how.find("no rank of it ran for 60 s"), std::string::npos) << how;
+  EXPECT_NE(how.find("near, far"), std::string::npos) << how;
 }
 
 TEST(GangHosts, AreThoseOfItsMembersInTheOrderOfTheirRanks) {
