@@ -212,7 +212,6 @@ TEST_F(FarGangs, AreOfHostsWithOneVersionOfThePrograms) {
 TEST_F(FarGangs, WaitForAHostThatIsSilentAndNameIt) {
   const JobId far = h.submit(kFourRanks);
   start = told(0);
-  h.from_agent(0, JobEnded{far, start.epoch, unavailable_error("a rank is gone"), 0, "{}"});
   for (TimeMs t = 0; t < 8000; t += 1000) {
     h.advance(1000);
     for (const int slot : {0, 1, 2}) {
@@ -220,6 +219,7 @@ TEST_F(FarGangs, WaitForAHostThatIsSilentAndNameIt) {
       h.beat(slot);
     }
   }
+  h.from_agent(0, JobEnded{far, start.epoch, unavailable_error("a rank is gone"), 0, "{}"});
   EXPECT_EQ(h.job(far).state, JobState::kQueued);
   EXPECT_NE(reason(far).find("needs 4 workers of 2 hosts at once, 3 are free; far/cpu10 is not "
                              "connected; far/cpu11 is not connected"),
@@ -261,7 +261,7 @@ struct MixedGangs : Gangs {
   Status refused(const nlohmann::json& train) {
     h.from_client(
         "c", protocol::Call{
-                 "s", "k", "job.submit",
+                 "s", "", "job.submit",
                  nlohmann::json{
                      {"spec",
                       {{"model", "base"}, {"dataset", "rows"}, {"adapter", "a"}, {"train", train}}}}

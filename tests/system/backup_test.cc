@@ -151,20 +151,6 @@ TEST_F(ObjectBackup, ADamagedBackupIsRefusedBeforeAnythingIsVisible) {
   expect({"registry", "restore", newer}, 4, {"version 9"});
 }
 
-TEST_F(ObjectBackup, ACheckpointOfAnotherModelIsRefusedAndNamesBoth) {
-  write_tiny_model(file("second"), 8);
-  run(*target_, {"model", "add", "second", file("second")});
-  const std::string theirs = shown(*target_, {"model", "show", "second"})["digest"];
-  const std::string own = shown(*source_, {"model", "show", "tiny"})["digest"];
-  const std::string folder = copy("backup-" + job_, "foreign");
-  replace(folder + "/backup.json", own, theirs);
-  const std::string foreign = "job-0123456789ab";
-  replace(folder + "/backup.json", job_, foreign);
-  expect({"registry", "restore", folder}, 2,
-         {"checkpoint", own.substr(0, 12), foreign, theirs.substr(0, 12)});
-  expect({"job", "show", foreign}, 3, {foreign});
-}
-
 TEST_F(ObjectBackup, AModelsFilesStayInsideTheBackupAndHaveItsDigest) {
   run(*target_, {"adapter", "rm", "other"});
   auto fresh = start();

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -20,7 +21,7 @@ const Json kSettings{{"lora_r", 4},       {"learning_rate", 5e-3},
                      {"max_length", 128}, {"gradient_accumulation_steps", 4},
                      {"save_steps", 10},  {"adapter_dtype", "f32"}};
 constexpr TimeMs kGangLimitMs = 10'000;  ///< until nothing of a gang with a silent rank is left
-constexpr int kFlapMs = 2000;
+constexpr int kFlapMs = 2000, kSilentS = 8;
 
 /// Requests of the base, one after another in a few threads, until they are checked.
 class Asking {
@@ -42,8 +43,6 @@ class Asking {
   }
   [[nodiscard]] int answered() const { return answered_; }
   [[nodiscard]] TimeMs longest_pause_ms() const { return longest_pause_ms_; }
-  /// The longest that one waited.
-  [[nodiscard]] TimeMs longest_ms() const { return longest_ms_; }
   /// That all were answered, and as they are now.
   void expect_right() {
     stop();
@@ -58,7 +57,6 @@ class Asking {
  private:
   static constexpr int kThreads = 4, kTokens = 8;
   void ask(const std::string& prompt) {
-    const std::int64_t begin = steady_ns();
     const auto answer = platform_.generate("tiny", prompt, kTokens);
     const std::int64_t end = steady_ns();
     {
@@ -67,7 +65,6 @@ class Asking {
         got_[prompt] = answer->tokens;
       else
         failures_ += prompt + ": " + answer.status().to_string() + "\n";
-      longest_ms_ = std::max<TimeMs>(longest_ms_, (end - begin) / 1'000'000);
       longest_pause_ms_ = std::max<TimeMs>(longest_pause_ms_, (end - last_ns_) / 1'000'000);
       last_ns_ = end;
     }
@@ -81,7 +78,7 @@ class Asking {
   std::atomic<int> answered_{0};
   std::mutex mutex_;
   std::int64_t last_ns_ = steady_ns();
-  TimeMs longest_ms_ = 0, longest_pause_ms_ = 0;
+  TimeMs longest_pause_ms_ = 0;
   std::map<std::string, std::vector<std::int32_t>> got_;
   std::string failures_;
 };
@@ -107,10 +104,6 @@ class SilentHosts : public FarPool {
     const Json list = platform_->call("replica.list", Json::object()).at("replicas");
     return list.empty() ? Json::object() : list.at(0);
   }
-  static void note(const std::string& what, std::int64_t since_ns) {
-    std::printf("  %s after %.1f s\n", what.c_str(),
-                static_cast<double>(steady_ns() - since_ns) * 1e-9);
-  }
 };
 
 /// The host of the first rank, or the other one.
@@ -128,12 +121,9 @@ TEST_P(SilentHostOfAGang, EndsTheGangInTimeAndTheJobGoesOnToTheSameBitsWhenItIsB
   Asking asking(*platform_);
   ASSERT_TRUE(eventually(10'000, [&] { return asking.answered() > 8; }));
 
-  const std::int64_t begin = steady_ns();
   FarHosts::silence(silent);
   EXPECT_TRUE(eventually(kGangLimitMs, [] { return gang_processes() == ""; })) << gang_processes();
-  note("no process of the gang", begin);
   EXPECT_TRUE(eventually(kGangLimitMs, [&] { return state(silent) == "lost"; }));
-  note("lost", begin);
   EXPECT_EQ(state(other), "ready");
   EXPECT_TRUE(eventually(kGangLimitMs, [&] {
     const Json shown = show_job(job);
@@ -143,23 +133,16 @@ TEST_P(SilentHostOfAGang, EndsTheGangInTimeAndTheJobGoesOnToTheSameBitsWhenItIsB
            reason.find(FarHosts::name(silent) + "/cpu" + std::to_string(silent) +
                        " is not connected") != std::string::npos;
   })) << show_job(job).dump(1);
-  note("the job waits", begin);
   const int answered = asking.answered();
   EXPECT_TRUE(eventually(10'000, [&] { return asking.answered() > answered + 20; }));
-  ::sleep(20);
+  ::sleep(kSilentS);  // longer than connections live
 
-  const std::int64_t back = steady_ns();
   FarHosts::speak(silent);
   await_workers(2);
-  note("the pool is whole", back);
   const Json end = finish(job);
-  note("the job has ended", back);
   EXPECT_EQ(digest(name), expected);
   EXPECT_EQ(end.value("epoch", 0), 2) << end.dump(1);
   asking.expect_right();
-  std::printf("  %d answers, longest %lld ms, longest pause %lld ms\n", asking.answered(),
-              static_cast<long long>(asking.longest_ms()),
-              static_cast<long long>(asking.longest_pause_ms()));
   EXPECT_LT(asking.longest_pause_ms(), scaled_ms(2000)) << "the other engine answers all along";
   for (int host = 0; host < 2; ++host) EXPECT_EQ(platform_->engine(host), engines[host]);
 }
@@ -179,8 +162,6 @@ TEST_F(SilentHosts, LessThanThePatienceCostsNothing) {
   EXPECT_EQ(end.value("epoch", 0), 1) << end.dump(1);
   EXPECT_EQ(digest("flap"), expected);
   asking.expect_right();
-  std::printf("  %d answers, longest %lld ms\n", asking.answered(),
-              static_cast<long long>(asking.longest_ms()));
 }
 
 TEST_F(SilentHosts, AnElasticJobGoesOnWithoutTheHost) {
@@ -188,13 +169,11 @@ TEST_F(SilentHosts, AnElasticJobGoesOnWithoutTheHost) {
   (void)one_rank(settings);
   const std::string job = submit("elastic", with(settings, {{"dp", 2}, {"dp_min", 1}}));
   ASSERT_TRUE(reaches(job, 12));
-  const std::int64_t begin = steady_ns();
   FarHosts::silence(1 - leader(job));
   ASSERT_TRUE(eventually(30'000, [&] {
     const Json shown = show_job(job);
     return shown.value("epoch", 0) == 2 && shown.value("state", "") == "running";
   })) << show_job(job).dump(1);
-  note("runs on one rank", begin);
   const Json end = finish(job);
   EXPECT_EQ(end.value("epoch", 0), 2) << end.dump(1);
   expect_losses_of_one_rank(job, settings);
@@ -219,20 +198,16 @@ TEST_F(SilentHosts, AReplicaGoesOnElsewhereWithoutALostOrRepeatedToken) {
         if (answer.ok()) got[prompt] = answer->tokens;
       });
     EXPECT_TRUE(eventually(20'000, [&] { return replica().value("requests", 0) > 0; }));
-    const std::int64_t begin = steady_ns();
     FarHosts::silence(host);
     for (std::thread& thread : threads) thread.join();
-    note("all are answered", begin);
     EXPECT_TRUE(eventually(kGangLimitMs, [] { return gang_processes() == ""; }))
         << gang_processes();
-    note("no process of the replica", begin);
     EXPECT_TRUE(eventually(kGangLimitMs, [&] { return state(host) == "lost"; }));
     FarHosts::speak(host);
     EXPECT_TRUE(eventually(60'000, [&] {
       const Json shown = replica();
       return shown.value("state", "") == "serving" && shown.value("epoch", 0) > epoch;
     })) << replica().dump(1);
-    note("it serves again", begin);
   }
   platform_->call("replica.rm", {{"replica", id}});
   ASSERT_TRUE(eventually(30'000, [&] { return replica().empty(); })) << replica().dump(1);
@@ -245,17 +220,14 @@ TEST_F(SilentHosts, AReplicaGoesOnElsewhereWithoutALostOrRepeatedToken) {
 }
 
 TEST_F(SilentHosts, HostsThatDoNotReachEachOtherAreNamedAsWhyTheJobWaits) {
+  if (std::getenv("TANDEM_TEST_FULL") == nullptr) GTEST_SKIP() << "takes a minute: --full";
   FarHosts::set_apart(true);
   const std::string job = submit("apart", with(kSettings, {{"dp", 2}, {"max_steps", 20}}));
-  const std::int64_t begin = steady_ns();
   std::string reason;
-  EXPECT_TRUE(eventually(90'000, [&] {
-    const Json shown = show_job(job);
-    if (const std::string now = shown.value("reason", ""); now != reason)
-      note(shown.value("state", "") + ": " + (reason = now), begin);
-    return reason.find("next try in") != std::string::npos;
-  }));
-  EXPECT_NE(reason.find("far1"), std::string::npos) << reason;
+  EXPECT_TRUE(eventually(150'000, [&] {
+    reason = show_job(job).value("reason", "");
+    return reason.find("must reach each other over TCP, any port: far0, far1") != std::string::npos;
+  })) << reason;
   FarHosts::set_apart(false);
   finish(job);
 }
