@@ -84,11 +84,13 @@ struct BlockRun {
     const auto count = static_cast<std::int64_t>(sites(fused).size());
     return count == 0 ? Tensor{} : rows(count * batch.adapters.rank_max);
   }
-  /// x is read or, where `make_x` says something, written.
+  /// x is read or, where `make_x` says something, written; `then` follows.
   void linear(Fused fused, const Tensor& x, const kernels::PackedWeight& weight, const Tensor& bias,
-              const Tensor& y, const Tensor& u, const kernels::SiluMulArgs& make_x = {}) const {
-    ctx.ops.linear_forward(ctx.exec, {x, &weight, bias, sites(fused),
-                                      has_adapters() ? &batch.adapters : nullptr, y, u, make_x});
+              const Tensor& y, const Tensor& u, const kernels::SiluMulArgs& make_x = {},
+              const kernels::LinearReader& then = {}) const {
+    ctx.ops.linear_forward(
+        ctx.exec, {x, &weight, bias, sites(fused), has_adapters() ? &batch.adapters : nullptr, y, u,
+                   make_x, then});
   }
   /// x undefined: by its recipe; dy as `make_dy` says, where that says something.
   void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
@@ -169,19 +171,30 @@ void add_and_norm(Context& ctx, const ModelConfig& config, const ResidualStream&
   ctx.ops.add_rms_norm_forward(ctx.exec, args);
 }
 
+const kernels::KvCache* cache_of(const BlockRun& run) {
+  const PagedKv* paged = run.batch.paged;
+  return paged ? &paged->caches.at(static_cast<std::size_t>(run.layer)) : nullptr;
+}
+
+kernels::RopeArgs rope_of(const BlockRun& run, const Tensor& qkv) {
+  const PagedKv* paged = run.batch.paged;
+  return {qkv,
+          run.batch.positions,
+          run.base.inv_freq(),
+          run.base.rope_attention_factor(),
+          run.config.heads,
+          run.config.kv_heads,
+          run.config.head_dim,
+          cache_of(run),
+          paged ? paged->cache_slots : Tensor{}};
+}
+
 void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
   const kernels::AttentionSpec spec = attention_spec(run.config);
-  const PagedKv* paged = run.batch.paged;
-  const kernels::KvCache* cache =
-      paged ? &paged->caches.at(static_cast<std::size_t>(run.layer)) : nullptr;
-  run.ctx.ops.rope_forward(run.ctx.exec,
-                           {qkv, run.batch.positions, run.base.inv_freq(),
-                            run.base.rope_attention_factor(), run.config.heads, run.config.kv_heads,
-                            run.config.head_dim, cache, paged ? paged->cache_slots : Tensor{}});
-  if (paged)
+  if (const PagedKv* paged = run.batch.paged; paged != nullptr)
     run.ctx.ops.paged_attention_forward(
-        run.ctx.exec, {spec, qkv, paged->q_offsets, paged->kv_lens, paged->block_tables, cache,
-                       paged->kv_len_max, out});
+        run.ctx.exec, {spec, qkv, paged->q_offsets, paged->kv_lens, paged->block_tables,
+                       cache_of(run), paged->kv_len_max, out});
   else
     run.ctx.ops.attention_forward(
         run.ctx.exec, {spec, qkv, run.batch.seq_offsets, run.batch.seq_len_max, out, lse});
@@ -250,7 +263,8 @@ void block_forward(const BlockRun& run, SavedBlock& s, const ResidualStream& in,
   const Tensor normed_attention = norm_all_rows(run, b.normed_attention, all, [&](const Tensor& y) {
     add_and_norm(run.ctx, run.config, in, run.weights.attention_norm, y, b.rstd_attention);
   });
-  run.linear(Fused::kQkv, normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0]);
+  run.linear(Fused::kQkv, normed_attention, run.weights.qkv, run.weights.qkv_bias, b.qkv, b.u[0],
+             {}, {.rope = rope_of(run, b.qkv)});
   attend(run, b.qkv, b.attention_out, b.lse);
   run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o, b.residual_attention, b.u[1],
                        all);
@@ -260,9 +274,13 @@ void block_forward(const BlockRun& run, SavedBlock& s, const ResidualStream& in,
   });
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
-  run.linear(Fused::kGateUp, normed_mlp, run.weights.gate_up, {}, b.gate_up, b.u[2]);
+  // Adapters' products take silu's output as they read it; else the product before leaves it.
+  const kernels::SiluMulArgs silu_mul{b.gate_up, b.act};
+  const bool before = !keep.for_backward && !run.has_adapters();
+  run.linear(Fused::kGateUp, normed_mlp, run.weights.gate_up, {}, b.gate_up, b.u[2], {},
+             {.silu_mul = before ? silu_mul : kernels::SiluMulArgs{}});
   run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], all,
-                       {b.gate_up, b.act});
+                       before ? kernels::SiluMulArgs{} : silu_mul);
 }
 
 // -- backward
