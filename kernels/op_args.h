@@ -101,6 +101,29 @@ struct SiluMulBackwardArgs {
   Tensor dgate_up;  ///< [T, 2F] cd, overwritten; may be the same memory as gate_up
 };
 
+/// Rotates q and k inside qkv in place (rotate-half pairing: element d with d + D/2, the Hugging
+/// Face layout) and, when a cache is given, writes k and v of each row to it. Angles in f32:
+/// position * inv_freq[d], cos and sin times `attention_factor` (yarn; else 1).
+struct KvCache {
+  Tensor k, v;  ///< [blocks, K, block_size, D] cd each
+  std::int64_t block_size = 0;
+};
+struct RopeArgs {
+  Tensor qkv;        ///< [T, (H + 2K) * D] cd: q heads, then k heads, then v heads; in place
+  Tensor positions;  ///< [T] i32
+  Tensor inv_freq;   ///< [D/2] f32
+  float attention_factor;
+  std::int64_t heads, kv_heads, head_dim;
+  const KvCache* cache;  ///< null in training
+  Tensor cache_slots;    ///< [T] i32: block * block_size + offset; -1: do not write (inert rows)
+};
+/// The op that reads a linear's y, in place of the call that would follow: one at most.
+struct LinearReader {
+  SiluMulArgs silu_mul{};  ///< out defined: gate_up is y, whose contents are then undefined
+  RopeArgs rope{};         ///< qkv defined: it is y
+  [[nodiscard]] bool defined() const { return silu_mul.out.defined() || rope.qkv.defined(); }
+};
+
 /// y = x W^T + bias + sum over sites of s B (A dropout(x)).
 struct LinearArgs {
   Tensor x;                     ///< [T, I] cd; with make_x overwritten
@@ -115,6 +138,8 @@ struct LinearArgs {
   /// gate_up defined: x is its out, made to the op's bits on the way to u, if the backend can; else
   /// by its op, before.
   SiluMulArgs make_x{};
+  /// Made of the sums, rounded as y is, if the backend can; else by its op, after.
+  LinearReader then{};
 };
 /// The op that made a linear's x, without its output: backward makes x once more, to the same bits.
 /// At most one is given.
@@ -155,22 +180,6 @@ struct RepackWeightArgs {
   PackedWeight* weight;  ///< overwritten
 };
 
-/// Rotates q and k inside qkv in place (rotate-half pairing: element d with d + D/2, the Hugging
-/// Face layout) and, when a cache is given, writes k and v of each row to it. Angles in f32:
-/// position * inv_freq[d], cos and sin times `attention_factor` (yarn; else 1).
-struct KvCache {
-  Tensor k, v;  ///< [blocks, K, block_size, D] cd each
-  std::int64_t block_size = 0;
-};
-struct RopeArgs {
-  Tensor qkv;        ///< [T, (H + 2K) * D] cd: q heads, then k heads, then v heads; in place
-  Tensor positions;  ///< [T] i32
-  Tensor inv_freq;   ///< [D/2] f32
-  float attention_factor;
-  std::int64_t heads, kv_heads, head_dim;
-  const KvCache* cache;  ///< null in training
-  Tensor cache_slots;    ///< [T] i32: block * block_size + offset; -1: do not write (inert rows)
-};
 /// Inverse rotation of dq and dk in place.
 struct RopeBackwardArgs {
   Tensor dqkv;  ///< [T, (H + 2K) * D] cd, in place

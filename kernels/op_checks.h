@@ -74,4 +74,7 @@ class OpCheck {
   const char* op_;
 };
 
+/// ops_attention.cc
+void check_rope(const RopeArgs& args);
+
 }  // namespace tandem::kernels

@@ -48,7 +48,7 @@ void check_sequences(const OpCheck& check, const Tensor& seq_offsets, std::int64
 
 }  // namespace
 
-void Ops::rope_forward(Exec& exec, const RopeArgs& a) {
+void check_rope(const RopeArgs& a) {
   const OpCheck check("rope_forward");
   check_heads(check, a.heads, a.kv_heads, a.head_dim);
   check.that(a.head_dim % 2 == 0, str("head_dim: expected even, got ", a.head_dim));
@@ -62,7 +62,11 @@ void Ops::rope_forward(Exec& exec, const RopeArgs& a) {
     check.disjoint("qkv", a.qkv, "cache.k", a.cache->k);
     check.disjoint("qkv", a.qkv, "cache.v", a.cache->v);
   }
-  if (t == 0) return;
+}
+
+void Ops::rope_forward(Exec& exec, const RopeArgs& a) {
+  check_rope(a);
+  if (a.qkv.dim(0) == 0) return;
   do_rope_forward(exec, a);
 }
 

@@ -87,12 +87,32 @@ void Ops::linear_forward(Exec& exec, const LinearArgs& a) {
   check.disjoint("gate_up", gate_up, "x", a.x);
   check.disjoint("gate_up", gate_up, "y", a.y);
   check.disjoint("gate_up", gate_up, "u", a.u);
+  const auto& [silu_mul, rope] = a.then;
+  if (silu_mul.out.defined()) {
+    check.tensor("out of then", silu_mul.out, cd, Shape{t, n / 2});
+    check.tensor("gate_up of then", silu_mul.gate_up, cd, Shape{t, n / 2 * 2});
+    check.that(silu_mul.gate_up.data == a.y.data && !rope.qkv.defined(),
+               "then: expected one op that reads y");
+    check.disjoint("out of then", silu_mul.out, "y", a.y);
+    check.disjoint("out of then", silu_mul.out, "x", a.x);
+  }
+  if (rope.qkv.defined()) {
+    check_rope(rope);
+    check.that(rope.qkv.data == a.y.data && rope.qkv.shape == a.y.shape,
+               "then: expected an op that reads y");
+  }
   if (t == 0) return;
-  if (!gate_up.defined() || makes_input(a, profile())) return do_linear_forward(exec, a);
-  silu_mul_forward(exec, a.make_x);
-  LinearArgs made = a;
-  made.make_x = {};
-  do_linear_forward(exec, made);
+  const bool makes = !gate_up.defined() || makes_input(a, profile());
+  const bool reads = !a.then.defined() || reads_output(profile());
+  if (makes && reads) return do_linear_forward(exec, a);
+  if (!makes) silu_mul_forward(exec, a.make_x);
+  LinearArgs alone = a;
+  if (!makes) alone.make_x = {};
+  if (!reads) alone.then = {};
+  do_linear_forward(exec, alone);
+  if (reads) return;
+  if (silu_mul.out.defined()) silu_mul_forward(exec, silu_mul);
+  if (rope.qkv.defined()) rope_forward(exec, rope);
 }
 
 void Ops::linear_backward(Exec& exec, const LinearBackwardArgs& a) {

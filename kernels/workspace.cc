@@ -237,6 +237,10 @@ bool makes_input(const LinearArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) && cuda::linear_forward_layout(a, profile).makes_x;
 }
 
+bool reads_output(const DeviceProfile& profile) {
+  return on_cuda(profile);
+}
+
 bool makes_input(const LinearBackwardArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) && cuda::linear_backward_layout(a, profile).makes_x;
 }

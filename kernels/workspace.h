@@ -44,6 +44,9 @@ bool makes_input(const LinearArgs& args, const DeviceProfile& profile);
 bool makes_input(const LinearBackwardArgs& args, const DeviceProfile& profile);
 bool makes_gradient(const LinearBackwardArgs& args, const DeviceProfile& profile);
 
+/// Whether linear_forward runs the op that reads its output, with the product or after it.
+bool reads_output(const DeviceProfile& profile);
+
 /// How much of the logits [T, V] a loss holds at a time: a chunk of rows of at most so many bytes.
 std::int64_t logits_chunk_bytes(const DeviceProfile& profile);
 

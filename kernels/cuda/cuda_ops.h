@@ -109,8 +109,12 @@ class CudaOps final : public Ops {
   /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
   void extended_product(const Exec& exec, const Matrix& a, const Matrix& b, const Matrix& u,
                         const Matrix& c, const Matrix& out, const void* bias, void* gemm);
-  /// y = x W^T + bias by kernels that sum every element in one order, whatever the number of rows;
-  /// false where they do not fit, which does not depend on the number of rows.
+  /// Whether the product itself does what `then` says.
+  [[nodiscard]] bool joins_reader(const Exec& exec, const LinearArgs& a) const;
+  /// Whether there are kernels that sum every element of y in one order, whatever the number of
+  /// rows; it does not depend on that number.
+  [[nodiscard]] bool has_invariant_product(const Exec& exec, const LinearArgs& a) const;
+  /// y = x W^T + bias by those; false where there are none.
   bool invariant_product(const Exec& exec, const LinearArgs& a,
                          const std::function<void(const LinearArgs&, const Tensor&)>& run_skinny);
   void linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,

@@ -1,5 +1,6 @@
 #include "kernels/cuda/gemv.cuh"
 
+#include "kernels/cuda/linear_then.cuh"
 #include "kernels/cuda/mma.cuh"
 
 namespace tandem::kernels::cuda {
@@ -9,7 +10,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 /// Rows of W that a warp sums at once, and 16-byte loads of each that it has in flight.
 constexpr int kRows = 2, kLoads = 4;
 constexpr std::int64_t kStep = 32 * 16 / kElementBytes;  ///< columns of one load of a warp
-constexpr std::int64_t kColumnsMax = 32768;              ///< x lies in shared memory
 
 template <class E>
 __device__ inline float dot(const uint4& w, const uint4& x, float sum) {
@@ -24,16 +24,21 @@ __device__ inline float dot(const uint4& w, const uint4& x, float sum) {
 }
 
 /// Weights are asked for before the kernel that makes x has ended: they depend on nobody.
-template <class E, class Out>
+template <class E, class Out, Then kThen>
 __global__ void __launch_bounds__(kThreads)
-    gemv_kernel(const E* x, const E* w, const E* bias, std::int64_t n, std::int64_t k, Out* y) {
+    gemv_kernel(const E* x, const E* w, const E* bias, std::int64_t n, std::int64_t k, Out* y,
+                const ThenView then) {
   extern __shared__ uint4 shared_x[];
   launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp) * kRows;
+  constexpr bool kPairs = kThen != Then::kNothing;
+  static_assert(kRows == 2);
+  const std::int64_t own = static_cast<std::int64_t>(blockIdx.x) * kWarps + warp;
+  const std::int64_t row = kPairs ? then.first_of(own) : own * kRows;
+  const std::int64_t apart = kPairs ? then.distance : 1;
   const auto load = [&](std::int64_t r, std::int64_t column) {
-    const bool inside = row + r < n && column < k;
-    return inside ? __ldcs(reinterpret_cast<const uint4*>(w + (row + r) * k + column))
+    const bool inside = row + r * apart < n && column < k;
+    return inside ? __ldcs(reinterpret_cast<const uint4*>(w + (row + r * apart) * k + column))
                   : make_uint4(0, 0, 0, 0);
   };
   uint4 ahead[kRows][kLoads];
@@ -67,40 +72,45 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float total = warp_sum(sum[r]);
-    if (lane != 0 || row + r >= n) continue;
-    y[row + r] = store_as<Out>(bias == nullptr ? total : total + load_f32(bias[row + r]));
+    sum[r] = warp_sum(sum[r]);
+    if (bias != nullptr && row + r * apart < n) sum[r] += load_f32(bias[row + r * apart]);
+  }
+  if (lane != 0) return;
+  if constexpr (kPairs) {
+    if (row + apart < n) store_pair<E, kThen>(then, y, row, sum[0], sum[1]);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (row + r < n) y[row + r] = store_as<Out>(sum[r]);
   }
 }
 
-template <class E, class Out>
-void run(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tensor& bias,
-         const Tensor& y) {
+template <class E, class Out, Then kThen>
+void run(cudaStream_t stream, const LinearArgs& a) {
+  constexpr auto kKernel = gemv_kernel<E, Out, kThen>;
+  const PackedWeight& w = *a.weight;
   const auto blocks = static_cast<unsigned>((w.n + kWarps * kRows - 1) / (kWarps * kRows));
   const auto shared = static_cast<std::size_t>(w.i) * kElementBytes;
   static const cudaError_t allowed =
-      cudaFuncSetAttribute(gemv_kernel<E, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(kColumnsMax * 2));
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(kGemvColumnsMax * kElementBytes));
   check_cuda(allowed, "gemv_kernel: shared memory");
-  launch_early("gemv_kernel", gemv_kernel<E, Out>, dim3(blocks), dim3(kThreads), shared, stream,
-               static_cast<const E*>(x.data), static_cast<const E*>(w.storage.data),
-               static_cast<const E*>(bias.data), w.n, w.i, static_cast<Out*>(y.data));
+  launch_early("gemv_kernel", kKernel, dim3(blocks), dim3(kThreads), shared, stream,
+               static_cast<const E*>(a.x.data), static_cast<const E*>(w.storage.data),
+               static_cast<const E*>(a.bias.data), w.n, w.i, static_cast<Out*>(output_of(a)),
+               then_view(a));
 }
 
 }  // namespace
 
 bool gemv_fits(const Tensor& x, const PackedWeight& w) {
-  return x.dim(0) == 1 && is_16_bit(w.dtype) && w.i % 8 == 0 && w.i <= kColumnsMax &&
+  return x.dim(0) == 1 && is_16_bit(w.dtype) && w.i % 8 == 0 && w.i <= kGemvColumnsMax &&
          reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 &&
          reinterpret_cast<std::uintptr_t>(w.storage.data) % 16 == 0;
 }
 
-void gemv(cudaStream_t stream, const Tensor& x, const PackedWeight& w, const Tensor& bias,
-          const Tensor& y) {
-  with_element(w.dtype, [&]<class E>(E) {
-    if (y.dtype == DType::kF32) return run<E, float>(stream, x, w, bias, y);
-    run<E, E>(stream, x, w, bias, y);
-  });
+void gemv(cudaStream_t stream, const LinearArgs& a) {
+  with_outputs(a, [&]<class E, class Out, Then kThen>() { run<E, Out, kThen>(stream, a); });
 }
 
 }  // namespace tandem::kernels::cuda

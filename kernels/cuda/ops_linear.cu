@@ -275,20 +275,50 @@ void CudaOps::extended_product(const Exec& exec, const Matrix& a, const Matrix& 
   blas_.product(s, exec.numerics, a, b, out, true, bias, gemm);
 }
 
+namespace {
+
+/// y = x W^T + bias: what products of one order of sums are asked for.
+LinearArgs without_adapters(const LinearArgs& a) {
+  return {a.x, a.weight, a.bias, {}, nullptr, a.y, {}, {}, a.then};
+}
+lora_gemm::Product base_product_of(const LinearArgs& a, int multiprocessors) {
+  return {matrix(a.x),    transpose(weight_matrix(*a.weight)), {}, {}, matrix(a.y), a.bias.data,
+          multiprocessors};
+}
+
+}  // namespace
+
+bool CudaOps::has_invariant_product(const Exec& exec, const LinearArgs& a) const {
+  return skinny_fits(without_adapters(a), profile_) &&
+         (a.y.dtype == DType::kF32 ||
+          lora_gemm::fits(base_product_of(a, multiprocessors(exec)), profile_.compute_capability));
+}
+
+bool CudaOps::joins_reader(const Exec& exec, const LinearArgs& a) const {
+  if (!a.sites.empty() && a.adapters != nullptr && a.adapters->rank_max > 0) return false;
+  const RopeArgs& rope = a.then.rope;
+  const std::int64_t t = a.x.dim(0), head = rope.qkv.defined() ? rope.head_dim : a.weight->n;
+  if (a.y.dtype != a.x.dtype || head % 16 != 0) return false;
+  const bool invariant = exec.numerics == Numerics::kInvariant;
+  if (gemv_fits(a.x, *a.weight)) return !invariant || has_invariant_product(exec, a);
+  // Tiles begin and end within half a head.
+  return !invariant && t <= kSkinnyRows && skinny_fits(a, profile_) &&
+         (!rope.qkv.defined() || head % 64 == 0);
+}
+
 bool CudaOps::invariant_product(
     const Exec& exec, const LinearArgs& a,
     const std::function<void(const LinearArgs&, const Tensor&)>& run_skinny) {
-  LinearArgs plain{a.x, a.weight, a.bias, {}, nullptr, a.y, {}};
-  const lora_gemm::Product product{
-      matrix(a.x),          transpose(weight_matrix(*a.weight)), {}, {}, matrix(a.y), a.bias.data,
-      multiprocessors(exec)};
+  if (!has_invariant_product(exec, a)) return false;
+  LinearArgs plain = without_adapters(a);
   const bool narrow = a.y.dtype != DType::kF32;
-  if (!skinny_fits(plain, profile_) ||
-      (narrow && !lora_gemm::fits(product, profile_.compute_capability)))
-    return false;
   const std::int64_t t = a.x.dim(0);
+  if (gemv_fits(a.x, *a.weight)) {
+    ordered_gemv(stream(exec), plain);
+    return true;
+  }
   if (narrow && t > kSkinnyRows) {
-    lora_gemm::run(stream(exec), product);
+    lora_gemm::run(stream(exec), base_product_of(a, multiprocessors(exec)));
     return true;
   }
   for (std::int64_t row = 0; row < t; row += kSkinnyRows) {
@@ -334,6 +364,13 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
 }
 
 void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
+  if (a.then.defined() && !joins_reader(exec, a)) {
+    LinearArgs alone = a;
+    alone.then = {};
+    do_linear_forward(exec, alone);
+    return a.then.rope.qkv.defined() ? do_rope_forward(exec, a.then.rope)
+                                     : do_silu_mul_forward(exec, a.then.silu_mul);
+  }
   const Profiler::Scope scope(
       profiler_, stream(exec), "linear_forward",
       static_cast<double>(a.x.bytes() + a.y.bytes() + a.weight->storage.bytes()));
@@ -369,7 +406,7 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
     finish();
   };
   if (layout.columns == 0) {
-    if (!invariant && gemv_fits(a.x, *a.weight)) return gemv(s, a.x, *a.weight, a.bias, a.y);
+    if (!invariant && gemv_fits(a.x, *a.weight)) return gemv(s, a);
     return is_skinny ? run_skinny(a, {}) : base_product();
   }
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;

@@ -2,6 +2,7 @@
 // memory traffic; each reads its inputs once, in 16-byte accesses where rows allow it.
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/rotation.cuh"
 #include "kernels/cuda/silu.cuh"
 
 #include <algorithm>
@@ -192,25 +193,17 @@ void run_rms_norm_backward(cudaStream_t stream, const RmsNormBackwardArgs& a) {
 // -- rotation
 // -------------------------------------------------------------------------------------
 
-/// Where rope writes keys and values; `k` null: nowhere.
-struct CacheTarget {
-  void *k = nullptr, *v = nullptr;
-  const std::int32_t* slots = nullptr;
-  std::int64_t blocks = 0, block_size = 1;
-};
-
 /// One block a row. The angles of a row are computed once and serve all its heads, while the first
 /// elements are on their way; `sign` -1 turns back.
 template <class T, bool kVector>
-__global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* inv_freq,
-                            float factor, float sign, int heads, int kv_heads, int half,
-                            CacheTarget cache) {
+__global__ void rope_kernel(T* qkv, float sign, const RopeView view) {
   using C = Chunk<T, kVector>;
-  extern __shared__ float angles[];  // [half] cosines, [half] sines
+  extern __shared__ float2 angles[];  // [half]
   launch_dependents();
   wait_for_inputs();
   const std::int64_t row = blockIdx.x;
-  const int dim = 2 * half, per_head = half / C::kSize, pairs = (heads + kv_heads) * per_head;
+  const int heads = view.heads, kv_heads = view.kv_heads, dim = view.dim, half = dim / 2;
+  const int per_head = half / C::kSize, pairs = (heads + kv_heads) * per_head;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   T* q = qkv + row * (heads + 2 * kv_heads) * dim;
   const auto low_of = [&](int p) { return q + p / per_head * dim + p % per_head * C::kSize; };
@@ -220,20 +213,14 @@ __global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* 
     y = C::load(low_of(p) + half);
   };
   if (thread < pairs) load(thread);
-  const float position = static_cast<float>(positions[row]);
+  const float position = static_cast<float>(view.positions[row]);
   for (int d = thread; d < half; d += threads) {
-    float s, c;
-    sincosf(position * inv_freq[d], &s, &c);
-    angles[d] = c * factor;
-    angles[half + d] = s * factor * sign;
+    angles[d] = rope_angle(position, view.inv_freq[d], view.factor);
+    angles[d].y *= sign;
   }
   __syncthreads();
-  const std::int32_t slot = cache.k == nullptr ? -1 : cache.slots[row];
-  if (slot >= 0 && slot / cache.block_size >= cache.blocks) __trap();
-  // Of head h of the cache's block: where this row's vector begins.
-  const auto cached = [&](void* base, int h) {
-    const std::int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
-    return static_cast<T*>(base) + ((block * kv_heads + h) * cache.block_size + offset) * dim;
+  const auto cached = [&](int head, int d) {
+    return rope_cached<T>(view, static_cast<int>(row), head, d);
   };
   for (int p = thread; p < pairs; p += threads) {
     if (p != thread) load(p);
@@ -241,40 +228,34 @@ __global__ void rope_kernel(T* qkv, const std::int32_t* positions, const float* 
     C low, high;
 #pragma unroll
     for (int i = 0; i < C::kSize; ++i) {
-      const float c = angles[d + i], s = angles[half + d + i];
       const float u = load_f32(x.at[i]), v = load_f32(y.at[i]);
-      low.at[i] = store_as<T>(u * c - v * s);
-      high.at[i] = store_as<T>(v * c + u * s);
+      low.at[i] = store_as<T>(rotated_low(u, v, angles[d + i]));
+      high.at[i] = store_as<T>(rotated_high(u, v, angles[d + i]));
     }
     low.store(low_of(p));
     high.store(low_of(p) + half);
-    if (slot >= 0 && h >= heads) {
-      T* k = cached(cache.k, h - heads) + d;
+    if (T* k = cached(h, d); k != nullptr) {
       low.store(k);
       high.store(k + half);
     }
   }
-  if (slot < 0) return;
-  const T* v = q + (heads + kv_heads) * dim;
+  const int first = heads + kv_heads;  // head of the values
   for (int p = thread * C::kSize; p < kv_heads * dim; p += threads * C::kSize)
-    C::load(v + p).store(cached(cache.v, p / dim) + p % dim);
+    if (T* v = cached(first + p / dim, p % dim); v != nullptr)
+      C::load(q + first * dim + p).store(v);
 }
 
 template <class T>
-void rope(cudaStream_t stream, const Tensor& qkv, const Tensor& positions, const Tensor& inv_freq,
-          float factor, float sign, std::int64_t heads, std::int64_t kv_heads,
-          std::int64_t head_dim, const CacheTarget& cache) {
-  const auto half = static_cast<int>(head_dim / 2);
-  const bool vector = aligned({qkv.data, cache.k, cache.v}, half * std::int64_t{sizeof(T)});
-  const auto pairs = static_cast<int>((heads + kv_heads) * half / (vector ? Vec<T>::kSize : 1));
+void rope(cudaStream_t stream, const Tensor& qkv, float sign, const RopeView& view) {
+  const int half = view.dim / 2;
+  const bool vector = aligned({qkv.data, view.k, view.v}, half * std::int64_t{sizeof(T)});
+  const int pairs = (view.heads + view.kv_heads) * half / (vector ? Vec<T>::kSize : 1);
   const int threads = std::clamp((pairs + 31) / 32 * 32, 64, 512);
   const auto kernel = vector ? rope_kernel<T, true> : rope_kernel<T, false>;
   launch_early("rope_kernel", kernel, dim3(static_cast<unsigned>(qkv.dim(0))),
                dim3(static_cast<unsigned>(threads)),
-               2 * static_cast<std::size_t>(half) * sizeof(float), stream,
-               static_cast<T*>(qkv.data), positions.as<const std::int32_t>(),
-               inv_freq.as<const float>(), factor, sign, static_cast<int>(heads),
-               static_cast<int>(kv_heads), half, cache);
+               static_cast<std::size_t>(half) * sizeof(float2), stream, static_cast<T*>(qkv.data),
+               sign, view);
 }
 
 // -- silu
@@ -440,19 +421,16 @@ void CudaOps::do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
 void CudaOps::do_rope_forward(Exec& exec, const RopeArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "rope",
                               static_cast<double>(2 * a.qkv.bytes()));
-  CacheTarget cache;
-  if (a.cache != nullptr)
-    cache = {a.cache->k.data, a.cache->v.data, a.cache_slots.as<std::int32_t>(), a.cache->k.dim(0),
-             a.cache->block_size};
-  TANDEM_CUDA_DISPATCH(a.qkv.dtype, rope, stream(exec), a.qkv, a.positions, a.inv_freq,
-                       a.attention_factor, 1.0f, a.heads, a.kv_heads, a.head_dim, cache);
+  TANDEM_CUDA_DISPATCH(a.qkv.dtype, rope, stream(exec), a.qkv, 1.0f, rope_view(a));
 }
 
 void CudaOps::do_rope_backward(Exec& exec, const RopeBackwardArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "rope_backward",
                               static_cast<double>(2 * a.dqkv.bytes()));
-  TANDEM_CUDA_DISPATCH(a.dqkv.dtype, rope, stream(exec), a.dqkv, a.positions, a.inv_freq,
-                       a.attention_factor, -1.0f, a.heads, a.kv_heads, a.head_dim, CacheTarget{});
+  const RopeArgs forward{a.dqkv,  a.positions, a.inv_freq, a.attention_factor,
+                         a.heads, a.kv_heads,  a.head_dim, nullptr,
+                         Tensor{}};
+  TANDEM_CUDA_DISPATCH(a.dqkv.dtype, rope, stream(exec), a.dqkv, -1.0f, rope_view(forward));
 }
 
 void CudaOps::do_silu_mul_forward(Exec& exec, const SiluMulArgs& a) {

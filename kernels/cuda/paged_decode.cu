@@ -17,6 +17,7 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kColumns = 8;  ///< pairs of query row and head of one tile
 constexpr int kKeys = 16;    ///< that a warp takes at a time
 constexpr int kSplitsMax = 8;
+constexpr std::int64_t kManyKeys = 2048;  ///< of a block: with lengths that differ, it ends late
 
 /// The transpose of an 8 x 8 matrix of 16-bit elements: lane (g, q) gives row g, columns 2q and 2q
 /// + 1.
@@ -288,14 +289,17 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
 
 }  // namespace
 
-// Enough blocks for two rounds over the device (more cost more than they balance), each with at
-// least one block of keys a warp. A function of bounds alone.
+// Enough blocks for every multiprocessor, each with at least one block of keys a warp: more cost
+// more than they balance, as long as no block has many keys. A function of bounds alone.
 int paged_decode_splits(const PagedView& v, std::int64_t kv_len_max, const DeviceProfile& profile) {
   if (profile.compute_capability < 90) return 1;
   const std::int64_t blocks = std::int64_t{decode_tiles(v)} * head_parts(v);
-  const std::int64_t wanted = std::int64_t{6} * profile.sm_count;
+  const auto wanted = [&](int splits) {
+    const std::int64_t halves = kv_len_max > splits * kManyKeys ? 12 : 3;
+    return halves * profile.sm_count / 2;
+  };
   int splits = 1;
-  while (splits < kSplitsMax && splits * blocks < wanted &&
+  while (splits < kSplitsMax && splits * blocks < wanted(splits) &&
          2 * splits * kWarps * kKeys <= kv_len_max)
     splits *= 2;
   return splits;

@@ -346,18 +346,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     barrier_init_done();
   }
   __syncthreads();
-  wait_for_inputs();
   const int parts = (v.group + kPairs - 1) / kPairs;
   const int kv_head = static_cast<int>(blockIdx.z) / parts;
   const int head0 = static_cast<int>(blockIdx.z) % parts * kPairs;
   const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x);
   const int heads = min(kPairs, v.group - head0);
+  // Every part of a group walks tiles of as many rows as the first part's. Offsets and lengths come
+  // by an upload, behind which no kernel starts early: they may be read now.
+  const QueryTile tile =
+      find_query_tile(v, kPairs / min(kPairs, v.group), static_cast<int>(blockIdx.y));
+  wait_for_inputs();
   if (head0 == 0)
     zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
                        static_cast<int>(gridDim.y) * splits);
-  // Every part of a group walks tiles of as many rows as the first part's.
-  const QueryTile tile =
-      find_query_tile(v, kPairs / min(kPairs, v.group), static_cast<int>(blockIdx.y));
   if (tile.rows == 0) return;
   if (threadIdx.x >= kConsumers)
     produce<kDim>(v, &k_map, &v_map, tile, kv_head, split, splits, shared, bars);

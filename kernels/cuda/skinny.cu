@@ -1,9 +1,10 @@
 // A warpgroup multiplies, one warp drives the copy engine, and one lists the adapters: rows of x
 // are the tensor cores' rows, outputs their columns. Blocks of a cluster share the inner size of
 // one tile of outputs, add their parts in the order of the blocks through one another's memory, and
-// each finishes its own share of the outputs: bias, adapters, rounding.
+// each finishes its own share of the outputs: bias, adapters, rounding, and what is made of them.
 #include "kernels/cuda/skinny.h"
 
+#include "kernels/cuda/linear_then.cuh"
 #include "kernels/cuda/skinny_adapters.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -18,18 +19,26 @@ namespace {
 namespace cg = cooperative_groups;
 constexpr int kSharedMax = 227 * 1024;
 
-/// Tiles of kN outputs, a cluster of kSplits blocks for each.
-template <int kN, int kSplits>
+/// Tiles of kN outputs, a cluster of kSplits blocks for each. Where something is made of them, a
+/// tile's second half lies `distance` behind its first, and a block finishes groups of both.
+template <int kN, int kSplits, Then kThen>
 struct Tile {
-  static constexpr int kShare = kN / kSplits, kGroups = kShare / 8;
+  static constexpr bool kPairs = kThen != Then::kNothing;
+  static constexpr int kHalves = kPairs ? 2 : 1, kHalf = kN / kHalves;  ///< of neighbouring outputs
+  static constexpr int kHalfGroups = kHalf / 8;                         ///< of eight outputs
+  static constexpr int kOwn = (kHalfGroups + kSplits - 1) / kSplits;    ///< the last may have fewer
+  static constexpr int kGroups = kHalves * kOwn;
   static constexpr int kWeightBytes = kN * kStep * 2,
                        kStageBytes = kWeightBytes + kRows * kStep * 2;
   static constexpr int kPartRow = kN + 8;  // f32: rows of a fragment in different banks
   static constexpr int kPartBytes = kSplits > 1 ? kRows* kPartRow * 4 : 0;
-  static constexpr int kStages = std::min<int>(
-      kN < 64 ? kStagesMax : 8,
-      (kSharedMax - 1024 - kPartBytes - static_cast<int>(sizeof(Control))) / kStageBytes);
-  static constexpr int kBytes = 1024 + kPartBytes + kStages * kStageBytes;
+  static constexpr int kAngleRow = kHalf + 8;  ///< pairs of cosine and sine, likewise
+  static constexpr int kAngleBytes = kThen == Then::kRope ? kRows * kAngleRow * 8 : 0;
+  static constexpr int kFixedBytes = 1024 + kPartBytes + kAngleBytes;
+  static constexpr int kStages =
+      std::min<int>(kN < 64 ? kStagesMax : 8,
+                    (kSharedMax - kFixedBytes - static_cast<int>(sizeof(Control))) / kStageBytes);
+  static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
 };
 
 /// acc [64, kN] += x [64, 16] w [kN, 16]^T.
@@ -54,20 +63,62 @@ __device__ inline void store_2(E* to, float a, float b) {
   *reinterpret_cast<std::uint32_t*>(to) = pack<E>(a, b);
 }
 
-template <class E, int kN, int kSplits, class Y>
+// -- rotation
+// -------------------------------------------------------------------------------------
+
+/// angles[t][i] of outputs n + i of every row t: cosine and sine; by one warp. Of values nothing is
+/// made.
+template <int kHalf, int kAngleRow>
+__device__ inline void make_angles(const RopeView& v, int t, int n, float2* angles, int lane) {
+  if (!v.rotates(n / v.dim)) return;
+  static_assert(kRows == 64);
+  const auto position = [&](int row) {
+    return row < t ? static_cast<float>(v.positions[row]) : 0.0f;
+  };
+  const float low = position(lane), high = position(lane + 32);
+  for (int column = lane; column < kHalf; column += 32) {
+    const float frequency = v.inv_freq[n % v.dim + column];
+    for (int row = 0; row < t; ++row)
+      angles[row * kAngleRow + column] = rope_angle(
+          __shfl_sync(0xffffffffu, row < 32 ? low : high, row % 32), frequency, v.factor);
+  }
+}
+
+/// Outputs n, n + 1 and those half a head behind, of row t, to `row` of y and to the cache.
+template <class E>
+__device__ inline void store_rotated(const RopeView& v, E* row, int t, int n, float2 low,
+                                     float2 high, const float2* angles) {
+  const int head = n / v.dim, half = v.dim / 2;
+  if (v.rotates(head)) {
+    const float2 a = angles[0], b = angles[1], x = low;
+    low = {rotated_low(x.x, high.x, a), rotated_low(x.y, high.y, b)};
+    high = {rotated_high(x.x, high.x, a), rotated_high(x.y, high.y, b)};
+  }
+  store_2(row + n, low.x, low.y);
+  store_2(row + n + half, high.x, high.y);
+  E* to = rope_cached<E>(v, t, head, n % v.dim);
+  if (to == nullptr) return;
+  store_2(to, low.x, low.y);
+  store_2(to + half, high.x, high.y);
+}
+
+template <class E, int kN, int kSplits, Then kThen, class Y>
 __global__ void __launch_bounds__(kThreads, 1)
     skinny_kernel(const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Params p,
                   Y* y) {
 #ifdef TANDEM_HOPPER
-  using T = Tile<kN, kSplits>;
+  using T = Tile<kN, kSplits, kThen>;
   extern __shared__ unsigned char raw[];
   __shared__ Control c;
   unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
-  auto* parts = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes);
+  auto* angles = reinterpret_cast<float2*>(stages + T::kStages * T::kStageBytes);
+  auto* parts = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes + T::kAngleBytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cg::cluster_group cluster = cg::this_cluster();
+  const bool adapts = p.u != nullptr;
+  const bool lists = adapts || kThen == Then::kRope;  // or makes angles
   launch_dependents();
   if (warp == kProducer && lane == 0) {
     prefetch_map(&w_map);
@@ -79,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&c.empty[s], kConsumerWarps);
     }
     barrier_init(&c.list_full, 1);
-    barrier_init(&c.list_empty, kConsumerWarps + 1);
+    barrier_init(&c.list_empty, kConsumerWarps + (adapts ? 1 : 0));
     barrier_init(&c.parts_full, kSplits);
     barrier_init_done();
   }
@@ -89,7 +140,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int steps = max(0, min(steps_part, p.steps - first));
   const int first_tile = static_cast<int>(blockIdx.x) / kSplits;
   const int tile_step = static_cast<int>(gridDim.x) / kSplits;
-  const bool adapts = p.u != nullptr;
+  // The first output of a tile.
+  const auto begin_of = [&](int tile) {
+    return T::kPairs ? tile / p.tiles_each * 2 * p.then.distance + tile % p.tiles_each * T::kHalf
+                     : tile * kN;
+  };
   Ring<T::kStages> ring;
   std::uint32_t list_phase = 0;
 
@@ -97,7 +152,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto address = [&](int stage) { return shared_address(stages + stage * T::kStageBytes); };
     const auto copy_weight = [&](int stage, int step, int tile) {
       barrier_expect(&c.full[stage], T::kWeightBytes + p.x_rows * kStep * 2);
-      copy_box(address(stage), &w_map, &c.full[stage], (first + step) * kStep, tile * kN);
+#pragma unroll
+      for (int half = 0; half < T::kHalves; ++half)
+        copy_box(address(stage) + half * T::kHalf * kStep * 2, &w_map, &c.full[stage],
+                 (first + step) * kStep, begin_of(tile) + half * p.then.distance);
     };
     const auto copy_x = [&](int stage, int step) {
       copy_box(address(stage) + T::kWeightBytes, &x_map, &c.full[stage], (first + step) * kStep, 0);
@@ -129,11 +187,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else if (warp == kLister) {
     const Leads leads = adapts ? find_slots(p.adapters, c, lane) : Leads{};
-    for (int tile = first_tile; adapts && tile < p.tiles; tile += tile_step) {
+    for (int tile = first_tile; lists && tile < p.tiles; tile += tile_step) {
       barrier_wait(&c.list_empty, list_phase ^ 1);
       list_phase ^= 1;
-      const int begin = tile * kN + part * T::kShare;
-      list_pieces(p.adapters, begin, min(begin + T::kShare, p.n), T::kWeightBytes, leads, c, lane);
+      if constexpr (kThen == Then::kRope) {
+        make_angles<T::kHalf, T::kAngleRow>(p.then.rope, p.t, begin_of(tile), angles, lane);
+      } else if constexpr (kThen == Then::kNothing) {
+        const int begin = tile * kN + part * 8 * T::kOwn;
+        list_pieces(p.adapters, begin, min(begin + 8 * T::kOwn, min((tile + 1) * kN, p.n)),
+                    T::kWeightBytes, leads, c, lane);
+      }
       __syncwarp();
       if (lane == 0) barrier_arrive(&c.list_full);
     }
@@ -141,8 +204,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       float acc[kN / 2] = {};
       SiteInputs<E> inputs;
-      const int begin = tile * kN + part * T::kShare;
-      const int site = adapts ? find_site(p.adapters, begin, min(begin + T::kShare, p.n)) : -1;
+      // Of outputs, without pairs.
+      const int begin = tile * kN + part * 8 * T::kOwn;
+      const int end = min(begin + 8 * T::kOwn, min((tile + 1) * kN, p.n));
+      const int site = adapts ? find_site(p.adapters, begin, end) : -1;
       const auto release = [&](int stage) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.empty[stage]);
@@ -190,29 +255,58 @@ __global__ void __launch_bounds__(kThreads, 1)
           const float* from = cluster.map_shared_rank(parts, static_cast<unsigned>(s));
 #pragma unroll
           for (int e = 0; e < 4 * T::kGroups; e += 2) {
-            const float2 x = *reinterpret_cast<const float2*>(
-                from + (row + e % 4 / 2 * 8) * T::kPartRow + part * T::kShare + e / 4 * 8 + 2 * q);
+            const int group = min(part * T::kOwn + e / 4 % T::kOwn, T::kHalfGroups - 1);
+            const float2 x =
+                *reinterpret_cast<const float2*>(from + (row + e % 4 / 2 * 8) * T::kPartRow +
+                                                 e / 4 / T::kOwn * T::kHalf + group * 8 + 2 * q);
             sum[e] += x.x;
             sum[e + 1] += x.y;
           }
         }
       }
       wait_for_inputs();  // u is made, and nobody reads y's last contents any more
-      if (adapts) {
+      if (lists) {
         barrier_wait(&c.list_full, list_phase);
         list_phase ^= 1;
-        add_pieces<T::kGroups>(p, c, stages, T::kStageBytes, ring, inputs, sum);
+      }
+      const auto biases = [&](int n) {
+        const auto* bias = static_cast<const E*>(p.bias);
+        return bias == nullptr ? make_float2(0.0f, 0.0f)
+                               : make_float2(load_f32(bias[n]), load_f32(bias[n + 1]));
+      };
+      if constexpr (kThen == Then::kNothing) {
+        if (adapts) add_pieces<T::kGroups>(p, c, stages, T::kStageBytes, ring, inputs, sum);
+#pragma unroll
+        for (int e = 0; e < 4 * T::kGroups; e += 2) {
+          const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
+          if (n >= end || t >= p.t) continue;
+          const float2 bias = biases(n);
+          store_2(y + static_cast<std::int64_t>(t) * p.n + n, sum[e] + bias.x, sum[e + 1] + bias.y);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4 * T::kOwn; e += 2) {
+          const int group = part * T::kOwn + e / 4, t = row + e % 4 / 2 * 8;
+          const int column = group * 8 + 2 * q, n = begin_of(tile) + column;
+          if (group >= T::kHalfGroups || t >= p.t) continue;
+          const bool inside = kThen == Then::kRope || n < p.then.distance;
+          if (!inside) continue;
+          const float2 bias = biases(n), far = biases(n + p.then.distance);
+          const float* behind = sum + 4 * T::kOwn;
+          const auto rounded = [](float v) { return load_f32(store_as<E>(v)); };
+          const float2 low = {rounded(sum[e] + bias.x), rounded(sum[e + 1] + bias.y)};
+          const float2 high = {rounded(behind[e] + far.x), rounded(behind[e + 1] + far.y)};
+          if constexpr (kThen == Then::kSiluMul)
+            store_2(y + static_cast<std::int64_t>(t) * p.then.distance + n, silu_mul(low.x, high.x),
+                    silu_mul(low.y, high.y));
+          else
+            store_rotated<E>(p.then.rope, y + static_cast<std::int64_t>(t) * p.n, t, n, low, high,
+                             angles + t * T::kAngleRow + column);
+        }
+      }
+      if (lists) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.list_empty);
-      }
-#pragma unroll
-      for (int e = 0; e < 4 * T::kGroups; e += 2) {
-        const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
-        if (n >= p.n || t >= p.t) continue;
-        float bias[2] = {};
-        const auto* biases = static_cast<const E*>(p.bias);
-        if (biases != nullptr) bias[0] = load_f32(biases[n]), bias[1] = load_f32(biases[n + 1]);
-        store_2(y + static_cast<std::int64_t>(t) * p.n + n, sum[e] + bias[0], sum[e + 1] + bias[1]);
       }
     }
   }
@@ -230,13 +324,14 @@ struct Launch {
   int multiprocessors;
 };
 
-template <class E, int kN, int kSplits, class Y>
+template <class E, int kN, int kSplits, Then kThen, class Y>
 void launch(Launch& l) {
-  using T = Tile<kN, kSplits>;
+  using T = Tile<kN, kSplits, kThen>;
   const LinearArgs& a = l.args;
   Params& p = l.params;
-  p.tiles = (p.n + kN - 1) / kN;
-  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, Y>;
+  p.tiles_each = (p.then.distance + T::kHalf - 1) / T::kHalf;
+  p.tiles = T::kPairs ? p.n / (2 * p.then.distance) * p.tiles_each : (p.n + kN - 1) / kN;
+  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kThen, Y>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
   check_cuda(allowed, "skinny_kernel: shared memory");
@@ -256,8 +351,8 @@ void launch(Launch& l) {
   check_cuda(
       cudaLaunchKernelEx(
           &config, kKernel, make_tensor_map(a.x.dtype, a.x.data, a.x.dim(0), a.x.dim(1), p.x_rows),
-          make_tensor_map(a.x.dtype, a.weight->storage.data, a.weight->n, a.weight->i, kN), p,
-          static_cast<Y*>(a.y.data)),
+          make_tensor_map(a.x.dtype, a.weight->storage.data, a.weight->n, a.weight->i, T::kHalf), p,
+          static_cast<Y*>(output_of(a))),
       "skinny_kernel");
 }
 
@@ -265,9 +360,18 @@ struct Choice {
   int outputs, splits;
   void (*narrow)(Launch&);  ///< y of x's dtype
   void (*f32)(Launch&);
+  void (*silu_mul)(Launch&) = nullptr;  ///< null: not with these tiles
+  void (*rope)(Launch&) = nullptr;      ///< likewise
 };
 template <class E, int kN, int kSplits>
-constexpr Choice kChoice{kN, kSplits, launch<E, kN, kSplits, E>, launch<E, kN, kSplits, float>};
+constexpr Choice make_choice() {
+  Choice c{kN, kSplits, launch<E, kN, kSplits, Then::kNothing, E>,
+           launch<E, kN, kSplits, Then::kNothing, float>};
+  if constexpr (kSplits == 1 && kN >= 64) c.silu_mul = launch<E, kN, kSplits, Then::kSiluMul, E>;
+  // Half a head or a quarter, as pairs; two blocks a tile were faster wherever it was measured.
+  if constexpr (kN == 64 && kSplits == 2) c.rope = launch<E, kN, kSplits, Then::kRope, E>;
+  return c;
+}
 
 /// The least time, in what one multiprocessor needs to load 128 bytes, about 1.7 ns: no less than
 /// memory needs for the weight, the second-level cache for all that blocks load from it, and one
@@ -275,16 +379,17 @@ constexpr Choice kChoice{kN, kSplits, launch<E, kN, kSplits, E>, launch<E, kN, k
 /// up in a cluster, takes about a microsecond. Clusters are pairs: a group of multiprocessors does
 /// not always hold a multiple of four, and the last cluster would run alone.
 template <class E>
-const Choice& choose(std::int64_t n, std::int64_t steps, int rows, int multiprocessors,
-                     bool splits) {
-  static constexpr Choice kChoices[] = {kChoice<E, 256, 1>, kChoice<E, 224, 1>, kChoice<E, 64, 1>,
-                                        kChoice<E, 64, 2>, kChoice<E, 32, 1>};
+auto choose(std::int64_t n, std::int64_t steps, int rows, int multiprocessors, bool splits,
+            void (*Choice::*run)(Launch&)) {
+  static constexpr Choice kChoices[] = {make_choice<E, 256, 1>(), make_choice<E, 224, 1>(),
+                                        make_choice<E, 64, 1>(), make_choice<E, 64, 2>(),
+                                        make_choice<E, 32, 1>()};
   constexpr std::int64_t kMemory = 38, kCache = 73, kHidden = 8, kExtra = 500;
   const Choice* best = nullptr;
   std::int64_t least = 0;
   for (const Choice& c : kChoices) {
     // Narrow tiles fill the device where the inner size may not be split.
-    if (splits ? c.outputs == 32 : c.splits > 1) continue;
+    if (c.*run == nullptr || (splits ? c.outputs == 32 : c.splits > 1)) continue;
     const std::int64_t blocks = (n + c.outputs - 1) / c.outputs * c.splits;
     const std::int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
     const std::int64_t block = (c.outputs + rows) * ((steps + c.splits - 1) / c.splits);
@@ -293,7 +398,7 @@ const Choice& choose(std::int64_t n, std::int64_t steps, int rows, int multiproc
         (rounds + c.splits - 2) * kExtra;
     if (best == nullptr || cost < least) best = &c, least = cost;
   }
-  return *best;
+  return best->*run;
 }
 
 bool is_whole(const void* p) {
@@ -327,14 +432,17 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
            static_cast<int>((a.x.dim(0) + 7) / 8 * 8),
            a.bias.data,
            u.data,
-           {}};
+           {},
+           then_view(a),
+           0};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
+  auto run = a.y.dtype == DType::kF32 ? &Choice::f32 : &Choice::narrow;
+  if (a.then.silu_mul.out.defined()) run = &Choice::silu_mul;
+  if (a.then.rope.qkv.defined()) run = &Choice::rope;
   Launch l{stream, a, p, multiprocessors};
   with_element(a.x.dtype, [&]<class E>(E) {
     const bool splits = numerics != Numerics::kInvariant;
-    const Choice& choice =
-        choose<E>(a.weight->n, p.steps, splits ? kRows : p.x_rows, multiprocessors, splits);
-    (a.y.dtype == DType::kF32 ? choice.f32 : choice.narrow)(l);
+    choose<E>(a.weight->n, p.steps, splits ? kRows : p.x_rows, multiprocessors, splits, run)(l);
   });
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/linear_then.cuh"
 #include "kernels/cuda/lora_rows.cuh"
 #include "kernels/cuda/skinny.h"
 
@@ -44,6 +45,8 @@ struct Params {
   int x_rows;            ///< of x in a stage: t, up to whole eights
   const void *bias, *u;  ///< null: none
   SegmentsView adapters;
+  ThenView then;
+  int tiles_each;  ///< of 2 distance outputs, where something is made of pairs
 };
 
 template <int kStages>

@@ -75,7 +75,11 @@ class MetaOps final : public Ops {
   void do_embedding_backward(Exec&, const EmbeddingBackwardArgs& a) override { note(a); }
   void do_add_rms_norm_forward(Exec&, const AddRmsNormArgs& a) override { note(a); }
   void do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) override { run(exec, a); }
-  void do_linear_forward(Exec& exec, const LinearArgs& a) override { run(exec, a); }
+  void do_linear_forward(Exec& exec, const LinearArgs& a) override {
+    run(exec, a);
+    if (a.then.silu_mul.out.defined()) note(a.then.silu_mul);
+    if (a.then.rope.qkv.defined()) note(a.then.rope);
+  }
   void do_linear_backward(Exec& exec, const LinearBackwardArgs& a) override { run(exec, a); }
   void do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) override { run(exec, a); }
   void do_repack_weight(Exec&, const RepackWeightArgs& a) override { note(a); }

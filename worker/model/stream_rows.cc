@@ -1,7 +1,6 @@
 #include "worker/model/stream_rows.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace tandem::worker::model {
 
@@ -12,8 +11,7 @@ StreamRoom make_stream_room(Context& ctx, kernels::Arena& arena, std::int64_t ro
   const std::int64_t own = rows / ctx.comm.size();
   // One tensor: what is shared is mapped piece by piece.
   const Tensor all = arena.alloc({rows + 2 * own, width}, ctx.compute_dtype);
-  if (const char* wish = std::getenv("TANDEM_STREAM_SHARE"); wish == nullptr || *wish != '0')
-    ctx.comm.share(ctx.exec, all);
+  ctx.comm.share(ctx.exec, all);
   return {all.rows(0, rows), all.rows(rows, own), all.rows(rows + own, own), part_bytes};
 }
 
@@ -24,7 +22,6 @@ std::int64_t stream_parts(const Context& ctx, std::int64_t t, std::int64_t s) {
   if (bytes < ctx.room->part_bytes / 2) return 1;
   std::int64_t parts = std::clamp((bytes + ctx.room->part_bytes - 1) / ctx.room->part_bytes,
                                   std::int64_t{2}, kStreamPartsMax);
-  if (const char* wish = std::getenv("TANDEM_STREAM_PARTS")) parts = std::atoi(wish);
   // Parts are equal, and begin where vectors may.
   const auto fits = [&] {
     return s % parts == 0 && t / parts % 8 == 0 && s / parts * row % 16 == 0;

@@ -4,7 +4,6 @@
 #include "worker/model/vocab_loss.h"
 
 #include <cmath>
-#include <cstdlib>
 
 namespace tandem::worker::model {
 
@@ -92,11 +91,12 @@ struct BlockRun {
     if (!has_adapters()) return nullptr;
     return has_all_rows(y) ? &batch.adapters : &batch.part_adapters;
   }
-  /// x is read or, where `make_x` says something, written.
+  /// x is read or, where `make_x` says something, written; `then` follows.
   void linear(Fused fused, const Tensor& x, const kernels::PackedWeight& weight, const Tensor& bias,
-              const Tensor& y, const Tensor& u, const kernels::SiluMulArgs& make_x = {}) const {
+              const Tensor& y, const Tensor& u, const kernels::SiluMulArgs& make_x = {},
+              const kernels::LinearReader& then = {}) const {
     ctx.ops.linear_forward(ctx.exec,
-                           {x, &weight, bias, sites(fused), adapter_rows(y), y, u, make_x});
+                           {x, &weight, bias, sites(fused), adapter_rows(y), y, u, make_x, then});
   }
   /// x undefined: by its recipe; dy as `make_dy` says, where that says something.
   void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
@@ -184,19 +184,30 @@ void add_and_norm(Context& ctx, const ModelConfig& config, const ResidualStream&
   ctx.ops.add_rms_norm_forward(ctx.exec, args);
 }
 
+const kernels::KvCache* cache_of(const BlockRun& run) {
+  const PagedKv* paged = run.batch.paged;
+  return paged ? &paged->caches.at(static_cast<std::size_t>(run.layer)) : nullptr;
+}
+
+kernels::RopeArgs rope_of(const BlockRun& run, const Tensor& qkv) {
+  const PagedKv* paged = run.batch.paged;
+  return {qkv,
+          run.batch.positions,
+          run.base.inv_freq(),
+          run.base.rope_attention_factor(),
+          run.config.heads,
+          run.config.kv_heads,
+          run.config.head_dim,
+          cache_of(run),
+          paged ? paged->cache_slots : Tensor{}};
+}
+
 void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
   const kernels::AttentionSpec spec = attention_spec(run.config);
-  const PagedKv* paged = run.batch.paged;
-  const kernels::KvCache* cache =
-      paged ? &paged->caches.at(static_cast<std::size_t>(run.layer)) : nullptr;
-  run.ctx.ops.rope_forward(run.ctx.exec,
-                           {qkv, run.batch.positions, run.base.inv_freq(),
-                            run.base.rope_attention_factor(), run.config.heads, run.config.kv_heads,
-                            run.config.head_dim, cache, paged ? paged->cache_slots : Tensor{}});
-  if (paged)
+  if (const PagedKv* paged = run.batch.paged; paged != nullptr)
     run.ctx.ops.paged_attention_forward(
-        run.ctx.exec, {spec, qkv, paged->q_offsets, paged->kv_lens, paged->block_tables, cache,
-                       paged->kv_len_max, out});
+        run.ctx.exec, {spec, qkv, paged->q_offsets, paged->kv_lens, paged->block_tables,
+                       cache_of(run), paged->kv_len_max, out});
   else
     run.ctx.ops.attention_forward(
         run.ctx.exec, {spec, qkv, run.batch.seq_offsets, run.batch.seq_len_max, out, lse});
@@ -274,9 +285,12 @@ PartsPending block_forward(const BlockRun& run, SavedBlock& s, ResidualStream& i
   const Tensor addends = run.in_room() ? run.addends() : all;
   GatheredRows normed =
       norm_all_rows(run, in, run.weights.attention_norm, b.normed_attention, all, b.rstd_attention);
+  const kernels::RopeArgs rope = rope_of(run, b.qkv);
   for (std::int64_t p = 0; p < run.parts; ++p)
     run.linear(Fused::kQkv, normed.part(run.ctx, p, run.parts), run.weights.qkv,
-               run.weights.qkv_bias, run.part(b.qkv, p), run.part(b.u[0], p));
+               run.weights.qkv_bias, run.part(b.qkv, p), run.part(b.u[0], p), {},
+               {.rope = run.parts == 1 ? rope : kernels::RopeArgs{}});
+  if (run.parts > 1) run.ctx.ops.rope_forward(run.ctx.exec, rope);
   attend(run, b.qkv, b.attention_out, b.lse);
   ResidualStream stream{b.x, b.residual_attention, run.has_addend(),
                         run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o,
@@ -284,20 +298,22 @@ PartsPending block_forward(const BlockRun& run, SavedBlock& s, ResidualStream& i
   normed = norm_all_rows(run, stream, run.weights.mlp_norm, b.normed_mlp, all, b.rstd_mlp);
   if (!keep.gate_up) b.gate_up = run.rows(2 * run.config.mlp_width);
   if (!keep.act) b.act = run.rows(run.config.mlp_width);
-  for (std::int64_t p = 0; p < run.parts; ++p)
-    run.linear(Fused::kGateUp, normed.part(run.ctx, p, run.parts), run.weights.gate_up, {},
-               run.part(b.gate_up, p), run.part(b.u[2], p));
-  return run.linear_to_stream(Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], addends,
-                              {b.gate_up, b.act});
+  // Adapters' products take silu's output as they read it; else the product before leaves it.
+  const bool before = !keep.for_backward && !run.has_adapters();
+  for (std::int64_t p = 0; p < run.parts; ++p) {
+    const Tensor gate_up = run.part(b.gate_up, p);
+    run.linear(Fused::kGateUp, normed.part(run.ctx, p, run.parts), run.weights.gate_up, {}, gate_up,
+               run.part(b.u[2], p), {},
+               {.silu_mul = before ? kernels::SiluMulArgs{gate_up, run.part(b.act, p)}
+                                   : kernels::SiluMulArgs{}});
+  }
+  return run.linear_to_stream(
+      Fused::kDown, b.act, run.weights.down, mlp_out, b.u[3], addends,
+      before ? kernels::SiluMulArgs{} : kernels::SiluMulArgs{b.gate_up, b.act});
 }
 
 // -- backward
 // ----------------------------------------------------------------------------------------
-
-bool grads_at_once() {
-  static const bool yes = std::getenv("TANDEM_GRADS_AT_ONCE") != nullptr;
-  return yes;
-}
 
 /// dresidual, of the stream's rows: on entry the gradient of the block's output stream, on return
 /// that of its input stream (`want_dx` false: nobody asks for it, dresidual is then left half way).
@@ -348,7 +364,6 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
       run.linear_backward(Fused::kDown, dstream.part(run.ctx, p, run.parts), run.part(again.act, p),
                           run.weights.down, run.part(s.u[3], p), run.part(dact, p),
                           {.silu_mul = {run.part(again.gate_up, p), {}}});
-    if (grads_at_once()) run.weight_grad(dstream.all, again.act, &BlockGrads::down);
     PartsPending sums;
     for (std::int64_t p = 0; p < run.parts; ++p) {
       // The gradient takes gate_up's memory: nobody reads that again.
@@ -359,12 +374,11 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
                           {run.part(dact, p), gate_up, gate_up});
       run.sum_part(dnormed_all, dnormed, sums, p);
     }
-    if (!grads_at_once()) run.weight_grad(dstream.all, again.act, &BlockGrads::down);
-    if (grads_at_once()) run.weight_grad(again.gate_up, normed_mlp.all, &BlockGrads::gate_up);
+    run.weight_grad(dstream.all, again.act, &BlockGrads::down);
     dstream.pending.clear();
     run.norm_backward(dnormed, sums, s.residual_attention, run.weights.mlp_norm, s.rstd_mlp,
                       dresidual, &BlockGrads::mlp_norm, &dstream);
-    if (!grads_at_once()) run.weight_grad(again.gate_up, normed_mlp.all, &BlockGrads::gate_up);
+    run.weight_grad(again.gate_up, normed_mlp.all, &BlockGrads::gate_up);
   }
   GatheredRows normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
@@ -372,7 +386,6 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
     run.linear_backward(Fused::kO, dstream.part(run.ctx, p, run.parts),
                         run.part(s.attention_out, p), run.weights.o, run.part(s.u[1], p),
                         run.part(dattention, p));
-  if (grads_at_once()) run.weight_grad(dstream.all, s.attention_out, &BlockGrads::o);
   const Tensor dqkv = run.rows(run.qkv_width());
   ops.attention_backward(run.ctx.exec,
                          {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
@@ -388,17 +401,13 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
                         norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention));
     if (want_dx) run.sum_part(dnormed_all, dnormed, sums, p);
   }
-  if (!grads_at_once()) run.weight_grad(dstream.all, s.attention_out, &BlockGrads::o);
-  if (grads_at_once())
-    run.weight_grad(dqkv, normed_attention.all, &BlockGrads::qkv,
-                    run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
+  run.weight_grad(dstream.all, s.attention_out, &BlockGrads::o);
   dstream.pending.clear();
   if (want_dx)
     run.norm_backward(dnormed, sums, s.x, run.weights.attention_norm, s.rstd_attention, dresidual,
                       &BlockGrads::attention_norm, more ? &dstream : nullptr);
-  if (!grads_at_once())
-    run.weight_grad(dqkv, normed_attention.all, &BlockGrads::qkv,
-                    run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
+  run.weight_grad(dqkv, normed_attention.all, &BlockGrads::qkv,
+                  run.grads != nullptr ? run.grads->qkv_bias : Tensor{});
 }
 
 /// Leaves an addend where the stream has all rows.
