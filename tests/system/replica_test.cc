@@ -265,6 +265,7 @@ TEST_F(Replicas, TwoBehindOneNameShareTheRequests) {
 }
 
 TEST_F(Replicas, WhatIsPublishedWhileItServesIsAnsweredByIt) {
+  TANDEM_NEEDS_WORKERS(3);  // a replica's two train nothing
   // One that no replica has seen.
   train("other", 2);
   const std::string folder = platform_->directory() + "/exported";
