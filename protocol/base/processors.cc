@@ -20,12 +20,12 @@ int quota(const std::string& group, int most) {
   return processors < most ? static_cast<int>(processors + 0.999) : most;
 }
 
-/// This process's group in the one hierarchy of version 2: "0::/a/b".
+/// This process's group in the one hierarchy of version 2, of "0::/a/b" "/a/b"; "": the root.
 std::string own_group() {
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);)
-    if (line.starts_with("0::/")) return line.substr(3);
-  return "/";
+    if (line.starts_with("0::/") && line.size() > 4) return line.substr(3);
+  return "";
 }
 
 }  // namespace
@@ -35,9 +35,10 @@ int processors() {
   CPU_ZERO(&set);
   int count = static_cast<int>(std::thread::hardware_concurrency());
   if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
-  for (std::string group = own_group(); !group.empty(); group.resize(group.rfind('/')))
-    count = quota(group == "/" ? "" : group, count);
-  return std::max(1, quota("", count));
+  for (std::string group = own_group();; group.resize(group.rfind('/'))) {
+    count = quota(group, count);
+    if (group.empty()) return std::max(1, count);
+  }
 }
 
 }  // namespace tandem

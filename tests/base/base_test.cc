@@ -9,8 +9,12 @@
 #include <gtest/gtest.h>
 
 #include <sched.h>
+#include <sys/mount.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <fstream>
 #include <limits>
 #include <set>
 
@@ -133,6 +137,30 @@ TEST(Processors, AreThoseOfTheAffinityMask) {
   EXPECT_EQ(processors(), 1);
   ASSERT_EQ(sched_setaffinity(0, sizeof before, &before), 0);
   EXPECT_EQ(processors(), all);
+}
+
+/// The quota's file stands in a mount that only a child of this test sees.
+TEST(Processors, AreNoMoreThanTheQuotaOfTheControlGroup) {
+  if (processors() < 2) GTEST_SKIP() << "one processor is the least";
+  constexpr int kCannot = 99;
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    if (::unshare(CLONE_NEWNS) != 0 ||
+        ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+        ::mount("none", "/sys/fs/cgroup", "tmpfs", 0, nullptr) != 0)
+      ::_exit(kCannot);
+    std::ofstream("/sys/fs/cgroup/cpu.max") << "50000 100000\n";
+    const int half = processors();
+    std::ofstream("/sys/fs/cgroup/cpu.max") << "150000 100000\n";
+    const int more = processors();
+    ::_exit(10 * half + more);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status));
+  if (WEXITSTATUS(status) == kCannot) GTEST_SKIP() << "it takes the right to mount";
+  EXPECT_EQ(WEXITSTATUS(status), 12) << "rounded up";
 }
 
 }  // namespace
