@@ -137,7 +137,9 @@ const std::vector<SettingInfo>& Settings::known() {
       {"device", "auto", "auto, cpu or cuda", {"auto", "cpu", "cuda"}},
       {"threads",
        "0",
-       "OpenMP threads per engine; 0: the machine's cores divided by the local workers",
+       "OpenMP threads per engine; 0: the machine's cores divided by the local workers, and no "
+       "more "
+       "than affinity and the control groups' quotas allow",
        {},
        {{0, 4096}}},
       {"dtype",

@@ -25,7 +25,8 @@ struct Identity {
 Result<Identity> identity(const protocol::CommandLine& line, const protocol::Settings& settings,
                           const std::vector<std::string>& roles);
 
-/// Threads: as set, else this slot's share of the cores.
+/// Threads: as set, else this slot's share of the cores, and no more than it may use
+/// (processors()).
 Result<kernels::CpuOptions> cpu_options(const protocol::Settings& settings, const Identity& id);
 
 /// The device of that slot: a GPU by its UUID or else its number, or the slot's share of the

@@ -193,7 +193,8 @@ TEST_P(LinearThen, MatchesTheReference) {
   }
 }
 
-/// Other tiles, and so another order of sums, and one more rounding apart.
+/// No kernel joins a reader where adapters are: it must run after, on what they added. One that
+/// does join may have other tiles, and so another order of sums.
 TEST_P(LinearThen, TakesAdaptersAsTheOpsApartDo) {
   const ThenShape& s = row(kThen);
   if (s.t == 0) GTEST_SKIP() << "no rows, no adapters";
