@@ -1,8 +1,8 @@
 // bench_serve_ops: times what a decode step is made of (products with adapters, paged attention,
-// sampling) at the shapes of Llama-3-8B, and prefill attention, on one device; each case is also
-// run on the CPU backend and the outputs compared. Prints one JSON value: per case microseconds,
-// the bytes it must move and GB/s, and the relative error (for sampled ids: the share that
-// differs).
+// sampling) at the shapes of Llama-3-8B, a whole layer of it, and prefill attention, on one device;
+// each case but the largest is also run on the CPU backend and the outputs compared. Prints one
+// JSON value: per case microseconds, the bytes it must move and GB/s, and the relative error (for
+// sampled ids: the share that differs).
 //   bench_serve_ops [--device cpu|cuda] [--threads N] [--only NAME] [--check no]
 #include "kernels/cpu/cpu_backend.h"
 #include "protocol/base/clock.h"
@@ -132,89 +132,181 @@ int copies_of(double bytes, bool timed) {
   return timed ? std::clamp(static_cast<int>(kCopyBytes / bytes) + 1, 1, kCalls) : 1;
 }
 
-/// y of a fused linear whose rows carry `adapters` in turn, each the same number of rows.
-Prepared linear(Device& d, bool timed, std::int64_t t, std::int64_t i,
-                const std::vector<std::int64_t>& outputs, std::int64_t adapters) {
+/// A fused linear, whose rows carry `adapters` in turn, each the same number of rows.
+struct Fused {
+  PackedWeight weight;
+  std::vector<LoraSite> sites;
+  AdapterRows rows;
+  double bytes = 0.0;  ///< of the weight and all factors
+
+  [[nodiscard]] LinearArgs args(const Tensor& x, const Tensor& y,
+                                const LinearReader& then = {}) const {
+    return {x, &weight, {}, sites, rows.rank_max > 0 ? &rows : nullptr, y, {}, {}, then};
+  }
+};
+Fused make_fused(Device& d, std::int64_t t, std::int64_t i,
+                 const std::vector<std::int64_t>& outputs, std::int64_t adapters,
+                 std::uint64_t seed) {
+  Fused f;
   std::int64_t n = 0;
   for (const std::int64_t o : outputs) n += o;
-  Prepared p;
-  p.bytes = 2.0 * static_cast<double>(n * i);
-  for (const std::int64_t o : outputs)
-    p.bytes += 2.0 * static_cast<double>(adapters * kRank * (i + o));
-  const int copies = copies_of(p.bytes, timed);
-  auto weights = std::make_shared<std::vector<PackedWeight>>();
-  auto sites = std::make_shared<std::vector<std::vector<LoraSite>>>();
-  auto rows = std::make_shared<AdapterRows>();
+  f.weight = d.weight(n, i, seed);
+  f.bytes = 2.0 * static_cast<double>(n * i);
+  if (adapters == 0) return f;
   std::vector<std::int32_t> offsets, slots;
-  rows->segments_max = std::max<std::int64_t>(adapters, 1) + 2;  // as serving's bounds
-  for (std::int64_t s = 0; s <= rows->segments_max; ++s)
+  f.rows.segments_max = adapters + 2;  // as serving's bounds
+  for (std::int64_t s = 0; s <= f.rows.segments_max; ++s)
     offsets.push_back(static_cast<std::int32_t>(s < adapters ? t * s / adapters : t));
-  for (std::int64_t s = 0; s < rows->segments_max; ++s)
+  for (std::int64_t s = 0; s < f.rows.segments_max; ++s)
     slots.push_back(s < adapters ? static_cast<std::int32_t>(s) : -1);
-  rows->segment_offsets = d.ints(offsets);
-  rows->segment_slots = d.ints(slots);
-  rows->rank_max = adapters > 0 ? kRank : 0;
-  for (int c = 0; c < copies; ++c) {
-    const auto seed = static_cast<std::uint64_t>(100 * c);
-    weights->push_back(d.weight(n, i, seed));
-    sites->emplace_back();
-    std::int64_t begin = 0;
-    for (const std::int64_t o : outputs) {
-      std::vector<LoraEntry> entries;
-      for (std::int64_t k = 0; k < adapters; ++k) {
-        LoraEntry e;
-        const auto own = seed + static_cast<std::uint64_t>(k + begin);
-        e.a = d.random(DType::kBF16, {kRank, i}, own + 1, 1.0f / 64).data;
-        e.b = d.random(DType::kBF16, {o, kRank}, own + 2, 1.0f).data;
-        e.rank = kRank;
-        e.scale = 0.5f;
-        entries.push_back(e);
-      }
-      const auto bytes = static_cast<std::int64_t>(entries.size() * sizeof(LoraEntry));
-      const Tensor list = d.tensors().alloc({bytes}, DType::kU8);
-      if (bytes > 0) d.ops().upload(d.exec(), std::as_bytes(std::span(entries)), list);
-      sites->back().push_back({begin, o, list, 0});
-      begin += o;
+  f.rows.segment_offsets = d.ints(offsets);
+  f.rows.segment_slots = d.ints(slots);
+  f.rows.rank_max = kRank;
+  std::int64_t begin = 0;
+  for (const std::int64_t o : outputs) {
+    std::vector<LoraEntry> entries;
+    for (std::int64_t k = 0; k < adapters; ++k) {
+      LoraEntry e;
+      const auto own = seed + static_cast<std::uint64_t>(k + begin);
+      e.a = d.random(DType::kBF16, {kRank, i}, own + 1, 1.0f / 64).data;
+      e.b = d.random(DType::kBF16, {o, kRank}, own + 2, 1.0f).data;
+      e.rank = kRank;
+      e.scale = 0.5f;
+      entries.push_back(e);
     }
-    if (adapters == 0) sites->back().clear();
+    const auto bytes = static_cast<std::int64_t>(entries.size() * sizeof(LoraEntry));
+    const Tensor list = d.tensors().alloc({bytes}, DType::kU8);
+    d.ops().upload(d.exec(), std::as_bytes(std::span(entries)), list);
+    f.sites.push_back({begin, o, list, 0});
+    f.bytes += 2.0 * static_cast<double>(adapters * kRank * (i + o));
+    begin += o;
   }
+  return f;
+}
+
+/// y of a fused linear.
+Prepared linear(Device& d, bool timed, std::int64_t t, std::int64_t i,
+                const std::vector<std::int64_t>& outputs, std::int64_t adapters) {
+  Prepared p;
+  auto linears = std::make_shared<std::vector<Fused>>();
+  do linears->push_back(make_fused(d, t, i, outputs, adapters, 100 * linears->size()));
+  while (static_cast<int>(linears->size()) < copies_of(linears->front().bytes, timed));
+  p.bytes = linears->front().bytes;
+  const std::int64_t n = linears->front().weight.n;
   const Tensor x = d.random(DType::kBF16, {t, i}, 5, 1.0f);
   p.output = d.tensors().alloc({t, n}, n == kV ? DType::kF32 : DType::kBF16);
-  p.call = [&d, weights, sites, rows, x, y = p.output, copies, adapters](int at) {
-    const auto c = static_cast<std::size_t>(at % copies);
-    d.ops().linear_forward(
-        d.exec(), {x, &(*weights)[c], {}, (*sites)[c], adapters > 0 ? rows.get() : nullptr, y, {}});
+  p.call = [&d, linears, x, y = p.output](int at) {
+    const auto c = static_cast<std::size_t>(at) % linears->size();
+    d.ops().linear_forward(d.exec(), (*linears)[c].args(x, y));
   };
   return p;
 }
 
 /// `rows` new rows of each of `sequences`, the last at key `length` - 1.
-Prepared attention(Device& d, std::int64_t sequences, std::int64_t rows, std::int64_t length) {
+struct Attention {
+  KvCache kv;
+  Tensor qkv, offsets, lens, table, out;
+  std::int64_t length;
+  double bytes;
+  [[nodiscard]] PagedAttentionArgs args() const {
+    return {{kHeads, kKvHeads, kD, 1.0f / std::sqrt(static_cast<float>(kD))},
+            qkv,
+            offsets,
+            lens,
+            table,
+            &kv,
+            length,
+            out};
+  }
+};
+std::shared_ptr<const Attention> make_attention(Device& d, std::int64_t sequences,
+                                                std::int64_t rows, std::int64_t length) {
   const std::int64_t t = sequences * rows, each = (length + kBlockSize - 1) / kBlockSize;
   const std::int64_t width = (kHeads + 2 * kKvHeads) * kD;
   const Shape cache{sequences * each, kKvHeads, kBlockSize, kD};
-  auto kv = std::make_shared<KvCache>();
-  kv->k = d.random(DType::kBF16, cache, 1, 1.0f);
-  kv->v = d.random(DType::kBF16, cache, 2, 1.0f);
-  kv->block_size = kBlockSize;
+  auto a = std::make_shared<Attention>();
+  a->kv.k = d.random(DType::kBF16, cache, 1, 1.0f);
+  a->kv.v = d.random(DType::kBF16, cache, 2, 1.0f);
+  a->kv.block_size = kBlockSize;
   std::vector<std::int32_t> offsets, lens, table;
   for (std::int64_t s = 0; s <= sequences; ++s)
     offsets.push_back(static_cast<std::int32_t>(s * rows));
   for (std::int64_t s = 0; s < sequences; ++s) lens.push_back(static_cast<std::int32_t>(length));
   for (std::int64_t b = 0; b < sequences * each; ++b)  // scattered
     table.push_back(static_cast<std::int32_t>(b * 7919 % (sequences * each)));
-  const PagedAttentionArgs args{{kHeads, kKvHeads, kD, 1.0f / std::sqrt(static_cast<float>(kD))},
-                                d.random(DType::kBF16, {t, width}, 3, 1.5f),
-                                d.ints(offsets),
-                                d.ints(lens),
-                                d.ints(table).reshaped({sequences, each}),
-                                kv.get(),
-                                length,
-                                d.tensors().alloc({t, kHeads * kD}, DType::kBF16)};
+  a->qkv = d.random(DType::kBF16, {t, width}, 3, 1.5f);
+  a->offsets = d.ints(offsets);
+  a->lens = d.ints(lens);
+  a->table = d.ints(table).reshaped({sequences, each});
+  a->length = length;
+  a->out = d.tensors().alloc({t, kHeads * kD}, DType::kBF16);
+  a->bytes = 4.0 * static_cast<double>(sequences * length * kKvHeads * kD);
+  return a;
+}
+Prepared attention(Device& d, std::int64_t sequences, std::int64_t rows, std::int64_t length) {
+  const auto a = make_attention(d, sequences, rows, length);
+  return {[&d, a](int) { d.ops().paged_attention_forward(d.exec(), a->args()); }, a->out, a->bytes};
+}
+
+/// What a layer does in a decode step of `t` sequences of `length` tokens: of attention, of the
+/// MLP.
+Prepared layer(Device& d, std::int64_t t, std::int64_t length, std::int64_t adapters, bool attends,
+               bool mlp) {
+  struct Layer {
+    std::shared_ptr<const Attention> attention;
+    Fused qkv, o, gate_up, down;
+    Tensor stream, delta, normed, weight, wide, act, positions, slots, inv_freq;
+  };
+  auto l = std::make_shared<Layer>();
   Prepared p;
-  p.output = args.out;
-  p.bytes = 4.0 * static_cast<double>(sequences * length * kKvHeads * kD);
-  p.call = [&d, args, kv](int) { d.ops().paged_attention_forward(d.exec(), args); };
+  const auto fresh = [&](std::int64_t width) {
+    return d.random(DType::kBF16, {t, width}, 5, 1.0f);
+  };
+  l->stream = fresh(kC), l->delta = fresh(kC), l->normed = fresh(kC);
+  l->weight = d.random(DType::kBF16, {kC}, 6, 1.0f);
+  if (attends) {
+    l->attention = make_attention(d, t, 1, length);
+    l->qkv = make_fused(d, t, kC, {kHeads * kD, kKvHeads * kD, kKvHeads * kD}, adapters, 100);
+    l->o = make_fused(d, t, kHeads * kD, {kC}, adapters, 200);
+    std::vector<std::int32_t> slots;
+    for (std::int64_t s = 0; s < t; ++s)  // the last key's, as the attention's table has it
+      slots.push_back(static_cast<std::int32_t>(((s + 1) * (length / kBlockSize) - 1) * 7919 %
+                                                    (t * (length / kBlockSize)) * kBlockSize +
+                                                kBlockSize - 1));
+    l->slots = d.ints(slots);
+    l->positions =
+        d.ints(std::vector(static_cast<std::size_t>(t), static_cast<std::int32_t>(length - 1)));
+    l->inv_freq = d.list(std::vector<float>(kD / 2, 0.01f), DType::kF32);
+    p.bytes += l->attention->bytes + l->qkv.bytes + l->o.bytes;
+  }
+  if (mlp) {
+    l->gate_up = make_fused(d, t, kC, {kF, kF}, adapters, 300);
+    l->down = make_fused(d, t, kF, {kC}, adapters, 400);
+    l->wide = fresh(2 * kF), l->act = fresh(kF);
+    p.bytes += l->gate_up.bytes + l->down.bytes;
+  }
+  p.output = l->delta;
+  p.call = [&d, l, attends, mlp](int) {
+    const auto norm = [&] {
+      d.ops().add_rms_norm_forward(d.exec(),
+                                   {l->stream, l->delta, l->weight, 1e-5f, l->normed, {}});
+    };
+    if (attends) {
+      const Attention& a = *l->attention;
+      norm();
+      d.ops().linear_forward(
+          d.exec(), l->qkv.args(l->normed, a.qkv,
+                                {.rope = {a.qkv, l->positions, l->inv_freq, 1.0f, kHeads, kKvHeads,
+                                          kD, &a.kv, l->slots}}));
+      d.ops().paged_attention_forward(d.exec(), a.args());
+      d.ops().linear_forward(d.exec(), l->o.args(a.out, l->delta));
+    }
+    if (!mlp) return;
+    norm();
+    d.ops().linear_forward(d.exec(),
+                           l->gate_up.args(l->normed, l->wide, {.silu_mul = {l->wide, l->act}}));
+    d.ops().linear_forward(d.exec(), l->down.args(l->act, l->delta));
+  };
   return p;
 }
 
@@ -270,6 +362,17 @@ std::vector<Case> cases() {
             [=, t = t, adapters = adapters](Device& d, bool timed) {
               return linear(d, timed, t, s.i, s.outputs, adapters);
             });
+  for (const int adapters : {0, 8, 64})
+    for (const int halves : {1, 2, 3})  // attention's, the MLP's, both
+      add(
+          str(halves == 1   ? "attention_"
+              : halves == 2 ? "mlp_"
+                            : "layer_",
+              "64_x_1024_", adapters, "_adapters"),
+          [=](Device& d, bool) {
+            return layer(d, 64, 1024, adapters, halves % 2 == 1, halves >= 2);
+          },
+          false);
   for (const auto& [n, length] : {std::pair{1, 512}, {1, 8192}, {64, 1024}})
     add(str("decode_attention_", n, "_x_", length),
         [=, n = n, length = length](Device& d, bool) { return attention(d, n, 1, length); });

@@ -57,17 +57,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
   const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.y));
   if (tile.begin == tile.end) return;
   const LoraEntry entry = find_entry(v, site, tile.slot);
-  wait_for_inputs();  // lists and factors are older than the kernel before this one
-  launch_dependents();
   E* out = u + static_cast<std::int64_t>(tile.begin) * v.columns + site.column + first_rank;
   const int rows = tile.end - tile.begin, ranks = min(kRanks, v.rank_max - first_rank);
-  if (first_rank >= entry.rank) {
-    if (blockIdx.x != 0) return;
-    for (int e = static_cast<int>(threadIdx.x); e < rows * kRanks; e += kThreads)
-      if (e % kRanks < ranks)
-        out[static_cast<std::int64_t>(e / kRanks) * v.columns + e % kRanks] = store_as<E>(0);
-    return;
-  }
   const auto* a = static_cast<const E*>(entry.a) + static_cast<std::int64_t>(first_rank) * columns;
   const E* a_low = a + static_cast<std::int64_t>(g) * columns;
   const E* a_high = a_low + static_cast<std::int64_t>(8) * columns;
@@ -78,33 +69,47 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
                        reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
   const DropoutMask mask(v, site, columns);
   constexpr int kSteps = kTiles == 1 ? kPiece / 32 : 1;  // whose loads are in flight together
+  uint4 low[kSteps], high[kSteps];
+  const auto load_factor = [&](int column) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      low[s] = load_8(a_low, column + 32 * s + 8 * q, n_low, vectors);
+      high[s] = load_8(a_high, column + 32 * s + 8 * q, n_high, vectors);
+    }
+  };
+  int column = kPiece * (kWarps * static_cast<int>(blockIdx.x) + warp);
+  load_factor(column);  // lists and factors are older than the kernel before this one
+  wait_for_inputs();
+  launch_dependents();
+  if (first_rank >= entry.rank) {
+    if (blockIdx.x != 0) return;
+    for (int e = static_cast<int>(threadIdx.x); e < rows * kRanks; e += kThreads)
+      if (e % kRanks < ranks)
+        out[static_cast<std::int64_t>(e / kRanks) * v.columns + e % kRanks] = store_as<E>(0);
+    return;
+  }
   float c[kTiles][4] = {};
   const int stride = kPiece * kWarps * static_cast<int>(gridDim.x);
-  for (int piece = kPiece * (kWarps * static_cast<int>(blockIdx.x) + warp); piece < columns;
-       piece += stride) {
-    for (int step = 0; step < kPiece / 32; step += kSteps) {
-      uint4 low[kSteps], high[kSteps], in[kSteps][kTiles];
+  for (int step = 0; column < columns;) {
+    uint4 in[kSteps][kTiles];
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        const int k = piece + (step + s) * 32 + 8 * q;
-        low[s] = load_8(a_low, k, n_low, vectors);
-        high[s] = load_8(a_high, k, n_high, vectors);
+    for (int s = 0; s < kSteps; ++s)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-          in[s][t] = load_8(x_rows + static_cast<std::int64_t>(8 * t) * columns, k,
-                            g + 8 * t < rows ? columns : 0, vectors);
+      for (int t = 0; t < kTiles; ++t)
+        in[s][t] = load_8(x_rows + static_cast<std::int64_t>(8 * t) * columns,
+                          column + 32 * s + 8 * q, g + 8 * t < rows ? columns : 0, vectors);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        if (kDrops)
+          in[s][t] = drop_8<E>(in[s][t], mask, tile.begin + g + 8 * t, column + 32 * s + 8 * q);
+        mma<E>(c[t], low[s].x, high[s].x, low[s].y, high[s].y, in[s][t].x, in[s][t].y);
+        mma<E>(c[t], low[s].z, high[s].z, low[s].w, high[s].w, in[s][t].z, in[s][t].w);
       }
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s)
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          if (kDrops)
-            in[s][t] =
-                drop_8<E>(in[s][t], mask, tile.begin + g + 8 * t, piece + (step + s) * 32 + 8 * q);
-          mma<E>(c[t], low[s].x, high[s].x, low[s].y, high[s].y, in[s][t].x, in[s][t].y);
-          mma<E>(c[t], low[s].z, high[s].z, low[s].w, high[s].w, in[s][t].z, in[s][t].w);
-        }
-    }
+    column += 32 * kSteps;
+    if ((step += kSteps) == kPiece / 32) step = 0, column += stride - kPiece;
+    if (column < columns) load_factor(column);
   }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)

@@ -19,9 +19,14 @@ namespace {
 namespace cg = cooperative_groups;
 constexpr int kSharedMax = 227 * 1024;
 
+/// A block with adapters starts on a multiprocessor where one of the kernel that makes u still
+/// runs: what it leaves of its memory, and the threads for which it leaves registers, each as many
+/// as its own have.
+constexpr int kSharedBeside = 8 * 1024, kThreadsBeside = 96;
+
 /// Tiles of kN outputs, a cluster of kSplits blocks for each. Where something is made of them, a
 /// tile's second half lies `distance` behind its first, and a block finishes groups of both.
-template <int kN, int kSplits, Then kThen>
+template <int kN, int kSplits, Then kThen, bool kAdapts>
 struct Tile {
   static constexpr bool kPairs = kThen != Then::kNothing;
   static constexpr int kHalves = kPairs ? 2 : 1, kHalf = kN / kHalves;  ///< of neighbouring outputs
@@ -36,8 +41,9 @@ struct Tile {
   static constexpr int kAngleBytes = kThen == Then::kRope ? kRows * kAngleRow * 8 : 0;
   static constexpr int kFixedBytes = 1024 + kPartBytes + kAngleBytes;
   static constexpr int kStages =
-      std::min<int>(kN < 64 ? kStagesMax : 8,
-                    (kSharedMax - kFixedBytes - static_cast<int>(sizeof(Control))) / kStageBytes);
+      std::min<int>(kN < 64 ? kStagesMax : 8, (kSharedMax - (kAdapts ? kSharedBeside : 0) -
+                                               kFixedBytes - static_cast<int>(sizeof(Control))) /
+                                                  kStageBytes);
   static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
 };
 
@@ -102,13 +108,13 @@ __device__ inline void store_rotated(const RopeView& v, E* row, int t, int n, fl
   store_2(to + half, high.x, high.y);
 }
 
-template <class E, int kN, int kSplits, Then kThen, class Y>
-__global__ void __launch_bounds__(kThreads, 1)
+template <class E, int kN, int kSplits, Then kThen, bool kAdapts, class Y>
+__global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
     skinny_kernel(const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Params p,
                   Y* y) {
 #ifdef TANDEM_HOPPER
-  using T = Tile<kN, kSplits, kThen>;
+  using T = Tile<kN, kSplits, kThen, kAdapts>;
   extern __shared__ unsigned char raw[];
   __shared__ Control c;
   unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
@@ -117,8 +123,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cg::cluster_group cluster = cg::this_cluster();
-  const bool adapts = p.u != nullptr;
-  const bool lists = adapts || kThen == Then::kRope;  // or makes angles
+  static_assert(!kAdapts || kThen == Then::kNothing);
+  constexpr bool kLists = kAdapts || kThen == Then::kRope;  // or makes angles
   launch_dependents();
   if (warp == kProducer && lane == 0) {
     prefetch_map(&w_map);
@@ -130,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&c.empty[s], kConsumerWarps);
     }
     barrier_init(&c.list_full, 1);
-    barrier_init(&c.list_empty, kConsumerWarps + (adapts ? 1 : 0));
+    barrier_init(&c.list_empty, kConsumerWarps + (kAdapts ? 1 : 0));
     barrier_init(&c.parts_full, kSplits);
     barrier_init_done();
   }
@@ -163,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       if (lane == 0) {
         int step = 0;
-        if (tile == first_tile && !adapts) {
+        if (tile == first_tile && !kAdapts) {
           // Weights depend on nobody: they are asked for before what makes x has ended.
           const int ahead = min(T::kStages, steps);
           for (int s = 0; s < ahead; ++s) copy_weight(s, s, tile);
@@ -176,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           copy_x(ring.stage, step);
         }
       }
-      if (!adapts) continue;
+      if (!kAdapts) continue;
       ring.stage = __shfl_sync(0xffffffffu, ring.stage, 0);
       ring.phase = __shfl_sync(0xffffffffu, ring.phase, 0);
       barrier_wait(&c.list_full, list_phase);
@@ -186,13 +192,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (lane == 0) barrier_arrive(&c.list_empty);
     }
   } else if (warp == kLister) {
-    const Leads leads = adapts ? find_slots(p.adapters, c, lane) : Leads{};
-    for (int tile = first_tile; lists && tile < p.tiles; tile += tile_step) {
+    const Leads leads = kAdapts ? find_slots(p.adapters, c, lane) : Leads{};
+    for (int tile = first_tile; kLists && tile < p.tiles; tile += tile_step) {
       barrier_wait(&c.list_empty, list_phase ^ 1);
       list_phase ^= 1;
       if constexpr (kThen == Then::kRope) {
         make_angles<T::kHalf, T::kAngleRow>(p.then.rope, p.t, begin_of(tile), angles, lane);
-      } else if constexpr (kThen == Then::kNothing) {
+      } else if constexpr (kAdapts) {
         const int begin = tile * kN + part * 8 * T::kOwn;
         list_pieces(p.adapters, begin, min(begin + 8 * T::kOwn, min((tile + 1) * kN, p.n)),
                     T::kWeightBytes, leads, c, lane);
@@ -203,11 +209,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       float acc[kN / 2] = {};
-      SiteInputs<E> inputs;
+      SiteInputs inputs;
       // Of outputs, without pairs.
       const int begin = tile * kN + part * 8 * T::kOwn;
       const int end = min(begin + 8 * T::kOwn, min((tile + 1) * kN, p.n));
-      const int site = adapts ? find_site(p.adapters, begin, end) : -1;
+      const int site = kAdapts ? find_site(p.adapters, begin, end) : -1;
       const auto release = [&](int stage) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.empty[stage]);
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         wgmma_commit();
         if (step + 1 == steps && site >= 0) {
           wait_for_inputs();
-          inputs.load(p, site);
+          inputs = {load_inputs<E>(p, site, 0), site};
         }
         if (step > 0) {  // what is begun now goes on while the stage before is given back
           wgmma_wait<1>();
@@ -265,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       wait_for_inputs();  // u is made, and nobody reads y's last contents any more
-      if (lists) {
+      if (kLists) {
         barrier_wait(&c.list_full, list_phase);
         list_phase ^= 1;
       }
@@ -275,7 +281,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                                : make_float2(load_f32(bias[n]), load_f32(bias[n + 1]));
       };
       if constexpr (kThen == Then::kNothing) {
-        if (adapts) add_pieces<T::kGroups>(p, c, stages, T::kStageBytes, ring, inputs, sum);
+        if constexpr (kAdapts)
+          add_pieces<E, T::kGroups>(p, c, stages, T::kStageBytes, ring, inputs, sum);
 #pragma unroll
         for (int e = 0; e < 4 * T::kGroups; e += 2) {
           const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
@@ -304,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                              angles + t * T::kAngleRow + column);
         }
       }
-      if (lists) {
+      if (kLists) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.list_empty);
       }
@@ -324,14 +331,14 @@ struct Launch {
   int multiprocessors;
 };
 
-template <class E, int kN, int kSplits, Then kThen, class Y>
+template <class E, int kN, int kSplits, Then kThen, bool kAdapts, class Y>
 void launch(Launch& l) {
-  using T = Tile<kN, kSplits, kThen>;
+  using T = Tile<kN, kSplits, kThen, kAdapts>;
   const LinearArgs& a = l.args;
   Params& p = l.params;
   p.tiles_each = (p.then.distance + T::kHalf - 1) / T::kHalf;
   p.tiles = T::kPairs ? p.n / (2 * p.then.distance) * p.tiles_each : (p.n + kN - 1) / kN;
-  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kThen, Y>;
+  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kThen, kAdapts, Y>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
   check_cuda(allowed, "skinny_kernel: shared memory");
@@ -359,17 +366,20 @@ void launch(Launch& l) {
 struct Choice {
   int outputs, splits;
   void (*narrow)(Launch&);  ///< y of x's dtype
+  void (*adapters)(Launch&);
   void (*f32)(Launch&);
   void (*silu_mul)(Launch&) = nullptr;  ///< null: not with these tiles
   void (*rope)(Launch&) = nullptr;      ///< likewise
 };
 template <class E, int kN, int kSplits>
 constexpr Choice make_choice() {
-  Choice c{kN, kSplits, launch<E, kN, kSplits, Then::kNothing, E>,
-           launch<E, kN, kSplits, Then::kNothing, float>};
-  if constexpr (kSplits == 1 && kN >= 64) c.silu_mul = launch<E, kN, kSplits, Then::kSiluMul, E>;
+  Choice c{kN, kSplits, launch<E, kN, kSplits, Then::kNothing, false, E>,
+           launch<E, kN, kSplits, Then::kNothing, true, E>,
+           launch<E, kN, kSplits, Then::kNothing, false, float>};
+  if constexpr (kSplits == 1 && kN >= 64)
+    c.silu_mul = launch<E, kN, kSplits, Then::kSiluMul, false, E>;
   // Half a head or a quarter, as pairs; two blocks a tile were faster wherever it was measured.
-  if constexpr (kN == 64 && kSplits == 2) c.rope = launch<E, kN, kSplits, Then::kRope, E>;
+  if constexpr (kN == 64 && kSplits == 2) c.rope = launch<E, kN, kSplits, Then::kRope, false, E>;
   return c;
 }
 
@@ -417,7 +427,7 @@ bool skinny_fits(const LinearArgs& a, const DeviceProfile& profile) {
   if (!is_whole(a.x.data) || !is_whole(a.weight->storage.data) || !is_whole(a.y.data)) return false;
   if (a.adapters == nullptr || a.adapters->rank_max == 0 || a.sites.empty()) return true;
   return a.adapters->rank_max <= kRankMax && a.adapters->dropout == 0.0f &&
-         a.sites.size() <= kSitesMax &&
+         a.sites.size() <= kSitesMax && a.y.dtype == a.x.dtype &&
          std::all_of(a.sites.begin(), a.sites.end(),
                      [&](const LoraSite& s) { return s.n_begin % 8 == 0 && eights(s.n); });
 }
@@ -436,7 +446,9 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
            then_view(a),
            0};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
-  auto run = a.y.dtype == DType::kF32 ? &Choice::f32 : &Choice::narrow;
+  auto run = a.y.dtype == DType::kF32 ? &Choice::f32
+             : u.defined()            ? &Choice::adapters
+                                      : &Choice::narrow;
   if (a.then.silu_mul.out.defined()) run = &Choice::silu_mul;
   if (a.then.rope.qkv.defined()) run = &Choice::rope;
   Launch l{stream, a, p, multiprocessors};

@@ -15,7 +15,7 @@ namespace tandem::kernels::cuda {
 inline constexpr std::int64_t kSkinnyRows = 64;
 
 /// True when all but the number of rows is right: sizes, sites and base addresses in multiples of
-/// 16 bytes, adapters without dropout and of rank 64 at most, some row.
+/// 16 bytes, adapters without dropout and of rank 64 at most, with them y not f32; some row.
 bool skinny_fits(const LinearArgs& args, const DeviceProfile& profile);
 /// y [T, N] of x's dtype or f32 = x W^T + bias + u B^T of each row's adapter, summed in f32 in an
 /// order that depends on the weight's shape and the device alone, rounded once; or what `then`

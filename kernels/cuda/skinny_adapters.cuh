@@ -178,14 +178,16 @@ __device__ inline void copy_pieces(const Control& c, unsigned char* stages, int 
   }
 }
 
-/// Of a lane's rows g and g + 8 of its warp: u at four neighbouring ranks of each sixteen; zeros in
-/// a row that has another adapter.
-using RowInputs = uint2[2][kRankMax / 16];
+/// Of a lane's rows g and g + 8 of its warp: u at four neighbouring ranks of sixteen.
+struct RowInputs {
+  uint2 low, high;
+};
 
-/// sum += u B^T of outputs [8 first, 8 last) of the block, b at the first of them; the numbers of
-/// rows that are not `own` stay, whatever b is. kPlain: all outputs, ranks of one product.
+/// sum += u B^T over ranks [16 k, 16 k + 16), of outputs [8 first, 8 last) of the block, b at the
+/// first of them; the numbers of rows that are not `own` stay, whatever b is. kPlain: all outputs,
+/// ranks in fours.
 template <int kGroups, bool kPlain, class E>
-__device__ inline void add_piece(const E* b, const Piece& piece, const RowInputs& u,
+__device__ inline void add_piece(const E* b, const Piece& piece, int k, const RowInputs& u,
                                  const bool (&own)[2], float (&sum)[4 * kGroups]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
   const int rank = piece.rank, first = piece.first, last = piece.last;
@@ -193,40 +195,33 @@ __device__ inline void add_piece(const E* b, const Piece& piece, const RowInputs
   for (int j = 0; j < kGroups; ++j) {
     if (!kPlain && (j < first || j >= last)) continue;
     const E* of = b + ((kPlain ? j : j - first) * 8 + g) * rank;
+    const uint2 in = load_4(of, 16 * k + 4 * q, rank, kPlain || rank % 4 == 0);
     float d[4] = {};
-#pragma unroll
-    for (int k = 0; k < (kPlain ? 1 : kRankMax / 16); ++k) {
-      if (!kPlain && 16 * k >= rank) break;
-      const uint2 in = load_4(of, 16 * k + 4 * q, rank, kPlain || rank % 4 == 0);
-      mma<E>(d, u[0][k].x, u[1][k].x, u[0][k].y, u[1][k].y, in.x, in.y);
-    }
+    mma<E>(d, u.low.x, u.high.x, u.low.y, u.high.y, in.x, in.y);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (own[e / 2]) sum[4 * j + e] += d[e];
   }
 }
 
-/// What a warp's rows bring to pieces of `site`.
 template <class E>
+__device__ inline RowInputs load_inputs(const Params& p, int site, int k) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int low = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4, high = low + 8;
+  const SegmentsView& v = p.adapters;
+  const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
+  const auto load = [&](int t) {
+    return load_4(
+        static_cast<const E*>(p.u) + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
+        16 * k + lane % 4 * 4, t < p.t ? v.rank_max : 0, vectors);
+  };
+  return {load(low), load(high)};
+}
+
+/// What a warp's rows bring to pieces of `site`, of the first sixteen ranks.
 struct SiteInputs {
   RowInputs u = {};
   int site = -1;
-
-  __device__ void load(const Params& p, int which) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const SegmentsView& v = p.adapters;
-    site = which;
-    const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < kRankMax / 16; ++k) {
-        const int t = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4 + 8 * half;
-        u[half][k] = load_4(static_cast<const E*>(p.u) + static_cast<std::int64_t>(t) * v.columns +
-                                v.site[site].column,
-                            16 * k + lane % 4 * 4, t < p.t ? v.rank_max : 0, vectors);
-      }
-  }
 };
 
 /// The first site of outputs [begin, end), or -1.
@@ -238,28 +233,27 @@ __device__ inline int find_site(const SegmentsView& v, int begin, int end) {
 
 /// sum += u B^T of the pieces: fragments of all groups of eight outputs of the block, four numbers
 /// each (hopper.cuh), of the warp's rows. A row takes nothing from other rows' adapters, infinite
-/// ones included.
-template <int kGroups, int kStages, class E>
+/// ones included. Of u no more than 16 ranks are in registers: where wide tiles leave too few,
+/// their blocks do not start beside those that make u.
+template <class E, int kGroups, int kStages>
 __device__ inline void add_pieces(const Params& p, Control& c, const unsigned char* stages,
-                                  int stage_bytes, Ring<kStages>& ring, SiteInputs<E>& inputs,
+                                  int stage_bytes, Ring<kStages>& ring, SiteInputs& inputs,
                                   float (&sum)[4 * kGroups]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, row = warp * 16 + lane / 4;
   const int slots[2] = {c.slot[row], c.slot[row + 8]};
   const auto add = [&](const Piece& piece) {
-    if (piece.site != inputs.site) inputs.load(p, piece.site);
+    if (piece.site != inputs.site) inputs = {load_inputs<E>(p, piece.site, 0), piece.site};
     const bool own[2] = {slots[0] == piece.slot, slots[1] == piece.slot};
-    RowInputs mine;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < kRankMax / 16; ++k)
-        mine[half][k] = own[half] ? inputs.u[half][k] : make_uint2(0, 0);
     const auto* b = reinterpret_cast<const E*>(stages + ring.stage * stage_bytes + piece.offset);
-    if (piece.first == 0 && piece.last == kGroups && piece.rank <= 16 && piece.rank % 4 == 0)
-      add_piece<kGroups, true>(b, piece, mine, own, sum);
-    else
-      add_piece<kGroups, false>(b, piece, mine, own, sum);
+    const bool plain = piece.first == 0 && piece.last == kGroups && piece.rank % 4 == 0;
+    for (int k = 0; 16 * k < piece.rank; ++k) {
+      RowInputs u = k == 0 ? inputs.u : load_inputs<E>(p, piece.site, k);
+      if (!own[0]) u.low = {0, 0};
+      if (!own[1]) u.high = {0, 0};
+      plain ? add_piece<kGroups, true>(b, piece, k, u, own, sum)
+            : add_piece<kGroups, false>(b, piece, k, u, own, sum);
+    }
   };
   for (int stage = 0; stage < c.stages; ++stage, ring.next()) {
     barrier_wait(&c.full[ring.stage], ring.phase);
