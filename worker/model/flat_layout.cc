@@ -1,7 +1,14 @@
 #include "worker/model/flat_layout.h"
 
+#include "protocol/base/processors.h"
+#include "worker/model/host_copy.h"
+
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <map>
+#include <mutex>
+#include <thread>
 
 namespace tandem::worker::model {
 
@@ -37,6 +44,34 @@ void read_slice(const TensorSource& source, const std::string& name, std::int64_
     source.read_rows(name, slice.row + row + r, 1, whole.data());
     std::copy_n(whole.begin() + slice.column, slice.columns, out + r * slice.columns);
   }
+}
+
+constexpr std::int64_t kReadElements = 4 << 20;  ///< at a time, by one thread
+constexpr std::size_t kReadThreadsMax = 8;
+
+/// Rows [row, row + rows) of a tensor's slice.
+struct RowsToRead {
+  const FlatTensor* tensor;
+  std::int64_t row, rows;
+};
+/// Those that have elements [begin, end) of the buffer.
+std::vector<RowsToRead> rows_to_read(const FlatLayout& layout, std::int64_t begin,
+                                     std::int64_t end) {
+  std::vector<RowsToRead> all;
+  for (const FlatTensor& t : layout.tensors) {
+    const std::int64_t columns = t.slice.columns;
+    const std::int64_t from = std::max(begin, t.begin) - t.begin;
+    const std::int64_t until = std::min(end, t.begin + t.slice.elements()) - t.begin;
+    if (from >= until) continue;
+    // A vector is one piece: some formats read only whole ones.
+    const std::int64_t last = (until + columns - 1) / columns,
+                       step = t.shape.size() == 1
+                                  ? last
+                                  : std::max<std::int64_t>(1, kReadElements / columns);
+    for (std::int64_t row = from / columns; row < last; row += step)
+      all.push_back({&t, row, std::min(step, last - row)});
+  }
+  return all;
 }
 
 class ShardSource final : public TensorSource {
@@ -174,12 +209,44 @@ Tensor tensor_view(const FlatTensor& tensor, const Tensor& flat) {
   return tensor.shape.size() == 1 ? view : view.reshaped({tensor.slice.rows, tensor.slice.columns});
 }
 
-std::vector<float> read_flat(const TensorSource& source, const FlatLayout& layout) {
-  std::vector<float> flat(static_cast<std::size_t>(layout.elements), 0.0f);
-  for (const FlatTensor& t : layout.tensors)
-    read_slice(source, t.name, t.shape[0], t.shape.size() == 1 ? 0 : t.shape[1], t.slice, 0,
-               t.slice.rows, flat.data() + t.begin);
-  return flat;
+void upload_flat(kernels::Ops& ops, kernels::Exec& exec, const TensorSource& source,
+                 const FlatLayout& layout, std::int64_t begin, const Tensor& to) {
+  const std::int64_t end = begin + to.elements();
+  std::vector<std::byte> host(static_cast<std::size_t>(to.bytes()));
+  const std::vector<RowsToRead> all = rows_to_read(layout, begin, end);
+  std::atomic<std::size_t> next{0};
+  std::exception_ptr failure;
+  std::mutex mutex;
+  const auto read = [&] {
+    try {
+      std::vector<float> rows;
+      for (std::size_t k = next++; k < all.size(); k = next++) {
+        const auto& [t, row, count] = all[k];
+        const std::int64_t columns = t->slice.columns, first = t->begin + row * columns;
+        rows.resize(static_cast<std::size_t>(count * columns));
+        read_slice(source, t->name, t->shape[0], t->shape.size() == 1 ? 0 : t->shape[1], t->slice,
+                   row, count, rows.data());
+        const std::int64_t from = std::max(first, begin);
+        const std::int64_t size = std::min(first + count * columns, end) - from;
+        store_values(std::span(rows).subspan(static_cast<std::size_t>(from - first),
+                                             static_cast<std::size_t>(size)),
+                     to.dtype, host.data() + (from - begin) * dtype_bytes(to.dtype));
+      }
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      failure = std::current_exception();
+      next = all.size();
+    }
+  };
+  {
+    const auto threads = std::min<std::size_t>(
+        {all.size(), kReadThreadsMax, static_cast<std::size_t>(processors())});
+    std::vector<std::jthread> others;
+    for (std::size_t t = 1; t < threads; ++t) others.emplace_back(read);
+    read();
+  }
+  if (failure) std::rethrow_exception(failure);
+  ops.upload(exec, host, to);
 }
 
 void unpack_block(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layout,

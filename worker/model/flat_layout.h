@@ -1,7 +1,8 @@
 // Where the tensors of a block (or of the two ends: embedding, head, final norm) lie in one flat
 // buffer: the unit in which masters, gradients and optimizer state are kept, sharded over
 // data-parallel ranks, gathered and saved. Tensors that one op reads as a stack (q, k, v; gate, up)
-// follow each other, so that the stack is one view. Pure but for read_flat and unpack. Any thread.
+// follow each other, so that the stack is one view. Pure but for upload_flat and
+// unpack. Any thread.
 #pragma once
 
 #include "worker/model/base_weights.h"
@@ -52,8 +53,11 @@ BlockWeights block_weights(const FlatLayout& layout, const kernels::Tensor& flat
 /// A tensor's part of a buffer, in its local shape.
 kernels::Tensor tensor_view(const FlatTensor& tensor, const kernels::Tensor& flat);
 
-/// Host values of a buffer: slices of the source's tensors, zeros between.
-std::vector<float> read_flat(const TensorSource& source, const FlatLayout& layout);
+/// to = elements [begin, begin + its own) of a buffer, in any floating dtype: slices of the
+/// source's tensors, zeros between and behind them. Several threads read, and no row that has none
+/// of these elements. Waits for the device.
+void upload_flat(kernels::Ops& ops, kernels::Exec& exec, const TensorSource& source,
+                 const FlatLayout& layout, std::int64_t begin, const kernels::Tensor& to);
 /// Writes a buffer's values (f32 or cd) into packed weights and vectors of the same shapes.
 void unpack_block(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layout,
                   const kernels::Tensor& flat, const BlockWeights& to);

@@ -1,7 +1,6 @@
 #include "worker/model/gathered_weights.h"
 
 #include "kernels/workspace.h"
-#include "worker/model/host_copy.h"
 
 namespace tandem::worker::model {
 
@@ -58,14 +57,8 @@ void GatheredWeights::load_parts(kernels::Arena& arena, const TensorSource& sour
     const std::int64_t part = flat_part(held.layout.elements, group_.size());
     const kernels::Tensor mine = arena.alloc({part}, ends_->dtype());
     set_part(layer, mine);
-    if (!source.has_values()) continue;
-    std::vector<float> flat = read_flat(source, held.layout);
-    flat.resize(static_cast<std::size_t>(part * group_.size()), 0.0f);
-    upload_floats(
-        ops_, exec_,
-        std::span<const float>(flat).subspan(static_cast<std::size_t>(part * group_.rank()),
-                                             static_cast<std::size_t>(part)),
-        mine);
+    if (source.has_values())
+      upload_flat(ops_, exec_, source, held.layout, part * group_.rank(), mine);
   }
 }
 

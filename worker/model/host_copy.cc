@@ -1,17 +1,20 @@
 #include "worker/model/host_copy.h"
 
+#include <algorithm>
+
 namespace tandem::worker::model {
+
+void store_values(std::span<const float> from, DType dtype, std::byte* to) {
+  if (dtype != DType::kF64) return store_floats(from, dtype, to);
+  std::copy(from.begin(), from.end(), reinterpret_cast<double*>(to));
+}
 
 void upload_floats(kernels::Ops& ops, kernels::Exec& exec, std::span<const float> host,
                    const kernels::Tensor& to) {
   if (to.dtype == DType::kF32) return ops.upload(exec, std::as_bytes(host), to);
-  if (to.dtype == DType::kF64) {
-    const std::vector<double> wide(host.begin(), host.end());
-    return ops.upload(exec, std::as_bytes(std::span(wide)), to);
-  }
-  std::vector<std::byte> narrow(static_cast<std::size_t>(to.bytes()));
-  store_floats(host, to.dtype, narrow.data());
-  ops.upload(exec, narrow, to);
+  std::vector<std::byte> stored(static_cast<std::size_t>(to.bytes()));
+  store_values(host, to.dtype, stored.data());
+  ops.upload(exec, stored, to);
 }
 
 std::vector<float> download_floats(kernels::Ops& ops, kernels::Exec& exec,

@@ -8,7 +8,9 @@
 
 namespace tandem::worker::model {
 
-/// `to` f32, bf16, f16 or f64 of as many elements.
+/// `from` as `dtype` keeps it: f32, bf16, f16 or f64, whose elements lie where they may.
+void store_values(std::span<const float> from, DType dtype, std::byte* to);
+/// `to` of one of these dtypes, of as many elements.
 void upload_floats(kernels::Ops& ops, kernels::Exec& exec, std::span<const float> host,
                    const kernels::Tensor& to);
 std::vector<float> download_floats(kernels::Ops& ops, kernels::Exec& exec,

@@ -230,13 +230,18 @@ void RankParams::set_values(Unit& unit, const std::vector<float>& whole) {
   upload_floats(parts_.context.ops, parts_.context.exec, part, unit.master);
 }
 
+void RankParams::set_weights(Unit& unit, const model::TensorSource& source) {
+  if (source.has_values())
+    upload_flat(parts_.context.ops, parts_.context.exec, source, unit.layout, unit.begin,
+                unit.master);
+}
+
 void RankParams::initialise(std::uint64_t seed) {
   for (Unit& unit : units_) {
-    std::vector<float> host;
     if (full()) {
-      if (parts_.source->has_values()) host = read_flat(*parts_.source, unit.layout);
+      set_weights(unit, *parts_.source);
     } else {
-      host.resize(static_cast<std::size_t>(unit.layout.elements), 0.0f);
+      std::vector<float> host(static_cast<std::size_t>(unit.layout.elements), 0.0f);
       for (std::size_t s = 0; s < lora_->target_modules.size(); ++s) {
         const FlatTensor& a = unit.layout.tensors[2 * s];  // B is zero
         const std::int64_t i = a.shape[1];
@@ -254,9 +259,8 @@ void RankParams::initialise(std::uint64_t seed) {
               bound;
         }
       }
+      set_values(unit, host);
     }
-    // A dry run has no values, and a block of a large model would be a gigabyte of zeros.
-    if (!full() || parts_.source->has_values()) set_values(unit, host);
     parts_.context.ops.fill_zero(parts_.context.exec, unit.m);
     parts_.context.ops.fill_zero(parts_.context.exec, unit.v);
     publish(unit);
@@ -419,7 +423,7 @@ void RankParams::take_tensors() {
 void RankParams::load_weights(const model::TensorSource& source) {
   TANDEM_CHECK(full(), "an adapter is not read from a model");
   for (Unit& unit : units_) {
-    if (source.has_values()) set_values(unit, read_flat(source, unit.layout));
+    set_weights(unit, source);
     publish(unit);
   }
 }

@@ -86,6 +86,8 @@ class RankParams final : public Trainable, private model::GradSink {
   [[nodiscard]] model::FlatLayout lora_layout(std::int64_t layer) const;
   /// Values of a unit's part, in f32; moments zero.
   void set_values(Unit& unit, const std::vector<float>& whole);
+  /// As the source has them; a dry run's has none.
+  void set_weights(Unit& unit, const model::TensorSource& source);
   /// Makes forward see the masters: as they are now, or as `step` leaves them, whose update then
   /// writes what forward reads, or what is gathered for it, where that is plain memory.
   void publish(Unit& unit, const kernels::AdamWArgs* step = nullptr);
