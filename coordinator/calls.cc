@@ -229,14 +229,41 @@ std::set<std::string> Calls::watchers() const {
   return peers;
 }
 
+std::string Calls::start_dry_run(const Ask& ask,
+                                 std::function<Result<Json>(const std::string&)> finish) {
+  for (auto& [id, run] : dry_runs_) {
+    const Ask& first = run.asks.front();
+    if (ask.key.empty() || first.user != ask.user || first.key != ask.key) continue;
+    if (first.request == ask.request)
+      wait_too(run.asks, ask);
+    else
+      send_reply(ask,
+                 conflict_error(str("idempotency key ", ask.key, " is in use by another call")), "",
+                 false);
+    return "";
+  }
+  if (dry_runs_.size() >= context_.limits().pending_calls_max) {
+    reply(ask, busy_error(str("all ", context_.limits().pending_calls_max,
+                              " places for dry runs are taken; retry after ",
+                              context_.limits().retry_after_ms, " ms")));
+    return "";
+  }
+  std::string id = str("call:", ++estimate_ids_);
+  dry_runs_[id] = {{ask}, std::move(finish)};
+  return id;
+}
+
 void Calls::estimated(const EstimateOutcome& outcome) {
-  if (replica_estimated(outcome)) return;
-  const auto found = estimate_asks_.find(outcome.id);
-  if (found == estimate_asks_.end()) return;
-  const Ask ask = std::move(found->second);
-  estimate_asks_.erase(found);
-  if (!outcome.status.ok()) return reply(ask, outcome.status);
-  answer(ask, parse_object(outcome.result_json));
+  const auto found = dry_runs_.find(outcome.id);
+  if (found == dry_runs_.end()) return;
+  const DryRun run = std::move(found->second);
+  dry_runs_.erase(found);
+  const auto result = [&]() -> Result<Json> {
+    TANDEM_RETURN_IF_ERROR(outcome.status);
+    if (ending()) return unavailable_error("the coordinator is shutting down");
+    return run.finish(outcome.result_json);
+  }();
+  for (const Ask& ask : run.asks) result.ok() ? answer(ask, *result) : reply(ask, result.status());
 }
 
 void Calls::after_step() {

@@ -75,10 +75,10 @@ class Calls {
     bool logs = false, follow = true, loading = false;
     std::uint64_t sent = 0;
   };
-  /// Who asked for replicas whose dry run is made.
-  struct ReplicaAsk {
+  /// What waits for a dry run: `finish` takes its result and gives the answer.
+  struct DryRun {
     std::vector<Ask> asks;  // more than one: repeats
-    Replicas::Wanted wanted;
+    std::function<Result<Json>(const std::string&)> finish;
   };
   using StreamKey = std::pair<std::string, std::string>;  // peer, call id
   static const std::map<std::string, Verb>& verbs();
@@ -149,7 +149,8 @@ class Calls {
   bool feed(Stream& stream);
   void stream_event(Stream& stream, const JobEventRecord& event);
   void end_stream(const Stream& stream);
-  bool replica_estimated(const EstimateOutcome& outcome);
+  /// The id to ask for the dry run under; "": `ask` is a repeat and waits too, or was refused.
+  std::string start_dry_run(const Ask& ask, std::function<Result<Json>(const std::string&)> finish);
   void answer_submit(const Ask& ask, const Job& job);
   [[nodiscard]] Status check_published_name(const protocol::JobSpec& spec) const;
   Result<protocol::JobSpec> check_spec(const std::string& json, Jobs::Submission& submission);
@@ -166,8 +167,7 @@ class Calls {
   std::uint64_t estimate_ids_ = 0;
   std::map<std::uint64_t, Pending> pending_;
   std::map<std::pair<std::string, std::string>, std::uint64_t> pending_keys_;  // user, key -> work
-  std::map<std::string, Ask> estimate_asks_;
-  std::map<std::string, ReplicaAsk> replica_asks_;
+  std::map<std::string, DryRun> dry_runs_;                                     // by estimate id
   std::vector<std::pair<JobId, Ask>> submit_asks_;
   std::map<StreamKey, Stream> streams_;
   std::uint64_t refused_frames_ = 0, before_hello_ = 0;

@@ -135,9 +135,29 @@ void Calls::job_cancel(const Ask& ask, Params& params) {
 void Calls::job_pause(const Ask& ask, Params& params) {
   change_job(ask, params, [this](const JobId& id) { return jobs_.pause(id); });
 }
+
+/// Where it needs a dry run, that comes first: what is refused stays paused or failed.
 void Calls::job_resume(const Ask& ask, Params& params) {
-  const std::string layout = params.object("layout", false);
-  change_job(ask, params, [&](const JobId& id) { return jobs_.resume(id, layout); });
+  const std::string name = params.text("job"), layout = params.object("layout", false);
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto found = find_job(context_.tables(), name);
+  if (!found.ok()) return reply(ask, found.status());
+  const JobId id = (*found)->id;
+  const auto resume = [this, id, layout](const std::string& estimate) -> Result<Json> {
+    TANDEM_RETURN_IF_ERROR(jobs_.resume(id, layout, estimate));
+    return job_json(context_.tables().jobs.at(id), jobs_, context_.tables());
+  };
+  const auto job = jobs_.resumable(id, layout);
+  if (!job.ok()) return reply(ask, job.status());
+  const ModelRecord* model = context_.tables().model_by_digest(job->model);
+  const auto spec = protocol::JobSpec::parse(job->spec_json);
+  if (job->estimate_json.empty() && model != nullptr && spec.ok() && workers_.engines_alive() > 0) {
+    if (const std::string run = start_dry_run(ask, resume); !run.empty())
+      estimates_.ask(run, model_ref(*model), spec->train, false);
+    return;
+  }
+  const auto resumed = resume("");
+  resumed.ok() ? answer(ask, *resumed) : reply(ask, resumed.status());
 }
 
 void Calls::job_restore(const Ask& ask, Params& params) {
@@ -268,13 +288,9 @@ void Calls::estimate(const Ask& ask, Params& params) {
   if (!settings.ok()) return reply(ask, settings.status());
   auto model = find_model(context_.tables(), name);
   if (!model.ok()) return reply(ask, model.status());
-  if (estimate_asks_.size() >= context_.limits().pending_calls_max)
-    return reply(ask, busy_error(str("all ", context_.limits().pending_calls_max,
-                                     " places for estimates are taken; retry after ",
-                                     context_.limits().retry_after_ms, " ms")));
-  const std::string id = str("call:", ++estimate_ids_);
-  estimate_asks_[id] = ask;
-  estimates_.ask(id, model_ref(**model), *settings, false);
+  const std::string id =
+      start_dry_run(ask, [](const std::string& result) { return parse_object(result); });
+  if (!id.empty()) estimates_.ask(id, model_ref(**model), *settings, false);
 }
 
 }  // namespace tandem::coordinator

@@ -36,8 +36,13 @@ class Jobs {
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
   /// `layout_json`: "" or some of the settings dp, tp, pp, zero, virtual_pipeline_size,
-  /// pipeline_balance, sequence_parallel: go on over other ranks.
-  Status resume(const JobId& id, const std::string& layout_json);
+  /// pipeline_balance, sequence_parallel: go on over other ranks. `estimate_json`: the dry run of
+  /// resumable(), where one is needed; without it one is asked for. A job that is refused stays as
+  /// it was.
+  Status resume(const JobId& id, const std::string& layout_json,
+                const std::string& estimate_json = "");
+  /// The job as resume would start it, without estimate_json where a dry run is needed.
+  [[nodiscard]] Result<Job> resumable(const JobId& id, const std::string& layout_json) const;
   /// A checkpoint of a job that another registry backed up: the job stands here paused, if it does
   /// not yet, and has the checkpoint. kConflict: another job, or one that is not paused, has the
   /// id; or the step has another checkpoint.
@@ -113,6 +118,7 @@ class Jobs {
   void send_stop(const Job& job);
   static Status change_layout(Job& job, const std::string& layout_json);
   void ask_estimate(Job& job);
+  Status admit(Job& job, const std::string& result_json, std::string reason);
   [[nodiscard]] Status check_pool(const Job& job) const;
   /// "; the nearest layout ...", or "".
   static std::string nearest_layout_text(const Job& job, std::size_t ranks);

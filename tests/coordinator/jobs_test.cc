@@ -283,9 +283,10 @@ TEST_F(JobsTest, ARestoredJobIsPausedAndGoesOnFromItsNewestCheckpoint) {
   h.restart();
   h.engine(0);
   EXPECT_EQ(h.tables().checkpoints.size(), 2u);
-  ASSERT_TRUE(h.call("job.resume", {{"job", id.value}}, "r").status.ok());
+  h.from_client("c", protocol::Call{"r", "r", "job.resume", str(R"({"job":")", id, R"("})")});
   for (const auto& asked : h.to_engine<protocol::EstimateRequest>(0))
     h.from_engine(0, protocol::EstimateReply{asked.call_id, {}, R"({"peak_bytes":1,"fits":true})"});
+  EXPECT_TRUE(h.to_client<protocol::CallReply>("c").at(0).status.ok());
   const auto starts = h.to_engine<StartJob>(0);
   ASSERT_FALSE(starts.empty());
   EXPECT_EQ(starts.back().job, id);
