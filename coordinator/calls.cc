@@ -31,6 +31,7 @@ const std::map<std::string, Calls::Verb>& Calls::verbs() {
       {"job.cancel", {&Calls::job_cancel, true}},
       {"job.pause", {&Calls::job_pause, true}},
       {"job.resume", {&Calls::job_resume, true}},
+      {"job.rm", {&Calls::job_rm, true}},
       {"job.restore", {&Calls::job_restore, true}},
       {"adapter.list", {&Calls::adapter_list, false}},
       {"adapter.show", {&Calls::adapter_show, false}},
@@ -198,6 +199,13 @@ void Calls::start(const Ask& ask, WorkRequest request,
 }
 
 bool Calls::work_done(const WorkDone& done) {
+  if (done.id == gc_work_) {
+    gc_work_ = 0;
+    const auto* result = std::get_if<JsonDone>(&done.result);
+    context_.log(done.status.ok() ? LogLevel::kInfo : LogLevel::kWarn,
+                 "garbage collection: ", result != nullptr ? result->json : done.status.message());
+    return true;
+  }
   const auto found = pending_.find(done.id);
   if (found == pending_.end()) return false;
   const Pending pending = std::move(found->second);
@@ -295,11 +303,17 @@ void Calls::after_step() {
 
 void Calls::tick() {
   if (started_ms_ < 0) started_ms_ = context_.now().ms;
+  if (gc_ms_ < 0) gc_ms_ = context_.now().ms;
   const std::int64_t oldest = context_.now().unix_ms - context_.limits().idempotency_ttl_ms;
   std::vector<EraseIdempotency> old;
   for (const auto& [key, record] : context_.tables().idempotency)
     if (record.created_unix_ms < oldest) old.push_back({record.tenant, record.key});
   for (EraseIdempotency& erase : old) context_.put_lazy(std::move(erase));
+  // Checkpoints that newer ones replaced, what interrupted uploads left: nobody else removes them.
+  if (context_.now().ms - gc_ms_ >= context_.limits().gc_ms && gc_work_ == 0) {
+    gc_ms_ = context_.now().ms;
+    gc_work_ = context_.start_work(Maintain{Maintenance::kGc, "", false});
+  }
   if (!ending()) return;
   const bool busy = replicas_.any_placed() ||
                     std::any_of(context_.tables().jobs.begin(), context_.tables().jobs.end(),

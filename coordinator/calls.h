@@ -113,6 +113,7 @@ class Calls {
   void job_cancel(const Ask& ask, Params& params);
   void job_pause(const Ask& ask, Params& params);
   void job_resume(const Ask& ask, Params& params);
+  void job_rm(const Ask& ask, Params& params);
   void job_restore(const Ask& ask, Params& params);
   void adapter_list(const Ask& ask, Params& params);
   void adapter_show(const Ask& ask, Params& params);
@@ -165,6 +166,8 @@ class Calls {
   TimeMs started_ms_ = -1, ending_deadline_ms_ = 0;
   Ask ending_ask_;
   std::uint64_t estimate_ids_ = 0;
+  TimeMs gc_ms_ = -1;          // when it was last begun
+  std::uint64_t gc_work_ = 0;  // while it goes on
   std::map<std::uint64_t, Pending> pending_;
   std::map<std::pair<std::string, std::string>, std::uint64_t> pending_keys_;  // user, key -> work
   std::map<std::string, DryRun> dry_runs_;                                     // by estimate id

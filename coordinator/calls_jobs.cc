@@ -107,6 +107,7 @@ void Calls::job_list(const Ask& ask, Params& params) {
     }
     items.push_back(job_json(*job, jobs_, context_.tables()));
   }
+  if (!started) return reply(ask, removed_page(after));
   answer(ask, {{"jobs", std::move(items)}, {"next", next}});
 }
 
@@ -158,6 +159,15 @@ void Calls::job_resume(const Ask& ask, Params& params) {
   }
   const auto resumed = resume("");
   resumed.ok() ? answer(ask, *resumed) : reply(ask, resumed.status());
+}
+
+void Calls::job_rm(const Ask& ask, Params& params) {
+  const std::string name = params.text("job");
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto job = find_job(context_.tables(), name);
+  if (!job.ok()) return reply(ask, job.status());
+  if (Status status = jobs_.remove((*job)->id); !status.ok()) return reply(ask, status);
+  answer(ask, Json::object());
 }
 
 void Calls::job_restore(const Ask& ask, Params& params) {
@@ -251,8 +261,9 @@ void Calls::open_stream(const Ask& ask, Params& params, bool logs) {
 bool Calls::feed(Stream& stream) {
   if (const auto* kept = jobs_.events(stream.job))
     for (const JobEventRecord& event : *kept) stream_event(stream, event);
-  const Job& job = context_.tables().jobs.at(stream.job);
-  if (stream.follow && !is_terminal(job.state)) return true;
+  const auto job = context_.tables().jobs.find(stream.job);
+  if (job != context_.tables().jobs.end() && stream.follow && !is_terminal(job->second.state))
+    return true;
   end_stream(stream);
   return false;
 }

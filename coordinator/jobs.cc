@@ -83,6 +83,7 @@ void Jobs::finish(Job& job, JobState state, const Status& status) {
     job.error_code.clear();
     job.error.clear();
   }
+  history_changed_ = true;
   timers_.erase(job.id);
   estimates_.forget(kJobPrefix + job.id.value);
   set_state(job, state, state == JobState::kFailed ? status.message() : "");
@@ -480,6 +481,12 @@ void Jobs::look_for_missing(const Job& job, const Process& process) {
 }
 
 void Jobs::tick() {
+  // Who watches one that has ended reads its events from the registry.
+  std::erase_if(events_, [&](const auto& kept) {
+    const auto job = context_.tables().jobs.find(kept.first);
+    return job == context_.tables().jobs.end() || is_terminal(job->second.state);
+  });
+  forget_old();
   std::vector<JobId> held, unasked;
   for (const auto& [id, job] : context_.tables().jobs) {
     if (holds_engine(job.state)) held.push_back(id);

@@ -228,6 +228,8 @@ void add_training(CLI::App& app, Invocation& in) {
   named(*job, in, "watch", "progress until it ends",
         [&in](Session& s) { return run_job_watch(s, in.name); });
   named(*job, in, "logs", "its log", [&in](Session& s) { return run_job_logs(s, in.name); });
+  named(*job, in, "rm", "forget one that has ended, with its checkpoints; what it published stays",
+        [&in](Session& s) { return run_remove(s, "job", in.name, false); });
   for (const auto& [action, help] : {std::pair{"cancel", "stop it for good"},
                                      {"pause", "write a checkpoint and stop"},
                                      {"resume", "go on from the last checkpoint"}}) {
