@@ -15,9 +15,9 @@ constexpr int kForgottenPerTick = 16;      // jobs; a transaction stays short
 void Jobs::erase_checkpoint(const CheckpointRecord& checkpoint) {
   const Tables& tables = context_.tables();
   context_.put(EraseCheckpoint{checkpoint.job, checkpoint.step});
-  const bool shared = std::any_of(
-      tables.checkpoints.begin(), tables.checkpoints.end(),
-      [&](const auto& other) { return other.second.manifest == checkpoint.manifest; });
+  const bool shared =
+      std::any_of(tables.checkpoints.begin(), tables.checkpoints.end(),
+                  [&](const auto& other) { return other.second.manifest == checkpoint.manifest; });
   if (!shared && tables.adapter_by_digest(checkpoint.manifest) == nullptr)
     context_.put(EraseManifest{checkpoint.manifest});
 }
