@@ -219,7 +219,7 @@ Status Jobs::cancel(const JobId& id) {
   if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
   Job job = found->second;
   if (is_terminal(job.state))
-    return conflict_error(str(id, " has ", job_state_name(job.state), " already"));
+    return conflict_error(str(id, " is ", job_state_name(job.state), " already"));
   if (!holds_engine(job.state)) {
     finish(job, JobState::kCancelled, {});
     save(std::move(job));
