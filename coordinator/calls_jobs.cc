@@ -154,7 +154,7 @@ void Calls::job_resume(const Ask& ask, Params& params) {
   const auto spec = protocol::JobSpec::parse(job->spec_json);
   if (job->estimate_json.empty() && model != nullptr && spec.ok() && workers_.engines_alive() > 0) {
     if (const std::string run = start_dry_run(ask, resume); !run.empty())
-      estimates_.ask(run, model_ref(*model), spec->train, false);
+      estimates_.ask(run, model_ref(*model), spec->train, true);
     return;
   }
   const auto resumed = resume("");
