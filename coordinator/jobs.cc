@@ -295,6 +295,14 @@ Result<Job> Jobs::resumable(const JobId& id, const std::string& layout_json) con
   if (job.state != JobState::kPaused && job.state != JobState::kFailed)
     return conflict_error(
         str(id, " is ", job_state_name(job.state), "; only a paused or failed job is resumed"));
+  const Tables& tables = context_.tables();
+  if (tables.model_by_digest(job.model) == nullptr)
+    return not_found_error(str(id, " is of base ", job.model.short_hex(),
+                               ", which is not registered any more; add it again"));
+  for (const Digest& data : {job.dataset, job.eval_dataset})
+    if (!data.empty() && !tables.datasets.contains(data))
+      return not_found_error(
+          str(id, " needs data set ", data.short_hex(), ", which was removed; add the file again"));
   if (!layout_json.empty()) TANDEM_RETURN_IF_ERROR(change_layout(job, layout_json));
   return job;
 }

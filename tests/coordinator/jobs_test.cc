@@ -351,6 +351,17 @@ TEST_F(History, OfEndedJobsTheOldestLoseTheirEventsAndCheckpointsAndThenTheirRec
   EXPECT_TRUE(h.to_engine<StartJob>(0).back().checkpoint_manifest.empty()) << "from its beginning";
 }
 
+TEST_F(History, AFailedJobWhoseDataOrBaseWasRemovedIsNotResumed) {
+  const JobId id = ended();
+  const auto resume = [&] { return h.call("job.resume", {{"job", id.value}}, "r").status; };
+  ASSERT_TRUE(h.call("data.rm", {{"data", "rows"}}, "k1").status.ok());
+  EXPECT_EQ(resume().code(), StatusCode::kNotFound);
+  EXPECT_NE(resume().message().find("data set"), std::string::npos) << resume().message();
+  ASSERT_TRUE(h.call("model.rm", {{"model", "base"}}, "k2").status.ok());
+  EXPECT_NE(resume().message().find("base"), std::string::npos) << resume().message();
+  EXPECT_EQ(h.job(id).state, JobState::kFailed);
+}
+
 TEST_F(History, AJobThatHasEndedCanBeRemovedAndItsChunksAreCollectedByThemselves) {
   const JobId id = ended(), live = h.submit();
   const Digest chunk = sha256(id.value);
