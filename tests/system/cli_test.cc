@@ -159,6 +159,10 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   const Json data = Json::parse(shown.out)["data"];
   EXPECT_GT(data["trained_tokens"], 0);
   EXPECT_EQ(data["steps"], 2 * data["steps_per_epoch"].get<int>());
+  std::ofstream(file("twice.yaml")) << "model: tiny\nlora_r: 4\nlora_r: 8\n";
+  const auto twice = platform_->cli({"estimate", "-f", file("twice.yaml")});
+  EXPECT_EQ(twice.code, 2) << twice.out;
+  EXPECT_NE(twice.err.find("twice.yaml:3: \"lora_r\""), std::string::npos) << twice.err;
   const auto endless = platform_->cli({"train", "--model", "tiny", "--data", file("train.jsonl"),
                                        "--adapter", "x", "--max-steps", "100000000"});
   EXPECT_EQ(endless.code, 2) << endless.out;

@@ -26,7 +26,12 @@ Json scalar_value(const std::string& text, bool quoted) {
 Json from_yaml(const YAML::Node& node) {
   if (node.IsMap()) {
     Json object = Json::object();
-    for (const auto& entry : node) object[entry.first.as<std::string>()] = from_yaml(entry.second);
+    for (const auto& entry : node) {
+      const auto name = entry.first.as<std::string>();
+      if (object.contains(name))
+        throw YAML::Exception(entry.first.Mark(), str("\"", name, "\" is given twice"));
+      object[name] = from_yaml(entry.second);
+    }
     return object;
   }
   if (node.IsSequence()) {
