@@ -31,6 +31,7 @@ const std::map<std::string, Calls::Verb>& Calls::verbs() {
       {"job.cancel", {&Calls::job_cancel, true}},
       {"job.pause", {&Calls::job_pause, true}},
       {"job.resume", {&Calls::job_resume, true}},
+      {"job.rm", {&Calls::job_rm, true}},
       {"job.restore", {&Calls::job_restore, true}},
       {"adapter.list", {&Calls::adapter_list, false}},
       {"adapter.show", {&Calls::adapter_show, false}},
@@ -198,6 +199,13 @@ void Calls::start(const Ask& ask, WorkRequest request,
 }
 
 bool Calls::work_done(const WorkDone& done) {
+  if (done.id == gc_work_) {
+    gc_work_ = 0;
+    const auto* result = std::get_if<JsonDone>(&done.result);
+    context_.log(done.status.ok() ? LogLevel::kInfo : LogLevel::kWarn,
+                 "garbage collection: ", result != nullptr ? result->json : done.status.message());
+    return true;
+  }
   const auto found = pending_.find(done.id);
   if (found == pending_.end()) return false;
   const Pending pending = std::move(found->second);
@@ -229,14 +237,41 @@ std::set<std::string> Calls::watchers() const {
   return peers;
 }
 
+std::string Calls::start_dry_run(const Ask& ask,
+                                 std::function<Result<Json>(const std::string&)> finish) {
+  for (auto& [id, run] : dry_runs_) {
+    const Ask& first = run.asks.front();
+    if (ask.key.empty() || first.user != ask.user || first.key != ask.key) continue;
+    if (first.request == ask.request)
+      wait_too(run.asks, ask);
+    else
+      send_reply(ask,
+                 conflict_error(str("idempotency key ", ask.key, " is in use by another call")), "",
+                 false);
+    return "";
+  }
+  if (dry_runs_.size() >= context_.limits().pending_calls_max) {
+    reply(ask, busy_error(str("all ", context_.limits().pending_calls_max,
+                              " places for dry runs are taken; retry after ",
+                              context_.limits().retry_after_ms, " ms")));
+    return "";
+  }
+  std::string id = str("call:", ++estimate_ids_);
+  dry_runs_[id] = {{ask}, std::move(finish)};
+  return id;
+}
+
 void Calls::estimated(const EstimateOutcome& outcome) {
-  if (replica_estimated(outcome)) return;
-  const auto found = estimate_asks_.find(outcome.id);
-  if (found == estimate_asks_.end()) return;
-  const Ask ask = std::move(found->second);
-  estimate_asks_.erase(found);
-  if (!outcome.status.ok()) return reply(ask, outcome.status);
-  answer(ask, parse_object(outcome.result_json));
+  const auto found = dry_runs_.find(outcome.id);
+  if (found == dry_runs_.end()) return;
+  const DryRun run = std::move(found->second);
+  dry_runs_.erase(found);
+  const auto result = [&]() -> Result<Json> {
+    TANDEM_RETURN_IF_ERROR(outcome.status);
+    if (ending()) return unavailable_error("the coordinator is shutting down");
+    return run.finish(outcome.result_json);
+  }();
+  for (const Ask& ask : run.asks) result.ok() ? answer(ask, *result) : reply(ask, result.status());
 }
 
 void Calls::after_step() {
@@ -268,11 +303,17 @@ void Calls::after_step() {
 
 void Calls::tick() {
   if (started_ms_ < 0) started_ms_ = context_.now().ms;
+  if (gc_ms_ < 0) gc_ms_ = context_.now().ms;
   const std::int64_t oldest = context_.now().unix_ms - context_.limits().idempotency_ttl_ms;
   std::vector<EraseIdempotency> old;
   for (const auto& [key, record] : context_.tables().idempotency)
     if (record.created_unix_ms < oldest) old.push_back({record.tenant, record.key});
   for (EraseIdempotency& erase : old) context_.put_lazy(std::move(erase));
+  // Checkpoints that newer ones replaced, what interrupted uploads left: nobody else removes them.
+  if (context_.now().ms - gc_ms_ >= context_.limits().gc_ms && gc_work_ == 0) {
+    gc_ms_ = context_.now().ms;
+    gc_work_ = context_.start_work(Maintain{Maintenance::kGc, "", false});
+  }
   if (!ending()) return;
   const bool busy = replicas_.any_placed() ||
                     std::any_of(context_.tables().jobs.begin(), context_.tables().jobs.end(),

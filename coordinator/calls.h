@@ -75,10 +75,10 @@ class Calls {
     bool logs = false, follow = true, loading = false;
     std::uint64_t sent = 0;
   };
-  /// Who asked for replicas whose dry run is made.
-  struct ReplicaAsk {
+  /// What waits for a dry run: `finish` takes its result and gives the answer.
+  struct DryRun {
     std::vector<Ask> asks;  // more than one: repeats
-    Replicas::Wanted wanted;
+    std::function<Result<Json>(const std::string&)> finish;
   };
   using StreamKey = std::pair<std::string, std::string>;  // peer, call id
   static const std::map<std::string, Verb>& verbs();
@@ -113,6 +113,7 @@ class Calls {
   void job_cancel(const Ask& ask, Params& params);
   void job_pause(const Ask& ask, Params& params);
   void job_resume(const Ask& ask, Params& params);
+  void job_rm(const Ask& ask, Params& params);
   void job_restore(const Ask& ask, Params& params);
   void adapter_list(const Ask& ask, Params& params);
   void adapter_show(const Ask& ask, Params& params);
@@ -149,7 +150,8 @@ class Calls {
   bool feed(Stream& stream);
   void stream_event(Stream& stream, const JobEventRecord& event);
   void end_stream(const Stream& stream);
-  bool replica_estimated(const EstimateOutcome& outcome);
+  /// The id to ask for the dry run under; "": `ask` is a repeat and waits too, or was refused.
+  std::string start_dry_run(const Ask& ask, std::function<Result<Json>(const std::string&)> finish);
   void answer_submit(const Ask& ask, const Job& job);
   [[nodiscard]] Status check_published_name(const protocol::JobSpec& spec) const;
   Result<protocol::JobSpec> check_spec(const std::string& json, Jobs::Submission& submission);
@@ -164,10 +166,11 @@ class Calls {
   TimeMs started_ms_ = -1, ending_deadline_ms_ = 0;
   Ask ending_ask_;
   std::uint64_t estimate_ids_ = 0;
+  TimeMs gc_ms_ = -1;          // when it was last begun
+  std::uint64_t gc_work_ = 0;  // while it goes on
   std::map<std::uint64_t, Pending> pending_;
   std::map<std::pair<std::string, std::string>, std::uint64_t> pending_keys_;  // user, key -> work
-  std::map<std::string, Ask> estimate_asks_;
-  std::map<std::string, ReplicaAsk> replica_asks_;
+  std::map<std::string, DryRun> dry_runs_;                                     // by estimate id
   std::vector<std::pair<JobId, Ask>> submit_asks_;
   std::map<StreamKey, Stream> streams_;
   std::uint64_t refused_frames_ = 0, before_hello_ = 0;

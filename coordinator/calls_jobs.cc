@@ -107,6 +107,7 @@ void Calls::job_list(const Ask& ask, Params& params) {
     }
     items.push_back(job_json(*job, jobs_, context_.tables()));
   }
+  if (!started) return reply(ask, removed_page(after));
   answer(ask, {{"jobs", std::move(items)}, {"next", next}});
 }
 
@@ -135,9 +136,38 @@ void Calls::job_cancel(const Ask& ask, Params& params) {
 void Calls::job_pause(const Ask& ask, Params& params) {
   change_job(ask, params, [this](const JobId& id) { return jobs_.pause(id); });
 }
+
+/// Where it needs a dry run, that comes first: what is refused stays paused or failed.
 void Calls::job_resume(const Ask& ask, Params& params) {
-  const std::string layout = params.object("layout", false);
-  change_job(ask, params, [&](const JobId& id) { return jobs_.resume(id, layout); });
+  const std::string name = params.text("job"), layout = params.object("layout", false);
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto found = find_job(context_.tables(), name);
+  if (!found.ok()) return reply(ask, found.status());
+  const JobId id = (*found)->id;
+  const auto resume = [this, id, layout](const std::string& estimate) -> Result<Json> {
+    TANDEM_RETURN_IF_ERROR(jobs_.resume(id, layout, estimate));
+    return job_json(context_.tables().jobs.at(id), jobs_, context_.tables());
+  };
+  const auto job = jobs_.resumable(id, layout);
+  if (!job.ok()) return reply(ask, job.status());
+  const ModelRecord* model = context_.tables().model_by_digest(job->model);
+  const auto spec = protocol::JobSpec::parse(job->spec_json);
+  if (job->estimate_json.empty() && model != nullptr && spec.ok() && workers_.engines_alive() > 0) {
+    if (const std::string run = start_dry_run(ask, resume); !run.empty())
+      estimates_.ask(run, model_ref(*model), spec->train, true);
+    return;
+  }
+  const auto resumed = resume("");
+  resumed.ok() ? answer(ask, *resumed) : reply(ask, resumed.status());
+}
+
+void Calls::job_rm(const Ask& ask, Params& params) {
+  const std::string name = params.text("job");
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  auto job = find_job(context_.tables(), name);
+  if (!job.ok()) return reply(ask, job.status());
+  if (Status status = jobs_.remove((*job)->id); !status.ok()) return reply(ask, status);
+  answer(ask, Json::object());
 }
 
 void Calls::job_restore(const Ask& ask, Params& params) {
@@ -231,8 +261,9 @@ void Calls::open_stream(const Ask& ask, Params& params, bool logs) {
 bool Calls::feed(Stream& stream) {
   if (const auto* kept = jobs_.events(stream.job))
     for (const JobEventRecord& event : *kept) stream_event(stream, event);
-  const Job& job = context_.tables().jobs.at(stream.job);
-  if (stream.follow && !is_terminal(job.state)) return true;
+  const auto job = context_.tables().jobs.find(stream.job);
+  if (job != context_.tables().jobs.end() && stream.follow && !is_terminal(job->second.state))
+    return true;
   end_stream(stream);
   return false;
 }
@@ -268,13 +299,9 @@ void Calls::estimate(const Ask& ask, Params& params) {
   if (!settings.ok()) return reply(ask, settings.status());
   auto model = find_model(context_.tables(), name);
   if (!model.ok()) return reply(ask, model.status());
-  if (estimate_asks_.size() >= context_.limits().pending_calls_max)
-    return reply(ask, busy_error(str("all ", context_.limits().pending_calls_max,
-                                     " places for estimates are taken; retry after ",
-                                     context_.limits().retry_after_ms, " ms")));
-  const std::string id = str("call:", ++estimate_ids_);
-  estimate_asks_[id] = ask;
-  estimates_.ask(id, model_ref(**model), *settings, false);
+  const std::string id =
+      start_dry_run(ask, [](const std::string& result) { return parse_object(result); });
+  if (!id.empty()) estimates_.ask(id, model_ref(**model), *settings, false);
 }
 
 }  // namespace tandem::coordinator

@@ -32,6 +32,7 @@ void Calls::list(const Ask& ask, Params& params, const char* what, const Map& ma
     items.push_back(std::move(json));
     last = name;
   }
+  if (!started) return reply(ask, removed_page(after));
   answer(ask, {{what, std::move(items)}, {"next", next}});
 }
 

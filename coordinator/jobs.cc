@@ -83,6 +83,7 @@ void Jobs::finish(Job& job, JobState state, const Status& status) {
     job.error_code.clear();
     job.error.clear();
   }
+  history_changed_ = true;
   timers_.erase(job.id);
   estimates_.forget(kJobPrefix + job.id.value);
   set_state(job, state, state == JobState::kFailed ? status.message() : "");
@@ -178,46 +179,39 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
   if (found == context_.tables().jobs.end()) return;
   Job job = found->second;
   if (job.state != JobState::kSubmitted && job.state != JobState::kEstimating) return;
-  if (!outcome.status.ok()) {
-    finish(job, JobState::kFailed, outcome.status);
-    return save(std::move(job));
+  const Status status = outcome.status.ok() ? admit(job, outcome.result_json, "") : outcome.status;
+  if (!status.ok()) {
+    job.estimate_json.clear();  // resumed, it is asked for again
+    finish(job, JobState::kFailed, status);
   }
-  job.estimate_json = outcome.result_json;
-  const auto json = nlohmann::json::parse(outcome.result_json, nullptr, false);
-  if (!json.is_object()) {
-    finish(job, JobState::kFailed, internal_error("the dry run's answer is not a JSON object"));
-    return save(std::move(job));
-  }
-  std::string reason;
+  save(std::move(job));
+}
+
+/// Queues the job after its dry run, or says why it can never run.
+Status Jobs::admit(Job& job, const std::string& result_json, std::string reason) {
+  const auto json = nlohmann::json::parse(result_json, nullptr, false);
+  if (!json.is_object()) return internal_error("the dry run's answer is not a JSON object");
   if (const auto chosen = json.find("layout"); chosen != json.end()) {
-    if (Status changed = change_layout(job, chosen->dump()); !changed.ok()) {
-      finish(job, JobState::kFailed, changed);
-      return save(std::move(job));
-    }
-    job.estimate_json = outcome.result_json;
+    TANDEM_RETURN_IF_ERROR(change_layout(job, chosen->dump()));
     reason = str("layout auto chose ", json.value("layout_name", ""));
   }
-  if (Status room = check_pool(job); !room.ok()) {
-    finish(job, JobState::kFailed, room);
-    return save(std::move(job));
-  }
+  job.estimate_json = result_json;
+  TANDEM_RETURN_IF_ERROR(check_pool(job));
   const bool fits =
       !json.contains("fits") || !json["fits"].is_boolean() || json["fits"].get<bool>();
   if (!fits) {
     const std::int64_t peak = json.value("peak_bytes", std::int64_t{0});
     const std::int64_t device =
         json.value("device_bytes", json.value("limit_bytes", std::int64_t{0}));
-    finish(job, JobState::kFailed,
-           refused_error(str(job.needs_gang() ? "its largest rank and the engine of its slot need "
-                                              : "the job needs ",
-                             format_bytes(peak), " (", peak, " bytes) and the engine has ",
-                             format_bytes(device), " (", device,
-                             " bytes); lower max_length or per_device_train_batch_size, or set "
-                             "recompute")));
-    return save(std::move(job));
+    return refused_error(str(
+        job.needs_gang() ? "its largest rank and the engine of its slot need " : "the job needs ",
+        format_bytes(peak), " (", peak, " bytes) and the engine has ", format_bytes(device), " (",
+        device,
+        " bytes); lower max_length or per_device_train_batch_size, or set "
+        "recompute"));
   }
   set_state(job, JobState::kQueued, reason);
-  save(std::move(job));
+  return {};
 }
 
 Status Jobs::cancel(const JobId& id) {
@@ -225,7 +219,7 @@ Status Jobs::cancel(const JobId& id) {
   if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
   Job job = found->second;
   if (is_terminal(job.state))
-    return conflict_error(str(id, " has ", job_state_name(job.state), " already"));
+    return conflict_error(str(id, " is ", job_state_name(job.state), " already"));
   if (!holds_engine(job.state)) {
     finish(job, JobState::kCancelled, {});
     save(std::move(job));
@@ -287,7 +281,7 @@ Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   return {};
 }
 
-Status Jobs::resume(const JobId& id, const std::string& layout_json) {
+Result<Job> Jobs::resumable(const JobId& id, const std::string& layout_json) const {
   const auto found = context_.tables().jobs.find(id);
   if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
   Job job = found->second;
@@ -296,19 +290,38 @@ Status Jobs::resume(const JobId& id, const std::string& layout_json) {
       return conflict_error(str(id,
                                 " still writes its checkpoint; change its layout once it is "
                                 "paused"));
-    job.requeue_after_stop = true;
-    save(std::move(job));
-    return {};
+    return job;
   }
   if (job.state != JobState::kPaused && job.state != JobState::kFailed)
     return conflict_error(
         str(id, " is ", job_state_name(job.state), "; only a paused or failed job is resumed"));
+  const Tables& tables = context_.tables();
+  if (tables.model_by_digest(job.model) == nullptr)
+    return not_found_error(str(id, " is of base ", job.model.short_hex(),
+                               ", which is not registered any more; add it again"));
+  for (const Digest& data : {job.dataset, job.eval_dataset})
+    if (!data.empty() && !tables.datasets.contains(data))
+      return not_found_error(
+          str(id, " needs data set ", data.short_hex(), ", which was removed; add the file again"));
   if (!layout_json.empty()) TANDEM_RETURN_IF_ERROR(change_layout(job, layout_json));
+  return job;
+}
+
+Status Jobs::resume(const JobId& id, const std::string& layout_json,
+                    const std::string& estimate_json) {
+  TANDEM_ASSIGN_OR_RETURN(Job job, resumable(id, layout_json));
+  if (job.state == JobState::kPausing) {
+    job.requeue_after_stop = true;
+    save(std::move(job));
+    return {};
+  }
   job.ended_unix_ms = 0;
   job.error_code.clear();
   job.error.clear();
   job.attempts = job.own_failures = 0;
-  if (job.estimate_json.empty()) {
+  if (!estimate_json.empty()) {
+    TANDEM_RETURN_IF_ERROR(admit(job, estimate_json, "resumed"));
+  } else if (job.estimate_json.empty()) {
     set_state(job, JobState::kSubmitted, "resumed");
     ask_estimate(job);
   } else {
@@ -476,6 +489,12 @@ void Jobs::look_for_missing(const Job& job, const Process& process) {
 }
 
 void Jobs::tick() {
+  // Who watches one that has ended reads its events from the registry.
+  std::erase_if(events_, [&](const auto& kept) {
+    const auto job = context_.tables().jobs.find(kept.first);
+    return job == context_.tables().jobs.end() || is_terminal(job->second.state);
+  });
+  forget_old();
   std::vector<JobId> held, unasked;
   for (const auto& [id, job] : context_.tables().jobs) {
     if (holds_engine(job.state)) held.push_back(id);

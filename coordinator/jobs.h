@@ -36,8 +36,15 @@ class Jobs {
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
   /// `layout_json`: "" or some of the settings dp, tp, pp, zero, virtual_pipeline_size,
-  /// pipeline_balance, sequence_parallel: go on over other ranks.
-  Status resume(const JobId& id, const std::string& layout_json);
+  /// pipeline_balance, sequence_parallel: go on over other ranks. `estimate_json`: the dry run of
+  /// resumable(), where one is needed; without it one is asked for. A job that is refused stays as
+  /// it was.
+  Status resume(const JobId& id, const std::string& layout_json,
+                const std::string& estimate_json = "");
+  /// The job as resume would start it, without estimate_json where a dry run is needed.
+  [[nodiscard]] Result<Job> resumable(const JobId& id, const std::string& layout_json) const;
+  /// One that has ended, its events and checkpoints; what it published stays.
+  Status remove(const JobId& id);
   /// A checkpoint of a job that another registry backed up: the job stands here paused, if it does
   /// not yet, and has the checkpoint. kConflict: another job, or one that is not paused, has the
   /// id; or the step has another checkpoint.
@@ -113,6 +120,7 @@ class Jobs {
   void send_stop(const Job& job);
   static Status change_layout(Job& job, const std::string& layout_json);
   void ask_estimate(Job& job);
+  Status admit(Job& job, const std::string& result_json, std::string reason);
   [[nodiscard]] Status check_pool(const Job& job) const;
   /// "; the nearest layout ...", or "".
   static std::string nearest_layout_text(const Job& job, std::size_t ranks);
@@ -135,6 +143,14 @@ class Jobs {
   void tick_unseen_gang(const Job& job, const Worker& worker);
   void look_for_missing(const Job& job, const Process& process);
   bool is_pending(const JobId& job, const std::string& of) const;
+  void erase_checkpoint(const CheckpointRecord& checkpoint);
+  [[nodiscard]] std::uint64_t events_stored(const Job& job) const;
+  /// What its events and its checkpoints' manifests take in the registry, about.
+  [[nodiscard]] std::int64_t history_bytes(const Job& job) const;
+  void forget_history(Job& job);
+  void forget(Job job);
+  /// Of jobs that have ended: those beyond the limits.
+  void forget_old();
   /// Made once for all jobs of a list.
   [[nodiscard]] const QueueView& queue() const;
 
@@ -142,6 +158,7 @@ class Jobs {
   WorkerTable& workers_;
   Estimates& estimates_;
   TimeMs loaded_ms_ = 0;
+  bool history_changed_ = true;  ///< forget_old() may find something
   std::map<JobId, Timers> timers_;
   std::map<JobId, std::deque<JobEventRecord>> events_;
   std::vector<JobEventRecord> new_events_;

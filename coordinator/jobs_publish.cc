@@ -103,24 +103,15 @@ bool Jobs::verified(const WorkDone& done) {
 }
 
 void Jobs::record_checkpoint(Job job, const ManifestVerified& manifest, const Pending& pending) {
-  const Tables& tables = context_.tables();
   context_.put(ManifestRecord{manifest.digest, ManifestKind::kCheckpoint, manifest.text, job.model,
                               context_.now().unix_ms});
   context_.put(CheckpointRecord{job.id.value, pending.step, pending.epoch, manifest.digest,
                                 context_.now().unix_ms});
   auto spec = protocol::JobSpec::parse(job.spec_json);
   const std::int64_t kept = spec.ok() ? spec->train.save_total_limit : 2;
-  std::vector<CheckpointRecord> all;
-  for (const auto& [key, record] : tables.checkpoints)
-    if (key.first == job.id.value) all.push_back(record);
-  for (std::size_t i = 0; i + static_cast<std::size_t>(kept) < all.size(); ++i) {
-    context_.put(EraseCheckpoint{all[i].job, all[i].step});
-    const bool shared =
-        std::any_of(tables.checkpoints.begin(), tables.checkpoints.end(),
-                    [&](const auto& other) { return other.second.manifest == all[i].manifest; });
-    if (!shared && tables.adapter_by_digest(all[i].manifest) == nullptr)
-      context_.put(EraseManifest{all[i].manifest});
-  }
+  const std::vector<CheckpointRecord> all = context_.tables().checkpoints_of(job.id);
+  for (std::size_t i = 0; i + static_cast<std::size_t>(kept) < all.size(); ++i)
+    erase_checkpoint(all[i]);
   if (pending.step > job.best_step) job.best_step = pending.step;
   job.attempts = std::min(job.attempts, 1);
   job.own_failures = 0;

@@ -34,7 +34,10 @@ struct Limits {
   std::size_t replicas_max = 256;
   TimeMs replica_stable_ms = 60'000;  ///< one that served so long is started again at once
   std::size_t events_kept = 2000;     ///< of one job; older ones go first
-  TimeMs lazy_commit_ms = 100;        ///< progress and cached results wait this long for a commit
+  std::size_t jobs_kept = 10'000;     ///< that have ended; older ones are forgotten
+  /// Of ended jobs' events and checkpoints in the registry (a quarter of it): older ones go first.
+  std::int64_t history_bytes_max = 256ll << 20;
+  TimeMs lazy_commit_ms = 100;  ///< progress and cached results wait this long for a commit
   // -- requests
   std::size_t queue_max = 1024;  ///< waiting for an engine, all users
   std::size_t queue_per_user_max =
@@ -63,6 +66,7 @@ struct Limits {
   std::size_t pending_calls_max = 1024;  ///< calls that wait for background work
   std::size_t name_bytes_max = 128;
   std::size_t page_max = 1000;  ///< entries of one list answer
+  TimeMs gc_ms = 900'000;       ///< garbage is collected this often
 };
 
 }  // namespace tandem::coordinator

@@ -129,6 +129,8 @@ Result<Limits> make_limits(const Settings& settings) {
   TANDEM_ASSIGN_OR_RETURN(limits.lease_ms, settings.get_int("lease_ms"));
   TANDEM_ASSIGN_OR_RETURN(const auto queue, settings.get_int("queue_requests_max"));
   TANDEM_ASSIGN_OR_RETURN(const auto jobs, settings.get_int("queue_jobs_max"));
+  TANDEM_ASSIGN_OR_RETURN(const auto kept, settings.get_int("jobs_kept"));
+  TANDEM_ASSIGN_OR_RETURN(const auto registry_bytes, settings.get_bytes("registry_bytes_max"));
   TANDEM_ASSIGN_OR_RETURN(const auto attempts, settings.get_int("job_attempts_max"));
   TANDEM_ASSIGN_OR_RETURN(const auto cache_bytes, settings.get_bytes("cache_bytes_max"));
   TANDEM_ASSIGN_OR_RETURN(const auto cache_ttl_s, settings.get_int("cache_ttl_s"));
@@ -143,6 +145,8 @@ Result<Limits> make_limits(const Settings& settings) {
   limits.queue_max = static_cast<std::size_t>(queue);
   limits.queue_per_user_max = std::max<std::size_t>(1, limits.queue_max / 2);
   limits.jobs_live_max = static_cast<std::size_t>(jobs);
+  limits.jobs_kept = static_cast<std::size_t>(kept);
+  limits.history_bytes_max = registry_bytes / 4;
   limits.attempts_max = static_cast<int>(attempts);
   limits.results_bytes_max = static_cast<std::size_t>(cache_bytes);
   limits.result_ttl_ms = cache_ttl_s * 1000;
@@ -155,9 +159,10 @@ void print_limits(const Limits& l) {
   log_info("limits: heartbeat ", l.heartbeat_ms, " ms, lease ", l.lease_ms, " ms, adoption ",
            l.adoption_ms, " ms; queue ", l.queue_max, " requests (", l.queue_per_user_max,
            " of one user, ", l.requests_per_user_max, " with those that run), ", l.jobs_live_max,
-           " jobs, ", l.attempts_max, " attempts without progress; ", l.replicas_max, " replicas; ",
-           l.workers_max, " workers, ", l.sessions_max, " client sessions, ", l.streams_max,
-           " streams");
+           " jobs (and ", l.jobs_kept, " ended ones, with ", format_bytes(l.history_bytes_max),
+           " of events and checkpoints' manifests), ", l.attempts_max,
+           " attempts without progress; ", l.replicas_max, " replicas; ", l.workers_max,
+           " workers, ", l.sessions_max, " client sessions, ", l.streams_max, " streams");
   log_info("limits: result cache ", format_bytes(static_cast<std::int64_t>(l.results_bytes_max)),
            ", ttl ", l.result_ttl_ms / 1000, " s; idempotency keys ", l.idempotency_max, ", ",
            l.idempotency_ttl_ms / 3'600'000, " h; outbox ", kOutboxMessagesMax, " messages, ",

@@ -187,6 +187,14 @@ const CheckpointRecord* Tables::latest_checkpoint(const JobId& job) const {
   return next->first.first == job.value ? &next->second : nullptr;
 }
 
+std::vector<CheckpointRecord> Tables::checkpoints_of(const JobId& job) const {
+  std::vector<CheckpointRecord> all;
+  for (auto at = checkpoints.lower_bound(std::pair(job.value, std::int64_t{0}));
+       at != checkpoints.end() && at->first.first == job.value; ++at)
+    all.push_back(at->second);
+  return all;
+}
+
 const AdapterVersionRecord* Tables::adapter_by_digest(const Digest& digest) const {
   for (const auto& [key, adapter] : adapters)
     if (adapter.digest == digest) return &adapter;

@@ -221,6 +221,8 @@ struct Tables {
   [[nodiscard]] const ModelRecord* model_by_digest(const Digest& digest) const;
   [[nodiscard]] const Dataset* dataset_by_name(const std::string& name) const;
   [[nodiscard]] const CheckpointRecord* latest_checkpoint(const JobId& job) const;
+  /// In order of steps.
+  [[nodiscard]] std::vector<CheckpointRecord> checkpoints_of(const JobId& job) const;
   [[nodiscard]] const AdapterVersionRecord* adapter_by_digest(const Digest& digest) const;
   /// The version that alias `name` points at, or null.
   [[nodiscard]] const AdapterVersionRecord* current_adapter(const std::string& name) const;

@@ -99,8 +99,8 @@ Result<Target> resolve_job(const Tables& tables, const std::string& id, const st
     const auto found = tables.checkpoints.find(std::pair(id, *step));
     if (found == tables.checkpoints.end()) {
       std::string kept;
-      for (const auto& [key, record] : tables.checkpoints)
-        if (key.first == id) kept += str(kept.empty() ? "" : ", ", "step-", record.step);
+      for (const CheckpointRecord& record : tables.checkpoints_of(job->id))
+        kept += str(kept.empty() ? "" : ", ", "step-", record.step);
       return not_found_error(
           str("no checkpoint ", id, "@", what, "; kept are: ", kept.empty() ? "none" : kept));
     }

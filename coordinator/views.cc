@@ -93,11 +93,10 @@ Json job_details_json(const Job& job, const Jobs& jobs, const Tables& tables) {
   json["eval_dataset"] = job.eval_dataset.empty() ? "" : job.eval_dataset.hex();
   json["model_digest"] = job.model.hex();
   Json checkpoints = Json::array();
-  for (const auto& [key, checkpoint] : tables.checkpoints)
-    if (key.first == job.id.value)
-      checkpoints.push_back({{"step", checkpoint.step},
-                             {"digest", checkpoint.manifest.hex()},
-                             {"created", checkpoint.created_unix_ms}});
+  for (const CheckpointRecord& checkpoint : tables.checkpoints_of(job.id))
+    checkpoints.push_back({{"step", checkpoint.step},
+                           {"digest", checkpoint.manifest.hex()},
+                           {"created", checkpoint.created_unix_ms}});
   json["checkpoints"] = std::move(checkpoints);
   json["metrics"] = parse_object(job.metrics_json);
   json["estimate"] = parse_object(job.estimate_json);

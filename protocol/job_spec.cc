@@ -26,14 +26,19 @@ Status wrong_type(const std::string& name, const char* expected, const Json& val
   return invalid_error(str(name, " must be ", expected, ", not ", value.dump()));
 }
 
+/// As a number of 64 bits: 2^64 - 1 is not -1.
+bool in_range(const Json& value, std::int64_t low, std::int64_t high) {
+  if (value.is_number_unsigned() && value.get<std::uint64_t>() > INT64_MAX) return false;
+  return value.get<std::int64_t>() >= low && value.get<std::int64_t>() <= high;
+}
+
 Field integer(std::string name, std::int64_t TrainSettings::*member, std::int64_t low,
               std::int64_t high) {
   auto read = [=](TrainSettings& s, const Json& value) -> Status {
     if (!value.is_number_integer()) return wrong_type(name, "an integer", value);
-    const auto number = value.get<std::int64_t>();
-    if (number < low || number > high)
-      return invalid_error(str(name, " must be in ", low, "..", high, ", not ", number));
-    s.*member = number;
+    if (!in_range(value, low, high))
+      return invalid_error(str(name, " must be in ", low, "..", high, ", not ", value.dump()));
+    s.*member = value.get<std::int64_t>();
     return {};
   };
   return {name, read, [=](const TrainSettings& s) { return Json(s.*member); }};
@@ -342,8 +347,7 @@ Result<JobSpec> JobSpec::parse(const std::string& json) {
     else if (name == "name")
       TANDEM_RETURN_IF_ERROR(read_text(value, name, spec.name));
     else if (name == "priority") {
-      if (!value.is_number_integer() || value.get<std::int64_t>() < -100 ||
-          value.get<std::int64_t>() > 100)
+      if (!value.is_number_integer() || !in_range(value, -100, 100))
         return invalid_error(str("priority must be an integer in -100..100, not ", value.dump()));
       spec.priority = value.get<std::int32_t>();
     } else if (name == "train") {

@@ -127,6 +127,7 @@ const std::vector<SettingInfo>& Settings::known() {
        {},
        {{1, kMany}}},
       {"queue_jobs_max", "1024", "jobs waiting; more are refused", {}, {{1, kMany}}},
+      {"jobs_kept", "10000", "jobs that have ended; older ones are forgotten", {}, {{1, kMany}}},
       {"lease_ms", "5000", "a worker that is silent this long is dead", {}, {{20, kDayMs}}},
       {"heartbeat_ms", "1000", "how often workers report", {}, {{10, kDayMs}}},
       {"job_attempts_max",

@@ -210,6 +210,30 @@ Result<Manifest> parse_manifest(std::string_view text) {
   return manifest;
 }
 
+Result<std::vector<Digest>> manifest_chunks(std::string_view text) {
+  constexpr std::string_view kList = "\"chunks\":[";  // in a string its quotes would be escaped
+  constexpr std::size_t kHex = 2 * sizeof(Digest::bytes);
+  std::vector<Digest> chunks;
+  bool canonical =
+      text.starts_with(str("{\"format\":", kManifestFormat, ",")) && text.ends_with("]}");
+  for (std::size_t at = text.find(kList); canonical && at != text.npos; at = text.find(kList, at)) {
+    at += kList.size();
+    for (bool more = text.substr(at, 1) != "]"; canonical && more; at += kHex + 3) {
+      const std::string_view item = text.substr(std::min(at, text.size()), kHex + 3);  // "HEX",
+      more = item.ends_with("\",");
+      const auto digest = Digest::parse(item.substr(std::min<std::size_t>(1, item.size()), kHex));
+      canonical = digest.ok() && item.starts_with('"') && (more || item.ends_with("\"]"));
+      if (canonical) chunks.push_back(*digest);
+    }
+  }
+  if (canonical) return chunks;
+  TANDEM_ASSIGN_OR_RETURN(const Manifest manifest, parse_manifest(text));
+  chunks.clear();
+  for (const ManifestTensor& tensor : manifest.tensors)
+    chunks.insert(chunks.end(), tensor.chunks.begin(), tensor.chunks.end());
+  return chunks;
+}
+
 Digest manifest_digest(std::string_view canonical_text) {
   return sha256(canonical_text);
 }

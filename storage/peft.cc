@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <set>
 
@@ -267,7 +268,25 @@ Result<std::pair<std::string, bool>> split_name(const std::string& name, const s
   return std::pair(name.substr(prefix, name.size() - prefix - ending), is_a);
 }
 
+/// Those whose exponent is all ones.
+template <class Bits>
+std::int64_t count_exponents(std::span<const std::byte> from, Bits mask) {
+  std::int64_t count = 0;
+  for (std::size_t at = 0; at + sizeof(Bits) <= from.size(); at += sizeof(Bits)) {
+    Bits bits;
+    std::memcpy(&bits, from.data() + at, sizeof bits);
+    count += (bits & mask) == mask ? 1 : 0;
+  }
+  return count;
+}
+
 }  // namespace
+
+std::int64_t count_not_finite(std::span<const std::byte> from, DType dtype) {
+  TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
+  if (dtype == DType::kF32) return count_exponents<std::uint32_t>(from, 0x7f800000u);
+  return count_exponents<std::uint16_t>(from, dtype == DType::kBF16 ? 0x7f80u : 0x7c00u);
+}
 
 Result<PeftAdapter> read_peft(const std::string& folder) {
   namespace fs = std::filesystem;
@@ -293,6 +312,10 @@ Result<PeftAdapter> read_peft(const std::string& folder) {
   if (sites.empty()) return invalid_error(tensors_path + ": no tensors");
   for (auto& [name, site] : sites) {
     TANDEM_RETURN_IF_ERROR(check_site(site, adapter.config, tensors_path));
+    for (const TensorInfo* tensor : {&site.a, &site.b})
+      if (const auto bad = count_not_finite(tensor->bytes, tensor->dtype); bad > 0)
+        return invalid_error(str(tensors_path, ": ", tensor->name, " holds ", bad,
+                                 " values that are infinite or no numbers, of ", tensor->numel()));
     site.scale = adapter.config.scale(name, site.a.shape[0]);
     adapter.sites.push_back(std::move(site));
   }

@@ -58,8 +58,12 @@ struct PeftAdapter {
 /// Reads config text alone. Errors: invalid or refused, naming the field.
 Result<PeftConfig> parse_peft_config(std::string_view json, const std::string& what);
 
+/// How many values of a tensor (f32, bf16 or f16) are infinite or no numbers.
+std::int64_t count_not_finite(std::span<const std::byte> values, DType dtype);
+
 /// Reads a folder. Errors: not_found, those of the parsers, invalid (a tensor that is neither
-/// lora_A nor lora_B of a site, a missing half, shapes that do not fit each other or the rank).
+/// lora_A nor lora_B of a site, a missing half, shapes that do not fit each other or the rank,
+/// values that are not finite).
 Result<PeftAdapter> read_peft(const std::string& folder);
 
 /// Writes both files durably into `folder` (made when missing). Sites' tensors are written under

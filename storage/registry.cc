@@ -235,14 +235,20 @@ Result<GcResult> Registry::gc() {
   std::unordered_set<Digest> chunks;
   {
     TANDEM_ASSIGN_OR_RETURN(auto txn, begin_read());
-    TANDEM_ASSIGN_OR_RETURN(const auto manifests, txn.list<ManifestRecord>());
-    for (const ManifestRecord& record : manifests) {
-      if (record.kind == ManifestKind::kModel) continue;
-      // A manifest that cannot be read must stop the collection: its chunks would look unused.
-      TANDEM_ASSIGN_OR_RETURN(const Manifest manifest, parse_manifest(record.text));
-      for (const auto& tensor : manifest.tensors)
-        chunks.insert(tensor.chunks.begin(), tensor.chunks.end());
-    }
+    // A manifest that cannot be read must stop the collection: its chunks would look unused.
+    Status bad;
+    TANDEM_RETURN_IF_ERROR(scan_prefix(
+        txn.raw(), RecordTraits<ManifestRecord>::kTable, "",
+        [&](std::string_view key, std::string_view value) {
+          const auto record = decode_at<ManifestRecord>(key, value);
+          const auto named = !record.ok() ? Result<std::vector<Digest>>(record.status())
+                             : record->kind == ManifestKind::kModel ? std::vector<Digest>()
+                                                                    : manifest_chunks(record->text);
+          bad = named.status();
+          if (named.ok()) chunks.insert(named->begin(), named->end());
+          return named.ok();
+        }));
+    TANDEM_RETURN_IF_ERROR(bad);
     TANDEM_ASSIGN_OR_RETURN(const auto models, txn.list<ModelRecord>());
     for (const ModelRecord& model : models)
       for (const ModelFile& file : model.files)

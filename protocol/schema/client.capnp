@@ -95,8 +95,8 @@ struct Pong {
 # an idempotency key. (stream) sends replies with `more`. Every name that is not there is answered
 # `notFound`. Times are Unix milliseconds, sizes bytes, digests 64 hex digits in results and 12 or more
 # in parameters, versions integers from 1. Lists that can grow take {limit = 1000, after = ""} and
-# answer {..., "next": ""}: a `next` that is not empty is the `after` of the following page. MODEL,
-# ADAPTER and JOB below are the objects that stand under "Objects".
+# answer {..., "next": ""}: a `next` that is not empty is the `after` of the following page
+# (`conflict`: it was removed meanwhile). MODEL, ADAPTER and JOB below are the objects that stand under "Objects".
 #
 # status            {} -> {"server", "version", "incarnation", "uptime_s", "endpoints": {"client",
 #                   "worker", "bulk"}, "data_dir", "log_path", "tensorboard_dir", "models": n,
@@ -141,6 +141,10 @@ struct Pong {
 # job.resume !      {"job", "layout"?} -> JOB. A paused or failed job is queued again from its last checkpoint;
 #                   layout {"dp"?,"tp"?,"pp"?,"zero"?,"virtual_pipeline_size"?,"pipeline_balance"?,
 #                   "sequence_parallel"?} lets it go on over other ranks, after a new dry run.
+#                   A layout or job that cannot work is `refused` and the job stays as it was.
+# job.rm !          {"job"} -> {}. One that has ended, with its events and checkpoints; what it published stays.
+#                   One that has not: `conflict`. Of ended jobs the newest jobs_kept stand here, the newest of
+#                   these with events and checkpoints.
 # job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest"} -> JOB. A
 #                   checkpoint out of another registry's backup: the job is made, paused, if it is not
 #                   here, and gets the checkpoint. Model and data are named by digest; the checkpoint's

@@ -563,6 +563,39 @@ TEST_F(Gangs, PausingAndDrainingReachItsFirstRank) {
             (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(2)}));
 }
 
+TEST_F(Gangs, ALayoutThatCannotWorkIsRefusedWhereAPausedJobIsResumedAndTheJobStaysPaused) {
+  h.advance(11'000);  // by now who was there before the coordinator is known
+  for (int slot = 0; slot < 3; ++slot) h.agent(slot), h.engine(slot);
+  const JobId id = running();
+  h.call("job.pause", {{"job", id.value}});
+  h.from_gang(0, JobEnded{id, start.epoch, cancelled_error("paused"), 3, "{}"});
+  h.agent(0);
+  ASSERT_EQ(h.job(id).state, JobState::kPaused);
+  const Job before = h.job(id);
+  const auto resume = [&](const nlohmann::json& layout, const Status& status) {
+    h.from_client("c",
+                  protocol::Call{"r", layout.dump(), "job.resume",
+                                 nlohmann::json{{"job", id.value}, {"layout", layout}}.dump()});
+    EXPECT_TRUE(h.to_client<protocol::CallReply>("c").empty()) << "answered before the dry run";
+    for (int slot = 0; slot < 3; ++slot)
+      for (const auto& asked : h.to_engine<protocol::EstimateRequest>(slot))
+        h.from_engine(slot, protocol::EstimateReply{asked.call_id, status,
+                                                    R"({"peak_bytes":10,"device":"cpu"})"});
+    return h.to_client<protocol::CallReply>("c").at(0).status;
+  };
+  const Status uneven = resume({{"tp", 3}}, refused_error("3 does not divide 4 heads"));
+  EXPECT_EQ(uneven.code(), StatusCode::kRefused);
+  EXPECT_NE(uneven.message().find("does not divide"), std::string::npos) << uneven.message();
+  const Status large = resume({{"tp", 4}}, {});
+  EXPECT_EQ(large.code(), StatusCode::kRefused);
+  EXPECT_NE(large.message().find("nearest layout"), std::string::npos) << large.message();
+  EXPECT_EQ(h.job(id).state, JobState::kPaused);
+  EXPECT_EQ(h.job(id).spec_json, before.spec_json);
+  EXPECT_EQ(h.job(id).estimate_json, before.estimate_json);
+  EXPECT_TRUE(resume({{"tp", 1}, {"pp", 2}}, {}).ok());
+  EXPECT_NE(h.job(id).state, JobState::kPaused);
+}
+
 TEST_F(Gangs, ACancelledOneThatNeverSaidHelloIsEndedByItsAgent) {
   const JobId id = h.submit(kTwoRanks);
   const StartJob told_first = told(0);

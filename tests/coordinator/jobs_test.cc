@@ -283,15 +283,98 @@ TEST_F(JobsTest, ARestoredJobIsPausedAndGoesOnFromItsNewestCheckpoint) {
   h.restart();
   h.engine(0);
   EXPECT_EQ(h.tables().checkpoints.size(), 2u);
-  ASSERT_TRUE(h.call("job.resume", {{"job", id.value}}, "r").status.ok());
+  h.from_client("c", protocol::Call{"r", "r", "job.resume", str(R"({"job":")", id, R"("})")});
   for (const auto& asked : h.to_engine<protocol::EstimateRequest>(0))
     h.from_engine(0, protocol::EstimateReply{asked.call_id, {}, R"({"peak_bytes":1,"fits":true})"});
+  EXPECT_TRUE(h.to_client<protocol::CallReply>("c").at(0).status.ok());
   const auto starts = h.to_engine<StartJob>(0);
   ASSERT_FALSE(starts.empty());
   EXPECT_EQ(starts.back().job, id);
   EXPECT_EQ(starts.back().checkpoint_manifest,
             h.manifest(ManifestKind::kCheckpoint, base, "eight"));
   EXPECT_EQ(restore(id.value, 12, "twelve").code(), StatusCode::kConflict) << "it runs";
+}
+
+struct History : testing::Test {
+  explicit History(Limits limits = few()) : h(limits) {
+    base = h.add_model("base");
+    h.add_data("rows");
+    h.engine(0);
+  }
+  static Limits few() {
+    Limits limits;
+    limits.jobs_kept = 3;
+    limits.history_bytes_max = 10'000;
+    limits.gc_ms = 60'000;
+    return limits;
+  }
+  /// One that ran two steps, stored a checkpoint and then failed.
+  JobId ended() {
+    const JobId id = h.submit();
+    const auto start = h.to_engine<StartJob>(0).back();
+    h.beat(0, {{id, start.epoch, 0}});
+    for (std::uint64_t step : {1, 2})
+      h.from_engine(0, protocol::JobProgress{id, start.epoch, step, "step",
+                                             static_cast<std::int64_t>(step), 10, "", "{}"});
+    h.from_engine(0,
+                  protocol::CheckpointReady{id, start.epoch, 2,
+                                            h.manifest(ManifestKind::kCheckpoint, base, id.value)});
+    h.from_engine(0, protocol::JobEnded{id, start.epoch, invalid_error("bad row"), 2, "{}"});
+    h.beat(0);
+    h.advance(100);
+    return id;
+  }
+  std::size_t events(const JobId& id) {
+    return RegistryStore(h.registry()).events(id, 1000).value().size();
+  }
+  CoreHarness h;
+  Digest base;
+};
+
+TEST_F(History, OfEndedJobsTheOldestLoseTheirEventsAndCheckpointsAndThenTheirRecord) {
+  std::vector<JobId> jobs;
+  for (int i = 0; i < 4; ++i) jobs.push_back(ended());
+  const auto kept = [&](int i) { return h.tables().jobs.contains(jobs[std::size_t(i)]); };
+  EXPECT_FALSE(kept(0));
+  for (int i = 1; i < 4; ++i) EXPECT_TRUE(kept(i)) << i;
+  EXPECT_EQ(events(jobs[0]), 0u);
+  EXPECT_EQ(events(jobs[1]), 0u) << "three jobs' events are more than history_bytes_max";
+  EXPECT_TRUE(h.tables().checkpoints_of(jobs[1]).empty());
+  EXPECT_GT(events(jobs[3]), 3u);
+  EXPECT_EQ(h.tables().checkpoints_of(jobs[3]).size(), 1u);
+  h.restart();
+  EXPECT_FALSE(kept(0)) << "on disk too";
+  EXPECT_TRUE(h.registry().check(true).value().empty());
+  h.engine(0);
+  const auto resumed = h.call("job.resume", {{"job", jobs[1].value}}, "r");
+  EXPECT_TRUE(resumed.status.ok()) << resumed.status.message();
+  EXPECT_TRUE(h.to_engine<StartJob>(0).back().checkpoint_manifest.empty()) << "from its beginning";
+}
+
+TEST_F(History, AFailedJobWhoseDataOrBaseWasRemovedIsNotResumed) {
+  const JobId id = ended();
+  const auto resume = [&] { return h.call("job.resume", {{"job", id.value}}, "r").status; };
+  ASSERT_TRUE(h.call("data.rm", {{"data", "rows"}}, "k1").status.ok());
+  EXPECT_EQ(resume().code(), StatusCode::kNotFound);
+  EXPECT_NE(resume().message().find("data set"), std::string::npos) << resume().message();
+  ASSERT_TRUE(h.call("model.rm", {{"model", "base"}}, "k2").status.ok());
+  EXPECT_NE(resume().message().find("base"), std::string::npos) << resume().message();
+  EXPECT_EQ(h.job(id).state, JobState::kFailed);
+}
+
+TEST_F(History, AJobThatHasEndedCanBeRemovedAndItsChunksAreCollectedByThemselves) {
+  const JobId id = ended(), live = h.submit();
+  const Digest chunk = sha256(id.value);
+  EXPECT_EQ(h.call("job.rm", {{"job", live.value}}, "k1").status.code(), StatusCode::kConflict);
+  EXPECT_TRUE(h.call("job.rm", {{"job", id.value}}, "k2").status.ok());
+  EXPECT_EQ(h.call("job.show", {{"job", id.value}}).status.code(), StatusCode::kNotFound);
+  EXPECT_EQ(h.call("job.list", {{"after", id.value}}).status.code(), StatusCode::kConflict)
+      << "not a page that begins anywhere";
+  EXPECT_EQ(events(id), 0u);
+  EXPECT_TRUE(h.tables().checkpoints.empty());
+  EXPECT_TRUE(h.registry().blobs().has(chunk).value());
+  h.advance(storage::kBlobSpareMs + 2 * few().gc_ms);
+  EXPECT_FALSE(h.registry().blobs().has(chunk).value());
 }
 
 TEST_F(JobsTest, ACheckpointOfAnotherBaseOrWithoutItsBytesIsNotRestored) {

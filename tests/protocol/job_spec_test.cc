@@ -45,6 +45,12 @@ TEST(TrainSettings, RefusesValuesOutOfRangeWithRangeAndValue) {
   const auto r = TrainSettings::parse(R"({"lora_r": 0})");
   ASSERT_FALSE(r.ok());
   EXPECT_EQ(r.status().message(), "lora_r must be in 1..512, not 0");
+  EXPECT_EQ(TrainSettings::parse(R"({"seed": 18446744073709551615})").status().message(),
+            "seed must be in 0..9223372036854775807, not 18446744073709551615");
+  EXPECT_FALSE(JobSpec::parse(R"({"model":"m","dataset":"d","adapter":"a",)"
+                              R"("priority":18446744073709551615})")
+                   .ok())
+      << "not -1";
   EXPECT_FALSE(TrainSettings::parse(R"({"lora_dropout": 1.0})").ok());
   EXPECT_FALSE(TrainSettings::parse(R"({"learning_rate": "fast"})").ok());
   EXPECT_FALSE(TrainSettings::parse("[1]").ok());

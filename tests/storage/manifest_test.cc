@@ -59,6 +59,29 @@ TEST(Manifest, RoundTrips) {
   EXPECT_EQ(manifest->bytes(), 48);
 }
 
+TEST(Manifest, NamesItsChunksWithoutBeingParsed) {
+  Manifest manifest;
+  manifest.settings_json = R"({"chunks":["no digest"],"r":1})";
+  std::vector<Digest> expected;
+  for (const int count : {0, 1, 3}) {
+    std::vector<Digest> chunks;
+    for (int i = 0; i < count; ++i) chunks.push_back(sha256(str(count, "/", i)));
+    expected.insert(expected.end(), chunks.begin(), chunks.end());
+    manifest.tensors.push_back(
+        describe_hashed(str(count, R"("chunks":["x)"), "u8",
+                        {std::max(0, count - 1) * kDigestLeafBytes + (count > 0)},
+                        std::max(0, count - 1) * kDigestLeafBytes + (count > 0), chunks));
+  }
+  for (const char* settings : {R"({"chunks":["no digest"],"r":1})", "{}"}) {
+    manifest.settings_json = settings;
+    const std::string text = encode_manifest(manifest).value();
+    EXPECT_EQ(manifest_chunks(text).value(), expected) << text;
+    for (std::size_t cut = 0; cut < text.size(); ++cut)
+      (void)manifest_chunks(text.substr(0, cut));  // reads nothing beyond it
+  }
+  EXPECT_FALSE(manifest_chunks("").ok());
+}
+
 TEST(Manifest, LeavesMatchTheContentRootAtAnyThreadCount) {
   std::vector<std::byte> bytes(static_cast<std::size_t>(2 * kDigestLeafBytes) + 3);
   for (std::size_t i = 0; i < bytes.size(); i += 4097) bytes[i] = static_cast<std::byte>(i >> 12);

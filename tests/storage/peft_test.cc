@@ -156,6 +156,26 @@ class PeftFolder : public testing::Test {
   Scratch scratch_;
 };
 
+TEST_F(PeftFolder, RefusesValuesThatAreNotFiniteAndCountsThem) {
+  for (const auto& [dtype, infinite, largest] :
+       {std::tuple{DType::kBF16, 0x7f80, 0x7f7f}, {DType::kF16, 0xfc00, 0xfbff}}) {
+    std::vector<std::uint16_t> b(10, static_cast<std::uint16_t>(largest));
+    const auto written = [&] {
+      const std::vector<TensorInfo> infos{
+          {q_ + "lora_A.weight", dtype, {2, 3}, std::span(zeros_).first(12)},
+          {q_ + "lora_B.weight", dtype, {5, 2}, std::as_bytes(std::span(b))}};
+      EXPECT_TRUE(write_safetensors(scratch_ / "adapter_model.safetensors", infos, {}).ok());
+      return message();
+    };
+    EXPECT_EQ(written(), "ok");
+    b[3] = static_cast<std::uint16_t>(infinite);
+    b[9] = static_cast<std::uint16_t>(infinite + 1);  // no number
+    const std::string refused = written();
+    EXPECT_NE(refused.find(q_ + "lora_B.weight holds 2 values"), std::string::npos) << refused;
+    EXPECT_NE(refused.find("of 10"), std::string::npos) << refused;
+  }
+}
+
 TEST_F(PeftFolder, NamesWhatIsWrongWithItsTensors) {
   EXPECT_NE(message().find("no file"), std::string::npos);
   tensors({{q_ + "lora_A.weight", {2, 3}}, {q_ + "lora_B.weight", {5, 2}}});

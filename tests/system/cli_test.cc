@@ -130,6 +130,45 @@ TEST_F(CommandLine, EveryVerbsHelpHasAnExample) {
   EXPECT_GT(verbs, 40);
 }
 
+TEST_F(CommandLine, EveryExampleIsACommandThatCanBeTyped) {
+  int examples = 0;
+  for_each_help({}, [&](const std::string& typed, const std::string& help) {
+    for (const std::string local : {"up ", "down ", "bench ", "logs ", "completion "})
+      if (typed == local) return;
+    std::istringstream lines(help.substr(help.find("Example")));
+    for (std::string line; std::getline(lines, line);) {
+      if (!line.starts_with("  tandem ")) continue;
+      const std::string command = line.substr(8, line.find("  (") - 8);  // a remark may follow
+      std::ofstream(file("words.sh")) << "printf '%s\\n' " << command << " >" << file("words");
+      ASSERT_EQ(std::system(("sh " + file("words.sh")).c_str()), 0);
+      std::ifstream in(file("words"));
+      std::vector<std::string> words;
+      for (std::string word; std::getline(in, word);) words.push_back(word);
+      EXPECT_NE(platform_->cli(words).code, 2) << line;  // most names are not known here: 3
+      ++examples;
+    }
+  });
+  EXPECT_GT(examples, 50);
+}
+
+TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
+  const auto shown =
+      platform_->cli({"--json", "estimate", "--model", "tiny", "--data", file("train.jsonl"),
+                      "--adapter", "x", "--num-train-epochs", "2", "--max-length", "128"});
+  ASSERT_EQ(shown.code, 0) << shown.err;
+  const Json data = Json::parse(shown.out)["data"];
+  EXPECT_GT(data["trained_tokens"], 0);
+  EXPECT_EQ(data["steps"], 2 * data["steps_per_epoch"].get<int>());
+  std::ofstream(file("twice.yaml")) << "model: tiny\nlora_r: 4\nlora_r: 8\n";
+  const auto twice = platform_->cli({"estimate", "-f", file("twice.yaml")});
+  EXPECT_EQ(twice.code, 2) << twice.out;
+  EXPECT_NE(twice.err.find("twice.yaml:3: \"lora_r\""), std::string::npos) << twice.err;
+  const auto endless = platform_->cli({"train", "--model", "tiny", "--data", file("train.jsonl"),
+                                       "--adapter", "x", "--max-steps", "100000000"});
+  EXPECT_EQ(endless.code, 2) << endless.out;
+  EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
+}
+
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {
   std::ofstream(file("complete.bash")) << platform_->cli({"completion"}).out
                                        << "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _tandem\n"

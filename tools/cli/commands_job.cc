@@ -4,6 +4,7 @@
 #include "tools/cli/output.h"
 #include "worker/model/model_loader.h"
 #include "worker/runtime/encoder.h"
+#include "worker/train/batch_source.h"
 
 #include <yaml-cpp/yaml.h>
 
@@ -25,7 +26,12 @@ Json scalar_value(const std::string& text, bool quoted) {
 Json from_yaml(const YAML::Node& node) {
   if (node.IsMap()) {
     Json object = Json::object();
-    for (const auto& entry : node) object[entry.first.as<std::string>()] = from_yaml(entry.second);
+    for (const auto& entry : node) {
+      const auto name = entry.first.as<std::string>();
+      if (object.contains(name))
+        throw YAML::Exception(entry.first.Mark(), str("\"", name, "\" is given twice"));
+      object[name] = from_yaml(entry.second);
+    }
     return object;
   }
   if (node.IsSequence()) {
@@ -104,18 +110,37 @@ Result<JobRequest> merge(const TrainOptions& options) {
   return request;
 }
 
-/// Reads a file as training would, where the base model's files can be read here: a bad line is
-/// better found before anything travels. Elsewhere the engine says the same when the job starts.
-Status check_data(Session& session, const JobRequest& request, const std::string& path) {
+/// Reads the files as training would, where they and the base model's can be read here: a bad line,
+/// or more passes than there may be, is better found before anything travels. Elsewhere the engine
+/// says the same when the job starts. What there is to train on, or null.
+Result<Json> check_data(Session& session, const JobRequest& request) {
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("model.show", {{"model", request.model}}));
   const std::string model_path = shown.value("path", "");
-  if (!std::filesystem::exists(path) || !std::filesystem::exists(model_path)) return {};
+  std::error_code error;
+  const auto here = [&](const std::string& path) { return std::filesystem::exists(path, error); };
+  if (!here(model_path) || (!here(request.data) && !here(request.eval_data))) return Json();
   TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto settings,
                           protocol::TrainSettings::parse(request.train.dump()));
-  return worker::data::load_dataset(path, encoder, worker::runtime::dataset_options(settings))
-      .status();
+  const auto load =
+      [&](const std::string& path) -> Result<std::shared_ptr<const worker::data::Dataset>> {
+    if (!here(path)) return std::shared_ptr<const worker::data::Dataset>();
+    TANDEM_ASSIGN_OR_RETURN(
+        auto data,
+        worker::data::load_dataset(path, encoder, worker::runtime::dataset_options(settings)));
+    return std::make_shared<const worker::data::Dataset>(std::move(data));
+  };
+  TANDEM_ASSIGN_OR_RETURN(const auto data, load(request.data));
+  TANDEM_ASSIGN_OR_RETURN(const auto eval, load(request.eval_data));
+  if (data == nullptr) return Json();
+  TANDEM_ASSIGN_OR_RETURN(const auto batches,
+                          worker::train::make_packed_batches(data, eval, settings));
+  return Json{{"rows", data->examples.size()},
+              {"tokens", data->total_tokens()},
+              {"trained_tokens", data->trained_tokens()},
+              {"steps_per_epoch", batches->steps_per_epoch()},
+              {"steps", batches->total_steps()}};
 }
 
 /// A data set by file (uploaded and registered) or by the name or digest it has.
@@ -227,10 +252,9 @@ Status run_train(Session& session, const TrainOptions& options) {
   Json named = spec;
   named["dataset"] = "uploaded below";
   TANDEM_RETURN_IF_ERROR(protocol::JobSpec::parse(named.dump()).status());
-  TANDEM_RETURN_IF_ERROR(check_data(session, request, request.data));
+  TANDEM_RETURN_IF_ERROR(check_data(session, request).status());
   TANDEM_ASSIGN_OR_RETURN(spec["dataset"], resolve_data(session, request.data));
   if (!request.eval_data.empty()) {
-    TANDEM_RETURN_IF_ERROR(check_data(session, request, request.eval_data));
     TANDEM_ASSIGN_OR_RETURN(spec["eval_dataset"], resolve_data(session, request.eval_data));
   }
   TANDEM_ASSIGN_OR_RETURN(const Json job, session.call("job.submit", {{"spec", spec}}));
@@ -273,8 +297,10 @@ Status run_job_action(Session& session, const std::string& action, const std::st
 Status run_estimate(Session& session, const TrainOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const JobRequest request, merge(options));
   if (request.model.empty()) return invalid_error("tandem estimate needs --model");
-  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("estimate", {{"model", request.model},
-                                                                       {"train", request.train}}));
+  TANDEM_ASSIGN_OR_RETURN(const Json data, check_data(session, request));
+  TANDEM_ASSIGN_OR_RETURN(
+      Json result, session.call("estimate", {{"model", request.model}, {"train", request.train}}));
+  if (!data.is_null()) result["data"] = data;
   if (session.json()) {
     std::cout << result.dump() << "\n";
     return {};
@@ -304,6 +330,10 @@ Status run_estimate(Session& session, const TrainOptions& options) {
             << bytes_field(result, "peak_bytes") << " of "
             << bytes_field(result, result.contains("device_bytes") ? "device_bytes" : "limit_bytes")
             << (result.value("fits", false) ? ": fits\n" : ": does not fit\n");
+  if (!data.is_null())
+    std::cout << field(data, "steps") << " steps, " << field(data, "steps_per_epoch")
+              << " an epoch: " << field(data, "rows") << " rows, " << field(data, "tokens")
+              << " tokens, " << field(data, "trained_tokens") << " of them trained\n";
   return {};
 }
 

@@ -97,7 +97,15 @@ CLI::App* named(CLI::App& parent, Invocation& in, const std::string& name, const
   const auto known = kNames.find(parent.get_name());
   CLI::App* sub = verb(parent, in, name, help, std::move(run),
                        str(typed(parent), " ", name, " ", known->second, more));
-  sub->add_option("name", in.name, "name or digest (12 digits or more)")->required();
+  static const std::map<std::string, std::string> kMeans{
+      {"job", "the job's id"},
+      {"worker", "HOST/DEVICE, as worker list shows it"},
+      {"replica", "the replica's id"},
+      {"key", "whose"}};
+  const auto means = kMeans.find(parent.get_name());
+  sub->add_option("name", in.name,
+                  means != kMeans.end() ? means->second : "name or digest (12 digits or more)")
+      ->required();
   return sub;
 }
 
@@ -137,8 +145,7 @@ void add_objects(CLI::App& app, Invocation& in) {
     CLI::App* remove = named(*parent, in, "rm", "forget one", [&in, noun](Session& s) {
       return run_remove(s, noun, in.name, in.force);
     });
-    if (parent == model)
-      remove->add_flag("--force", in.force, "also while adapters, jobs or replicas need it");
+    if (parent == model) remove->add_flag("--force", in.force, "also while adapters need it");
   }
   named(
       *model, in, "export", "write a Hugging Face folder",
@@ -175,6 +182,12 @@ void add_objects(CLI::App& app, Invocation& in) {
 
 void add_training_options(CLI::App& sub, Invocation& in) {
   sub.add_option("--model", in.train.model, "base model");
+  sub.add_option("--data", in.train.data, "JSON lines file, or a data set's name or digest");
+  sub.add_option("--eval-data", in.train.eval_data, "the same, for evaluation");
+  sub.add_option("--adapter", in.train.adapter, "name to publish under (method lora)");
+  sub.add_option("--name", in.train.name, "name of the new model (method full)");
+  sub.add_option("--priority", in.train.priority, "-100..100, higher first [0]")
+      ->check(CLI::Range(-100, 100));
   sub.add_option("-f,--file", in.train.file, "job file (YAML): the same names, side by side");
   for (const auto& field : protocol::TrainSettings::field_names())
     sub.add_option_function<std::string>(
@@ -204,20 +217,17 @@ void add_training(CLI::App& app, Invocation& in) {
       "gradient_accumulation_steps\nmicro-batches, dealt to the dp ranks. zero 1, 2, 3 shards "
       "optimizer, gradients, parameters over dp.\nlayout auto takes the fastest that fits on at "
       "most "
-      "ranks_max workers, by dry runs and a cost model.");
+      "ranks_max workers, by dry runs and a cost model.\n"
+      "tandem estimate with the same options tells memory, layout and steps, and submits nothing.");
   add_training_options(*train, in);
-  train->add_option("--data", in.train.data, "JSON lines file, or a data set's name or digest");
-  train->add_option("--eval-data", in.train.eval_data, "the same, for evaluation");
-  train->add_option("--adapter", in.train.adapter, "name to publish under (method lora)");
-  train->add_option("--name", in.train.name, "name of the new model (method full)");
-  train->add_option("--priority", in.train.priority, "-100..100, higher first [0]")
-      ->check(CLI::Range(-100, 100));
   train->add_flag("--follow", in.train.follow, "show progress until it ends; Ctrl-C detaches");
   add_training_options(
       *verb(
-          app, in, "estimate", "device memory a job would take, before anything runs",
+          app, in, "estimate",
+          "what a job would take: device memory, layout, steps; nothing is submitted",
           [&in](Session& s) { return run_estimate(s, in.train); },
           "tandem estimate --model smol --method lora --seq-len 2048\n"
+          "  tandem estimate --model smol --data train.jsonl  (rows, tokens and steps too)\n"
           "  tandem estimate --model smol --pp 2         (every rank's bytes)\n"
           "  tandem estimate --model smol --layout auto  (layouts that this pool allows, fastest "
           "first)"),
@@ -228,6 +238,8 @@ void add_training(CLI::App& app, Invocation& in) {
   named(*job, in, "watch", "progress until it ends",
         [&in](Session& s) { return run_job_watch(s, in.name); });
   named(*job, in, "logs", "its log", [&in](Session& s) { return run_job_logs(s, in.name); });
+  named(*job, in, "rm", "forget one that has ended, with its checkpoints; what it published stays",
+        [&in](Session& s) { return run_remove(s, "job", in.name, false); });
   for (const auto& [action, help] : {std::pair{"cancel", "stop it for good"},
                                      {"pause", "write a checkpoint and stop"},
                                      {"resume", "go on from the last checkpoint"}}) {
@@ -281,9 +293,11 @@ void add_inference(CLI::App& app, Invocation& in) {
   eval->add_option("--data", in.path, "JSON lines file")->required();
   eval->add_option("--max-length", in.max_length, "tokens of a row [2048]")
       ->check(CLI::PositiveNumber);
-  add_sampling(*verb(app, in, "chat", "a conversation",
-                     [&in](Session& s) { return run_chat(s, in.generate); }),
-               in);
+  add_sampling(
+      *verb(
+          app, in, "chat", "a conversation", [&in](Session& s) { return run_chat(s, in.generate); },
+          "tandem chat --model guide"),
+      in);
 }
 
 void add_replicas(CLI::App& app, Invocation& in) {

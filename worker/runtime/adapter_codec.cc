@@ -96,6 +96,9 @@ Result<std::vector<std::vector<float>>> fetch_tensors(const storage::Manifest& m
       return corrupt_error(str("tensor ", tensor.name, " has ", bytes.size(),
                                " bytes, its manifest says ", tensor.bytes));
     TANDEM_ASSIGN_OR_RETURN(auto values, to_floats(bytes, tensor.dtype, tensor.name));
+    if (const auto bad = storage::count_not_finite(bytes, *parse_dtype(tensor.dtype)); bad > 0)
+      return invalid_error(str("adapter tensor ", tensor.name, " holds ", bad,
+                               " values that are infinite or no numbers, of ", values.size()));
     tensors.push_back(std::move(values));
   }
   return tensors;

@@ -2,6 +2,7 @@
 
 #include "protocol/base/log.h"
 #include "worker/runtime/encoder.h"
+#include "worker/runtime/model_files.h"
 #include "worker/runtime/model_folder.h"
 
 #include <nlohmann/json.hpp>
@@ -393,6 +394,7 @@ void JobHost::keep_model(const Digest& model) const {
   else
     fs::rename(parts_.model_folder, kept, error);
   if (error) log_warn("the published model was not kept for this host: ", error.message());
+  trim_model_cache(kept.parent_path().string(), model);
 }
 
 /// Probed, and its digest is known, which no name leads to before the publish: while its bytes are

@@ -6,10 +6,13 @@
 
 #include <nlohmann/json.hpp>
 
+#include <fcntl.h>
 #include <sys/stat.h>
 
+#include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <map>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -81,7 +84,39 @@ Result<bool> matches(const protocol::ModelRef& model, const std::string& path,
   return true;
 }
 
+/// When it was used last is its access time: reading a file may set it too, and no other stamp that
+/// VerifiedFiles looks at changes.
+void mark_used(const std::string& path) {
+  const timespec times[] = {{0, UTIME_NOW}, {0, UTIME_OMIT}};
+  (void)::utimensat(AT_FDCWD, path.c_str(), times, 0);
+}
+
 }  // namespace
+
+void trim_model_cache(const std::string& models, const Digest& kept, std::int64_t free_bytes) {
+  std::multimap<std::int64_t, fs::path> by_use;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(models, error)) {
+    const auto digest = Digest::parse(entry.path().stem().string());  // else a job's draft
+    struct stat info {};
+    if (digest.ok() && *digest != kept && ::stat(entry.path().c_str(), &info) == 0 &&
+        info.st_atim.tv_sec + kModelSpareS < ::time(nullptr))
+      by_use.emplace(info.st_atim.tv_sec, entry.path());
+  }
+  for (const auto& [used, path] : by_use) {
+    const fs::space_info disk = fs::space(models, error);
+    if (error || disk.available >= static_cast<std::uintmax_t>(free_bytes)) return;
+    log_info("the disk is short of space: removing the copy of a model that was used longest ago, ",
+             path.string());
+    fs::remove_all(path, error);
+  }
+}
+
+void trim_model_cache(const std::string& models, const Digest& kept) {
+  std::error_code error;
+  const fs::space_info disk = fs::space(models, error);
+  if (!error) trim_model_cache(models, kept, static_cast<std::int64_t>(disk.capacity / 10));
+}
 
 Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,
                                  BulkClient& bulk) {
@@ -97,7 +132,11 @@ Result<std::string> locate_model(const protocol::ModelRef& model, const std::str
   const std::string cached =
       str(data_directory, "/cache/models/", model.digest.hex(), one_file ? ".gguf" : "");
   auto have = matches(model, cached, verified);
-  if (have.ok() && *have) return cached;
+  if (have.ok() && *have) {
+    mark_used(cached);
+    return cached;
+  }
+  trim_model_cache(data_directory + "/cache/models", model.digest);
   log_info("fetching model ", model.name, " (", model.files.size(), " files)");
   for (const auto& [relative, root] : model.files)
     TANDEM_RETURN_IF_ERROR(bulk.fetch_file(root, join(cached, relative)));

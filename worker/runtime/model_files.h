@@ -15,4 +15,13 @@ namespace tandem::worker::runtime {
 Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,
                                  BulkClient& bulk);
 
+/// Removes copies of models (folders and files named by digest) from DATA/cache/models, the one
+/// that was used longest ago first, until the disk has `free_bytes`; not `kept` and not what was
+/// used within kModelSpareS: somebody may be reading it. Who needs one again fetches it again.
+void trim_model_cache(const std::string& models, const Digest& kept, std::int64_t free_bytes);
+/// The same until a tenth of the disk is free.
+void trim_model_cache(const std::string& models, const Digest& kept);
+
+inline constexpr std::int64_t kModelSpareS = 3600;
+
 }  // namespace tandem::worker::runtime

@@ -93,6 +93,16 @@ TEST(AdapterCodec, IdentityIsContent) {
   EXPECT_NE(one->digest, three->digest);
 }
 
+TEST(AdapterCodec, RefusesValuesThatAreNotFinite) {
+  auto bad = tensors(4);
+  bad.back().b.back() = std::numeric_limits<float>::infinity();
+  const auto packed = pack_adapter(kBase, peft(4), flat(bad, DType::kF32));
+  const auto again = unpack_adapter(packed->manifest, kBase, config(), packed->fetch());
+  ASSERT_FALSE(again.ok());
+  EXPECT_NE(again.status().message().find("holds 1 values"), std::string::npos)
+      << again.status().message();
+}
+
 TEST(AdapterCodec, RefusesAnotherBaseAndAnotherShape) {
   const auto packed = pack_adapter(kBase, peft(4), flat(tensors(4), DType::kF32));
   const auto other = unpack_adapter(packed->manifest, sha256("other"), config(), packed->fetch());
