@@ -123,6 +123,10 @@ OpCost op_cost(const LinearCrossEntropyArgs& a) {
       moved(bytes_of(a.x, a.weight->storage, a.dx) + (grad ? bytes_of(a.weight->storage) : 0.0));
   cost.product_flops = grad ? 2.0 * one : one;
   cost.logits = static_cast<double>(a.x.dim(0) * a.weight->n);
+  // As of the ops that it stands for: logits are written, and read for their sums and for the loss;
+  // their gradients are written and read.
+  cost.bytes += cost.logits * static_cast<double>(3 * dtype_bytes(a.loss.dtype) +
+                                                  (grad ? 2 * dtype_bytes(a.x.dtype) : 0));
   return cost;
 }
 

@@ -62,11 +62,12 @@ double largest(Machine& m, double mine) {
   return *std::max_element(host.begin(), host.end());
 }
 
-/// Seconds on the slowest rank with all of them at it, the least of several trials (whatever else
-/// runs on the machine only adds to it), each long enough to hide what beginning and end take.
+/// Seconds on the slowest rank with all of them at it. The least of several trials, for another
+/// program's work only adds to them; each is long enough to hide what beginning and end take, and
+/// the first ones bring a GPU's clock to what it is in training.
 double time_of(Machine& m, const std::function<void()>& body) {
-  constexpr int kTrials = 7, kRepeatsMax = 64;
-  constexpr double kTrialSeconds = 1e-3;
+  constexpr int kTrials = 6, kWarmups = 2, kRepeatsMax = 256;
+  constexpr double kTrialSeconds = 10e-3;
   const auto trial = [&](int repeats) {
     m.backend.ops->synchronize(m.exec);
     m.comm.barrier(m.exec);
@@ -78,6 +79,7 @@ double time_of(Machine& m, const std::function<void()>& body) {
   trial(1);
   const double about = std::max(1e-9, trial(1));
   const int repeats = std::clamp(static_cast<int>(kTrialSeconds / about), 1, kRepeatsMax);
+  for (int i = 0; i < kWarmups; ++i) trial(repeats);
   double least = trial(repeats);
   for (int i = 1; i < kTrials; ++i) least = std::min(least, trial(repeats));
   return least;
@@ -155,15 +157,24 @@ void fit_background(Machine& m, DType dtype, const std::function<void()>& produc
   };
   model.background_gather = fit(gather);
   model.background_reduce = fit(reduce);
-  const double alone = time_of(m, [&] { gather(kLarge)->wait(m.exec); });
+  // Long enough that what a product's time varies by is small beside it.
+  constexpr int kGathers = 4;
+  const auto gathers = [&] {
+    std::vector<std::unique_ptr<worker::comm::Pending>> pending;
+    for (int g = 0; g < kGathers; ++g) pending.push_back(gather(kLarge));
+    return pending;
+  };
+  const double alone = time_of(m, [&] {
+    for (const auto& pending : gathers()) pending->wait(m.exec);
+  });
   const int count = 1 + static_cast<int>(1.5 * alone / time_of(m, product));
   const auto products = [&] {
-    for (int i = 0; i < count; ++i) product();
+    for (int p = 0; p < count; ++p) product();
   };
   const double beside = time_of(m, [&] {
-    const auto pending = gather(kLarge);
+    const auto begun = gathers();
     products();
-    pending->wait(m.exec);
+    for (const auto& pending : begun) pending->wait(m.exec);
   });
   model.background_slowdown = std::max(1.0, 1.0 + (beside - time_of(m, products)) / alone);
 }
@@ -239,8 +250,12 @@ void fit_rates(Machine& m, const Options& options, const worker::model::ModelCon
   kernels::ArenaScope scope(m.arena);
   Rates make(m, dtype);
   const std::int64_t t = options.rows * options.length;
-  const auto rate_of = [&](double work, double seconds, int count) {
-    return work / std::max(1e-9, seconds - count * model.op_seconds);
+  // Of ops that take so many seconds: what bytes and starting them take is known before.
+  const auto rate_of = [&](double work, double seconds,
+                           std::initializer_list<kernels::OpCost> ops_timed) {
+    for (const kernels::OpCost& cost : ops_timed)
+      seconds -= model.op_seconds + cost.bytes / model.memory_bytes_per_second;
+    return work / std::max(1e-9, seconds);
   };
   const auto tiny = make.noise({8, 16}), tiny_out = make.noise({8, 8});
   model.op_seconds = time_of(m, [&] { ops.silu_mul_forward(m.exec, {tiny, tiny_out}); });
@@ -258,26 +273,23 @@ void fit_rates(Machine& m, const Options& options, const worker::model::ModelCon
                         ops.silu_mul_forward(m.exec, silu);
                         ops.add_rms_norm_forward(m.exec, norm);
                       }),
-              2);
+              {kernels::op_cost(silu), kernels::op_cost(norm)});
   constexpr std::int64_t kMasters = 1 << 22;
-  const auto master = [&] { return make.zeros({kMasters}, DType::kF32); };
-  const kernels::AdamWArgs adamw{master(), master(), master(), master(), make.noise({kMasters}),
-                                 {},       1.0f,     1e-5f,    0.9f,     0.99f,
-                                 1e-8f,    0.0f,     1};
+  kernels::AdamWArgs adamw{};
+  for (kernels::Tensor* state : {&adamw.param, &adamw.grad, &adamw.m, &adamw.v})
+    *state = make.zeros({kMasters}, DType::kF32);
+  adamw.param_cd = make.zeros({kMasters}, dtype);
+  adamw.lr = adamw.eps = 1e-5f;
+  adamw.step = 1;
   model.memory_bytes_per_second =
-      rate_of(kernels::op_cost(adamw).bytes, time_of(m, [&] { ops.adamw(m.exec, adamw); }), 1);
+      kernels::op_cost(adamw).bytes /
+      std::max(1e-9, time_of(m, [&] { ops.adamw(m.exec, adamw); }) - model.op_seconds);
 
   const auto weight = make.weight(n, i);
   const kernels::LinearArgs forward{x, &weight, {}, {}, nullptr, gate_up, {}};
   const kernels::LinearBackwardArgs backward{gate_up, dx, &weight, {}, nullptr, {}, y};
-  const auto linear = [&](std::int64_t rows, const std::vector<kernels::LoraSite>& sites,
-                          const kernels::AdapterRows* adapters, const kernels::Tensor& u) {
-    kernels::LinearArgs f = forward;
-    kernels::LinearBackwardArgs b = backward;
-    f.x = x.rows(0, rows), f.y = gate_up.rows(0, rows), f.u = u;
-    b.dy = gate_up.rows(0, rows), b.x = dx.rows(0, rows), b.dx = y.rows(0, rows), b.u = u;
-    f.sites = b.sites = sites;
-    f.adapters = b.adapters = adapters;
+  const auto time_of_linear = [&](const kernels::LinearArgs& f,
+                                  const kernels::LinearBackwardArgs& b) {
     return time_of(m, [&] {
       ops.linear_forward(m.exec, f);
       ops.linear_backward(m.exec, b);
@@ -285,34 +297,41 @@ void fit_rates(Machine& m, const Options& options, const worker::model::ModelCon
   };
   const double flops =
       kernels::op_cost(forward).product_flops + kernels::op_cost(backward).product_flops;
-  const double products = rate_of(flops, linear(t, {}, nullptr, {}), 2);
+  const double products = rate_of(flops, time_of_linear(forward, backward),
+                                  {kernels::op_cost(forward), kernels::op_cost(backward)});
   model.product_flops_bf16 = model.product_flops_f32 = products;
 
   const kernels::LinearWeightGradArgs grad{gate_up, x, make.zeros({n, i}, DType::kF32), {}, true};
-  model.weight_grad_share = rate_of(kernels::op_cost(grad).weight_grad_flops,
-                                    time_of(m, [&] { ops.linear_weight_grad(m.exec, grad); }), 1) /
-                            products;
+  model.weight_grad_share =
+      rate_of(kernels::op_cost(grad).weight_grad_flops,
+              time_of(m, [&] { ops.linear_weight_grad(m.exec, grad); }), {kernels::op_cost(grad)}) /
+      products;
 
-  // What adapters add to all rows and to half of them gives a line.
+  // What adapters add to a wide linear and to a narrow one gives a line.
   const std::int64_t rank = options.rank;
-  const std::vector<kernels::LoraSite> sites{make.site(0, n / 2, i, rank),
-                                             make.site(n / 2, n / 2, i, rank)};
-  const auto added = [&](std::int64_t rows) {
-    const kernels::AdapterRows adapters{make.words({0, static_cast<std::int32_t>(rows)}),
-                                        make.words({0}), 1, rank};
-    const auto u = make.zeros({rows, 2 * rank}, dtype);
-    return linear(rows, sites, &adapters, u) - linear(rows, {}, nullptr, {});
+  const kernels::AdapterRows rows_of_one{make.words({0, static_cast<std::int32_t>(t)}),
+                                         make.words({0}), 1, rank};
+  const auto u = make.zeros({t, 2 * rank}, dtype);
+  struct Added {
+    kernels::OpCost cost;
+    double seconds = 0.0;
   };
-  const kernels::AdapterRows all{make.words({0, static_cast<std::int32_t>(t)}), make.words({0}), 1,
-                                 rank};
-  kernels::LinearArgs lora = forward;
-  kernels::LinearBackwardArgs lora_back = backward;
-  lora.sites = lora_back.sites = sites;
-  lora.adapters = lora_back.adapters = &all;
-  const kernels::OpCost once = kernels::op_cost(lora), back = kernels::op_cost(lora_back);
-  const auto line = fit_link(once.low_rank_products + back.low_rank_products,
-                             0.5 * (once.low_rank_flops + back.low_rank_flops), added(t / 2),
-                             once.low_rank_flops + back.low_rank_flops, added(t));
+  const auto added = [&](const kernels::PackedWeight& w, const kernels::Tensor& to) {
+    kernels::LinearArgs f{x, &w, {}, {}, nullptr, to, {}};
+    kernels::LinearBackwardArgs b{to, dx, &w, {}, nullptr, {}, y};
+    const double without = time_of_linear(f, b);
+    f.sites = b.sites = {make.site(0, w.n / 2, i, rank), make.site(w.n / 2, w.n / 2, i, rank)};
+    f.adapters = b.adapters = &rows_of_one;
+    f.u = b.u = u;
+    kernels::OpCost cost = kernels::op_cost(f);
+    cost.low_rank_flops += kernels::op_cost(b).low_rank_flops;
+    cost.low_rank_products += kernels::op_cost(b).low_rank_products;
+    return Added{cost, time_of_linear(f, b) - without};
+  };
+  const auto square = make.weight(i, i);
+  const Added narrow = added(square, make.noise({t, i})), wide = added(weight, gate_up);
+  const auto line = fit_link(wide.cost.low_rank_products, narrow.cost.low_rank_flops,
+                             narrow.seconds, wide.cost.low_rank_flops, wide.seconds);
   model.low_rank_seconds = line.hop_seconds;
   model.low_rank_share = line.bytes_per_second / products;
 
@@ -335,7 +354,7 @@ void fit_rates(Machine& m, const Options& options, const worker::model::ModelCon
                                             ops.attention_forward(m.exec, attend);
                                             ops.attention_backward(m.exec, attend_back);
                                           }),
-                                  2);
+                                  {kernels::op_cost(attend), kernels::op_cost(attend_back)});
 
   // As much of the vocabulary as is made quickly.
   constexpr std::int64_t kHeadElements = 64 << 20, kHeadRows = 1024;
@@ -349,34 +368,48 @@ void fit_rates(Machine& m, const Options& options, const worker::model::ModelCon
                                              {},
                                              dx.rows(0, rows)};
   const kernels::OpCost cost = kernels::op_cost(loss);
-  model.logits_per_second =
-      cost.logits / std::max(1e-9, time_of(m, [&] { ops.linear_cross_entropy(m.exec, loss); }) -
-                                       cost.product_flops / products - model.op_seconds);
+  model.logits_per_second = rate_of(
+      cost.logits,
+      time_of(m, [&] { ops.linear_cross_entropy(m.exec, loss); }) - cost.product_flops / products,
+      {cost});
   fit_background(
       m, dtype, [&] { ops.linear_forward(m.exec, forward); }, model);
 }
 
-/// Seconds of the fastest step on that layout, on the gang's first ranks; 0 on the others.
-Result<double> measure(Machine& m, const Options& options, const worker::comm::Layout& layout) {
+/// A job on one layout, on the gang's first ranks; the others have no rig.
+struct Trial {
+  std::unique_ptr<worker::comm::Communicator> gang;
+  worker::model::LoadedModel loaded;
+  std::unique_ptr<tools::TrainingRig> rig;
+};
+
+Result<Trial> start(Machine& m, const Options& options, const worker::comm::Layout& layout) {
   const int ranks = layout.ranks();
   const bool mine = m.comm.rank() < ranks;
   std::vector<int> members(static_cast<std::size_t>(mine ? ranks : m.comm.size() - ranks));
   std::iota(members.begin(), members.end(), mine ? 0 : ranks);
-  const auto gang = m.comm.sub(members);
-  double seconds = 0.0;
-  if (mine) {
-    TANDEM_ASSIGN_OR_RETURN(auto loaded, load(options));
-    TANDEM_ASSIGN_OR_RETURN(const auto rig, tools::TrainingRig::create(m.backend, m.exec, *gang,
-                                                                       layout, loaded, options));
-    while (!rig->session().finished()) {
-      TANDEM_ASSIGN_OR_RETURN(const auto event, rig->session().run_slice());
-      const auto* done = std::get_if<worker::train::StepDone>(&event);
-      if (done == nullptr || done->step <= options.warmup) continue;
-      seconds = seconds == 0.0 ? done->seconds : std::min(seconds, done->seconds);
-    }
+  Trial trial;
+  trial.gang = m.comm.sub(members);
+  if (!mine) return trial;
+  TANDEM_ASSIGN_OR_RETURN(trial.loaded, load(options));
+  tools::TrainingCase all = options;
+  all.steps = options.steps * options.rounds;
+  TANDEM_ASSIGN_OR_RETURN(trial.rig, tools::TrainingRig::create(m.backend, m.exec, *trial.gang,
+                                                                layout, trial.loaded, all));
+  return trial;
+}
+
+/// Seconds of the fastest of a round's steps; 0 on ranks that have no part in them.
+Result<double> run_round(Machine& m, const Options& options, Trial& trial) {
+  double fastest = 0.0;
+  for (std::int64_t steps = 0; trial.rig != nullptr && steps < options.steps;) {
+    TANDEM_ASSIGN_OR_RETURN(const auto event, trial.rig->session().run_slice());
+    const auto* done = std::get_if<worker::train::StepDone>(&event);
+    if (done == nullptr || done->step <= options.warmup) continue;
+    fastest = steps++ == 0 ? done->seconds : std::min(fastest, done->seconds);
   }
   m.comm.barrier(m.exec);
-  return seconds;
+  return fastest;
 }
 
 Status run(const Options& options) {
@@ -412,19 +445,23 @@ Status run(const Options& options) {
   const std::size_t tried =
       std::min(planned.size(),
                options.first == 0 ? planned.size() : static_cast<std::size_t>(options.first));
-  // The fastest step of all rounds, which are apart in time: another program's work passes.
+  // Layouts take turns, and of each the fastest step counts: another program's work passes.
   std::vector<double> speeds(tried);
-  for (std::size_t run = 0; options.run && run < tried * static_cast<std::size_t>(options.rounds);
-       ++run) {
-    const std::size_t i = run % tried;
-    TANDEM_ASSIGN_OR_RETURN(const double seconds, measure(machine, options, planned[i].layout));
-    if (machine.comm.rank() != 0) continue;
-    speeds[i] = std::max(speeds[i], options.tokens() / seconds);
-    rows[i]["measured_tokens_per_second"] = speeds[i];
-    rows[i]["measured_step_seconds"] = options.tokens() / speeds[i];
-    std::cerr << planned[i].layout.to_string() << ": " << options.tokens() / seconds
-              << " tokens/s, predicted " << planned[i].tokens_per_second << std::endl;
-  }
+  std::vector<Trial> trials(tried);
+  for (int round = 0; options.run && round < options.rounds; ++round)
+    for (std::size_t i = 0; i < tried; ++i) {
+      if (round == 0) {
+        TANDEM_ASSIGN_OR_RETURN(trials[i], start(machine, options, planned[i].layout));
+      }
+      TANDEM_ASSIGN_OR_RETURN(const double seconds, run_round(machine, options, trials[i]));
+      if (options.rounds == 1) trials[i] = {};
+      if (machine.comm.rank() != 0) continue;
+      speeds[i] = std::max(speeds[i], options.tokens() / seconds);
+      rows[i]["measured_tokens_per_second"] = speeds[i];
+      rows[i]["measured_step_seconds"] = options.tokens() / speeds[i];
+      std::cerr << planned[i].layout.to_string() << ": " << options.tokens() / seconds
+                << " tokens/s, predicted " << planned[i].tokens_per_second << std::endl;
+    }
   if (machine.comm.rank() != 0) return {};
   Json report{{"bench", "layout"},
               {"model", options.model.empty() ? options.shape : options.model},
@@ -472,7 +509,8 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1, 1000));
   app.add_option("--layers", options.layers, "only so many of the model's blocks (0: all)")
       ->check(CLI::Range(0, 1000));
-  app.add_option("--rounds", options.rounds, "run all layouts so many times")
+  app.add_option("--rounds", options.rounds,
+                 "layouts take turns, --steps at a time (more than one: all are in memory)")
       ->check(CLI::Range(1, 100));
   app.add_option("--write", options.write, "keep the fitted cost model in this file");
   app.add_option("--first", options.first, "run only so many, the fastest by prediction (0: all)")

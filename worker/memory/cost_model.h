@@ -38,7 +38,8 @@ struct CostModel {
   LinkCost background_gather, background_reduce;
   double background_slowdown = 1.0;
 
-  /// An op is limited by its products or by memory.
+  /// Operations and bytes add up: a small or narrow product is limited by its bytes, and neither a
+  /// core nor a GPU hides all of them behind those of a large one.
   [[nodiscard]] double seconds(const kernels::OpCost& cost, DType dtype) const;
   /// Of a collective from the moment its last rank has come; of an exchange's messages, see below.
   [[nodiscard]] double seconds(const comm::CommCall& call) const;
