@@ -122,9 +122,9 @@ void fit_links(Machine& m, DType dtype, memory::CostModel& model) {
   model.all_gather = fit(1, hops, share);
   model.reduce_scatter = fit(2, hops, share);
   model.exchange = fit(3, 1.0, 1.0);
-  if (is_16_bit(dtype))
+  if (is_16_bit(dtype))  // a byte has twice as much to add
     model.sum_16_bit_slowdown =
-        std::max(1.0, time(2 * large, 0, dtype) / time(large, 0, DType::kF32));
+        std::clamp(time(2 * large, 0, dtype) / time(large, 0, DType::kF32), 1.0, 2.0);
 }
 
 /// What goes on in the background, from shared memory, and what it costs a product beside it.
