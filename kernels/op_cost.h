@@ -1,7 +1,7 @@
 // What an op has to do at least, as pure functions of its arguments: operations of its products and
-// bytes of the tensors it reads and writes once. A planner turns them into seconds with the rates
-// of a device; the meta backend counts them. Ragged batches are taken at the host's bounds, causal
-// attention as half of its square. Any thread.
+// bytes of the tensors it reads and writes once, each by what a device does at a rate of its own. A
+// planner turns them into seconds; the meta backend counts them. Ragged batches are taken at the
+// host's bounds, causal attention as half of its square. Any thread.
 #pragma once
 
 #include "kernels/op_args.h"
@@ -11,9 +11,14 @@
 namespace tandem::kernels {
 
 struct OpCost {
-  double product_flops = 0.0;    ///< of matrix products, two per multiply-add
-  double attention_flops = 0.0;  ///< of scores, values and their gradients
-  double bytes = 0.0;            ///< of device memory
+  double product_flops = 0.0;      ///< of matrix products, two per multiply-add
+  double weight_grad_flops = 0.0;  ///< of those that give gradients of weights
+  double low_rank_flops = 0.0;     ///< of those through an adapter's few columns
+  double low_rank_products = 0.0;  ///< how many of these, all sites of an op as one
+  double attention_flops = 0.0;    ///< of scores, values and their gradients
+  double logits = 0.0;             ///< whose loss and gradient are taken
+  double bytes = 0.0;              ///< of device memory
+  double row_bytes = 0.0;          ///< likewise, in a pass over rows (norms, rotations, silu)
 };
 
 /// Told the cost of every op that a dry run issues, in order.

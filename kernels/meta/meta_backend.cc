@@ -52,7 +52,9 @@ class MetaOps final : public Ops {
     if (watcher_) watcher_(op_cost(args));
   }
   void moved(std::int64_t bytes) const {
-    if (watcher_) watcher_({0.0, 0.0, static_cast<double>(bytes)});
+    OpCost cost;
+    cost.bytes = static_cast<double>(bytes);
+    if (watcher_) watcher_(cost);
   }
   /// An op that needs scratch.
   template <class Args>

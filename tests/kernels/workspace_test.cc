@@ -390,7 +390,7 @@ TEST(Workspace, AnInputMadeInForwardIsNoOpOfItsOwnWhereOnePassMakesIt) {
   EXPECT_EQ(costs(hopper, 3, 0.1f).size(), 2U) << "a mask of each site";
   const std::vector<OpCost> apart = costs(cpu_profile({.threads = 1}), 1, 0.0f);
   ASSERT_EQ(apart.size(), 2U);
-  EXPECT_EQ(apart[0].bytes, activation);
+  EXPECT_EQ(apart[0].row_bytes, activation);
   EXPECT_EQ(apart[1].bytes, linear + t * rank * 2.0);
 }
 

@@ -144,7 +144,12 @@ TEST_F(Gangs, LayoutAutoTakesTheRanksThatItsCostModelFindsFastest) {
   std::ofstream(file) << Json{
       {"product_flops_bf16", 1e6},
       {"product_flops_f32", 1e6},
+      {"weight_grad_share", 1.0},
+      {"low_rank_share", 1.0},
+      {"low_rank_seconds", 0.0},
       {"attention_flops", 1e6},
+      {"logits_per_second", 1e6},
+      {"row_bytes_per_second", 1e12},
       {"memory_bytes_per_second", 1e12},
       {"op_seconds", 0.0},
       {"all_reduce_hop_seconds", 0.0},
@@ -155,7 +160,12 @@ TEST_F(Gangs, LayoutAutoTakesTheRanksThatItsCostModelFindsFastest) {
       {"reduce_scatter_bytes_per_second", 1e12},
       {"exchange_hop_seconds", 0.0},
       {"exchange_bytes_per_second", 1e12},
-      {"gather_slowdown",
+      {"sum_16_bit_slowdown", 1.0},
+      {"background_gather_hop_seconds", 0.0},
+      {"background_gather_bytes_per_second", 1e12},
+      {"background_reduce_hop_seconds", 0.0},
+      {"background_reduce_bytes_per_second", 1e12},
+      {"background_slowdown",
        1.0}}.dump();
   const Json settings = with(kSettings, {{"layout", "auto"}});
   const Json estimate = platform_->call("estimate", {{"model", "tiny"}, {"train", settings}});

@@ -136,6 +136,7 @@ struct CommCall {
     std::int64_t bytes = 0;
   };
   std::vector<Part> sends = {}, receives = {};  ///< kExchange
+  DType dtype = DType::kF32;                    ///< of sums
 };
 using CommWatcher = std::function<void(const CommCall&)>;
 

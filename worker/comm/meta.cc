@@ -37,7 +37,7 @@ class MetaCommunicator final : public Communicator {
   [[nodiscard]] int size() const override { return static_cast<int>(members_.size()); }
   void all_reduce_sum(kernels::Exec& exec, kernels::Tensor x) override {
     take(exec, all_reduce_plan(x.elements(), x.dtype, size()));
-    tell({Kind::kAllReduce, members_, x.bytes()});
+    tell(sum(Kind::kAllReduce, x));
   }
   void all_gather(kernels::Exec&, kernels::Tensor x, kernels::Tensor out) override {
     TANDEM_CHECK_EQ(out.bytes(), x.bytes() * size());
@@ -47,18 +47,18 @@ class MetaCommunicator final : public Communicator {
                                             kernels::Tensor out) override {
     if (paper_->on_host || size() == 1 || !paper_->watcher)
       return Communicator::start_all_gather(exec, x, out);
-    return begin(Kind::kStartGather, out.bytes());
+    return begin({Kind::kStartGather, members_, out.bytes()});
   }
   void reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x, kernels::Tensor out) override {
     TANDEM_CHECK_EQ(x.elements(), out.elements() * size());
     take(exec, reduce_scatter_plan(out.elements(), x.dtype, size()));
-    tell({Kind::kReduceScatter, members_, x.bytes()});
+    tell(sum(Kind::kReduceScatter, x));
   }
   std::unique_ptr<Pending> start_reduce_scatter_sum(kernels::Exec& exec, kernels::Tensor x,
                                                     kernels::Tensor out) override {
     if (paper_->on_host || size() == 1 || !paper_->watcher)
       return Communicator::start_reduce_scatter_sum(exec, x, out);
-    return begin(Kind::kStartReduceScatter, x.bytes());
+    return begin(sum(Kind::kStartReduceScatter, x));
   }
   [[nodiscard]] bool has_background() const override { return !paper_->on_host && size() > 1; }
   void broadcast(kernels::Exec&, kernels::Tensor x, int root) override {
@@ -91,8 +91,12 @@ class MetaCommunicator final : public Communicator {
     const kernels::ArenaScope scope(exec.workspace);
     exec.workspace.alloc_bytes(plan.bytes);
   }
-  std::unique_ptr<Pending> begin(Kind kind, std::int64_t bytes) {
-    CommCall call{kind, members_, bytes};
+  [[nodiscard]] CommCall sum(Kind kind, const kernels::Tensor& x) const {
+    CommCall call{kind, members_, x.bytes()};
+    call.dtype = x.dtype;
+    return call;
+  }
+  std::unique_ptr<Pending> begin(CommCall call) {
     call.begun = paper_->begun++;
     paper_->watcher(call);
     call.kind = Kind::kWait;

@@ -22,17 +22,24 @@ struct LinkCost {
 };
 
 struct CostModel {
-  /// Of one rank (all its threads, or its GPU): large products by compute dtype (f16 as bf16),
-  /// attention, memory.
+  /// Of one rank (all its threads, or its GPU): large products by compute dtype (f16 as bf16);
+  /// gradients of weights and products through an adapter's few columns, as shares of that.
   double product_flops_bf16 = 1.0, product_flops_f32 = 1.0;
+  double weight_grad_share = 1.0, low_rank_share = 1.0;
+  double low_rank_seconds = 0.0;  ///< of each of these beside its work
   double attention_flops = 1.0;
-  double memory_bytes_per_second = 1.0;
-  double op_seconds = 0.0;  ///< of every op beside its work: starting threads or a kernel
+  double logits_per_second = 1.0;        ///< loss and gradient, beside the head's products
+  double row_bytes_per_second = 1.0;     ///< of passes over rows of activations
+  double memory_bytes_per_second = 1.0;  ///< of everything else: the optimizer, copies
+  double op_seconds = 0.0;               ///< of every op beside its work: starting it
   LinkCost all_reduce, all_gather, reduce_scatter, exchange;
-  /// What a gather in the background costs the work beside it: products take so much longer.
-  double gather_slowdown = 1.0;
+  double sum_16_bit_slowdown = 1.0;  ///< a byte of a sum in 16 bits takes so much longer
+  /// What goes on in the background; work beside it takes so much longer.
+  LinkCost background_gather, background_reduce;
+  double background_slowdown = 1.0;
 
-  /// An op is limited by its products or by memory.
+  /// Operations and bytes add up: a small or narrow product is limited by its bytes, and neither a
+  /// core nor a GPU hides all of them behind those of a large one.
   [[nodiscard]] double seconds(const kernels::OpCost& cost, DType dtype) const;
   /// Of a collective from the moment its last rank has come; of an exchange's messages, see below.
   [[nodiscard]] double seconds(const comm::CommCall& call) const;

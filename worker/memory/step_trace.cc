@@ -59,7 +59,7 @@ class Simulation {
     std::vector<std::pair<const Channel*, std::size_t>> messages;  ///< of the exchange at `next`
     std::map<std::vector<int>, std::size_t> meetings, background;  ///< calls of each group so far
     std::map<std::int64_t, std::pair<std::vector<int>, std::size_t>> begun;
-    bool has_background = false;
+    double background_until = 0.0;  ///< as far as this rank's own part in it goes
   };
 
   [[nodiscard]] int trace_of(int rank) const {
@@ -79,7 +79,7 @@ class Simulation {
     const TraceEvent& event = traces_[at][rank.next];
     const bool arrives = !rank.came;
     if (arrives) {
-      const double busy = event.seconds * (rank.has_background ? model_.gather_slowdown : 1.0);
+      const double busy = beside_background(rank, event.seconds);
       rank.now += busy;
       rank.compute += busy;
       rank.came = true;
@@ -96,6 +96,13 @@ class Simulation {
       default:
         return meet(rank, *event.call, arrives) || arrives;
     }
+  }
+
+  /// How long that work takes: slower while something goes on in the background.
+  [[nodiscard]] double beside_background(const Rank& rank, double seconds) const {
+    const double shared = std::max(0.0, rank.background_until - rank.now);
+    const double slowed = seconds * model_.background_slowdown;
+    return slowed <= shared ? slowed : seconds + shared - shared / model_.background_slowdown;
   }
 
   static bool finish(Rank& rank) {
@@ -132,7 +139,8 @@ class Simulation {
     background_cost_[call.members].resize(list.size());
     background_cost_[call.members][index] = model_.seconds(call);
     rank.begun[call.begun] = {call.members, index};
-    rank.has_background = true;
+    rank.background_until =
+        std::max(rank.background_until, rank.now) + background_cost_[call.members][index];
     return finish(rank);
   }
 

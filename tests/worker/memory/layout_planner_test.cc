@@ -21,8 +21,9 @@ CostModel free_links() {
   CostModel model;
   const LinkCost link{0.0, 1e30};
   model.all_reduce = model.all_gather = model.reduce_scatter = model.exchange = link;
+  model.background_gather = model.background_reduce = link;
   model.product_flops_bf16 = model.product_flops_f32 = model.attention_flops = 1e9;
-  model.memory_bytes_per_second = 1e30;
+  model.logits_per_second = model.row_bytes_per_second = model.memory_bytes_per_second = 1e30;
   return model;
 }
 
@@ -46,7 +47,7 @@ TEST(Simulation, ACollectiveBeginsWhenItsLastRankHasCome) {
 
 TEST(Simulation, AGatherInTheBackgroundCostsOnlyWhatWorkDoesNotHide) {
   CostModel model = free_links();
-  model.all_gather = {0.0, 2.0};
+  model.background_gather = {0.0, 2.0};
   CommCall start{Kind::kStartGather, {0, 1}, 16}, wait{Kind::kWait, {0, 1}, 16};  // 4 s
   const StepTrace hidden{{1.0, start}, {5.0, wait}, {1.0, {}}};
   EXPECT_DOUBLE_EQ(simulate({hidden, hidden}, model).seconds, 7.0);
@@ -56,14 +57,27 @@ TEST(Simulation, AGatherInTheBackgroundCostsOnlyWhatWorkDoesNotHide) {
 
 TEST(Simulation, AReductionInTheBackgroundStandsBehindTheGathersBefore) {
   CostModel model = free_links();
-  model.all_gather = {0.0, 2.0};
-  model.reduce_scatter = {0.0, 4.0};
+  model.background_gather = {0.0, 2.0};
+  model.background_reduce = {0.0, 4.0};
   CommCall gather{Kind::kStartGather, {0, 1}, 16};         // 4 s
   CommCall reduce{Kind::kStartReduceScatter, {0, 1}, 16};  // 2 s
   CommCall wait{Kind::kWait, {0, 1}, 16};
   reduce.begun = wait.begun = 1;
   const StepTrace trace{{1.0, gather}, {1.0, reduce}, {1.0, wait}, {1.0, {}}};
   EXPECT_DOUBLE_EQ(simulate({trace, trace}, model).seconds, 1.0 + 4.0 + 2.0 + 1.0);
+}
+
+TEST(Simulation, WorkIsSlowerOnlyWhileSomethingGoesOnInTheBackground) {
+  CostModel model = free_links();
+  model.background_gather = {0.0, 2.0};
+  model.background_slowdown = 2.0;
+  const CommCall start{Kind::kStartGather, {0, 1}, 16}, wait{Kind::kWait, {0, 1}, 16};  // 4 s
+  // 1 s before; 4 s beside the gather do 2 s of work, 3 s behind it the rest; 1 s after.
+  const StepTrace longer{{1.0, start}, {5.0, wait}, {1.0, {}}};
+  EXPECT_DOUBLE_EQ(simulate({longer, longer}, model).seconds, 1.0 + (4.0 + 3.0) + 1.0);
+  // 1 s of work takes 2 s, then 2 s of waiting.
+  const StepTrace shorter{{1.0, start}, {1.0, wait}, {1.0, {}}};
+  EXPECT_DOUBLE_EQ(simulate({shorter, shorter}, model).seconds, 1.0 + 4.0 + 1.0);
 }
 
 TEST(Simulation, TwoStagesWaitForEachOthersMessages) {
@@ -195,6 +209,58 @@ TEST(LayoutPlanner, PrefersASlowerLayoutThatFits) {
   EXPECT_EQ(tight[0].peak_bytes, smallest->peak_bytes);
   EXPECT_FALSE(tight.back().fits);
   EXPECT_FALSE(planned({4, 1}, free_links())[0].fits);
+}
+
+/// Only the rate that is asked about is finite.
+double seconds_of(const kernels::OpCost& cost, double CostModel::*rate, double value) {
+  CostModel model;
+  model.product_flops_bf16 = model.product_flops_f32 = 1e30;
+  model.attention_flops = model.logits_per_second = 1e30;
+  model.row_bytes_per_second = model.memory_bytes_per_second = 1e30;
+  model.*rate = value;
+  return model.seconds(cost, DType::kBF16);
+}
+
+TEST(CostModel, EveryKindOfWorkHasItsRate) {
+  kernels::OpCost cost;
+  cost.product_flops = 8.0;
+  cost.weight_grad_flops = 0.0;
+  cost.low_rank_products = 3.0;
+  cost.attention_flops = 12.0;
+  cost.logits = 20.0;
+  cost.bytes = 28.0;
+  cost.row_bytes = 36.0;
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::product_flops_bf16, 4.0), 2.0);
+  EXPECT_NEAR(seconds_of(cost, &CostModel::product_flops_f32, 4.0), 0.0, 1e-9);
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::low_rank_seconds, 2.0), 6.0);
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::attention_flops, 4.0), 3.0);
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::logits_per_second, 4.0), 5.0);
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::memory_bytes_per_second, 4.0), 7.0);
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::row_bytes_per_second, 4.0), 9.0);
+  EXPECT_DOUBLE_EQ(seconds_of(cost, &CostModel::op_seconds, 4.0), 4.0);
+
+  CostModel model;  // rates of 1
+  model.memory_bytes_per_second = model.row_bytes_per_second = 1e30;
+  model.weight_grad_share = 0.5;
+  model.low_rank_share = 0.25;
+  kernels::OpCost shares;
+  shares.product_flops = 1.0;
+  shares.weight_grad_flops = 2.0;
+  shares.low_rank_flops = 3.0;
+  EXPECT_DOUBLE_EQ(model.seconds(shares, DType::kBF16), 1.0 + 4.0 + 12.0);
+}
+
+TEST(CostModel, SumsIn16BitsAndInTheBackgroundHaveTheirRates) {
+  CostModel model = free_links();
+  model.all_reduce = {0.25, 4.0};
+  model.background_reduce = {0.5, 2.0};
+  model.sum_16_bit_slowdown = 3.0;
+  CommCall sum{Kind::kAllReduce, {0, 1}, 8};
+  EXPECT_DOUBLE_EQ(model.seconds(sum), 0.5 + 2.0);
+  sum.dtype = DType::kBF16;
+  EXPECT_DOUBLE_EQ(model.seconds(sum), 0.5 + 6.0);
+  sum.kind = Kind::kStartReduceScatter;
+  EXPECT_DOUBLE_EQ(model.seconds(sum), 0.5 + 6.0);
 }
 
 TEST(CostModel, ReadsWhatItWroteAndNamesWhatIsMissing) {
