@@ -1,6 +1,7 @@
 #include "storage/json_strict.h"
 
 #include <cmath>
+#include <stdexcept>
 
 namespace tandem::storage {
 namespace {
@@ -39,6 +40,13 @@ Result<Json> parse_json_strict(std::string_view text, const std::string& what) {
   } catch (const std::exception& error) {
     return corrupt_error(str(what, " is not valid JSON: ", error.what()));
   }
+}
+
+std::int64_t whole_number(const Json& value) {
+  const bool fits = value.is_number_unsigned() ? value.get<std::uint64_t>() <= INT64_MAX
+                                               : value.is_number_integer();
+  if (!fits) throw std::range_error(value.dump() + " is no whole number of 63 bits");
+  return value.get<std::int64_t>();
 }
 
 Result<std::string> canonical_json(const Json& value) {

@@ -6,6 +6,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <cstdint>
 #include <set>
 #include <string>
 #include <string_view>
@@ -20,6 +21,10 @@ inline constexpr int kJsonDepthMax = 64;
 /// Parses one JSON value that takes up the whole text. `what` names it in messages ("config.json of
 /// m"). Errors: corrupt.
 Result<Json> parse_json_strict(std::string_view text, const std::string& what);
+
+/// A whole number. Throws std::range_error where it is another value, or none that std::int64_t
+/// holds, which the library would convert all the same.
+std::int64_t whole_number(const Json& value);
 
 /// The canonical text: keys sorted by bytes, no spaces, shortest numbers. Errors: invalid (not
 /// UTF-8, NaN).

@@ -98,8 +98,8 @@ ManifestTensor tensor_from_json(const Json& json) {
   ManifestTensor tensor;
   tensor.name = json.at("name").get<std::string>();
   tensor.dtype = json.at("dtype").get<std::string>();
-  tensor.bytes = json.at("bytes").get<std::int64_t>();
-  tensor.shape = json.at("shape").get<std::vector<std::int64_t>>();
+  tensor.bytes = whole_number(json.at("bytes"));
+  for (const Json& size : json.at("shape")) tensor.shape.push_back(whole_number(size));
   auto root = Digest::parse(json.at("root").get<std::string>());
   if (!root.ok()) throw std::runtime_error(root.status().message());
   tensor.root = *root;
@@ -190,7 +190,7 @@ Result<Manifest> parse_manifest(std::string_view text) {
   TANDEM_ASSIGN_OR_RETURN(const Json json, parse_json_strict(text, "the manifest"));
   Manifest manifest;
   try {
-    if (json.at("format").get<int>() != kManifestFormat)
+    if (whole_number(json.at("format")) != kManifestFormat)
       return refused_error(str("a manifest of format ", json.at("format").dump(), "; format ",
                                kManifestFormat, " is supported"));
     const auto kind = parse_kind(json.at("kind").get<std::string>());

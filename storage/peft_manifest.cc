@@ -55,20 +55,33 @@ Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& b
   return import;
 }
 
+Result<PeftConfig> lora_config(const std::string& settings_json) {
+  TANDEM_ASSIGN_OR_RETURN(const Json settings,
+                          parse_json_strict(settings_json, "the adapter's settings"));
+  PeftConfig config;
+  try {
+    config.r = whole_number(settings.at("r"));
+    config.lora_alpha = settings.at("lora_alpha").get<double>();
+    config.use_rslora = settings.value("use_rslora", false);
+    config.target_modules = settings.value("target_modules", std::vector<std::string>{});
+    const Json ranks = settings.value("rank_pattern", Json::object());
+    for (const auto& [name, rank] : ranks.items()) config.rank_pattern[name] = whole_number(rank);
+    config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
+  } catch (const std::exception& error) {
+    return invalid_error(str("the adapter's settings cannot be read: ", error.what()));
+  }
+  return config;
+}
+
 namespace {
 
 Result<AdapterExport> read_settings(const std::string& text) {
   AdapterExport out;
+  TANDEM_ASSIGN_OR_RETURN(out.config, lora_config(text));
   TANDEM_ASSIGN_OR_RETURN(const Json settings, parse_json_strict(text, "the adapter's settings"));
   try {
     TANDEM_ASSIGN_OR_RETURN(out.base_model,
                             Digest::parse(settings.at("base_model").get<std::string>()));
-    out.config.r = settings.at("r").get<std::int64_t>();
-    out.config.lora_alpha = settings.at("lora_alpha").get<double>();
-    out.config.use_rslora = settings.value("use_rslora", false);
-    out.config.target_modules = settings.value("target_modules", std::vector<std::string>{});
-    out.config.rank_pattern = settings.value("rank_pattern", std::map<std::string, std::int64_t>{});
-    out.config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
   } catch (const std::exception& error) {
     return invalid_error(str("the adapter's settings cannot be read: ", error.what()));
   }

@@ -24,6 +24,9 @@ struct AdapterImport {
 /// Describes an adapter for a base model. `adapter` must outlive the result.
 Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& base_model);
 
+/// The configuration in an adapter manifest's settings. Errors: invalid.
+Result<PeftConfig> lora_config(const std::string& settings_json);
+
 struct AdapterExport {
   PeftConfig config;
   Digest base_model;

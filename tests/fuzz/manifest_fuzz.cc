@@ -1,6 +1,6 @@
 // Manifests and PEFT configurations: any text is refused or read; a manifest that is read is
-// written as the same text, because the text is the identity, and names the chunks that a scan of it
-// finds.
+// written as the same text, because the text is the identity, and names the chunks that a scan of
+// it finds.
 #include "protocol/base/check.h"
 #include "storage/manifest.h"
 #include "storage/peft.h"

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+
 namespace tandem::storage {
 namespace {
 
@@ -111,6 +113,19 @@ TEST(Manifest, RefusesContradictions) {
   EXPECT_TRUE(refused([](Manifest& m) { m.settings_json = "[]"; }));
   EXPECT_TRUE(refused([](Manifest& m) { m.settings_json = "{"; }));
   EXPECT_TRUE(refused([](Manifest& m) { m.settings_json = R"({"a":1,"a":2})"; }));
+}
+
+TEST(Manifest, RefusesNumbersThatAreNotWhole) {
+  const std::string text = encode_manifest(example()).value();
+  for (const char* field : {"\"format\":", "\"bytes\":", "\"shape\":["})
+    for (const char* number : {"5e70", "1.5", "-1e300", "18446744073709551615"}) {
+      std::string other = text;
+      const std::size_t begin = other.find(field) + std::strlen(field);
+      other.replace(begin, other.find_first_not_of("0123456789", begin) - begin, number);
+      const Status status = parse_manifest(other).status();
+      EXPECT_EQ(status.code(), StatusCode::kCorrupt) << other;
+      EXPECT_NE(status.message().find("is no whole number"), std::string::npos) << status.message();
+    }
 }
 
 TEST(Manifest, ParsesOnlyTheCanonicalText) {

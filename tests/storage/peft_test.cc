@@ -218,5 +218,18 @@ TEST_F(PeftFolder, TheWriterRefusesWhatItsConfigurationDoesNotSay) {
   EXPECT_EQ(write_peft(out / "z", adapter.config, {}).code(), StatusCode::kInvalid);
 }
 
+TEST(LoraConfig, RefusesRanksThatAreNotWhole) {
+  const auto config = [](const std::string& r, const std::string& pattern) {
+    return lora_config(R"({"lora_alpha":16,"r":)" + r + R"(,"rank_pattern":{"q_proj":)" + pattern +
+                       "}}");
+  };
+  ASSERT_TRUE(config("8", "4").ok());
+  EXPECT_EQ(config("8", "4")->rank_pattern.at("q_proj"), 4);
+  for (const char* bad : {"1e300", "8.5", "18446744073709551615", "\"8\"", "null"}) {
+    EXPECT_EQ(config(bad, "4").status().code(), StatusCode::kInvalid) << bad;
+    EXPECT_EQ(config("8", bad).status().code(), StatusCode::kInvalid) << bad;
+  }
+}
+
 }  // namespace
 }  // namespace tandem::storage

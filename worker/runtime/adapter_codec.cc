@@ -1,5 +1,6 @@
 #include "worker/runtime/adapter_codec.h"
 
+#include "storage/peft_manifest.h"
 #include "worker/model/peft.h"
 #include "worker/runtime/checkpoint_pieces.h"
 
@@ -240,18 +241,7 @@ Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdap
 }
 
 Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest) {
-  const Json settings = Json::parse(manifest.settings_json, nullptr, false);
-  storage::PeftConfig config;
-  try {
-    config.r = settings.at("r").get<std::int64_t>();
-    config.lora_alpha = settings.at("lora_alpha").get<double>();
-    config.use_rslora = settings.value("use_rslora", false);
-    config.target_modules = settings.value("target_modules", std::vector<std::string>{});
-    config.rank_pattern = settings.value("rank_pattern", std::map<std::string, std::int64_t>{});
-    config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
-  } catch (const Json::exception& error) {
-    return corrupt_error(str("adapter manifest: ", error.what()));
-  }
+  TANDEM_ASSIGN_OR_RETURN(storage::PeftConfig config, storage::lora_config(manifest.settings_json));
   if (config.r < 1 || config.r > storage::kLoraRankMax)
     return corrupt_error(
         str("adapter manifest: r ", config.r, " is not in 1..", storage::kLoraRankMax));
