@@ -55,35 +55,35 @@ Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& b
   return import;
 }
 
-Result<PeftConfig> lora_config(const std::string& settings_json) {
-  TANDEM_ASSIGN_OR_RETURN(const Json settings,
-                          parse_json_strict(settings_json, "the adapter's settings"));
+namespace {
+
+constexpr char kSettings[] = "the adapter's settings";
+
+/// Throws what the JSON library throws when a field is missing or of another type.
+PeftConfig config_of(const Json& settings) {
   PeftConfig config;
-  try {
-    config.r = whole_number(settings.at("r"));
-    config.lora_alpha = settings.at("lora_alpha").get<double>();
-    config.use_rslora = settings.value("use_rslora", false);
-    config.target_modules = settings.value("target_modules", std::vector<std::string>{});
-    const Json ranks = settings.value("rank_pattern", Json::object());
-    for (const auto& [name, rank] : ranks.items()) config.rank_pattern[name] = whole_number(rank);
-    config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
-  } catch (const std::exception& error) {
-    return invalid_error(str("the adapter's settings cannot be read: ", error.what()));
-  }
+  config.r = whole_number(settings.at("r"));
+  config.lora_alpha = settings.at("lora_alpha").get<double>();
+  config.use_rslora = settings.value("use_rslora", false);
+  config.target_modules = settings.value("target_modules", std::vector<std::string>{});
+  const Json ranks = settings.value("rank_pattern", Json::object());
+  for (const auto& [name, rank] : ranks.items()) config.rank_pattern[name] = whole_number(rank);
+  config.alpha_pattern = settings.value("alpha_pattern", std::map<std::string, double>{});
   return config;
 }
-
-namespace {
+Status unreadable(const std::exception& error) {
+  return invalid_error(str(kSettings, " cannot be read: ", error.what()));
+}
 
 Result<AdapterExport> read_settings(const std::string& text) {
   AdapterExport out;
-  TANDEM_ASSIGN_OR_RETURN(out.config, lora_config(text));
-  TANDEM_ASSIGN_OR_RETURN(const Json settings, parse_json_strict(text, "the adapter's settings"));
+  TANDEM_ASSIGN_OR_RETURN(const Json settings, parse_json_strict(text, kSettings));
   try {
     TANDEM_ASSIGN_OR_RETURN(out.base_model,
                             Digest::parse(settings.at("base_model").get<std::string>()));
+    out.config = config_of(settings);
   } catch (const std::exception& error) {
-    return invalid_error(str("the adapter's settings cannot be read: ", error.what()));
+    return unreadable(error);
   }
   return out;
 }
@@ -106,6 +106,15 @@ Result<std::vector<std::byte>> fetch_tensor(
 }
 
 }  // namespace
+
+Result<PeftConfig> lora_config(const std::string& settings_json) {
+  TANDEM_ASSIGN_OR_RETURN(const Json settings, parse_json_strict(settings_json, kSettings));
+  try {
+    return config_of(settings);
+  } catch (const std::exception& error) {
+    return unreadable(error);
+  }
+}
 
 Result<AdapterExport> export_adapter(
     std::string_view text,

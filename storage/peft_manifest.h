@@ -24,7 +24,8 @@ struct AdapterImport {
 /// Describes an adapter for a base model. `adapter` must outlive the result.
 Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& base_model);
 
-/// The configuration in an adapter manifest's settings. Errors: invalid.
+/// The configuration in an adapter manifest's settings. Errors: corrupt (no JSON), invalid (a field
+/// is missing or of another type).
 Result<PeftConfig> lora_config(const std::string& settings_json);
 
 struct AdapterExport {

@@ -241,10 +241,11 @@ Result<PackedObject> pack_peft(const Digest& base_model, const storage::PeftAdap
 }
 
 Result<storage::PeftConfig> manifest_lora(const storage::Manifest& manifest) {
-  TANDEM_ASSIGN_OR_RETURN(storage::PeftConfig config, storage::lora_config(manifest.settings_json));
-  if (config.r < 1 || config.r > storage::kLoraRankMax)
+  auto config = storage::lora_config(manifest.settings_json);
+  if (!config.ok()) return corrupt_error("adapter manifest: " + config.status().message());
+  if (config->r < 1 || config->r > storage::kLoraRankMax)
     return corrupt_error(
-        str("adapter manifest: r ", config.r, " is not in 1..", storage::kLoraRankMax));
+        str("adapter manifest: r ", config->r, " is not in 1..", storage::kLoraRankMax));
   return config;
 }
 
