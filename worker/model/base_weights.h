@@ -58,7 +58,7 @@ class TensorSource {
   virtual ~TensorSource() = default;
   /// Converts rows [row, row + rows) of the 2-D (or [n] as n rows of 1) tensor called `name`
   /// (Hugging Face names and layout) to f32. Checked for presence and shape by `has` before
-  /// building starts.
+  /// building starts. Any thread, several at once.
   virtual void read_rows(const std::string& name, std::int64_t row, std::int64_t rows,
                          float* out) const = 0;
   /// ok when `name` exists with logical shape [n, i] (i = 0: a vector of n); else the error to

@@ -30,18 +30,19 @@ Tensor stack(const FlatLayout& layout, std::size_t first, std::size_t count, con
 }
 
 /// Slice rows [row, row + rows) of a tensor of the source.
-void read_slice(const TensorSource& source, const std::string& name, std::int64_t n, std::int64_t i,
-                const TensorSlice& slice, std::int64_t row, std::int64_t rows, float* out) {
-  if (i == 0) {  // a vector: some formats read only whole ones
-    std::vector<float> all(static_cast<std::size_t>(n));
-    source.read_rows(name, 0, n, all.data());
+void read_slice(const TensorSource& source, const FlatTensor& t, std::int64_t row,
+                std::int64_t rows, float* out) {
+  const TensorSlice& slice = t.slice;
+  if (t.shape.size() == 1) {  // a vector: some formats read only whole ones
+    std::vector<float> all(static_cast<std::size_t>(t.shape[0]));
+    source.read_rows(t.name, 0, t.shape[0], all.data());
     std::copy_n(all.begin() + slice.row + row, rows, out);
     return;
   }
-  if (slice.columns == i) return source.read_rows(name, slice.row + row, rows, out);
-  std::vector<float> whole(static_cast<std::size_t>(i));
+  if (slice.columns == t.shape[1]) return source.read_rows(t.name, slice.row + row, rows, out);
+  std::vector<float> whole(static_cast<std::size_t>(t.shape[1]));
   for (std::int64_t r = 0; r < rows; ++r) {
-    source.read_rows(name, slice.row + row + r, 1, whole.data());
+    source.read_rows(t.name, slice.row + row + r, 1, whole.data());
     std::copy_n(whole.begin() + slice.column, slice.columns, out + r * slice.columns);
   }
 }
@@ -64,10 +65,9 @@ std::vector<RowsToRead> rows_to_read(const FlatLayout& layout, std::int64_t begi
     const std::int64_t until = std::min(end, t.begin + t.slice.elements()) - t.begin;
     if (from >= until) continue;
     // A vector is one piece: some formats read only whole ones.
-    const std::int64_t last = (until + columns - 1) / columns,
-                       step = t.shape.size() == 1
-                                  ? last
-                                  : std::max<std::int64_t>(1, kReadElements / columns);
+    const std::int64_t last = (until + columns - 1) / columns;
+    const std::int64_t step =
+        t.shape.size() == 1 ? last : std::max<std::int64_t>(1, kReadElements / columns);
     for (std::int64_t row = from / columns; row < last; row += step)
       all.push_back({&t, row, std::min(step, last - row)});
   }
@@ -87,9 +87,7 @@ class ShardSource final : public TensorSource {
   }
   void read_rows(const std::string& name, std::int64_t row, std::int64_t rows,
                  float* out) const override {
-    const FlatTensor& t = tensors_.at(name);
-    read_slice(source_, name, t.shape[0], t.shape.size() == 1 ? 0 : t.shape[1], t.slice, row, rows,
-               out);
+    read_slice(source_, tensors_.at(name), row, rows, out);
   }
   [[nodiscard]] Status has(const std::string& name, std::int64_t n, std::int64_t i) const override {
     const FlatTensor& t = tensors_.at(name);
@@ -224,8 +222,7 @@ void upload_flat(kernels::Ops& ops, kernels::Exec& exec, const TensorSource& sou
         const auto& [t, row, count] = all[k];
         const std::int64_t columns = t->slice.columns, first = t->begin + row * columns;
         rows.resize(static_cast<std::size_t>(count * columns));
-        read_slice(source, t->name, t->shape[0], t->shape.size() == 1 ? 0 : t->shape[1], t->slice,
-                   row, count, rows.data());
+        read_slice(source, *t, row, count, rows.data());
         const std::int64_t from = std::max(first, begin);
         const std::int64_t size = std::min(first + count * columns, end) - from;
         store_values(std::span(rows).subspan(static_cast<std::size_t>(from - first),
