@@ -61,6 +61,7 @@ ThinPairLayout thin_pair_layout(const LinearBackwardArgs& a, ScratchLayout& layo
                                      std::max<std::int64_t>(1, t / kPairRowsMin));
   l.du = layout.add(l.blocks * t * rank_max * 4);
   l.db = layout.add(l.parts * a.weight->n * rank_max * 4);
+  if (a.left.du.defined()) l.da = layout.add(l.parts * rank_max * a.weight->n / 2 * 4);
   return l;
 }
 
@@ -101,7 +102,7 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
     l.thin = is_thin(a.sites, *a.adapters, a.x, n, profile);
     l.makes_x = l.thin && a.u.defined();  // it must lie in memory for u
     if (!a.u.defined()) l.u = layout.add(t * l.columns * size);
-    l.du = layout.add(t * l.columns * size);
+    if (!a.du.defined()) l.du = layout.add(t * l.columns * size);
     if (l.single) l.a = layout.add(l.columns * i * size);
     if (l.thin) l.pair = thin_pair_layout(a, layout);
     if (l.single && !l.thin) {
@@ -115,6 +116,18 @@ LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& a,
   l.gemm = layout.add(kGemmWorkspaceBytes);
   l.bytes = layout.bytes();
   return l;
+}
+
+bool makes_factor_grad(const MlpBackwardArgs& a, const DeviceProfile& profile) {
+  const LinearBackwardArgs& down = a.down;
+  if (!has_adapters(down.sites, down.adapters) ||
+      !has_adapters(a.gate_up.sites, a.gate_up.adapters))
+    return false;
+  return down.sites.size() == 1 && down.adapters->dropout == 0.0f &&
+         down.adapters->rank_max == a.gate_up.adapters->rank_max &&
+         down.adapters->segment_slots.data == a.gate_up.adapters->segment_slots.data &&
+         linear_backward_layout(down, profile).thin &&
+         linear_backward_layout(a.gate_up, profile).pair.makes_dy;
 }
 
 std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs&) {

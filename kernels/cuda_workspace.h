@@ -37,6 +37,7 @@ struct ThinPairLayout {
   std::int64_t blocks = 0;   ///< of columns, over all sites
   std::int64_t parts = 0;    ///< of the rows
   bool makes_dy = false;     ///< of dout and gate_up, on the way
+  std::int64_t da = 0;       ///< [parts, rank_max, N / 2] f32, of the linear before
   std::int64_t du = 0;       ///< [blocks, T, rank_max] f32
   std::int64_t db = 0;       ///< [parts, N, rank_max] f32
 };
@@ -48,7 +49,7 @@ struct LinearBackwardLayout {
   bool makes_x = false;  ///< of its recipe, in the pass for dA
   ThinPairLayout pair;   ///< thin
   std::int64_t u = 0;    ///< [T, columns] cd, where forward kept none
-  std::int64_t du = 0;   ///< [T, columns] cd: s dy B
+  std::int64_t du = 0;   ///< [T, columns] cd: s dy B, where the caller wants none
   std::int64_t a = 0;    ///< single: [columns, I] cd
   // Single, not thin:
   std::int64_t a_scaled = 0;  ///< without u: [columns, I] cd: s A
@@ -61,6 +62,7 @@ struct LinearBackwardLayout {
 };
 LinearBackwardLayout linear_backward_layout(const LinearBackwardArgs& args,
                                             const DeviceProfile& profile);
+bool makes_factor_grad(const MlpBackwardArgs& args, const DeviceProfile& profile);
 
 /// Of the ops of full fine-tuning: one product into dW; the others take nothing.
 std::int64_t linear_weight_grad_bytes(const LinearWeightGradArgs& args);

@@ -150,6 +150,11 @@ struct LinearInputRecipe {
     return norm.residual.defined() || silu_mul.gate_up.defined();
   }
 };
+/// dA of the linear that read silu * up, left to the op that makes the gradient of gate and up.
+struct LeftFactorGrad {
+  Tensor du;  ///< [T, sites * rank_max] cd, as that linear's backward left it
+  std::vector<LoraSite> sites;
+};
 /// dx = dy W + sum over sites of dropout'(s (dy B) A); dA += s (dy B)^T dropout(x); dB += dy^T u.
 /// Inputs that the caller has not are made where they are read, if the backend can; else by their
 /// op, before: x in scratch, and only where there are adapters.
@@ -163,6 +168,15 @@ struct LinearBackwardArgs {
   Tensor dx;  ///< [T, I] cd, overwritten; undefined: only dA and dB are wanted
   LinearInputRecipe make_x{};
   SiluMulBackwardArgs make_dy{};  ///< dout defined: dy is its dgate_up
+  /// [T, sites * rank_max] cd, overwritten: s dy B; dA is then left to who takes it in `left`.
+  /// Both are mlp_backward's to give.
+  Tensor du{};
+  LeftFactorGrad left{};
+};
+/// linear_backward(down), then linear_backward(gate_up), whose make_dy has down's dx as dout. dA of
+/// down is made in the pass over gate and up that makes their gradient, if the backend can.
+struct MlpBackwardArgs {
+  LinearBackwardArgs down, gate_up;
 };
 /// dW += dy^T x, db += sum of dy's rows: full fine-tuning. The sums over T are taken in a fixed
 /// order.

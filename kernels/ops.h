@@ -72,6 +72,7 @@ class Ops {
   void rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& args);
   void linear_forward(Exec& exec, const LinearArgs& args);
   void linear_backward(Exec& exec, const LinearBackwardArgs& args);
+  void mlp_backward(Exec& exec, const MlpBackwardArgs& args);
   void linear_weight_grad(Exec& exec, const LinearWeightGradArgs& args);
   void repack_weight(Exec& exec, const RepackWeightArgs& args);
   void rope_forward(Exec& exec, const RopeArgs& args);

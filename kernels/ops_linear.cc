@@ -132,6 +132,8 @@ void Ops::linear_backward(Exec& exec, const LinearBackwardArgs& a) {
   check.disjoint("dx", a.dx, "gate_up", a.make_x.silu_mul.gate_up);
   check.that(!a.make_dy.dout.defined() || a.make_dy.dgate_up.data == a.dy.data,
              "dy: expected to be what make_dy writes");
+  check.optional("du", a.du, cd, Shape{t, u_columns(a.sites, a.adapters)});
+  check.optional("du of left", a.left.du, cd, Shape{t, u_columns(a.left.sites, a.adapters)});
   if (t == 0) return;
   if (!a.make_x.defined() && !a.make_dy.dout.defined()) return do_linear_backward(exec, a);
   LinearBackwardArgs made = a;
@@ -153,6 +155,32 @@ void Ops::linear_backward(Exec& exec, const LinearBackwardArgs& a) {
       silu_mul_forward(exec, {a.make_x.silu_mul.gate_up, made.x});
   }
   do_linear_backward(exec, made);
+}
+
+void Ops::mlp_backward(Exec& exec, const MlpBackwardArgs& a) {
+  const OpCheck check("mlp_backward");
+  check.rank("dy of down", a.down.dy, 2);
+  check.rank("dy of gate_up", a.gate_up.dy, 2);
+  const SiluMulBackwardArgs& silu_mul = a.gate_up.make_dy;
+  check.that(silu_mul.dout.defined() && silu_mul.dout.data == a.down.dx.data,
+             "dout: expected dx of down");
+  check.that(
+      !a.down.make_x.defined() || a.down.make_x.silu_mul.gate_up.data == silu_mul.gate_up.data,
+      "x of down: expected to be made of the gate and up whose gradient follows");
+  const DType cd = check.compute_dtype("dy of down", a.down.dy);
+  MlpBackwardArgs shapes = a;
+  shapes.down.x = input_of(check, a.down, cd);
+  shapes.gate_up.x = input_of(check, a.gate_up, cd);
+  const ArenaScope scope(exec.workspace);
+  MlpBackwardArgs made = a;
+  if (makes_factor_grad(shapes, profile())) {
+    const LinearBackwardArgs& down = a.down;
+    const Shape shape{down.dy.dim(0), u_columns(down.sites, down.adapters)};
+    made.down.du = exec.workspace.alloc(shape, cd);
+    made.gate_up.left = {made.down.du, down.sites};
+  }
+  linear_backward(exec, made.down);
+  linear_backward(exec, made.gate_up);
 }
 
 }  // namespace tandem::kernels

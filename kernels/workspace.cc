@@ -249,6 +249,10 @@ bool makes_gradient(const LinearBackwardArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) && cuda::linear_backward_layout(a, profile).pair.makes_dy;
 }
 
+bool makes_factor_grad(const MlpBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) && cuda::makes_factor_grad(a, profile);
+}
+
 std::int64_t workspace_bytes(const LinearWeightGradArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) ? cuda::linear_weight_grad_bytes(a)
                           : linear_weight_grad_workspace(a, profile).bytes;

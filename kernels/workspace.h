@@ -43,6 +43,9 @@ std::int64_t workspace_bytes(const SquaredNormArgs& args, const DeviceProfile& p
 bool makes_input(const LinearArgs& args, const DeviceProfile& profile);
 bool makes_input(const LinearBackwardArgs& args, const DeviceProfile& profile);
 bool makes_gradient(const LinearBackwardArgs& args, const DeviceProfile& profile);
+/// Whether the pass of gate_up's backward that makes its dy makes down's dA too. x of both is shape
+/// and dtype alone.
+bool makes_factor_grad(const MlpBackwardArgs& args, const DeviceProfile& profile);
 
 /// Whether linear_forward runs the op that reads its output, with the product or after it.
 bool reads_output(const DeviceProfile& profile);

@@ -12,6 +12,8 @@
 
 namespace tandem::kernels::cuda {
 
+class Scratch;
+
 /// Columns of a fused linear's u and du in one pass.
 inline constexpr int kThinColumnsMax = 128;
 
@@ -30,12 +32,13 @@ void lora_thin_u(cudaStream_t stream, const ThinSites& sites, const SiluMulArgs&
 /// du = s dy B; a [sites * rank_max, I]: A, unscaled.
 void lora_thin_du(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& du,
                   const Tensor& a);
-/// Both of du and dB, in one pass over dy and one over what it leaves in `du_parts` and `db_parts`
-/// (where the layout says); a as for lora_thin_du. dy is read, or where the layout says so made as
-/// make_dy says and written.
+/// Both of du and dB, in one pass over dy and one over what it leaves in scratch (where the layout
+/// says); a as for lora_thin_du. dy is read, or where the layout says so made as make_dy says and
+/// written; then dA of the linear before is made too, if `left` says something.
 void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& layout,
-                    const SiluMulBackwardArgs& make_dy, const Tensor& dy, const Tensor& u,
-                    const Tensor& du, const Tensor& a, float* du_parts, float* db_parts);
+                    const SiluMulBackwardArgs& make_dy, const LeftFactorGrad& left,
+                    const Tensor& dy, const Tensor& u, const Tensor& du, const Tensor& a,
+                    const Scratch& scratch);
 /// dA += du^T dropout(x), x given or made of its recipe.
 void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
                   const LinearInputRecipe& make_x, const Tensor& du);

@@ -4,21 +4,31 @@
 // scratch, [block of columns][T, rank_max] of du and [part of the rows][N, rank_max] of dB, a few
 // percent of dy's bytes, until a second launch adds it up in order.
 // Where dy is the gradient of gate and up, the pass can make it: a block takes the same columns of
-// both, half of its warps each, and writes what it makes before it multiplies it.
+// both, half of its warps each, and writes what it makes before it multiplies it. What gate and up
+// made in forward is then at hand too, so that dA of the linear that read it costs no pass: the
+// warps lie side by side over its columns and hold its sum.
+#include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/lora_thin.cuh"
 
 namespace tandem::kernels::cuda {
 namespace thin {
 namespace {
 
+/// Of dy: read; the gradient of gate and up, made on the way; and with it the dA left to it.
+enum class Dy { kGiven, kMade, kMadeWithLeft };
+
 /// What a block holds: kColumns ranks, kWarpColumns of dy a warp, kRows rows a step. A stage is
-/// dy's tile of each site of the block (before: gate's and up's), dout's, and u's of each site.
-template <int kColumns, int kWarpColumns, int kRows, bool kMakes>
+/// dy's tile of each site of the block (before: gate's and up's), dout's (then: silu * up's), and
+/// u's of each site and du's of the linear before.
+template <int kColumns, int kWarpColumns, int kRows, Dy kDy>
 struct Pair {
+  static constexpr bool kMakes = kDy != Dy::kGiven, kLeft = kDy == Dy::kMadeWithLeft;
   static constexpr int kSites = kMakes ? 2 : 1, kSiteWarps = kWarps / kSites;
   static constexpr int kWidth = kSiteWarps * kWarpColumns;  ///< columns of one site
   static constexpr int kTile = kRows * kWidth;
-  static constexpr int kURow = kSites * kColumns + kChunk;
+  static constexpr int kFactors = kSites + (kLeft ? 1 : 0);
+  static constexpr int kURow = kFactors * kColumns + kChunk;
+  static constexpr int kLeftColumns = kLeft ? kWidth / kWarps : 0;  ///< of silu * up, a warp's
   static constexpr int kUAt = (kMakes ? 3 : 1) * kTile;
   static constexpr int kStage = kUAt + kRows * kURow;
   static constexpr int kSumRow = kColumns + 4, kSums = kRows * kSumRow;
@@ -39,12 +49,22 @@ struct MadeOf {
   const E *gate_up, *dout;
 };
 
-/// dgate to `gate` and dup to `up`, eight columns, rounded as the op rounds them.
+/// The linear that reads silu * up: where its dA is left to this pass.
 template <class E>
-__device__ inline void silu_mul_grad_8(const uint4& dout, uint4& gate, uint4& up) {
-  const auto one = [](std::uint32_t d, std::uint32_t& g, std::uint32_t& u) {
+struct Left {
+  SiteView site;
+  const E* du;  ///< [T, rank_max]
+};
+
+/// dgate to `gate` and dup to `up`, eight columns, rounded as the op rounds them; kOut: silu * up
+/// to `dout`.
+template <class E, bool kOut>
+__device__ inline void silu_mul_grad_8(uint4& dout, uint4& gate, uint4& up) {
+  const auto one = [](std::uint32_t& d, std::uint32_t& g, std::uint32_t& u) {
     const SiluMulGrad low = silu_mul_grad(low_f32<E>(d), low_f32<E>(g), low_f32<E>(u));
     const SiluMulGrad high = silu_mul_grad(high_f32<E>(d), high_f32<E>(g), high_f32<E>(u));
+    if (kOut)
+      d = pack<E>(silu_mul(low_f32<E>(g), low_f32<E>(u)), silu_mul(high_f32<E>(g), high_f32<E>(u)));
     g = pack<E>(low.gate, high.gate);
     u = pack<E>(low.up, high.up);
   };
@@ -69,12 +89,13 @@ __device__ inline ColumnBlock find_block(const SegmentsView& v, int width, int i
 }
 
 /// Grid (parts of the rows, blocks of columns). With kMakes two sites of equal width.
-template <class E, int kColumns, int kWarpColumns, int kRows, bool kMakes>
+template <class E, int kColumns, int kWarpColumns, int kRows, Dy kDy>
 __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128 ? 2 : 1)
-    pair_kernel(const SegmentsView v, const MadeOf<E> made_of, E* dy, int width, const E* u,
-                float* du_parts, float* db_parts) {
+    pair_kernel(const SegmentsView v, const MadeOf<E> made_of, const Left<E> left, E* dy, int width,
+                const E* u, float* du_parts, float* db_parts, float* da_parts) {
 #if __CUDA_ARCH__ >= 900
-  using P = Pair<kColumns, kWarpColumns, kRows, kMakes>;
+  using P = Pair<kColumns, kWarpColumns, kRows, kDy>;
+  constexpr bool kMakes = P::kMakes;
   extern __shared__ __align__(128) unsigned char memory[];
   auto* tiles = reinterpret_cast<E*>(memory);
   auto* sums = reinterpret_cast<float*>(memory + P::kSumsAt);
@@ -118,14 +139,21 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
         }
       });
       E* tile = tiles + step % P::kStages * P::kStage + P::kUAt;
-      for (int e = tid; e < P::kSites * kRows * kColumns / kChunk; e += kThreads) {
-        const int row = e / (P::kSites * kColumns / kChunk), t = (first_step + step) * kRows + row;
-        const int column = e % (P::kSites * kColumns / kChunk) * kChunk, r = column % kColumns;
+      for (int e = tid; e < P::kFactors * kRows * kColumns / kChunk; e += kThreads) {
+        constexpr int kRowChunks = P::kFactors * kColumns / kChunk;
+        const int row = e / kRowChunks, t = (first_step + step) * kRows + row;
+        const int column = e % kRowChunks * kChunk, r = column % kColumns;
         const bool inside = t < v.t && r < v.rank_max;
-        const int of_site = v.site[block.site + column / kColumns].column;
-        copy_16_async(tile + row * P::kURow + column,
-                      u + (inside ? static_cast<std::int64_t>(t) * v.columns + of_site + r : 0),
-                      inside);
+        E* to = tile + row * P::kURow + column;
+        if (column < P::kSites * kColumns)
+          copy_16_async(to,
+                        u + (inside ? static_cast<std::int64_t>(t) * v.columns +
+                                          v.site[block.site + column / kColumns].column + r
+                                    : 0),
+                        inside);
+        else
+          copy_16_async(to, left.du + (inside ? static_cast<std::int64_t>(t) * v.rank_max + r : 0),
+                        inside);
       }
     }
     commit();
@@ -135,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
     each_chunk(step, [&](int t, int at, E* tile) {
       uint4& gate = *reinterpret_cast<uint4*>(tile);
       uint4& up = *reinterpret_cast<uint4*>(tile + P::kTile);
-      silu_mul_grad_8<E>(*reinterpret_cast<const uint4*>(tile + 2 * P::kTile), gate, up);
+      silu_mul_grad_8<E, P::kLeft>(*reinterpret_cast<uint4*>(tile + 2 * P::kTile), gate, up);
       if (t >= v.t || at >= block.end) return;
       E* to = dy + static_cast<std::int64_t>(t) * width + at;
       *reinterpret_cast<uint4*>(to) = gate;
@@ -176,6 +204,8 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
   wait_for_inputs();
   for (int step = 0; step < P::kStages - 1; ++step) load(step);
   float db[kColumns / 16][kWarpColumns / 8][4] = {};
+  float da[kColumns / 16][std::max(1, P::kLeftColumns / 8)][4] = {};
+  const int left_column = warp * P::kLeftColumns;  // in the block
   for (int step = 0; step < steps; ++step) {
     wait<P::kStages - 2>();
     if constexpr (kMakes) make(step);
@@ -210,6 +240,25 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
           mma<E>(db[c][k / 8 + 1], f[c][0], f[c][1], f[c][2], f[c][3], y[2], y[3]);
         }
       }
+      if constexpr (P::kLeft) {
+        const E* of_left = stage + P::kUAt + 2 * kColumns;
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 16)
+          load_matrices_transposed(f[c / 16], of_left + (t + lane / 16 * 8 + lane % 8) * P::kURow +
+                                                  c + lane / 8 % 2 * 8);
+#pragma unroll
+        for (int k = 0; k < P::kLeftColumns; k += 16) {
+          const int row = t + lane % 16, chunk = (left_column + k) / kChunk + lane / 16;
+          std::uint32_t y[4];
+          load_matrices_transposed(y,
+                                   stage + 2 * P::kTile + row * P::kWidth + swizzled(row, chunk));
+#pragma unroll
+          for (int c = 0; c < kColumns / 16; ++c) {
+            mma<E>(da[c][k / 8], f[c][0], f[c][1], f[c][2], f[c][3], y[0], y[1]);
+            mma<E>(da[c][k / 8 + 1], f[c][0], f[c][1], f[c][2], f[c][3], y[2], y[3]);
+          }
+        }
+      }
 #pragma unroll
       for (int c = 0; c < kColumns; c += 8)
 #pragma unroll
@@ -232,14 +281,25 @@ __global__ void __launch_bounds__(kThreads, kColumns == 16 && kWarpColumns < 128
           db_parts[(static_cast<std::int64_t>(part) * width + n) * v.rank_max + r] =
               db[c / 16][n8 / 8][c / 8 % 2 * 2 + j];
       }
+#pragma unroll
+  for (int c = 0; c < kColumns; c += 8)
+#pragma unroll
+    for (int n8 = 0; n8 < P::kLeftColumns; n8 += 8) {
+      const int n = block.begin + left_column + n8 + lane % 4 * 2, r = c + lane / 4;
+      if (n < block.end && r < v.rank_max)  // both even
+        *reinterpret_cast<float2*>(da_parts +
+                                   (static_cast<std::int64_t>(part) * v.rank_max + r) * to_up + n) =
+            make_float2(da[c / 16][n8 / 8][c / 8 % 2 * 2], da[c / 16][n8 / 8][c / 8 % 2 * 2 + 1]);
+    }
 #endif
 }
 
-/// du and dB from their parts, and A of all sites as one matrix. Grid (blocks, sites).
+/// du, dB and the dA left from their parts, and A of all sites as one matrix. Grid (blocks, sites).
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const SegmentsView v, int block_width, int parts, const float* du_parts,
-                     const float* db_parts, int width, E* du, int inputs, E* a) {
+    add_parts_kernel(const SegmentsView v, const SiteView left, int block_width, int parts,
+                     const float* du_parts, const float* db_parts, const float* da_parts, int width,
+                     E* du, int inputs, E* a) {
   const int first = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const int stride = static_cast<int>(gridDim.x) * kThreads, pairs = v.rank_max / 2;
   launch_dependents();
@@ -272,6 +332,16 @@ __global__ void __launch_bounds__(kThreads)
       total += db_parts[(static_cast<std::int64_t>(k) * width + site.n_begin + n) * v.rank_max + r];
     entry.db[e] += total;
   }
+  if (da_parts != nullptr) {
+    const LoraEntry before = find_entry(v, left, v.slots[0]);
+    const int own = before.da != nullptr ? before.rank * (width / 2) : 0;
+    for (int e = first + s * stride; e < own; e += v.sites * stride) {
+      float total = 0.0f;
+      for (int k = 0; k < parts; ++k)
+        total += da_parts[static_cast<std::int64_t>(k) * v.rank_max * (width / 2) + e];
+      before.da[e] += total;
+    }
+  }
   if (a == nullptr) return;
   const int chunks = inputs / kChunk;
   const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
@@ -291,53 +361,61 @@ struct Call {
   SegmentsView v;
   int parts, blocks;
   MadeOf<E> made_of;
+  Left<E> left;
   Tensor dy, u;
-  float *du_parts, *db_parts;
+  float *du_parts, *db_parts, *da_parts;
 };
 
-template <int kColumns, int kWarpColumns, int kRows, bool kMakes, class E>
+template <int kColumns, int kWarpColumns, int kRows, Dy kDy, class E>
 void start(const Call<E>& c) {
-  using P = Pair<kColumns, kWarpColumns, kRows, kMakes>;
-  launch(c.stream, pair_kernel<E, kColumns, kWarpColumns, kRows, kMakes>,
+  using P = Pair<kColumns, kWarpColumns, kRows, kDy>;
+  launch(c.stream, pair_kernel<E, kColumns, kWarpColumns, kRows, kDy>,
          dim3(static_cast<unsigned>(c.parts), static_cast<unsigned>(c.blocks / P::kSites)), 1,
-         P::kBytes, c.v, c.made_of, static_cast<E*>(c.dy.data), static_cast<int>(c.dy.dim(1)),
-         static_cast<const E*>(c.u.data), c.du_parts, c.db_parts);
+         P::kBytes, c.v, c.made_of, c.left, static_cast<E*>(c.dy.data),
+         static_cast<int>(c.dy.dim(1)), static_cast<const E*>(c.u.data), c.du_parts, c.db_parts,
+         c.da_parts);
 }
 
-template <bool kMakes, class E>
+template <Dy kDy, class E>
 void start(const Call<E>& c, std::int64_t columns, std::int64_t width) {
-  if (columns == 64) return start<64, 32, 16, kMakes>(c);
-  if (columns == 32)
-    return width == 512 ? start<32, 64, 16, kMakes>(c) : start<32, 32, 32, kMakes>(c);
-  if (width == 1024) return start<16, 128, 16, kMakes>(c);
-  return width == 512 ? start<16, 64, 16, kMakes>(c) : start<16, 32, 32, kMakes>(c);
+  if (columns == 64) return start<64, 32, 16, kDy>(c);
+  if (columns == 32) return width == 512 ? start<32, 64, 16, kDy>(c) : start<32, 32, 32, kDy>(c);
+  if (width == 1024) return start<16, 128, 16, kDy>(c);
+  return width == 512 ? start<16, 64, 16, kDy>(c) : start<16, 32, 32, kDy>(c);
 }
 
 template <class E>
 void run(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& l,
-         const SiluMulBackwardArgs& make_dy, const Tensor& dy, const Tensor& u, const Tensor& du,
-         const Tensor& a, float* du_parts, float* db_parts) {
+         const SiluMulBackwardArgs& make_dy, const LeftFactorGrad& left, const Tensor& dy,
+         const Tensor& u, const Tensor& du, const Tensor& a, const Scratch& scratch) {
   const int blocks = static_cast<int>(l.blocks), parts = static_cast<int>(l.parts);
+  const bool leaves = left.du.defined();
   const Call<E> call{
       stream,
       segments_view(sites.sites, 0, sites.rows, dy.dim(0)),
       parts,
       blocks,
       {static_cast<const E*>(make_dy.gate_up.data), static_cast<const E*>(make_dy.dout.data)},
+      leaves ? Left<E>{segments_view(left.sites, 0, sites.rows, dy.dim(0)).site[0],
+                       left.du.as<const E>()}
+             : Left<E>{},
       dy,
       u,
-      du_parts,
-      db_parts};
-  if (l.makes_dy)
-    start<true>(call, l.columns, 2 * l.width);
+      scratch.at<float>(l.du),
+      scratch.at<float>(l.db),
+      leaves ? scratch.at<float>(l.da) : nullptr};
+  if (leaves)
+    start<Dy::kMadeWithLeft>(call, l.columns, 2 * l.width);
+  else if (l.makes_dy)
+    start<Dy::kMade>(call, l.columns, 2 * l.width);
   else
-    start<false>(call, l.columns, l.width);
+    start<Dy::kGiven>(call, l.columns, l.width);
   constexpr unsigned kAddBlocks = 264;  // over all sites
   const auto count = static_cast<unsigned>(call.v.sites);
   launch_early("add_parts_kernel", add_parts_kernel<E>, dim3(kAddBlocks / count, count),
-               dim3(kThreads), 0, stream, call.v, static_cast<int>(l.width), parts,
-               static_cast<const float*>(du_parts), static_cast<const float*>(db_parts),
-               static_cast<int>(dy.dim(1)), du.as<E>(),
+               dim3(kThreads), 0, stream, call.v, call.left.site, static_cast<int>(l.width), parts,
+               static_cast<const float*>(call.du_parts), static_cast<const float*>(call.db_parts),
+               static_cast<const float*>(call.da_parts), static_cast<int>(dy.dim(1)), du.as<E>(),
                a.defined() ? static_cast<int>(a.dim(1)) : 0, static_cast<E*>(a.data));
 }
 
@@ -345,11 +423,12 @@ void run(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& l,
 }  // namespace thin
 
 void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairLayout& l,
-                    const SiluMulBackwardArgs& make_dy, const Tensor& dy, const Tensor& u,
-                    const Tensor& du, const Tensor& a, float* du_parts, float* db_parts) {
+                    const SiluMulBackwardArgs& make_dy, const LeftFactorGrad& left,
+                    const Tensor& dy, const Tensor& u, const Tensor& du, const Tensor& a,
+                    const Scratch& scratch) {
   if (dy.dim(0) == 0) return;
   with_element(dy.dtype, [&]<class E>(E) {
-    thin::run<E>(stream, sites, l, make_dy, dy, u, du, a, du_parts, db_parts);
+    thin::run<E>(stream, sites, l, make_dy, left, dy, u, du, a, scratch);
   });
 }
 

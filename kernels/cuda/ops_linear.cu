@@ -343,14 +343,13 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
   if (layout.pair.columns > 0) {
     const Profiler::Scope pass =
         pass_scope(profiler_, s, layout.pair.makes_dy ? "silu du db" : "du db", a.dy);
-    lora_thin_pair(s, sites, layout.pair, a.make_dy, a.dy, u, du, gathered,
-                   scratch.at<float>(layout.pair.du), scratch.at<float>(layout.pair.db));
+    lora_thin_pair(s, sites, layout.pair, a.make_dy, a.left, a.dy, u, du, gathered, scratch);
   } else {
     const Profiler::Scope pass = pass_scope(profiler_, s, "du, db", a.dy);
     lora_thin_du(s, sites, a.dy, du, gathered);
     lora_thin_db(s, sites, a.dy, u);
   }
-  {
+  if (!a.du.defined()) {
     const Profiler::Scope pass = pass_scope(profiler_, s, "da", a.x);
     lora_thin_da(s, sites, a.x, a.make_x, du);
   }
@@ -473,7 +472,7 @@ void CudaOps::do_linear_backward(Exec& exec, const LinearBackwardArgs& a) {
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n, columns = layout.columns;
   const DType cd = a.x.dtype;
   const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, columns});
-  const Tensor du = scratch.tensor(layout.du, cd, Shape{t, columns});
+  const Tensor du = a.du.defined() ? a.du : scratch.tensor(layout.du, cd, Shape{t, columns});
   if (!layout.single) {
     if (!a.u.defined()) lora_segments_shrink(s, a.sites, *a.adapters, a.x, u);
     if (a.dx.defined())

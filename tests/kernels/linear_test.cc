@@ -70,6 +70,22 @@ const LinearShape kMade[] = {
     {90, 104, 48, 3, {48}, {0, 90}, {0}, false},
 };
 
+/// Gate and up whose gradient backward makes, and a down of the same adapters before it: no
+/// adapter, several segments, tiles and parts of them at every count of ranks, slots without one.
+const LinearShape kMlp[] = {
+    {5, 33, 62, 2, {}, {}, {}, false},
+    {19, 40, 96, 2, {8}, {0, 4, 15, 15}, {-1, 0, -1}, true},
+    {70, 64, 96, 2, {8}, {0, 70}, {0}, false},
+    {70, 64, 96, 2, {8, 0}, {0, 70}, {1}, false},
+    {90, 64, 96, 2, {8}, {0, 90}, {-1}, false},
+    {301, 136, 4640, 2, {16}, {0, 301}, {0}, false},
+    {200, 72, 2064, 2, {24}, {0, 200}, {0}, true},
+    {150, 64, 2064, 2, {16, 8}, {0, 150}, {1}, false},
+    {150, 64, 528, 2, {32}, {0, 150}, {0}, false},
+    {200, 264, 528, 2, {64}, {0, 200}, {0}, false},
+    {90, 104, 96, 2, {72}, {0, 90}, {0}, false},
+};
+
 /// Of an x that forward makes: clusters of 1, 2, 4 and 8 blocks, parts of tiles of rows and of
 /// columns, ranks that fill the columns of each kernel and do not, rows without an adapter.
 const LinearShape kMadeForward[] = {
@@ -126,8 +142,9 @@ class LinearSetup {
     }
   }
 
-  /// Adapter tensors on the device; gradients are named da<site>.<slot> and db<site>.<slot>.
-  void place(TestDevice& device, bool gradients, float dropout) {
+  /// Adapter tensors on the device; gradients are named da<site>.<slot> and db<site>.<slot>, behind
+  /// `of`.
+  void place(TestDevice& device, bool gradients, float dropout, const std::string& of = {}) {
     weight = device.weight(c_.w, dtype_, c_.n, c_.i);
     bias = c_.bias.empty() ? Tensor{} : device.input(c_.bias, dtype_, {c_.n});
     sites.clear();
@@ -143,10 +160,10 @@ class LinearSetup {
         entry.b = device.input(a.b, dtype_, {site.n, a.rank}).data;
         const std::string name = std::to_string(s) + "." + std::to_string(k);
         if (gradients) {
-          entry.da =
-              device.in_out("da" + name, old_da[s][k], DType::kF32, {a.rank, c_.i}).as<float>();
-          entry.db =
-              device.in_out("db" + name, old_db[s][k], DType::kF32, {site.n, a.rank}).as<float>();
+          entry.da = device.in_out(of + "da" + name, old_da[s][k], DType::kF32, {a.rank, c_.i})
+                         .as<float>();
+          entry.db = device.in_out(of + "db" + name, old_db[s][k], DType::kF32, {site.n, a.rank})
+                         .as<float>();
         }
         entries.push_back(entry);
       }
@@ -392,6 +409,73 @@ TEST_P(LinearMade, ASiluMulMadeByBackwardGivesTheBitsOfOneGiven) {
 }
 TEST_P(LinearMade, AGradientMadeByBackwardGivesTheBitsOfOneGiven) {
   expect_same_bits(Made::kGradient);
+}
+
+/// Both linears of an MLP in one op, or one after the other.
+class LinearMlp : public OpTest {
+ protected:
+  static Outputs backward(LinearSetup& down, LinearSetup& gate_up, bool joint, bool keep_u,
+                          float dropout) {
+    const std::int64_t t = gate_up.reference().t, c = gate_up.reference().i, f = down.reference().i;
+    return run_op(backend(), [&](TestDevice& device) {
+      down.place(device, true, dropout, "down ");
+      gate_up.place(device, true, dropout);
+      if (down.adapters() != nullptr) down.rows = gate_up.rows;
+      const auto random = [&](std::int64_t columns, std::uint64_t seed) {
+        return random_values(t * columns, dtype(), seed);
+      };
+      const Tensor both = device.in_out("gate_up", random(2 * f, 31), dtype(), {t, 2 * f});
+      const Tensor dact = device.output("dact", dtype(), {t, f});
+      const Tensor x = device.input(random(c, 32), dtype(), {t, c});
+      const auto kept = [&](const LinearSetup& of, std::uint64_t seed) {
+        if (!keep_u || of.adapters() == nullptr) return Tensor{};
+        return device.input(random_values(of.u_shape().elements(), dtype(), seed), dtype(),
+                            of.u_shape());
+      };
+      LinearBackwardArgs first{device.input(random(c, 33), dtype(), {t, c}),
+                               {},
+                               &down.weight,
+                               down.sites,
+                               down.adapters(),
+                               kept(down, 34),
+                               dact};
+      first.make_x.silu_mul = {both, {}};
+      LinearBackwardArgs second{both,
+                                x,
+                                &gate_up.weight,
+                                gate_up.sites,
+                                gate_up.adapters(),
+                                kept(gate_up, 35),
+                                device.output("dx", dtype(), {t, c})};
+      second.make_dy = {dact, both, both};
+      if (joint) return device.ops().mlp_backward(device.exec(), {first, second});
+      device.ops().linear_backward(device.exec(), first);
+      device.ops().linear_backward(device.exec(), second);
+    });
+  }
+};
+TANDEM_OP_TEST(LinearMlp, kMlp);
+
+TEST_P(LinearMlp, OneBackwardGivesWhatTwoGive) {
+  const LinearShape& s = row(kMlp);
+  if (backend() == "cpu" && s.t * (s.i + s.n) > 1 << 18) GTEST_SKIP() << "one path for all sizes";
+  for (const float dropout : {0.0f, 0.25f})
+    for (const bool keep_u : {true, false}) {
+      LinearShape of_down = s;
+      of_down.i = s.n / 2, of_down.n = s.i, of_down.sites = s.ranks.empty() ? 0 : 1;
+      LinearShape of_gate_up = s;
+      if (s.ranks.empty()) of_gate_up.sites = 0;
+      LinearSetup down(of_down, dtype()), gate_up(of_gate_up, dtype());
+      const Outputs apart = backward(down, gate_up, false, keep_u, dropout);
+      const Outputs joint = backward(down, gate_up, true, keep_u, dropout);
+      for (const auto& [name, output] : apart) {
+        const std::string what = str(name, ", dropout ", dropout, keep_u ? "" : ", u not kept");
+        if (name.starts_with("down da"))  // the pass cuts its sums otherwise
+          expect_close(what, joint.at(name).values(), output.values(), tolerance(DType::kF32, s.t));
+        else
+          EXPECT_EQ(joint.at(name).bytes, output.bytes) << what;
+      }
+    }
 }
 
 /// A forward whose x the op makes itself, or is given as the op of its recipe makes it.

@@ -119,6 +119,7 @@ void add_linear_cases(std::vector<Case>& cases) {
                                 {33, 70, 50, 0, 0, 0, 0, 0.0f, false},
                                 {300, 576, 960, 3, 1, 16, 1, 0.0f, true},
                                 {300, 576, 960, 3, 1, 16, 1, 0.1f, true},
+                                {200, 264, 1056, 2, 1, 16, 1, 0.0f, true},
                                 {16, 576, 576, 1, 4, 8, 5, 0.0f, false},
                                 {64, 128, 256, 2, 3, 32, 7, 0.1f, false},
                                 // short segments of a long batch: fewer rows may take more scratch
@@ -159,6 +160,27 @@ void add_linear_cases(std::vector<Case>& cases) {
                                    {},
                                    side.zeros(DType::kF32, {s.t})}};
            side.backend.ops->linear_backward(side.exec, args);
+         }});
+    cases.push_back(
+        {"mlp backward " + shape, [s](Side& side, DType cd) {
+           const LinearShapes before{s.t,     s.n / 2, s.i,        s.sites > 0 ? 1 : 0,
+                                     s.slots, s.rank,  s.segments, s.dropout,
+                                     s.save_u};
+           const PlacedLinear down(side, cd, before), gate_up(side, cd, s);
+           const Tensor both = side.zeros(cd, {s.t, s.n}), dact = side.zeros(cd, {s.t, s.n / 2});
+           MlpBackwardArgs args{
+               {side.zeros(cd, {s.t, s.i}),
+                {},
+                &down.weight,
+                down.adapters.sites,
+                gate_up.rows,
+                down.u,
+                dact},
+               {both, side.zeros(cd, {s.t, s.i}), &gate_up.weight, gate_up.adapters.sites,
+                gate_up.rows, gate_up.u, side.zeros(cd, {s.t, s.i})}};
+           args.down.make_x.silu_mul.gate_up = both;
+           args.gate_up.make_dy = {dact, both, both};
+           side.backend.ops->mlp_backward(side.exec, args);
          }});
   }
 }

@@ -99,13 +99,22 @@ struct BlockRun {
                            {x, &weight, bias, sites(fused), adapter_rows(y), y, u, make_x, then});
   }
   /// x undefined: by its recipe; dy as `make_dy` says, where that says something.
-  void linear_backward(Fused fused, const Tensor& dy, const Tensor& x,
-                       const kernels::PackedWeight& weight, const Tensor& u, const Tensor& dx,
-                       const kernels::LinearInputRecipe& make_x = {},
-                       const kernels::SiluMulBackwardArgs& make_dy = {}) const {
-    ctx.ops.linear_backward(ctx.exec,
-                            {dy, x, &weight, sites(fused), adapter_rows(dy), u, dx,
-                             x.defined() ? kernels::LinearInputRecipe{} : make_x, make_dy});
+  [[nodiscard]] kernels::LinearBackwardArgs backward_of(
+      Fused fused, const Tensor& dy, const Tensor& x, const kernels::PackedWeight& weight,
+      const Tensor& u, const Tensor& dx, const kernels::LinearInputRecipe& make_x = {},
+      const kernels::SiluMulBackwardArgs& make_dy = {}) const {
+    return {dy,
+            x,
+            &weight,
+            sites(fused),
+            adapter_rows(dy),
+            u,
+            dx,
+            x.defined() ? kernels::LinearInputRecipe{} : make_x,
+            make_dy};
+  }
+  void linear_backward(const kernels::LinearBackwardArgs& args) const {
+    ctx.ops.linear_backward(ctx.exec, args);
   }
   /// Gradients of a weight, where they are wanted: see BlockGrads.
   void weight_grad(const Tensor& dy, const Tensor& x, Tensor BlockGrads::*weight,
@@ -360,19 +369,29 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
       ops.silu_mul_forward(run.ctx.exec, {again.gate_up, again.act});
     }
     const Tensor dact = run.rows(run.config.mlp_width);
-    for (std::int64_t p = 0; p < run.parts; ++p)
-      run.linear_backward(Fused::kDown, dstream.part(run.ctx, p, run.parts), run.part(again.act, p),
-                          run.weights.down, run.part(s.u[3], p), run.part(dact, p),
-                          {.silu_mul = {run.part(again.gate_up, p), {}}});
-    PartsPending sums;
-    for (std::int64_t p = 0; p < run.parts; ++p) {
+    const auto down = [&](std::int64_t p) {
+      return run.backward_of(Fused::kDown, dstream.part(run.ctx, p, run.parts),
+                             run.part(again.act, p), run.weights.down, run.part(s.u[3], p),
+                             run.part(dact, p), {.silu_mul = {run.part(again.gate_up, p), {}}});
+    };
+    const auto gate_up = [&](std::int64_t p) {
       // The gradient takes gate_up's memory: nobody reads that again.
-      const Tensor gate_up = run.part(again.gate_up, p);
-      run.linear_backward(Fused::kGateUp, gate_up, normed_mlp.part(run.ctx, p, run.parts),
-                          run.weights.gate_up, run.part(s.u[2], p), run.part(dnormed_all, p),
-                          norm_recipe(s.residual_attention, run.weights.mlp_norm, s.rstd_mlp),
-                          {run.part(dact, p), gate_up, gate_up});
-      run.sum_part(dnormed_all, dnormed, sums, p);
+      const Tensor both = run.part(again.gate_up, p);
+      return run.backward_of(Fused::kGateUp, both, normed_mlp.part(run.ctx, p, run.parts),
+                             run.weights.gate_up, run.part(s.u[2], p), run.part(dnormed_all, p),
+                             norm_recipe(s.residual_attention, run.weights.mlp_norm, s.rstd_mlp),
+                             {run.part(dact, p), both, both});
+    };
+    PartsPending sums;
+    if (run.ctx.comm.size() == 1) {
+      ops.mlp_backward(run.ctx.exec, {down(0), gate_up(0)});
+      run.sum_part(dnormed_all, dnormed, sums, 0);
+    } else {  // all of one first: what the other waits for arrives beside it
+      for (std::int64_t p = 0; p < run.parts; ++p) run.linear_backward(down(p));
+      for (std::int64_t p = 0; p < run.parts; ++p) {
+        run.linear_backward(gate_up(p));
+        run.sum_part(dnormed_all, dnormed, sums, p);
+      }
     }
     run.weight_grad(dstream.all, again.act, &BlockGrads::down);
     dstream.pending.clear();
@@ -383,9 +402,9 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
   GatheredRows normed_attention = normed(s.normed_attention, s.x, run.weights.attention_norm);
   const Tensor dattention = run.rows(run.config.heads * run.config.head_dim);
   for (std::int64_t p = 0; p < run.parts; ++p)
-    run.linear_backward(Fused::kO, dstream.part(run.ctx, p, run.parts),
-                        run.part(s.attention_out, p), run.weights.o, run.part(s.u[1], p),
-                        run.part(dattention, p));
+    run.linear_backward(run.backward_of(Fused::kO, dstream.part(run.ctx, p, run.parts),
+                                        run.part(s.attention_out, p), run.weights.o,
+                                        run.part(s.u[1], p), run.part(dattention, p)));
   const Tensor dqkv = run.rows(run.qkv_width());
   ops.attention_backward(run.ctx.exec,
                          {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
@@ -395,10 +414,10 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
                                    run.config.kv_heads, run.config.head_dim});
   PartsPending sums;
   for (std::int64_t p = 0; p < run.parts; ++p) {
-    run.linear_backward(Fused::kQkv, run.part(dqkv, p),
-                        normed_attention.part(run.ctx, p, run.parts), run.weights.qkv,
-                        run.part(s.u[0], p), want_dx ? run.part(dnormed_all, p) : Tensor{},
-                        norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention));
+    run.linear_backward(run.backward_of(
+        Fused::kQkv, run.part(dqkv, p), normed_attention.part(run.ctx, p, run.parts),
+        run.weights.qkv, run.part(s.u[0], p), want_dx ? run.part(dnormed_all, p) : Tensor{},
+        norm_recipe(s.x, run.weights.attention_norm, s.rstd_attention)));
     if (want_dx) run.sum_part(dnormed_all, dnormed, sums, p);
   }
   run.weight_grad(dstream.all, s.attention_out, &BlockGrads::o);
