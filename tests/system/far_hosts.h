@@ -40,11 +40,19 @@ class FarHosts {
 
   static std::string address(int host) { return str("10.87.0.", host + 1); }
   static std::string name(int host) { return str("far", host); }
-  /// What a program is started through on a host: its namespace, and its name.
+  /// What a program is started through on a host: its namespace, and its name; no ssh is there.
   static std::vector<std::string> through(int host) {
-    return {"ip",        "netns",   "exec",
-            space(host), "unshare", "--uts",
-            "sh",        "-c",      str("hostname ", name(host), " && exec \"$0\" \"$@\"")};
+    return {"ip",
+            "netns",
+            "exec",
+            space(host),
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            str("hostname ", name(host),
+                "; for shell in ssh rsh; do at=$(command -v $shell) && mount --bind /dev/null $at; "
+                "done; exec \"$0\" \"$@\"")};
   }
   /// This thread, and what it starts from now on, is at the head; until leave().
   static bool enter() {

@@ -135,13 +135,15 @@ Result<std::vector<std::string>> daemon_arguments(const std::vector<std::string>
           str("a gang's daemon takes -mca NAME VALUE alone, not \"", asked[i].substr(0, 80), "\""));
     const std::string name = unquoted(asked[i + 1]), value = unquoted(asked[i + 2]);
     i += 2;
-    if (name == "plm_rsh_agent") continue;  // it starts no further daemons
+    if (name == "plm_rsh_agent") continue;
     if (!daemon_parameters().contains(name) || !plain(value))
       return invalid_error(
           str("a gang's daemon takes no parameter \"", name.substr(0, 80), "\" of this value"));
     arguments.insert(arguments.end(),
                      {"-mca", name, name == "orte_tmpdir_base" ? directory : value});
   }
+  // It starts no further daemons, but looks for what would: ssh, which need not be there.
+  arguments.insert(arguments.end(), {"-mca", "plm_rsh_agent", "/bin/false"});
   return arguments;
 }
 

@@ -210,9 +210,10 @@ TEST(DaemonArguments, AreThoseThatOpenMpiGivesUnquotedAndWithThisHostsFolder) {
        "-mca", "orte_tmpdir_base", "\"/theirs\""},
       "/ours");
   ASSERT_TRUE(taken.ok()) << taken.status().to_string();
-  EXPECT_EQ(*taken, (std::vector<std::string>{"-mca", "ess", "env", "-mca", "orte_hnp_uri",
-                                              "14.0;tcp://10.0.0.1:4186", "-mca",
-                                              "orte_tmpdir_base", "/ours"}));
+  EXPECT_EQ(*taken,
+            (std::vector<std::string>{"-mca", "ess", "env", "-mca", "orte_hnp_uri",
+                                      "14.0;tcp://10.0.0.1:4186", "-mca", "orte_tmpdir_base",
+                                      "/ours", "-mca", "plm_rsh_agent", "/bin/false"}));
 }
 
 TEST(DaemonArguments, TakeNothingThatNamesAProgramALibraryOrAnotherOption) {
