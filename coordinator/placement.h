@@ -34,10 +34,10 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
 
 /// Workers for a queued job of several ranks: all at once, one per rank, slots with the device of
 /// the job's estimate, of one kind (device name), that train nothing and have memory for a rank
-/// beside their engine (whose base does not matter). On one host where one has as many slots; else,
-/// CPU slots only, over several, members of a host next to each other. The agent of the first
-/// member of each host must be there, all of one program version: each host's ranks are its own
-/// program. Of an elastic job's sizes the largest that fits. Deterministic.
+/// beside their engine (whose base does not matter). On one host where one has as many slots; else
+/// over several, members of a host next to each other. The agent of the first member of each host
+/// must be there, all of one program version: each host's ranks are its own program. Of an elastic
+/// job's sizes the largest that fits. Deterministic.
 Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& workers,
                      const std::set<WorkerId>& reserved, const Without& without = {});
 
@@ -71,16 +71,14 @@ struct HostSlots {
 };
 /// Of all hosts with this device.
 HostSlots largest_host(const WorkerTable& workers, const std::string& device);
-/// How many ranks on one device a gang can have: as many as the pool has CPU slots of one kind, or
-/// as a host has GPUs of one kind, for GPUs of several hosts make no gang.
+/// How many ranks on one device a gang can have: as many as the pool has slots of one kind.
 struct GangRoom {
   std::size_t ranks = 0;
-  /// "there are 3 CPU workers, 2 of them on HOST", or "a gang of GPUs stays within one host: ...";
-  /// the kinds, where there are several.
+  /// "there are 3 CPU workers, 2 of them on HOST"; the kinds, where there are several.
   std::string description;
 };
 GangRoom gang_room(const WorkerTable& workers, const std::string& device);
-/// Where a gang of so many ranks is to run: on GPUs, where a host has as many, else on CPUs.
+/// Where a gang of so many ranks is to run: on GPUs, where the pool has as many, else on CPUs.
 std::string gang_device(const WorkerTable& workers, std::int64_t ranks);
 /// Of the layouts with at most `ranks` ranks that cut no axis more than the asked one, so that a
 /// model that takes this takes them, the one with most; all zero: there is none. `dps`: what dp may

@@ -95,15 +95,7 @@ HostSlots largest_host(const WorkerTable& workers, const std::string& device) {
 
 GangRoom gang_room(const WorkerTable& workers, const std::string& device) {
   const Kinds kinds = kinds_of(workers, device);
-  const bool cpu = device == "cpu";
-  if (kinds.empty()) return {0, str("no ", cpu ? "CPU" : "GPU", " worker is known")};
-  if (!cpu) {
-    const HostSlots largest = largest_host(workers, device);
-    return {largest.count,
-            str("a gang of GPUs stays within one host: ", largest.name, " has ",
-                largest.to_string(), kinds.size() > 1 ? " of kind " + largest.kind : std::string(),
-                ", no host more", list_kinds(kinds))};
-  }
+  if (kinds.empty()) return {0, str("no ", device == "cpu" ? "CPU" : "GPU", " worker is known")};
   const auto most = std::max_element(kinds.begin(), kinds.end(), [](const auto& a, const auto& b) {
     return slots_of(a.second) < slots_of(b.second);
   });
@@ -125,8 +117,8 @@ NearestLayout nearest_layout(const std::vector<std::int64_t>& dps, std::int64_t 
 }
 
 std::string gang_device(const WorkerTable& workers, std::int64_t ranks) {
-  const HostSlots gpus = largest_host(workers, "cuda");
-  return gpus.count > 0 && static_cast<std::int64_t>(gpus.count) >= ranks ? "cuda" : "cpu";
+  const std::size_t gpus = gang_room(workers, "cuda").ranks;
+  return gpus > 0 && static_cast<std::int64_t>(gpus) >= ranks ? "cuda" : "cpu";
 }
 
 std::string estimated_device(const std::string& estimate_json) {
@@ -237,7 +229,7 @@ Placement place_kind(const Job& job, std::size_t wanted, const Kinds::mapped_typ
       if (best == nullptr || score(host) > score(*best)) best = &host;
     }
     if (best != nullptr) break;
-    if (device == "cpu" && all >= wanted) return place_over_hosts(wanted, std::move(hosts));
+    if (all >= wanted) return place_over_hosts(wanted, std::move(hosts));
   }
   Placement placement;
   if (best == nullptr) {

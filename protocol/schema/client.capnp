@@ -152,9 +152,10 @@ struct Pong {
 #                   checkpoint the step, or the job is not paused.
 #
 # replica.add !     {"model", "tp"? = 1, "pp"? = 1, "count"? = 1} -> {"replicas": [REPLICA], "estimate"}. Since 1.3.
-#                   Serves the base over tp x pp workers of one host, from now on until it is removed. The dry
-#                   run of every rank comes first: what does not fit, a model that cannot be cut so (with the
-#                   nearest layout), one rank, or more ranks than any host has workers: `refused`.
+#                   Serves the base over tp x pp workers, of one host where one has as many, from now on until
+#                   it is removed. The dry run of every rank comes first: what does not fit, a model that cannot
+#                   be cut so (with the nearest layout), one rank, or more ranks than the pool has workers of
+#                   one kind: `refused`.
 # replica.list      {} -> {"replicas": [REPLICA]}. At most 256.
 # replica.rm !      {"replica"} -> REPLICA in state "stopping" (it ends after what it answers), or "removed".
 #

@@ -305,10 +305,10 @@ TEST_F(MixedGangs, OfGpusToo) {
   live(11'000, JobId("none"), false);  // the coordinator knows its pool by now
   const Status three = refused(kThreeRanks);
   EXPECT_EQ(three.code(), StatusCode::kRefused);
-  EXPECT_NE(three.message().find("the job has 3 ranks, one worker each, and a gang of GPUs stays "
-                                 "within one host: host has 2 GPU workers of kind NVIDIA H100, no "
-                                 "host more; all ranks of a gang are of one kind, and there are "
-                                 "1 x NVIDIA A100, 2 x NVIDIA H100"),
+  EXPECT_NE(three.message().find("the job has 3 ranks, one worker each, and there are 2 GPU "
+                                 "workers of kind NVIDIA H100, 2 of them on host; all ranks of a "
+                                 "gang are of one kind, and there are 1 x NVIDIA A100, 2 x NVIDIA "
+                                 "H100"),
             std::string::npos)
       << three.message();
   EXPECT_NE(three.message().find("the nearest layout with as many workers: dp 2, tp 1, pp 1"),
@@ -382,7 +382,7 @@ TEST_F(Gangs, RunsOnTheGpusOfAHostThatHasEnoughAndElseOnItsProcessors) {
     EXPECT_EQ(std::ranges::count(gpus, member), 0) << member << ": two kinds in one gang";
 }
 
-TEST(GpuGangs, StayWithinOneHostHoweverManyGpusOtherHostsHave) {
+TEST(GpuGangs, LieOnOneHostWhereItHasAsManyGpusAndElseOverSeveral) {
   CoreHarness h;
   h.first_gpu = 0;
   h.add_model("base");
@@ -395,15 +395,23 @@ TEST(GpuGangs, StayWithinOneHostHoweverManyGpusOtherHostsHave) {
     const auto reply = h.call("job.show", {{"job", id.value}});
     return nlohmann::json::parse(reply.result_json)["reason"].get<std::string>();
   };
-  const JobId three = h.submit({{"train", {{"dp", 3}, {"gradient_accumulation_steps", 3}}}});
-  EXPECT_EQ(h.job(three).state, JobState::kQueued);
-  EXPECT_NE(shown(three).find("needs 3 GPU workers; a gang of GPUs stays within one host: host has "
-                              "2 GPU workers, no host more"),
-            std::string::npos)
-      << shown(three);
+  const auto w = [](int slot) { return CoreHarness::worker(slot); };
   const JobId two = h.submit(kTwoRanks);
-  EXPECT_EQ(h.job(two).members,
-            (std::vector<WorkerId>{CoreHarness::worker(0), CoreHarness::worker(1)}));
+  EXPECT_EQ(h.job(two).members, (std::vector<WorkerId>{w(0), w(1)}));
+  const auto ranks = [](int dp) {
+    return nlohmann::json{{"train", {{"dp", dp}, {"gradient_accumulation_steps", dp}}}};
+  };
+  const JobId three = h.submit(ranks(3));
+  EXPECT_EQ(h.job(three).state, JobState::kQueued);
+  EXPECT_NE(shown(three).find("needs 3 workers of 2 hosts at once, 1 are free"), std::string::npos)
+      << shown(three);
+  h.from_agent(0, JobEnded{two, 1, invalid_error("bad row"), 0, "{}"});
+  h.agent(0);
+  h.advance(100);
+  EXPECT_EQ(h.job(three).members, (std::vector<WorkerId>{w(0), w(1), w(10)}));
+  const JobId four = h.submit(ranks(4));
+  EXPECT_NE(shown(four).find("there are 3 GPU workers, 2 of them on host"), std::string::npos)
+      << shown(four);
 }
 
 TEST_F(Gangs, RightAfterAStartOfTheCoordinatorAJobWaitsForWorkersToComeBack) {

@@ -18,7 +18,7 @@ namespace tandem::test {
 class FarPool : public TinyPool {
  protected:
   static void SetUpTestSuite() {
-    if (on_gpus()) return;
+    if (lacks_gpus()) return;
     hosts_ = std::make_unique<FarHosts>();
     if (!hosts_->made() || !hosts_->enter()) return;
     begin_pool(64, 4, FarHosts::address(FarHosts::kHead));
@@ -30,8 +30,8 @@ class FarPool : public TinyPool {
     hosts_.reset();
   }
   void SetUp() override {
-    if (on_gpus()) GTEST_SKIP() << "a gang of GPUs stays within one host";
-    if (!platform_)
+    TinyPool::SetUp();
+    if (!platform_ && !IsSkipped())
       GTEST_SKIP() << "network namespaces cannot be made here (root, ip netns, bridges, unshare)";
   }
   /// Whatever happened: nothing of any gang is left on either host, and both are in the pool.

@@ -42,15 +42,18 @@ class TinyPool : public testing::Test {
   /// Starts the platform and waits until all workers are ready: `cpus`, or as many GPUs as tests
   /// use. `rows` of data, `layers` blocks.
   static void start_pool(int cpus, int rows, std::int64_t layers = 2) {
-    if (on_gpus())
-      if (const auto last = kernels::probe_cuda_device(kGpus - 1); !last.ok()) {
-        missing_ = str("it takes ", kGpus, " GPUs: ", last.status().message());
-        return;
-      }
+    if (lacks_gpus()) return;
     begin_pool(rows, layers);
     const int count = on_gpus() ? kGpus : cpus;
     for (int slot = 0; slot < count; ++slot) platform_->start_worker(slot);
     await_workers(count);
+  }
+  /// Whether GPUs are asked for and too few are there; tests are then skipped.
+  static bool lacks_gpus() {
+    if (!on_gpus()) return false;
+    if (const auto last = kernels::probe_cuda_device(kGpus - 1); !last.ok())
+      missing_ = str("it takes ", kGpus, " GPUs: ", last.status().message());
+    return !missing_.empty();
   }
   /// The same without workers; `address`: see Platform::listen_at.
   static void begin_pool(int rows, std::int64_t layers, const std::string& address = "") {

@@ -1,5 +1,10 @@
 #include "worker/comm/device_gang.h"
 
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <string>
+
 namespace tandem::worker::comm {
 namespace {
 
@@ -8,6 +13,17 @@ struct Invitation {
   NcclId id{};
   std::int64_t valid = 0;
 };
+
+/// Equal for processes of one boot and one network namespace: by its sockets GPUs' memory is
+/// shared. Containers that have the same name, or one on each of two machines, are told apart.
+std::uint64_t where_this_runs() {
+  std::ifstream boot("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  std::getline(boot, id);
+  std::error_code error;
+  id += std::filesystem::read_symlink("/proc/self/ns/net", error).string();
+  return std::hash<std::string>()(id);
+}
 
 }  // namespace
 
@@ -19,6 +35,12 @@ Result<std::unique_ptr<Communicator>> join_devices(Communicator& host, kernels::
                                            kernels::Tensor to) { ops.copy(e, from, to); });
   options.rank = host.rank();
   options.size = host.size();
+  std::uint64_t here = where_this_runs();
+  options.hosts.resize(static_cast<std::size_t>(host.size()));
+  host.all_gather(exec, {&here, DType::kU8, {sizeof here}},
+                  {options.hosts.data(),
+                   DType::kU8,
+                   {static_cast<std::int64_t>(options.hosts.size() * sizeof here)}});
   Status made;
   Invitation invitation;
   if (options.rank == 0) {

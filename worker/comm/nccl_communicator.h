@@ -11,6 +11,9 @@
 // (nccl/peer_collectives.h). TANDEM_GPU_PEERS=off in the environment of all ranks leaves everything
 // to NCCL, and then nothing can be recorded.
 //
+// A group within one host has all of that though the gang spans several; between hosts NCCL takes
+// what it finds (InfiniBand, sockets; NCCL_* in the agents' environment say which).
+//
 // A rank that dies is not noticed here: NCCL reports nothing within a host. Whoever watches the
 // processes ends the gang. What NCCL itself reports to a call, and a start or a barrier that takes
 // longer than timeout_ms, is a DeviceError. Collectives fail behind the caller's back, too, or
@@ -25,9 +28,11 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace tandem::worker::comm {
 
@@ -40,6 +45,8 @@ Result<NcclId> make_nccl_id();
 struct NcclOptions {
   NcclId id{};
   int rank = 0, size = 1;
+  /// Of each rank, where it runs: equal numbers can reach each other's memory. Empty: all can.
+  std::vector<std::uint64_t> hosts{};
   int device = 0;  ///< of this process, as CUDA counts
   /// Multiprocessors that a collective may take; 0: as many as NCCL likes. For gangs that gather in
   /// the background: kGatherMultiprocessors.

@@ -117,6 +117,13 @@ class SideQueue {
 /// behind weights of a block.
 using SideQueues = std::deque<SideQueue>;
 
+bool on_one_host(const NcclOptions& options, const std::vector<int>& members) {
+  const auto host = [&](int member) { return options.hosts[static_cast<std::size_t>(member)]; };
+  return options.hosts.empty() || std::all_of(members.begin(), members.end(), [&](int member) {
+           return host(member) == host(members.front());
+         });
+}
+
 class NcclCommunicator final : public Communicator {
  public:
   /// `members`: ranks of the gang, in this communicator's order.
@@ -127,7 +134,8 @@ class NcclCommunicator final : public Communicator {
         rank_(rank),
         size_(static_cast<int>(members.size())),
         members_(std::move(members)),
-        reaches_peers_(reaches_peers) {}
+        gpu_reaches_(reaches_peers),
+        reaches_peers_(reaches_peers && on_one_host(handle_->watch()->options(), members_)) {}
 
   [[nodiscard]] int rank() const override { return rank_; }
   [[nodiscard]] int size() const override { return size_; }
@@ -249,7 +257,7 @@ class NcclCommunicator final : public Communicator {
     for (const int member : members) theirs.push_back(members_[static_cast<std::size_t>(member)]);
     if (theirs == members_)
       return std::make_unique<NcclCommunicator>(handle_, sides_, rank_, std::move(theirs),
-                                                reaches_peers_);
+                                                gpu_reaches_);
     auto part = std::make_unique<Handle>(handle_->watch());
     ncclConfig_t config = part->config();
     const bool single = members.size() == 1;
@@ -266,7 +274,7 @@ class NcclCommunicator final : public Communicator {
                    "copy");
       });
     return std::make_unique<NcclCommunicator>(std::move(part), sides_, key, std::move(theirs),
-                                              reaches_peers_);
+                                              gpu_reaches_);
   }
 
  private:
@@ -369,7 +377,8 @@ class NcclCommunicator final : public Communicator {
   const std::shared_ptr<Handle> handle_;     ///< shared by groups of all ranks
   const int rank_, size_;
   const std::vector<int> members_;
-  const bool reaches_peers_;  ///< this GPU can read the others of the host
+  const bool gpu_reaches_;    ///< others of its host
+  const bool reaches_peers_;  ///< and this group's are all of one
   bool asked_ = false;
   std::unique_ptr<PeerCollectives> peers_;
 };
@@ -407,8 +416,10 @@ Result<std::unique_ptr<Communicator>> make(const NcclOptions& asked) {
   (void)::setenv("NCCL_NVLS_ENABLE", "0", 0);
   try {
     check_cuda(cudaSetDevice(options.device), "device");
+    std::vector<int> all(static_cast<std::size_t>(options.size));
+    std::iota(all.begin(), all.end(), 0);
     const bool peers = reaches_peers(options.device);
-    if (peers) options.multiprocessors_max = 0;
+    if (peers && on_one_host(options, all)) options.multiprocessors_max = 0;
     auto handle = std::make_unique<Handle>(std::make_shared<Watch>(options));
     const auto lock = handle->watch()->in_nccl();
     ncclUniqueId id;
@@ -417,8 +428,6 @@ Result<std::unique_ptr<Communicator>> make(const NcclOptions& asked) {
     handle->call("start",
                  ncclCommInitRankConfig(handle->out(), options.size, id, options.rank, &config));
     handle->call("start", ncclInProgress);
-    std::vector<int> all(static_cast<std::size_t>(options.size));
-    std::iota(all.begin(), all.end(), 0);
     return std::unique_ptr<Communicator>(std::make_unique<NcclCommunicator>(
         std::move(handle), std::make_shared<SideQueues>(), options.rank, std::move(all), peers));
   } catch (const DeviceError& error) {
