@@ -320,7 +320,8 @@ struct LaunchDaemon {
   # the host of `worker`, the first member there. The coordinator checks that (job, epoch) is placed so and
   # that the sender leads it, and passes it on to that worker's agent, which starts its own host's orted with
   # these arguments; it takes none but `-mca NAME VALUE` of a list of names. Answered with DaemonLaunched.
-  # Repeated every second until then; doing it twice is doing it once.
+  # Repeated every second until then; doing it twice is doing it once. Where the daemon fails later, the
+  # answer comes again, with the reason.
   worker @0 :Text;
   start @1 :StartJob;         # what the gang was started with: its ranks there read it
   arguments @2 :List(Text);   # at most 256, of at most 16 KiB each; without the program's name

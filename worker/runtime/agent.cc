@@ -232,10 +232,15 @@ class Agent {
       const bool led = gang_.led().has_value();
       if (gang_asked_ || ((stopping_ || next_start_) && now >= gang_kill_at_ms_)) gang_.kill();
       if (const auto how = gang_.poll()) {
-        const std::string what = str("the gang is over: ", *how, "; see ", options_.gang.log);
+        const std::string end = str(*how, "; see ", options_.gang.log);
+        const std::string what = "the gang is over: " + end;
         log_info(running->job, " epoch ", running->epoch, ": ", what);
         if (led)
           report_ended(*running, gang_asked_ ? cancelled_error(what) : unavailable_error(what));
+        else if (gang_.failed())
+          (void)link_.send(
+              protocol::DaemonLaunched{running->job, running->epoch, options_.worker,
+                                       unavailable_error(str(options_.worker, ": ", end))});
         gang_asked_ = false;
         if (const auto next = std::exchange(next_start_, std::nullopt)) start_gang(*next);
       }

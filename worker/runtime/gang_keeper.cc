@@ -282,8 +282,13 @@ std::vector<protocol::LaunchDaemon> GangKeeper::wanted_daemons() {
 void GangKeeper::answer(const protocol::DaemonLaunched& launched) {
   if (!running_ || !led_ || running_->job != launched.job || running_->epoch != launched.epoch)
     return;
+  bool open = false;
   for (const LaunchRequest& request : open_requests(paths_.directory))
-    if (request.host == host_of(launched.worker)) reply(request, launched.status);
+    if (request.host == host_of(launched.worker)) {
+      reply(request, launched.status);
+      open = true;
+    }
+  if (!open && !launched.status.ok()) paths_.leave_word(launched.status.message());
 }
 
 std::optional<protocol::StartJob> GangKeeper::started() const {
@@ -337,14 +342,15 @@ std::optional<std::string> GangKeeper::poll() {
   if (!running_) return std::nullopt;
   if (!ended_) {
     int wait_status = 0;
-    if (child_ && ::waitpid(mpirun_, &wait_status, WNOHANG) == mpirun_)
+    if (child_ && ::waitpid(mpirun_, &wait_status, WNOHANG) == mpirun_) {
       how_ =
           str(led_ ? "its mpirun" : "its daemon", " ended by ", describe_wait_status(wait_status));
-    else if (child_ || FileLock::is_held(paths_.lock)) {
+    } else if (child_ || FileLock::is_held(paths_.lock)) {
       end_if_stuck();
       return std::nullopt;
     }
     ended_ = true;
+    failed_ = wait_status != 0;
   }
   // mpirun is gone; ranks that outlived it have nobody to talk to.
   const auto ranks = live_ranks();

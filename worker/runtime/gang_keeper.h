@@ -70,7 +70,11 @@ class GangKeeper {
   }
   /// Daemons that the led gang's mpirun waits for, until answered.
   std::vector<protocol::LaunchDaemon> wanted_daemons();
+  /// A request's answer; or, later, that a daemon has failed: mpirun may wait for it for ever, and
+  /// is killed soon.
   void answer(const protocol::DaemonLaunched& launched);
+  /// Whether what poll() said last was an end by a signal, or with an exit code.
+  [[nodiscard]] bool failed() const { return failed_; }
   /// SIGKILL to all of it; poll() says when it is gone.
   void kill();
   /// SIGUSR1, where it is led: the first rank takes a checkpoint and ends.
@@ -97,7 +101,7 @@ class GangKeeper {
   TimeMs next_look_ms_ = 0, word_ms_ = 0, ranks_ms_ = 0;  ///< of end_if_stuck()
   std::optional<protocol::RunningJob> running_;
   pid_t mpirun_ = 0;
-  bool child_ = false, ended_ = false, led_ = true;
+  bool child_ = false, ended_ = false, failed_ = false, led_ = true;
   std::string how_;
 };
 

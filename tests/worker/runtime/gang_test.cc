@@ -182,6 +182,20 @@ TEST_F(StuckGang, IsEndedSoonAfterARanksWord) {
   EXPECT_FALSE(std::filesystem::exists(GangPaths(slot).directory));
 }
 
+TEST_F(StuckGang, IsEndedSoonAfterAFarHostsDaemonHasFailed) {
+  const auto told = [&](Epoch epoch, const Status& status) {
+    keeper.answer({JobId("job-1"), epoch, WorkerId("far/cpu0"), status});
+    clock.advance(1000);
+    EXPECT_EQ(keeper.poll(), std::nullopt);
+    clock.advance(scaled_ms(GangKeeper::kWordMs) + 1000);
+    return ended();
+  };
+  EXPECT_EQ(told(1, {}), "") << "it was started";
+  EXPECT_EQ(told(0, unavailable_error("an earlier one")), "");
+  const std::string how = told(1, unavailable_error("far/cpu0: its daemon ended by exit code 213"));
+  EXPECT_NE(how.find("far/cpu0: its daemon ended by exit code 213"), std::string::npos) << how;
+}
+
 TEST_F(StuckGang, IsEndedWhereNoRankComesAndNamesItsHosts) {
   {
     const auto rank = FileLock::acquire(GangPaths(slot).rank_lock(1));
