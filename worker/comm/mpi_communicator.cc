@@ -73,6 +73,7 @@ class World {
     return scaled_ms(current != nullptr ? current->load() : options_.timeout_ms);
   }
   void fail() { failed_ = true; }
+  [[nodiscard]] bool failed() const { return failed_; }
 
  private:
   const MpiOptions options_;
@@ -103,6 +104,8 @@ class Messages {
   }
   void wait() {
     if (requests_.empty()) return;
+    if (world_.failed())  // what else is under way would take as long again
+      throw DeviceError(str(what_, " on rank ", world_.rank(), ": another collective has failed"));
     const std::int64_t begin = steady_ns();
     const std::int64_t deadline = begin + world_.timeout_ms() * 1'000'000;
     for (int tests = 1;; ++tests) {
