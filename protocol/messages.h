@@ -317,7 +317,8 @@ struct LaunchDaemon {
   std::vector<std::string> arguments;  ///< the daemon's, without its name
   bool operator==(const LaunchDaemon&) const = default;
 };
-/// Since 1.4. Its outcome, from that agent to the coordinator, and on to the leader's agent.
+/// Since 1.4. Its outcome, from that agent to the coordinator, and on to the leader's agent; again,
+/// with the reason, where the daemon fails later.
 struct DaemonLaunched {
   JobId job;
   Epoch epoch = 0;

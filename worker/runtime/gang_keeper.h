@@ -73,7 +73,8 @@ class GangKeeper {
   /// A request's answer; or, later, that a daemon has failed: mpirun may wait for it for ever, and
   /// is killed soon.
   void answer(const protocol::DaemonLaunched& launched);
-  /// Whether what poll() said last was an end by a signal, or with an exit code.
+  /// Whether what poll() said last was an end by a signal, or with an exit code; false where it is
+  /// not known, of a gang that an earlier agent started.
   [[nodiscard]] bool failed() const { return failed_; }
   /// SIGKILL to all of it; poll() says when it is gone.
   void kill();
