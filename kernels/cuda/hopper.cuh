@@ -78,6 +78,14 @@ __device__ inline void barrier_arrive_at(std::uint64_t* barrier, unsigned rank) 
       "r"(rank)
       : "memory");
 }
+/// All blocks of the cluster have begun behind the second, which orders no memory but barriers'
+/// beginnings.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
 /// Barriers of a part of the block; id 0 is __syncthreads'.
 __device__ inline void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -100,6 +108,22 @@ __device__ inline void copy_box(std::uint32_t to, const CUtensorMap* map, std::u
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+/// For copy_box_once(): the second-level cache drops these bytes before others.
+__device__ inline std::uint64_t read_once() {
+  std::uint64_t policy = 0;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+/// As copy_box(), of what nobody reads again soon.
+__device__ inline void copy_box_once(std::uint32_t to, const CUtensorMap* map,
+                                     std::uint64_t* barrier, int column, int row,
+                                     std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "l"(policy)
       : "memory");
 }
 /// Consecutive bytes; both addresses and the size are multiples of 16.

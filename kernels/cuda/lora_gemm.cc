@@ -51,7 +51,7 @@ bool fits(const Product& p, int compute_capability) {
 Tiling choose_tiling(const Product& p) {
   static const std::string chosen = environment("TANDEM_LORA_GEMM_TILING");
   if (!chosen.empty())
-    return {chosen.starts_with("wide"), chosen.find(",m") != std::string::npos,
+    return {chosen.starts_with("wide"),
             std::max(1, std::atoi(chosen.substr(chosen.rfind(',') + 1).c_str()))};
   const auto tiles = [&](std::int64_t width) { return (p.out.columns + width - 1) / width; };
   const bool wasteful = tiles(kWide) * kWide > p.out.columns * 6 / 5;
@@ -60,7 +60,6 @@ Tiling choose_tiling(const Product& p) {
   // The library rounds the number of tiles up to a multiple of the swizzle.
   const std::int64_t across = tiles(t.wide ? kWide : kNarrow);
   while (t.swizzle < kSwizzleMax && across % (2 * t.swizzle) == 0) t.swizzle *= 2;
-  t.along_m = t.wide && p.out.columns > p.out.rows;
   return t;
 }
 

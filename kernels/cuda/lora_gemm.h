@@ -24,15 +24,14 @@ struct Product {
 bool fits(const Product& product, int compute_capability);
 void run(cudaStream_t stream, const Product& product);
 
-/// How a product is cut into tiles and in which order blocks take them; run() chooses.
+/// How a product is cut into tiles, which blocks take along the outputs; run() chooses.
 struct Tiling {
   /// Tiles of 128 x 256 that two warpgroups share, fastest over a long inner size; else of 128 x
   /// 192, one a warpgroup, so that one stores its tile while the other multiplies.
   bool wide = true;
-  bool along_m = true;
-  int swizzle = 1;  ///< rows (or columns) of tiles that are walked together
+  int swizzle = 1;  ///< rows of tiles that are walked together
 };
-/// TANDEM_LORA_GEMM_TILING="wide,m,4" overrides it and TANDEM_LORA_GEMM=off makes nothing fit, for
+/// TANDEM_LORA_GEMM_TILING="wide,4" overrides it and TANDEM_LORA_GEMM=off makes nothing fit, for
 /// measurements.
 Tiling choose_tiling(const Product& product);
 void run_forward_bf16(cudaStream_t stream, const Product& product, const Tiling& tiling);

@@ -123,7 +123,7 @@ struct Kernel {
     args.hw_info.sm_count = p.sm_count;
     args.scheduler.max_swizzle_size = tiling.swizzle;
     using Raster = decltype(args.scheduler.raster_order);
-    args.scheduler.raster_order = tiling.along_m ? Raster::AlongM : Raster::AlongN;
+    args.scheduler.raster_order = Raster::AlongN;
     return args;
   }
   static void launch(cudaStream_t stream, const Product& p, const Tiling& tiling) {

@@ -2,6 +2,7 @@
 // through the tensor cores in one order of sums, whatever else is in the batch; f32 is the plain
 // form.
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/lora_rows.cuh"
 #include "kernels/cuda/mma.cuh"
 
@@ -17,14 +18,14 @@ namespace cg = cooperative_groups;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRanks = 16;   ///< of A that a block computes at a time
 constexpr int kPiece = 128;  ///< of I that a warp takes at a time
-constexpr int kClusterMax = 4;
+constexpr int kClusterMax = 8;
 
 /// Blocks that share the inputs of one tile: enough of them that a decode step's few adapters
 /// occupy the device. Of I alone, because it decides the order of a row's sum.
 unsigned shrink_blocks(std::int64_t i, int capability) {
   if (capability < 90) return 1;
   unsigned blocks = 1;
-  while (blocks < kClusterMax && 2 * blocks * kWarps * kPiece < i) blocks *= 2;
+  while (blocks < kClusterMax && 2 * blocks * kWarps * kPiece <= i) blocks *= 2;
   return blocks;
 }
 
@@ -142,6 +143,101 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kDrops ? 3 : 1)
   }
 #if __CUDA_ARCH__ >= 900
   cluster.sync();  // a block's memory lives until the first has read it
+#endif
+}
+
+/// shrink_kernel for few rows on Hopper, with its sums. Its time is that of a few accesses to
+/// memory one behind the other, those for code included: little code, no branches between loads,
+/// all but x's asked for before x is there.
+template <class E>
+__global__ void __launch_bounds__(kThreads, 3)
+    shrink_few_kernel(const SegmentsView v, const E* x, int columns, E* u) {
+#ifdef TANDEM_HOPPER
+  constexpr int kRows = 8, kOut = kRows * kRanks, kLoads = kPiece / 32;
+  __shared__ float parts[kWarps][kOut];
+  __shared__ float sums[kClusterMax][kOut];
+  __shared__ std::uint64_t sums_full;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int g = lane / 4, q = lane % 4;
+  const SiteView& site = v.site[blockIdx.z % v.sites];
+  const int first_rank = static_cast<int>(blockIdx.z) / v.sites * kRanks;
+  const cg::cluster_group cluster = cg::this_cluster();
+  if (threadIdx.x == 0) {
+    barrier_init(&sums_full, static_cast<int>(gridDim.x));
+    barrier_init_done();
+  }
+  cluster_arrive();
+  const AdapterTile tile = find_adapter_tile<kRows>(v, static_cast<int>(blockIdx.y));
+  const bool is = tile.begin < tile.end;
+  const LoraEntry entry = is ? find_entry(v, site, tile.slot) : LoraEntry{};
+  const int rows = tile.end - tile.begin, ranks = min(kRanks, entry.rank - first_rank);
+  const bool works = ranks > 0;
+  const auto factor = [&](int r) {
+    return static_cast<const E*>(entry.a) +
+           static_cast<std::int64_t>(first_rank + (r < ranks ? r : 0)) * columns;
+  };
+  const E *a_low = factor(g), *a_high = factor(g + 8);
+  const E* x_row = x + static_cast<std::int64_t>(tile.begin + (g < rows ? g : 0)) * columns;
+  const int stride = kPiece * kWarps * static_cast<int>(gridDim.x);
+  int column = kPiece * (kWarps * static_cast<int>(blockIdx.x) + warp) + 8 * q;
+  uint4 low[kLoads], high[kLoads], in[kLoads];
+  // Ranks, rows and columns that are not there: others, for nobody or zeroed.
+  const auto load_factor = [&] {
+#pragma unroll
+    for (int s = 0; s < kLoads; ++s) {
+      const int at = min(column + 32 * s, columns - 8);
+      low[s] = __ldg(reinterpret_cast<const uint4*>(a_low + at));
+      high[s] = __ldg(reinterpret_cast<const uint4*>(a_high + at));
+    }
+  };
+  const bool aligned = reinterpret_cast<std::uintptr_t>(entry.a) % 16 == 0;
+  if (works && aligned) load_factor();
+  cluster_wait();
+  wait_for_inputs();
+  launch_dependents();
+  float c[4] = {};
+  for (; works && !aligned && column - 8 * q < columns; column += stride)
+#pragma unroll 1
+    for (int s = 0; s < kLoads; ++s) {
+      const int at = column + 32 * s;
+      const uint4 l = load_8(a_low, at, columns, false), h = load_8(a_high, at, columns, false);
+      const uint4 i = load_8(x_row, at, columns, true);
+      mma<E>(c, l.x, h.x, l.y, h.y, i.x, i.y);
+      mma<E>(c, l.z, h.z, l.w, h.w, i.z, i.w);
+    }
+  while (works && column - 8 * q < columns) {
+#pragma unroll
+    for (int s = 0; s < kLoads; ++s)
+      in[s] = *reinterpret_cast<const uint4*>(x_row + min(column + 32 * s, columns - 8));
+#pragma unroll
+    for (int s = 0; s < kLoads; ++s) {
+      if (column + 32 * s >= columns) low[s] = high[s] = in[s] = {0, 0, 0, 0};
+      mma<E>(c, low[s].x, high[s].x, low[s].y, high[s].y, in[s].x, in[s].y);
+      mma<E>(c, low[s].z, high[s].z, low[s].w, high[s].w, in[s].z, in[s].w);
+    }
+    column += stride;
+    if (column - 8 * q < columns) load_factor();
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) parts[warp][(2 * q + j % 2) * kRanks + g + 8 * (j / 2)] = c[j];
+  __syncthreads();
+  const int e = static_cast<int>(threadIdx.x);
+  if (e < kOut) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += parts[w][e];
+    *cluster.map_shared_rank(&sums[blockIdx.x][e], 0) = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) barrier_arrive_at(&sums_full, 0);
+  if (blockIdx.x != 0) return;
+  barrier_wait_cluster(&sums_full, 0);
+  if (e >= kOut || e / kRanks >= rows || first_rank + e % kRanks >= v.rank_max) return;
+  float sum = sums[0][e];
+#pragma unroll 1
+  for (unsigned b = 1; b < gridDim.x; ++b) sum += sums[b][e];
+  u[static_cast<std::int64_t>(tile.begin + e / kRanks) * v.columns + site.column + first_rank +
+    e % kRanks] = store_as<E>(e % kRanks < ranks ? entry.scale * sum : 0.0f);
 #endif
 }
 
@@ -396,8 +492,12 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
   config.numAttrs = device_capability() < 90 ? 0 : early ? 2 : 1;
-  TANDEM_CUDA(cudaLaunchKernelEx(&config, shrink_kernel<E, kTiles, kDrops>, v, x.as<const E>(),
-                                 static_cast<int>(x.dim(1)), u.as<E>()));
+  auto kernel = shrink_kernel<E, kTiles, kDrops>;
+  if (kTiles == 1 && !kDrops && device_capability() == 90 && x.dim(1) % 8 == 0 &&
+      reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0)
+    kernel = shrink_few_kernel<E>;
+  TANDEM_CUDA(cudaLaunchKernelEx(&config, kernel, v, x.as<const E>(), static_cast<int>(x.dim(1)),
+                                 u.as<E>()));
 }
 
 template <class E, class Y>

@@ -99,17 +99,40 @@ struct Chunk {
   }
 };
 
-template <class T, bool kVector>
+/// Rows of up to kChunks chunks a thread stay in registers, and the weight is near before the row
+/// is there; 0: of any length.
+template <class T, bool kVector, int kChunks>
 __global__ void __launch_bounds__(kThreads)
     add_rms_norm_kernel(T* residual, const T* delta, const T* weight, std::int64_t columns,
                         float eps, T* y, float* rstd) {
   launch_dependents();
-  wait_for_inputs();
-  const std::int64_t row = blockIdx.x, base = row * columns;
   using C = Chunk<T, kVector>;
+  constexpr bool kHolds = kChunks > 0;
+  C row_x[kHolds ? kChunks : 1], row_weight[kHolds ? kChunks : 1];
+  const std::int64_t row = blockIdx.x, base = row * columns;
+  // Of every chunk of this thread: f(chunk, column).
+  const auto for_row = [&](const auto& f) {
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        const std::int64_t c = (static_cast<std::int64_t>(threadIdx.x) + j * kThreads) * C::kSize;
+        if (c < columns) f(j, c);
+      }
+    } else {
+      for_columns<T, kVector>(columns, [&](std::int64_t c) { f(0, c); });
+    }
+  };
+  if constexpr (kHolds) for_row([&](int, std::int64_t c) { prefetch(weight + c); });
+  wait_for_inputs();
+  if constexpr (kHolds)
+    for_row([&](int j, std::int64_t c) {
+      row_x[j] = C::load(residual + base + c);
+      row_weight[j] = C::load(weight + c);
+    });
   float sum = 0.0f;
-  for_columns<T, kVector>(columns, [&](std::int64_t c) {
-    C x = C::load(residual + base + c);
+  for_row([&](int j, std::int64_t c) {
+    C& x = row_x[j];
+    if constexpr (!kHolds) x = C::load(residual + base + c);
     if (delta != nullptr) {
       const C d = C::load(delta + base + c);
 #pragma unroll
@@ -126,8 +149,10 @@ __global__ void __launch_bounds__(kThreads)
   sum = block_sum<kThreads>(sum);
   const float r = rsqrtf(sum / static_cast<float>(columns) + eps);
   if (rstd != nullptr && threadIdx.x == 0) rstd[row] = r;
-  for_columns<T, kVector>(columns, [&](std::int64_t c) {
-    const C x = C::load(residual + base + c), w = C::load(weight + c);
+  for_row([&](int j, std::int64_t c) {
+    if constexpr (!kHolds)
+      row_x[j] = C::load(residual + base + c), row_weight[j] = C::load(weight + c);
+    const C &x = row_x[j], &w = row_weight[j];
     C out;
 #pragma unroll
     for (int i = 0; i < C::kSize; ++i)
@@ -170,7 +195,12 @@ void add_rms_norm(cudaStream_t stream, const AddRmsNormArgs& a) {
   const std::int64_t columns = a.y.dim(1);
   const bool vector = aligned({a.residual.data, a.delta.data, a.weight.data, a.y.data},
                               columns * static_cast<std::int64_t>(sizeof(T)));
-  const auto kernel = vector ? add_rms_norm_kernel<T, true> : add_rms_norm_kernel<T, false>;
+  constexpr std::int64_t kRow = kThreads * Chunk<T, true>::kSize;
+  const auto kernel = !vector               ? add_rms_norm_kernel<T, false, 0>
+                      : columns <= kRow     ? add_rms_norm_kernel<T, true, 1>
+                      : columns <= 2 * kRow ? add_rms_norm_kernel<T, true, 2>
+                      : columns <= 4 * kRow ? add_rms_norm_kernel<T, true, 4>
+                                            : add_rms_norm_kernel<T, true, 0>;
   launch_early("add_rms_norm_kernel", kernel, dim3(static_cast<unsigned>(a.y.dim(0))),
                dim3(kThreads), 0, stream, static_cast<T*>(a.residual.data),
                static_cast<const T*>(a.delta.data), static_cast<const T*>(a.weight.data), columns,

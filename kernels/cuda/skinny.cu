@@ -22,7 +22,7 @@ constexpr int kSharedMax = 227 * 1024;
 /// A block with adapters starts on a multiprocessor where one of the kernel that makes u still
 /// runs: what it leaves of its memory, and the threads for which it leaves registers, each as many
 /// as its own have.
-constexpr int kSharedBeside = 8 * 1024, kThreadsBeside = 96;
+constexpr int kSharedBeside = 10 * 1024, kThreadsBeside = 96;
 
 /// Tiles of kN outputs, a cluster of kSplits blocks for each. Where something is made of them, a
 /// tile's second half lies `distance` behind its first, and a block finishes groups of both.
@@ -155,13 +155,14 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   std::uint32_t list_phase = 0;
 
   if (warp == kProducer) {
+    const std::uint64_t once = read_once();
     const auto address = [&](int stage) { return shared_address(stages + stage * T::kStageBytes); };
     const auto copy_weight = [&](int stage, int step, int tile) {
       barrier_expect(&c.full[stage], T::kWeightBytes + p.x_rows * kStep * 2);
 #pragma unroll
       for (int half = 0; half < T::kHalves; ++half)
-        copy_box(address(stage) + half * T::kHalf * kStep * 2, &w_map, &c.full[stage],
-                 (first + step) * kStep, begin_of(tile) + half * p.then.distance);
+        copy_box_once(address(stage) + half * T::kHalf * kStep * 2, &w_map, &c.full[stage],
+                      (first + step) * kStep, begin_of(tile) + half * p.then.distance, once);
     };
     const auto copy_x = [&](int stage, int step) {
       copy_box(address(stage) + T::kWeightBytes, &x_map, &c.full[stage], (first + step) * kStep, 0);
