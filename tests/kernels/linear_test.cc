@@ -156,8 +156,8 @@ class LinearSetup {
         LoraEntry entry;
         entry.rank = static_cast<std::int32_t>(a.rank);
         entry.scale = static_cast<float>(a.scale);
-        entry.a = device.input(a.a, dtype_, {a.rank, c_.i}).data;
-        entry.b = device.input(a.b, dtype_, {site.n, a.rank}).data;
+        entry.a = place_factor(device, a.a);
+        entry.b = place_factor(device, a.b);
         const std::string name = std::to_string(s) + "." + std::to_string(k);
         if (gradients) {
           entry.da = device.in_out(of + "da" + name, old_da[s][k], DType::kF32, {a.rank, c_.i})
@@ -186,6 +186,8 @@ class LinearSetup {
   LinearCase& reference() { return c_; }
 
   Values x, dy;
+  /// Of factors, behind the begin of their tensor.
+  std::int64_t shift = 0;
   std::vector<std::vector<Values>> old_da, old_db;
   PackedWeight weight;
   Tensor bias;
@@ -193,6 +195,13 @@ class LinearSetup {
   AdapterRows rows;
 
  private:
+  [[nodiscard]] const void* place_factor(TestDevice& device, Values values) const {
+    values.insert(values.begin(), static_cast<std::size_t>(shift), 0.0);
+    const auto count = static_cast<std::int64_t>(values.size());
+    return static_cast<const char*>(device.input(values, dtype_, {count}).data) +
+           shift * dtype_bytes(dtype_);
+  }
+
   const DType dtype_;
   LinearCase c_;
   std::int64_t rank_max_ = 0;
@@ -254,6 +263,16 @@ TEST_P(LinearWide, ForwardMatchesTheReference) {
 TEST_P(LinearDecode, ForwardMatchesTheReference) {
   if (backend() == "cpu" || dtype() == DType::kF32) GTEST_SKIP() << "one path for all sizes";
   check_forward(row(kDecode));
+}
+
+TEST_P(LinearDecode, TakesFactorsAtAnyAddress) {
+  if (dtype() == DType::kF32) GTEST_SKIP() << "one path for all addresses";
+  const LinearShape& s = row(kDecode);
+  if (s.sites == 0) return;
+  LinearSetup setup(s, dtype());
+  setup.shift = 1;
+  const Values want = linear(setup.reference(), setup.x);
+  expect_close("y", forward(setup, false).at("y").values(), want, linear_tolerance(dtype(), s));
 }
 
 TEST_P(Linear, SavedUIsZeroWhereNoAdapterIs) {
