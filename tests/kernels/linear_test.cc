@@ -186,8 +186,7 @@ class LinearSetup {
   LinearCase& reference() { return c_; }
 
   Values x, dy;
-  /// Of factors, behind the begin of their tensor.
-  std::int64_t shift = 0;
+  std::int64_t shift = 0;  ///< elements by which factors lie behind their tensors' begin
   std::vector<std::vector<Values>> old_da, old_db;
   PackedWeight weight;
   Tensor bias;
