@@ -6,6 +6,7 @@
 
 #include <csignal>
 #include <map>
+#include <vector>
 
 namespace tandem::test {
 namespace {
@@ -112,6 +113,38 @@ TEST_F(FarGangs, AReplicaOverBothHostsAnswersAsAnEngineDoes) {
       EXPECT_EQ(tokens.size(), 24u);
       EXPECT_EQ(tokens, ask(prompt)) << prompt;
     }
+  }
+}
+
+/// Two workers on each host.
+class FarPairs : public FarPool {
+ protected:
+  static void SetUpTestSuite() { start_far_pool(2); }
+};
+
+TEST_F(FarPairs, TrainAsOneRankDoesWithTensorParallelRanksOnOneHost) {
+  (void)one_rank(kSettings);
+  const std::vector<Json> layouts{{{"dp", 2}, {"tp", 2}},
+                                  {{"tp", 2}, {"pp", 2}},
+                                  {{"dp", 2}, {"tp", 2}, {"zero", 3}},
+                                  {{"dp", 4}, {"zero", 3}}};
+  for (const Json& layout : layouts) {
+    std::string adapter = "pairs";
+    for (const auto& [kind, count] : layout.items()) adapter += str("-", kind, count.get<int>());
+    const std::string job = submit(adapter, with(kSettings, layout));
+    ASSERT_TRUE(reaches(job, 1)) << show_job(job).dump(1);
+    const Json workers = show_job(job)["workers"];
+    ASSERT_EQ(workers.size(), 4u);
+    const auto host = [&](std::size_t rank) {
+      return workers[rank].get<std::string>().substr(0, 4);
+    };
+    EXPECT_EQ(host(0), host(1)) << workers.dump();
+    EXPECT_EQ(host(2), host(3)) << workers.dump();
+    EXPECT_NE(host(0), host(2)) << workers.dump();
+    const Json end = finish(job);
+    EXPECT_EQ(end.value("epoch", 0), 1) << end.dump(1);
+    expect_losses_of_one_rank(job, kSettings);
+    EXPECT_TRUE(platform_->generate(adapter, "say red 1", 4).ok());
   }
 }
 

@@ -1,5 +1,5 @@
 // What tests of gangs over two hosts share: a pool whose coordinator is at the head (far_hosts.h),
-// reached over TCP with keys, and one worker on each host. No ssh is there. Skipped where
+// reached over TCP with keys, and one worker on each host, or more. No ssh is there. Skipped where
 // namespaces cannot be made.
 #pragma once
 
@@ -17,13 +17,16 @@ namespace tandem::test {
 
 class FarPool : public TinyPool {
  protected:
-  static void SetUpTestSuite() {
-    if (lacks_gpus()) return;
+  static void SetUpTestSuite() { start_far_pool(1); }
+  /// `each` workers on each host: slots 0 to `each` - 1 are host 0's.
+  static void start_far_pool(int each) {
+    if (lacks_gpus(each * FarHosts::kHosts)) return;
+    each_ = each;
     hosts_ = std::make_unique<FarHosts>();
     if (!hosts_->made() || !hosts_->enter()) return;
     begin_pool(64, 4, FarHosts::address(FarHosts::kHead));
     for (int host = 0; host < FarHosts::kHosts; ++host) start_host(host);
-    await_workers(FarHosts::kHosts);
+    await_workers(each * FarHosts::kHosts);
   }
   static void TearDownTestSuite() {
     TinyPool::TearDownTestSuite();
@@ -39,14 +42,17 @@ class FarPool : public TinyPool {
     if (!platform_) return;
     for (int host = 0; host < FarHosts::kHosts; ++host) FarHosts::speak(host);
     FarHosts::set_apart(false);
-    await_workers(FarHosts::kHosts);
-    for (int slot = 0; slot < FarHosts::kHosts; ++slot)
+    await_workers(each_ * FarHosts::kHosts);
+    for (int slot = 0; slot < each_ * FarHosts::kHosts; ++slot)
       EXPECT_TRUE(eventually(10'000, [&] {
         return !std::filesystem::exists(platform_->gang_directory(slot));
       })) << platform_->gang_directory(slot);
     EXPECT_TRUE(eventually(1000, [] { return gang_processes() == ""; })) << gang_processes();
   }
-  static void start_host(int host) { platform_->start_worker(host, FarHosts::through(host)); }
+  static void start_host(int host) {
+    for (int slot = host * each_; slot < (host + 1) * each_; ++slot)
+      platform_->start_worker(slot, FarHosts::through(host));
+  }
   /// The slot that leads the job, once it has one.
   static int leader(const std::string& job) {
     std::string worker;
@@ -69,6 +75,7 @@ class FarPool : public TinyPool {
     }
     return found;
   }
+  /// The losses of the program's one-rank job, which the first call runs.
   static const std::map<std::int64_t, double>& one_rank(const Json& settings) {
     static const auto losses = [&] {
       const std::string job = submit("one", settings);
@@ -86,6 +93,8 @@ class FarPool : public TinyPool {
   static inline std::unique_ptr<FarHosts> hosts_;
 
  private:
+  static inline int each_ = 1;
+
   static std::string read(const std::filesystem::path& path) {
     std::ifstream in(path, std::ios::binary);
     return {std::istreambuf_iterator<char>(in), {}};

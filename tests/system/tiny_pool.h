@@ -48,11 +48,11 @@ class TinyPool : public testing::Test {
     for (int slot = 0; slot < count; ++slot) platform_->start_worker(slot);
     await_workers(count);
   }
-  /// Whether GPUs are asked for and too few are there; tests are then skipped.
-  static bool lacks_gpus() {
+  /// Whether GPUs are asked for and fewer than `count` are there; tests are then skipped.
+  static bool lacks_gpus(int count = kGpus) {
     if (!on_gpus()) return false;
-    if (const auto last = kernels::probe_cuda_device(kGpus - 1); !last.ok())
-      missing_ = str("it takes ", kGpus, " GPUs: ", last.status().message());
+    if (const auto last = kernels::probe_cuda_device(count - 1); !last.ok())
+      missing_ = str("it takes ", count, " GPUs: ", last.status().message());
     return !missing_.empty();
   }
   /// The same without workers; `address`: see Platform::listen_at.
