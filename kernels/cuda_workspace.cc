@@ -87,6 +87,13 @@ LinearForwardLayout linear_forward_layout(const LinearArgs& a, const DeviceProfi
   }
   l.gemm = layout.add(kGemmWorkspaceBytes);
   l.bytes = layout.bytes();
+  if (l.columns > 0 && !l.single) {  // who has room for many segments has it for one
+    AdapterRows one = *a.adapters;
+    one.segments_max = 1;
+    LinearArgs alone = a;
+    alone.adapters = &one;
+    l.bytes = std::max(l.bytes, linear_forward_layout(alone, profile).bytes);
+  }
   return l;
 }
 

@@ -60,11 +60,7 @@ PackWeightWorkspace pack_weight_workspace(std::int64_t n, std::int64_t i) {
 }
 
 bool fuses_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows) {
-  if (!has_adapters(sites, rows)) return false;
-  std::int64_t slots = 0;
-  for (const LoraSite& site : sites)
-    slots = std::max(slots, site.entries.bytes() / static_cast<std::int64_t>(sizeof(LoraEntry)));
-  return std::min(slots, rows->segments_max) == 1;
+  return has_adapters(sites, rows) && rows->segments_max == 1;
 }
 
 LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const DeviceProfile& profile) {
@@ -72,25 +68,25 @@ LinearForwardWorkspace linear_forward_workspace(const LinearArgs& a, const Devic
   ScratchLayout layout;
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
   const DType cd = a.x.dtype;
-  std::int64_t terms = 0, rank_sum = 0, piece_rank = 0;
+  const auto add_product = [&](std::int64_t terms, std::int64_t rank_sum, std::int64_t piece_rank) {
+    w.gemm_bytes =
+        std::max(w.gemm_bytes, cpu::linear_forward_scratch(a.weight->dtype, t, n, i, terms,
+                                                           rank_sum, piece_rank, profile.threads));
+  };
   if (has_adapters(a.sites, a.adapters)) {
     const std::int64_t rank_max = a.adapters->rank_max;
     const std::int64_t columns = static_cast<std::int64_t>(a.sites.size()) * rank_max;
     if (!a.u.defined()) w.u = layout.add(t * columns * dtype_bytes(cd));
     if (a.adapters->dropout > 0.0f) w.x = layout.add(t * i * dtype_bytes(cd));
-    if (fuses_adapters(a.sites, a.adapters)) {
-      terms = static_cast<std::int64_t>(a.sites.size());
-      rank_sum = columns;
-    } else {
-      piece_rank = rank_max;
-    }
     w.gemm_bytes = most_over_rows(t, [&](std::int64_t rows) {  // of a segment
       return cpu::small_product_scratch(cd, rows, i, columns, profile.threads);
     });
+    // Who has room for many segments has it for one: a server's batches have either.
+    add_product(static_cast<std::int64_t>(a.sites.size()), columns, 0);
+    if (!fuses_adapters(a.sites, a.adapters)) add_product(0, 0, rank_max);
+  } else {
+    add_product(0, 0, 0);
   }
-  w.gemm_bytes =
-      std::max(w.gemm_bytes, cpu::linear_forward_scratch(a.weight->dtype, t, n, i, terms, rank_sum,
-                                                         piece_rank, profile.threads));
   w.gemm = layout.add(w.gemm_bytes);
   w.bytes = layout.bytes();
   return w;

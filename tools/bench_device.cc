@@ -37,7 +37,9 @@ const std::map<std::string, ModelConfig>& shapes() {
       {"llama3.2-1b", shape(16, 2048, 8192, 32, 8, 64, 128256, true)},
       {"llama3-8b", shape(32, 4096, 14336, 32, 8, 128, 128256, false)},
       {"llama3-70b", shape(80, 8192, 28672, 64, 8, 128, 128256, false)},
-      // What one of four tensor-parallel ranks has of it: a step without the sums.
+      // What two and one of four tensor-parallel ranks have of it: a step with the sums of two, and
+      // without sums.
+      {"llama3-70b-half", shape(80, 8192, 14336, 32, 4, 128, 64128, false)},
       {"llama3-70b-quarter", shape(80, 8192, 7168, 16, 2, 128, 32064, false)},
       {"small", shape(8, 512, 1408, 8, 4, 64, 16384, true)},
       {"tiny", shape(2, 256, 640, 4, 2, 64, 4096, true)}};

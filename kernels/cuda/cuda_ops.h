@@ -172,9 +172,10 @@ inline constexpr std::int64_t kFewRows = 256;
 /// has waited for that (device.cuh).
 void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& sites,
                           const AdapterRows& rows, Tensor x, Tensor u, bool early = false);
-/// y[t, n_begin + n] += B u[t] of each site.
+/// y[t, n_begin + n] += B u[t] of each site; `writes`, for more than kFewRows rows of u's dtype:
+/// the sites' outputs are written, zeros in rows without an adapter.
 void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& sites,
-                          const AdapterRows& rows, Tensor u, Tensor y);
+                          const AdapterRows& rows, Tensor u, Tensor y, bool writes = false);
 /// du[t] = s (dy[t] B), dA += du^T dropout(x), dB += dy^T u, and dx += dropout'(du A) when dx is
 /// defined.
 void lora_segments_backward(cudaStream_t stream, const LinearBackwardArgs& args, Tensor u,

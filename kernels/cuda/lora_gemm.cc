@@ -8,7 +8,7 @@
 namespace tandem::kernels::cuda::lora_gemm {
 namespace {
 
-constexpr std::int64_t kWide = 256, kNarrow = 192;
+constexpr std::int64_t kTileRows = 128, kWide = 256, kNarrow = 192;
 /// Up to here the stores of a wide tile cost more than its better use of what it loads gives.
 constexpr std::int64_t kShortInner = 2048;
 constexpr int kSwizzleMax = 8;
@@ -57,9 +57,15 @@ Tiling choose_tiling(const Product& p) {
   const bool wasteful = tiles(kWide) * kWide > p.out.columns * 6 / 5;
   Tiling t;
   t.wide = p.a.columns > kShortInner && !wasteful;
-  // The library rounds the number of tiles up to a multiple of the swizzle.
+  // The library rounds tiles up to a multiple of the swizzle, across, and down in twos; those
+  // beyond the output cost as much as others.
   const std::int64_t across = tiles(t.wide ? kWide : kNarrow);
-  while (t.swizzle < kSwizzleMax && across % (2 * t.swizzle) == 0) t.swizzle *= 2;
+  const std::int64_t down = (p.out.rows + 2 * kTileRows - 1) / (2 * kTileRows);
+  const auto fits_down = [&](int swizzle) {
+    return (down + swizzle - 1) / swizzle * swizzle - down <= down / 32;
+  };
+  while (t.swizzle < kSwizzleMax && across % (2 * t.swizzle) == 0 && fits_down(2 * t.swizzle))
+    t.swizzle *= 2;
   return t;
 }
 

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSitesMax = 4;
+constexpr std::int64_t kManyRows = 2048;
 
 /// The sites of one fused linear as kernels take them.
 struct Sites {
@@ -286,6 +287,16 @@ lora_gemm::Product base_product_of(const LinearArgs& a, int multiprocessors) {
           multiprocessors};
 }
 
+/// Whether every output is some site's.
+bool cover_outputs(const LinearArgs& a) {
+  std::int64_t next = 0;
+  for (const LoraSite& site : a.sites) {
+    if (site.n_begin != next) return false;
+    next += site.n;
+  }
+  return next == a.weight->n;
+}
+
 }  // namespace
 
 bool CudaOps::has_invariant_product(const Exec& exec, const LinearArgs& a) const {
@@ -423,11 +434,26 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   }
   // kInvariant: one order of sums and of roundings, whatever the bounds are.
   if (!layout.single || few || invariant) {
+    const auto shrink = [&](cudaStream_t queue) {
+      const Profiler::Scope pass = pass_scope(profiler_, queue, "u of segments", a.x);
+      lora_segments_shrink(queue, a.sites, *a.adapters, a.x, u);
+    };
+    const auto expand = [&](bool writes) {
+      const Profiler::Scope pass = pass_scope(profiler_, s, "B u of segments", a.y);
+      lora_segments_expand(s, a.sites, *a.adapters, u, a.y, writes);
+    };
+    // A y that no cache holds is as many bytes as all else: the product, which does not wait for
+    // memory, is the one to read it.
+    if (t >= kManyRows && !invariant && is_16_bit(a.y.dtype) && cover_outputs(a)) {
+      shrink(s);
+      expand(true);
+      return blas_.product(s, exec.numerics, matrix(a.x), w, matrix(a.y), true, bias, gemm);
+    }
     // The base product does not wait for u.
-    lora_segments_shrink(few ? side_.fork(s) : s, a.sites, *a.adapters, a.x, u);
+    shrink(few ? side_.fork(s) : s);
     base_product();
     if (few) side_.join(s);
-    return lora_segments_expand(s, a.sites, *a.adapters, u, a.y);
+    return expand(false);
   }
   const Tensor factor_b = scratch.tensor(layout.b, cd, Shape{n, layout.columns});
   if (layout.thin) {

@@ -265,24 +265,26 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kOutputs = 64;  ///< that a warp of the expansion computes at a time
 constexpr int kTileRows = 16;
 
-/// y[0 .. 8) += sum, rounded once.
-template <class Y>
+/// y[0 .. 8) += sum, rounded once; kFirst: y is written.
+template <bool kFirst, class Y>
 __device__ void add_8(Y* y, const float (&sum)[8], int n, bool vectors) {
   if (n <= 0) return;
   if (vectors && n >= 8) {
     constexpr int kSize = Vec<Y>::kSize;
 #pragma unroll
     for (int j = 0; j < 8; j += kSize) {
-      Vec<Y> at = load_vec(y + j);
+      Vec<Y> at{};
+      if constexpr (!kFirst) at = load_vec(y + j);
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) at.at[e] = store_as<Y>(load_f32(at.at[e]) + sum[j + e]);
+      for (int e = 0; e < kSize; ++e)
+        at.at[e] = store_as<Y>(kFirst ? sum[j + e] : load_f32(at.at[e]) + sum[j + e]);
       store_vec(y + j, at);
     }
     return;
   }
 #pragma unroll
   for (int j = 0; j < 8; ++j)
-    if (j < n) y[j] = store_as<Y>(load_f32(y[j]) + sum[j]);
+    if (j < n) y[j] = store_as<Y>(kFirst ? sum[j] : load_f32(y[j]) + sum[j]);
 }
 
 /// Site and first output of it of a block that computes `each` outputs.
@@ -301,8 +303,8 @@ __device__ Outputs find_outputs(const SegmentsView& v, int each) {
 
 /// Each warp: one tile of rows and kOutputs outputs. Block (outputs, warps' tiles). Rows are the
 /// tensor cores' A. Column g of product j is output 32 (j / 4) + 8 (g / 2) + 2 (j % 4) + g % 2, so
-/// that a lane ends with 8 neighbours.
-template <class E, class Y>
+/// that a lane ends with 8 neighbours. kFirst: see add_8; all rows.
+template <class E, class Y, bool kFirst>
 __global__ void __launch_bounds__(kThreads)
     expand_kernel(const SegmentsView v, const E* u, Y* y, int width, int tiles) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(kThreads)
     if (tile.begin == tile.end) return;
     const LoraEntry entry = find_entry(v, site, tile.slot);
     const int rank = entry.rank, rows = tile.end - tile.begin;
-    if (rank == 0) continue;
+    if (!kFirst && rank == 0) continue;
     const auto* b = static_cast<const E*>(entry.b) + static_cast<std::int64_t>(n0) * rank;
     const bool b_vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(entry.b) % 8 == 0;
     const E* u_low = u + static_cast<std::int64_t>(tile.begin + g) * v.columns + site.column;
@@ -347,8 +349,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[j] = c[4 * part + j / 2][2 * half + j % 2];
         const int n = n0 + 32 * part + 8 * q;
-        add_8(y + static_cast<std::int64_t>(tile.begin + g + 8 * half) * width + site.n_begin + n,
-              sum, site.n - n, y_vectors);
+        add_8<kFirst>(
+            y + static_cast<std::int64_t>(tile.begin + g + 8 * half) * width + site.n_begin + n,
+            sum, site.n - n, y_vectors);
       }
   }
 }
@@ -500,10 +503,10 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
                                  u.as<E>()));
 }
 
-template <class E, class Y>
+template <class E, class Y, bool kFirst = false>
 void launch_expand(cudaStream_t stream, dim3 grid, const SegmentsView& v, const Tensor& u,
                    const Tensor& y, int tiles) {
-  expand_kernel<E, Y>
+  expand_kernel<E, Y, kFirst>
       <<<grid, kThreads, 0, stream>>>(v, u.as<E>(), y.as<Y>(), static_cast<int>(y.dim(1)), tiles);
   TANDEM_LAUNCHED("expand_kernel");
 }
@@ -545,7 +548,7 @@ void lora_segments_shrink(cudaStream_t stream, const std::vector<LoraSite>& site
 }
 
 void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& sites,
-                          const AdapterRows& rows, Tensor u, Tensor y) {
+                          const AdapterRows& rows, Tensor u, Tensor y, bool writes) {
   for (std::size_t first = 0; first < sites.size(); first += kSitesMax) {
     const SegmentsView v = segments_view(sites, first, rows, y.dim(0));
     const int width = static_cast<int>(y.dim(1));
@@ -566,7 +569,9 @@ void lora_segments_expand(cudaStream_t stream, const std::vector<LoraSite>& site
         return (wide ? launch_expand_few<E, float> : launch_expand_few<E, E>)(stream, v, u, y);
       const unsigned tiles = tiles_max(v, kTileRows);
       const dim3 grid(blocks, std::min((tiles + kWarps - 1) / kWarps, 64u));
-      const auto launch = wide ? launch_expand<E, float> : launch_expand<E, E>;
+      const auto launch = writes ? launch_expand<E, E, true>
+                          : wide ? launch_expand<E, float>
+                                 : launch_expand<E, E>;
       launch(stream, grid, v, u, y, static_cast<int>(tiles));
     });
   }

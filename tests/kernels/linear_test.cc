@@ -26,6 +26,11 @@ const LinearShape kLinear[] = {
     {23, 96, 70, 2, {4, 0, 9, 16}, {0, 3, 4, 9, 14, 20}, {2, 0, -1, 1, 3}, false},  // mixed ranks
     {70, 128, 160, 3, {8, 16}, {0, 33, 64}, {1, 0}, false},          // over one tile of rows
     {200, 64, 96, 3, {16, 8}, {0, 60, 170, 200}, {1, 0, 1}, false},  // a large decode step
+    // Prefill: rows without an adapter, odd outputs, outputs that are no site's.
+    {300, 64, 96, 3, {16, 8}, {0, 60, 170, 290}, {1, -1, 0}, true},
+    {2100, 64, 96, 3, {16, 8}, {0, 60, 1700, 2090}, {1, -1, 0}, true},
+    {2070, 40, 50, 2, {4, 0, 9}, {0, 1000, 2000, 2070}, {2, 1, 0}, false},
+    {2090, 33, 31, 2, {5}, {0, 100, 2090}, {0, -1}, true},
 };
 /// Training with outputs, or inputs, wide enough for kernels that only large shapes are given to.
 const LinearShape kWide[] = {

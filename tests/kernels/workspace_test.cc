@@ -2,6 +2,7 @@
 // byte, on the meta backend as on the one that executes.
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/meta/meta_backend.h"
+#include "kernels/workspace.h"
 #include "tests/support/op_harness.h"
 
 #include <gtest/gtest.h>
@@ -414,6 +415,35 @@ TEST(Workspace, AnInputMadeInForwardIsNoOpOfItsOwnWhereOnePassMakesIt) {
   ASSERT_EQ(apart.size(), 2U);
   EXPECT_EQ(apart[0].row_bytes, activation);
   EXPECT_EQ(apart[1].bytes, linear + t * rank * 2.0);
+}
+
+/// A server plans with the bound on segments, and its batches may be one segment.
+TEST(Workspace, WhoHasRoomForManySegmentsHasItForOne) {
+  DeviceProfile amx = cpu_profile({.threads = 2});
+  amx.has_avx2 = amx.has_avx512 = amx.has_avx512_bf16 = amx.has_amx_bf16 = true;
+  DeviceProfile hopper;
+  hopper.type = DeviceType::kCuda;
+  hopper.sm_count = 132;
+  hopper.compute_capability = 90;
+  for (const DeviceProfile& profile : {cpu_profile({.threads = 1}), amx, hopper})
+    for (const DType cd : {DType::kF32, DType::kBF16})
+      for (const std::int64_t t : {16, 300, 2048})
+        for (const std::int64_t rank : {4, 64}) {
+          Side meta(make_meta_backend(profile));
+          const PackedWeight w = meta.weight(cd, 1152, 576);
+          const auto bytes = [&](std::int64_t segments) {
+            const Adapters a = adapters(meta, cd, t, 576, 1152, 2, 3, rank, segments, 0.0f);
+            return workspace_bytes(LinearArgs{meta.zeros(cd, {t, 576}),
+                                              &w,
+                                              {},
+                                              a.sites,
+                                              &a.rows,
+                                              meta.zeros(cd, {t, 1152}),
+                                              {}},
+                                   profile);
+          };
+          EXPECT_GE(bytes(5), bytes(1)) << "T " << t << ", rank " << rank;
+        }
 }
 
 TEST(MetaBackend, DownloadsZerosAndNeverCallsFill) {

@@ -15,6 +15,9 @@ using kernels::Tensor;
 
 namespace {
 
+/// With fewer rows products of any adapters are as fast as those of one.
+constexpr std::int64_t kOneAdapterTokens = 2048;
+
 std::int64_t input_bytes(const RunnerLimits& l) {
   const std::int64_t blocks = (l.context_max + l.block_size - 1) / l.block_size;
   std::int64_t bytes = 3 * Staging::bytes<std::int32_t>(l.tokens_max);  // ids, positions, slots
@@ -98,7 +101,9 @@ BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int6
   e.tokens = *std::lower_bound(limits_.token_buckets.begin(), limits_.token_buckets.end(), tokens);
   e.sequences = std::min(e.tokens, limits_.sequences_max);
   e.samples = samples > 0 ? e.sequences : 0;
-  e.segments = limits_.slots + 2;
+  // A long prompt by itself is worth products that know of its one adapter; a recorded step serves
+  // any.
+  if (e.segments > 1 || e.tokens < kOneAdapterTokens) e.segments = limits_.slots + 2;
   const std::int64_t blocks_max =
       (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
   e.blocks = std::min(
@@ -403,10 +408,26 @@ void BatchRunner::finish(std::span<const RunRows> rows, RunResult& result) {
 }
 
 void BatchRunner::run_worst_case() {
+  // A device that records steps loads a kernel when it is first called, and prompts without an
+  // adapter, and with one alone, take others.
+  if (!limits_.token_buckets.empty())
+    for (const std::int64_t rank_max : {std::int64_t{0}, limits_.rank_max}) run_inert(1, rank_max);
+  const Extent e = run_inert(limits_.slots + 2, limits_.rank_max);
+  Tensor ids, logprob;
+  inputs_.clear();
+  outputs_.clear();
+  const auto targets = inputs_.take<std::int32_t>(Shape{e.samples}, ids);
+  std::fill(targets.begin(), targets.end(), 0);
+  outputs_.take<float>(Shape{e.samples}, logprob);
+  inputs_.upload(context_.ops, context_.exec);
+  if (has_head()) context_.ops.logprob(context_.exec, {logits_, ids, logprob});
+}
+
+BatchRunner::Extent BatchRunner::run_inert(std::int64_t segments, std::int64_t rank_max) {
   const std::int64_t blocks = (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
-  const Extent e{limits_.tokens_max, limits_.sequences_max, limits_.slots + 2, blocks,
+  const Extent e{limits_.tokens_max, limits_.sequences_max, segments, blocks,
                  limits_.sequences_max};
-  stage_rows({}, e, limits_.rank_max);
+  stage_rows({}, e, rank_max);
   paged_.kv_len_max = blocks * limits_.block_size;
   stage_sampling({}, e);
   stage_history({}, e);
@@ -416,14 +437,7 @@ void BatchRunner::run_worst_case() {
   RunResult result;
   forward_and_sample(e);
   download_samples(e.samples, result);
-  Tensor ids, logprob;
-  inputs_.clear();
-  outputs_.clear();
-  const auto targets = inputs_.take<std::int32_t>(Shape{e.samples}, ids);
-  std::fill(targets.begin(), targets.end(), 0);
-  outputs_.take<float>(Shape{e.samples}, logprob);
-  inputs_.upload(context_.ops, context_.exec);
-  if (has_head()) context_.ops.logprob(context_.exec, {logits_, ids, logprob});
+  return e;
 }
 
 }  // namespace tandem::worker::serve

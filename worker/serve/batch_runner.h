@@ -77,6 +77,8 @@ class BatchRunner {
     std::int64_t tokens, sequences, segments, blocks, samples;
   };
   Extent extent(std::span<const RunRows> rows, std::int64_t tokens, std::int64_t samples) const;
+  /// A step of the largest batch, all rows inert, with so many segments; its extent.
+  Extent run_inert(std::int64_t segments, std::int64_t rank_max);
   /// True for a batch that is worth recording: few rows, so that issuing its ops takes longer than
   /// running them, and shapes that come back.
   [[nodiscard]] bool replays(const Extent& e) const;
