@@ -68,9 +68,9 @@ struct PackWeightWorkspace {
 };
 PackWeightWorkspace pack_weight_workspace(std::int64_t n, std::int64_t i);
 
-/// True when the batch is one segment by the host's bounds: its adapter's low-rank product then runs
-/// inside the base product over all rows. Depends on bounds alone, never on which rows carry what,
-/// so taking rows' adapters away changes no other row's bits.
+/// True when the batch is one segment by the host's bounds: its adapter's low-rank product then
+/// runs inside the base product over all rows. Depends on bounds alone, never on which rows carry
+/// what, so taking rows' adapters away changes no other row's bits.
 bool fuses_adapters(const std::vector<LoraSite>& sites, const AdapterRows* rows);
 
 struct LinearForwardWorkspace {
