@@ -1,8 +1,8 @@
 // The promise of the estimator at its root: every op leaves the same peak in the ledger, byte for
 // byte, on the meta backend as on the one that executes.
+#include "kernels/workspace.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/meta/meta_backend.h"
-#include "kernels/workspace.h"
 #include "tests/support/op_harness.h"
 
 #include <gtest/gtest.h>
