@@ -26,7 +26,7 @@ struct LinearForwardLayout {
   std::int64_t b = 0;        ///< single: [N, columns] cd
   std::int64_t dropped = 0;  ///< single, not thin: [T, I] cd: dropout(x) of one site
   std::int64_t gemm = 0;     ///< kGemmWorkspaceBytes
-  std::int64_t bytes = 0;
+  std::int64_t bytes = 0;    ///< of many segments no fewer than of one: a batch may be either
 };
 LinearForwardLayout linear_forward_layout(const LinearArgs& args, const DeviceProfile& profile);
 

@@ -5,8 +5,9 @@
 
 namespace tandem::kernels {
 
-/// Names a claim of exactness (see README): kReplay: same binary, device, layout and batch shapes
-/// give the same bits. kInvariant: a row's bits depend only on its own sequence and adapter.
+/// Names a claim of exactness (see README): kReplay: same binary, device, layout and batch shapes,
+/// segments of adapters among them, give the same bits. kInvariant: a row's bits depend only on its
+/// own sequence and adapter.
 enum class Numerics : int { kReplay = 0, kInvariant = 1 };
 
 /// One ordered queue of device work. The CPU runs everything at once and has only the null stream.

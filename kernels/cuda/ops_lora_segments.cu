@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kOutputs = 64;  ///< that a warp of the expansion computes at a time
 constexpr int kTileRows = 16;
 
-/// y[0 .. 8) += sum, rounded once; kFirst: y is written.
-template <bool kFirst, class Y>
+/// y[0 .. 8) += sum, rounded once; kWrites: y is written.
+template <bool kWrites, class Y>
 __device__ void add_8(Y* y, const float (&sum)[8], int n, bool vectors) {
   if (n <= 0) return;
   if (vectors && n >= 8) {
@@ -274,17 +274,17 @@ __device__ void add_8(Y* y, const float (&sum)[8], int n, bool vectors) {
 #pragma unroll
     for (int j = 0; j < 8; j += kSize) {
       Vec<Y> at{};
-      if constexpr (!kFirst) at = load_vec(y + j);
+      if constexpr (!kWrites) at = load_vec(y + j);
 #pragma unroll
       for (int e = 0; e < kSize; ++e)
-        at.at[e] = store_as<Y>(kFirst ? sum[j + e] : load_f32(at.at[e]) + sum[j + e]);
+        at.at[e] = store_as<Y>(kWrites ? sum[j + e] : load_f32(at.at[e]) + sum[j + e]);
       store_vec(y + j, at);
     }
     return;
   }
 #pragma unroll
   for (int j = 0; j < 8; ++j)
-    if (j < n) y[j] = store_as<Y>(kFirst ? sum[j] : load_f32(y[j]) + sum[j]);
+    if (j < n) y[j] = store_as<Y>(kWrites ? sum[j] : load_f32(y[j]) + sum[j]);
 }
 
 /// Site and first output of it of a block that computes `each` outputs.
@@ -303,8 +303,8 @@ __device__ Outputs find_outputs(const SegmentsView& v, int each) {
 
 /// Each warp: one tile of rows and kOutputs outputs. Block (outputs, warps' tiles). Rows are the
 /// tensor cores' A. Column g of product j is output 32 (j / 4) + 8 (g / 2) + 2 (j % 4) + g % 2, so
-/// that a lane ends with 8 neighbours. kFirst: see add_8; all rows.
-template <class E, class Y, bool kFirst>
+/// that a lane ends with 8 neighbours. kWrites: see add_8; all rows.
+template <class E, class Y, bool kWrites>
 __global__ void __launch_bounds__(kThreads)
     expand_kernel(const SegmentsView v, const E* u, Y* y, int width, int tiles) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kThreads)
     if (tile.begin == tile.end) return;
     const LoraEntry entry = find_entry(v, site, tile.slot);
     const int rank = entry.rank, rows = tile.end - tile.begin;
-    if (!kFirst && rank == 0) continue;
+    if (!kWrites && rank == 0) continue;
     const auto* b = static_cast<const E*>(entry.b) + static_cast<std::int64_t>(n0) * rank;
     const bool b_vectors = rank % 4 == 0 && reinterpret_cast<std::uintptr_t>(entry.b) % 8 == 0;
     const E* u_low = u + static_cast<std::int64_t>(tile.begin + g) * v.columns + site.column;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[j] = c[4 * part + j / 2][2 * half + j % 2];
         const int n = n0 + 32 * part + 8 * q;
-        add_8<kFirst>(
+        add_8<kWrites>(
             y + static_cast<std::int64_t>(tile.begin + g + 8 * half) * width + site.n_begin + n,
             sum, site.n - n, y_vectors);
       }
@@ -503,10 +503,10 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
                                  u.as<E>()));
 }
 
-template <class E, class Y, bool kFirst = false>
+template <class E, class Y, bool kWrites = false>
 void launch_expand(cudaStream_t stream, dim3 grid, const SegmentsView& v, const Tensor& u,
                    const Tensor& y, int tiles) {
-  expand_kernel<E, Y, kFirst>
+  expand_kernel<E, Y, kWrites>
       <<<grid, kThreads, 0, stream>>>(v, u.as<E>(), y.as<Y>(), static_cast<int>(y.dim(1)), tiles);
   TANDEM_LAUNCHED("expand_kernel");
 }

@@ -68,7 +68,8 @@ class BatchRunner {
   [[nodiscard]] bool passed() const { return context_.ops.passed(started_); }
   /// What came out of the same rows. `result` is overwritten.
   void finish(std::span<const RunRows> rows, RunResult& result);
-  /// The largest batch, inert: every op is called with the largest shapes.
+  /// The largest batch, inert: every op is called with the largest shapes. A device that records
+  /// steps also runs it without adapters and with one, so that their kernels are loaded.
   void run_worst_case();
 
  private:
@@ -77,7 +78,8 @@ class BatchRunner {
     std::int64_t tokens, sequences, segments, blocks, samples;
   };
   Extent extent(std::span<const RunRows> rows, std::int64_t tokens, std::int64_t samples) const;
-  /// A step of the largest batch, all rows inert, with so many segments; its extent.
+  /// A step of the largest batch, all rows inert, with so many segments and adapters of such a rank
+  /// (0: none); its extent.
   Extent run_inert(std::int64_t segments, std::int64_t rank_max);
   /// True for a batch that is worth recording: few rows, so that issuing its ops takes longer than
   /// running them, and shapes that come back.

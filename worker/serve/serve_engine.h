@@ -90,8 +90,9 @@ class ServeEngine {
   ServeEngine(const ServeEngine&) = delete;
   ServeEngine& operator=(const ServeEngine&) = delete;
 
-  /// Runs one step of the largest batch there can be, all rows inert, so that arenas hold what any
-  /// later step needs: after it the ledger's peak is final, and equal on the meta backend.
+  /// Runs the largest batch there can be, all rows inert (once, or once for each kind of products
+  /// with adapters), so that arenas hold what any later step needs: after it the ledger's peak is
+  /// final, and equal on the meta backend.
   void reserve_worst_case();
 
   /// Queues a request. invalid_error: empty prompt, token ids outside the vocabulary, over the
