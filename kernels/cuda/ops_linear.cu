@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSitesMax = 4;
-constexpr std::int64_t kManyRows = 2048;  ///< from which a model's outputs outgrow the cache
+constexpr std::int64_t kManyRows = 1024;  ///< from which a model's outputs outgrow the cache
 
 /// The sites of one fused linear as kernels take them.
 struct Sites {

@@ -16,7 +16,7 @@ using kernels::Tensor;
 namespace {
 
 /// With fewer rows a batch of one adapter was slower by its own products than by those of any mix.
-constexpr std::int64_t kOneAdapterTokens = 2048;
+constexpr std::int64_t kOneAdapterTokens = 1024;
 
 std::int64_t input_bytes(const RunnerLimits& l) {
   const std::int64_t blocks = (l.context_max + l.block_size - 1) / l.block_size;
