@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <tuple>
 
 namespace tandem::worker::memory {
 
@@ -93,12 +94,16 @@ Result<std::vector<PlannedLayout>> plan_layouts(const kernels::DeviceProfile& pr
     if (a.fits != b.fits) return a.fits;
     return a.tokens_per_second > b.tokens_per_second;
   });
-  // Nearly as fast with fewer ranks is better: the others are free for somebody else.
+  // Nearly as fast with fewer ranks is better: the others are free for somebody else. So is waiting
+  // for one another less often, which costs more than predicted wherever ranks are disturbed.
+  const auto simplicity = [](const PlannedLayout& p) {
+    return std::tuple(p.layout.ranks(), p.layout.tp, p.layout.pp, p.layout.zero);
+  };
   std::size_t best = 0;
   for (std::size_t i = 1; i < all.size(); ++i)
     if (all[i].fits == all[0].fits &&
         all[i].tokens_per_second >= (1.0 - kEqual) * all[0].tokens_per_second &&
-        all[i].layout.ranks() < all[best].layout.ranks())
+        simplicity(all[i]) < simplicity(all[best]))
       best = i;
   if (!all.empty())
     std::rotate(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(best),

@@ -29,9 +29,9 @@ struct PlannedLayout {
 std::vector<comm::Layout> possible_layouts(const model::ModelConfig& config,
                                            const protocol::TrainSettings& settings, int ranks_max);
 
-/// All of them, those that fit first, fastest first; of equally fast ones (1 %) the one with fewer
-/// ranks. The settings' own dp, tp, pp, zero and
-/// virtual_pipeline_size are not looked at. Errors as estimate_training.
+/// All of them, those that fit first, fastest first; before them, of those within 1 % of the
+/// fastest, the one with the fewest ranks, then the least tp, pp and zero. The settings' own dp,
+/// tp, pp, zero and virtual_pipeline_size are not looked at. Errors as estimate_training.
 Result<std::vector<PlannedLayout>> plan_layouts(const kernels::DeviceProfile& profile,
                                                 const model::ModelConfig& config, DType dtype,
                                                 const protocol::TrainSettings& settings,
