@@ -22,7 +22,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSitesMax = 4;
-constexpr std::int64_t kManyRows = 1024;  ///< from which a model's outputs outgrow the cache
+/// From here on the widest outputs outgrow the cache, and B u first was faster; at 512 rows it was
+/// not.
+constexpr std::int64_t kManyRows = 1024;
 
 /// The sites of one fused linear as kernels take them.
 struct Sites {
