@@ -50,6 +50,23 @@ TEST(ServeNumerics, GreedyIsTheArgmaxOfThePackedForward) {
   }
 }
 
+/// Of each token but the first, as the trainer computes it with the adapter in `slot` (-1: none).
+std::vector<float> trainer_losses(ServeBench& bench, const std::vector<std::int32_t>& tokens,
+                                  std::int32_t slot, std::int64_t rank_max) {
+  const auto t = static_cast<std::int64_t>(tokens.size());
+  const kernels::ArenaScope scope(bench.activations);
+  std::vector<std::int32_t> labels(tokens.begin() + 1, tokens.end());
+  labels.push_back(static_cast<std::int32_t>(kernels::kIgnoreLabel));
+  const model::Transformer transformer(*bench.weights, &bench.table, {0, bench.config.layers});
+  const kernels::Tensor hidden = packed_hidden(bench, transformer, tokens, slot, rank_max);
+  const kernels::Tensor loss = bench.activations.alloc({t}, DType::kF32);
+  transformer.loss(bench.context, hidden, bench.upload(labels), 0.0f, loss, {}, {});
+  std::vector<float> losses(tokens.size());
+  bench.backend.ops->download(bench.exec, loss, std::as_writable_bytes(std::span(losses)));
+  losses.pop_back();
+  return losses;
+}
+
 // What the trainer calls loss, the server calls minus log-probability: the same bits.
 TEST(ServeNumerics, PromptLogprobsAreTheTrainersLossesBitForBit) {
   ServeBench bench(ServeBench::cpu());
@@ -68,33 +85,8 @@ TEST(ServeNumerics, PromptLogprobsAreTheTrainersLossesBitForBit) {
     EXPECT_EQ(got.finish, FinishReason::kLength);
     ASSERT_EQ(got.prompt_logprobs.size(), tokens.size() - 1);
 
-    const auto t = static_cast<std::int64_t>(tokens.size());
-    const kernels::ArenaScope scope(bench.activations);
-    const auto upload = [&](const std::vector<std::int32_t>& host) {
-      const kernels::Tensor x =
-          bench.activations.alloc({static_cast<std::int64_t>(host.size())}, DType::kI32);
-      bench.backend.ops->upload(bench.exec, std::as_bytes(std::span(host)), x);
-      return x;
-    };
-    std::vector<std::int32_t> positions, labels;
-    for (std::int32_t i = 0; i < t; ++i) positions.push_back(i);
-    labels.assign(tokens.begin() + 1, tokens.end());
-    labels.push_back(static_cast<std::int32_t>(kernels::kIgnoreLabel));
-    model::TokenBatch batch;
-    batch.ids = upload(tokens);
-    batch.positions = upload(positions);
-    batch.seq_offsets = upload({0, static_cast<std::int32_t>(t)});
-    batch.seq_len_max = t;
-    batch.adapters = {
-        upload({0, static_cast<std::int32_t>(t)}), upload({0}), 1, weights->rank_max, 0.0f, 0};
-    const model::Transformer transformer(*bench.weights, &bench.table, {0, bench.config.layers});
-    const kernels::Tensor hidden = bench.activations.alloc({t, bench.config.width}, bench.dtype);
-    const kernels::Tensor loss = bench.activations.alloc({t}, DType::kF32);
-    transformer.forward(bench.context, batch, {}, hidden, nullptr, model::Recompute::kNone);
-    transformer.loss(bench.context, hidden, upload(labels), 0.0f, loss, {}, {});
-    std::vector<float> losses(tokens.size());
-    bench.backend.ops->download(bench.exec, loss, std::as_writable_bytes(std::span(losses)));
-    for (std::size_t i = 0; i + 1 < tokens.size(); ++i)
+    const auto losses = trainer_losses(bench, tokens, 0, weights->rank_max);
+    for (std::size_t i = 0; i < losses.size(); ++i)
       EXPECT_EQ(got.prompt_logprobs[i], -losses[i]) << "token " << i + 1 << " chunk " << chunk;
   }
 }
@@ -171,6 +163,77 @@ TEST(ServeNumerics, OnAGpuRowsInBf16KeepTheirBitsInAnyChunkAndCompany) {
       EXPECT_EQ(rest.logprobs, std::vector<float>(first.logprobs.begin() + 5, first.logprobs.end()))
           << where;
     }
+  }
+}
+
+// Rows of one adapter, of several and of none take different products from 1,024 rows on. Each is a
+// sum in an order of its own: they may lie as far apart as the trainer's own two orders do, times
+// 3, of which an adapter that is left out, or another's, is many times as much.
+TEST(ServeNumerics, OnAGpuLongPromptsOfAnyMixOfAdaptersAreTheTrainersLosses) {
+  if (!test::on_gpu()) GTEST_SKIP() << "a CPU has one kind of product";
+  model::ModelConfig config = tiny_config();
+  config.width = 384;
+  config.heads = 6;
+  config.head_dim = 64;
+  config.mlp_width = 1024;
+  config.vocab = 320;
+  config.context_max = 1400;
+  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+    ServeBench bench(ServeBench::cpu(), config, 4, dtype);
+    Random random(11);
+    const auto tokens = random_prompt(random, 1100);
+    const auto adapters = {bench.adapter(3, 0.2f), bench.adapter(4, 0.2f)};
+    std::int64_t rank_max = 0;
+    std::int32_t slot = 0;
+    for (const auto& adapter : adapters) {
+      bench.table.set(bench.exec, slot++, adapter);
+      rank_max = std::max(rank_max, adapter->rank_max);
+    }
+    const auto apart = [](std::span<const float> a, std::span<const float> b, float sign) {
+      EXPECT_EQ(a.size(), b.size());
+      double sum = 0;
+      for (std::size_t i = 0; i < a.size(); ++i) sum += std::pow(a[i] - sign * b[i], 2.0);
+      return std::sqrt(sum / static_cast<double>(a.size()));
+    };
+    std::vector<std::vector<float>> losses;  // without an adapter, with the first, the second
+    double noise = 0;
+    for (const std::int32_t s : {-1, 0, 1}) {
+      bench.exec.numerics = kernels::Numerics::kInvariant;
+      const auto ordered = trainer_losses(bench, tokens, s, rank_max);
+      bench.exec.numerics = kernels::Numerics::kReplay;
+      losses.push_back(trainer_losses(bench, tokens, s, rank_max));
+      noise = std::max(noise, apart(losses.back(), ordered, 1));
+    }
+    for (const auto& [a, b] : {std::pair{0, 1}, {0, 2}, {1, 2}})
+      EXPECT_GT(apart(losses[a], losses[b], 1), 10 * noise);
+
+    const auto score = [&](std::int64_t chunk, std::span<const int> of, const std::string& where) {
+      ServeOptions o = bench.options();
+      o.prefill_chunk_max = chunk;
+      o.max_batch_tokens = 3 * 1152;
+      o.kv_bytes_max = 512 * kv_layout(config, dtype, o).block_bytes;
+      auto engine = bench.engine(o);
+      std::uint64_t seed = 3;
+      for (const auto& adapter : adapters)
+        ASSERT_TRUE(engine->install_adapter(ServeBench::name(seed++), adapter).ok());
+      for (const int a : of) {
+        GenerateRequest r = request(str("of ", a), tokens, 0);
+        if (a > 0) r.adapter = ServeBench::name(static_cast<std::uint64_t>(a + 2));
+        r.sampling.prompt_logprobs_from = 1;
+        ASSERT_TRUE(engine->submit(r).ok());
+      }
+      const Outcomes got = drain(*engine);
+      for (const int a : of)
+        EXPECT_LE(
+            apart(losses[static_cast<std::size_t>(a)], got.at(str("of ", a)).prompt_logprobs, -1),
+            3 * noise)
+            << dtype_name(dtype) << ", " << where << ", adapter " << a;
+    };
+    for (const int a : {0, 1, 2}) score(0, std::array{a}, "alone");
+    score(0, std::array{1, 2}, "two adapters");
+    score(0, std::array{0, 1, 2}, "all");
+    score(300, std::array{1}, "in chunks");
+    score(300, std::array{2, 0, 1}, "all in chunks");
   }
 }
 

@@ -12,6 +12,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <numeric>
 #include <string>
 
 namespace tandem::worker::serve {
@@ -129,6 +130,13 @@ struct ServeBench {
   }
   std::unique_ptr<ServeEngine> engine() { return engine(options()); }
 
+  kernels::Tensor upload(const std::vector<std::int32_t>& values) {
+    const kernels::Tensor tensor =
+        activations.alloc({static_cast<std::int64_t>(values.size())}, DType::kI32);
+    backend.ops->upload(exec, std::as_bytes(std::span(values)), tensor);
+    return tensor;
+  }
+
   kernels::Backend backend;
   const model::ModelConfig config;
   const DType dtype;
@@ -216,34 +224,38 @@ inline std::vector<std::int32_t> random_prompt(Random& random, std::int64_t leng
   return ids;
 }
 
+/// [tokens, width] in the bench's activations: one packed forward with the adapter in `slot` (-1:
+/// none).
+inline kernels::Tensor packed_hidden(ServeBench& bench, const model::Transformer& transformer,
+                                     const std::vector<std::int32_t>& tokens, std::int32_t slot,
+                                     std::int64_t rank_max) {
+  const auto t = static_cast<std::int64_t>(tokens.size());
+  std::vector<std::int32_t> positions(tokens.size());
+  std::iota(positions.begin(), positions.end(), 0);
+  model::TokenBatch batch;
+  batch.ids = bench.upload(tokens);
+  batch.positions = bench.upload(positions);
+  batch.seq_offsets = bench.upload({0, static_cast<std::int32_t>(t)});
+  batch.seq_len_max = t;
+  batch.adapters = {bench.upload({0, static_cast<std::int32_t>(t)}),
+                    bench.upload({slot}),
+                    1,
+                    slot < 0 ? 0 : rank_max,
+                    0.0f,
+                    0};
+  const kernels::Tensor hidden = bench.activations.alloc({t, bench.config.width}, bench.dtype);
+  transformer.forward(bench.context, batch, {}, hidden, nullptr, model::Recompute::kNone);
+  return hidden;
+}
+
 /// Logits of every row of `tokens` by the training-style packed forward: [T, V] f32.
 inline std::vector<float> packed_logits(ServeBench& bench, const std::vector<std::int32_t>& tokens,
                                         std::int32_t slot, std::int64_t rank_max) {
   const auto t = static_cast<std::int64_t>(tokens.size());
   const kernels::ArenaScope scope(bench.activations);
-  const auto upload = [&](const std::vector<std::int32_t>& host) {
-    const kernels::Tensor x =
-        bench.activations.alloc({static_cast<std::int64_t>(host.size())}, DType::kI32);
-    bench.backend.ops->upload(bench.exec, std::as_bytes(std::span(host)), x);
-    return x;
-  };
-  std::vector<std::int32_t> positions;
-  for (std::int64_t i = 0; i < t; ++i) positions.push_back(static_cast<std::int32_t>(i));
-  model::TokenBatch batch;
-  batch.ids = upload(tokens);
-  batch.positions = upload(positions);
-  batch.seq_offsets = upload({0, static_cast<std::int32_t>(t)});
-  batch.seq_len_max = t;
-  batch.adapters = {upload({0, static_cast<std::int32_t>(t)}),
-                    upload({slot}),
-                    1,
-                    slot < 0 ? 0 : rank_max,
-                    0.0f,
-                    0};
   const model::Transformer transformer(*bench.weights, &bench.table, {0, bench.config.layers});
-  const kernels::Tensor hidden = bench.activations.alloc({t, bench.config.width}, bench.dtype);
+  const kernels::Tensor hidden = packed_hidden(bench, transformer, tokens, slot, rank_max);
   const kernels::Tensor logits = bench.activations.alloc({t, bench.config.vocab}, DType::kF32);
-  transformer.forward(bench.context, batch, {}, hidden, nullptr, model::Recompute::kNone);
   transformer.logits(bench.context, hidden, logits);
   std::vector<float> host(static_cast<std::size_t>(t * bench.config.vocab));
   bench.backend.ops->download(bench.exec, logits, std::as_writable_bytes(std::span(host)));
