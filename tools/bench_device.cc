@@ -3,6 +3,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/random.h"
+#include "storage/file_io.h"
 #include "worker/model/base_weights.h"
 
 #include <algorithm>
@@ -104,10 +105,14 @@ std::vector<std::string> bench_shapes() {
 Result<worker::model::LoadedModel> load_bench_model(const std::string& path,
                                                     const std::string& shape) {
   if (!path.empty()) return worker::model::load_model(path);
-  const auto found = shapes().find(shape);
-  if (found == shapes().end()) return invalid_error("give --model PATH or --shape NAME");
+  if (shape.empty()) return invalid_error("give --model PATH or --shape NAME");
   worker::model::LoadedModel loaded;
-  loaded.config = found->second;
+  if (const auto found = shapes().find(shape); found != shapes().end()) {
+    loaded.config = found->second;
+  } else {
+    TANDEM_ASSIGN_OR_RETURN(const std::string json, storage::read_file(shape, 1 << 20));
+    TANDEM_ASSIGN_OR_RETURN(loaded.config, ModelConfig::from_hf_json(json));
+  }
   loaded.source = std::make_unique<TableSource>(loaded.config);
   return loaded;
 }

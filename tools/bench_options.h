@@ -12,8 +12,8 @@ namespace tandem::tools {
 inline void add_model_options(CLI::App& app, std::string& model, std::string& shape,
                               std::string& device) {
   app.add_option("--model", model, "Hugging Face folder or GGUF file");
-  app.add_option("--shape", shape, "random weights of this shape instead")
-      ->check(CLI::IsMember(bench_shapes()));
+  app.add_option("--shape", shape, "random weights of this shape, or of a config.json's, instead")
+      ->check(CLI::IsMember(bench_shapes()) | CLI::ExistingFile);
   app.add_option("--device", device)->check(CLI::IsMember({"cpu", "cuda"}));
 }
 

@@ -1,13 +1,13 @@
 // bench_serve_ops: times what a decode step is made of (products with adapters, paged attention,
-// sampling) at the shapes of Llama-3-8B, a whole layer of it, and prefill attention, on one device;
+// sampling) at the shapes of a model, a whole layer of it, and prefill attention, on one device;
 // each case but the largest is also run on the CPU backend and the outputs compared. Prints one
 // JSON value: per case microseconds, the bytes it must move and GB/s, and the relative error (for
 // sampled ids: the share that differs).
-//   bench_serve_ops [--device cpu|cuda] [--threads N] [--only NAME] [--check no]
+//   bench_serve_ops [--shape NAME] [--device cpu|cuda] [--threads N] [--only NAME] [--check no]
 #include "kernels/cpu/cpu_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
-#include "tools/bench_device.h"
+#include "tools/bench_options.h"
 
 #include <nlohmann/json.hpp>
 
@@ -23,8 +23,8 @@ namespace {
 
 using namespace kernels;
 using nlohmann::json;
+using worker::model::ModelConfig;
 
-constexpr std::int64_t kC = 4096, kF = 14336, kHeads = 32, kKvHeads = 8, kD = 128, kV = 128256;
 constexpr std::int64_t kRank = 16, kBlockSize = 16;
 constexpr std::int64_t kArenaBytes = std::int64_t{1} << 36;
 /// Calls of one replay go round copies of what a step reads once, so that no cache holds it.
@@ -41,8 +41,9 @@ struct Prepared {
 
 class Device {
  public:
-  explicit Device(Backend backend)
-      : backend_(std::move(backend)),
+  Device(Backend backend, ModelConfig config)
+      : model(std::move(config)),
+        backend_(std::move(backend)),
         tensors_(*backend_.allocator, *backend_.ledger, MemoryKind::kActivations, "tensors",
                  kArenaBytes),
         workspace_(*backend_.allocator, *backend_.ledger, MemoryKind::kWorkspace, "workspace",
@@ -56,6 +57,8 @@ class Device {
   Ops& ops() { return *backend_.ops; }
   Exec& exec() { return exec_; }
   Arena& tensors() { return tensors_; }
+
+  const ModelConfig model;
 
   /// Numbers that depend on the seed alone.
   Tensor random(DType dtype, const Shape& shape, std::uint64_t seed, float scale) {
@@ -193,8 +196,9 @@ Prepared linear(Device& d, bool timed, std::int64_t t, std::int64_t i,
   while (static_cast<int>(linears->size()) < copies_of(linears->front().bytes, timed));
   p.bytes = linears->front().bytes;
   const std::int64_t n = linears->front().weight.n;
+  const ModelConfig& m = d.model;
   const Tensor x = d.random(DType::kBF16, {t, i}, 5, 1.0f);
-  p.output = d.tensors().alloc({t, n}, n == kV ? DType::kF32 : DType::kBF16);
+  p.output = d.tensors().alloc({t, n}, n == m.vocab ? DType::kF32 : DType::kBF16);
   p.call = [&d, linears, x, y = p.output](int at) {
     const auto c = static_cast<std::size_t>(at) % linears->size();
     d.ops().linear_forward(d.exec(), (*linears)[c].args(x, y));
@@ -204,12 +208,13 @@ Prepared linear(Device& d, bool timed, std::int64_t t, std::int64_t i,
 
 /// `rows` new rows of each of `sequences`, the last at key `length` - 1.
 struct Attention {
+  ModelConfig m;
   KvCache kv;
   Tensor qkv, offsets, lens, table, out;
   std::int64_t length;
   double bytes;
   [[nodiscard]] PagedAttentionArgs args() const {
-    return {{kHeads, kKvHeads, kD, 1.0f / std::sqrt(static_cast<float>(kD))},
+    return {{m.heads, m.kv_heads, m.head_dim, 1.0f / std::sqrt(static_cast<float>(m.head_dim))},
             qkv,
             offsets,
             lens,
@@ -221,10 +226,12 @@ struct Attention {
 };
 std::shared_ptr<const Attention> make_attention(Device& d, std::int64_t sequences,
                                                 std::int64_t rows, std::int64_t length) {
+  const ModelConfig& m = d.model;
   const std::int64_t t = sequences * rows, each = (length + kBlockSize - 1) / kBlockSize;
-  const std::int64_t width = (kHeads + 2 * kKvHeads) * kD;
-  const Shape cache{sequences * each, kKvHeads, kBlockSize, kD};
+  const std::int64_t width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+  const Shape cache{sequences * each, m.kv_heads, kBlockSize, m.head_dim};
   auto a = std::make_shared<Attention>();
+  a->m = m;
   a->kv.k = d.random(DType::kBF16, cache, 1, 1.0f);
   a->kv.v = d.random(DType::kBF16, cache, 2, 1.0f);
   a->kv.block_size = kBlockSize;
@@ -239,8 +246,8 @@ std::shared_ptr<const Attention> make_attention(Device& d, std::int64_t sequence
   a->lens = d.ints(lens);
   a->table = d.ints(table).reshaped({sequences, each});
   a->length = length;
-  a->out = d.tensors().alloc({t, kHeads * kD}, DType::kBF16);
-  a->bytes = 4.0 * static_cast<double>(sequences * length * kKvHeads * kD);
+  a->out = d.tensors().alloc({t, m.heads * m.head_dim}, DType::kBF16);
+  a->bytes = 4.0 * static_cast<double>(sequences * length * m.kv_heads * m.head_dim);
   return a;
 }
 Prepared attention(Device& d, std::int64_t sequences, std::int64_t rows, std::int64_t length) {
@@ -257,17 +264,20 @@ Prepared layer(Device& d, std::int64_t t, std::int64_t length, std::int64_t adap
     Fused qkv, o, gate_up, down;
     Tensor stream, delta, normed, weight, wide, act, positions, slots, inv_freq;
   };
+  const ModelConfig& m = d.model;
   auto l = std::make_shared<Layer>();
   Prepared p;
   const auto fresh = [&](std::int64_t width) {
     return d.random(DType::kBF16, {t, width}, 5, 1.0f);
   };
-  l->stream = fresh(kC), l->delta = fresh(kC), l->normed = fresh(kC);
-  l->weight = d.random(DType::kBF16, {kC}, 6, 1.0f);
+  l->stream = fresh(m.width), l->delta = fresh(m.width), l->normed = fresh(m.width);
+  l->weight = d.random(DType::kBF16, {m.width}, 6, 1.0f);
   if (attends) {
     l->attention = make_attention(d, t, 1, length);
-    l->qkv = make_fused(d, t, kC, {kHeads * kD, kKvHeads * kD, kKvHeads * kD}, adapters, 100);
-    l->o = make_fused(d, t, kHeads * kD, {kC}, adapters, 200);
+    l->qkv = make_fused(d, t, m.width,
+                        {m.heads * m.head_dim, m.kv_heads * m.head_dim, m.kv_heads * m.head_dim},
+                        adapters, 100);
+    l->o = make_fused(d, t, m.heads * m.head_dim, {m.width}, adapters, 200);
     std::vector<std::int32_t> slots;
     for (std::int64_t s = 0; s < t; ++s)  // the last key's, as the attention's table has it
       slots.push_back(static_cast<std::int32_t>(((s + 1) * (length / kBlockSize) - 1) * 7919 %
@@ -276,13 +286,13 @@ Prepared layer(Device& d, std::int64_t t, std::int64_t length, std::int64_t adap
     l->slots = d.ints(slots);
     l->positions =
         d.ints(std::vector(static_cast<std::size_t>(t), static_cast<std::int32_t>(length - 1)));
-    l->inv_freq = d.list(std::vector<float>(kD / 2, 0.01f), DType::kF32);
+    l->inv_freq = d.list(std::vector<float>(m.head_dim / 2, 0.01f), DType::kF32);
     p.bytes += l->attention->bytes + l->qkv.bytes + l->o.bytes;
   }
   if (mlp) {
-    l->gate_up = make_fused(d, t, kC, {kF, kF}, adapters, 300);
-    l->down = make_fused(d, t, kF, {kC}, adapters, 400);
-    l->wide = fresh(2 * kF), l->act = fresh(kF);
+    l->gate_up = make_fused(d, t, m.width, {m.mlp_width, m.mlp_width}, adapters, 300);
+    l->down = make_fused(d, t, m.mlp_width, {m.width}, adapters, 400);
+    l->wide = fresh(2 * m.mlp_width), l->act = fresh(m.mlp_width);
     p.bytes += l->gate_up.bytes + l->down.bytes;
   }
   p.output = l->delta;
@@ -296,8 +306,8 @@ Prepared layer(Device& d, std::int64_t t, std::int64_t length, std::int64_t adap
       norm();
       d.ops().linear_forward(
           d.exec(), l->qkv.args(l->normed, a.qkv,
-                                {.rope = {a.qkv, l->positions, l->inv_freq, 1.0f, kHeads, kKvHeads,
-                                          kD, &a.kv, l->slots}}));
+                                {.rope = {a.qkv, l->positions, l->inv_freq, 1.0f, d.model.heads,
+                                          d.model.kv_heads, d.model.head_dim, &a.kv, l->slots}}));
       d.ops().paged_attention_forward(d.exec(), a.args());
       d.ops().linear_forward(d.exec(), l->o.args(a.out, l->delta));
     }
@@ -312,9 +322,10 @@ Prepared layer(Device& d, std::int64_t t, std::int64_t length, std::int64_t adap
 
 Prepared sampling(Device& d, std::int64_t s, float temperature, std::int32_t k, float top_p,
                   std::int64_t top) {
+  const ModelConfig& m = d.model;
   const auto count = static_cast<std::size_t>(s);
   SampleArgs a;
-  a.logits = d.random(DType::kF32, {s, kV}, 9, 3.0f);
+  a.logits = d.random(DType::kF32, {s, m.vocab}, 9, 3.0f);
   a.temperature = d.list(std::vector<float>(count, temperature), DType::kF32);
   a.top_k = d.ints(std::vector<std::int32_t>(count, k));
   a.top_p = d.list(std::vector<float>(count, top_p), DType::kF32);
@@ -329,7 +340,7 @@ Prepared sampling(Device& d, std::int64_t s, float temperature, std::int32_t k, 
   a.top_logprob = d.tensors().alloc({s, top}, DType::kF32);
   Prepared p;
   p.output = a.ids;
-  p.bytes = 4.0 * static_cast<double>(s * kV);
+  p.bytes = 4.0 * static_cast<double>(s * m.vocab);
   p.call = [&d, a](int) { d.ops().sample(d.exec(), a); };
   return p;
 }
@@ -340,7 +351,7 @@ struct Case {
   bool check = true;
 };
 
-std::vector<Case> cases() {
+std::vector<Case> cases(const ModelConfig& m) {
   std::vector<Case> all;
   const auto add = [&](const std::string& name, auto prepare, bool check = true) {
     all.push_back({name, prepare, check});
@@ -350,14 +361,15 @@ std::vector<Case> cases() {
     std::int64_t i;
     std::vector<std::int64_t> outputs;
   };
-  const std::vector<Site> sites{{"qkv", kC, {kHeads * kD, kKvHeads * kD, kKvHeads * kD}},
-                                {"o", kHeads * kD, {kC}},
-                                {"gate_up", kC, {kF, kF}},
-                                {"down", kF, {kC}},
-                                {"logits", kC, {kV}}};
+  const std::vector<Site> sites{
+      {"qkv", m.width, {m.heads * m.head_dim, m.kv_heads * m.head_dim, m.kv_heads * m.head_dim}},
+      {"o", m.heads * m.head_dim, {m.width}},
+      {"gate_up", m.width, {m.mlp_width, m.mlp_width}},
+      {"down", m.mlp_width, {m.width}},
+      {"logits", m.width, {m.vocab}}};
   for (const Site& s : sites)
     for (const auto& [t, adapters] : {std::pair{1, 0}, {1, 1}, {8, 0}, {64, 0}, {64, 8}, {64, 64}})
-      if (adapters == 0 || s.i != kC || s.outputs[0] != kV)
+      if (adapters == 0 || s.i != m.width || s.outputs[0] != m.vocab)
         add(str("linear_", s.name, "_", t, "_rows_", adapters, "_adapters"),
             [=, t = t, adapters = adapters](Device& d, bool timed) {
               return linear(d, timed, t, s.i, s.outputs, adapters);
@@ -400,12 +412,14 @@ double difference(const std::vector<double>& got, const std::vector<double>& wan
   return integers ? different / static_cast<double>(got.size()) : std::sqrt(sum / reference);
 }
 
-json run(const std::string& device, int threads, const std::string& only, bool check) {
+json run(const std::string& device, const ModelConfig& model, int threads, const std::string& only,
+         bool check) {
   json rows = json::array();
   auto opened = open_bench_device(device, threads);
   if (!opened.ok()) throw std::runtime_error(opened.status().to_string());
-  Device timed(std::move(*opened)), reference(make_cpu_backend({.threads = threads}));
-  for (const Case& c : cases()) {
+  Device timed(std::move(*opened), model);
+  Device reference(make_cpu_backend({.threads = threads}), model);
+  for (const Case& c : cases(model)) {
     if (c.name.find(only) == std::string::npos) continue;
     const ArenaScope scope(timed.tensors()), other(reference.tensors());
     const Prepared p = c.prepare(timed, true);
@@ -429,24 +443,20 @@ json run(const std::string& device, int threads, const std::string& only, bool c
 }  // namespace tandem::tools
 
 int main(int argc, char** argv) {
-  std::string device = "cuda", only;
+  using namespace tandem;
+  std::string path, shape = "llama3-8b", device = "cuda", only;
   int threads = 0;
   bool check = true;
-  const std::vector<std::string> args(argv + 1, argv + argc);
-  for (std::size_t j = 0; j + 1 < args.size(); j += 2) {
-    if (args[j] == "--device")
-      device = args[j + 1];
-    else if (args[j] == "--threads")
-      threads = std::stoi(args[j + 1]);
-    else if (args[j] == "--only")
-      only = args[j + 1];
-    else if (args[j] == "--check")
-      check = args[j + 1] != "no";
-    else
-      return std::cerr << "bench_serve_ops: unknown setting " << args[j] << "\n", 2;
-  }
+  CLI::App app("Times what a decode step is made of");
+  tools::add_model_options(app, path, shape, device);
+  app.add_option("--threads", threads, "OpenMP threads of the ops; 0: all");
+  app.add_option("--only", only, "cases whose name has this in it");
+  app.add_option("--check", check, "no: do not compare with the CPU");
+  CLI11_PARSE(app, argc, argv);
+  const auto model = tools::load_bench_model(path, shape);
+  if (!model.ok()) return std::cerr << "bench_serve_ops: " << model.status().message() << "\n", 1;
   try {
-    std::cout << tandem::tools::run(device, threads, only, check).dump(1) << std::endl;
+    std::cout << tools::run(device, model->config, threads, only, check).dump(1) << std::endl;
     return 0;
   } catch (const std::exception& e) {
     std::cerr << "bench_serve_ops: " << e.what() << "\n";
