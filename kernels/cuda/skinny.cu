@@ -384,30 +384,52 @@ constexpr Choice make_choice() {
   return c;
 }
 
-/// The least time, in what one multiprocessor needs to load 128 bytes, about 1.7 ns: no less than
-/// memory needs for the weight, the second-level cache for all that blocks load from it, and one
-/// block for its own, of which beginning and end are not hidden. Another round of blocks, or adding
-/// up in a cluster, takes about a microsecond. Clusters are pairs: a group of multiprocessors does
-/// not always hold a multiple of four, and the last cluster would run alone.
+/// What a product of `rows` takes with these tiles, in what a multiprocessor needs to load 128
+/// bytes, about 1.7 ns. Of each round of blocks no less than memory needs for its weights, the
+/// second-level cache for all that its blocks load, and a block for its own; of the last one the
+/// end is not hidden. Adding up in a cluster takes longer than kSum, but then twice as many blocks
+/// have weights on their way before x is there: alone a product takes up to a microsecond less
+/// without, in a layer as much longer. Clusters are pairs: a group of multiprocessors does not
+/// always hold a multiple of four, and the last cluster would run alone.
+std::int64_t time_of(const Choice& c, std::int64_t n, std::int64_t steps, int rows,
+                     int multiprocessors) {
+  constexpr std::int64_t kMemory = 41, kCache = 87, kHidden = 8, kRound = 20, kSum = 500;
+  const std::int64_t tiles = (n + c.outputs - 1) / c.outputs;
+  const std::int64_t part = (steps + c.splits - 1) / c.splits;
+  const std::int64_t at_once = multiprocessors / c.splits;
+  const auto round = [&](std::int64_t count) {
+    return std::max({count * c.outputs * steps / kMemory,
+                     count * c.splits * part * (c.outputs + rows) / kCache,
+                     part * (c.outputs + rows * 5 / 8)});
+  };
+  const std::int64_t full = tiles / at_once, rest = tiles % at_once;
+  const std::int64_t each = kRound + (c.splits - 1) * kSum;
+  return full * (round(at_once) + each) + (rest > 0 ? round(rest) + each : 0) +
+         part * c.outputs / kHidden;
+}
+
+/// Whether a tile has outputs of two sites: a block then adds every adapter twice, and all wait for
+/// it.
+bool crosses(const std::vector<LoraSite>& sites, int outputs) {
+  return std::any_of(sites.begin(), sites.end(),
+                     [&](const LoraSite& s) { return s.n_begin % outputs != 0; });
+}
+
 template <class E>
-auto choose(std::int64_t n, std::int64_t steps, int rows, int multiprocessors, bool splits,
-            void (*Choice::*run)(Launch&)) {
+auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&)) {
+  constexpr std::int64_t kCrossing = 50;  // an output: 7 with 8 adapters, 50 to 90 with 64
   static constexpr Choice kChoices[] = {make_choice<E, 256, 1>(), make_choice<E, 224, 1>(),
-                                        make_choice<E, 64, 1>(), make_choice<E, 64, 2>(),
-                                        make_choice<E, 32, 1>()};
-  constexpr std::int64_t kMemory = 38, kCache = 73, kHidden = 8, kExtra = 500;
+                                        make_choice<E, 96, 1>(),  make_choice<E, 64, 1>(),
+                                        make_choice<E, 64, 2>(),  make_choice<E, 32, 1>()};
   const Choice* best = nullptr;
   std::int64_t least = 0;
   for (const Choice& c : kChoices) {
     // Narrow tiles fill the device where the inner size may not be split.
-    if (c.*run == nullptr || (splits ? c.outputs == 32 : c.splits > 1)) continue;
-    const std::int64_t blocks = (n + c.outputs - 1) / c.outputs * c.splits;
-    const std::int64_t rounds = (blocks + multiprocessors - 1) / multiprocessors;
-    const std::int64_t block = (c.outputs + rows) * ((steps + c.splits - 1) / c.splits);
-    const std::int64_t cost =
-        std::max({n * steps / kMemory, blocks * block / kCache, rounds * block}) + block / kHidden +
-        (rounds + c.splits - 2) * kExtra;
-    if (best == nullptr || cost < least) best = &c, least = cost;
+    const bool narrow = c.outputs == 32, rounds = l.params.n > c.outputs * l.multiprocessors;
+    if (c.*run == nullptr || (splits ? narrow : c.splits > 1 || (narrow && rounds))) continue;
+    std::int64_t time = time_of(c, l.params.n, l.params.steps, rows, l.multiprocessors);
+    if (run == &Choice::adapters && crosses(l.args.sites, c.outputs)) time += kCrossing * c.outputs;
+    if (best == nullptr || time < least) best = &c, least = time;
   }
   return best->*run;
 }
@@ -455,7 +477,7 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
   Launch l{stream, a, p, multiprocessors};
   with_element(a.x.dtype, [&]<class E>(E) {
     const bool splits = numerics != Numerics::kInvariant;
-    choose<E>(a.weight->n, p.steps, splits ? kRows : p.x_rows, multiprocessors, splits, run)(l);
+    choose<E>(l, splits ? kRows : p.x_rows, splits, run)(l);
   });
 }
 
