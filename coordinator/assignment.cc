@@ -44,21 +44,26 @@ void Coordinator::load_model(Worker& worker, const ModelRecord& model) {
 }
 
 /// The base this engine should load now, or none. `demand` is what waits, the most urgent first.
-Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>& demand) const {
+Digest Coordinator::wanted_model(const Worker& worker,
+                                 const std::vector<BaseDemand>& demand) const {
   const Tables& tables = context_.tables();
   const auto waits_out_a_failure = [&](const Digest& model) {
     const FailedLoad* failed = worker.engine.failed_load(model);
     return failed != nullptr && context_.now().ms < failed->not_before_ms;
   };
-  for (const Digest& model : demand) {
+  for (const BaseDemand& wanted : demand) {
+    const Digest& model = wanted.model;
+    if (!wanted.helps(worker.id) || waits_out_a_failure(model)) continue;
     if (worker.engine.model == model) return {};
-    if (waits_out_a_failure(model)) continue;
-    // An engine with another base is only taken when no engine has, or gets, the wanted one.
+    // An engine with another base is only taken when no engine that helps has, or gets, the wanted
+    // one: a job cannot start on one that trains, drains or serves a replica.
     const bool provided =
         std::any_of(workers_.all().begin(), workers_.all().end(), [&](const auto& other) {
           const Engine& engine = other.second.engine;
-          return (engine.alive && (engine.model == model || engine.loading == model)) ||
-                 (other.second.gang.model == model && workers_.serves(other.second));
+          return (engine.alive && wanted.helps(other.first) &&
+                  (engine.model == model || engine.loading == model)) ||
+                 (wanted.on.empty() && other.second.gang.model == model &&
+                  workers_.serves(other.second));
         });
     if (tables.model_by_digest(model) != nullptr && (!provided || worker.engine.model.empty()))
       return model;
@@ -74,7 +79,7 @@ Digest Coordinator::wanted_model(const Worker& worker, const std::vector<Digest>
 
 void Coordinator::assign_models() {
   const TimeMs now = context_.now().ms;
-  std::vector<Digest> demand;
+  std::vector<BaseDemand> demand;
   bool known = false;
   for (auto& [id, worker] : workers_.all()) {
     Engine& engine = worker.engine;
@@ -96,7 +101,7 @@ void Coordinator::assign_models() {
       std::vector<std::pair<std::size_t, Digest>> asked;
       for (const auto& [model, count] : requests_.demand()) asked.emplace_back(count, model);
       std::sort(asked.rbegin(), asked.rend());
-      for (const auto& [count, model] : asked) demand.push_back(model);
+      for (const auto& [count, model] : asked) demand.push_back({model, {}});
     }
     const Digest wanted = wanted_model(worker, demand);
     if (wanted.empty()) continue;

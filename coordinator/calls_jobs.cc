@@ -41,12 +41,7 @@ Status Calls::check_published_name(const protocol::JobSpec& spec) const {
   const std::string& name = spec.published_name();
   TANDEM_RETURN_IF_ERROR(check_name(full ? "a model's name" : "an adapter's name", name,
                                     context_.limits().name_bytes_max));
-  TANDEM_RETURN_IF_ERROR(check_free(context_.tables(), name, full));
-  for (const auto& [id, job] : context_.tables().jobs)
-    if (!is_terminal(job.state) && job.adapter == name && (full || job.full))
-      return conflict_error(str(id, " will publish ", job.full ? "a model" : "an adapter",
-                                " under the name ", name, "; choose another name"));
-  return {};
+  return check_unpromised(context_.tables(), name, full);
 }
 
 void Calls::job_submit(const Ask& ask, Params& params) {

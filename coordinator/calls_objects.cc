@@ -237,7 +237,7 @@ void Calls::adapter_alias(const Ask& ask, Params& params) {
   const std::string name = params.text("alias"), target = params.text("target");
   Status status = params.finish();
   if (status.ok()) status = check_name("an alias", name, context_.limits().name_bytes_max);
-  if (status.ok()) status = check_free(context_.tables(), name, false);
+  if (status.ok()) status = check_unpromised(context_.tables(), name, false);
   if (!status.ok()) return reply(ask, status);
   auto adapter = find_adapter(context_.tables(), target);
   if (!adapter.ok()) return reply(ask, adapter.status());
@@ -302,7 +302,7 @@ void Calls::adapter_import(const Ask& ask, Params& params) {
   (void)params.text("upload", false);
   Status status = params.finish();
   if (status.ok()) status = check_name("an adapter's name", name, context_.limits().name_bytes_max);
-  if (status.ok()) status = check_free(context_.tables(), name, false);
+  if (status.ok()) status = check_unpromised(context_.tables(), name, false);
   if (!status.ok()) return reply(ask, status);
   auto model = find_model(context_.tables(), model_name);
   if (!model.ok()) return reply(ask, model.status());
@@ -314,7 +314,7 @@ void Calls::adapter_import(const Ask& ask, Params& params) {
             return reply(first, refused_error(str("adapter ", name, " is of base ",
                                                   verified.base_model.short_hex(), ", not ",
                                                   base.short_hex())));
-          if (Status taken = check_free(context_.tables(), name, false); !taken.ok())
+          if (Status taken = check_unpromised(context_.tables(), name, false); !taken.ok())
             return reply(first, taken);
           const AdapterVersionRecord made = add_version(
               context_, {name, verified.text, verified.digest, base, "", metadata, "import"});

@@ -64,7 +64,8 @@ class Coordinator {
   void route_estimates(const std::vector<EstimateOutcome>& outcomes);
   void assign_models();
   void load_model(Worker& worker, const ModelRecord& model);
-  [[nodiscard]] Digest wanted_model(const Worker& worker, const std::vector<Digest>& demand) const;
+  [[nodiscard]] Digest wanted_model(const Worker& worker,
+                                    const std::vector<BaseDemand>& demand) const;
 
   Context context_;
   WorkerTable workers_;

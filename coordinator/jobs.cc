@@ -303,6 +303,9 @@ Result<Job> Jobs::resumable(const JobId& id, const std::string& layout_json) con
     if (!data.empty() && !tables.datasets.contains(data))
       return not_found_error(
           str(id, " needs data set ", data.short_hex(), ", which was removed; add the file again"));
+  // A failed one has given its name up.
+  if (job.state == JobState::kFailed)
+    TANDEM_RETURN_IF_ERROR(check_unpromised(tables, job.adapter, job.full, id));
   if (!layout_json.empty()) TANDEM_RETURN_IF_ERROR(change_layout(job, layout_json));
   return job;
 }
@@ -455,8 +458,7 @@ void Jobs::engine_lost(const EngineLost& lost) {
   const Job* held = job_on(context_.tables(), lost.worker);
   // A gang's ranks are processes of their own: the engines on its slots come and go.
   if (held == nullptr || held->gang() != lost.gang || held->worker != lost.worker) return;
-  const Worker* worker = workers_.find(lost.worker);
-  if (lost.gang && worker->gang.incarnation != held->engine) return;  // an earlier one
+  if (lost.gang && lost.incarnation != held->engine) return;  // an earlier one
   interrupted(*held, str(runner_name(*held), ": ", lost.reason), false);
 }
 
@@ -612,11 +614,14 @@ const std::deque<JobEventRecord>* Jobs::events(const JobId& id) const {
   return found == events_.end() ? nullptr : &found->second;
 }
 
-std::vector<Digest> Jobs::demand() const {
-  std::vector<Digest> models;
-  for (const Job* job : queue_order(context_.tables()))
-    if (place(*job, context_.tables(), workers_, {}).load) models.push_back(job->model);
-  return models;
+std::vector<BaseDemand> Jobs::demand() const {
+  std::vector<BaseDemand> demand;
+  for (const Job* job : queue_order(context_.tables())) {
+    const auto& reserved = queue().reserved_at(queue_position(job->id));
+    Placement placement = place(*job, context_.tables(), workers_, reserved);
+    if (!placement.load_on.empty()) demand.push_back({job->model, std::move(placement.load_on)});
+  }
+  return demand;
 }
 
 }  // namespace tandem::coordinator

@@ -84,7 +84,7 @@ class Jobs {
   /// Events that came since the last call, for those who watch.
   std::vector<JobEventRecord> take_new_events() { return std::exchange(new_events_, {}); }
   /// Bases of jobs that wait for one to be loaded, in queue order.
-  [[nodiscard]] std::vector<Digest> demand() const;
+  [[nodiscard]] std::vector<BaseDemand> demand() const;
 
  private:
   /// What is not on disk: when things were last sent or seen.

@@ -83,9 +83,12 @@ bool Jobs::verified(const WorkDone& done) {
   if (status.ok() && pending.publish && !of_model && manifest->base_model != job.model)
     status = invalid_error(str("the adapter is of base ", manifest->base_model.short_hex(),
                                ", the job of ", job.model.short_hex()));
-  if (status.ok() && pending.publish)
+  if (status.ok() && pending.publish) {
     status = of_model ? check_model_name(job.adapter, model->model.digest)
                       : check_free(context_.tables(), job.adapter, false);
+    // A conflict would tell the engine that another attempt has the job; this ends it.
+    if (!status.ok()) status = refused_error(status.message());
+  }
   if (status.ok() && pending.publish && job.state == JobState::kCancelling)
     status = cancelled_error(str(job.id, " is being cancelled"));
   if (!status.ok()) {

@@ -64,11 +64,12 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
                 const std::set<WorkerId>& reserved, const Without& without) {
   if (job.needs_gang()) return place_gang(job, tables, workers, reserved, without);
   const ModelRecord* model = tables.model_by_digest(job.model);
-  if (model == nullptr) return {{}, {}, {}, false, "its base model is not registered any more"};
+  if (model == nullptr) return {{}, {}, {}, {}, "its base model is not registered any more"};
   const Worker* best = nullptr;
   std::tuple<int, int, std::int64_t> best_score;
   std::string obstacles;
-  std::size_t engines = 0, free = 0;
+  std::size_t engines = 0;
+  std::set<WorkerId> free;
   for (const auto& [id, worker] : workers.all()) {
     if (!worker.engine.alive) continue;
     ++engines;
@@ -77,7 +78,7 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
       if (obstacles.size() < 400) obstacles += str(obstacles.empty() ? "" : "; ", id, " ", what);
       continue;
     }
-    ++free;
+    free.insert(id);
     if (worker.engine.model != job.model) continue;
     const std::tuple score{job.worker == id && job.own_failures > 0 ? 0 : 1,
                            job.worker == id ? 1 : 0,
@@ -87,15 +88,15 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
       best_score = score;
     }
   }
-  if (best != nullptr) return {best->id, {}, {}, false, ""};
-  if (engines == 0) return {{}, {}, {}, false, "no engine is connected"};
-  if (free == 0) return {{}, {}, {}, false, obstacles};
+  if (best != nullptr) return {best->id, {}, {}, {}, ""};
+  if (engines == 0) return {{}, {}, {}, {}, "no engine is connected"};
+  if (free.empty()) return {{}, {}, {}, {}, obstacles};
   std::string waiting = str("base ", model->name, " is not loaded on a free engine yet");
   for (const auto& [id, worker] : workers.all())
     if (const FailedLoad* failed = worker.engine.failed_load(job.model);
         worker.engine.alive && failed != nullptr)
       waiting += str("; ", id, " could not load it: ", failed->status.message());
-  return {{}, {}, {}, true, waiting};
+  return {{}, {}, {}, free, waiting};
 }
 
 }  // namespace tandem::coordinator

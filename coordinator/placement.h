@@ -16,8 +16,17 @@ struct Placement {
   WorkerId worker;                ///< empty: none now
   std::vector<WorkerId> members;  ///< of a gang: all its workers, `worker` first
   std::vector<WorkerId> wanted;   ///< a gang that waits for these: jobs behind it leave them alone
-  bool load = false;              ///< the job waits for its base to be loaded somewhere
+  std::set<WorkerId> load_on;     ///< the job waits for its base to be loaded on one of these
   std::string waiting;            ///< why, for people
+};
+
+/// A base that is waited for.
+struct BaseDemand {
+  Digest model;
+  std::set<WorkerId> on;  ///< it helps on these alone; empty: on any
+  [[nodiscard]] bool helps(const WorkerId& worker) const {
+    return on.empty() || on.contains(worker);
+  }
 };
 
 /// Queued jobs in the order they are to be started: priority, then submission.

@@ -306,7 +306,7 @@ Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& wo
 Placement place_replica(const Replica& replica, const Tables& tables, const WorkerTable& workers,
                         const std::set<WorkerId>& reserved) {
   if (tables.model_by_digest(replica.model) == nullptr)
-    return {{}, {}, {}, false, "its base model is not registered any more"};
+    return {{}, {}, {}, {}, "its base model is not registered any more"};
   Job gang;  // what a job of as many ranks would get
   gang.id = replica.id;
   gang.epoch = replica.epoch;
@@ -322,7 +322,7 @@ Placement place_replica(const Replica& replica, const Tables& tables, const Work
   return {{},
           {},
           placement.members,
-          false,
+          {},
           str("agent ", placement.worker, " speaks protocol ", version.major, ".", version.minor,
               ", which knows no replicas: upgrade it")};
 }

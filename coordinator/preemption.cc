@@ -55,7 +55,7 @@ std::vector<JobId> choose_victims(const Job& job, const Tables& tables, const Wo
   // An engine that has to load the base first is as good, when none is free as it is.
   const auto fits = [&](const Without& without) {
     const Placement placement = place(job, tables, workers, reserved, without);
-    return !placement.worker.empty() || placement.load;
+    return !placement.worker.empty() || !placement.load_on.empty();
   };
   if (fits(gone)) return {};
   for (std::size_t count = 1; count <= std::min(kPreemptVictimsMax, from.size()); ++count) {

@@ -251,4 +251,14 @@ Status check_free(const Tables& tables, const std::string& name, bool adapters_t
   return {};
 }
 
+Status check_unpromised(const Tables& tables, const std::string& name, bool model,
+                        const JobId& self) {
+  TANDEM_RETURN_IF_ERROR(check_free(tables, name, model));
+  for (const auto& [id, job] : tables.jobs)
+    if (id != self && !is_terminal(job.state) && job.adapter == name && (model || job.full))
+      return conflict_error(str(id, " will publish ", job.full ? "a model" : "an adapter",
+                                " under the name ", name, "; choose another name"));
+  return {};
+}
+
 }  // namespace tandem::coordinator

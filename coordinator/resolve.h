@@ -41,5 +41,9 @@ protocol::ModelRef model_ref(const ModelRecord& model);
 Status check_name(const std::string& what, const std::string& name, std::size_t bytes_max);
 /// kConflict when a model (or, with `adapters_too`, an adapter or alias) has the name.
 Status check_free(const Tables& tables, const std::string& name, bool adapters_too);
+/// Also when a job that has not ended, other than `self`, will publish a model, or with `model`
+/// anything, under the name.
+Status check_unpromised(const Tables& tables, const std::string& name, bool model,
+                        const JobId& self = {});
 
 }  // namespace tandem::coordinator

@@ -53,10 +53,10 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
     known.superseded.push_back(known.incarnation);
     if (known.superseded.size() > kSupersededKept) known.superseded.pop_front();
     if (hello.role != WorkerRole::kAgent && known.alive)
-      lost = EngineLost{worker.id,
-                        str("the ", role_name(hello.role), " was replaced by a new process"),
-                        hello.role == WorkerRole::kGang,
-                        hello.role == WorkerRole::kGang ? worker.gang.name : worker.id};
+      lost = EngineLost{
+          worker.id, str("the ", role_name(hello.role), " was replaced by a new process"),
+          hello.role == WorkerRole::kGang,
+          hello.role == WorkerRole::kGang ? worker.gang.name : worker.id, known.incarnation};
   }
   if (known.peer != peer) peers_.erase(known.peer);
   if (hello.role == WorkerRole::kGang) {
@@ -167,7 +167,7 @@ std::optional<EngineLost> WorkerTable::bye(const protocol::WorkerBye& bye) {
   if (bye.role == WorkerRole::kAgent) return {};
   const bool gang = bye.role == WorkerRole::kGang;
   return EngineLost{bye.worker, str("the ", role_name(bye.role), " ended as it was asked to"), gang,
-                    gang ? worker->gang.name : worker->id};
+                    gang ? worker->gang.name : worker->id, known.incarnation};
 }
 
 std::vector<EngineLost> WorkerTable::expire() {
@@ -185,7 +185,8 @@ std::vector<EngineLost> WorkerTable::expire() {
       if (role != WorkerRole::kAgent)
         lost.push_back(
             {id, str("no sign of the ", role_name(role), " for ", now - known.last_seen_ms, " ms"),
-             role == WorkerRole::kGang, role == WorkerRole::kGang ? worker.gang.name : id});
+             role == WorkerRole::kGang, role == WorkerRole::kGang ? worker.gang.name : id,
+             known.incarnation});
     }
   }
   return lost;

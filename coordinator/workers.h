@@ -84,6 +84,7 @@ struct EngineLost {
   std::string reason;
   bool gang = false;
   WorkerId name;  ///< who answered requests; empty: nobody
+  Incarnation incarnation = 0;
 };
 
 /// Who runs a job and speaks for it.

@@ -192,6 +192,30 @@ TEST(Workers, AnEngineWithoutABaseGetsOneAndAFailedLoadIsRepeatedLaterAndShown) 
   EXPECT_EQ(h.core().workers().find(CoreHarness::worker(0))->engine.model, base);
 }
 
+TEST(Workers, AJobsBaseIsLoadedWhereTheJobCanStart) {
+  CoreHarness h;
+  h.add_model("another");
+  const Digest base = h.add_model("base");
+  h.add_data("rows");
+  for (const int slot : {0, 1, 2}) h.engine(slot);  // all hold the other one
+  ASSERT_EQ(h.call("worker.drain", {{"worker", CoreHarness::worker(0).value}}).status.code(),
+            StatusCode::kOk);
+  for (const int slot : {1, 2}) {
+    const JobId id = h.submit();
+    h.advance(100);
+    const auto loads = h.to_engine<protocol::LoadModel>(slot);
+    ASSERT_EQ(loads.size(), 1u) << "the engines before drain or train";
+    EXPECT_EQ(loads[0].model.digest, base);
+    EXPECT_TRUE(h.to_engine<protocol::LoadModel>(0).empty());
+    EXPECT_TRUE(h.to_engine<protocol::LoadModel>(2).empty()) << "one is enough";
+    h.from_engine(slot, protocol::ModelLoaded{base, {}, 1});
+    h.advance(100);
+    const auto starts = h.to_engine<protocol::StartJob>(slot);
+    ASSERT_EQ(starts.size(), 1u);
+    h.beat(slot, {{id, starts[0].epoch, 0}});
+  }
+}
+
 TEST(Workers, ABaseThatCannotBeLoadedHoldsUpNoOther) {
   CoreHarness h;
   const Digest held = h.add_model("a"), bad = h.add_model("bad"), other = h.add_model("other");

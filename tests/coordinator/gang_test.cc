@@ -453,6 +453,9 @@ TEST_F(Gangs, AGangThatDiesIsStartedAgainFromItsCheckpointUnderANewEpochAndIncar
   EXPECT_EQ(again.checkpoint_manifest, text);
   EXPECT_NE(reason(id).find("prepares it; attempt 2 after: ended by signal 9"), std::string::npos)
       << reason(id);
+  h.gang(0, again.gang, {{id, again.epoch, 4}});
+  EXPECT_EQ(h.job(id).state, JobState::kRunning) << "it was the old one that was lost";
+  EXPECT_EQ(h.job(id).epoch, again.epoch);
   // What the old one still says is refused.
   h.to_gang<JobAck>(0);
   h.from_gang(0, protocol::Publish{id, start.epoch, 9,

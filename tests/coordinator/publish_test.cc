@@ -77,6 +77,20 @@ TEST_F(PublishTest, AnAdapterOfAnotherBaseIsRefused) {
   EXPECT_EQ(h.to_engine<JobAck>(0).at(0).status.code(), StatusCode::kInvalid);
 }
 
+TEST_F(PublishTest, ANameThatAModelHasByThenEndsTheJobWithTheReason) {
+  const Incarnation engine = h.job(id).engine;
+  h.add_model("tuned");
+  h.engine(0, engine, {{id, epoch, 9}});
+  publish(h.manifest(ManifestKind::kAdapter, base, "weights"));
+  const Status refused = h.to_engine<JobAck>(0).back().status;
+  EXPECT_EQ(refused.code(), StatusCode::kRefused) << "a conflict means that another has the job";
+  h.from_engine(0, protocol::JobEnded{id, epoch, refused, 10, "{}"});
+  EXPECT_EQ(h.job(id).state, JobState::kFailed);
+  EXPECT_NE(h.job(id).error.find("named tuned"), std::string::npos) << h.job(id).error;
+  const auto resumed = h.call("job.resume", {{"job", id.value}}, "r");
+  EXPECT_EQ(resumed.status.code(), StatusCode::kConflict) << "it would fail again";
+}
+
 TEST_F(PublishTest, AFullDiskMakesNothingVisibleAcknowledgesNothingAndTheRepeatSucceeds) {
   const std::string text = h.manifest(ManifestKind::kAdapter, base, "weights");
   h.fail_commits(1);
@@ -199,6 +213,25 @@ TEST_F(PublishModelTest, ManifestModelAndJobAreOneTransactionAndKnowTheirOrigin)
   EXPECT_EQ(h.tables().models.at("made").files.size(), 2u);
   EXPECT_EQ(h.tables().models.at("made").files[0].chunks.size(), 1u);
   EXPECT_TRUE(h.registry().check().value().empty());
+}
+
+TEST_F(PublishModelTest, NobodyTakesItsNameMeanwhile) {
+  const std::string text = h.manifest(ManifestKind::kAdapter, h.job(id).model, "weights");
+  const auto import = [&](const std::string& name) {
+    return h
+        .call("adapter.import",
+              {{"name", name},
+               {"model", "base"},
+               {"manifest", text},
+               {"metadata", nlohmann::json::object()}},
+              name)
+        .status;
+  };
+  EXPECT_EQ(import("made").code(), StatusCode::kConflict);
+  ASSERT_TRUE(import("other").ok());
+  const auto alias = h.call("adapter.alias", {{"alias", "made"}, {"target", "other"}}, "a").status;
+  EXPECT_EQ(alias.code(), StatusCode::kConflict);
+  EXPECT_NE(alias.message().find(id.value), std::string::npos) << alias.message();
 }
 
 TEST_F(PublishModelTest, WhatIsNoModelMakesNothingVisible) {

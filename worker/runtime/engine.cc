@@ -307,6 +307,7 @@ class Engine {
                         protocol::JobEnded{start.job, start.epoch, status, 0, "{}"});
     };
     if (draining_) return;
+    if (job_ && job_->over()) job_.reset();  // its end and this start came together
     if (job_ && job_->job() == start.job) {
       io_.forget(start.job);  // an older epoch of the same job
       job_.reset();

@@ -460,6 +460,7 @@ void JobHost::on_ack(const protocol::JobAck& ack) {
   }
   if (ack.of.starts_with("checkpoint:") && !ack.status.ok()) {
     log_warn("job ", start_.job, ": ", ack.of, " was refused: ", ack.status.message());
+    checkpoint_step_ = checkpoint_acked_step_;  // whoever waits for it asks again
   } else if (ack.of.starts_with("checkpoint:")) {
     checkpoint_acked_step_ =
         std::max(checkpoint_acked_step_,
