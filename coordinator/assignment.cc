@@ -1,9 +1,12 @@
-// Which engine holds which base: what waits first, then what was added last.
+// Which engine holds which base: what waits first, then what was added last. It is loaded by an
+// engine without one, else by one whose base most others have too.
 #include "coordinator/core.h"
 #include "coordinator/placement.h"
 #include "coordinator/resolve.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <map>
 
 namespace tandem::coordinator {
 
@@ -79,8 +82,7 @@ Digest Coordinator::wanted_model(const Worker& worker,
 
 void Coordinator::assign_models() {
   const TimeMs now = context_.now().ms;
-  std::vector<BaseDemand> demand;
-  bool known = false;
+  std::vector<Worker*> idle;
   for (auto& [id, worker] : workers_.all()) {
     Engine& engine = worker.engine;
     if (!workers_.usable(worker)) continue;
@@ -94,19 +96,31 @@ void Coordinator::assign_models() {
     }
     const bool busy = !engine.jobs.empty() || !engine.requests.empty() ||
                       job_on(context_.tables(), id) != nullptr;
-    if (!engine.model.empty() && busy) continue;
-    if (!known) {
-      known = true;
-      demand = jobs_.demand();
-      std::vector<std::pair<std::size_t, Digest>> asked;
-      for (const auto& [model, count] : requests_.demand()) asked.emplace_back(count, model);
-      std::sort(asked.rbegin(), asked.rend());
-      for (const auto& [count, model] : asked) demand.push_back({model, {}});
-    }
-    const Digest wanted = wanted_model(worker, demand);
+    if (engine.model.empty() || !busy) idle.push_back(&worker);
+  }
+  if (idle.empty()) return;
+  std::vector<BaseDemand> demand = jobs_.demand();
+  std::vector<std::pair<std::size_t, Digest>> asked;
+  for (const auto& [model, count] : requests_.demand()) asked.emplace_back(count, model);
+  std::sort(asked.rbegin(), asked.rend());
+  for (const auto& [count, model] : asked) demand.push_back({model, {}});
+  if (!demand.empty()) {
+    // The only one with its base goes last.
+    const auto holders = [&](const Worker* worker) -> std::ptrdiff_t {
+      if (worker->engine.model.empty()) return PTRDIFF_MAX;
+      return std::count_if(workers_.all().begin(), workers_.all().end(),
+                           [&](const auto& w) { return w.second.holds(worker->engine.model); });
+    };
+    std::map<const Worker*, std::ptrdiff_t> held;
+    for (const Worker* worker : idle) held[worker] = holders(worker);
+    std::stable_sort(idle.begin(), idle.end(),
+                     [&](const Worker* a, const Worker* b) { return held.at(a) > held.at(b); });
+  }
+  for (Worker* worker : idle) {
+    const Digest wanted = wanted_model(*worker, demand);
     if (wanted.empty()) continue;
     if (const ModelRecord* model = context_.tables().model_by_digest(wanted))
-      load_model(worker, *model);
+      load_model(*worker, *model);
   }
 }
 

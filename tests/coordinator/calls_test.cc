@@ -216,6 +216,21 @@ TEST(Workers, AJobsBaseIsLoadedWhereTheJobCanStart) {
   }
 }
 
+TEST(Workers, TheOnlyEngineWithABaseKeepsItWhileOthersAreFree) {
+  CoreHarness h;
+  h.add_model("another");
+  const Digest rare = h.add_model("rare"), base = h.add_model("base");
+  h.add_data("rows");
+  for (const int slot : {0, 1, 2}) h.engine(slot);
+  h.from_engine(0, protocol::ModelLoaded{rare, {}, 1});
+  h.submit();
+  h.advance(100);
+  EXPECT_TRUE(h.to_engine<protocol::LoadModel>(0).empty());
+  const auto loads = h.to_engine<protocol::LoadModel>(1);
+  ASSERT_EQ(loads.size(), 1u);
+  EXPECT_EQ(loads[0].model.digest, base);
+}
+
 TEST(Workers, ABaseThatCannotBeLoadedHoldsUpNoOther) {
   CoreHarness h;
   const Digest held = h.add_model("a"), bad = h.add_model("bad"), other = h.add_model("other");
