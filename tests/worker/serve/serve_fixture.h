@@ -224,8 +224,8 @@ inline std::vector<std::int32_t> random_prompt(Random& random, std::int64_t leng
   return ids;
 }
 
-/// [tokens, width] in the bench's activations: one packed forward with the adapter in `slot` (-1:
-/// none).
+/// [tokens, width] in the bench's activations, which the caller resets: one packed forward with the
+/// adapter in `slot` (-1: none).
 inline kernels::Tensor packed_hidden(ServeBench& bench, const model::Transformer& transformer,
                                      const std::vector<std::int32_t>& tokens, std::int32_t slot,
                                      std::int64_t rank_max) {
