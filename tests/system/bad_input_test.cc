@@ -76,6 +76,16 @@ TEST_F(BadInput, AModelThatIsNotThereOrNotSupported) {
   expect({"model", "add", "mamba", write("mamba.gguf", gguf)}, 4, {"mamba"});
 }
 
+TEST_F(BadInput, AModelOfOneFileIsNotExportedAsAFolder) {
+  std::string gguf("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0", 24);  // no tensors, one key
+  gguf += std::string("\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\5\0\0\0\0\0\0\0llama",
+                      8 + 20 + 4 + 8 + 5);
+  platform_->call("model.add", {{"name", "one"}, {"path", write("one.gguf", gguf)}});
+  expect({"model", "export", "one", file("one")}, 4, {"one GGUF file", file("one.gguf")});
+  EXPECT_FALSE(fs::exists(file("one")));
+  platform_->call("model.rm", {{"model", "one"}});
+}
+
 TEST_F(BadInput, AModelThatCannotBeLoadedTakesNothingFromTheOthers) {
   expect({"generate", "--model", "tiny", "--prompt", "x", "--max-tokens", "2"}, 0, {});
   for (const std::string name : {"gone1", "gone2", "gone3"}) {

@@ -47,7 +47,7 @@ Status fetch_model(Session& session, const Json& model, const std::string& direc
   const std::string name = field(model, "name");
   const Json files = model.value("files", Json::array());
   for (const auto& file : files)
-    if (const std::string path = field(file, "path");
+    if (const std::string path = file.value("path", "");
         path.empty() || path.find('/') != std::string::npos)
       return refused_error(path.empty()
                                ? str("model ", name, " is one GGUF file, ", field(model, "path"),
@@ -116,7 +116,7 @@ Status run_adapter_import(Session& session, const std::string& name, const std::
   TANDEM_ASSIGN_OR_RETURN(const Json base, session.call("model.show", {{"model", model}}));
   TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base, "digest")));
   TANDEM_ASSIGN_OR_RETURN(const auto packed, worker::runtime::pack_peft(base_digest, adapter));
-  if (const std::string path = field(base, "path"); std::filesystem::exists(path)) {
+  if (const std::string path = base.value("path", ""); std::filesystem::exists(path)) {
     // Every tensor must fit a site of the base: found here, before anything travels.
     TANDEM_ASSIGN_OR_RETURN(const auto config, worker::model::read_model_config(path));
     TANDEM_RETURN_IF_ERROR(

@@ -39,7 +39,7 @@ Status run_adapter_merge(Session& session, const std::string& name, const std::s
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.show", {{"adapter", name}}));
   TANDEM_ASSIGN_OR_RETURN(const Json base_shown,
                           session.call("model.show", {{"model", field(shown, "model")}}));
-  std::string path = field(base_shown, "path");
+  std::string path = base_shown.value("path", "");
   const Fetched fetched;
   if (path.empty()) {  // it lies in the registry
     TANDEM_RETURN_IF_ERROR(fetch_model(session, base_shown, fetched.folder));
