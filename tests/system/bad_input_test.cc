@@ -1,5 +1,6 @@
 // Bad input through the CLI, as a user meets it: the exit code, and a message that names the object
 // and the limit.
+#include "storage/safetensors.h"
 #include "tests/support/tiny_model.h"
 #include "tests/system/platform.h"
 
@@ -51,6 +52,30 @@ class BadInput : public testing::Test {
                                        "--max-steps", "2",         "--max-length", "128"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
+  }
+  /// A copy of the tiny model with a digest of its own, added under its folder's name.
+  static void add_copy(const std::string& name) {
+    fs::create_directories(file(name));
+    fs::copy(file("model"), file(name), fs::copy_options::recursive);
+    std::ifstream in(file("model/config.json"));
+    Json config = Json::parse(in);
+    config["initializer_range"] = static_cast<double>(std::hash<std::string>()(name));
+    write(name + "/config.json", config.dump());
+    expect({"model", "add", name, file(name)}, 0, {});
+  }
+  /// A PEFT folder of rank 4 for q_proj of a model of this width.
+  static std::string write_adapter(const std::string& name, std::int64_t width) {
+    write(name + "/adapter_config.json",
+          R"({"peft_type":"LORA","r":4,"lora_alpha":8,"task_type":"CAUSAL_LM")"
+          R"(,"target_modules":["q_proj"]})");
+    const std::string site = "base_model.model.model.layers.0.self_attn.q_proj.lora_";
+    const std::vector<std::byte> zeros(static_cast<std::size_t>(4 * width) * sizeof(float));
+    const std::vector<storage::TensorInfo> halves{
+        {site + "A.weight", DType::kF32, {4, width}, zeros},
+        {site + "B.weight", DType::kF32, {width, 4}, zeros}};
+    EXPECT_TRUE(
+        storage::write_safetensors(file(name + "/adapter_model.safetensors"), halves, {}).ok());
+    return file(name);
   }
   static std::unique_ptr<Platform> platform_;
 };
@@ -211,6 +236,17 @@ TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
          {"adapter_model.safetensors"});
   write("dora/adapter_config.json", peft + R"(,"use_dora":true})");
   expect({"adapter", "import", "p", file("dora"), "--model", "tiny"}, 4, {"use_dora"});
+}
+
+TEST_F(BadInput, AMergeIntoABaseThatChangedSinceItWasAdded) {
+  add_copy("swapped");
+  expect({"adapter", "import", "s", write_adapter("peft-s", 64), "--model", "swapped"}, 0, {});
+  expect({"adapter", "merge", "s", file("merged")}, 0, {});
+  std::fstream(file("swapped/model.safetensors"), std::ios::in | std::ios::out | std::ios::binary)
+      .seekp(-4, std::ios::end)
+      .write("\1\2\3\4", 4);
+  expect({"adapter", "merge", "s", file("merged-again")}, 1, {"swapped", "was added with"});
+  EXPECT_FALSE(fs::exists(file("merged-again")));
 }
 
 TEST_F(BadInput, NamesAndSettings) {

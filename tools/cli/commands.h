@@ -31,8 +31,6 @@ Status run_remove(Session& session, const std::string& what, const std::string& 
 Status run_data_add(Session& session, const std::string& path, const std::string& name);
 Status run_data_check(Session& session, const std::string& path, const std::string& model,
                       std::int64_t max_length, int samples);
-/// The files of a model (model.show's answer) into a folder, each verified by its digest.
-Status fetch_model(Session& session, const Json& model, const std::string& directory);
 Status run_model_export(Session& session, const std::string& name, const std::string& directory);
 Status run_adapter_export(Session& session, const std::string& name, const std::string& directory);
 Status run_adapter_import(Session& session, const std::string& name, const std::string& directory,

@@ -1,6 +1,7 @@
 #include "storage/file_io.h"
 #include "storage/peft.h"
 #include "tools/cli/commands.h"
+#include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
 #include "worker/model/model_loader.h"
 #include "worker/runtime/adapter_codec.h"
@@ -42,27 +43,6 @@ Result<std::vector<storage::AdapterTensors>> to_peft_sites(
 }
 
 }  // namespace
-
-Status fetch_model(Session& session, const Json& model, const std::string& directory) {
-  const std::string name = field(model, "name");
-  const Json files = model.value("files", Json::array());
-  for (const auto& file : files)
-    if (const std::string path = file.value("path", "");
-        path.empty() || path.find('/') != std::string::npos)
-      return refused_error(path.empty()
-                               ? str("model ", name, " is one GGUF file, ", field(model, "path"),
-                                     ", not a folder; copy that file")
-                               : str("model ", name, " names a file outside its folder: ", path));
-  TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
-  TANDEM_RETURN_IF_ERROR(storage::make_directories(directory));
-  TANDEM_RETURN_IF_ERROR(
-      storage::require_free_space(directory, model.value("bytes", std::int64_t{0})));
-  for (const auto& file : files) {
-    TANDEM_ASSIGN_OR_RETURN(const Digest root, Digest::parse(field(file, "digest")));
-    TANDEM_RETURN_IF_ERROR(bulk->get_content(root, directory + "/" + field(file, "path")));
-  }
-  return {};
-}
 
 Status run_model_export(Session& session, const std::string& name, const std::string& directory) {
   std::error_code error;
