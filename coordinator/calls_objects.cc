@@ -307,7 +307,7 @@ void Calls::adapter_import(const Ask& ask, Params& params) {
   auto model = find_model(context_.tables(), model_name);
   if (!model.ok()) return reply(ask, model.status());
   const Digest base = (*model)->digest;
-  start(ask, VerifyManifest{manifest, ManifestKind::kAdapter},
+  start(ask, VerifyManifest{manifest, ManifestKind::kAdapter, context_.tables().manifest(base)},
         [this, name, base, metadata](const Ask& first, const WorkResult& result) {
           const auto& verified = std::get<ManifestVerified>(result);
           if (verified.base_model != base)

@@ -65,6 +65,25 @@ TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
   EXPECT_EQ(h.to_client<protocol::GenerateChunk>("c").at(0).status.code(), StatusCode::kNotFound);
 }
 
+TEST(Calls, AnAdapterThatDoesNotFitItsBaseIsNotPublished) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const auto import = [&](const std::string& manifest) {
+    return h.call("adapter.import", {{"name", "a"}, {"model", "base"}, {"manifest", manifest}},
+                  manifest.substr(manifest.size() / 2));
+  };
+  const std::string fits = h.manifest(ManifestKind::kAdapter, base, "w");
+  std::string deep = fits;
+  for (std::size_t at = 0; (at = deep.find("layers.0", at)) != std::string::npos;)
+    deep.replace(at, 8, "layers.1");
+  const auto other = import(deep);
+  EXPECT_EQ(other.status.code(), StatusCode::kRefused);
+  EXPECT_NE(other.status.message().find("layers.1.mlp.up_proj.lora_A"), std::string::npos)
+      << other.status.message();
+  EXPECT_TRUE(h.tables().adapters.empty());
+  EXPECT_TRUE(import(fits).status.ok());
+}
+
 TEST(Calls, ModelsAndAdaptersShareOneNameSpaceAndVersionsAreNeverUsedTwice) {
   CoreHarness h;
   const Digest base = h.add_model("base");

@@ -236,6 +236,12 @@ TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
          {"adapter_model.safetensors"});
   write("dora/adapter_config.json", peft + R"(,"use_dora":true})");
   expect({"adapter", "import", "p", file("dora"), "--model", "tiny"}, 4, {"use_dora"});
+  add_copy("away");
+  fs::rename(file("away"), file("elsewhere"));  // as seen from another host
+  for (const std::string model : {"tiny", "away"})
+    expect({"adapter", "import", "p", write_adapter("wide", 48), "--model", model}, 4,
+           {"q_proj.lora_A.weight", "[4,48]", "[r,64]"});
+  expect({"adapter", "show", "p"}, 3, {"p"});
 }
 
 TEST_F(BadInput, AMergeIntoABaseThatChangedSinceItWasAdded) {

@@ -3,7 +3,6 @@
 #include "tools/cli/commands.h"
 #include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
-#include "worker/model/model_loader.h"
 #include "worker/runtime/adapter_codec.h"
 
 #include <filesystem>
@@ -96,13 +95,6 @@ Status run_adapter_import(Session& session, const std::string& name, const std::
   TANDEM_ASSIGN_OR_RETURN(const Json base, session.call("model.show", {{"model", model}}));
   TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base, "digest")));
   TANDEM_ASSIGN_OR_RETURN(const auto packed, worker::runtime::pack_peft(base_digest, adapter));
-  if (const std::string path = base.value("path", ""); std::filesystem::exists(path)) {
-    // Every tensor must fit a site of the base: found here, before anything travels.
-    TANDEM_ASSIGN_OR_RETURN(const auto config, worker::model::read_model_config(path));
-    TANDEM_RETURN_IF_ERROR(
-        worker::runtime::unpack_adapter(packed.manifest, base_digest, config, packed.fetch())
-            .status());
-  }
   TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
   const std::string upload = random_id("import-", 16);
   for (const auto& blob : packed.blobs) TANDEM_RETURN_IF_ERROR(bulk->put(blob.bytes, upload));
