@@ -96,6 +96,14 @@ TEST_F(Fulls, IsABaseLikeAnyOther) {
        "--max-length", "128", "--follow"});
   run({"adapter", "merge", "onwhole", platform_->directory() + "/merged"});
   EXPECT_TRUE(fs::exists(platform_->directory() + "/merged/model.safetensors"));
+  fs::create_directories("whole");  // a registered name comes before a path
+  run({"data", "check", data, "--model", "whole"});
+  fs::remove("whole");
+  for (const std::string name : {"whole", "onwhole"})
+    EXPECT_GT(
+        Json::parse(run({"--json", "eval", "--model", name, "--data", data})).value("loss", 0.0),
+        0.0)
+        << name;
 }
 
 TEST_F(Fulls, CheckpointsAreNotServedAndSayWhatIs) {

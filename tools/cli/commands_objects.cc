@@ -1,5 +1,6 @@
 #include "protocol/base/units.h"
 #include "tools/cli/commands.h"
+#include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
 #include "worker/data/doctor.h"
 #include "worker/model/model_loader.h"
@@ -218,11 +219,14 @@ Status run_data_add(Session& session, const std::string& path, const std::string
 Status run_data_check(Session& session, const std::string& path, const std::string& model,
                       std::int64_t max_length, int samples) {
   std::string model_path = model;
-  if (!fs::exists(model)) {  // a registered name; its files must be readable here
-    TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("model.show", {{"model", model}}));
-    model_path = shown.value("path", "");
+  std::unique_ptr<const ModelFiles> files;
+  if (const auto shown = session.call("model.show", {{"model", model}}); shown.ok()) {
+    TANDEM_ASSIGN_OR_RETURN(files, ModelFiles::find(session, *shown, ModelFiles::Part::kTexts));
+    model_path = files->path();
+  } else if (std::error_code error; !fs::exists(model, error)) {
+    return shown.status();
   }
-  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
+  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model_texts(model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
   worker::data::DoctorOptions options;
   options.dataset.max_length = max_length;
