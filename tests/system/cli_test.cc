@@ -169,6 +169,23 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
 }
 
+TEST_F(CommandLine, JsonIsOneValueWhenSomethingIsWrongToo) {
+  const auto one_value = [&](std::vector<std::string> arguments, int code) {
+    arguments.insert(arguments.begin(), "--json");
+    const auto output = platform_->cli(arguments);
+    EXPECT_EQ(output.code, code) << output.err;
+    EXPECT_NE(output.err, "") << "people are told what is wrong";
+    const Json json = Json::parse(output.out, nullptr, false);
+    EXPECT_TRUE(json.is_object()) << output.out;
+  };
+  std::ofstream(file("twice.jsonl")) << "{\"text\": \"good\"}\n{\"text\": \n";
+  one_value({"data", "check", file("twice.jsonl"), "--model", "tiny"}, 2);
+  const std::string path = std::getenv("PATH");
+  ::setenv("PATH", file("nothing").c_str(), 1);
+  one_value({"doctor"}, 1);  // no mpirun
+  ::setenv("PATH", path.c_str(), 1);
+}
+
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {
   std::ofstream(file("complete.bash")) << platform_->cli({"completion"}).out
                                        << "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _tandem\n"

@@ -233,7 +233,7 @@ Status run_data_check(Session& session, const std::string& path, const std::stri
   options.samples = static_cast<std::size_t>(samples);
   TANDEM_ASSIGN_OR_RETURN(const auto report, worker::data::examine_file(path, encoder, options));
   if (session.json())
-    std::cout << worker::data::to_json(report).dump() << "\n";
+    session.print_json(worker::data::to_json(report));
   else
     std::cout << worker::data::to_text(report, ::isatty(STDOUT_FILENO) != 0);
   return report.ok() ? Status() : invalid_error(str(path, ": ", report.problems.front()));

@@ -52,7 +52,7 @@ Status run_registry_check(Session& session, bool offline) {
     TANDEM_ASSIGN_OR_RETURN(result, session.call("registry.check", {{"verify_blobs", true}}));
   }
   if (session.json())
-    std::cout << result.dump() << "\n";
+    session.print_json(result);
   else if (result.value("ok", false))
     std::cout << "the registry is clean\n";
   for (const auto& problem : result.value("problems", Json::array()))

@@ -435,7 +435,7 @@ Status run_doctor(Session& session) {
     table.add({finding.check, finding.state, finding.detail});
   }
   if (session.json())
-    std::cout << Json{{"ok", !failed}, {"checks", list}}.dump() << "\n";
+    session.print_json({{"ok", !failed}, {"checks", list}});
   else
     std::cout << table.to_string();
   return failed ? internal_error("the doctor found a problem") : Status();

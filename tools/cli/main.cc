@@ -521,7 +521,8 @@ int run(int argc, char** argv) {
   if (!settings.ok()) return report(in.json, settings.status());
   Session session(std::move(*settings), in.json);
   try {
-    return report(in.json, in.run(session));
+    const Status status = in.run(session);
+    return report(in.json && !session.printed_json(), status);
   } catch (const Json::type_error& error) {
     constexpr int kNotUtf8 = 316;  // made of what was typed
     return report(in.json,
