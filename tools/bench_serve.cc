@@ -117,7 +117,6 @@ std::string upload(Client& client, const std::string& path) {
   Json chunks = Json::array();
   for (const Digest& chunk : stored.chunks) chunks.push_back(chunk.hex());
   const Json params{{"digest", stored.root.hex()},
-                    {"name", "bench"},
                     {"bytes", stored.bytes},
                     {"chunks", chunks},
                     {"upload", stored.id}};

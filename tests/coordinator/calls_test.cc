@@ -53,6 +53,26 @@ TEST(Calls, DataWithAMissingChunkOrAWrongSizeIsRefused) {
   EXPECT_EQ(empty.status.code(), StatusCode::kInvalid);
 }
 
+TEST(Calls, DataThatIsThereKeepsItsName) {
+  CoreHarness h;
+  h.add_data("alpha");
+  const Dataset data = h.tables().datasets.begin()->second;
+  const auto add = [&](const std::string& name) {
+    return h.call("data.add",
+                  {{"digest", data.root.hex()},
+                   {"name", name},
+                   {"bytes", data.bytes},
+                   {"chunks", {data.chunks.at(0).hex()}}},
+                  "key" + name);
+  };
+  const auto renamed = add("beta");
+  EXPECT_EQ(renamed.status.code(), StatusCode::kConflict);
+  EXPECT_NE(renamed.status.message().find("alpha"), std::string::npos) << renamed.status.message();
+  EXPECT_EQ(result(add("alpha"))["name"], "alpha");
+  EXPECT_EQ(result(add(""))["name"], "alpha");
+  EXPECT_EQ(result(h.call("data.show", {{"data", "alpha"}}))["digest"], data.root.hex());
+}
+
 TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
   CoreHarness h;
   const Digest base = h.add_model("base");

@@ -28,6 +28,9 @@ Status run_model_add(Session& session, const std::string& name, const std::strin
 Status run_list(Session& session, const std::string& what);
 Status run_show(Session& session, const std::string& what, const std::string& name);
 Status run_remove(Session& session, const std::string& what, const std::string& name, bool force);
+/// Uploads a file and registers it; data.add's answer. Without a name it gets its file's, or keeps
+/// the one that its bytes have already.
+Result<Json> add_data(Session& session, const std::string& path, const std::string& name);
 Status run_data_add(Session& session, const std::string& path, const std::string& name);
 Status run_data_check(Session& session, const std::string& path, const std::string& model,
                       std::int64_t max_length, int samples);

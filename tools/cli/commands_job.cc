@@ -149,12 +149,7 @@ Result<std::string> resolve_data(Session& session, const std::string& data) {
     TANDEM_ASSIGN_OR_RETURN(const Json known, session.call("data.show", {{"data", data}}));
     return known.value("digest", "");
   }
-  TANDEM_ASSIGN_OR_RETURN(Json upload, session.upload_file(data));
-  // What is known already keeps the name that somebody gave it.
-  const std::string digest = upload.value("digest", "");
-  if (session.call("data.show", {{"data", digest}}).ok()) return digest;
-  upload["name"] = std::filesystem::path(data).filename().string();
-  TANDEM_ASSIGN_OR_RETURN(const Json added, session.call("data.add", upload));
+  TANDEM_ASSIGN_OR_RETURN(const Json added, add_data(session, data, ""));
   return added.value("digest", "");
 }
 

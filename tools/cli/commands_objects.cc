@@ -204,10 +204,18 @@ Status run_model_add(Session& session, const std::string& name, const std::strin
   return {};
 }
 
-Status run_data_add(Session& session, const std::string& path, const std::string& name) {
+Result<Json> add_data(Session& session, const std::string& path, const std::string& name) {
   TANDEM_ASSIGN_OR_RETURN(Json upload, session.upload_file(path));
-  upload["name"] = name.empty() ? fs::path(path).filename().string() : name;
-  TANDEM_ASSIGN_OR_RETURN(const Json data, session.call("data.add", upload));
+  const bool known = session.call("data.show", {{"data", upload["digest"]}}).ok();
+  if (!name.empty())
+    upload["name"] = name;
+  else if (!known)
+    upload["name"] = fs::path(path).filename().string();
+  return session.call("data.add", upload);
+}
+
+Status run_data_add(Session& session, const std::string& path, const std::string& name) {
+  TANDEM_ASSIGN_OR_RETURN(const Json data, add_data(session, path, name));
   if (session.json())
     std::cout << data.dump() << "\n";
   else

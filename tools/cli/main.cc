@@ -124,7 +124,8 @@ void add_objects(CLI::App& app, Invocation& in) {
       [&in](Session& s) { return run_data_add(s, in.path, in.name); },
       "tandem data add train.jsonl");
   data_add->add_option("path", in.path, "file")->required();
-  data_add->add_option("--name", in.name, "what to call it [the file's name]");
+  data_add->add_option("--name", in.name,
+                       "what to call it [the file's name, or the one it has already]");
   CLI::App* check = verb(
       *data, in, "check",
       "what training would see: counts, problems, samples with trained tokens marked",
