@@ -169,6 +169,30 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
 }
 
+TEST_F(CommandLine, AJobFilesPriorityGivesWayToTheCommandLinesAlsoWhereThatIsNought) {
+  platform_->call("worker.drain", {{"worker", worker_}});
+  const auto priority = [&](const std::string& in_file, std::vector<std::string> more) {
+    std::ofstream(file("job.yaml")) << "model: tiny\ndata: " << file("train.jsonl")
+                                    << "\nadapter: urgent\npriority: " << in_file << "\n";
+    more.insert(more.begin(), {"--json", "train", "-f", file("job.yaml")});
+    const auto made = platform_->cli(more);
+    EXPECT_EQ(made.code, 0) << made.err;
+    const std::string job = Json::parse(made.out).value("job", "");
+    const Json shown = platform_->call("job.show", {{"job", job}});
+    platform_->call("job.cancel", {{"job", job}});
+    return shown["spec"].value("priority", -1);
+  };
+  EXPECT_EQ(priority("5", {}), 5);
+  EXPECT_EQ(priority("5", {"--priority", "0"}), 0);
+  std::ofstream(file("word.yaml")) << "model: tiny\npriority: high\n";
+  const auto word = platform_->cli({"estimate", "-f", file("word.yaml")});
+  EXPECT_EQ(word.code, 2);
+  EXPECT_NE(word.err.find("priority must be an integer in -100..100, not \"high\""),
+            std::string::npos)
+      << word.err;
+  platform_->call("worker.resume", {{"worker", worker_}});
+}
+
 TEST_F(CommandLine, JsonIsOneValueWhenSomethingIsWrongToo) {
   const auto one_value = [&](std::vector<std::string> arguments, int code) {
     arguments.insert(arguments.begin(), "--json");

@@ -49,7 +49,7 @@ struct TrainOptions {
   std::string model, data, eval_data, adapter, name, file;
   std::map<std::string, std::string>
       settings;  ///< TrainSettings fields as given on the command line
-  std::int32_t priority = 0;
+  std::optional<std::int32_t> priority;
   bool follow = false;
 };
 Status run_train(Session& session, const TrainOptions& options);
