@@ -210,6 +210,25 @@ TEST_F(CommandLine, JsonIsOneValueWhenSomethingIsWrongToo) {
   ::setenv("PATH", path.c_str(), 1);
 }
 
+TEST_F(CommandLine, LogsAreJsonLinesWhereJsonIsAskedFor) {
+  const auto logs = platform_->cli({"logs", "--json", "--lines", "3"});
+  EXPECT_EQ(logs.code, 0) << logs.err;
+  std::istringstream lines(logs.out);
+  int count = 0;
+  for (std::string line; std::getline(lines, line); ++count) {
+    const Json json = Json::parse(line, nullptr, false);
+    EXPECT_TRUE(fs::exists(json.value("file", "-"))) << line;
+    EXPECT_NE(json.value("line", ""), "") << line;
+  }
+  EXPECT_GT(count, 0);
+}
+
+TEST_F(CommandLine, EvalSaysThatNeitherAModelNorAnAdapterHasTheName) {
+  const auto eval = platform_->cli({"eval", "--model", "nope", "--data", file("train.jsonl")});
+  EXPECT_EQ(eval.code, 3);
+  EXPECT_NE(eval.err.find("no model or adapter named nope"), std::string::npos) << eval.err;
+}
+
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {
   std::ofstream(file("complete.bash")) << platform_->cli({"completion"}).out
                                        << "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _tandem\n"

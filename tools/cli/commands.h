@@ -19,6 +19,7 @@ Status run_up(Session& session, const UpOptions& options);
 Status run_down(Session& session);
 Status run_status(Session& session);
 Status run_doctor(Session& session);
+/// With --json one {"file", "line"} for each line.
 Status run_logs(Session& session, int lines, bool follow);
 Status run_config_show(Session& session, bool origin);
 

@@ -20,7 +20,8 @@ constexpr std::size_t kConcurrentMax = 16;
 Result<Json> base_model(Session& session, const std::string& name) {
   auto model = session.call("model.show", {{"model", name}});
   if (model.ok()) return model;
-  TANDEM_ASSIGN_OR_RETURN(const Json adapter, session.call("adapter.show", {{"adapter", name}}));
+  TANDEM_ASSIGN_OR_RETURN(const Json adapter,
+                          session.call("adapter.manifest", {{"adapter", name}}));
   return session.call("model.show", {{"model", field(adapter, "model")}});
 }
 
