@@ -229,6 +229,22 @@ TEST_F(CommandLine, EvalSaysThatNeitherAModelNorAnAdapterHasTheName) {
   EXPECT_NE(eval.err.find("no model or adapter named nope"), std::string::npos) << eval.err;
 }
 
+TEST_F(CommandLine, BenchesTakeThePlatformAndJsonAndEndAsVerbsDo) {
+  const auto bench = [&](std::vector<std::string> arguments, int code, const std::string& word) {
+    const auto output = platform_->cli(arguments);
+    EXPECT_EQ(output.code, code) << output.err;
+    EXPECT_NE((output.out + output.err).find(word), std::string::npos) << output.out << output.err;
+  };
+  bench({"bench", "--help"}, 0, "Example");
+  bench({"bench", "serve", "--help"}, 0, "--publishes");
+  bench({"bench"}, 2, "name");
+  bench({"bench", "serve"}, 2, "--model");
+  bench({"bench", "serve", "--model", "tiny", "--nope"}, 2, "--nope");
+  bench({"bench", "serve", "--model", "nope", "--json"}, 3, "nope");
+  const std::string other = "ipc://" + file("other.sock");
+  bench({"--coordinator", other, "bench", "serve", "--model", "tiny"}, 5, other);
+}
+
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {
   std::ofstream(file("complete.bash")) << platform_->cli({"completion"}).out
                                        << "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _tandem\n"

@@ -368,11 +368,13 @@ void add_operations(CLI::App& app, Invocation& in) {
         [&in](Session& s) { return run_key(s, "revoke", in.name, ""); });
   CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry; prints JSON", {},
                          "tandem bench serve --model smol --data train.jsonl");
-  bench->add_option("name", in.name, "which; what follows is its own (--help shows it)")
-      ->required();
-  bench->fallthrough(false)->prefix_command();
+  bench->add_option("name", in.name, "which; what follows is its own (--help shows it)");
+  bench->fallthrough(false)->prefix_command()->set_help_flag();
   bench->callback([&in, bench] {
     in.arguments = bench->remaining();
+    const std::string first = in.arguments.empty() ? "" : in.arguments.front();
+    if (in.name.empty() && (first == "--help" || first == "-h")) throw CLI::CallForHelp();
+    if (in.name.empty()) throw CLI::RequiredError("name");
     in.run = [&in](Session& s) { return run_bench(s, in.name, in.arguments); };
   });
 }
