@@ -5,6 +5,7 @@
 #include "coordinator/stored_model.h"
 #include "protocol/zap.h"
 #include "storage/manifest.h"
+#include "storage/peft_manifest.h"
 
 #include <nlohmann/json.hpp>
 
@@ -52,6 +53,10 @@ Result<WorkResult> work(const VerifyManifest& request, storage::Registry& regist
   if (manifest.kind != request.kind)
     return invalid_error(str("a manifest of kind ", storage::manifest_kind_name(request.kind),
                              " is needed here, not ", storage::manifest_kind_name(manifest.kind)));
+  if (!request.base.empty()) {
+    TANDEM_ASSIGN_OR_RETURN(const auto base, storage::parse_manifest(request.base));
+    TANDEM_RETURN_IF_ERROR(storage::check_adapter_fits(manifest, base));
+  }
   TANDEM_RETURN_IF_ERROR(check_chunks(registry, manifest));
   ManifestVerified verified;
   verified.text = request.text;

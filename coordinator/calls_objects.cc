@@ -142,11 +142,12 @@ void Calls::data_add(const Ask& ask, Params& params) {
                context_.now().unix_ms};
   if (const auto known = context_.tables().datasets.find(root);
       known != context_.tables().datasets.end()) {
-    if (!name.empty() && name != known->second.name) {
-      data.manifest = known->second.manifest;
-      context_.put(data);
-      return answer(ask, data_json(data));
-    }
+    if (!name.empty() && name != known->second.name)
+      return reply(
+          ask, conflict_error(str("data set ", name, " is there already as ", known->second.name,
+                                  ": the same bytes, ", root.short_hex(),
+                                  "; use that name, or remove it "
+                                  "first")));
     return answer(ask, data_json(known->second));
   }
   start(ask, DescribeDataset{root, chunks, bytes},
@@ -307,7 +308,7 @@ void Calls::adapter_import(const Ask& ask, Params& params) {
   auto model = find_model(context_.tables(), model_name);
   if (!model.ok()) return reply(ask, model.status());
   const Digest base = (*model)->digest;
-  start(ask, VerifyManifest{manifest, ManifestKind::kAdapter},
+  start(ask, VerifyManifest{manifest, ManifestKind::kAdapter, context_.tables().manifest(base)},
         [this, name, base, metadata](const Ask& first, const WorkResult& result) {
           const auto& verified = std::get<ManifestVerified>(result);
           if (verified.base_model != base)

@@ -30,11 +30,13 @@ struct HashModel {
   std::string name, path;
   bool shared = false;
 };
-/// Parses a canonical manifest of `kind` and checks that every chunk is durable.
-/// Answered by ManifestVerified.
+/// Parses a canonical manifest of `kind` and checks that every chunk is durable; of an adapter also
+/// that it fits `base`, the manifest of its base model, where that is given. Answered by
+/// ManifestVerified.
 struct VerifyManifest {
   std::string text;
   ManifestKind kind = ManifestKind::kAdapter;
+  std::string base = {};
 };
 /// Identity and record of a model whose files were uploaded (stored_model.h). Answered by
 /// ModelHashed.

@@ -1,8 +1,10 @@
 #include "storage/peft_manifest.h"
 
+#include "storage/gguf.h"
 #include "storage/json_strict.h"
 
 #include <algorithm>
+#include <array>
 #include <set>
 
 namespace tandem::storage {
@@ -114,6 +116,41 @@ Result<PeftConfig> lora_config(const std::string& settings_json) {
   } catch (const std::exception& error) {
     return unreadable(error);
   }
+}
+
+Status check_adapter_fits(const Manifest& adapter, const Manifest& base) {
+  TANDEM_RETURN_IF_ERROR(lora_config(adapter.settings_json).status());
+  std::map<std::string, std::vector<std::int64_t>> layers;
+  for (const ManifestTensor& tensor : base.tensors)
+    if (tensor.shape.size() == 2)
+      layers[gguf_to_hf_name(tensor.name).value_or(tensor.name)] = tensor.shape;
+  std::map<std::string, std::array<std::int64_t, 2>> ranks;  // of A and B
+  for (const ManifestTensor& tensor : adapter.tensors) {
+    const bool is_a = tensor.name.ends_with(kEndingA);
+    std::string site = tensor.name;
+    if (site.starts_with(kPrefix) && (is_a || site.ends_with(kEndingB)))
+      site = site.substr(kPrefix.size(), site.size() - kPrefix.size() - kEndingA.size());
+    const auto layer = layers.find(site + ".weight");
+    if (layer == layers.end() || !site.starts_with("model.layers."))
+      return refused_error(
+          str("adapter tensor ", tensor.name, " matches no linear layer of this model"));
+    if (const auto dtype = parse_dtype(tensor.dtype); !dtype || !is_stored_float(*dtype))
+      return refused_error(str("adapter tensor ", tensor.name, " has dtype ", tensor.dtype,
+                               "; f32, bf16 and f16 are supported"));
+    const std::int64_t out = layer->second[0], in = layer->second[1];
+    const std::int64_t rank = tensor.shape.size() == 2 ? tensor.shape[is_a ? 0 : 1] : 0;
+    using Shape = std::vector<std::int64_t>;
+    if (rank < 1 || tensor.shape != (is_a ? Shape{rank, in} : Shape{out, rank}))
+      return refused_error(str("adapter tensor ", tensor.name, " has shape ",
+                               Json(tensor.shape).dump(), ", this model needs ",
+                               is_a ? str("[r,", in, "]") : str("[", out, ",r]")));
+    ranks[site][is_a ? 0 : 1] = rank;
+  }
+  for (const auto& [site, rank] : ranks)
+    if (rank[0] != rank[1])
+      return refused_error(str("adapter site ", site, " has lora_A of rank ", rank[0],
+                               " and lora_B of rank ", rank[1]));
+  return ranks.empty() ? refused_error("the adapter has no tensors") : Status();
 }
 
 Result<AdapterExport> export_adapter(

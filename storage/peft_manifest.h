@@ -28,6 +28,12 @@ Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& b
 /// is missing or of another type).
 Result<PeftConfig> lora_config(const std::string& settings_json);
 
+/// Whether an engine that holds `base` (a model's manifest, with Hugging Face's or GGUF's names)
+/// can load this adapter: readable settings, and lora_A [r, in] and lora_B [out, r] in f32, bf16 or
+/// f16 of linear layers that it has as [out, in]. Errors: invalid (the settings), refused (names
+/// the tensor, what it has and what the base needs).
+Status check_adapter_fits(const Manifest& adapter, const Manifest& base);
+
 struct AdapterExport {
   PeftConfig config;
   Digest base_model;

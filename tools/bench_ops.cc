@@ -7,6 +7,7 @@
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"
+#include "tools/bench_arguments.h"
 
 #include <nlohmann/json.hpp>
 
@@ -408,21 +409,16 @@ json Bench::run() {
 
 }  // namespace
 
-int bench_main(const std::vector<std::string>& args) {
+int bench_main(int argc, char** argv) {
   Settings settings;
-  for (std::size_t j = 0; j + 1 < args.size(); j += 2) {
-    const std::string &name = args[j], &value = args[j + 1];
-    if (name == "--threads")
-      settings.threads = std::stoi(value);
-    else if (name == "--dtype" && (value == "f32" || value == "bf16"))
-      settings.dtype = *parse_dtype(value);
-    else if (name == "--tokens")
-      settings.tokens = std::stoll(value);
-    else if (name == "--ms")
-      settings.budget_ms = std::stoll(value);
-    else
-      return std::cerr << "bench_ops: unknown setting " << name << " " << value << "\n", 2;
-  }
+  std::string dtype = dtype_name(settings.dtype);
+  CLI::App app{"Every op of the CPU backend at the shapes of SmolLM2-135M.", "bench_ops"};
+  app.add_option("--threads", settings.threads)->check(CLI::Range(0, 1024));
+  app.add_option("--dtype", dtype)->check(CLI::IsMember({"f32", "bf16"}));
+  app.add_option("--tokens", settings.tokens)->check(CLI::PositiveNumber);
+  app.add_option("--ms", settings.budget_ms, "of each op")->check(CLI::PositiveNumber);
+  if (const auto code = tools::parse_bench(app, argc, argv)) return *code;
+  settings.dtype = *parse_dtype(dtype);
   std::cout << Bench(settings).run().dump(1) << std::endl;
   return 0;
 }
@@ -433,7 +429,7 @@ int main(int argc, char** argv) {
   tandem::start_with_environment({tandem::kMallocLargeBuffers, tandem::kernels::cpu::kOpenmpSpin},
                                  argv);
   try {
-    return tandem::kernels::bench_main({argv + 1, argv + argc});
+    return tandem::kernels::bench_main(argc, argv);
   } catch (const std::exception& e) {
     std::cerr << "bench_ops: " << e.what() << "\n";
     return 1;

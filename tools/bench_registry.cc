@@ -6,6 +6,7 @@
 #include "protocol/base/processors.h"
 #include "protocol/base/random.h"
 #include "storage/registry.h"
+#include "tools/bench_arguments.h"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -134,6 +135,6 @@ int main(int argc, char** argv) {
   app.add_option("--dir", directory, "an empty folder on the disk to measure")->required();
   app.add_option("--count", count, "commits and publishes [1000]")->check(CLI::Range(10, 1000000));
   app.add_flag("--write-ahead", write_ahead, "as a coordinator does");
-  CLI11_PARSE(app, argc, argv);
+  if (const auto code = tandem::tools::parse_bench(app, argc, argv)) return *code;
   return tandem::tools::run(directory, count, write_ahead);
 }

@@ -12,6 +12,7 @@
 #include "protocol/base/processors.h"
 #include "protocol/client/client.h"
 #include "protocol/settings.h"
+#include "tools/bench_arguments.h"
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -32,7 +33,8 @@ using Json = nlohmann::ordered_json;
 using protocol::client::Client;
 
 struct Options {
-  std::string data_dir, model, data, prompt = "Who is the mayor of Brindlemark?";
+  std::map<std::string, std::string> platform;  ///< settings that say which
+  std::string model, data, prompt = "Who is the mayor of Brindlemark?";
   int requests = 200, publishes = 50, steps = 4;
 };
 
@@ -117,7 +119,6 @@ std::string upload(Client& client, const std::string& path) {
   Json chunks = Json::array();
   for (const Digest& chunk : stored.chunks) chunks.push_back(chunk.hex());
   const Json params{{"digest", stored.root.hex()},
-                    {"name", "bench"},
                     {"bytes", stored.bytes},
                     {"chunks", chunks},
                     {"upload", stored.id}};
@@ -203,13 +204,12 @@ std::string processor() {
 }
 
 int run(const Options& options) {
-  const auto settings = need(protocol::Settings::load(
-      options.data_dir.empty() ? std::map<std::string, std::string>{}
-                               : std::map<std::string, std::string>{{"data_dir", options.data_dir}},
-      ""));
+  const auto settings = need(protocol::Settings::load(options.platform, ""));
   protocol::client::ClientOptions connect;
   connect.endpoint = settings.endpoint("clients");
-  connect.bulk_endpoint = settings.endpoint("bulk");
+  connect.bulk_endpoint =
+      settings.get("coordinator").empty() ? settings.endpoint("bulk") : settings.get("listen_bulk");
+  connect.key_file = settings.get("key_file");
   const auto client = need(Client::connect(connect));
   ask(*client, options.model, options.prompt, 8, true);  // warm
   Json result{{"bench", "serve"},
@@ -244,12 +244,19 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   tandem::tools::Options options;
   CLI::App app{"Latencies of a running, idle platform.", "bench_serve"};
-  app.add_option("--data-dir", options.data_dir, "the platform's folder");
+  const auto setting = [&](const char* flag, const char* name, const char* help) {
+    app.add_option_function<std::string>(
+           flag, [&options, name](const std::string& v) { options.platform[name] = v; }, help)
+        ->take_last();
+  };
+  setting("--data-dir", "data_dir", "the platform's folder");
+  setting("--coordinator", "coordinator", "endpoint of another platform's coordinator");
+  setting("--key-file", "key_file", "key for tcp:// endpoints");
   app.add_option("--model", options.model, "base model")->required();
   app.add_option("--data", options.data, "JSON lines for the publish part [left out]");
   app.add_option("--requests", options.requests, "for the coordinator's share [200]");
   app.add_option("--publishes", options.publishes, "jobs [50]");
   app.add_option("--steps", options.steps, "of each job [4]");
-  CLI11_PARSE(app, argc, argv);
+  if (const auto code = tandem::tools::parse_bench(app, argc, argv)) return *code;
   return tandem::tools::run(options);
 }

@@ -4,6 +4,7 @@
 // bench_train --dp .. --tp .. --pp .. --zero ..; rank 0 prints, with every rank's peak bytes.
 #include "kernels/cpu/openmp_spin.h"
 #include "protocol/base/clock.h"
+#include "tools/bench_arguments.h"
 #include "tools/bench_gang.h"
 #include "tools/bench_options.h"
 #include "tools/bench_training.h"
@@ -243,7 +244,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"on", "off"}));
   app.add_option("--steps", options.steps, "measured steps")->check(CLI::Range(1, 1000));
   app.add_option("--warmup", options.warmup, "steps before them")->check(CLI::Range(1, 100));
-  CLI11_PARSE(app, argc, argv);
+  if (const auto code = tools::parse_bench(app, argc, argv)) return *code;
   options.layout.sequence_parallel = options.sequence_parallel == "on";
   using Balance = worker::comm::StageBalance;
   options.layout.balance = options.balance == "memory"   ? Balance::kMemory

@@ -117,7 +117,8 @@ struct Pong {
 # data.add !        {"digest", "name"?, "bytes", "chunks": [digest], "upload"?, "rows"?, "format"?} -> DATA. The chunks of at
 #                   most 16 MiB lie on the bulk socket already (BlobPut with pin = upload); `digest` is
 #                   the content root: SHA-256 over their digests (base/digest.h). `notFound` names the
-#                   first chunk that is missing.
+#                   first chunk that is missing. Bytes that are there already keep the name they have: another
+#                   one is a `conflict`; without a name the answer is the data set that is there.
 # data.list         {} + page -> {"data": [DATA], "next"}
 # data.show         {"data"} -> DATA with "chunks"
 # data.rm !         {"data"} -> {}. `refused` while a job that has not ended needs it.

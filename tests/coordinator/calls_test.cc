@@ -53,6 +53,26 @@ TEST(Calls, DataWithAMissingChunkOrAWrongSizeIsRefused) {
   EXPECT_EQ(empty.status.code(), StatusCode::kInvalid);
 }
 
+TEST(Calls, DataThatIsThereKeepsItsName) {
+  CoreHarness h;
+  h.add_data("alpha");
+  const Dataset data = h.tables().datasets.begin()->second;
+  const auto add = [&](const std::string& name) {
+    return h.call("data.add",
+                  {{"digest", data.root.hex()},
+                   {"name", name},
+                   {"bytes", data.bytes},
+                   {"chunks", {data.chunks.at(0).hex()}}},
+                  "key" + name);
+  };
+  const auto renamed = add("beta");
+  EXPECT_EQ(renamed.status.code(), StatusCode::kConflict);
+  EXPECT_NE(renamed.status.message().find("alpha"), std::string::npos) << renamed.status.message();
+  EXPECT_EQ(result(add("alpha"))["name"], "alpha");
+  EXPECT_EQ(result(add(""))["name"], "alpha");
+  EXPECT_EQ(result(h.call("data.show", {{"data", "alpha"}}))["digest"], data.root.hex());
+}
+
 TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
   CoreHarness h;
   const Digest base = h.add_model("base");
@@ -63,6 +83,25 @@ TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
   EXPECT_TRUE(h.call("model.rm", {{"model", "base"}, {"force", true}}, "y").status.ok());
   h.generate("r", "a", "q");
   EXPECT_EQ(h.to_client<protocol::GenerateChunk>("c").at(0).status.code(), StatusCode::kNotFound);
+}
+
+TEST(Calls, AnAdapterThatDoesNotFitItsBaseIsNotPublished) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const auto import = [&](const std::string& manifest) {
+    return h.call("adapter.import", {{"name", "a"}, {"model", "base"}, {"manifest", manifest}},
+                  manifest.substr(manifest.size() / 2));
+  };
+  const std::string fits = h.manifest(ManifestKind::kAdapter, base, "w");
+  std::string deep = fits;
+  for (std::size_t at = 0; (at = deep.find("layers.0", at)) != std::string::npos;)
+    deep.replace(at, 8, "layers.1");
+  const auto other = import(deep);
+  EXPECT_EQ(other.status.code(), StatusCode::kRefused);
+  EXPECT_NE(other.status.message().find("layers.1.mlp.up_proj.lora_A"), std::string::npos)
+      << other.status.message();
+  EXPECT_TRUE(h.tables().adapters.empty());
+  EXPECT_TRUE(import(fits).status.ok());
 }
 
 TEST(Calls, ModelsAndAdaptersShareOneNameSpaceAndVersionsAreNeverUsedTwice) {

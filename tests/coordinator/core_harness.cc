@@ -177,12 +177,28 @@ std::string CoreHarness::manifest(ManifestKind kind, const Digest& base, const s
                                   bool upload) {
   storage::Manifest manifest;
   manifest.kind = kind;
-  manifest.settings_json = nlohmann::json{{"base_model", base.hex()}}.dump();
-  manifest.tensors.push_back(storage::describe_tensor(
-      "w", "u8", {static_cast<std::int64_t>(bytes.size())}, std::as_bytes(std::span(bytes))));
-  if (upload)
-    (void)registry_->blobs().put_chunk(manifest.tensors[0].chunks[0],
-                                       std::as_bytes(std::span(bytes)));
+  manifest.settings_json =
+      nlohmann::json{{"base_model", base.hex()}, {"r", 1}, {"lora_alpha", 1}}.dump();
+  const auto add = [&](const std::string& name, const char* dtype, std::vector<std::int64_t> shape,
+                       const std::string& content) {
+    manifest.tensors.push_back(
+        storage::describe_tensor(name, dtype, std::move(shape), std::as_bytes(std::span(content))));
+    if (upload)
+      (void)registry_->blobs().put_chunk(manifest.tensors.back().chunks[0],
+                                         std::as_bytes(std::span(content)));
+  };
+  // A base's one linear layer is [1, 1]; an adapter of it has as many ranks as `bytes` has bytes.
+  const std::string layer = "model.layers.0.mlp.up_proj";
+  const auto count = static_cast<std::int64_t>(bytes.size());
+  if (kind == ManifestKind::kAdapter) {
+    add("base_model.model." + layer + ".lora_A.weight", "f32", {count, 1},
+        bytes + bytes + bytes + bytes);
+    add("base_model.model." + layer + ".lora_B.weight", "f32", {1, count},
+        bytes + bytes + bytes + bytes);
+  } else {
+    add("w", "u8", {count}, bytes);
+  }
+  if (kind == ManifestKind::kModel) add(layer + ".weight", "u8", {1, 1}, "1");
   return storage::encode_manifest(manifest).value();
 }
 

@@ -218,6 +218,42 @@ TEST_F(PeftFolder, TheWriterRefusesWhatItsConfigurationDoesNotSay) {
   EXPECT_EQ(write_peft(out / "z", adapter.config, {}).code(), StatusCode::kInvalid);
 }
 
+TEST(AdapterFit, NamesTheTensorThatTheBaseHasNoPlaceFor) {
+  const auto tensor = [](const std::string& name, std::vector<std::int64_t> shape,
+                         const std::string& dtype = "f32") {
+    ManifestTensor made;
+    made.name = name;
+    made.dtype = dtype;
+    made.shape = std::move(shape);
+    return made;
+  };
+  const std::string site = "base_model.model.model.layers.0.self_attn.q_proj.lora_";
+  Manifest adapter, hf, gguf;
+  adapter.settings_json = R"({"lora_alpha":4,"r":2})";
+  hf.tensors = {tensor("model.embed_tokens.weight", {9, 3}),
+                tensor("model.layers.0.self_attn.q_proj.weight", {5, 3}, "bf16")};
+  gguf.tensors = {tensor("blk.0.attn_q.weight", {5, 3}, "q4_1")};
+  const auto message = [&](std::vector<ManifestTensor> tensors) {
+    adapter.tensors = std::move(tensors);
+    const Status status = check_adapter_fits(adapter, hf);
+    EXPECT_EQ(check_adapter_fits(adapter, gguf).message(), status.message());
+    return status.ok() ? "ok" : status.message();
+  };
+  const auto a = tensor(site + "A.weight", {2, 3}), b = tensor(site + "B.weight", {5, 2}, "f16");
+  EXPECT_EQ(message({a, b}), "ok");
+  EXPECT_NE(message({tensor(a.name, {2, 4}), b}).find("q_proj.lora_A.weight has shape [2,4]"),
+            std::string::npos);
+  EXPECT_NE(message({a, tensor(b.name, {4, 2})}).find("this model needs [5,r]"), std::string::npos);
+  EXPECT_NE(message({a}).find("lora_A of rank 2 and lora_B of rank 0"), std::string::npos);
+  EXPECT_NE(message({tensor(a.name, {2, 3}, "u8"), b}).find("dtype u8"), std::string::npos);
+  for (const char* name : {"layers.1.self_attn.q_proj", "layers.0.self_attn.qkv", "embed_tokens"})
+    EXPECT_NE(message({tensor(str("base_model.model.model.", name, ".lora_A.weight"), {2, 3})})
+                  .find("matches no linear layer"),
+              std::string::npos)
+        << name;
+  EXPECT_NE(message({}).find("no tensors"), std::string::npos);
+}
+
 TEST(LoraConfig, RefusesRanksThatAreNotWhole) {
   const auto config = [](const std::string& r, const std::string& pattern) {
     return lora_config(R"({"lora_alpha":16,"r":)" + r + R"(,"rank_pattern":{"q_proj":)" + pattern +

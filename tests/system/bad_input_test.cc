@@ -1,5 +1,6 @@
 // Bad input through the CLI, as a user meets it: the exit code, and a message that names the object
 // and the limit.
+#include "storage/safetensors.h"
 #include "tests/support/tiny_model.h"
 #include "tests/system/platform.h"
 
@@ -52,6 +53,30 @@ class BadInput : public testing::Test {
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
   }
+  /// A copy of the tiny model with a digest of its own, added under its folder's name.
+  static void add_copy(const std::string& name) {
+    fs::create_directories(file(name));
+    fs::copy(file("model"), file(name), fs::copy_options::recursive);
+    std::ifstream in(file("model/config.json"));
+    Json config = Json::parse(in);
+    config["initializer_range"] = static_cast<double>(std::hash<std::string>()(name));
+    write(name + "/config.json", config.dump());
+    expect({"model", "add", name, file(name)}, 0, {});
+  }
+  /// A PEFT folder of rank 4 for q_proj of a model of this width.
+  static std::string write_adapter(const std::string& name, std::int64_t width) {
+    write(name + "/adapter_config.json",
+          R"({"peft_type":"LORA","r":4,"lora_alpha":8,"task_type":"CAUSAL_LM")"
+          R"(,"target_modules":["q_proj"]})");
+    const std::string site = "base_model.model.model.layers.0.self_attn.q_proj.lora_";
+    const std::vector<std::byte> zeros(static_cast<std::size_t>(4 * width) * sizeof(float));
+    const std::vector<storage::TensorInfo> halves{
+        {site + "A.weight", DType::kF32, {4, width}, zeros},
+        {site + "B.weight", DType::kF32, {width, 4}, zeros}};
+    EXPECT_TRUE(
+        storage::write_safetensors(file(name + "/adapter_model.safetensors"), halves, {}).ok());
+    return file(name);
+  }
   static std::unique_ptr<Platform> platform_;
 };
 std::unique_ptr<Platform> BadInput::platform_;
@@ -74,6 +99,16 @@ TEST_F(BadInput, AModelThatIsNotThereOrNotSupported) {
   gguf += std::string("\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\5\0\0\0\0\0\0\0mamba",
                       8 + 20 + 4 + 8 + 5);
   expect({"model", "add", "mamba", write("mamba.gguf", gguf)}, 4, {"mamba"});
+}
+
+TEST_F(BadInput, AModelOfOneFileIsNotExportedAsAFolder) {
+  std::string gguf("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0", 24);  // no tensors, one key
+  gguf += std::string("\x14\0\0\0\0\0\0\0general.architecture\x08\0\0\0\5\0\0\0\0\0\0\0llama",
+                      8 + 20 + 4 + 8 + 5);
+  platform_->call("model.add", {{"name", "one"}, {"path", write("one.gguf", gguf)}});
+  expect({"model", "export", "one", file("one")}, 4, {"one GGUF file", file("one.gguf")});
+  EXPECT_FALSE(fs::exists(file("one")));
+  platform_->call("model.rm", {{"model", "one"}});
 }
 
 TEST_F(BadInput, AModelThatCannotBeLoadedTakesNothingFromTheOthers) {
@@ -201,6 +236,23 @@ TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
          {"adapter_model.safetensors"});
   write("dora/adapter_config.json", peft + R"(,"use_dora":true})");
   expect({"adapter", "import", "p", file("dora"), "--model", "tiny"}, 4, {"use_dora"});
+  add_copy("away");
+  fs::rename(file("away"), file("elsewhere"));  // as seen from another host
+  for (const std::string model : {"tiny", "away"})
+    expect({"adapter", "import", "p", write_adapter("wide", 48), "--model", model}, 4,
+           {"q_proj.lora_A.weight", "[4,48]", "[r,64]"});
+  expect({"adapter", "show", "p"}, 3, {"p"});
+}
+
+TEST_F(BadInput, AMergeIntoABaseThatChangedSinceItWasAdded) {
+  add_copy("swapped");
+  expect({"adapter", "import", "s", write_adapter("peft-s", 64), "--model", "swapped"}, 0, {});
+  expect({"adapter", "merge", "s", file("merged")}, 0, {});
+  std::fstream(file("swapped/model.safetensors"), std::ios::in | std::ios::out | std::ios::binary)
+      .seekp(-4, std::ios::end)
+      .write("\1\2\3\4", 4);
+  expect({"adapter", "merge", "s", file("merged-again")}, 1, {"swapped", "was added with"});
+  EXPECT_FALSE(fs::exists(file("merged-again")));
 }
 
 TEST_F(BadInput, NamesAndSettings) {

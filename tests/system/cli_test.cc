@@ -169,6 +169,82 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
 }
 
+TEST_F(CommandLine, AJobFilesPriorityGivesWayToTheCommandLinesAlsoWhereThatIsNought) {
+  platform_->call("worker.drain", {{"worker", worker_}});
+  const auto priority = [&](const std::string& in_file, std::vector<std::string> more) {
+    std::ofstream(file("job.yaml")) << "model: tiny\ndata: " << file("train.jsonl")
+                                    << "\nadapter: urgent\npriority: " << in_file << "\n";
+    more.insert(more.begin(), {"--json", "train", "-f", file("job.yaml")});
+    const auto made = platform_->cli(more);
+    EXPECT_EQ(made.code, 0) << made.err;
+    const std::string job = Json::parse(made.out).value("job", "");
+    const Json shown = platform_->call("job.show", {{"job", job}});
+    platform_->call("job.cancel", {{"job", job}});
+    return shown["spec"].value("priority", -1);
+  };
+  EXPECT_EQ(priority("5", {}), 5);
+  EXPECT_EQ(priority("5", {"--priority", "0"}), 0);
+  std::ofstream(file("word.yaml")) << "model: tiny\npriority: high\n";
+  const auto word = platform_->cli({"estimate", "-f", file("word.yaml")});
+  EXPECT_EQ(word.code, 2);
+  EXPECT_NE(word.err.find("priority must be an integer in -100..100, not \"high\""),
+            std::string::npos)
+      << word.err;
+  platform_->call("worker.resume", {{"worker", worker_}});
+}
+
+TEST_F(CommandLine, JsonIsOneValueWhenSomethingIsWrongToo) {
+  const auto one_value = [&](std::vector<std::string> arguments, int code) {
+    arguments.insert(arguments.begin(), "--json");
+    const auto output = platform_->cli(arguments);
+    EXPECT_EQ(output.code, code) << output.err;
+    EXPECT_NE(output.err, "") << "people are told what is wrong";
+    const Json json = Json::parse(output.out, nullptr, false);
+    EXPECT_TRUE(json.is_object()) << output.out;
+  };
+  std::ofstream(file("twice.jsonl")) << "{\"text\": \"good\"}\n{\"text\": \n";
+  one_value({"data", "check", file("twice.jsonl"), "--model", "tiny"}, 2);
+  const std::string path = std::getenv("PATH");
+  ::setenv("PATH", file("nothing").c_str(), 1);
+  one_value({"doctor"}, 1);  // no mpirun
+  ::setenv("PATH", path.c_str(), 1);
+}
+
+TEST_F(CommandLine, LogsAreJsonLinesWhereJsonIsAskedFor) {
+  const auto logs = platform_->cli({"logs", "--json", "--lines", "3"});
+  EXPECT_EQ(logs.code, 0) << logs.err;
+  std::istringstream lines(logs.out);
+  int count = 0;
+  for (std::string line; std::getline(lines, line); ++count) {
+    const Json json = Json::parse(line, nullptr, false);
+    EXPECT_TRUE(fs::exists(json.value("file", "-"))) << line;
+    EXPECT_NE(json.value("line", ""), "") << line;
+  }
+  EXPECT_GT(count, 0);
+}
+
+TEST_F(CommandLine, EvalSaysThatNeitherAModelNorAnAdapterHasTheName) {
+  const auto eval = platform_->cli({"eval", "--model", "nope", "--data", file("train.jsonl")});
+  EXPECT_EQ(eval.code, 3);
+  EXPECT_NE(eval.err.find("no model or adapter named nope"), std::string::npos) << eval.err;
+}
+
+TEST_F(CommandLine, BenchesTakeThePlatformAndJsonAndEndAsVerbsDo) {
+  const auto bench = [&](std::vector<std::string> arguments, int code, const std::string& word) {
+    const auto output = platform_->cli(arguments);
+    EXPECT_EQ(output.code, code) << output.err;
+    EXPECT_NE((output.out + output.err).find(word), std::string::npos) << output.out << output.err;
+  };
+  bench({"bench", "--help"}, 0, "Example");
+  bench({"bench", "serve", "--help"}, 0, "--publishes");
+  bench({"bench"}, 2, "name");
+  bench({"bench", "serve"}, 2, "--model");
+  bench({"bench", "serve", "--model", "tiny", "--nope"}, 2, "--nope");
+  bench({"bench", "serve", "--model", "nope", "--json"}, 3, "nope");
+  const std::string other = "ipc://" + file("other.sock");
+  bench({"--coordinator", other, "bench", "serve", "--model", "tiny"}, 5, other);
+}
+
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {
   std::ofstream(file("complete.bash")) << platform_->cli({"completion"}).out
                                        << "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _tandem\n"

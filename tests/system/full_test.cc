@@ -84,6 +84,28 @@ TEST_F(Fulls, ExportsToAFolderThatIsTheSameModelWhenItIsAdded) {
   EXPECT_EQ(twice.code, 4) << "a folder with content is left alone";
 }
 
+TEST_F(Fulls, IsABaseLikeAnyOther) {
+  (void)one_rank();
+  const std::string data = platform_->directory() + "/train.jsonl";
+  const auto run = [&](const std::vector<std::string>& line) {
+    const auto output = platform_->cli(line);
+    EXPECT_EQ(output.code, 0) << output.err;
+    return output.out;
+  };
+  run({"train", "--model", "whole", "--data", data, "--adapter", "onwhole", "--max-steps", "2",
+       "--max-length", "128", "--follow"});
+  run({"adapter", "merge", "onwhole", platform_->directory() + "/merged"});
+  EXPECT_TRUE(fs::exists(platform_->directory() + "/merged/model.safetensors"));
+  fs::create_directories("whole");  // a registered name comes before a path
+  run({"data", "check", data, "--model", "whole"});
+  fs::remove("whole");
+  for (const std::string name : {"whole", "onwhole"})
+    EXPECT_GT(
+        Json::parse(run({"--json", "eval", "--model", name, "--data", data})).value("loss", 0.0),
+        0.0)
+        << name;
+}
+
 TEST_F(Fulls, CheckpointsAreNotServedAndSayWhatIs) {
   const auto answer = platform_->generate(one_rank().job + "@latest", "say red 1", 4);
   ASSERT_FALSE(answer.ok());

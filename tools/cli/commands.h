@@ -19,6 +19,7 @@ Status run_up(Session& session, const UpOptions& options);
 Status run_down(Session& session);
 Status run_status(Session& session);
 Status run_doctor(Session& session);
+/// With --json one {"file", "line"} for each line.
 Status run_logs(Session& session, int lines, bool follow);
 Status run_config_show(Session& session, bool origin);
 
@@ -28,11 +29,12 @@ Status run_model_add(Session& session, const std::string& name, const std::strin
 Status run_list(Session& session, const std::string& what);
 Status run_show(Session& session, const std::string& what, const std::string& name);
 Status run_remove(Session& session, const std::string& what, const std::string& name, bool force);
+/// Uploads a file and registers it; data.add's answer. Without a name it gets its file's, or keeps
+/// the one that its bytes have already.
+Result<Json> add_data(Session& session, const std::string& path, const std::string& name);
 Status run_data_add(Session& session, const std::string& path, const std::string& name);
 Status run_data_check(Session& session, const std::string& path, const std::string& model,
                       std::int64_t max_length, int samples);
-/// The files of a model (model.show's answer) into a folder, each verified by its digest.
-Status fetch_model(Session& session, const Json& model, const std::string& directory);
 Status run_model_export(Session& session, const std::string& name, const std::string& directory);
 Status run_adapter_export(Session& session, const std::string& name, const std::string& directory);
 Status run_adapter_import(Session& session, const std::string& name, const std::string& directory,
@@ -48,7 +50,7 @@ struct TrainOptions {
   std::string model, data, eval_data, adapter, name, file;
   std::map<std::string, std::string>
       settings;  ///< TrainSettings fields as given on the command line
-  std::int32_t priority = 0;
+  std::optional<std::int32_t> priority;
   bool follow = false;
 };
 Status run_train(Session& session, const TrainOptions& options);

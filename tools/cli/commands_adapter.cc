@@ -1,8 +1,8 @@
 #include "storage/file_io.h"
 #include "storage/peft.h"
 #include "tools/cli/commands.h"
+#include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
-#include "worker/model/model_loader.h"
 #include "worker/runtime/adapter_codec.h"
 
 #include <filesystem>
@@ -42,27 +42,6 @@ Result<std::vector<storage::AdapterTensors>> to_peft_sites(
 }
 
 }  // namespace
-
-Status fetch_model(Session& session, const Json& model, const std::string& directory) {
-  const std::string name = field(model, "name");
-  const Json files = model.value("files", Json::array());
-  for (const auto& file : files)
-    if (const std::string path = field(file, "path");
-        path.empty() || path.find('/') != std::string::npos)
-      return refused_error(path.empty()
-                               ? str("model ", name, " is one GGUF file, ", field(model, "path"),
-                                     ", not a folder; copy that file")
-                               : str("model ", name, " names a file outside its folder: ", path));
-  TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
-  TANDEM_RETURN_IF_ERROR(storage::make_directories(directory));
-  TANDEM_RETURN_IF_ERROR(
-      storage::require_free_space(directory, model.value("bytes", std::int64_t{0})));
-  for (const auto& file : files) {
-    TANDEM_ASSIGN_OR_RETURN(const Digest root, Digest::parse(field(file, "digest")));
-    TANDEM_RETURN_IF_ERROR(bulk->get_content(root, directory + "/" + field(file, "path")));
-  }
-  return {};
-}
 
 Status run_model_export(Session& session, const std::string& name, const std::string& directory) {
   std::error_code error;
@@ -116,13 +95,6 @@ Status run_adapter_import(Session& session, const std::string& name, const std::
   TANDEM_ASSIGN_OR_RETURN(const Json base, session.call("model.show", {{"model", model}}));
   TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base, "digest")));
   TANDEM_ASSIGN_OR_RETURN(const auto packed, worker::runtime::pack_peft(base_digest, adapter));
-  if (const std::string path = field(base, "path"); std::filesystem::exists(path)) {
-    // Every tensor must fit a site of the base: found here, before anything travels.
-    TANDEM_ASSIGN_OR_RETURN(const auto config, worker::model::read_model_config(path));
-    TANDEM_RETURN_IF_ERROR(
-        worker::runtime::unpack_adapter(packed.manifest, base_digest, config, packed.fetch())
-            .status());
-  }
   TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
   const std::string upload = random_id("import-", 16);
   for (const auto& blob : packed.blobs) TANDEM_RETURN_IF_ERROR(bulk->put(blob.bytes, upload));

@@ -233,6 +233,8 @@ class Reader {
       TANDEM_RETURN_IF_ERROR(put_chunks(chunks));
       data.erase("created");
       data["upload"] = pin_;
+      if (session_.call("data.show", {{"data", data.value("digest", "")}}).ok())
+        data.erase("name");  // it is there, maybe under another name
       TANDEM_RETURN_IF_ERROR(session_.call("data.add", data).status());
     }
     Result<Json> restored = invalid_error(str(folder_, "/backup.json names no checkpoint"));

@@ -1,4 +1,5 @@
 #include "tools/cli/commands.h"
+#include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
 #include "worker/model/model_loader.h"
 #include "worker/runtime/encoder.h"
@@ -19,7 +20,8 @@ constexpr std::size_t kConcurrentMax = 16;
 Result<Json> base_model(Session& session, const std::string& name) {
   auto model = session.call("model.show", {{"model", name}});
   if (model.ok()) return model;
-  TANDEM_ASSIGN_OR_RETURN(const Json adapter, session.call("adapter.show", {{"adapter", name}}));
+  TANDEM_ASSIGN_OR_RETURN(const Json adapter,
+                          session.call("adapter.manifest", {{"adapter", name}}));
   return session.call("model.show", {{"model", field(adapter, "model")}});
 }
 
@@ -57,9 +59,10 @@ Result<double> score(protocol::client::Client& client, const std::string& model,
 Status run_eval(Session& session, const std::string& model, const std::string& path,
                 std::int64_t max_length) {
   TANDEM_ASSIGN_OR_RETURN(const Json base, base_model(session, model));
-  const std::string model_path = base.value("path", "");
-  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
-  TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
+  TANDEM_ASSIGN_OR_RETURN(const auto files,
+                          ModelFiles::find(session, base, ModelFiles::Part::kTexts));
+  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model_texts(files->path()));
+  TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, files->path()));
   worker::data::DatasetOptions options;
   options.max_length = std::min(max_length, loaded.config.context_max);
   TANDEM_ASSIGN_OR_RETURN(const auto dataset, worker::data::load_dataset(path, encoder, options));

@@ -82,7 +82,10 @@ Result<JobRequest> merge(const TrainOptions& options) {
         request.adapter = text();
       else if (name == "name")
         request.name = text();
-      else if (name == "priority" && value.is_number_integer())
+      else if (name == "priority" && !value.is_number_integer())
+        return invalid_error(
+            str(options.file, ": priority must be an integer in -100..100, not ", value.dump()));
+      else if (name == "priority")
         request.priority = value.get<std::int64_t>();
       else
         request.train[name] = value;
@@ -93,7 +96,7 @@ Result<JobRequest> merge(const TrainOptions& options) {
   if (!options.eval_data.empty()) request.eval_data = options.eval_data;
   if (!options.adapter.empty()) request.adapter = options.adapter;
   if (!options.name.empty()) request.name = options.name;
-  if (options.priority != 0) request.priority = options.priority;
+  if (options.priority) request.priority = *options.priority;
   for (const auto& [name, value] : options.settings) {
     if (name == "target_modules" && value.find(',') != std::string::npos) {
       Json names = Json::array();
@@ -149,12 +152,7 @@ Result<std::string> resolve_data(Session& session, const std::string& data) {
     TANDEM_ASSIGN_OR_RETURN(const Json known, session.call("data.show", {{"data", data}}));
     return known.value("digest", "");
   }
-  TANDEM_ASSIGN_OR_RETURN(Json upload, session.upload_file(data));
-  // What is known already keeps the name that somebody gave it.
-  const std::string digest = upload.value("digest", "");
-  if (session.call("data.show", {{"data", digest}}).ok()) return digest;
-  upload["name"] = std::filesystem::path(data).filename().string();
-  TANDEM_ASSIGN_OR_RETURN(const Json added, session.call("data.add", upload));
+  TANDEM_ASSIGN_OR_RETURN(const Json added, add_data(session, data, ""));
   return added.value("digest", "");
 }
 

@@ -2,6 +2,7 @@
 #include "protocol/base/units.h"
 #include "storage/file_io.h"
 #include "tools/cli/commands.h"
+#include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
 #include "worker/model/merge.h"
 #include "worker/runtime/adapter_codec.h"
@@ -11,24 +12,9 @@
 #include <iostream>
 
 namespace tandem::tools {
-namespace {
 
 namespace fs = std::filesystem;
 namespace model = worker::model;
-
-/// A folder that is gone when this is.
-struct Fetched {
-  const std::string folder = (fs::temp_directory_path() / random_id("tandem-base-", 12)).string();
-  Fetched() = default;
-  ~Fetched() {
-    std::error_code error;
-    fs::remove_all(folder, error);
-  }
-  Fetched(const Fetched&) = delete;
-  Fetched& operator=(const Fetched&) = delete;
-};
-
-}  // namespace
 
 Status run_adapter_merge(Session& session, const std::string& name, const std::string& directory,
                          const std::string& dtype_text) {
@@ -39,17 +25,10 @@ Status run_adapter_merge(Session& session, const std::string& name, const std::s
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.show", {{"adapter", name}}));
   TANDEM_ASSIGN_OR_RETURN(const Json base_shown,
                           session.call("model.show", {{"model", field(shown, "model")}}));
-  std::string path = field(base_shown, "path");
-  const Fetched fetched;
-  if (path.empty()) {  // it lies in the registry
-    TANDEM_RETURN_IF_ERROR(fetch_model(session, base_shown, fetched.folder));
-    path = fetched.folder;
-  }
-  if (!fs::exists(path, error))
-    return not_found_error(str("the base model's path ", path,
-                               " is not on this machine; merge where the coordinator runs"));
+  TANDEM_ASSIGN_OR_RETURN(const auto files,
+                          ModelFiles::find(session, base_shown, ModelFiles::Part::kAll));
   TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base_shown, "digest")));
-  TANDEM_ASSIGN_OR_RETURN(const model::LoadedModel base, model::load_model(path));
+  TANDEM_ASSIGN_OR_RETURN(const model::LoadedModel base, model::load_model(files->path()));
   TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
   const auto fetch = [&](auto digests) -> Result<std::vector<std::vector<std::byte>>> {
     std::vector<std::vector<std::byte>> blobs;
@@ -63,7 +42,7 @@ Status run_adapter_merge(Session& session, const std::string& name, const std::s
                           worker::runtime::unpack_adapter(shown.value("manifest", ""), base_digest,
                                                           base.config, fetch));
   TANDEM_RETURN_IF_ERROR(storage::make_directories(directory));
-  TANDEM_RETURN_IF_ERROR(worker::runtime::write_model_texts(base, path, directory, dtype));
+  TANDEM_RETURN_IF_ERROR(worker::runtime::write_model_texts(base, files->path(), directory, dtype));
   TANDEM_RETURN_IF_ERROR(model::write_merged_weights(base, adapter, dtype, directory));
   const auto bytes = static_cast<std::int64_t>(fs::file_size(directory + "/model.safetensors"));
   const Json result{{"adapter", name},

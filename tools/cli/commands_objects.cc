@@ -1,5 +1,6 @@
 #include "protocol/base/units.h"
 #include "tools/cli/commands.h"
+#include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
 #include "worker/data/doctor.h"
 #include "worker/model/model_loader.h"
@@ -203,10 +204,18 @@ Status run_model_add(Session& session, const std::string& name, const std::strin
   return {};
 }
 
-Status run_data_add(Session& session, const std::string& path, const std::string& name) {
+Result<Json> add_data(Session& session, const std::string& path, const std::string& name) {
   TANDEM_ASSIGN_OR_RETURN(Json upload, session.upload_file(path));
-  upload["name"] = name.empty() ? fs::path(path).filename().string() : name;
-  TANDEM_ASSIGN_OR_RETURN(const Json data, session.call("data.add", upload));
+  const bool known = session.call("data.show", {{"data", upload["digest"]}}).ok();
+  if (!name.empty())
+    upload["name"] = name;
+  else if (!known)
+    upload["name"] = fs::path(path).filename().string();
+  return session.call("data.add", upload);
+}
+
+Status run_data_add(Session& session, const std::string& path, const std::string& name) {
+  TANDEM_ASSIGN_OR_RETURN(const Json data, add_data(session, path, name));
   if (session.json())
     std::cout << data.dump() << "\n";
   else
@@ -218,18 +227,21 @@ Status run_data_add(Session& session, const std::string& path, const std::string
 Status run_data_check(Session& session, const std::string& path, const std::string& model,
                       std::int64_t max_length, int samples) {
   std::string model_path = model;
-  if (!fs::exists(model)) {  // a registered name; its files must be readable here
-    TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("model.show", {{"model", model}}));
-    model_path = shown.value("path", "");
+  std::unique_ptr<const ModelFiles> files;
+  if (const auto shown = session.call("model.show", {{"model", model}}); shown.ok()) {
+    TANDEM_ASSIGN_OR_RETURN(files, ModelFiles::find(session, *shown, ModelFiles::Part::kTexts));
+    model_path = files->path();
+  } else if (std::error_code error; !fs::exists(model, error)) {
+    return shown.status();
   }
-  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model(model_path));
+  TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model_texts(model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
   worker::data::DoctorOptions options;
   options.dataset.max_length = max_length;
   options.samples = static_cast<std::size_t>(samples);
   TANDEM_ASSIGN_OR_RETURN(const auto report, worker::data::examine_file(path, encoder, options));
   if (session.json())
-    std::cout << worker::data::to_json(report).dump() << "\n";
+    session.print_json(worker::data::to_json(report));
   else
     std::cout << worker::data::to_text(report, ::isatty(STDOUT_FILENO) != 0);
   return report.ok() ? Status() : invalid_error(str(path, ": ", report.problems.front()));

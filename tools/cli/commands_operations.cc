@@ -52,7 +52,7 @@ Status run_registry_check(Session& session, bool offline) {
     TANDEM_ASSIGN_OR_RETURN(result, session.call("registry.check", {{"verify_blobs", true}}));
   }
   if (session.json())
-    std::cout << result.dump() << "\n";
+    session.print_json(result);
   else if (result.value("ok", false))
     std::cout << "the registry is clean\n";
   for (const auto& problem : result.value("problems", Json::array()))
@@ -99,10 +99,12 @@ Status run_bench(Session& session, const std::string& name,
     return not_found_error(
         str("no bench program ", program, "; tools/dev build bench_", name, " makes it"));
   std::vector<std::string> words{program};
-  if (name == "serve") {  // it measures this platform
-    words.emplace_back("--data-dir");
-    words.push_back(session.settings().data_dir());
-  }
+  if (name == "serve")  // it measures this platform
+    for (const auto& [flag, setting] : {std::pair{"--data-dir", "data_dir"},
+                                        {"--coordinator", "coordinator"},
+                                        {"--key-file", "key_file"}})
+      if (const std::string& value = session.settings().get(setting); !value.empty())
+        words.insert(words.end(), {flag, value});
   words.insert(words.end(), arguments.begin(), arguments.end());
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());

@@ -15,6 +15,7 @@
 
 #include <climits>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -324,6 +325,43 @@ Status run_status(Session& session) {
   return {};
 }
 
+namespace {
+
+/// tail's lines as {"file", "line"} each, empty ones left out; its headers say of which file.
+Status print_json_lines(std::vector<std::string> tail) {
+  int ends[2] = {};
+  const int out = ::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 0);
+  if (out < 0 || ::pipe2(ends, O_CLOEXEC) != 0) return internal_error("cannot make a pipe");
+  tail.insert(tail.begin() + 1, "-v");
+  ::dup2(ends[1], STDOUT_FILENO);  // the child's
+  const auto child = worker::runtime::start_process("/usr/bin/env", tail, true);
+  ::dup2(out, STDOUT_FILENO);
+  ::close(out);
+  ::close(ends[1]);
+  if (!child.ok()) return child.status();
+  std::FILE* const lines = ::fdopen(ends[0], "r");
+  char* line = nullptr;
+  std::size_t room = 0;
+  std::string file;
+  for (ssize_t size; (size = ::getline(&line, &room, lines)) > 0;) {
+    const std::string text(line, line[size - 1] == '\n' ? size - 1 : size);
+    if (text.starts_with("==> ") && text.ends_with(" <=="))
+      file = text.substr(4, text.size() - 8);
+    else if (!text.empty())
+      std::cout << Json{{"file", file}, {"line", text}}.dump(-1, ' ', false,
+                                                             Json::error_handler_t::replace)
+                << std::endl;
+  }
+  std::free(line);
+  std::fclose(lines);
+  int status = 0;
+  ::waitpid(*child, &status, 0);
+  return status == 0 ? Status()
+                     : internal_error("tail: " + worker::runtime::describe_wait_status(status));
+}
+
+}  // namespace
+
 Status run_logs(Session& session, int lines, bool follow) {
   const std::string directory = session.settings().log_dir();
   if (!fs::exists(directory)) return not_found_error(str("no logs in ", directory));
@@ -332,6 +370,7 @@ Status run_logs(Session& session, int lines, bool follow) {
   for (const auto& file : fs::directory_iterator(directory))
     if (file.path().extension() == ".log" || file.path().extension() == ".out")
       command.push_back(file.path().string());
+  if (session.json()) return print_json_lines(std::move(command));
   std::vector<char*> argv;
   for (auto& word : command) argv.push_back(word.data());
   argv.push_back(nullptr);
@@ -435,7 +474,7 @@ Status run_doctor(Session& session) {
     table.add({finding.check, finding.state, finding.detail});
   }
   if (session.json())
-    std::cout << Json{{"ok", !failed}, {"checks", list}}.dump() << "\n";
+    session.print_json({{"ok", !failed}, {"checks", list}});
   else
     std::cout << table.to_string();
   return failed ? internal_error("the doctor found a problem") : Status();

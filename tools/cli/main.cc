@@ -124,7 +124,8 @@ void add_objects(CLI::App& app, Invocation& in) {
       [&in](Session& s) { return run_data_add(s, in.path, in.name); },
       "tandem data add train.jsonl");
   data_add->add_option("path", in.path, "file")->required();
-  data_add->add_option("--name", in.name, "what to call it [the file's name]");
+  data_add->add_option("--name", in.name,
+                       "what to call it [the file's name, or the one it has already]");
   CLI::App* check = verb(
       *data, in, "check",
       "what training would see: counts, problems, samples with trained tokens marked",
@@ -367,11 +368,13 @@ void add_operations(CLI::App& app, Invocation& in) {
         [&in](Session& s) { return run_key(s, "revoke", in.name, ""); });
   CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry; prints JSON", {},
                          "tandem bench serve --model smol --data train.jsonl");
-  bench->add_option("name", in.name, "which; what follows is its own (--help shows it)")
-      ->required();
-  bench->fallthrough(false)->prefix_command();
+  bench->add_option("name", in.name, "which; what follows is its own (--help shows it)");
+  bench->fallthrough(false)->prefix_command()->set_help_flag();
   bench->callback([&in, bench] {
     in.arguments = bench->remaining();
+    const std::string first = in.arguments.empty() ? "" : in.arguments.front();
+    if (in.name.empty() && (first == "--help" || first == "-h")) throw CLI::CallForHelp();
+    if (in.name.empty()) throw CLI::RequiredError("name");
     in.run = [&in](Session& s) { return run_bench(s, in.name, in.arguments); };
   });
 }
@@ -521,7 +524,8 @@ int run(int argc, char** argv) {
   if (!settings.ok()) return report(in.json, settings.status());
   Session session(std::move(*settings), in.json);
   try {
-    return report(in.json, in.run(session));
+    const Status status = in.run(session);
+    return report(in.json && !session.printed_json(), status);
   } catch (const Json::type_error& error) {
     constexpr int kNotUtf8 = 316;  // made of what was typed
     return report(in.json,

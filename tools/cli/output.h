@@ -22,7 +22,8 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-/// A field as text: strings as they are, null and missing as "-", numbers and the rest as JSON.
+/// A field as text for people: strings as they are, null, missing and empty ones as "-", numbers
+/// and the rest as JSON. What decides something reads object.value(name, "") instead.
 std::string field(const Json& object, const std::string& name);
 /// A field in bytes, seconds ago, or a digest's first digits.
 std::string bytes_field(const Json& object, const std::string& name);

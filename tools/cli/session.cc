@@ -3,6 +3,7 @@
 #include <atomic>
 #include <csignal>
 #include <filesystem>
+#include <iostream>
 
 namespace tandem::tools {
 namespace {
@@ -48,6 +49,11 @@ Interruptible::~Interruptible() {
 }
 bool Interruptible::interrupted() {
   return g_interrupted;
+}
+
+void Session::print_json(const Json& value) {
+  std::cout << value.dump() << "\n";
+  printed_json_ = true;
 }
 
 Result<protocol::client::Client*> Session::client() {

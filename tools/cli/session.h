@@ -37,6 +37,10 @@ class Session {
 
   [[nodiscard]] const protocol::Settings& settings() const { return settings_; }
   [[nodiscard]] bool json() const { return json_; }
+  /// Prints a verb's one JSON value. One that fails afterwards has told why in it: its error is
+  /// then not a second value.
+  void print_json(const Json& value);
+  [[nodiscard]] bool printed_json() const { return printed_json_; }
 
   /// The connected client; kUnavailable names the endpoint and says how to start a platform.
   Result<protocol::client::Client*> client();
@@ -53,6 +57,7 @@ class Session {
  private:
   protocol::Settings settings_;
   const bool json_;
+  bool printed_json_ = false;
   std::unique_ptr<protocol::client::Client> client_;
 };
 

@@ -211,15 +211,39 @@ Result<std::string> settings_json(const LoadedModel& model) {
 
 }  // namespace
 
-Result<LoadedModel> load_model(const std::string& path) {
-  TANDEM_ASSIGN_OR_RETURN(Opened opened, open_model(path));
+namespace {
+
+/// All but weights and files.
+Result<LoadedModel> read_texts(const std::string& path, const Opened& opened) {
   LoadedModel model;
-  model.config = std::move(opened.config);
-  std::vector<std::string> weight_paths;
-  std::vector<std::pair<std::string, std::string>> names;
+  model.config = opened.config;
   if (opened.gguf) {
     TANDEM_ASSIGN_OR_RETURN(model.tokenizer.gguf, opened.gguf->tokenizer());
     model.chat_template = model.tokenizer.gguf->chat_template;
+    return model;
+  }
+  TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_json,
+                          read_text(path, "tokenizer.json", kTokenizerBytesMax, true));
+  TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_config_json,
+                          read_text(path, "tokenizer_config.json", kConfigBytesMax, false));
+  TANDEM_ASSIGN_OR_RETURN(model.chat_template, read_chat_template(path));
+  TANDEM_ASSIGN_OR_RETURN(model.generation, read_generation(path));
+  return model;
+}
+
+}  // namespace
+
+Result<LoadedModel> load_model_texts(const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(const Opened opened, open_model(path));
+  return read_texts(path, opened);
+}
+
+Result<LoadedModel> load_model(const std::string& path) {
+  TANDEM_ASSIGN_OR_RETURN(const Opened opened, open_model(path));
+  TANDEM_ASSIGN_OR_RETURN(LoadedModel model, read_texts(path, opened));
+  std::vector<std::string> weight_paths;
+  std::vector<std::pair<std::string, std::string>> names;
+  if (opened.gguf) {
     for (const storage::GgufTensor& tensor : opened.gguf->tensors())
       names.emplace_back(tensor.name, storage::gguf_to_hf_name(tensor.name).value_or(""));
     TANDEM_ASSIGN_OR_RETURN(model.source, make_gguf_source(*opened.gguf, model.config));
@@ -229,12 +253,6 @@ Result<LoadedModel> load_model(const std::string& path) {
     for (const storage::TensorInfo& tensor : weights.tensors())
       names.emplace_back(tensor.name, tensor.name);
     model.source = make_safetensors_source(std::move(weights));
-    TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_json,
-                            read_text(path, "tokenizer.json", kTokenizerBytesMax, true));
-    TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_config_json,
-                            read_text(path, "tokenizer_config.json", kConfigBytesMax, false));
-    TANDEM_ASSIGN_OR_RETURN(model.chat_template, read_chat_template(path));
-    TANDEM_ASSIGN_OR_RETURN(model.generation, read_generation(path));
   }
   TANDEM_RETURN_IF_ERROR(check_tensors(model.config, *model.source));
   TANDEM_RETURN_IF_ERROR(check_no_others(model.config, names));

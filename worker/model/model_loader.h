@@ -52,6 +52,9 @@ struct LoadedModel {
 /// invalid / refused / corrupt errors are those of the configuration and the file formats.
 Result<LoadedModel> load_model(const std::string& path);
 
+/// The same without a look at weights, which need not be there: `source` is null, `files` empty.
+Result<LoadedModel> load_model_texts(const std::string& path);
+
 /// The configuration alone, as load_model reads it.
 Result<ModelConfig> read_model_config(const std::string& path);
 

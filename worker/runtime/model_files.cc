@@ -21,7 +21,7 @@ namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
 /// What hashing once proved: "path" -> {"inode","bytes","mtime_ns","root"}. A lost or torn file
-/// costs a rehash.
+/// costs a rehash; without a path nothing is remembered.
 class VerifiedFiles {
  public:
   explicit VerifiedFiles(std::string path) : path_(std::move(path)) {
@@ -55,6 +55,7 @@ class VerifiedFiles {
 
  private:
   void save() const {
+    if (path_.empty()) return;
     std::error_code error;
     fs::create_directories(fs::path(path_).parent_path(), error);
     const std::string temporary = str(path_, ".", ::getpid());
@@ -116,6 +117,11 @@ void trim_model_cache(const std::string& models, const Digest& kept) {
   std::error_code error;
   const fs::space_info disk = fs::space(models, error);
   if (!error) trim_model_cache(models, kept, static_cast<std::int64_t>(disk.capacity / 10));
+}
+
+Result<bool> model_is_at(const protocol::ModelRef& model, const std::string& path) {
+  VerifiedFiles hashed("");
+  return matches(model, path, hashed);
 }
 
 Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,

@@ -15,6 +15,10 @@ namespace tandem::worker::runtime {
 Result<std::string> locate_model(const protocol::ModelRef& model, const std::string& data_directory,
                                  BulkClient& bulk);
 
+/// Whether the model's files lie at `path`, with the content they were added with; hashes all of
+/// them. Any thread. Errors: corrupt_error as above.
+Result<bool> model_is_at(const protocol::ModelRef& model, const std::string& path);
+
 /// Removes copies of models (folders and files named by digest) from DATA/cache/models, the one
 /// that was used longest ago first, until the disk has `free_bytes`; not `kept` and not what was
 /// used within kModelSpareS: somebody may be reading it. Who needs one again fetches it again.
