@@ -5,6 +5,7 @@
 #include "tests/support/model_golden.h"
 #include "tools/bench_device.h"
 #include "tools/random_model.h"
+#include "worker/model/merge.h"
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -123,6 +124,30 @@ TEST_F(ModelFolder, ATensorThatNoProductWouldUseIsRefusedByName) {
     EXPECT_EQ(status.code(), StatusCode::kRefused) << status.to_string();
     EXPECT_NE(status.message().find(name), std::string::npos) << status.message();
   }
+}
+
+TEST_F(ModelFolder, IsNotMergedIntoADtypeThatCannotHoldIt) {
+  const std::string path = (folder / "model.safetensors").string();
+  const auto weights = storage::Safetensors::open(path).value();
+  std::vector<storage::TensorInfo> tensors = weights.tensors();
+  std::vector<float> large(128, 1e6f);
+  for (storage::TensorInfo& tensor : tensors)
+    if (tensor.name == "model.norm.weight") {
+      large.resize(static_cast<std::size_t>(tensor.numel()), 1.0f);
+      std::fill(large.begin() + 2, large.end(), 1.0f);
+      tensor.dtype = DType::kF32;
+      tensor.bytes = std::as_bytes(std::span(large));
+    }
+  ASSERT_TRUE(storage::write_safetensors(path, tensors, {}).ok());
+  const LoadedModel base = load_model(folder.string()).value();
+  const std::string merged = str(folder.string(), "/merged");
+  fs::create_directories(merged);
+  const Status status = write_merged_weights(base, {}, DType::kF16, merged);
+  EXPECT_EQ(status.code(), StatusCode::kRefused);
+  for (const char* named : {"model.norm.weight", "2 of", "65504", "bf16"})
+    EXPECT_NE(status.message().find(named), std::string::npos) << status.message();
+  EXPECT_FALSE(fs::exists(merged + "/model.safetensors"));
+  EXPECT_TRUE(write_merged_weights(base, {}, DType::kBF16, merged).ok());
 }
 
 TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindAreErrors) {
