@@ -190,6 +190,29 @@ Status check_no_others(const ModelConfig& config,
   return {};
 }
 
+/// Of a tied embedding a file may hold a second copy, which is not loaded. One that differs is a
+/// head of its own, whatever the configuration says: transformers then unties the two.
+Status check_tied_head(const ModelConfig& config, const TensorSource& source, bool same_bytes) {
+  TANDEM_RETURN_IF_ERROR(source.has(kHeadName, config.vocab, config.width));
+  if (same_bytes) return {};
+  constexpr std::int64_t kRows = 256;
+  std::vector<float> embedding(static_cast<std::size_t>(kRows * config.width)), head(embedding);
+  for (std::int64_t row = 0; row < config.vocab; row += kRows) {
+    const std::int64_t rows = std::min(kRows, config.vocab - row);
+    source.read_rows(kEmbeddingName, row, rows, embedding.data());
+    source.read_rows(kHeadName, row, rows, head.data());
+    const auto end = embedding.begin() + rows * config.width;
+    const auto differs = std::mismatch(embedding.begin(), end, head.begin()).first;
+    if (differs != end)
+      return refused_error(str("tensor ", kHeadName, " differs from ", kEmbeddingName,
+                               " (first in row ",
+                               row + (differs - embedding.begin()) / config.width,
+                               "), though the configuration says tie_word_embeddings: true; say "
+                               "false to use it, or remove it from the file"));
+  }
+  return {};
+}
+
 Result<std::string> settings_json(const LoadedModel& model) {
   Json settings;
   settings["config"] = Json::parse(model.config.canonical_json());
@@ -216,6 +239,7 @@ Result<LoadedModel> load_model(const std::string& path) {
   LoadedModel model;
   model.config = std::move(opened.config);
   std::vector<std::string> weight_paths;
+  bool second_head = false, same_bytes = false;
   std::vector<std::pair<std::string, std::string>> names;
   if (opened.gguf) {
     TANDEM_ASSIGN_OR_RETURN(model.tokenizer.gguf, opened.gguf->tokenizer());
@@ -228,6 +252,11 @@ Result<LoadedModel> load_model(const std::string& path) {
     weight_paths = weights.paths();
     for (const storage::TensorInfo& tensor : weights.tensors())
       names.emplace_back(tensor.name, tensor.name);
+    const storage::TensorInfo* head = weights.find(kHeadName);
+    const storage::TensorInfo* embedding = weights.find(kEmbeddingName);
+    second_head = head != nullptr && model.config.tied_embedding;
+    same_bytes = head != nullptr && embedding != nullptr && head->dtype == embedding->dtype &&
+                 std::ranges::equal(head->bytes, embedding->bytes);
     model.source = make_safetensors_source(std::move(weights));
     TANDEM_ASSIGN_OR_RETURN(model.tokenizer.tokenizer_json,
                             read_text(path, "tokenizer.json", kTokenizerBytesMax, true));
@@ -238,6 +267,7 @@ Result<LoadedModel> load_model(const std::string& path) {
   }
   TANDEM_RETURN_IF_ERROR(check_tensors(model.config, *model.source));
   TANDEM_RETURN_IF_ERROR(check_no_others(model.config, names));
+  if (second_head) TANDEM_RETURN_IF_ERROR(check_tied_head(model.config, *model.source, same_bytes));
   TANDEM_ASSIGN_OR_RETURN(model.files, list_files(path, weight_paths));
   return model;
 }

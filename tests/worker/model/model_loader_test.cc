@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include <filesystem>
+#include <fstream>
 
 namespace tandem::worker::model {
 namespace {
@@ -124,6 +125,24 @@ TEST_F(ModelFolder, ATensorThatNoProductWouldUseIsRefusedByName) {
     EXPECT_EQ(status.code(), StatusCode::kRefused) << status.to_string();
     EXPECT_NE(status.message().find(name), std::string::npos) << status.message();
   }
+}
+
+TEST_F(ModelFolder, ATiedHeadThatDiffersFromTheEmbeddingIsRefused) {
+  auto config = nlohmann::json::parse(std::ifstream(folder / "config.json"));
+  config["tie_word_embeddings"] = true;
+  write("config.json", config.dump());
+  EXPECT_EQ(load().code(), StatusCode::kRefused);
+  for (const char* named : {"lm_head.weight", "model.embed_tokens.weight", "row 0"})
+    EXPECT_NE(load().message().find(named), std::string::npos) << load().message();
+  // A copy of the embedding is what some converters write.
+  const std::string path = (folder / "model.safetensors").string();
+  const auto weights = storage::Safetensors::open(path).value();
+  std::vector<storage::TensorInfo> tensors = weights.tensors();
+  const auto& embedding = *weights.find("model.embed_tokens.weight");
+  for (storage::TensorInfo& tensor : tensors)
+    if (tensor.name == "lm_head.weight") tensor.bytes = embedding.bytes;
+  ASSERT_TRUE(storage::write_safetensors(path, tensors, {}).ok());
+  EXPECT_TRUE(load().ok()) << load().to_string();
 }
 
 TEST_F(ModelFolder, IsNotMergedIntoADtypeThatCannotHoldIt) {
