@@ -101,12 +101,16 @@ Result<GenerationDefaults> read_generation(const std::string& folder) {
       if (!value->is_number()) return wrong_default(folder, key, *value, "a number");
       *out = value->get<double>();
     }
+  if (defaults.repetition_penalty && !(*defaults.repetition_penalty > 0))
+    return wrong_default(folder, "repetition_penalty", *find("repetition_penalty"), "above 0");
   for (const auto& [key, out] :
        {std::pair{"top_k", &defaults.top_k}, {"max_new_tokens", &defaults.max_new_tokens}})
     if (const Json* value = find(key)) {
       if (!value->is_number_integer()) return wrong_default(folder, key, *value, "an integer");
       *out = value->get<std::int64_t>();
     }
+  if (defaults.max_new_tokens && *defaults.max_new_tokens < 1)
+    return wrong_default(folder, "max_new_tokens", *find("max_new_tokens"), "1 or more");
   if (const Json* value = find("do_sample")) {
     if (!value->is_boolean()) return wrong_default(folder, "do_sample", *value, "true or false");
     defaults.do_sample = value->get<bool>();

@@ -49,7 +49,7 @@ TEST_F(ModelFolder, IsReadWithItsTokenizerTemplateAndDefaults) {
   EXPECT_EQ(model.value().config.eos_ids, (std::vector<std::int32_t>{2, 7}));
   EXPECT_EQ(model.value().generation.temperature, 0.5);
   EXPECT_EQ(model.value().generation.top_k, 40);
-  EXPECT_TRUE(model.value().generation.do_sample);
+  EXPECT_EQ(model.value().generation.do_sample, true);
   EXPECT_FALSE(model.value().generation.top_p.has_value());
   EXPECT_EQ(model.value().tokenizer.tokenizer_json, "{}");
   std::vector<std::string> names;
@@ -172,7 +172,8 @@ TEST_F(ModelFolder, IsNotMergedIntoADtypeThatCannotHoldIt) {
 TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindAreErrors) {
   for (const char* bad :
        {R"({"temperature": "hot"})", R"({"top_k": 1.5})", R"({"do_sample": 1})",
-        R"({"eos_token_id": "</s>"})", R"({"eos_token_id": [2, 1099511627776]})"}) {
+        R"({"repetition_penalty": 0})", R"({"max_new_tokens": 0})", R"({"eos_token_id": "</s>"})",
+        R"({"eos_token_id": [2, 1099511627776]})"}) {
     write("generation_config.json", bad);
     EXPECT_EQ(load().code(), StatusCode::kInvalid) << bad;
     EXPECT_NE(load().message().find("generation_config.json"), std::string::npos);
