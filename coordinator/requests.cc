@@ -55,8 +55,8 @@ Status validate_request(const protocol::Generate& request) {
   if (outside(s.min_p, 0, 1)) return bad("min_p", "in [0, 1]", *s.min_p);
   if (s.top_k && *s.top_k < 0)
     return bad("top_k", "0 (off) or more", static_cast<double>(*s.top_k));
-  if (!(s.repetition_penalty > 0))
-    return bad("repetition_penalty", "above 0", s.repetition_penalty);
+  if (s.repetition_penalty && !(*s.repetition_penalty > 0))
+    return bad("repetition_penalty", "above 0", *s.repetition_penalty);
   if (!(std::abs(s.presence_penalty) <= 100))
     return bad("presence_penalty", "in [-100, 100]", s.presence_penalty);
   if (!(std::abs(s.frequency_penalty) <= 100))

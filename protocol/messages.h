@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 5;  ///< range: version.h
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 6;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
@@ -45,11 +45,12 @@ struct Version {
 /// Sampling as a request asks for it. Ranges are enforced by the engine, which knows the model;
 /// absent optionals take the model's generation config, then the defaults named here.
 struct SamplingParams {
-  std::optional<std::int64_t> max_tokens;  ///< absent: up to the context
-  std::optional<float> temperature;        ///< 0: greedy; default 1
-  std::optional<std::int64_t> top_k;       ///< 0: off
-  std::optional<float> top_p, min_p;       ///< 1, 0: off
-  float repetition_penalty = 1.0f, presence_penalty = 0.0f, frequency_penalty = 0.0f;
+  std::optional<std::int64_t> max_tokens;   ///< default: up to the context
+  std::optional<float> temperature;         ///< 0: greedy; default 1
+  std::optional<std::int64_t> top_k;        ///< 0: off
+  std::optional<float> top_p, min_p;        ///< 1, 0: off
+  std::optional<float> repetition_penalty;  ///< default 1: off
+  float presence_penalty = 0.0f, frequency_penalty = 0.0f;
   std::optional<std::int64_t> seed;  ///< absent: from the request id
   std::vector<std::string> stop;     ///< stop strings, cut from the text
   std::vector<std::int32_t> stop_token_ids;

@@ -36,7 +36,10 @@ static void put(wire::Sampling::Builder b, const SamplingParams& m) {
   if (m.top_k) b.getTopK().setValue(*m.top_k);
   if (m.top_p) b.getTopP().setValue(*m.top_p);
   if (m.min_p) b.getMinP().setValue(*m.min_p);
-  b.setRepetitionPenalty(m.repetition_penalty);
+  if (m.repetition_penalty)
+    b.getRepetitionPenalty().setValue(*m.repetition_penalty);
+  else
+    b.getRepetitionPenalty().setUnset();
   b.setPresencePenalty(m.presence_penalty);
   b.setFrequencyPenalty(m.frequency_penalty);
   if (m.seed) b.getSeed().setValue(*m.seed);
@@ -64,7 +67,8 @@ static SamplingParams get(wire::Sampling::Reader r) {
   m.top_k = get_optional<std::int64_t>(r.getTopK(), "sampling.top_k");
   m.top_p = get_optional<float>(r.getTopP(), "sampling.top_p");
   m.min_p = get_optional<float>(r.getMinP(), "sampling.min_p");
-  m.repetition_penalty = r.getRepetitionPenalty();
+  m.repetition_penalty =
+      get_optional<float>(r.getRepetitionPenalty(), "sampling.repetition_penalty");
   m.presence_penalty = r.getPresencePenalty();
   m.frequency_penalty = r.getFrequencyPenalty();
   m.seed = get_optional<std::int64_t>(r.getSeed(), "sampling.seed");

@@ -36,7 +36,7 @@ struct Version {
   minor @1 :UInt16;
 }
 # History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
-# GenerateChunk.promptLogprobs.
+# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset.
 
 enum StatusCode {
   ok @0;
@@ -60,12 +60,16 @@ struct Status {
 struct Sampling {
   # How the next token is drawn. What is unset takes the model's generation config, then the default
   # named here. Ranges are checked by the engine, which knows the model; it answers `invalid`.
-  maxTokens :union { unset @0 :Void; value @1 :Int64; }    # default: up to the context
-  temperature :union { unset @2 :Void; value @3 :Float32; }  # 0 is greedy; default 1
+  maxTokens :union { unset @0 :Void; value @1 :Int64; }    # default: up to the context; the model's
+                                                           # counts as far as there is space
+  temperature :union { unset @2 :Void; value @3 :Float32; }  # 0 is greedy; default 1. Greedy as well: a
+                                                             # model that says do_sample false, with
+                                                             # topK, topP and minP unset too
   topK :union { unset @4 :Void; value @5 :Int64; }         # 0 is off
   topP :union { unset @6 :Void; value @7 :Float32; }       # 1 is off
   minP :union { unset @8 :Void; value @9 :Float32; }       # 0 is off
-  repetitionPenalty @10 :Float32 = 1;
+  repetitionPenalty :union { value @10 :Float32 = 1; unset @21 :Void; }  # 1 is off; default 1. unset
+                                      # since 1.6: an older peer reads it as 1
   presencePenalty @11 :Float32;
   frequencyPenalty @12 :Float32;
   seed :union { unset @13 :Void; value @14 :Int64; }       # default: made from the request's id

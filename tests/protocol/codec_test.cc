@@ -183,13 +183,35 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_5.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_6.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion15Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_5.txt");
+  int generates = 0;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("client ")) continue;
+    const auto message = decode_client(bytes_of_hex(line.substr(line.rfind(' ') + 1)));
+    ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+    const auto* generate = std::get_if<Generate>(&*message);
+    if (generate == nullptr) continue;
+    ++generates;
+    EXPECT_TRUE(generate->sampling.repetition_penalty.has_value())
+        << "1.5 could not leave it unset";
+  }
+  EXPECT_EQ(generates, 1);
+  capnp::MallocMessageBuilder plain;
+  plain.initRoot<wire::ClientMessage>().initGenerate().initSampling();
+  const auto words = capnp::messageToFlatArray(plain);
+  const auto message = decode_client(std::as_bytes(std::span(words.begin(), words.size())));
+  ASSERT_TRUE(message.ok()) << message.status().to_string();
+  EXPECT_EQ(std::get<Generate>(*message).sampling.repetition_penalty, 1.0f);
 }
 
 TEST(Codec, ReadsWhatVersion14Wrote) {

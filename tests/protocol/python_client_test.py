@@ -132,6 +132,14 @@ class PythonClient(unittest.TestCase):
             Client("nowhere")
         self.assertEqual(caught.exception.code, "invalid")
 
+    def test_says_which_settings_are_the_models(self):
+        self.serve(lambda kind, request, reply: reply(chunk=token(request, 0, last=True)))
+        with self.client() as client:
+            client.complete("m", prompt="hi")
+            client.complete("m", prompt="hi", repetition_penalty=1.0)
+        said = [r["sampling"]["repetitionPenalty"] for r in self.coordinator.of("generate")]
+        self.assertEqual(said, [{"unset": None}, {"value": 1.0}])
+
     def test_refuses_tcp_without_keys(self):
         with self.assertRaises(TandemError) as raised:
             Client("tcp://127.0.0.1:1")

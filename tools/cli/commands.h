@@ -66,7 +66,7 @@ struct GenerateOptions {
   std::string model, prompt, system;
   bool raw = false, no_cache = false, stream = true, ignore_eos = false;
   std::optional<std::int64_t> max_tokens, top_k, seed;
-  std::optional<double> temperature, top_p, min_p;
+  std::optional<double> temperature, top_p, min_p, repetition_penalty;
   std::int64_t logprobs = -1;
   std::vector<std::string> stop;
 };

@@ -37,6 +37,7 @@ Result<double> score(protocol::client::Client& client, const std::string& model,
   request.stream = false;
   request.sampling.max_tokens = 0;
   request.sampling.temperature = 0.0f;
+  request.sampling.repetition_penalty = 1.0f;
   request.sampling.prompt_logprobs_from = static_cast<std::int64_t>(from);
   std::vector<float> logprobs;
   const auto answer =

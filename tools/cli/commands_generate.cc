@@ -41,6 +41,8 @@ protocol::Generate to_request(const GenerateOptions& options) {
   sampling.top_k = options.top_k;
   if (options.top_p) sampling.top_p = static_cast<float>(*options.top_p);
   if (options.min_p) sampling.min_p = static_cast<float>(*options.min_p);
+  if (options.repetition_penalty)
+    sampling.repetition_penalty = static_cast<float>(*options.repetition_penalty);
   sampling.seed = options.seed;
   sampling.stop = options.stop;
   sampling.logprobs = options.logprobs;

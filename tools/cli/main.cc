@@ -265,11 +265,13 @@ void add_sampling(CLI::App& sub, Invocation& in) {
   sub.add_option("--model", g.model, "base, alias, alias@version, JOB@latest or digest")
       ->required();
   sub.add_option("--system", g.system, "system message");
-  sub.add_option("--max-tokens", g.max_tokens, "new tokens at most");
+  sub.add_option("--max-tokens", g.max_tokens,
+                 "new tokens at most [the model's, else up to the context]");
   sub.add_option("--temperature", g.temperature, "0: greedy [the model's, else 1]");
-  sub.add_option("--top-k", g.top_k, "0: off");
-  sub.add_option("--top-p", g.top_p, "1: off");
-  sub.add_option("--min-p", g.min_p, "0: off");
+  sub.add_option("--top-k", g.top_k, "0: off [the model's]");
+  sub.add_option("--top-p", g.top_p, "1: off [the model's]");
+  sub.add_option("--min-p", g.min_p, "0: off [the model's]");
+  sub.add_option("--repetition-penalty", g.repetition_penalty, "1: off [the model's]");
   sub.add_option("--seed", g.seed, "makes sampling repeatable");
   sub.add_option("--stop", g.stop, "stop string (may be given several times)")
       ->allow_extra_args(false);

@@ -175,7 +175,7 @@ Result<DoctorReport> examine(std::string_view jsonl, const std::string& name,
   while (const auto row = reader.next()) examiner.add(*row);
   report.rows = reader.rows();
   if (report.rows == 0) return invalid_error(str("data set ", name, " is empty: it has no rows"));
-  report.format = reader.format().value_or(Format::kMessages);
+  report.format = reader.format();
   examiner.finish();
   return report;
 }

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,7 +39,7 @@ struct DoctorSample {
 
 struct DoctorReport {
   std::string name;
-  Format format = Format::kMessages;
+  std::optional<Format> format;  ///< absent: no row was readable
   std::int64_t rows = 0;
   std::int64_t usable_rows = 0;  ///< what training would keep
   std::int64_t tokens = 0;       ///< of all rows that could be read

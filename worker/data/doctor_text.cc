@@ -49,7 +49,7 @@ Json to_json(const DoctorReport& report) {
   }
   return {{"name", report.name},
           {"ok", report.ok()},
-          {"format", format_name(report.format)},
+          {"format", report.format ? Json(format_name(*report.format)) : Json()},
           {"rows", report.rows},
           {"usable_rows", report.usable_rows},
           {"bad_rows", report.bad_rows},
@@ -75,7 +75,8 @@ Json to_json(const DoctorReport& report) {
 std::string to_text(const DoctorReport& report, bool color) {
   std::ostringstream out;
   out << report.name << ": " << (report.ok() ? "ok" : "has problems") << "\n"
-      << "  format          " << format_name(report.format) << "\n"
+      << "  format          "
+      << (report.format ? format_name(*report.format) : "none (no row is readable)") << "\n"
       << "  rows            " << report.rows << " (" << report.usable_rows << " usable, "
       << report.bad_rows << " bad)\n"
       << "  tokens          " << report.tokens << " (" << report.trained_tokens << " trained, "

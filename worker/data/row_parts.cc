@@ -36,6 +36,25 @@ Result<bool> take_weight(const Json& message, bool assistant, const std::string&
   return assistant && *found == 1;
 }
 
+const char* sharegpt_role(const std::string& from) {
+  if (from == "human" || from == "user") return "user";
+  if (from == "gpt" || from == "assistant" || from == "model" || from == "chatgpt")
+    return "assistant";
+  if (from == "system") return "system";
+  if (from == "tool" || from == "observation" || from == "function_response") return "tool";
+  return nullptr;
+}
+
+/// "Assistant" or "gpt" would be rendered, and never trained.
+Status check_role(const std::string& role, const std::string& where) {
+  std::string lower = role;
+  for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  const char* means = sharegpt_role(lower);
+  if (means == nullptr || role == means || std::string_view(means) == "tool") return {};
+  return invalid_error(
+      str(where, ": unknown role \"", role.substr(0, 40), "\"; did you mean ", means));
+}
+
 /// OpenAI's content parts, [{"type":"text","text":...}], as one text: most templates write content
 /// as it comes, and would train the list's spelling.
 Result<std::string> join_parts(const Json& parts, const std::string& where) {
@@ -66,6 +85,7 @@ Status add_message(const Json& message, std::size_t index, Conversation& convers
   const auto role = message.find("role");
   if (role == message.end() || !role->is_string() || *role == "")
     return invalid_error(str(at, ": \"role\" has to be a text"));
+  TANDEM_RETURN_IF_ERROR(check_role(role->get<std::string>(), at));
   const bool assistant = *role == "assistant";
   const auto content = message.find("content");
   const bool calls = message.contains("tool_calls");
@@ -156,15 +176,6 @@ Result<RowParts> from_alpaca(const Json& row, bool chat, const std::string& wher
             false);
   add_plain(conversation, "assistant", std::move(output), true);
   return RowParts(std::move(conversation));
-}
-
-const char* sharegpt_role(const std::string& from) {
-  if (from == "human" || from == "user") return "user";
-  if (from == "gpt" || from == "assistant" || from == "model" || from == "chatgpt")
-    return "assistant";
-  if (from == "system") return "system";
-  if (from == "tool" || from == "observation" || from == "function_response") return "tool";
-  return nullptr;
 }
 
 Result<RowParts> from_sharegpt(const Json& row, const std::string& where) {

@@ -29,7 +29,9 @@ struct PlainText {
 using RowParts = std::variant<Conversation, PlainText>;
 
 /// Takes a row of a known format apart. `chat` says whether the model has a chat template, which
-/// alpaca rows then use. Invalid: wrong types, unknown roles or keys, naming them.
+/// alpaca rows then use. Invalid: wrong types, unknown keys, of ShareGPT unknown roles, of messages
+/// another spelling of user, assistant or system ("Assistant", "gpt"), naming them. What other
+/// roles messages have is between them and the template; they are not trained.
 Result<RowParts> take_apart(Format format, const nlohmann::ordered_json& row, bool chat,
                             const std::string& where);
 

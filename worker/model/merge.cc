@@ -1,6 +1,7 @@
 #include "worker/model/merge.h"
 
 #include "storage/json_strict.h"
+#include "storage/peft.h"
 #include "storage/safetensors.h"
 
 #include <algorithm>
@@ -124,6 +125,12 @@ Status write_merged_weights(const LoadedModel& base, const std::vector<HostAdapt
     if (const auto site = sites.find(spec.name); site != sites.end())
       add_adapter(*site->second, spec.n, spec.i, values);
     bytes.push_back(stored(values, dtype));
+    if (const auto bad = storage::count_not_finite(bytes.back(), dtype); bad > 0)
+      return refused_error(str("tensor ", spec.name, ": ", bad, " of ", values.size(),
+                               " merged values are not finite in ", dtype_name(dtype),
+                               dtype == DType::kF16 ? ", which ends at 65504; merge with --dtype "
+                                                      "bf16 instead"
+                                                    : ""));
     storage::TensorInfo info;
     info.name = spec.name;
     info.dtype = dtype;

@@ -19,7 +19,8 @@ Result<std::string> hf_config_json(const ModelConfig& config, DType dtype);
 
 /// Writes `folder`/model.safetensors, durably: every tensor of the base, with W + s B A (in f32) at
 /// the adapter's sites, rounded once to `dtype` (f32, bf16 or f16). Holds the result in memory. The
-/// adapter was checked against the config (check_adapter).
+/// adapter was checked against the config (check_adapter). refused_error, nothing written: values
+/// that are not finite in `dtype`, as those beyond 65504 in f16 (names the tensor).
 Status write_merged_weights(const LoadedModel& base, const std::vector<HostAdapterTensor>& adapter,
                             DType dtype, const std::string& folder);
 

@@ -101,12 +101,16 @@ Result<GenerationDefaults> read_generation(const std::string& folder) {
       if (!value->is_number()) return wrong_default(folder, key, *value, "a number");
       *out = value->get<double>();
     }
+  if (defaults.repetition_penalty && !(*defaults.repetition_penalty > 0))
+    return wrong_default(folder, "repetition_penalty", *find("repetition_penalty"), "above 0");
   for (const auto& [key, out] :
        {std::pair{"top_k", &defaults.top_k}, {"max_new_tokens", &defaults.max_new_tokens}})
     if (const Json* value = find(key)) {
       if (!value->is_number_integer()) return wrong_default(folder, key, *value, "an integer");
       *out = value->get<std::int64_t>();
     }
+  if (defaults.max_new_tokens && *defaults.max_new_tokens < 1)
+    return wrong_default(folder, "max_new_tokens", *find("max_new_tokens"), "1 or more");
   if (const Json* value = find("do_sample")) {
     if (!value->is_boolean()) return wrong_default(folder, "do_sample", *value, "true or false");
     defaults.do_sample = value->get<bool>();
@@ -190,6 +194,29 @@ Status check_no_others(const ModelConfig& config,
   return {};
 }
 
+/// Of a tied embedding a file may hold a second copy, which is not loaded. One that differs is a
+/// head of its own, whatever the configuration says: transformers then unties the two.
+Status check_tied_head(const ModelConfig& config, const TensorSource& source, bool same_bytes) {
+  TANDEM_RETURN_IF_ERROR(source.has(kHeadName, config.vocab, config.width));
+  if (same_bytes) return {};
+  constexpr std::int64_t kRows = 256;
+  std::vector<float> embedding(static_cast<std::size_t>(kRows * config.width)), head(embedding);
+  for (std::int64_t row = 0; row < config.vocab; row += kRows) {
+    const std::int64_t rows = std::min(kRows, config.vocab - row);
+    source.read_rows(kEmbeddingName, row, rows, embedding.data());
+    source.read_rows(kHeadName, row, rows, head.data());
+    const auto end = embedding.begin() + rows * config.width;
+    const auto differs = std::mismatch(embedding.begin(), end, head.begin()).first;
+    if (differs != end)
+      return refused_error(str("tensor ", kHeadName, " differs from ", kEmbeddingName,
+                               " (first in row ",
+                               row + (differs - embedding.begin()) / config.width,
+                               "), though the configuration says tie_word_embeddings: true; say "
+                               "false to use it, or remove it from the file"));
+  }
+  return {};
+}
+
 Result<std::string> settings_json(const LoadedModel& model) {
   Json settings;
   settings["config"] = Json::parse(model.config.canonical_json());
@@ -208,10 +235,6 @@ Result<std::string> settings_json(const LoadedModel& model) {
   }
   return storage::canonical_json(settings);
 }
-
-}  // namespace
-
-namespace {
 
 /// All but weights and files.
 Result<LoadedModel> read_texts(const std::string& path, const Opened& opened) {
@@ -243,6 +266,7 @@ Result<LoadedModel> load_model(const std::string& path) {
   TANDEM_ASSIGN_OR_RETURN(LoadedModel model, read_texts(path, opened));
   std::vector<std::string> weight_paths;
   std::vector<std::pair<std::string, std::string>> names;
+  bool second_head = false, same_bytes = false;
   if (opened.gguf) {
     for (const storage::GgufTensor& tensor : opened.gguf->tensors())
       names.emplace_back(tensor.name, storage::gguf_to_hf_name(tensor.name).value_or(""));
@@ -252,10 +276,16 @@ Result<LoadedModel> load_model(const std::string& path) {
     weight_paths = weights.paths();
     for (const storage::TensorInfo& tensor : weights.tensors())
       names.emplace_back(tensor.name, tensor.name);
+    const storage::TensorInfo* head = weights.find(kHeadName);
+    const storage::TensorInfo* embedding = weights.find(kEmbeddingName);
+    second_head = head != nullptr && model.config.tied_embedding;
+    same_bytes = head != nullptr && embedding != nullptr && head->dtype == embedding->dtype &&
+                 std::ranges::equal(head->bytes, embedding->bytes);
     model.source = make_safetensors_source(std::move(weights));
   }
   TANDEM_RETURN_IF_ERROR(check_tensors(model.config, *model.source));
   TANDEM_RETURN_IF_ERROR(check_no_others(model.config, names));
+  if (second_head) TANDEM_RETURN_IF_ERROR(check_tied_head(model.config, *model.source, same_bytes));
   TANDEM_ASSIGN_OR_RETURN(model.files, list_files(path, weight_paths));
   return model;
 }

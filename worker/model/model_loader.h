@@ -26,11 +26,11 @@ struct TokenizerFiles {
   std::optional<storage::GgufTokenizer> gguf;
 };
 
-/// Sampling that the model's authors recommend; absent: they say nothing.
+/// generation_config.json: what a request gets that leaves it unset; absent: it says nothing.
 struct GenerationDefaults {
   std::optional<double> temperature, top_p, min_p, repetition_penalty;
   std::optional<std::int64_t> top_k, max_new_tokens;
-  bool do_sample = false;
+  std::optional<bool> do_sample;  ///< false: greedy
 };
 
 /// A file that the model consists of.

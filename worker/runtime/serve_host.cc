@@ -67,6 +67,33 @@ void describe_serving(const serve::ServeStats& stats, const kernels::MemoryLedge
                         .dump();
 }
 
+serve::SamplingParams resolve_sampling(const protocol::SamplingParams& asked,
+                                       const model::GenerationDefaults& defaults,
+                                       std::int64_t vocab, std::int64_t room) {
+  serve::SamplingParams to;
+  to.max_tokens = asked.max_tokens;
+  to.min_tokens = asked.min_tokens;
+  if (const auto length = defaults.max_new_tokens; length && !to.max_tokens && *length < room)
+    to.max_tokens = std::min(std::max(*length, to.min_tokens), room);
+  const bool says_how = asked.temperature || asked.top_k || asked.top_p || asked.min_p;
+  to.temperature = choose<float>(asked.temperature, defaults.temperature, 1.0f);
+  if (defaults.do_sample == false && !says_how) to.temperature = 0.0f;
+  to.top_k = asked.top_k ? *asked.top_k : std::min(defaults.top_k.value_or(0), vocab);
+  to.top_p = choose<float>(asked.top_p, defaults.top_p, 1.0f);
+  to.min_p = choose<float>(asked.min_p, defaults.min_p, 0.0f);
+  to.repetition_penalty =
+      choose<float>(asked.repetition_penalty, defaults.repetition_penalty, 1.0f);
+  to.presence_penalty = asked.presence_penalty;
+  to.frequency_penalty = asked.frequency_penalty;
+  if (asked.seed) to.seed = static_cast<std::uint64_t>(*asked.seed);
+  to.stop = asked.stop;
+  to.stop_token_ids = asked.stop_token_ids;
+  if (asked.logprobs >= 0) to.logprobs = asked.logprobs;
+  to.ignore_eos = asked.ignore_eos;
+  if (asked.prompt_logprobs_from >= 0) to.prompt_logprobs_from = asked.prompt_logprobs_from;
+  return to;
+}
+
 void ServeHost::set_model(ServedModel* model) {
   if (model_ == model) return;
   auto requests = std::move(requests_);
@@ -79,30 +106,14 @@ void ServeHost::set_model(ServedModel* model) {
 }
 
 Result<serve::GenerateRequest> ServeHost::translate(const protocol::Infer& infer) const {
-  const auto& sampling = infer.request.sampling;
-  const auto& defaults = model_->generation();
   serve::GenerateRequest request;
   request.id = infer.request.id;
   request.adapter = infer.adapter;
   request.start_index = infer.request.next_index;
   TANDEM_ASSIGN_OR_RETURN(request.prompt, model_->tokenize(infer.request.input));
-  auto& to = request.sampling;
-  to.max_tokens = sampling.max_tokens;
-  to.min_tokens = sampling.min_tokens;
-  to.temperature = choose<float>(sampling.temperature, defaults.temperature, 1.0f);
-  to.top_k = sampling.top_k ? *sampling.top_k
-                            : std::min(defaults.top_k.value_or(0), model_->config().vocab);
-  to.top_p = choose<float>(sampling.top_p, defaults.top_p, 1.0f);
-  to.min_p = choose<float>(sampling.min_p, defaults.min_p, 0.0f);
-  to.repetition_penalty = sampling.repetition_penalty;
-  to.presence_penalty = sampling.presence_penalty;
-  to.frequency_penalty = sampling.frequency_penalty;
-  if (sampling.seed) to.seed = static_cast<std::uint64_t>(*sampling.seed);
-  to.stop = sampling.stop;
-  to.stop_token_ids = sampling.stop_token_ids;
-  if (sampling.logprobs >= 0) to.logprobs = sampling.logprobs;
-  to.ignore_eos = sampling.ignore_eos;
-  if (sampling.prompt_logprobs_from >= 0) to.prompt_logprobs_from = sampling.prompt_logprobs_from;
+  request.sampling =
+      resolve_sampling(infer.request.sampling, model_->generation(), model_->config().vocab,
+                       model_->serve().room(static_cast<std::int64_t>(request.prompt.size())));
   return request;
 }
 

@@ -21,6 +21,13 @@ namespace tandem::worker::runtime {
 void describe_serving(const serve::ServeStats& stats, const kernels::MemoryLedger& ledger,
                       const ModelHostOptions& options, protocol::Heartbeat& beat);
 
+/// A request's own settings, else the model's, else the engine's. As transformers has it, a model
+/// that says do_sample false is greedy, unless the request says how to draw. The model's
+/// max_new_tokens is a default length: no more than `room`, no less than the request's min_tokens.
+serve::SamplingParams resolve_sampling(const protocol::SamplingParams& asked,
+                                       const model::GenerationDefaults& defaults,
+                                       std::int64_t vocab, std::int64_t room);
+
 class ServeHost final : public StepServer {
  public:
   /// `to_device` runs a closure on the device thread soon, between blocks of a training pass too.

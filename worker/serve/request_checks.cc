@@ -51,7 +51,6 @@ Status check_sampling(const SamplingParams& p, const RequestLimits& limits) {
   return {};
 }
 
-/// Tokens whose keys and values must be held at once: the last drawn one is never computed.
 Result<std::int64_t> new_tokens(const GenerateRequest& r, const RequestLimits& limits) {
   const auto prompt = static_cast<std::int64_t>(r.prompt.size());
   const SamplingParams& p = r.sampling;
@@ -64,7 +63,7 @@ Result<std::int64_t> new_tokens(const GenerateRequest& r, const RequestLimits& l
     return refused_error(str("the prompt has ", prompt,
                              " tokens, the KV cache of this worker holds ", limits.kv_tokens,
                              "; shorten it or raise kv_bytes_max"));
-  const std::int64_t room = std::min(limits.context_max - prompt, limits.kv_tokens + 1 - prompt);
+  const std::int64_t room = room_after(prompt, limits);
   if (!p.max_tokens) return room;
   if (*p.max_tokens < 0 || (*p.max_tokens == 0 && !scores_only))
     return invalid_error(
@@ -85,6 +84,11 @@ Result<std::int64_t> new_tokens(const GenerateRequest& r, const RequestLimits& l
 }
 
 }  // namespace
+
+/// Keys and values of the last drawn token are never computed.
+std::int64_t room_after(std::int64_t prompt_tokens, const RequestLimits& limits) {
+  return std::min(limits.context_max, limits.kv_tokens + 1) - prompt_tokens;
+}
 
 Result<std::int64_t> check_request(const GenerateRequest& r, const RequestLimits& limits) {
   if (r.id.empty()) return invalid_error("the request has no id");

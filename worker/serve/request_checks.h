@@ -14,6 +14,9 @@ struct RequestLimits {
   bool has_adapters = true;
 };
 
+/// New tokens that there is space for after a prompt of so many; none: 0 or less.
+std::int64_t room_after(std::int64_t prompt_tokens, const RequestLimits& limits);
+
 /// New tokens the request may get, with max_tokens absent resolved. invalid_error and refused_error
 /// as ServeEngine::submit documents them.
 Result<std::int64_t> check_request(const GenerateRequest& request, const RequestLimits& limits);

@@ -79,6 +79,7 @@ struct ServeEngine::Impl {
   Result<std::shared_ptr<const model::AdapterWeights>> build(
       const std::vector<model::HostAdapterTensor>& tensors);
   Status install(const Digest& digest, std::shared_ptr<const model::AdapterWeights> weights);
+  [[nodiscard]] RequestLimits request_limits() const;
   Status submit(GenerateRequest request);
   void finish(LiveRequest& live, FinishReason reason, Status error);
   void forget(LiveRequest& live);
@@ -161,13 +162,20 @@ TimeMs ServeEngine::Impl::retry_after() const {
   return std::clamp(static_cast<TimeMs>(ahead), kRetryAfterMinMs, kRetryAfterMaxMs);
 }
 
+RequestLimits ServeEngine::Impl::request_limits() const {
+  return {.vocab = whole.vocab,
+          .context_max = limits.context_max,
+          .kv_tokens = blocks.limit() * options.block_size,
+          .has_text = parts.tokenizer.has_value(),
+          .has_adapters = parts.slot_count > 0};
+}
+
+std::int64_t ServeEngine::room(std::int64_t prompt_tokens) const {
+  return room_after(prompt_tokens, impl_->request_limits());
+}
+
 Status ServeEngine::Impl::submit(GenerateRequest request) {
-  TANDEM_ASSIGN_OR_RETURN(const std::int64_t tokens,
-                          check_request(request, {.vocab = whole.vocab,
-                                                  .context_max = limits.context_max,
-                                                  .kv_tokens = blocks.limit() * options.block_size,
-                                                  .has_text = parts.tokenizer.has_value(),
-                                                  .has_adapters = parts.slot_count > 0}));
+  TANDEM_ASSIGN_OR_RETURN(const std::int64_t tokens, check_request(request, request_limits()));
   if (live.contains(request.id))
     return conflict_error(str("request ", request.id, " is already being served here"));
   if (scheduler.waiting() >= options.max_waiting)

@@ -99,6 +99,8 @@ class ServeEngine {
   /// context, sampling values out of range. refused_error: needs more KV than there is.
   /// conflict_error: the id is live. busy_error: the queue is full ("retry after N ms").
   Status submit(GenerateRequest request);
+  /// New tokens that there is space for after a prompt of so many; none: 0 or less.
+  [[nodiscard]] std::int64_t room(std::int64_t prompt_tokens) const;
   /// Its KV and its id are free at once; the next step reports kCancelled, unless the id was
   /// submitted again before. Unknown and finished ids: nothing.
   void cancel(const RequestId& id);

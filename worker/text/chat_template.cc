@@ -5,6 +5,7 @@
 #include "worker/text/utf8.h"
 
 #include <algorithm>
+#include <map>
 
 namespace tandem::worker::text {
 
@@ -70,6 +71,10 @@ bool is_assistant(const Json& message) {
   return message["role"] == "assistant";
 }
 
+constexpr std::string_view kMarker = "tandem\001marker\002of\003content";
+/// Of more turns than these, those that look the same from outside are placed once.
+constexpr std::size_t kTurnsPlacedEach = 8;
+
 /// Finds the assistant's turns in a rendered conversation by rendering parts of it.
 class SpanFinder {
  public:
@@ -78,19 +83,32 @@ class SpanFinder {
   Result<RenderedConversation> find();
 
  private:
-  [[nodiscard]] Json first_messages(std::size_t count) const {
+  /// [begin, end): a message's content in the rendered conversation. The content before it ends at
+  /// `from`, the one after it begins at `to`. Of a message without a text: all 0.
+  struct Place {
+    std::size_t from = 0, begin = 0, end = 0, to = 0;
+  };
+
+  Result<std::string> render_first(std::size_t count, bool add_generation_prompt) {
     Json part = Json::array();
     for (std::size_t i = 0; i < count; ++i) part.push_back(messages_[i]);
-    return part;
+    options_.add_generation_prompt = add_generation_prompt;
+    return template_.render(part, options_);
   }
+  [[nodiscard]] std::vector<Place> find_contents(std::string_view full) const;
   Result<AssistantSpan> find_turn(std::size_t index, const std::string& full);
+  Result<std::size_t> begin_of_first(const std::string& full, const std::string& prefix);
   Result<std::size_t> end_by_content(std::size_t index, std::size_t begin, const std::string& full,
                                      const std::string& prefix);
+  Result<std::pair<std::string, std::string>> around_content(std::size_t index, std::size_t count);
   [[nodiscard]] Status unstable(std::size_t index) const {
     return refused_error(
         str("chat template: the place of the assistant's turn in message ", index,
-            " cannot be told, because the template writes earlier turns differently once later "
-            "ones follow; mark the turn with {% generation %} in the template"));
+            index == 0 ? ", which begins the conversation, cannot be told; begin with another role "
+                         "or mark the turn with {% generation %} in the template"
+                       : " cannot be told, because the template writes earlier turns differently "
+                         "once later ones follow; mark the turn with {% generation %} in the "
+                         "template"));
   }
 
   const ChatTemplate& template_;
@@ -104,14 +122,35 @@ std::string without_trailing_space(std::string text) {
   return text;
 }
 
+/// Each turn is placed by renderings of the conversation up to it, which for all of a long one
+/// would cost the square of its messages. So a turn between texts of the template between which
+/// another one has been placed gets the same place relative to its content.
 Result<RenderedConversation> SpanFinder::find() {
   RenderedConversation result;
   options_.add_generation_prompt = false;
   TANDEM_ASSIGN_OR_RETURN(result.text, template_.render(messages_, options_));
+  const std::string_view full = result.text;
+  std::vector<Place> contents(messages_.size());
+  const auto turns = std::count_if(messages_.begin(), messages_.end(), is_assistant);
+  if (static_cast<std::size_t>(turns) > kTurnsPlacedEach) contents = find_contents(full);
+  /// By the texts around a content: bytes of the turn before it and after it.
+  std::map<std::pair<std::string_view, std::string_view>, std::pair<std::size_t, std::size_t>>
+      placed;
   std::size_t reached = 0;
   for (std::size_t i = 0; i < messages_.size(); ++i) {
     if (!is_assistant(messages_[i])) continue;
-    TANDEM_ASSIGN_OR_RETURN(const AssistantSpan span, find_turn(i, result.text));
+    const Place& at = contents[i];
+    const std::pair around(full.substr(at.from, at.begin - at.from),
+                           full.substr(at.end, at.to - at.end));
+    AssistantSpan span{i, 0, 0};
+    if (const auto known = placed.find(around); known != placed.end()) {
+      span = {i, at.begin - known->second.first, at.end + known->second.second};
+    } else {
+      TANDEM_ASSIGN_OR_RETURN(span, find_turn(i, result.text));
+      // Where nothing follows the content in the turn, its end depends on the content's own space.
+      if (at.from <= span.begin && span.begin <= at.begin && at.end < span.end && span.end <= at.to)
+        placed[around] = {at.begin - span.begin, span.end - at.end};
+    }
     if (span.begin < reached) return unstable(i);
     reached = span.end;
     result.assistant.push_back(span);
@@ -119,17 +158,60 @@ Result<RenderedConversation> SpanFinder::find() {
   return result;
 }
 
+/// From one rendering in which each content is exchanged for a marker: what stands between the
+/// markers is the template's. All 0 where that does not add up to the conversation, as where the
+/// template cuts something out of a content. A message without a text counts as what is between.
+std::vector<SpanFinder::Place> SpanFinder::find_contents(std::string_view full) const {
+  const std::vector<Place> unknown(messages_.size());
+  const auto marker = [](std::size_t index) { return str(kMarker, index, '\x03'); };
+  Json marked = messages_;
+  std::vector<std::size_t> indices;
+  for (std::size_t i = 0; i < marked.size(); ++i) {
+    if (!marked[i].contains("content") || !marked[i]["content"].is_string()) continue;
+    marked[i]["content"] = marker(i);
+    indices.push_back(i);
+  }
+  const auto rendered = template_.render(marked, options_);
+  if (!rendered.ok()) return unknown;
+  const std::string_view text = *rendered;
+  std::vector<Place> places = unknown;
+  std::size_t at = std::min(text.find(kMarker), text.size());  // in text
+  std::size_t from = 0, begin = at;                            // in full
+  if (full.substr(0, at) != text.substr(0, at)) return unknown;
+  for (const std::size_t i : indices) {
+    const std::string expected = marker(i);
+    if (!text.substr(at).starts_with(expected)) return unknown;
+    at += expected.size();
+    const std::size_t next = std::min(text.find(kMarker, at), text.size());
+    const std::string_view after = text.substr(at, next - at);
+    const auto is_written = [&](const std::string& content) {
+      const std::string_view rest = full.substr(begin);
+      return rest.starts_with(content) && rest.substr(content.size()).starts_with(after);
+    };
+    std::string content = messages_[i]["content"].get<std::string>();
+    if (!is_written(content)) content = python_strip(content, nullptr, true, true);
+    if (!is_written(content)) return unknown;
+    const std::size_t end = begin + content.size();
+    places[i] = {from, begin, end, end + after.size()};
+    from = end;
+    begin = end + after.size();
+    at = next;
+  }
+  return at == text.size() && begin == full.size() ? places : unknown;
+}
+
 /// The turn begins where a prompt for it ends, and ends where the conversation up to it ends, less
 /// white space after the end-of-turn token.
 Result<AssistantSpan> SpanFinder::find_turn(std::size_t index, const std::string& full) {
-  options_.add_generation_prompt = true;
-  TANDEM_ASSIGN_OR_RETURN(const std::string prompt,
-                          template_.render(first_messages(index), options_));
-  options_.add_generation_prompt = false;
-  TANDEM_ASSIGN_OR_RETURN(const std::string prefix,
-                          template_.render(first_messages(index + 1), options_));
-  if (!full.starts_with(prompt)) return unstable(index);
-  AssistantSpan span{index, prompt.size(), 0};
+  TANDEM_ASSIGN_OR_RETURN(const std::string prefix, render_first(index + 1, false));
+  AssistantSpan span{index, 0, 0};
+  if (index == 0) {
+    TANDEM_ASSIGN_OR_RETURN(span.begin, begin_of_first(full, prefix));
+  } else {
+    TANDEM_ASSIGN_OR_RETURN(const std::string prompt, render_first(index, true));
+    if (!full.starts_with(prompt)) return unstable(index);
+    span.begin = prompt.size();
+  }
   if (full.starts_with(prefix)) {
     span.end = std::max(without_trailing_space(prefix).size(), span.begin);
     return span;
@@ -138,22 +220,40 @@ Result<AssistantSpan> SpanFinder::find_turn(std::size_t index, const std::string
   return span;
 }
 
+/// A prompt of no messages is no conversation, and many templates cannot render it. The first turn
+/// begins after the header that a prompt for the next one adds, or with its content.
+Result<std::size_t> SpanFinder::begin_of_first(const std::string& full, const std::string& prefix) {
+  TANDEM_ASSIGN_OR_RETURN(const auto around, around_content(0, messages_.size()));
+  const std::string& before = around.first;
+  if (!full.starts_with(before)) return unstable(0);
+  const auto prompt = render_first(1, true);
+  if (!prompt.ok() || !prompt->starts_with(prefix)) return before.size();
+  const std::string header = prompt->substr(prefix.size());
+  const std::size_t at = before.rfind(header);
+  return at == std::string::npos ? before.size() : at + header.size();
+}
+
+/// What the first `count` messages are rendered as before and after the content of one of them.
+Result<std::pair<std::string, std::string>> SpanFinder::around_content(std::size_t index,
+                                                                       std::size_t count) {
+  Json marked = Json::array();
+  for (std::size_t i = 0; i < count; ++i) marked.push_back(messages_[i]);
+  marked[index]["content"] = kMarker;
+  options_.add_generation_prompt = false;
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, template_.render(marked, options_));
+  const std::size_t at = text.find(kMarker);
+  if (at == std::string::npos || text.find(kMarker, at + 1) != std::string::npos)
+    return unstable(index);
+  return std::pair(text.substr(0, at), text.substr(at + kMarker.size()));
+}
+
 /// Templates that strip earlier turns' reasoning: the content's place shows when it is exchanged
 /// for a marker, and what follows it is what follows it at the end of a conversation.
 Result<std::size_t> SpanFinder::end_by_content(std::size_t index, std::size_t begin,
                                                const std::string& full, const std::string& prefix) {
-  const std::string marker = "tandem\x01marker\x02of\x03content";
-  const auto text_after_marker = [&](std::size_t count) -> Result<std::string> {
-    Json marked = first_messages(count);
-    marked[index]["content"] = marker;
-    TANDEM_ASSIGN_OR_RETURN(const std::string text, template_.render(marked, options_));
-    const std::size_t at = text.find(marker);
-    if (at == std::string::npos || text.find(marker, at + 1) != std::string::npos)
-      return unstable(index);
-    return text.substr(at + marker.size());
-  };
-  TANDEM_ASSIGN_OR_RETURN(const std::string after_in_full, text_after_marker(messages_.size()));
-  TANDEM_ASSIGN_OR_RETURN(const std::string after_in_prefix, text_after_marker(index + 1));
+  TANDEM_ASSIGN_OR_RETURN(const auto in_full, around_content(index, messages_.size()));
+  TANDEM_ASSIGN_OR_RETURN(const auto in_prefix, around_content(index, index + 1));
+  const std::string &after_in_full = in_full.second, &after_in_prefix = in_prefix.second;
   if (!full.ends_with(after_in_full) || !prefix.ends_with(after_in_prefix) ||
       !after_in_full.starts_with(after_in_prefix))
     return unstable(index);

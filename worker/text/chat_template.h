@@ -60,8 +60,10 @@ class ChatTemplate {
 
   /// Renders a whole conversation (add_generation_prompt is taken as false) and says which bytes
   /// are the assistant's: by {% generation %} blocks where the template has them, else by comparing
-  /// the renderings of its prefixes. Refused: a template whose text for a turn depends on later
-  /// turns in a way that leaves the turn's place unknown.
+  /// the renderings of its prefixes. Of more than 8 turns, those between the same texts of the
+  /// template are placed once, so that many turns cost little more than their text. A conversation
+  /// may begin with the assistant. Refused: a template whose text for a turn depends on later turns
+  /// in a way that leaves the turn's place unknown.
   [[nodiscard]] Result<RenderedConversation> render_with_spans(
       const nlohmann::ordered_json& messages, const RenderOptions& options = {}) const;
 

@@ -1,12 +1,19 @@
 #include "worker/train/metrics.h"
 
 #include "protocol/base/clock.h"
+#include "protocol/base/log.h"
 
 #include <nlohmann/json.hpp>
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <array>
 #include <bit>
+#include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 
 namespace tandem::worker::train {
@@ -65,17 +72,54 @@ std::uint32_t masked_crc32c(const std::string& bytes) {
   return ((crc >> 15) | (crc << 17)) + 0xa282ead8u;
 }
 
+MetricsWriter::Records::Records(std::string path)
+    : path_(std::move(path)),
+      file_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666)) {}
+
+MetricsWriter::Records::~Records() {
+  if (file_ < 0) return;
+  write_waiting();
+  ::close(file_);
+}
+
+void MetricsWriter::Records::append(std::string record) {
+  waiting_.push_back(std::move(record));
+  write_waiting();
+  if (waiting_.size() > kMetricsWaitingMax) waiting_.pop_front();
+}
+
+void MetricsWriter::Records::write_waiting() {
+  while (!waiting_.empty() && write_whole(waiting_.front())) waiting_.pop_front();
+}
+
+bool MetricsWriter::Records::write_whole(const std::string& record) {
+  struct stat before {};
+  if (::fstat(file_, &before) != 0) return false;
+  std::size_t done = 0;
+  while (done < record.size()) {
+    const ssize_t wrote = ::write(file_, record.data() + done, record.size() - done);
+    if (wrote > 0) {
+      done += static_cast<std::size_t>(wrote);
+    } else if (wrote == 0 || errno != EINTR) {
+      if (!warned_)
+        log_warn("metrics wait, for ", path_, " cannot be written: ", std::strerror(errno));
+      warned_ = true;
+      if (done > 0) (void)!::ftruncate(file_, before.st_size);
+      return false;
+    }
+  }
+  return true;
+}
+
 Result<std::unique_ptr<MetricsWriter>> MetricsWriter::open(const std::string& directory) {
   std::error_code error;
   fs::create_directories(directory + "/tensorboard", error);
   if (error)
     return internal_error(str("cannot create ", directory, "/tensorboard: ", error.message()));
-  std::unique_ptr<MetricsWriter> writer(new MetricsWriter);
-  writer->lines_.open(directory + "/metrics.jsonl", std::ios::app);
-  writer->events_.open(str(directory, "/tensorboard/events.out.tfevents.",
-                           SystemClock().unix_ms() / 1000, ".tandem"),
-                       std::ios::app | std::ios::binary);
-  if (!writer->lines_ || !writer->events_)
+  std::unique_ptr<MetricsWriter> writer(new MetricsWriter(
+      directory + "/metrics.jsonl", str(directory, "/tensorboard/events.out.tfevents.",
+                                        SystemClock().unix_ms() / 1000, ".tandem")));
+  if (!writer->lines_.is_open() || !writer->events_.is_open())
     return internal_error(str("cannot write metrics in ", directory));
   writer->write_record(double_field(1, wall_time_s()) + bytes_field(3, "brain.Event:2"));
   return writer;
@@ -90,15 +134,15 @@ void MetricsWriter::scalars(std::int64_t step,
         std::isfinite(value) ? nlohmann::ordered_json(value) : nlohmann::ordered_json(nullptr);
     summary += bytes_field(1, bytes_field(1, tag) + float_field(2, static_cast<float>(value)));
   }
-  lines_ << line.dump() << std::endl;
+  lines_.append(line.dump() + "\n");
   write_record(double_field(1, wall_time_s()) + varint(2 << 3) +
                varint(static_cast<std::uint64_t>(step)) + bytes_field(5, summary));
 }
 
 void MetricsWriter::write_record(const std::string& data) {
   const std::string length = little_endian(static_cast<std::uint64_t>(data.size()));
-  events_ << length << little_endian(masked_crc32c(length)) << data
-          << little_endian(masked_crc32c(data)) << std::flush;
+  events_.append(length + little_endian(masked_crc32c(length)) + data +
+                 little_endian(masked_crc32c(data)));
 }
 
 }  // namespace tandem::worker::train

@@ -206,6 +206,14 @@ TEST(Dataset, NamesTheLineAndTheProblem) {
   expect_error(R"([{"text":"x"}])", {"line 1", "array"});
   expect_error(R"({"messages":[]})", {"line 1", "not empty"});
   expect_error(R"({"messages":[{"content":"x"}]})", {"role"});
+  for (const char* role : {"Assistant", "gpt", "ASSISTANT", "User", "human", "System"})
+    expect_error(str(R"({"messages":[{"role":"assistant","content":"x"},{"role":")", role,
+                     R"(","content":"x"}]})"),
+                 {"message 2", role, "did you mean "});
+  EXPECT_TRUE(parse_dataset(R"({"messages":[{"role":"observation","content":"x"},)"
+                            R"({"role":"assistant","content":"x"}]})",
+                            "d.jsonl", chatml_encoder(), {})
+                  .ok());
   expect_error(R"({"prompt":"x","completion":5})", {"completion", "number"});
   expect_error(R"({"conversations":[{"from":"alien","value":"x"}]})", {"turn 1", "alien"});
   expect_error(R"({"text":"a","text":"b"})", {"twice"});

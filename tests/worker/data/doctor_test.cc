@@ -80,6 +80,9 @@ TEST(Doctor, HoldsAtMostItsLimitOfProblems) {
   for (std::size_t i = 0; i < 5 * kDoctorProblemsMax; ++i) jsonl += "{\n";
   const DoctorReport report = examine_ok(jsonl, chatml_encoder());
   EXPECT_EQ(report.problems.size(), kDoctorProblemsMax);
+  EXPECT_FALSE(report.format.has_value()) << "no row was readable";
+  EXPECT_TRUE(to_json(report)["format"].is_null());
+  EXPECT_NE(to_text(report, false).find("no row is readable"), std::string::npos);
   EXPECT_EQ(report.bad_rows, static_cast<std::int64_t>(5 * kDoctorProblemsMax));
 }
 

@@ -5,11 +5,13 @@
 #include "tests/support/model_golden.h"
 #include "tools/bench_device.h"
 #include "tools/random_model.h"
+#include "worker/model/merge.h"
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include <filesystem>
+#include <fstream>
 
 namespace tandem::worker::model {
 namespace {
@@ -47,7 +49,7 @@ TEST_F(ModelFolder, IsReadWithItsTokenizerTemplateAndDefaults) {
   EXPECT_EQ(model.value().config.eos_ids, (std::vector<std::int32_t>{2, 7}));
   EXPECT_EQ(model.value().generation.temperature, 0.5);
   EXPECT_EQ(model.value().generation.top_k, 40);
-  EXPECT_TRUE(model.value().generation.do_sample);
+  EXPECT_EQ(model.value().generation.do_sample, true);
   EXPECT_FALSE(model.value().generation.top_p.has_value());
   EXPECT_EQ(model.value().tokenizer.tokenizer_json, "{}");
   std::vector<std::string> names;
@@ -125,10 +127,53 @@ TEST_F(ModelFolder, ATensorThatNoProductWouldUseIsRefusedByName) {
   }
 }
 
+TEST_F(ModelFolder, ATiedHeadThatDiffersFromTheEmbeddingIsRefused) {
+  auto config = nlohmann::json::parse(std::ifstream(folder / "config.json"));
+  config["tie_word_embeddings"] = true;
+  write("config.json", config.dump());
+  EXPECT_EQ(load().code(), StatusCode::kRefused);
+  for (const char* named : {"lm_head.weight", "model.embed_tokens.weight", "row 0"})
+    EXPECT_NE(load().message().find(named), std::string::npos) << load().message();
+  // A copy of the embedding is what some converters write.
+  const std::string path = (folder / "model.safetensors").string();
+  const auto weights = storage::Safetensors::open(path).value();
+  std::vector<storage::TensorInfo> tensors = weights.tensors();
+  const auto& embedding = *weights.find("model.embed_tokens.weight");
+  for (storage::TensorInfo& tensor : tensors)
+    if (tensor.name == "lm_head.weight") tensor.bytes = embedding.bytes;
+  ASSERT_TRUE(storage::write_safetensors(path, tensors, {}).ok());
+  EXPECT_TRUE(load().ok()) << load().to_string();
+}
+
+TEST_F(ModelFolder, IsNotMergedIntoADtypeThatCannotHoldIt) {
+  const std::string path = (folder / "model.safetensors").string();
+  const auto weights = storage::Safetensors::open(path).value();
+  std::vector<storage::TensorInfo> tensors = weights.tensors();
+  std::vector<float> large(128, 1e6f);
+  for (storage::TensorInfo& tensor : tensors)
+    if (tensor.name == "model.norm.weight") {
+      large.resize(static_cast<std::size_t>(tensor.numel()), 1.0f);
+      std::fill(large.begin() + 2, large.end(), 1.0f);
+      tensor.dtype = DType::kF32;
+      tensor.bytes = std::as_bytes(std::span(large));
+    }
+  ASSERT_TRUE(storage::write_safetensors(path, tensors, {}).ok());
+  const LoadedModel base = load_model(folder.string()).value();
+  const std::string merged = str(folder.string(), "/merged");
+  fs::create_directories(merged);
+  const Status status = write_merged_weights(base, {}, DType::kF16, merged);
+  EXPECT_EQ(status.code(), StatusCode::kRefused);
+  for (const char* named : {"model.norm.weight", "2 of", "65504", "bf16"})
+    EXPECT_NE(status.message().find(named), std::string::npos) << status.message();
+  EXPECT_FALSE(fs::exists(merged + "/model.safetensors"));
+  EXPECT_TRUE(write_merged_weights(base, {}, DType::kBF16, merged).ok());
+}
+
 TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindAreErrors) {
   for (const char* bad :
        {R"({"temperature": "hot"})", R"({"top_k": 1.5})", R"({"do_sample": 1})",
-        R"({"eos_token_id": "</s>"})", R"({"eos_token_id": [2, 1099511627776]})"}) {
+        R"({"repetition_penalty": 0})", R"({"max_new_tokens": 0})", R"({"eos_token_id": "</s>"})",
+        R"({"eos_token_id": [2, 1099511627776]})"}) {
     write("generation_config.json", bad);
     EXPECT_EQ(load().code(), StatusCode::kInvalid) << bad;
     EXPECT_NE(load().message().find("generation_config.json"), std::string::npos);

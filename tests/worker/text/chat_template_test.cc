@@ -1,8 +1,11 @@
 #include "worker/text/chat_template.h"
 
+#include "protocol/base/str.h"
 #include "tests/worker/text/text_fixtures.h"
 
 #include <gtest/gtest.h>
+
+#include <chrono>
 
 namespace tandem::worker::text {
 namespace {
@@ -169,6 +172,76 @@ TEST(ChatTemplateSpans, FollowATemplateThatRewritesEarlierTurns) {
   // Qwen3 wraps only the last turn in <think>; earlier turns lose theirs.
   EXPECT_EQ(spans_of(golden_template("qwen3"), kMessages),
             (std::vector<std::string>{"A1<|im_end|>", "<think>\n\n</think>\n\nA2<|im_end|>"}));
+}
+
+TEST(ChatTemplateSpans, AreFoundInAConversationThatBeginsWithTheAssistant) {
+  using Texts = std::vector<std::string>;
+  const RenderOptions options{.bos_token = "<s>", .eos_token = "</s>"};
+  const Json messages = Json::parse(R"([{"role":"assistant","content":"Hello"},)"
+                                    R"({"role":"user","content":"hi"},)"
+                                    R"({"role":"assistant","content":"yo"}])");
+  for (const char* name : {"chatml", "smollm2", "qwen25", "generation"})
+    EXPECT_EQ(spans_of(golden_template(name), messages, options),
+              (Texts{"Hello<|im_end|>", "yo<|im_end|>"}))
+        << name;
+  EXPECT_EQ(spans_of(golden_template("llama31"), messages, options),
+            (Texts{"Hello<|eot_id|>", "yo<|eot_id|>"}));
+  EXPECT_EQ(spans_of(golden_template("qwen3"), messages, options),
+            (Texts{"Hello<|im_end|>", "<think>\n\n</think>\n\nyo<|im_end|>"}));
+  const auto refused = golden_template("gemma").render_with_spans(messages, options);
+  EXPECT_NE(refused.status().message().find("must alternate"), std::string::npos)
+      << refused.status().to_string();
+}
+
+/// Alternating turns, among them contents that templates trim, that look like their own texts or
+/// that are empty.
+Json long_conversation(std::size_t count) {
+  Json messages = Json::array();
+  for (std::size_t i = 0; i < count; ++i) {
+    const char* content = i % 7 == 0   ? " spaced \n"
+                          : i % 7 == 1 ? "a <|im_end|>\n<|im_start|>assistant\nb"
+                          : i % 7 == 2 ? ""
+                                       : "text ";
+    messages.push_back({{"role", i % 2 == 0 ? "user" : "assistant"},
+                        {"content", i % 7 > 2 ? str(content, i) : content}});
+  }
+  return messages;
+}
+
+TEST(ChatTemplateSpans, OfALongConversationAreThoseOfItsBeginning) {
+  const RenderOptions options{.bos_token = "<s>", .eos_token = "</s>"};
+  for (const char* name : {"chatml", "gemma", "llama2", "llama3", "llama31", "qwen25", "qwen3",
+                           "smollm2", "smollm2_gguf", "zephyr"}) {
+    SCOPED_TRACE(name);
+    const ChatTemplate chat_template = golden_template(name);
+    const Json messages = long_conversation(60);
+    const std::vector<std::string> all = spans_of(chat_template, messages, options);
+    ASSERT_EQ(all.size(), 30u);
+    // Up to 8 turns are placed one by one. The last one may be written differently.
+    Json start = Json::array();
+    for (std::size_t i = 0; i < 16; ++i) start.push_back(messages[i]);
+    const std::vector<std::string> first = spans_of(chat_template, start, options);
+    ASSERT_EQ(first.size(), 8u);
+    EXPECT_EQ(std::vector(all.begin(), all.begin() + 7),
+              std::vector(first.begin(), first.end() - 1));
+    for (std::size_t i = 0; i + 15 < all.size(); ++i)
+      if ((2 * i + 1) % 7 <= 2) {
+        EXPECT_EQ(all[i], all[i + 7]) << i;
+      }
+  }
+}
+
+TEST(ChatTemplateSpans, OfManyTurnsCostAFewRenderings) {
+  const ChatTemplate chat_template = golden_template("qwen25");
+  const Json messages = long_conversation(2'048);
+  const auto seconds = [&](const auto& call) {
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_TRUE(call().ok());
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  const double once = seconds([&] { return chat_template.render(messages); });
+  // Each turn by renderings of what comes before it takes more than 1,000 times as long.
+  EXPECT_LT(seconds([&] { return chat_template.render_with_spans(messages); }), 100 * once);
 }
 
 TEST(ChatTemplateSpans, RefuseATemplateWhoseTurnsCannotBePlaced) {

@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <sys/resource.h>
+
+#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -47,6 +50,29 @@ TEST_F(Metrics, LinesAreJsonAndANumberThatIsNoneIsNull) {
   EXPECT_EQ(first["train/loss"], 2.5);
   std::getline(lines, line);
   EXPECT_TRUE(nlohmann::json::parse(line)["train/loss"].is_null());
+}
+
+TEST_F(Metrics, WhatAFullDiskDoesNotTakeIsWrittenWholeLater) {
+  auto writer = MetricsWriter::open(folder).value();
+  writer->scalars(1, {{"train/loss", 1.5}});
+  const std::string before = read(folder / "metrics.jsonl");
+  // A limit on the file's size stands for the disk: the first bytes of the next line still fit.
+  rlimit old{};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &old), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  const rlimit full{before.size() + 10, old.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  writer->scalars(2, {{"train/loss", 2.5}});
+  writer->scalars(3, {{"train/loss", 3.5}});
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &old), 0);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_EQ(read(folder / "metrics.jsonl"), before) << "no torn line";
+  writer->scalars(4, {{"train/loss", 4.5}});
+  std::istringstream lines(read(folder / "metrics.jsonl"));
+  int step = 0;
+  for (std::string line; std::getline(lines, line);)
+    EXPECT_EQ(nlohmann::json::parse(line)["step"], ++step);
+  EXPECT_EQ(step, 4);
 }
 
 TEST_F(Metrics, EventsAreFramedRecordsWithTheTagAndTheValue) {

@@ -22,7 +22,7 @@ class Sampling:
     top_k: Optional[int] = None
     top_p: Optional[float] = None
     min_p: Optional[float] = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: Optional[float] = None  # 1: off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: Optional[int] = None

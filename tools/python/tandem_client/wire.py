@@ -110,7 +110,10 @@ def _put_sampling(body: Any, sampling: Sampling) -> None:
     for name, value in optional.items():
         if value is not None:
             getattr(body, name).value = value
-    body.repetitionPenalty = sampling.repetition_penalty
+    if sampling.repetition_penalty is None:
+        body.repetitionPenalty.unset = None
+    else:
+        body.repetitionPenalty.value = sampling.repetition_penalty
     body.presencePenalty = sampling.presence_penalty
     body.frequencyPenalty = sampling.frequency_penalty
     body.stop = list(sampling.stop)
