@@ -5,7 +5,8 @@
 #include "coordinator/resolve.h"
 
 #include <algorithm>
-#include <cstdint>
+#include <climits>
+#include <functional>
 #include <map>
 
 namespace tandem::coordinator {
@@ -106,15 +107,13 @@ void Coordinator::assign_models() {
   for (const auto& [count, model] : asked) demand.push_back({model, {}});
   if (!demand.empty()) {
     // The only one with its base goes last.
-    const auto holders = [&](const Worker* worker) -> std::ptrdiff_t {
-      if (worker->engine.model.empty()) return PTRDIFF_MAX;
-      return std::count_if(workers_.all().begin(), workers_.all().end(),
-                           [&](const auto& w) { return w.second.holds(worker->engine.model); });
-    };
-    std::map<const Worker*, std::ptrdiff_t> held;
-    for (const Worker* worker : idle) held[worker] = holders(worker);
-    std::stable_sort(idle.begin(), idle.end(),
-                     [&](const Worker* a, const Worker* b) { return held.at(a) > held.at(b); });
+    std::map<Digest, int> holders;
+    for (const auto& [id, worker] : workers_.all())
+      if (worker.engine.alive) ++holders[worker.engine.model];
+    holders[{}] = INT_MAX;
+    std::ranges::stable_sort(idle, std::greater<>(), [&](const Worker* worker) {
+      return holders.at(worker->engine.model);
+    });
   }
   for (Worker* worker : idle) {
     const Digest wanted = wanted_model(*worker, demand);

@@ -83,7 +83,7 @@ class Jobs {
   [[nodiscard]] const std::deque<JobEventRecord>* events(const JobId& id) const;
   /// Events that came since the last call, for those who watch.
   std::vector<JobEventRecord> take_new_events() { return std::exchange(new_events_, {}); }
-  /// Bases of jobs that wait for one to be loaded, in queue order.
+  /// Bases of jobs that wait for one to be loaded, in queue order, and where they could start.
   [[nodiscard]] std::vector<BaseDemand> demand() const;
 
  private:

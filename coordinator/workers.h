@@ -83,8 +83,8 @@ struct EngineLost {
   WorkerId worker;
   std::string reason;
   bool gang = false;
-  WorkerId name;  ///< who answered requests; empty: nobody
-  Incarnation incarnation = 0;
+  WorkerId name;                ///< who answered requests; empty: nobody
+  Incarnation incarnation = 0;  ///< of the process that is gone
 };
 
 /// Who runs a job and speaks for it.

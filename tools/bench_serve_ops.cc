@@ -3,7 +3,8 @@
 // each case but the largest is also run on the CPU backend and the outputs compared. Prints one
 // JSON value: per case microseconds, the bytes it must move and GB/s, and the relative error (for
 // sampled ids: the share that differs).
-//   bench_serve_ops [--shape NAME] [--device cpu|cuda] [--threads N] [--only NAME] [--check no]
+//   bench_serve_ops [--shape NAME|CONFIG_JSON] [--device cpu|cuda] [--threads N] [--only NAME]
+//   [--check no]
 #include "kernels/cpu/cpu_backend.h"
 #include "protocol/base/clock.h"
 #include "protocol/base/random.h"

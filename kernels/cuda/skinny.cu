@@ -415,6 +415,7 @@ bool crosses(const std::vector<LoraSite>& sites, int outputs) {
                      [&](const LoraSite& s) { return s.n_begin % outputs != 0; });
 }
 
+/// The launch with the tiles that take the least time, of those that can do this.
 template <class E>
 auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&)) {
   constexpr std::int64_t kCrossing = 50;  // an output: 7 with 8 adapters, 50 to 90 with 64

@@ -105,20 +105,26 @@ TEST(ServeNumerics, ScoringAGenerationGivesItsLogprobsBack) {
   EXPECT_EQ(scored.prompt_logprobs, got.logprobs);
 }
 
+/// Of sizes that a GPU's own kernels take, with room for prompts of more than 1,024 tokens.
+model::ModelConfig gpu_config(std::int64_t head_dim) {
+  model::ModelConfig config = tiny_config();
+  config.head_dim = head_dim;
+  config.heads = head_dim == 64 ? 6 : 8;
+  config.kv_heads = 2;
+  config.width = 384;
+  config.vocab = 320;
+  config.mlp_width = 1024;
+  config.layers = 2;
+  config.context_max = 1400;
+  return config;
+}
+
 // On a GPU bf16 is Invariant too, where it is asked for: kernels of many and of few rows add up
 // alike.
 TEST(ServeNumerics, OnAGpuRowsInBf16KeepTheirBitsInAnyChunkAndCompany) {
   if (!test::on_gpu()) GTEST_SKIP() << "bf16 on a CPU promises Replay only";
   for (const std::int64_t head_dim : {64, 128}) {
-    model::ModelConfig config = tiny_config();
-    config.head_dim = head_dim;
-    config.heads = head_dim == 64 ? 6 : 8;
-    config.kv_heads = 2;
-    config.width = 384;
-    config.vocab = 320;
-    config.mlp_width = 1024;
-    config.layers = 2;
-    config.context_max = 1400;
+    const model::ModelConfig config = gpu_config(head_dim);
     ServeBench bench(ServeBench::cpu(), config, 4, DType::kBF16);
     const auto weights = bench.adapter(3, 0.1f);
     std::vector<GenerateRequest> requests;
@@ -171,13 +177,8 @@ TEST(ServeNumerics, OnAGpuRowsInBf16KeepTheirBitsInAnyChunkAndCompany) {
 // 3, of which an adapter that is left out, or another's, is many times as much.
 TEST(ServeNumerics, OnAGpuLongPromptsOfAnyMixOfAdaptersAreTheTrainersLosses) {
   if (!test::on_gpu()) GTEST_SKIP() << "a CPU has one kind of product";
-  model::ModelConfig config = tiny_config();
-  config.width = 384;
-  config.heads = 6;
-  config.head_dim = 64;
-  config.mlp_width = 1024;
-  config.vocab = 320;
-  config.context_max = 1400;
+  model::ModelConfig config = gpu_config(64);
+  config.layers = 3;
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     ServeBench bench(ServeBench::cpu(), config, 4, dtype);
     Random random(11);
