@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   const cg::cluster_group cluster = cg::this_cluster();
   static_assert(!kAdapts || kThen == Then::kNothing);
   constexpr bool kLists = kAdapts || kThen == Then::kRope;  // or makes angles
-  launch_dependents();
+  // What reads pairs would begin on the multiprocessors that have no block of this kernel: all of
+  // attention's on a few. It begins when this one's loads are through.
+  if constexpr (!T::kPairs) launch_dependents();
   if (warp == kProducer && lane == 0) {
     prefetch_map(&w_map);
     prefetch_map(&x_map);
@@ -271,6 +273,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
           }
         }
       }
+      if constexpr (T::kPairs) launch_dependents();
       wait_for_inputs();  // u is made, and nobody reads y's last contents any more
       if (kLists) {
         barrier_wait(&c.list_full, list_phase);
@@ -379,8 +382,8 @@ constexpr Choice make_choice() {
            launch<E, kN, kSplits, Then::kNothing, false, float>};
   if constexpr (kSplits == 1 && kN >= 64)
     c.silu_mul = launch<E, kN, kSplits, Then::kSiluMul, false, E>;
-  // Half a head or a quarter, as pairs; two blocks a tile were faster wherever it was measured.
-  if constexpr (kN == 64 && kSplits == 2) c.rope = launch<E, kN, kSplits, Then::kRope, false, E>;
+  // Half a head or a quarter, as pairs.
+  if constexpr (kN == 64) c.rope = launch<E, kN, kSplits, Then::kRope, false, E>;
   return c;
 }
 
