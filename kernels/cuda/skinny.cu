@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cg::cluster_group cluster = cg::this_cluster();
-  static_assert(!kAdapts || kThen == Then::kNothing);
+  static_assert(!kAdapts || kThen != Then::kRope);
   constexpr bool kLists = kAdapts || kThen == Then::kRope;  // or makes angles
   // What reads pairs would begin on the multiprocessors that have no block of this kernel: all of
   // attention's on a few. It begins when this one's loads are through.
@@ -152,6 +152,13 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   const auto begin_of = [&](int tile) {
     return T::kPairs ? tile / p.tiles_each * 2 * p.then.distance + tile % p.tiles_each * T::kHalf
                      : tile * kN;
+  };
+  // The outputs of a half that this block finishes, where adapters may be.
+  const auto own_of = [&](int tile, int half) {
+    const int from = begin_of(tile) + half * p.then.distance, begin = from + part * 8 * T::kOwn;
+    const int of_tile = min(from + T::kHalf, p.n);
+    const int end = T::kPairs ? min(of_tile, (half + 1) * p.then.distance) : of_tile;
+    return Range{begin, min(begin + 8 * T::kOwn, end)};
   };
   Ring<T::kStages> ring;
   std::uint32_t list_phase = 0;
@@ -202,9 +209,13 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
       if constexpr (kThen == Then::kRope) {
         make_angles<T::kHalf, T::kAngleRow>(p.then.rope, p.t, begin_of(tile), angles, lane);
       } else if constexpr (kAdapts) {
-        const int begin = tile * kN + part * 8 * T::kOwn;
-        list_pieces(p.adapters, begin, min(begin + 8 * T::kOwn, min((tile + 1) * kN, p.n)),
-                    T::kWeightBytes, leads, c, lane);
+        Listed listed;
+        for (int half = 0; half < T::kHalves; ++half) {
+          const auto [begin, end] = own_of(tile, half);
+          list_pieces(p.adapters, begin, end, half * T::kOwn, T::kWeightBytes, leads, c, lane,
+                      listed);
+        }
+        end_list(listed, c, lane);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(&c.list_full);
@@ -212,11 +223,11 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   } else {
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       float acc[kN / 2] = {};
-      SiteInputs inputs;
-      // Of outputs, without pairs.
-      const int begin = tile * kN + part * 8 * T::kOwn;
-      const int end = min(begin + 8 * T::kOwn, min((tile + 1) * kN, p.n));
-      const int site = kAdapts ? find_site(p.adapters, begin, end) : -1;
+      SiteInputs inputs[T::kHalves];
+      int site[T::kHalves];
+#pragma unroll
+      for (int half = 0; half < T::kHalves; ++half)
+        site[half] = kAdapts ? find_site(p.adapters, own_of(tile, half)) : -1;
       const auto release = [&](int stage) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.empty[stage]);
@@ -230,9 +241,11 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
 #pragma unroll
         for (int k = 0; k < kStep / 16; ++k) multiply<E, kN>(acc, x + k * 2, w + k * 2);
         wgmma_commit();
-        if (step + 1 == steps && site >= 0) {
+        if (kAdapts && step + 1 == steps) {
           wait_for_inputs();
-          inputs = {load_inputs<E>(p, site, 0), site};
+#pragma unroll
+          for (int half = 0; half < T::kHalves; ++half)
+            if (site[half] >= 0) inputs[half] = {load_inputs<E>(p, site[half], 0), site[half]};
         }
         if (step > 0) {  // what is begun now goes on while the stage before is given back
           wgmma_wait<1>();
@@ -284,9 +297,10 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
         return bias == nullptr ? make_float2(0.0f, 0.0f)
                                : make_float2(load_f32(bias[n]), load_f32(bias[n + 1]));
       };
+      if constexpr (kAdapts)
+        add_pieces<E, T::kGroups, T::kHalves>(p, c, stages, T::kStageBytes, ring, inputs, sum);
       if constexpr (kThen == Then::kNothing) {
-        if constexpr (kAdapts)
-          add_pieces<E, T::kGroups>(p, c, stages, T::kStageBytes, ring, inputs, sum);
+        const auto [begin, end] = own_of(tile, 0);
 #pragma unroll
         for (int e = 0; e < 4 * T::kGroups; e += 2) {
           const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
@@ -369,19 +383,26 @@ void launch(Launch& l) {
 
 struct Choice {
   int outputs, splits;
-  void (*narrow)(Launch&);  ///< y of x's dtype
-  void (*adapters)(Launch&);
-  void (*f32)(Launch&);
-  void (*silu_mul)(Launch&) = nullptr;  ///< null: not with these tiles
-  void (*rope)(Launch&) = nullptr;      ///< likewise
+  // Null: not with these tiles.
+  void (*narrow)(Launch&) = nullptr;  ///< y of x's dtype
+  void (*adapters)(Launch&) = nullptr;
+  void (*f32)(Launch&) = nullptr;
+  void (*silu_mul)(Launch&) = nullptr;
+  void (*silu_mul_adapters)(Launch&) = nullptr;
+  void (*rope)(Launch&) = nullptr;
 };
 template <class E, int kN, int kSplits>
 constexpr Choice make_choice() {
-  Choice c{kN, kSplits, launch<E, kN, kSplits, Then::kNothing, false, E>,
-           launch<E, kN, kSplits, Then::kNothing, true, E>,
-           launch<E, kN, kSplits, Then::kNothing, false, float>};
+  Choice c{kN, kSplits};
+  if constexpr (kN != 128) {
+    c.narrow = launch<E, kN, kSplits, Then::kNothing, false, E>;
+    c.adapters = launch<E, kN, kSplits, Then::kNothing, true, E>;
+    c.f32 = launch<E, kN, kSplits, Then::kNothing, false, float>;
+  }
   if constexpr (kSplits == 1 && kN >= 64)
     c.silu_mul = launch<E, kN, kSplits, Then::kSiluMul, false, E>;
+  if constexpr (kSplits == 1 && kN >= 64 && kN < 256)
+    c.silu_mul_adapters = launch<E, kN, kSplits, Then::kSiluMul, true, E>;
   // Half a head or a quarter, as pairs.
   if constexpr (kN == 64) c.rope = launch<E, kN, kSplits, Then::kRope, false, E>;
   return c;
@@ -421,10 +442,14 @@ bool crosses(const std::vector<LoraSite>& sites, int outputs) {
 /// The launch with the tiles that take the least time, of those that can do this.
 template <class E>
 auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&)) {
-  constexpr std::int64_t kCrossing = 50;  // an output: 7 with 8 adapters, 50 to 90 with 64
+  // What adapters take, which no stream of weights hides: across two sites, an output 7 with 8 of
+  // them and 50 to 90 with 64; of pairs, whose halves have a site each, an output 8 and 27 to 50, a
+  // further round 1,200 and 4,000 to 6,000.
+  constexpr std::int64_t kCrossing = 50, kPair = 15, kPairsRound = 1000;
   static constexpr Choice kChoices[] = {make_choice<E, 256, 1>(), make_choice<E, 224, 1>(),
-                                        make_choice<E, 96, 1>(),  make_choice<E, 64, 1>(),
-                                        make_choice<E, 64, 2>(),  make_choice<E, 32, 1>()};
+                                        make_choice<E, 128, 1>(), make_choice<E, 96, 1>(),
+                                        make_choice<E, 64, 1>(),  make_choice<E, 64, 2>(),
+                                        make_choice<E, 32, 1>()};
   const Choice* best = nullptr;
   std::int64_t least = 0;
   for (const Choice& c : kChoices) {
@@ -433,6 +458,10 @@ auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&
     if (c.*run == nullptr || (splits ? narrow : c.splits > 1 || (narrow && rounds))) continue;
     std::int64_t time = time_of(c, l.params.n, l.params.steps, rows, l.multiprocessors);
     if (run == &Choice::adapters && crosses(l.args.sites, c.outputs)) time += kCrossing * c.outputs;
+    if (run == &Choice::silu_mul_adapters) {
+      const std::int64_t each = std::int64_t{c.outputs} * l.multiprocessors;
+      time += (l.params.n + each - 1) / each * (kPairsRound + kPair * c.outputs);
+    }
     if (best == nullptr || time < least) best = &c, least = time;
   }
   return best->*run;
@@ -476,7 +505,8 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
   auto run = a.y.dtype == DType::kF32 ? &Choice::f32
              : u.defined()            ? &Choice::adapters
                                       : &Choice::narrow;
-  if (a.then.silu_mul.out.defined()) run = &Choice::silu_mul;
+  if (a.then.silu_mul.out.defined())
+    run = u.defined() ? &Choice::silu_mul_adapters : &Choice::silu_mul;
   if (a.then.rope.qkv.defined()) run = &Choice::rope;
   Launch l{stream, a, p, multiprocessors};
   with_element(a.x.dtype, [&]<class E>(E) {

@@ -19,7 +19,7 @@ inline constexpr int kProducer = kConsumerWarps, kLister = kProducer + 1,
 /// Wide ones do not gain from more than eight.
 inline constexpr int kStagesMax = 18;
 inline constexpr int kRankMax = 64;
-inline constexpr int kPiecesMax = kRows * kSitesMax;
+inline constexpr int kPiecesMax = kRows * (kSitesMax + 1);  ///< of two halves in one site
 
 /// B of one adapter for the outputs of one site that a block finishes. Elements as their bits: what
 /// lists and copies them need not know the type.
@@ -99,10 +99,16 @@ __device__ inline Leads find_slots(const SegmentsView& v, Control& c, int lane) 
   return leads;
 }
 
-/// Pieces of outputs [begin, end), packed into stages of `capacity` bytes.
-__device__ inline void list_pieces(const SegmentsView& v, int begin, int end, int capacity,
-                                   const Leads& leads, Control& c, int lane) {
+struct Listed {
   int count = 0, stages = 0;
+};
+
+/// Pieces of outputs [begin, end), which are a block's groups from `group` on, packed into stages
+/// of `capacity` bytes behind what is listed.
+__device__ inline void list_pieces(const SegmentsView& v, int begin, int end, int group,
+                                   int capacity, const Leads& leads, Control& c, int lane,
+                                   Listed& listed) {
+  int &count = listed.count, &stages = listed.stages;
   for (int s = 0; s < v.sites; ++s) {
     const SiteView& site = v.site[s];
     const int first = max(begin, site.n_begin), last = min(end, site.n_begin + site.n);
@@ -122,8 +128,8 @@ __device__ inline void list_pieces(const SegmentsView& v, int begin, int end, in
                                   index % fit * bytes,
                                   static_cast<std::uint16_t>(entry.rank),
                                   static_cast<std::uint8_t>(s),
-                                  static_cast<std::uint8_t>((first - begin) / 8),
-                                  static_cast<std::uint8_t>((last - begin) / 8),
+                                  static_cast<std::uint8_t>(group + (first - begin) / 8),
+                                  static_cast<std::uint8_t>(group + (last - begin) / 8),
                                   leads.warps[h]};
         if (index % fit == 0)
           c.begin[stages + index / fit] = static_cast<std::uint16_t>(count + index);
@@ -133,9 +139,11 @@ __device__ inline void list_pieces(const SegmentsView& v, int begin, int end, in
     count += here;
     stages += (here + fit - 1) / fit;
   }
+}
+__device__ inline void end_list(const Listed& listed, Control& c, int lane) {
   if (lane != 0) return;
-  c.begin[stages] = static_cast<std::uint16_t>(count);
-  c.stages = stages;
+  c.begin[listed.stages] = static_cast<std::uint16_t>(listed.count);
+  c.stages = listed.stages;
 }
 
 __device__ inline int piece_bytes(const Piece& p) {
@@ -183,14 +191,15 @@ struct RowInputs {
   uint2 low, high;
 };
 
-/// sum += u B^T over ranks [16 k, 16 k + 16), of outputs [8 first, 8 last) of the block, b at the
-/// first of them; the numbers of rows that are not `own` stay, whatever b is. kPlain: all outputs,
+/// sum += u B^T over ranks [16 k, 16 k + 16), of outputs [8 first, 8 last) of `sum`, b at the first
+/// of them; the numbers of rows that are not `own` stay, whatever b is. kPlain: all outputs,
 /// ranks in fours.
 template <int kGroups, bool kPlain, class E>
-__device__ inline void add_piece(const E* b, const Piece& piece, int k, const RowInputs& u,
-                                 const bool (&own)[2], float (&sum)[4 * kGroups]) {
+__device__ inline void add_piece(const E* b, const Piece& piece, int base, int k,
+                                 const RowInputs& u, const bool (&own)[2],
+                                 float (&sum)[4 * kGroups]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
-  const int rank = piece.rank, first = piece.first, last = piece.last;
+  const int rank = piece.rank, first = piece.first - base, last = piece.last - base;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     if (!kPlain && (j < first || j >= last)) continue;
@@ -224,8 +233,13 @@ struct SiteInputs {
   int site = -1;
 };
 
-/// The first site of outputs [begin, end), or -1.
-__device__ inline int find_site(const SegmentsView& v, int begin, int end) {
+struct Range {
+  int begin, end;
+};
+
+/// The first site of these outputs, or -1.
+__device__ inline int find_site(const SegmentsView& v, Range outputs) {
+  const auto [begin, end] = outputs;
   for (int s = 0; s < v.sites; ++s)
     if (begin < v.site[s].n_begin + v.site[s].n && end > v.site[s].n_begin) return s;
   return -1;
@@ -235,25 +249,37 @@ __device__ inline int find_site(const SegmentsView& v, int begin, int end) {
 /// each (hopper.cuh), of the warp's rows. A row takes nothing from other rows' adapters, infinite
 /// ones included. Of u no more than 16 ranks are in registers: where wide tiles leave too few,
 /// their blocks do not start beside those that make u.
-template <class E, int kGroups, int kStages>
+/// kHalves: each has its own inputs.
+template <class E, int kGroups, int kHalves, int kStages>
 __device__ inline void add_pieces(const Params& p, Control& c, const unsigned char* stages,
-                                  int stage_bytes, Ring<kStages>& ring, SiteInputs& inputs,
-                                  float (&sum)[4 * kGroups]) {
+                                  int stage_bytes, Ring<kStages>& ring,
+                                  SiteInputs (&inputs)[kHalves], float (&sum)[4 * kGroups]) {
+  constexpr int kOwn = kGroups / kHalves;  // groups of a half
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, row = warp * 16 + lane / 4;
   const int slots[2] = {c.slot[row], c.slot[row + 8]};
-  const auto add = [&](const Piece& piece) {
-    if (piece.site != inputs.site) inputs = {load_inputs<E>(p, piece.site, 0), piece.site};
+  const auto add_to = [&]<int kHalf>(const Piece& piece) {
+    SiteInputs& in = inputs[kHalf];
+    if (piece.site != in.site) in = {load_inputs<E>(p, piece.site, 0), piece.site};
     const bool own[2] = {slots[0] == piece.slot, slots[1] == piece.slot};
     const auto* b = reinterpret_cast<const E*>(stages + ring.stage * stage_bytes + piece.offset);
-    const bool plain = piece.first == 0 && piece.last == kGroups && piece.rank % 4 == 0;
+    constexpr int kBase = kHalf * kOwn;
+    const bool plain = piece.first == kBase && piece.last == kBase + kOwn && piece.rank % 4 == 0;
+    auto& own_sum = *reinterpret_cast<float(*)[4 * kOwn]>(sum + 4 * kBase);
     for (int k = 0; 16 * k < piece.rank; ++k) {
-      RowInputs u = k == 0 ? inputs.u : load_inputs<E>(p, piece.site, k);
+      RowInputs u = k == 0 ? in.u : load_inputs<E>(p, piece.site, k);
       if (!own[0]) u.low = {0, 0};
       if (!own[1]) u.high = {0, 0};
-      plain ? add_piece<kGroups, true>(b, piece, k, u, own, sum)
-            : add_piece<kGroups, false>(b, piece, k, u, own, sum);
+      plain ? add_piece<kOwn, true>(b, piece, kBase, k, u, own, own_sum)
+            : add_piece<kOwn, false>(b, piece, kBase, k, u, own, own_sum);
     }
+  };
+  const auto add = [&](const Piece& piece) {
+    if constexpr (kHalves == 1)
+      add_to.template operator()<0>(piece);
+    else
+      piece.first < kOwn ? add_to.template operator()<0>(piece)
+                         : add_to.template operator()<1>(piece);
   };
   for (int stage = 0; stage < c.stages; ++stage, ring.next()) {
     barrier_wait(&c.full[ring.stage], ring.phase);

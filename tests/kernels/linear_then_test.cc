@@ -14,18 +14,22 @@ struct ThenShape {
   bool bias;
 };
 /// One row, few, many; sizes that kernels of few rows take and do not; more tiles than a GPU has
-/// multiprocessors; inner sizes that blocks share.
+/// multiprocessors; every width of tiles, the last of which are not whole; inner sizes that blocks
+/// share.
 constexpr ThenShape kThen[] = {
     {0, 8, 1, 1, 16, false},      {1, 7, 1, 1, 10, true},      {1, 64, 4, 2, 64, true},
     {1, 200, 3, 1, 128, false},   {1, 520, 40, 4, 128, false}, {2, 64, 2, 1, 32, false},
     {5, 72, 3, 1, 34, true},      {7, 320, 9, 3, 64, true},    {33, 136, 4, 2, 128, false},
     {64, 512, 16, 2, 128, true},  {64, 64, 64, 8, 128, false}, {61, 1024, 16, 2, 128, false},
     {17, 1024, 30, 2, 64, false}, {70, 256, 8, 2, 64, true},   {3, 128, 98, 14, 128, false},
+    {24, 128, 172, 2, 64, true},  {64, 72, 252, 2, 64, false}, {40, 96, 300, 2, 128, false},
+    {50, 64, 508, 2, 128, true},
 };
 
 class LinearThen : public OpTest {
  protected:
   enum class What { kSiluMul, kRope };
+  enum class Sites { kNone, kAll, kLast };  ///< with adapters
   static constexpr std::int64_t kBlocks = 6, kBlockSize = 16;
 
   static std::int64_t outputs_of(const ThenShape& s) {
@@ -53,12 +57,12 @@ class LinearThen : public OpTest {
     return frequencies;
   }
 
-  /// Adapters of three ranks and none at all, of every site that the outputs have.
+  /// Adapters of three ranks and none at all, of every site that the outputs have or of one.
   struct Adapters {
     std::vector<LoraSite> sites;
     AdapterRows rows;
   };
-  static Adapters adapters_of(TestDevice& device, const ThenShape& s, What what) {
+  static Adapters adapters_of(TestDevice& device, const ThenShape& s, What what, Sites which) {
     constexpr std::int64_t kRanks[] = {16, 3, 40};
     const std::int64_t n = outputs_of(s), q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
     const std::vector<std::int64_t> sizes =
@@ -85,6 +89,7 @@ class LinearThen : public OpTest {
       made.sites.push_back({begin, size, device.bytes(entries.data(), bytes), 7});
       begin += size;
     }
+    if (which == Sites::kLast) made.sites = {made.sites.back()};
     const auto part = [&](std::int64_t of4) { return static_cast<std::int32_t>(s.t * of4 / 4); };
     made.rows.segments_max = 4;
     made.rows.segment_offsets = device.ints({0, part(1), part(2), part(3), part(4)});
@@ -95,7 +100,7 @@ class LinearThen : public OpTest {
 
   /// Row 1 is inert; the others land in scattered slots. The first `rows` rows.
   Outputs forward(const ThenShape& s, What what, bool joined, Numerics numerics, std::int64_t rows,
-                  bool adapts = false) const {
+                  Sites sites = Sites::kNone) const {
     const std::int64_t n = outputs_of(s);
     const auto first = [&](auto all, std::int64_t width) {
       all.resize(static_cast<std::size_t>(rows * width));
@@ -140,8 +145,8 @@ class LinearThen : public OpTest {
                       y,
                       {}};
       Adapters adapters;
-      if (adapts) {
-        adapters = adapters_of(device, s, what);
+      if (sites != Sites::kNone) {
+        adapters = adapters_of(device, s, what, sites);
         args.sites = adapters.sites;
         args.adapters = &adapters.rows;
       }
@@ -193,19 +198,20 @@ TEST_P(LinearThen, MatchesTheReference) {
   }
 }
 
-/// No kernel joins a reader where adapters are: it must run after, on what they added. One that
-/// does join may have other tiles, and so another order of sums.
+/// A reader reads what adapters have added. A kernel that joins it may have other tiles, and so
+/// another order of sums.
 TEST_P(LinearThen, TakesAdaptersAsTheOpsApartDo) {
   const ThenShape& s = row(kThen);
   if (s.t == 0) GTEST_SKIP() << "no rows, no adapters";
   if (backend() == "cpu" && s.i * outputs_of(s) > 1 << 18) GTEST_SKIP() << "one path for all sizes";
-  for (const What what : {What::kSiluMul, What::kRope}) {
-    const Outputs apart = forward(s, what, false, Numerics::kReplay, s.t, true);
-    const Outputs joined = forward(s, what, true, Numerics::kReplay, s.t, true);
-    for (const auto& [name, output] : apart)
-      if (name != "scratch")
-        expect_close(name, joined.at(name).values(), output.values(), tolerance(dtype(), s.i, 4));
-  }
+  for (const What what : {What::kSiluMul, What::kRope})
+    for (const Sites sites : {Sites::kAll, Sites::kLast}) {
+      const Outputs apart = forward(s, what, false, Numerics::kReplay, s.t, sites);
+      const Outputs joined = forward(s, what, true, Numerics::kReplay, s.t, sites);
+      for (const auto& [name, output] : apart)
+        if (name != "scratch")
+          expect_close(name, joined.at(name).values(), output.values(), tolerance(dtype(), s.i, 4));
+    }
 }
 
 /// Under kInvariant a row has the bits of both ops apart, in a batch of any size.
