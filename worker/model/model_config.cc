@@ -406,6 +406,10 @@ Status ModelConfig::validate() const {
         str("model: ", heads, " query heads are no multiple of ", kv_heads, " key-value heads"));
   if (head_dim % 2 != 0)
     return invalid_error(str("model: head_dim ", head_dim, " is odd; rope needs pairs"));
+  if (qk_norm && head_dim > kernels::kQkNormDimMax)
+    return refused_error(str("model: head_dim ", head_dim,
+                             " is not supported with norms of q and k; ", kernels::kQkNormDimMax,
+                             " is the largest"));
   if (!(rope_theta > 0.0) || !(norm_eps >= 0.0f) || !(rope_scaling.factor > 0.0))
     return invalid_error(str("model: rope_theta ", rope_theta, ", rms_norm_eps ", norm_eps,
                              ", rope factor ", rope_scaling.factor, ": one is out of range"));

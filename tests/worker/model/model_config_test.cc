@@ -121,6 +121,9 @@ TEST(ModelConfig, ReadsAQwen3sFile) {
   json["attention_bias"] = true;
   EXPECT_TRUE(refusal(json).starts_with("refused")) << refusal(json);
   EXPECT_NE(refusal(json).find("attention_bias is true"), std::string::npos) << refusal(json);
+  json = qwen3();
+  json["head_dim"] = 2048;
+  EXPECT_NE(refusal(json).find("head_dim 2048"), std::string::npos) << refusal(json);
 }
 
 TEST(ModelConfig, ReadsAMistralsFile) {
