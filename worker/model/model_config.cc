@@ -296,13 +296,13 @@ Status read_window(Fields& fields, const ModelConfig& config, std::int64_t& wind
     TANDEM_RETURN_IF_ERROR(fields.must_be("use_sliding_window", true));
   else
     TANDEM_RETURN_IF_ERROR(fields.boolean("use_sliding_window", used));
-  std::int64_t size = fields.says("sliding_window") ? 0 : 4096, first = mistral ? 0 : 28;
+  std::int64_t size = fields.says("sliding_window") ? 0 : 4096, first = 28;
   TANDEM_RETURN_IF_ERROR(fields.integer("sliding_window", size));
   TANDEM_RETURN_IF_ERROR(fields.integer("max_window_layers", first));
   const bool null = fields.says("sliding_window") && fields.find("sliding_window") == nullptr;
   used = used && !null;
   if (used && size < 1) return invalid_error(str("config.json: sliding_window is ", size));
-  bool slides = first < config.layers;
+  bool slides = mistral || first < config.layers;
   if (const Json* types = fields.find("layer_types")) {
     slides = mistral;
     for (const Json& type : *types) {

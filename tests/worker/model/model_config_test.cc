@@ -165,6 +165,9 @@ TEST(ModelConfig, AWindowIsTheEndOfTheContext) {
   EXPECT_EQ(read(json).context_max, 4096) << "transformers' default where a file is silent";
   json["sliding_window"] = 0;
   EXPECT_NE(refusal(json).find("sliding_window is 0"), std::string::npos) << refusal(json);
+  json["sliding_window"] = 300;
+  json["max_window_layers"] = 32;  // a key of Qwen's
+  EXPECT_EQ(read(json).context_max, 300);
   json = mistral();
   json["use_sliding_window"] = false;  // no key of Mistral's: transformers would slide
   EXPECT_NE(refusal(json).find("use_sliding_window"), std::string::npos) << refusal(json);
