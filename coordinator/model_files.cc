@@ -25,7 +25,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr std::array<const char*, 2> kFamilies{"llama", "qwen2"};
+constexpr std::array<const char*, 4> kFamilies{"llama", "mistral", "qwen2", "qwen3"};
 constexpr std::int64_t kConfigBytesMax = 64 << 20;
 /// Files of a Hugging Face folder that a worker needs beside the tensors.
 constexpr std::array<const char*, 6> kSideFiles{"config.json",         "generation_config.json",
@@ -33,10 +33,13 @@ constexpr std::array<const char*, 6> kSideFiles{"config.json",         "generati
                                                 "chat_template.jinja", "special_tokens_map.json"};
 
 Status check_family(const std::string& family, const std::string& path) {
-  for (const char* known : kFamilies)
+  std::string all;
+  for (const char* known : kFamilies) {
     if (family == known) return {};
+    all += str(all.empty() ? "" : ", ", known);
+  }
   return refused_error(str(path, ": the model family ", family.empty() ? "(none)" : family,
-                           " is not supported; supported are llama and qwen2"));
+                           " is not supported; supported are ", all));
 }
 
 Result<std::string> real_path(const std::string& path, const std::vector<std::string>& roots) {
@@ -89,6 +92,31 @@ Status seal(ModelHashed& model, const Json& settings,
   return {};
 }
 
+/// The sliding window that bounds the context, as a worker takes it from config.json; 0: none.
+std::int64_t sliding_window(const Json& config, const std::string& family) {
+  const auto find = [&](const char* key) { return config.value(key, Json()); };
+  const Json window = find("sliding_window"), types = find("layer_types");
+  const bool mistral = family == "mistral";
+  const bool says = config.contains("sliding_window");
+  if (family == "llama" || (!mistral && find("use_sliding_window") != true) ||
+      (says && !window.is_number_integer()))
+    return 0;
+  const auto slides = [&] {
+    if (mistral) return true;
+    if (types.is_array()) return std::ranges::find(types, "sliding_attention") != types.end();
+    const Json first = find("max_window_layers"), layers = find("num_hidden_layers");
+    return layers.is_number_integer() && (first.is_number_integer() ? first : Json(28)) < layers;
+  };
+  if (!slides()) return 0;
+  return says ? window.get<std::int64_t>() : 4096;  // transformers' default
+}
+
+/// A model is taken up to its window, where that is smaller than what its positions allow.
+void bound_context(Json& summary, std::int64_t window) {
+  if (window > 0 && window < summary["context"].get<std::int64_t>())
+    summary["context"] = summary["sliding_window"] = window;
+}
+
 std::int64_t elements_of(const storage::ManifestTensor& tensor) {
   std::int64_t elements = 1;
   for (const std::int64_t dim : tensor.shape) elements *= dim;
@@ -139,14 +167,15 @@ Result<ModelHashed> hash_gguf(const std::string& path, int threads) {
     const auto value = gguf.integer(family + "." + key);
     return value.ok() ? *value : 0;
   };
-  const Json summary{{"format", "gguf"},
-                     {"parameters", parameters},
-                     {"dtype", most_common(elements)},
-                     {"context", number("context_length")},
-                     {"layers", number("block_count")},
-                     {"width", number("embedding_length")},
-                     {"heads", number("attention.head_count")},
-                     {"kv_heads", number("attention.head_count_kv")}};
+  Json summary{{"format", "gguf"},
+               {"parameters", parameters},
+               {"dtype", most_common(elements)},
+               {"context", number("context_length")},
+               {"layers", number("block_count")},
+               {"width", number("embedding_length")},
+               {"heads", number("attention.head_count")},
+               {"kv_heads", number("attention.head_count_kv")}};
+  bound_context(summary, number("attention.sliding_window"));
   model.summary_json = summary.dump();
   return hashed;
 }
@@ -217,14 +246,15 @@ Result<ModelHashed> describe_folder(FolderContents folder) {
     const auto value = config.find(key);
     return value != config.end() && value->is_number_integer() ? value->get<std::int64_t>() : 0;
   };
-  const Json summary{{"format", "huggingface"},
-                     {"parameters", parameters},
-                     {"dtype", most_common(elements)},
-                     {"context", number("max_position_embeddings")},
-                     {"layers", number("num_hidden_layers")},
-                     {"width", number("hidden_size")},
-                     {"heads", number("num_attention_heads")},
-                     {"kv_heads", number("num_key_value_heads")}};
+  Json summary{{"format", "huggingface"},
+               {"parameters", parameters},
+               {"dtype", most_common(elements)},
+               {"context", number("max_position_embeddings")},
+               {"layers", number("num_hidden_layers")},
+               {"width", number("hidden_size")},
+               {"heads", number("num_attention_heads")},
+               {"kv_heads", number("num_key_value_heads")}};
+  bound_context(summary, sliding_window(config, family));
   model.summary_json = summary.dump();
   return hashed;
 }

@@ -158,6 +158,18 @@ NormBackwardLayout norm_backward_layout(const RmsNormBackwardArgs& a,
   return l;
 }
 
+QkNormBackwardLayout qk_norm_backward_layout(const RopeBackwardArgs& a,
+                                             const DeviceProfile& profile) {
+  constexpr std::int64_t kEach = 8;  // of a multiprocessor
+  QkNormBackwardLayout l;
+  if (!a.dqk_norm.defined()) return l;
+  ScratchLayout layout;
+  l.blocks = std::min<std::int64_t>(a.dqkv.dim(0), kEach * profile.sm_count);
+  l.parts = layout.add(l.blocks * 2 * a.head_dim * 4);
+  l.bytes = layout.bytes();
+  return l;
+}
+
 LinearCrossEntropyLayout linear_cross_entropy_layout(const LinearCrossEntropyArgs& a) {
   LinearCrossEntropyLayout l;
   const std::int64_t t = a.x.dim(0), v = a.weight->n;

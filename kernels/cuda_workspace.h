@@ -78,6 +78,15 @@ struct NormBackwardLayout {
 NormBackwardLayout norm_backward_layout(const RmsNormBackwardArgs& args,
                                         const DeviceProfile& profile);
 
+/// With dqk_norm, alike: blocks of the backward of a norm of q and k.
+struct QkNormBackwardLayout {
+  std::int64_t blocks = 0;  ///< 0: dqk_norm is not wanted
+  std::int64_t parts = 0;   ///< [blocks, 2 * D] f32
+  std::int64_t bytes = 0;
+};
+QkNormBackwardLayout qk_norm_backward_layout(const RopeBackwardArgs& args,
+                                             const DeviceProfile& profile);
+
 /// A chunk of logits in f32: enough rows to keep the product at full speed, few enough to be a
 /// small part of the memory.
 inline constexpr std::int64_t kLogitsChunkBytes = std::int64_t{1} << 30;

@@ -104,6 +104,7 @@ struct SiluMulBackwardArgs {
 /// Rotates q and k inside qkv in place (rotate-half pairing: element d with d + D/2, the Hugging
 /// Face layout) and, when a cache is given, writes k and v of each row to it. Angles in f32:
 /// position * inv_freq[d], cos and sin times `attention_factor` (yarn; else 1).
+/// With qk_norm each head of q and k is first normed, and rounded, as AddRmsNorm would.
 struct KvCache {
   Tensor k, v;  ///< [blocks, K, block_size, D] cd each
   std::int64_t block_size = 0;
@@ -116,7 +117,14 @@ struct RopeArgs {
   std::int64_t heads, kv_heads, head_dim;
   const KvCache* cache;  ///< null in training
   Tensor cache_slots;    ///< [T] i32: block * block_size + offset; -1: do not write (inert rows)
+  Tensor qk_norm = {};   ///< [2 * D] cd: weight of every q head, then of every k head; or undefined
+  float norm_eps = 0.0f;
+  /// With qk_norm, [T, (H + 2K) * D] cd: q, k and v before norm and rotation, read instead of qkv,
+  /// which is then overwritten; undefined: in place.
+  Tensor raw = {};
 };
+/// Largest head of a norm of q and k.
+inline constexpr std::int64_t kQkNormDimMax = 1024;
 /// The op that reads a linear's y, in place of the call that would follow: one at most.
 struct LinearReader {
   SiluMulArgs silu_mul{};  ///< out defined: gate_up is y, whose contents are then undefined
@@ -194,12 +202,20 @@ struct RepackWeightArgs {
   PackedWeight* weight;  ///< overwritten
 };
 
-/// Inverse rotation of dq and dk in place.
+/// Inverse rotation of dq and dk in place; with qk_norm then the norm's backward, in place too: of
+/// the rotated-back gradient as it is rounded. The norm's statistics are made of `raw` once more.
 struct RopeBackwardArgs {
   Tensor dqkv;  ///< [T, (H + 2K) * D] cd, in place
   Tensor positions, inv_freq;
   float attention_factor;
   std::int64_t heads, kv_heads, head_dim;
+  Tensor qk_norm = {};  ///< [2 * D] cd, as in forward; undefined: none
+  float norm_eps = 0.0f;
+  Tensor raw = {};  ///< with qk_norm: [T, (H + 2K) * D] cd, as forward read it
+  /// [2 * D] f32, accumulated: the sum over rows and heads, of q and of k, in an order that is
+  /// fixed; undefined: not wanted.
+  Tensor dqk_norm = {};
+  bool overwrite = false;  ///< dqk_norm held nothing: it is written instead
 };
 
 /// What the mathematics of attention is; the same for training, prefill and decode.

@@ -160,10 +160,10 @@ OpCost op_cost(const RmsNormBackwardArgs& a) {
   return rows(bytes_of(a.dy, a.residual, a.dresidual, a.dresidual));
 }
 OpCost op_cost(const RopeArgs& a) {
-  return rows(bytes_of(a.qkv, a.qkv));
+  return rows(bytes_of(a.raw.defined() ? a.raw : a.qkv, a.qkv));
 }
 OpCost op_cost(const RopeBackwardArgs& a) {
-  return rows(bytes_of(a.dqkv, a.dqkv));
+  return rows(bytes_of(a.dqkv, a.raw, a.dqkv));
 }
 OpCost op_cost(const SiluMulArgs& a) {
   return rows(bytes_of(a.gate_up, a.out));

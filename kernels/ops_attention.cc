@@ -46,6 +46,16 @@ void check_sequences(const OpCheck& check, const Tensor& seq_offsets, std::int64
   check.that(seq_len_max >= 0, str("seq_len_max: expected >= 0, got ", seq_len_max));
 }
 
+/// The norm of q and k in a call whose qkv, or its gradient, is `rows`; undefined: none.
+void check_qk_norm(const OpCheck& check, const Tensor& qk_norm, const Tensor& raw,
+                   const Tensor& rows, std::int64_t head_dim) {
+  if (!qk_norm.defined()) return check.that(!raw.defined(), "raw: expected none without qk_norm");
+  check.tensor("qk_norm", qk_norm, rows.dtype, Shape{2 * head_dim});
+  check.in_range<std::int64_t>("head_dim", head_dim, 2, kQkNormDimMax);
+  check.optional("raw", raw, rows.dtype, rows.shape);
+  check.disjoint("raw", raw, "qkv", rows);
+}
+
 }  // namespace
 
 void check_rope(const RopeArgs& a) {
@@ -56,6 +66,7 @@ void check_rope(const RopeArgs& a) {
   const std::int64_t t = a.qkv.dim(0);
   check.tensor("positions", a.positions, DType::kI32, Shape{t});
   check.tensor("inv_freq", a.inv_freq, DType::kF32, Shape{a.head_dim / 2});
+  check_qk_norm(check, a.qk_norm, a.raw, a.qkv, a.head_dim);
   if (a.cache != nullptr) {
     check_cache(check, *a.cache, cd, a.kv_heads, a.head_dim);
     check.tensor("cache_slots", a.cache_slots, DType::kI32, Shape{t});
@@ -78,6 +89,11 @@ void Ops::rope_backward(Exec& exec, const RopeBackwardArgs& a) {
   const std::int64_t t = a.dqkv.dim(0);
   check.tensor("positions", a.positions, DType::kI32, Shape{t});
   check.tensor("inv_freq", a.inv_freq, DType::kF32, Shape{a.head_dim / 2});
+  check_qk_norm(check, a.qk_norm, a.raw, a.dqkv, a.head_dim);
+  check.that(!a.qk_norm.defined() || t == 0 || a.raw.defined(), "raw: expected with qk_norm");
+  check.that(!a.dqk_norm.defined() || a.qk_norm.defined(), "dqk_norm: expected qk_norm with it");
+  check.optional("dqk_norm", a.dqk_norm, sum_dtype(a.dqkv.dtype), Shape{2 * a.head_dim});
+  if (a.dqk_norm.defined() && a.overwrite) do_fill_zero(exec, a.dqk_norm);
   if (t == 0) return;
   do_rope_backward(exec, a);
 }

@@ -98,7 +98,7 @@ void Ops::linear_forward(Exec& exec, const LinearArgs& a) {
   }
   if (rope.qkv.defined()) {
     check_rope(rope);
-    check.that(rope.qkv.data == a.y.data && rope.qkv.shape == a.y.shape,
+    check.that(rope.qkv.data == a.y.data && rope.qkv.shape == a.y.shape && !rope.raw.defined(),
                "then: expected an op that reads y");
   }
   if (t == 0) return;

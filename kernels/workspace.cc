@@ -165,6 +165,12 @@ LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntr
   return w;
 }
 
+std::int64_t rope_backward_workspace(const RopeBackwardArgs& a) {
+  if (!a.dqk_norm.defined()) return 0;
+  const std::int64_t blocks = (a.dqkv.dim(0) + kQkNormRows - 1) / kQkNormRows;
+  return round_up(blocks * 2 * a.head_dim * 8, kDeviceAlignment);
+}
+
 std::int64_t attention_forward_workspace(const AttentionArgs& a, const DeviceProfile& profile) {
   return round_up(cpu::attention_forward_scratch(attention_shape(a.spec, a.qkv.dtype), a.qkv.dim(0),
                                                  a.seq_len_max, profile.threads),
@@ -217,6 +223,11 @@ bool on_cuda(const DeviceProfile& profile) {
 
 std::int64_t workspace_bytes(const RmsNormBackwardArgs& a, const DeviceProfile& profile) {
   return on_cuda(profile) ? cuda::norm_backward_layout(a, profile).bytes : 0;
+}
+
+std::int64_t workspace_bytes(const RopeBackwardArgs& a, const DeviceProfile& profile) {
+  return on_cuda(profile) ? cuda::qk_norm_backward_layout(a, profile).bytes
+                          : rope_backward_workspace(a);
 }
 
 std::int64_t workspace_bytes(const LinearArgs& a, const DeviceProfile& profile) {

@@ -28,6 +28,7 @@ class ScratchLayout {
 
 /// Scratch of one call on the profile's device.
 std::int64_t workspace_bytes(const RmsNormBackwardArgs& args, const DeviceProfile& profile);
+std::int64_t workspace_bytes(const RopeBackwardArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearBackwardArgs& args, const DeviceProfile& profile);
 std::int64_t workspace_bytes(const LinearWeightGradArgs& args, const DeviceProfile& profile);
@@ -119,6 +120,11 @@ struct LinearCrossEntropyWorkspace {
 };
 LinearCrossEntropyWorkspace linear_cross_entropy_workspace(const LinearCrossEntropyArgs& args,
                                                            const DeviceProfile& profile);
+
+/// Rows whose part of the gradient of a norm of q and k is one sum.
+inline constexpr std::int64_t kQkNormRows = 64;
+/// With dqk_norm: f64 [ceil(T / kQkNormRows), 2 * D].
+std::int64_t rope_backward_workspace(const RopeBackwardArgs& args);
 
 std::int64_t attention_forward_workspace(const AttentionArgs& args, const DeviceProfile& profile);
 std::int64_t attention_backward_workspace(const AttentionBackwardArgs& args,

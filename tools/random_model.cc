@@ -43,8 +43,8 @@ Json special_token(int id, const std::string& content) {
 }
 
 Json config_json(const worker::model::ModelConfig& c) {
-  return {{"architectures", {"LlamaForCausalLM"}},
-          {"model_type", "llama"},
+  return {{"architectures", {worker::model::hf_architecture(c.family)}},
+          {"model_type", c.family},
           {"vocab_size", c.vocab},
           {"hidden_size", c.width},
           {"num_hidden_layers", c.layers},

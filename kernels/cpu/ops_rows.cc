@@ -2,6 +2,7 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/row_kernels.h"
+#include "kernels/workspace.h"
 
 #include <algorithm>
 #include <cstring>
@@ -83,6 +84,44 @@ void write_cache(const RopeArgs& a, std::int64_t row, const T* k, const T* v) {
   }
 }
 
+/// The weight of a head's norm.
+template <class T, class Args>
+const T* head_weight(const Args& a, std::int64_t head) {
+  return a.qk_norm.template as<T>() + (head < a.heads ? 0 : a.head_dim);
+}
+
+/// One row of q, k and v from `raw`, which may be `qkv`: q and k normed.
+template <class T>
+void norm_heads(const RopeArgs& a, T* raw, T* qkv) {
+  const auto norm = row_kernels_of<T>().add_rms_norm;
+  const std::int64_t normed = a.heads + a.kv_heads, d = a.head_dim;
+  for (std::int64_t h = 0; h < normed; ++h)
+    norm(raw + h * d, nullptr, head_weight<T>(a, h), a.norm_eps, qkv + h * d, d);
+  if (raw != qkv)
+    std::memcpy(qkv + normed * d, raw + normed * d,
+                static_cast<std::size_t>(a.kv_heads * d) * sizeof(T));
+}
+
+/// Backward of norm_heads on one row. `sums`, f64 [2 * D] or null: what it adds to dqk_norm.
+template <class T>
+void norm_heads_grad(const RopeBackwardArgs& a, T* raw, T* dqkv, double* sums) {
+  const auto& kernels = row_kernels_of<T>();
+  const std::int64_t d = a.head_dim;
+  T dy[kQkNormDimMax], unused[kQkNormDimMax];
+  for (std::int64_t h = 0; h < a.heads + a.kv_heads; ++h) {
+    T *x = raw + h * d, *dx = dqkv + h * d;
+    const T* weight = head_weight<T>(a, h);
+    const float rstd = kernels.add_rms_norm(x, nullptr, weight, a.norm_eps, unused, d);
+    std::copy_n(dx, d, dy);
+    std::fill_n(dx, d, T{});
+    kernels.rms_norm_grad(dy, x, weight, rstd, dx, d);
+    if (sums == nullptr) continue;
+    double* to = sums + (h < a.heads ? 0 : d);
+    for (std::int64_t j = 0; j < d; ++j)
+      to[j] += static_cast<double>(to_f32(dy[j])) * static_cast<double>(to_f32(x[j]) * rstd);
+  }
+}
+
 template <class T>
 void rope(const RopeArgs& a, int threads) {
   const std::int64_t width = a.qkv.dim(1), half = a.head_dim / 2;
@@ -94,24 +133,43 @@ void rope(const RopeArgs& a, int threads) {
     angles(static_cast<float>(a.positions.as<std::int32_t>()[row]), a.inv_freq.as<float>(), half,
            a.attention_factor, 1.0f, cosines, sines);
     T* q = a.qkv.as<T>() + row * width;
-    turn(q, a.heads + a.kv_heads, half, cosines, sines);
     T* k = q + a.heads * a.head_dim;
+    if (a.qk_norm.defined()) norm_heads(a, a.raw.defined() ? a.raw.as<T>() + row * width : q, q);
+    turn(q, a.heads + a.kv_heads, half, cosines, sines);
     if (a.cache != nullptr) write_cache(a, row, k, k + a.kv_heads * a.head_dim);
   });
 }
 
+/// `parts`, f64 [blocks, 2 * D] or null: each kQkNormRows rows' part of dqk_norm.
 template <class T>
-void rope_grad(const RopeBackwardArgs& a, int threads) {
-  const std::int64_t width = a.dqkv.dim(1), half = a.head_dim / 2;
+void rope_grad(const RopeBackwardArgs& a, double* parts, int threads) {
+  const std::int64_t t = a.dqkv.dim(0), width = a.dqkv.dim(1), half = a.head_dim / 2;
   TANDEM_CHECK_LE(half, kHalfHeadMax, "rope_backward: head_dim ", a.head_dim);
   const auto turn = row_kernels_of<T>().rotate;
   const auto angles = row_kernels().angles;
-  parallel_for(threads, a.dqkv.dim(0), width, [&](std::int64_t row) {
+  const auto one = [&](std::int64_t row, double* sums) {
     float cosines[kHalfHeadMax], sines[kHalfHeadMax];
     angles(static_cast<float>(a.positions.as<std::int32_t>()[row]), a.inv_freq.as<float>(), half,
            a.attention_factor, -1.0f, cosines, sines);
-    turn(a.dqkv.as<T>() + row * width, a.heads + a.kv_heads, half, cosines, sines);
+    T* dqkv = a.dqkv.as<T>() + row * width;
+    turn(dqkv, a.heads + a.kv_heads, half, cosines, sines);
+    if (a.qk_norm.defined()) norm_heads_grad<T>(a, a.raw.as<T>() + row * width, dqkv, sums);
+  };
+  if (parts == nullptr)
+    return parallel_for(threads, t, width, [&](std::int64_t row) { one(row, nullptr); });
+  const std::int64_t columns = 2 * a.head_dim, blocks = (t + kQkNormRows - 1) / kQkNormRows;
+  parallel_for(threads, blocks, kQkNormRows * width, [&](std::int64_t block) {
+    double* sums = parts + block * columns;
+    std::fill_n(sums, columns, 0.0);
+    const std::int64_t end = std::min(t, (block + 1) * kQkNormRows);
+    for (std::int64_t row = block * kQkNormRows; row < end; ++row) one(row, sums);
   });
+  float* out = a.dqk_norm.as<float>();
+  for (std::int64_t j = 0; j < columns; ++j) {
+    double sum = static_cast<double>(out[j]);
+    for (std::int64_t block = 0; block < blocks; ++block) sum += parts[block * columns + j];
+    out[j] = static_cast<float>(sum);
+  }
 }
 
 template <class T>
@@ -187,8 +245,9 @@ void CpuOps::do_rms_norm_backward(Exec&, const RmsNormBackwardArgs& a) {
 void CpuOps::do_rope_forward(Exec&, const RopeArgs& a) {
   TANDEM_CPU_DISPATCH(a.qkv.dtype, rope, a, profile_.threads);
 }
-void CpuOps::do_rope_backward(Exec&, const RopeBackwardArgs& a) {
-  TANDEM_CPU_DISPATCH(a.dqkv.dtype, rope_grad, a, profile_.threads);
+void CpuOps::do_rope_backward(Exec& exec, const RopeBackwardArgs& a) {
+  const Scratch scratch(exec, rope_backward_workspace(a));
+  TANDEM_CPU_DISPATCH(a.dqkv.dtype, rope_grad, a, scratch.at<double>(0), profile_.threads);
 }
 void CpuOps::do_silu_mul_forward(Exec&, const SiluMulArgs& a) {
   TANDEM_CPU_DISPATCH(a.out.dtype, silu_mul, a, profile_.threads);

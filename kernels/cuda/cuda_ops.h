@@ -105,6 +105,15 @@ class CudaOps final : public Ops {
   void do_squared_norm(Exec&, const SquaredNormArgs&) override;
   void do_adamw(Exec&, const AdamWArgs&) override;
 
+  // -- ops_full.cu
+  /// sums[c] += the sum of parts' column c, rows in a fixed order.
+  void add_column_sums(const Exec& exec, const Tensor& parts, const Tensor& sums);
+
+  // -- ops_qk_norm.cu: ropes with qk_norm
+  void qk_norm_rope_forward(Exec& exec, const RopeArgs& a);
+  /// `view`: positions and angles.
+  void qk_norm_rope_backward(Exec& exec, const RopeBackwardArgs& a, const RopeArgs& view);
+
   // -- ops_linear.cu
   /// out = a b + u c + bias of each column: one product where lora_gemm.h has it, else two.
   void extended_product(const Exec& exec, const Matrix& a, const Matrix& b, const Matrix& u,

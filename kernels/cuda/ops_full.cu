@@ -268,8 +268,12 @@ bool CudaOps::add_norm_weight_grad(Exec& exec, const RmsNormBackwardArgs& a) {
   }
   const Tensor parts = scratch.tensor(layout.parts, DType::kF32, Shape{layout.blocks, a.dy.dim(1)});
   TANDEM_CUDA_DISPATCH(a.dy.dtype, norm_backward, stream(exec), a, parts);
-  column_sums<float>(stream(exec), parts, {}, {}, a.dweight);
+  add_column_sums(exec, parts, a.dweight);
   return true;
+}
+
+void CudaOps::add_column_sums(const Exec& exec, const Tensor& parts, const Tensor& sums) {
+  column_sums<float>(stream(exec), parts, {}, {}, sums);
 }
 
 void CudaOps::do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) {

@@ -1,5 +1,6 @@
 // Everything between two products: row lookup, norms, rotation, silu * up, copies. All are bound by
 // memory traffic; each reads its inputs once, in 16-byte accesses where rows allow it.
+#include "kernels/cuda/chunk.cuh"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/rotation.cuh"
@@ -17,12 +18,6 @@ constexpr std::int64_t kBlocksMax = 1 << 16;
 int blocks_for(std::int64_t items, std::int64_t per_block) {
   return static_cast<int>(
       std::clamp<std::int64_t>((items + per_block - 1) / per_block, 1, kBlocksMax));
-}
-
-bool aligned(std::initializer_list<const void*> pointers, std::int64_t row_bytes) {
-  std::uintptr_t bits = static_cast<std::uintptr_t>(row_bytes);
-  for (const void* p : pointers) bits |= reinterpret_cast<std::uintptr_t>(p);
-  return bits % 16 == 0;
 }
 
 // -- lookup
@@ -72,33 +67,6 @@ __device__ inline void for_columns(std::int64_t columns, const F& f) {
        c += static_cast<std::int64_t>(blockDim.x) * kStep)
     f(c);
 }
-template <class T, bool kVector>
-struct Chunk {
-  static constexpr int kSize = kVector ? Vec<T>::kSize : 1;
-  T at[kSize];
-  __device__ static Chunk load(const T* p) {
-    Chunk c;
-    if constexpr (kVector) {
-      const Vec<T> v = load_vec(p);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) c.at[i] = v.at[i];
-    } else {
-      c.at[0] = *p;
-    }
-    return c;
-  }
-  __device__ void store(T* p) const {
-    if constexpr (kVector) {
-      Vec<T> v;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) v.at[i] = at[i];
-      store_vec(p, v);
-    } else {
-      *p = at[0];
-    }
-  }
-};
-
 /// Rows of up to kChunks chunks a thread stay in registers, and the weight is near before the row
 /// is there; 0: of any length.
 template <class T, bool kVector, int kChunks>
@@ -451,15 +419,17 @@ void CudaOps::do_rms_norm_backward(Exec& exec, const RmsNormBackwardArgs& a) {
 void CudaOps::do_rope_forward(Exec& exec, const RopeArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "rope",
                               static_cast<double>(2 * a.qkv.bytes()));
+  if (a.qk_norm.defined()) return qk_norm_rope_forward(exec, a);
   TANDEM_CUDA_DISPATCH(a.qkv.dtype, rope, stream(exec), a.qkv, 1.0f, rope_view(a));
 }
 
 void CudaOps::do_rope_backward(Exec& exec, const RopeBackwardArgs& a) {
   const Profiler::Scope scope(profiler_, stream(exec), "rope_backward",
-                              static_cast<double>(2 * a.dqkv.bytes()));
+                              static_cast<double>((a.raw.defined() ? 3 : 2) * a.dqkv.bytes()));
   const RopeArgs forward{a.dqkv,  a.positions, a.inv_freq, a.attention_factor,
                          a.heads, a.kv_heads,  a.head_dim, nullptr,
                          Tensor{}};
+  if (a.qk_norm.defined()) return qk_norm_rope_backward(exec, a, forward);
   TANDEM_CUDA_DISPATCH(a.dqkv.dtype, rope, stream(exec), a.dqkv, -1.0f, rope_view(forward));
 }
 

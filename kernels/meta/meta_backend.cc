@@ -86,7 +86,7 @@ class MetaOps final : public Ops {
   void do_linear_weight_grad(Exec& exec, const LinearWeightGradArgs& a) override { run(exec, a); }
   void do_repack_weight(Exec&, const RepackWeightArgs& a) override { note(a); }
   void do_rope_forward(Exec&, const RopeArgs& a) override { note(a); }
-  void do_rope_backward(Exec&, const RopeBackwardArgs& a) override { note(a); }
+  void do_rope_backward(Exec& exec, const RopeBackwardArgs& a) override { run(exec, a); }
   void do_attention_forward(Exec& exec, const AttentionArgs& a) override { run(exec, a); }
   void do_attention_backward(Exec& exec, const AttentionBackwardArgs& a) override { run(exec, a); }
   void do_paged_attention_forward(Exec& exec, const PagedAttentionArgs& a) override {

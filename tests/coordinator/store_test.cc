@@ -10,6 +10,7 @@
 #include "tests/coordinator/core_harness.h"
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
 #include <filesystem>
 #include <fstream>
@@ -124,6 +125,34 @@ TEST_F(ModelFilesTest, TheDigestFollowsTheWeightsAndTheSettingsAndNothingElse) {
   EXPECT_EQ(hash()->model.digest, first->model.digest);
   tensor(2.0f);
   EXPECT_NE(hash()->model.digest, first->model.digest);
+}
+
+TEST_F(ModelFilesTest, ModelsOfEveryFamilyAreTakenAndShowWhereTheirContextEnds) {
+  struct Case {
+    const char *family, *settings;
+    std::int64_t context, window;  // 0: not shown
+  };
+  for (const Case& c :
+       {Case{"llama", R"("x":1)", 500, 0}, Case{"qwen2", R"("sliding_window":9)", 500, 0},
+        Case{"qwen2", R"("sliding_window":9,"use_sliding_window":true,"max_window_layers":0)", 9,
+             9},
+        Case{"qwen3", R"("sliding_window":9,"use_sliding_window":true)", 500, 0},
+        Case{"qwen3",
+             R"("sliding_window":9,"use_sliding_window":true,"layer_types":["sliding_attention"])",
+             9, 9},
+        Case{"mistral", R"("sliding_window":9)", 9, 9},
+        Case{"mistral", R"("sliding_window":null)", 500, 0},
+        Case{"mistral", R"("sliding_window":700)", 500, 0}}) {
+    write("config.json",
+          str(R"({"num_hidden_layers":2,"max_position_embeddings":500,"model_type":")", c.family,
+              "\",", c.settings, "}"));
+    const auto hashed = hash();
+    ASSERT_TRUE(hashed.ok()) << hashed.status().message();
+    EXPECT_EQ(hashed->model.family, c.family);
+    const auto summary = nlohmann::json::parse(hashed->model.summary_json);
+    EXPECT_EQ(summary.at("context"), c.context) << c.family << " " << c.settings;
+    EXPECT_EQ(summary.value("sliding_window", 0), c.window) << c.family << " " << c.settings;
+  }
 }
 
 TEST_F(ModelFilesTest, AFamilyThatIsNotSupportedAndAPathOutsideTheRootsAreRefused) {

@@ -1,6 +1,6 @@
 """Writes tests/golden/model/CASE/full.safetensors: what transformers computes when all weights of the
 tiny models of model_goldens.py are trained, in f32 on CPU. Run after model_goldens.py:
-python tests/golden/full_goldens.py (torch, transformers, safetensors).
+python tests/golden/full_goldens.py [CASE ...] (torch, transformers, safetensors).
 `--check FOLDER CASE` instead loads a folder that Tandem published and prints its loss on the case's
 documents, which shows that transformers reads it.
 
@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CASES = ["llama_grouped", "qwen2"]
+CASES = ["llama_grouped", "qwen2", "qwen3"]
 STEPS, ACCUMULATION = 12, 2
 TRAINED = ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.k_proj.weight",
-           "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"]
+           "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight",
+           "model.layers.0.self_attn.q_norm.weight"]
 
 
 def load(folder):
@@ -72,7 +73,7 @@ def main():
         with torch.no_grad():
             print("loss", mean_loss(load(sys.argv[2]), documents(golden, "")).item())
         return
-    for case in CASES:
+    for case in sys.argv[1:] or CASES:
         folder = os.path.join(HERE, "model", case)
         golden = load_file(os.path.join(folder, "golden.safetensors"))
         model = load(folder)

@@ -78,7 +78,8 @@ def golden_folder(case, folder):
     """A copy that has a tokenizer, as a model folder must; nothing here reads it."""
     path = shutil.copytree(os.path.join(HERE, "model", case), os.path.join(folder, case))
     with open(os.path.join(path, "tokenizer.json"), "w") as file:
-        file.write('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+        file.write('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, '
+                   '"pre_tokenizer": {"type": "ByteLevel"}, "decoder": {"type": "ByteLevel"}}')
     return path
 
 

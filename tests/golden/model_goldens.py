@@ -1,6 +1,6 @@
 """Writes tests/golden/model/: tiny random models in Hugging Face format with what transformers and
-PEFT compute for them in f32 on CPU. Run: python tests/golden/model_goldens.py (torch, transformers,
-peft, safetensors). Everything follows from SEED; the weights are bf16 values, so that the files are
+PEFT compute for them in f32 on CPU. Run: python tests/golden/model_goldens.py [CASE ...] (torch,
+transformers, peft, safetensors). Everything follows from SEED; the weights are bf16 values, so that the files are
 small and f32 arithmetic starts from the same numbers everywhere.
 
 Per case: config.json, model.safetensors, adapter/ (PEFT format), golden.safetensors with
@@ -16,11 +16,13 @@ import copy
 import math
 import os
 import shutil
+import sys
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, get_scheduler)
 
 SEED = 20240601
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -56,8 +58,15 @@ CASES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM,
               dict(num_key_value_heads=2, tie_word_embeddings=True,
                    rope_parameters=rope("default"))),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM,
+              dict(num_key_value_heads=2, tie_word_embeddings=True, head_dim=12,
+                   rope_parameters=rope("default"))),
+    # No document is as long as the window.
+    "mistral": (MistralConfig, MistralForCausalLM,
+                dict(num_key_value_heads=2, tie_word_embeddings=False, head_dim=12,
+                     sliding_window=48, rope_parameters=rope("default"))),
 }
-TRAINED = {"llama_grouped", "qwen2"}
+TRAINED = {"llama_grouped", "qwen2", "qwen3"}
 
 
 def randomise(model, generator):
@@ -188,6 +197,8 @@ def training(model, generator, vocab):
 def main():
     torch.set_num_threads(1)
     for index, (name, (config_class, model_class, more)) in enumerate(CASES.items()):
+        if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            continue
         folder = os.path.join(HERE, "model", name)
         shutil.rmtree(folder, ignore_errors=True)
         generator = torch.Generator().manual_seed(SEED + 100 * index)

@@ -3,8 +3,8 @@
     python tests/golden/tokenizer_oracle.py --dump build/release/bin/tokenizer_dump --gguf MODEL.gguf
 
 compares a model's GGUF vocabulary (needs the Python package gguf), and tokenizers of the GPT-2,
-Llama 3, Qwen2 and Llama 2 kind trained here on the spot, over at least 200,000 characters in more than 20
-scripts, code and emoji. Prints one JSON object; exits 1 at any difference.
+Llama 3, Qwen2 (Qwen3's too), Mistral-Nemo and Llama 2 kind (Mistral 7B's too) trained here on the spot,
+over at least 200,000 characters in more than 20 scripts, code and emoji. Prints one JSON object; exits 1 at any difference.
 """
 
 import argparse
@@ -22,6 +22,10 @@ GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 LLAMA3_SPLIT = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
                 r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# Of Mistral-Nemo: words end where an upper-case letter follows a lower-case one.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+NEMO_SPLIT = (rf"""[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"""
+              r"""|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
 
 
 def digits_then_byte_level():
@@ -106,6 +110,7 @@ def train(kind, vocab_size, texts):
         "smollm": digits_then_byte_level,
         "llama3": lambda: regex_then_byte_level(LLAMA3_SPLIT),
         "qwen2": lambda: regex_then_byte_level(QWEN2_SPLIT),
+        "nemo": lambda: regex_then_byte_level(NEMO_SPLIT),
     }[kind]()
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|begin|>", "<|end|>"]
@@ -119,9 +124,9 @@ def train(kind, vocab_size, texts):
         AddedToken("<both>", lstrip=True, rstrip=True, normalized=False), AddedToken("    ", normalized=False),
         AddedToken("<tool>x", normalized=False), AddedToken("<norm>", normalized=True)])
     byte_level = processors.ByteLevel(trim_offsets=False)
-    if kind in ("llama3", "smollm"):
+    if kind in ("llama3", "nemo", "smollm"):
         template = processors.TemplateProcessing(
-            single="<|begin|> $A" if kind == "llama3" else "<|begin|> $A <|end|>",
+            single="<|begin|> $A <|end|>" if kind == "smollm" else "<|begin|> $A",
             special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>")),
                             ("<|end|>", tokenizer.token_to_id("<|end|>"))])
         tokenizer.post_processor = processors.Sequence([byte_level, template])
@@ -171,7 +176,7 @@ def main():
     if options.gguf:
         results.append(compare("gguf", from_gguf(options.gguf), [options.dump, "--gguf", options.gguf], texts))
     train_texts = [t for _, t in text_samples.corpus(options.seed + 1, 3000)]
-    for kind in ("gpt2", "gpt2-prefix", "smollm", "llama3", "qwen2", *SENTENCEPIECE):
+    for kind in ("gpt2", "gpt2-prefix", "smollm", "llama3", "qwen2", "nemo", *SENTENCEPIECE):
         reference = train(kind, 3000, train_texts)
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
             file.write(reference.to_str())

@@ -324,6 +324,31 @@ TEST_F(Large, RopeAndAttention) {
   expect_windows("dqkv", dqkv, sdqkv);
 }
 
+TEST_F(Large, NormsOfQAndK) {
+  constexpr std::int64_t kHeads = 32, kKv = 8, kDim = 128, kQkv = (kHeads + 2 * kKv) * kDim;
+  const std::int64_t t = rows_of(kQkv);
+  TANDEM_NEED_ROOM(t * kQkv * 6);
+  const Tensor raw = zeros({t, kQkv}), qkv = zeros({t, kQkv}), dqkv = zeros({t, kQkv});
+  const Tensor sraw = small(raw), sqkv = small(qkv), sdqkv = small(dqkv);
+  randomize(raw, sraw, 1);
+  randomize(dqkv, sdqkv, 2);
+  const Tensor weight = zeros({2 * kDim}), inv_freq = zeros({kDim / 2}, DType::kF32),
+               dweight = zeros({2 * kDim}, DType::kF32);
+  upload(std::vector<float>(2 * kDim, 0.75f), weight);
+  upload(std::vector<float>(kDim / 2, 0.01f), inv_freq);
+  const auto run = [&](const Tensor& x, const Tensor& y, const Tensor& dx) {
+    const Tensor at = indices(std::vector<std::int32_t>(static_cast<std::size_t>(x.shape[0]), 7));
+    ops().rope_forward(exec(),
+                       {y, at, inv_freq, 1.0f, kHeads, kKv, kDim, nullptr, {}, weight, 1e-6f, x});
+    ops().rope_backward(exec(),
+                        {dx, at, inv_freq, 1.0f, kHeads, kKv, kDim, weight, 1e-6f, x, dweight});
+  };
+  run(raw, qkv, dqkv);
+  run(sraw, sqkv, sdqkv);
+  expect_windows("qkv", qkv, sqkv);
+  expect_windows("dqkv", dqkv, sdqkv);
+}
+
 TEST_F(Large, NormAndOptimizer) {
   const std::int64_t t = rows_of(kWidth);
   TANDEM_NEED_ROOM(t * kWidth * 18);

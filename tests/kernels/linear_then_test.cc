@@ -28,7 +28,7 @@ constexpr ThenShape kThen[] = {
 
 class LinearThen : public OpTest {
  protected:
-  enum class What { kSiluMul, kRope };
+  enum class What { kSiluMul, kRope, kRopeWithNorm };
   enum class Sites { kNone, kAll, kLast };  ///< with adapters
   static constexpr std::int64_t kBlocks = 6, kBlockSize = 16;
 
@@ -115,7 +115,7 @@ class LinearThen : public OpTest {
       const PackedWeight weight = device.weight(w_of(s), dtype(), n, s.i);
       const Shape cache_shape{kBlocks, s.kv_heads, kBlockSize, s.head_dim};
       const Values empty(static_cast<std::size_t>(cache_shape.elements()), 0.0);
-      const bool rotates = what == What::kRope;
+      const bool rotates = what != What::kSiluMul;
       const KvCache cache{rotates ? device.in_out("k", empty, dtype(), cache_shape) : Tensor{},
                           rotates ? device.in_out("v", empty, dtype(), cache_shape) : Tensor{},
                           kBlockSize};
@@ -137,6 +137,11 @@ class LinearThen : public OpTest {
                      device.ints(slots)};
       else
         then.silu_mul = {y, device.output("out", dtype(), {rows, n / 2})};
+      if (what == What::kRopeWithNorm) {
+        then.rope.qk_norm =
+            device.input(random_values(2 * s.head_dim, dtype(), 9), dtype(), {2 * s.head_dim});
+        then.rope.norm_eps = 1e-6f;
+      }
       LinearArgs args{device.input(first(x_of(s), s.i), dtype(), {rows, s.i}),
                       &weight,
                       s.bias ? device.input(bias_of(s), dtype(), {n}) : Tensor{},
@@ -196,6 +201,15 @@ TEST_P(LinearThen, MatchesTheReference) {
             << "value of row " << r << ", head " << h;
       }
   }
+}
+
+/// A norm of heads stands between the product and the rotation: the op runs behind the product.
+TEST_P(LinearThen, NormsHeadsAsTheOpsApartDo) {
+  const ThenShape& s = row(kThen);
+  if (backend() == "cpu" && s.i * outputs_of(s) > 1 << 18) GTEST_SKIP() << "one path for all sizes";
+  const Outputs apart = forward(s, What::kRopeWithNorm, false, Numerics::kReplay, s.t);
+  const Outputs joined = forward(s, What::kRopeWithNorm, true, Numerics::kReplay, s.t);
+  for (const auto& [name, output] : apart) EXPECT_EQ(joined.at(name).bytes, output.bytes) << name;
 }
 
 /// A reader reads what adapters have added. A kernel that joins it may have other tiles, and so

@@ -99,6 +99,48 @@ Values rope(Values qkv, const std::vector<std::int32_t>& positions, const Values
   return qkv;
 }
 
+namespace {
+
+/// Calls f(first element of a head, first element of its weight) for each head of q and k.
+template <class F>
+void for_heads(const QkvShape& s, const F& f) {
+  for (std::int64_t row = 0; row < s.t; ++row)
+    for (std::int64_t h = 0; h < s.heads + s.kv_heads; ++h)
+      f(row * s.width() + h * s.head_dim, h < s.heads ? 0 : s.head_dim);
+}
+Values part_of(const Values& values, std::int64_t begin, std::int64_t count) {
+  return {values.begin() + begin, values.begin() + begin + count};
+}
+
+}  // namespace
+
+Values qk_norm(const QkvShape& s, const Values& raw, const Values& weight, double eps) {
+  Values out = raw;
+  for_heads(s, [&](std::int64_t head, std::int64_t of) {
+    const Values y = rms_norm(part_of(raw, head, s.head_dim), {}, part_of(weight, of, s.head_dim),
+                              1, s.head_dim, eps)
+                         .y;
+    std::copy(y.begin(), y.end(), out.begin() + head);
+  });
+  return out;
+}
+
+QkNormGrads qk_norm_backward(const QkvShape& s, const Values& dqkv, const Values& raw,
+                             const Values& weight, double eps) {
+  QkNormGrads grads{dqkv, zeros(2 * s.head_dim)};
+  for_heads(s, [&](std::int64_t head, std::int64_t of) {
+    const Values x = part_of(raw, head, s.head_dim), dy = part_of(dqkv, head, s.head_dim);
+    const Values w = part_of(weight, of, s.head_dim);
+    const Values dx = rms_norm_backward(dy, x, w, 1, s.head_dim, eps);
+    std::copy(dx.begin(), dx.end(), grads.draw.begin() + head);
+    const double rstd = rms_norm(x, {}, w, 1, s.head_dim, eps).rstd[0];
+    for (std::int64_t j = 0; j < s.head_dim; ++j)
+      grads.dweight[static_cast<std::size_t>(of + j)] +=
+          dy[static_cast<std::size_t>(j)] * x[static_cast<std::size_t>(j)] * rstd;
+  });
+  return grads;
+}
+
 Values silu_mul(const Values& gate_up, std::int64_t t, std::int64_t f) {
   Values out = zeros(t * f);
   for (std::int64_t i = 0; i < t; ++i)

@@ -32,6 +32,20 @@ Values rope(Values qkv, const std::vector<std::int32_t>& positions, const Values
             double factor, std::int64_t heads, std::int64_t head_dim, std::int64_t width,
             double sign);
 
+/// Rows of q, k and v: H heads, then twice K, of D each.
+struct QkvShape {
+  std::int64_t t = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  [[nodiscard]] std::int64_t width() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+/// Norms each head of q and of k, by the first and the second half of weight [2 D]; v as it is.
+Values qk_norm(const QkvShape& shape, const Values& raw, const Values& weight, double eps);
+struct QkNormGrads {
+  Values draw, dweight;
+};
+/// d(sum dqkv qk_norm)/d raw and d weight.
+QkNormGrads qk_norm_backward(const QkvShape& shape, const Values& dqkv, const Values& raw,
+                             const Values& weight, double eps);
+
 Values silu_mul(const Values& gate_up, std::int64_t t, std::int64_t f);
 Values silu_mul_backward(const Values& dout, const Values& gate_up, std::int64_t t, std::int64_t f);
 

@@ -36,6 +36,20 @@ TEST(Reference, RopeTurnedBackIsTheTranspose) {
   expect_close("dx", rope(dy, positions, freq, 1.5, 1, 4, 8, -1.0), numeric, kDifferenceTolerance);
 }
 
+TEST(Reference, QkNormBackwardIsTheDerivative) {
+  const QkvShape s{3, 4, 2, 6};
+  const Values x = draw(s.t * s.width(), 1), w = draw(12, 2), dy = draw(s.t * s.width(), 3);
+  const QkNormGrads grads = qk_norm_backward(s, dy, x, w, 1e-5);
+  expect_close(
+      "draw", grads.draw,
+      numeric_gradient([&](const Values& at) { return dot(dy, qk_norm(s, at, w, 1e-5)); }, x),
+      kDifferenceTolerance);
+  expect_close(
+      "dweight", grads.dweight,
+      numeric_gradient([&](const Values& at) { return dot(dy, qk_norm(s, x, at, 1e-5)); }, w),
+      kDifferenceTolerance);
+}
+
 TEST(Reference, AttentionBackwardIsTheDerivative) {
   for (const auto& [window, cap] : {std::pair{0, 0.0f}, {3, 0.0f}, {0, 2.0f}}) {
     const AttentionSpec spec{4, 2, 4, 0.5f, window, cap};

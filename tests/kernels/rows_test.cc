@@ -290,5 +290,175 @@ TEST_P(Rope, BackwardTurnsBack) {
   expect_close("dqkv", got.at("dqkv").values(), want, tolerance(dtype(), 8));
 }
 
+// Heads of one pair, of no vector's width, of 64, 128 and 256, the largest; more rows than one sum
+// of the weights' gradient takes.
+constexpr RopeShape kQkNorm[] = {
+    {0, 1, 1, 8, 0, 1.0f},      {1, 1, 1, 2, 0, 1.0f},        {3, 4, 2, 6, 5, 1.0f},
+    {7, 3, 1, 34, 1000, 1.25f}, {4, 2, 2, 80, 17, 1.0f},      {150, 9, 3, 64, 8000, 1.0f},
+    {9, 16, 8, 128, 300, 1.0f}, {5, 2, 1, 256, 131000, 1.5f}, {2, 1, 1, 1024, 3, 1.0f}};
+
+class RopeWithQkNorm : public Rope {
+ protected:
+  static QkvShape shape_of(const RopeShape& s) { return {s.t, s.heads, s.kv_heads, s.head_dim}; }
+  /// Around 1, but for a head of zeros and one of minus signs where there is room for them.
+  static Values weight_of(const RopeShape& s, DType dtype) {
+    Values weight = random_values(2 * s.head_dim, dtype, 5);
+    for (double& w : weight) w += w < 0.0 ? -0.5 : 0.5;
+    if (s.head_dim > 2) weight.front() = weight.back() = 0.0;
+    return rounded(weight, dtype);
+  }
+  /// The inputs with a row of zeros, as inert rows may have.
+  static Inputs inputs_of(const RopeShape& s, DType dtype) {
+    Inputs in = inputs(s, dtype);
+    if (s.t > 2) std::fill_n(in.qkv.begin() + in.width, in.width, 0.0);
+    return in;
+  }
+  static Values normed_and_turned(const RopeShape& s, const Inputs& in, const Values& weight,
+                                  DType dtype) {
+    return rope(rounded(qk_norm(shape_of(s), in.qkv, weight, kEps), dtype), in.positions,
+                in.inv_freq, s.factor, s.heads + s.kv_heads, s.head_dim, in.width, 1.0);
+  }
+  RopeArgs args_of(TestDevice& device, const RopeShape& s, const Inputs& in) const {
+    RopeArgs args{{},
+                  device.ints(in.positions),
+                  device.input(in.inv_freq, DType::kF32, {s.head_dim / 2}),
+                  s.factor,
+                  s.heads,
+                  s.kv_heads,
+                  s.head_dim,
+                  nullptr,
+                  {}};
+    args.qk_norm = device.input(weight_of(s, dtype()), dtype(), {2 * s.head_dim});
+    args.norm_eps = kEps;
+    return args;
+  }
+  Outputs in_place(const RopeShape& s, const Inputs& in) const {
+    return run_op(backend(), [&](TestDevice& device) {
+      RopeArgs args = args_of(device, s, in);
+      args.qkv = device.in_out("qkv", in.qkv, dtype(), {s.t, in.width});
+      device.ops().rope_forward(device.exec(), args);
+    });
+  }
+  /// How much larger the parts of a head's gradient are than what is left of them.
+  static double condition_of(const QkvShape& s, const Values& dqkv, const Values& raw,
+                             const Values& weight, const Values& want) {
+    Values parts = dqkv;
+    for (std::size_t j = 0; j < parts.size(); ++j) {
+      const auto column = static_cast<std::int64_t>(j) % s.width(), h = column / s.head_dim;
+      if (h >= s.heads + s.kv_heads) continue;
+      const auto head = static_cast<std::ptrdiff_t>(j) - column % s.head_dim;
+      const Values x(raw.begin() + head, raw.begin() + head + s.head_dim);
+      parts[j] *=
+          weight[static_cast<std::size_t>(column % s.head_dim + (h < s.heads ? 0 : s.head_dim))] *
+          rms_norm(x, {}, Values(x.size(), 1.0), 1, s.head_dim, kEps).rstd[0];
+    }
+    return s.t == 0 ? 1.0 : std::max(1.0, std::sqrt(dot(parts, parts) / dot(want, want)));
+  }
+};
+TANDEM_OP_TEST(RopeWithQkNorm, kQkNorm);
+
+TEST_P(RopeWithQkNorm, MatchesTheReference) {
+  const RopeShape& s = row(kQkNorm);
+  const Inputs in = inputs_of(s, dtype());
+  const Values want = normed_and_turned(s, in, weight_of(s, dtype()), dtype());
+  expect_close("qkv", in_place(s, in).at("qkv").values(), want, tolerance(dtype(), s.head_dim, 2));
+}
+
+TEST_P(RopeWithQkNorm, FromRawHasTheBitsOfInPlaceAndTheCacheHoldsThem) {
+  const RopeShape& s = row(kQkNorm);
+  const Inputs in = inputs_of(s, dtype());
+  const std::int64_t block_size = 16, blocks = s.t / block_size + 2;
+  std::vector<std::int32_t> slots;  // row 1 is inert
+  for (std::int64_t r = 0; r < s.t; ++r)
+    slots.push_back(r == 1 ? -1 : static_cast<std::int32_t>(r + 5));
+  const Shape cache_shape{blocks, s.kv_heads, block_size, s.head_dim};
+  const Values empty(static_cast<std::size_t>(cache_shape.elements()), 0.0);
+  const Outputs got = run_op(backend(), [&](TestDevice& device) {
+    const KvCache cache{device.in_out("k", empty, dtype(), cache_shape),
+                        device.in_out("v", empty, dtype(), cache_shape), block_size};
+    RopeArgs args = args_of(device, s, in);
+    args.raw = device.input(in.qkv, dtype(), {s.t, in.width});
+    args.qkv = device.output("qkv", dtype(), {s.t, in.width});
+    args.cache = &cache;
+    args.cache_slots = device.ints(slots);
+    device.ops().rope_forward(device.exec(), args);
+  });
+  EXPECT_EQ(got.at("qkv").bytes, in_place(s, in).at("qkv").bytes);
+  const Values qkv = got.at("qkv").values();
+  Values k = empty, v = empty;
+  for (std::int64_t r = 0; r < s.t; ++r)
+    for (std::int64_t h = 0; r != 1 && h < s.kv_heads; ++h)
+      for (std::int64_t d = 0; d < s.head_dim; ++d) {
+        const std::int64_t slot = r + 5, from = r * in.width + (s.heads + h) * s.head_dim + d;
+        const auto to = static_cast<std::size_t>(
+            ((slot / block_size * s.kv_heads + h) * block_size + slot % block_size) * s.head_dim +
+            d);
+        k[to] = qkv[static_cast<std::size_t>(from)];
+        v[to] = qkv[static_cast<std::size_t>(from + s.kv_heads * s.head_dim)];
+      }
+  EXPECT_EQ(got.at("k").values(), k);
+  EXPECT_EQ(got.at("v").values(), v);
+}
+
+TEST_P(RopeWithQkNorm, RowsDoNotDependOnTheirNeighbours) {
+  const RopeShape& s = row(kQkNorm);
+  const Inputs in = inputs_of(s, dtype());
+  const Outputs all = in_place(s, in);
+  for (std::int64_t r = 0; r < std::min<std::int64_t>(s.t, 5); ++r) {
+    RopeShape one = s;
+    one.t = 1;
+    Inputs alone = in;
+    alone.qkv.assign(in.qkv.begin() + r * in.width, in.qkv.begin() + (r + 1) * in.width);
+    alone.positions = {in.positions[static_cast<std::size_t>(r)]};
+    EXPECT_EQ(in_place(one, alone).at("qkv").bytes, all.at("qkv").rows(r, 1)) << "row " << r;
+  }
+}
+
+TEST_P(RopeWithQkNorm, BackwardMatchesTheReference) {
+  const RopeShape& s = row(kQkNorm);
+  const Inputs in = inputs_of(s, dtype());
+  const Values weight = weight_of(s, dtype());
+  Values dy = random_values(s.t * in.width, dtype(), 6);
+  if (s.t > 2) std::fill_n(dy.begin() + in.width, in.width, 0.0);
+  const Values old = random_values(2 * s.head_dim, DType::kF32, 7);
+  enum class Weights { kFrozen, kAdded, kWritten };
+  const auto run = [&](Weights weights) {
+    return run_op(backend(), [&](TestDevice& device) {
+      const RopeArgs forward = args_of(device, s, in);
+      RopeBackwardArgs args{device.in_out("dqkv", dy, dtype(), {s.t, in.width}),
+                            forward.positions,
+                            forward.inv_freq,
+                            s.factor,
+                            s.heads,
+                            s.kv_heads,
+                            s.head_dim};
+      args.qk_norm = forward.qk_norm;
+      args.norm_eps = kEps;
+      args.raw = device.input(in.qkv, dtype(), {s.t, in.width});
+      const Shape shape{2 * s.head_dim};
+      if (weights == Weights::kAdded) args.dqk_norm = device.in_out("dw", old, DType::kF32, shape);
+      if (weights == Weights::kWritten) args.dqk_norm = device.output("dw", DType::kF32, shape);
+      args.overwrite = weights == Weights::kWritten;
+      device.ops().rope_backward(device.exec(), args);
+    });
+  };
+  const Values turned = rounded(rope(dy, in.positions, in.inv_freq, s.factor, s.heads + s.kv_heads,
+                                     s.head_dim, in.width, -1.0),
+                                dtype());
+  const QkNormGrads want = qk_norm_backward(shape_of(s), turned, in.qkv, weight, kEps);
+  const double condition = condition_of(shape_of(s), turned, in.qkv, weight, want.draw);
+  const Outputs got = run(Weights::kWritten);
+  expect_close("dqkv", got.at("dqkv").values(), want.draw,
+               condition * tolerance(dtype(), s.head_dim, 2));
+  const double close = tolerance(DType::kF32, s.t * s.heads) + unit_roundoff(dtype());
+  expect_close("dw", got.at("dw").values(), want.dweight, close);
+  const Outputs added = run(Weights::kAdded), frozen = run(Weights::kFrozen);
+  Values sum = old;
+  for (std::size_t j = 0; j < sum.size(); ++j) sum[j] += want.dweight[j];
+  expect_close("dw, added", added.at("dw").values(), sum, close);
+  EXPECT_EQ(added.at("dqkv").bytes, got.at("dqkv").bytes);
+  EXPECT_EQ(frozen.at("dqkv").bytes, got.at("dqkv").bytes);
+}
+
 }  // namespace
 }  // namespace tandem::kernels::testing

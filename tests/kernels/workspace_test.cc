@@ -297,6 +297,21 @@ void add_row_cases(std::vector<Case>& cases) {
                                         {qkv, positions, freq, 1.0f, 2, 1, 16, nullptr, {}});
          side.backend.ops->rope_backward(side.exec, {qkv, positions, freq, 1.0f, 2, 1, 16});
        }});
+  for (const std::int64_t t : {1, 64, 700})
+    for (const bool trains : {false, true})
+      cases.push_back(
+          {str("rope with a norm of q and k, ", t, trains ? " rows, trained" : " rows"),
+           [=](Side& side, DType cd) {
+             const Tensor positions = side.zeros(DType::kI32, {t});
+             const Tensor freq = side.zeros(DType::kF32, {32}), weight = side.zeros(cd, {128});
+             const Tensor qkv = side.zeros(cd, {t, 256}), raw = side.zeros(cd, {t, 256});
+             side.backend.ops->rope_forward(
+                 side.exec,
+                 {qkv, positions, freq, 1.0f, 2, 1, 64, nullptr, {}, weight, 1e-6f, raw});
+             side.backend.ops->rope_backward(
+                 side.exec, {qkv, positions, freq, 1.0f, 2, 1, 64, weight, 1e-6f, raw,
+                             trains ? side.zeros(DType::kF32, {128}) : Tensor{}});
+           }});
   cases.push_back({"silu", [](Side& side, DType cd) {
                      const Tensor wide = side.zeros(cd, {9, 64}), narrow = side.zeros(cd, {9, 32});
                      side.backend.ops->silu_mul_forward(side.exec, {wide, narrow});

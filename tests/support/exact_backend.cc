@@ -222,6 +222,11 @@ class ExactOps final : public Ops {
   }
   void do_rope_forward(Exec&, const RopeArgs& a) override {
     TANDEM_CHECK(a.cache == nullptr, "the exact backend does not serve");
+    if (a.qk_norm.defined())
+      store(testing::qk_norm({a.qkv.dim(0), a.heads, a.kv_heads, a.head_dim},
+                             values_of(a.raw.defined() ? a.raw : a.qkv), values_of(a.qk_norm),
+                             static_cast<double>(a.norm_eps)),
+            a.qkv);
     store(turned(a.qkv, a.positions, a.inv_freq, a.attention_factor, a.heads + a.kv_heads,
                  a.head_dim, 1.0),
           a.qkv);
@@ -230,6 +235,14 @@ class ExactOps final : public Ops {
     store(turned(a.dqkv, a.positions, a.inv_freq, a.attention_factor, a.heads + a.kv_heads,
                  a.head_dim, -1.0),
           a.dqkv);
+    if (!a.qk_norm.defined()) return;
+    const testing::QkNormGrads grads = testing::qk_norm_backward(
+        {a.dqkv.dim(0), a.heads, a.kv_heads, a.head_dim}, values_of(a.dqkv), values_of(a.raw),
+        values_of(a.qk_norm), static_cast<double>(a.norm_eps));
+    store(grads.draw, a.dqkv);
+    if (!a.dqk_norm.defined()) return;
+    for (std::size_t j = 0; j < grads.dweight.size(); ++j)
+      a.dqk_norm.as<double>()[j] += grads.dweight[j];
   }
   void do_attention_forward(Exec&, const AttentionArgs& a) override {
     const auto r =

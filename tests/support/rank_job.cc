@@ -133,7 +133,7 @@ train::BatchBounds rank_job_bounds(const RankJob& job) {
 
 model::ModelConfig rank_job_model(const RankJob& job) {
   model::ModelConfig config;
-  config.family = job.bias ? "qwen2" : "llama";
+  config.family = job.qk_norm ? "qwen3" : job.bias ? "qwen2" : "llama";
   config.vocab = 97;
   config.width = 36;
   config.layers = 8;
@@ -143,7 +143,8 @@ model::ModelConfig rank_job_model(const RankJob& job) {
   config.mlp_width = 52;
   config.context_max = 64;
   config.tied_embedding = job.tied;
-  config.qkv_bias = job.bias;
+  config.qkv_bias = job.bias && !job.qk_norm;
+  config.qk_norm = job.qk_norm;
   return config;
 }
 

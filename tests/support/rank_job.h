@@ -26,6 +26,7 @@ struct RankJob {
   /// On the CPU: makes as if they did (background_communicator.h), and counts what was begun.
   std::atomic<std::int64_t>* background = nullptr;
   bool tied = true, bias = true;
+  bool qk_norm = false;  ///< as Qwen3; without biases
   std::int64_t steps = 30;
   double max_grad_norm = 1.0;
   double learning_rate_scale = 1.0;

@@ -3,6 +3,7 @@
 #include "protocol/base/random.h"
 #include "storage/safetensors.h"
 #include "tools/random_model.h"
+#include "worker/model/model_config.h"
 
 #include <nlohmann/json.hpp>
 
@@ -32,15 +33,19 @@ void write_tokenizer(const std::string& folder) {
 
 }  // namespace
 
-void write_tiny_model(const std::string& folder, std::uint64_t seed, std::int64_t layers) {
+void write_tiny_model(const std::string& folder, std::uint64_t seed, std::int64_t layers,
+                      const std::string& family) {
   std::filesystem::create_directories(folder);
-  write(folder + "/config.json", Json{{"architectures", {"LlamaForCausalLM"}},
-                                      {"model_type", "llama"},
+  const std::int64_t head = kWidth / kHeads;
+  write(folder + "/config.json", Json{{"architectures", {worker::model::hf_architecture(family)}},
+                                      {"model_type", family},
                                       {"vocab_size", kVocab},
                                       {"hidden_size", kWidth},
                                       {"num_hidden_layers", layers},
                                       {"num_attention_heads", kHeads},
                                       {"num_key_value_heads", kKvHeads},
+                                      {"head_dim", head},
+                                      {"sliding_window", nullptr},
                                       {"intermediate_size", kMlp},
                                       {"max_position_embeddings", 512},
                                       {"rms_norm_eps", 1e-5},
@@ -69,7 +74,6 @@ void write_tiny_model(const std::string& folder, std::uint64_t seed, std::int64_
   };
   add("model.embed_tokens.weight", {kVocab, kWidth}, false);
   add("model.norm.weight", {kWidth}, true);
-  const std::int64_t head = kWidth / kHeads;
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     const std::string at = "model.layers." + std::to_string(layer) + ".";
     add(at + "input_layernorm.weight", {kWidth}, true);
@@ -77,6 +81,12 @@ void write_tiny_model(const std::string& folder, std::uint64_t seed, std::int64_
     add(at + "self_attn.q_proj.weight", {kWidth, kWidth}, false);
     add(at + "self_attn.k_proj.weight", {kKvHeads * head, kWidth}, false);
     add(at + "self_attn.v_proj.weight", {kKvHeads * head, kWidth}, false);
+    if (family == "qwen2")
+      for (const auto& [site, n] : {std::pair{"q", kHeads}, {"k", kKvHeads}, {"v", kKvHeads}})
+        add(at + "self_attn." + site + "_proj.bias", {n * head}, false);
+    if (family == "qwen3")
+      for (const char* norm : {"q_norm", "k_norm"})
+        add(at + "self_attn." + norm + ".weight", {head}, true);
     add(at + "self_attn.o_proj.weight", {kWidth, kWidth}, false);
     add(at + "mlp.gate_proj.weight", {kMlp, kWidth}, false);
     add(at + "mlp.up_proj.weight", {kMlp, kWidth}, false);

@@ -154,6 +154,51 @@ TEST_P(FullLayouts, TrainsAsOneRankDoesAndIsServed) {
   EXPECT_TRUE(answer.ok()) << answer.status().to_string();
 }
 
+/// Of the families that the pool's own model is not of: both methods, on one rank and cut.
+class FullFamilies : public Fulls, public testing::WithParamInterface<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Each, FullFamilies, testing::Values("mistral", "qwen2", "qwen3"),
+                         [](const auto& each) { return each.param; });
+
+TEST_P(FullFamilies, AreTrainedServedAndExported) {
+  const std::string base = GetParam(), folder = platform_->directory() + "/" + base;
+  write_tiny_model(folder, 9, 2, base);
+  const Json added = platform_->call("model.add", {{"name", base}, {"path", folder}});
+  EXPECT_EQ(model(base).value("family", ""), base) << added.dump(1);
+  const Json settings = with(kSettings, {{"max_steps", 12}, {"save_steps", 0}});
+  const auto losses_of = [&](const Json& spec) {
+    const std::string job = platform_->call("job.submit", {{"spec", spec}}).value("job", "");
+    finish(job);
+    return platform_->losses(job);
+  };
+  const auto full = [&](const std::string& name, const Json& layout) {
+    return losses_of(
+        {{"model", base}, {"dataset", data_}, {"name", name}, {"train", with(settings, layout)}});
+  };
+  const auto lora = [&](const std::string& name, Json layout) {
+    layout["method"] = "lora";
+    return losses_of({{"model", base},
+                      {"dataset", data_},
+                      {"adapter", name},
+                      {"train", with(settings, layout)}});
+  };
+  const auto expect_same = [&](const std::map<std::int64_t, double>& got,
+                               const std::map<std::int64_t, double>& want) {
+    ASSERT_EQ(want.size(), 12u);
+    for (const auto& [step, loss] : want) EXPECT_NEAR(got.at(step), loss, 1e-5) << "step " << step;
+  };
+  expect_same(full(base + "-full-tp", {{"tp", 2}}), full(base + "-full", Json::object()));
+  expect_same(lora(base + "-lora-pp", {{"pp", 2}}), lora(base + "-lora", Json::object()));
+  for (const std::string& name : {base, base + "-full", base + "-lora"}) {
+    const auto answer = platform_->generate(name, "say red 1", 8);
+    EXPECT_TRUE(answer.ok()) << name << ": " << answer.status().to_string();
+  }
+  const std::string out = platform_->directory() + "/" + base + "-exported";
+  ASSERT_EQ(platform_->cli({"model", "export", base + "-full", out}).code, 0);
+  EXPECT_EQ(
+      platform_->call("model.add", {{"name", base + "-again"}, {"path", out}}).value("digest", "-"),
+      model(base + "-full").value("digest", ""));
+}
+
 TEST_F(Fulls, EachRankKilledCostsARetryAndNotABit) {
   const Json layout{{"dp", 2}, {"zero", 3}, {"max_steps", 60}};
   finish(submit("calm", with(kSettings, layout)));

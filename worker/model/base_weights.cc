@@ -72,6 +72,9 @@ class Loader {
           {bias_name(layer, Site::kQ), bias_name(layer, Site::kK), bias_name(layer, Site::kV)},
           {config_.heads * config_.head_dim, config_.kv_heads * config_.head_dim,
            config_.kv_heads * config_.head_dim});
+    if (config_.qk_norm)
+      block.qk_norm =
+          vector({q_norm_name(layer), k_norm_name(layer)}, {config_.head_dim, config_.head_dim});
     block.o = stacked(layer, {Site::kO});
     block.gate_up = stacked(layer, {Site::kGate, Site::kUp});
     block.down = stacked(layer, {Site::kDown});
@@ -122,6 +125,13 @@ std::string mlp_norm_name(std::int64_t layer) {
   return str("model.layers.", layer, ".post_attention_layernorm.weight");
 }
 
+std::string q_norm_name(std::int64_t layer) {
+  return str("model.layers.", layer, ".self_attn.q_norm.weight");
+}
+std::string k_norm_name(std::int64_t layer) {
+  return str("model.layers.", layer, ".self_attn.k_norm.weight");
+}
+
 SiteShape site_shape(const ModelConfig& config, Site site) {
   const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
   switch (site) {
@@ -148,6 +158,9 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config) {
   for (std::int64_t layer = 0; layer < config.layers; ++layer) {
     specs.push_back({attention_norm_name(layer), config.width, 0});
     specs.push_back({mlp_norm_name(layer), config.width, 0});
+    if (config.qk_norm)
+      for (const std::string& name : {q_norm_name(layer), k_norm_name(layer)})
+        specs.push_back({name, config.head_dim, 0});
     for (int s = 0; s < kSiteCount; ++s) {
       const Site site{s};
       const SiteShape shape = site_shape(config, site);

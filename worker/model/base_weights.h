@@ -33,6 +33,9 @@ std::string weight_name(std::int64_t layer, Site site);
 std::string bias_name(std::int64_t layer, Site site);
 std::string attention_norm_name(std::int64_t layer);
 std::string mlp_norm_name(std::int64_t layer);
+/// Of every head of q, and of k: [D] each.
+std::string q_norm_name(std::int64_t layer);
+std::string k_norm_name(std::int64_t layer);
 
 /// A tensor of a checkpoint: name and logical shape [n, i]; i = 0: a vector of n.
 struct TensorSpec {
@@ -49,6 +52,7 @@ struct BlockWeights {
   kernels::PackedWeight o;                   ///< [C, H * D]
   kernels::PackedWeight gate_up;             ///< [2F, C]: gate, then up
   kernels::PackedWeight down;                ///< [C, F]
+  kernels::Tensor qk_norm;                   ///< [2 * D] cd: of q, then of k; or undefined
 };
 
 /// Where host bytes come from while a model is built: a Hugging Face folder, a GGUF file, a
@@ -137,7 +141,7 @@ std::unique_ptr<WeightSource> make_resident_weights(std::shared_ptr<const BaseWe
 
 /// Where gradients of weights go (f32, accumulated); shapes as in BlockWeights.
 struct BlockGrads {
-  kernels::Tensor attention_norm, mlp_norm, qkv, qkv_bias, o, gate_up, down;
+  kernels::Tensor attention_norm, mlp_norm, qkv, qkv_bias, o, gate_up, down, qk_norm;
   bool fresh = false;  ///< they hold nothing yet: backward writes them instead of adding
 };
 struct EndGrads {

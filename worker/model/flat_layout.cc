@@ -143,6 +143,13 @@ FlatLayout block_layout(const ModelConfig& config, const ModelShard& shard, std:
     for (Site site : {Site::kQ, Site::kK, Site::kV})
       layout.add(bias_name(layer, site), {site_shape(config, site).n},
                  bias_slice(config, site, shard), site == Site::kQ);
+  if (config.qk_norm)
+    for (const std::string& name : {q_norm_name(layer), k_norm_name(layer)}) {
+      FlatTensor& norm = layout.add(name, {config.head_dim}, {0, config.head_dim, 0, 1},
+                                    name == q_norm_name(layer));
+      norm.partial = shard.tp_size > 1;  // each rank has heads of its own
+      norm.counted = first_rank;
+    }
   matrix(Site::kO, true);
   matrix(Site::kGate, true);
   matrix(Site::kUp, false);
@@ -166,17 +173,26 @@ FlatLayout ends_layout(const ModelConfig& config, const ModelShard& shard) {
 }
 
 BlockGrads block_views(const FlatLayout& layout, const Tensor& flat) {
-  const bool bias = layout.tensors.size() == 12;
-  TANDEM_CHECK(bias || layout.tensors.size() == 9, layout.tensors.size(), " tensors of a block");
-  const std::size_t o = bias ? 8 : 5;
+  std::size_t next = 0;
+  const auto take = [&](std::size_t count) {
+    TANDEM_CHECK_LE(next + count, layout.tensors.size(), " tensors of a block");
+    const Tensor view = stack(layout, next, count, flat);
+    next += count;
+    return view;
+  };
+  const auto follows = [&](const char* ending) {
+    return next < layout.tensors.size() && layout.tensors[next].name.ends_with(ending);
+  };
   BlockGrads views;
-  views.attention_norm = stack(layout, 0, 1, flat);
-  views.mlp_norm = stack(layout, 1, 1, flat);
-  views.qkv = stack(layout, 2, 3, flat);
-  if (bias) views.qkv_bias = stack(layout, 5, 3, flat);
-  views.o = stack(layout, o, 1, flat);
-  views.gate_up = stack(layout, o + 1, 2, flat);
-  views.down = stack(layout, o + 3, 1, flat);
+  views.attention_norm = take(1);
+  views.mlp_norm = take(1);
+  views.qkv = take(3);
+  if (follows(".bias")) views.qkv_bias = take(3);
+  if (follows(".q_norm.weight")) views.qk_norm = take(2);
+  views.o = take(1);
+  views.gate_up = take(2);
+  views.down = take(1);
+  TANDEM_CHECK_EQ(next, layout.tensors.size(), " tensors of a block");
   return views;
 }
 
@@ -185,8 +201,8 @@ BlockWeights block_weights(const FlatLayout& layout, const Tensor& flat) {
   const auto weight = [](const Tensor& x) {
     return kernels::PackedWeight{{x.data, DType::kU8, {x.bytes()}}, x.dtype, x.dim(0), x.dim(1)};
   };
-  return {views.attention_norm, views.mlp_norm,        weight(views.qkv), views.qkv_bias,
-          weight(views.o),      weight(views.gate_up), weight(views.down)};
+  return {views.attention_norm, views.mlp_norm,        weight(views.qkv),  views.qkv_bias,
+          weight(views.o),      weight(views.gate_up), weight(views.down), views.qk_norm};
 }
 
 EndGrads end_views(const FlatLayout& layout, const Tensor& flat) {
@@ -252,6 +268,7 @@ void unpack_block(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layo
   ops.copy(exec, from.attention_norm, to.attention_norm);
   ops.copy(exec, from.mlp_norm, to.mlp_norm);
   if (from.qkv_bias.defined()) ops.copy(exec, from.qkv_bias, to.qkv_bias);
+  if (from.qk_norm.defined()) ops.copy(exec, from.qk_norm, to.qk_norm);
   repack(ops, exec, from.qkv, to.qkv);
   repack(ops, exec, from.o, to.o);
   repack(ops, exec, from.gate_up, to.gate_up);
@@ -269,6 +286,7 @@ std::vector<PlainRows> plain_block(const FlatLayout& layout, const BlockWeights&
   add(block.mlp_norm, 1);
   add(plain(block.qkv), 3);
   if (block.qkv_bias.defined()) add(block.qkv_bias, 3);
+  if (block.qk_norm.defined()) add(block.qk_norm, 2);
   add(plain(block.o), 1);
   add(plain(block.gate_up), 2);
   add(plain(block.down), 1);
@@ -307,6 +325,7 @@ BlockWeights allocate_block(kernels::Ops& ops, kernels::Arena& arena, const Mode
   block.mlp_norm = arena.alloc({local.width}, dtype);
   block.qkv = matrix(q + 2 * kv, local.width);
   if (local.qkv_bias) block.qkv_bias = arena.alloc({q + 2 * kv}, dtype);
+  if (local.qk_norm) block.qk_norm = arena.alloc({2 * local.head_dim}, dtype);
   block.o = matrix(local.width, q);
   block.gate_up = matrix(2 * local.mlp_width, local.width);
   block.down = matrix(local.width, local.mlp_width);

@@ -80,14 +80,16 @@ const char* torch_dtype_name(DType dtype) {
 }
 
 Result<std::string> hf_config_json(const ModelConfig& config, DType dtype) {
-  const bool llama = config.family == "llama", qwen2 = config.family == "qwen2";
-  if ((!llama && !qwen2) || config.qkv_bias != qwen2)
-    return refused_error(
-        str("a model of family ", config.family, config.qkv_bias ? " with" : " without",
-            " biases of q, k and v has no config.json of ours; llama and qwen2 have"));
+  const std::string architecture = hf_architecture(config.family);
+  if (architecture.empty() || config.qkv_bias != (config.family == "qwen2") ||
+      config.qk_norm != (config.family == "qwen3"))
+    return refused_error(str("a model of family ", config.family,
+                             config.qkv_bias ? " with" : " without", " biases of q, k and v and",
+                             config.qk_norm ? " with" : " without",
+                             " norms of q and k has no config.json of ours"));
   if (config.window != 0) return refused_error("sliding windows have no config.json of ours");
   TANDEM_ASSIGN_OR_RETURN(const Json rope, rope_json(config.rope_scaling));
-  Json json{{"architectures", {llama ? "LlamaForCausalLM" : "Qwen2ForCausalLM"}},
+  Json json{{"architectures", {architecture}},
             {"model_type", config.family},
             {"vocab_size", config.vocab},
             {"hidden_size", config.width},
@@ -101,7 +103,10 @@ Result<std::string> hf_config_json(const ModelConfig& config, DType dtype) {
             {"tie_word_embeddings", config.tied_embedding},
             {"hidden_act", "silu"},
             {"torch_dtype", torch_dtype_name(dtype)}};
-  if (config.head_dim * config.heads != config.width) json["head_dim"] = config.head_dim;
+  if (config.head_dim * config.heads != config.width || config.qk_norm)
+    json["head_dim"] = config.head_dim;
+  // Where it is not said, Mistral has a window of 4096. Ours is the end of the context already.
+  if (config.family == "mistral") json["sliding_window"] = nullptr;
   if (!rope.is_null()) json["rope_scaling"] = rope;
   if (config.bos_id >= 0) json["bos_token_id"] = config.bos_id;
   if (!config.eos_ids.empty()) json["eos_token_id"] = config.eos_ids;

@@ -2,6 +2,7 @@
 
 #include "storage/json_strict.h"
 
+#include <algorithm>
 #include <set>
 
 namespace tandem::worker::model {
@@ -97,6 +98,8 @@ class Fields {
  public:
   Fields(const Json& object, std::string where) : object_(object), where_(std::move(where)) {}
 
+  /// Whether the file says anything of it, null included.
+  [[nodiscard]] bool says(const std::string& key) const { return object_.contains(key); }
   /// The value, or null when the key is absent or null.
   const Json* find(const std::string& key) {
     seen_.insert(key);
@@ -206,14 +209,23 @@ Status read_rope(const Json& object, const char* key, ModelConfig& config) {
   return fields.no_others({});
 }
 
+/// A model_type and the name under "architectures" that it stands for.
+struct Family {
+  const char* name;
+  const char* architecture;
+};
+constexpr Family kFamilies[] = {{"llama", "LlamaForCausalLM"},
+                                {"mistral", "MistralForCausalLM"},
+                                {"qwen2", "Qwen2ForCausalLM"},
+                                {"qwen3", "Qwen3ForCausalLM"}};
+
 /// The one name of "architectures"; of a file without that key, what its model_type stands for.
 Result<std::string> read_architecture(Fields& fields) {
   const Json* names = fields.find("architectures");
   const Json* type = fields.find("model_type");
-  if (names == nullptr && type != nullptr && *type == "llama")
-    return std::string("LlamaForCausalLM");
-  if (names == nullptr && type != nullptr && *type == "qwen2")
-    return std::string("Qwen2ForCausalLM");
+  if (names == nullptr && type != nullptr)
+    for (const Family& family : kFamilies)
+      if (*type == family.name) return std::string(family.architecture);
   if (names == nullptr || !names->is_array() || names->size() != 1 || !(*names)[0].is_string())
     return invalid_error("config.json: architectures must hold one name");
   return (*names)[0].get<std::string>();
@@ -221,16 +233,29 @@ Result<std::string> read_architecture(Fields& fields) {
 
 Status read_family(Fields& fields, ModelConfig& config) {
   TANDEM_ASSIGN_OR_RETURN(const std::string name, read_architecture(fields));
-  if (name == "LlamaForCausalLM") {
-    config.family = "llama";
-  } else if (name == "Qwen2ForCausalLM") {
-    config.family = "qwen2";
-    config.qkv_bias = true;
-  } else {
-    return refused_error(str("config.json: architecture ", name,
-                             " is not supported (LlamaForCausalLM, Qwen2ForCausalLM are)"));
+  std::string known;
+  for (const Family& family : kFamilies) {
+    if (name == family.architecture) config.family = family.name;
+    known += str(known.empty() ? "" : ", ", family.architecture);
   }
+  if (config.family.empty())
+    return refused_error(
+        str("config.json: architecture ", name, " is not supported (", known, " are)"));
+  config.qkv_bias = config.family == "qwen2";
+  config.qk_norm = config.family == "qwen3";
   return {};
+}
+
+/// What transformers takes where a file does not say; of `kv_heads`, 0: as many as heads.
+struct Defaults {
+  std::int64_t kv_heads, head_dim, context_max;
+};
+Defaults defaults_of(const ModelConfig& config) {
+  const std::int64_t head_dim = config.width / config.heads;
+  if (config.family == "llama") return {0, head_dim, 2048};
+  if (config.family == "mistral") return {8, head_dim, 131072};
+  if (config.family == "qwen3") return {32, 128, 32768};
+  return {0, head_dim, 32768};
 }
 
 Status read_sizes(Fields& fields, ModelConfig& config) {
@@ -241,16 +266,58 @@ Status read_sizes(Fields& fields, ModelConfig& config) {
   TANDEM_RETURN_IF_ERROR(fields.integer("num_attention_heads", config.heads, true));
   if (config.heads <= 0)
     return invalid_error(str("config.json: num_attention_heads is ", config.heads));
-  config.kv_heads = config.heads;
+  const Defaults defaults = defaults_of(config);
+  config.kv_heads = fields.says("num_key_value_heads") || defaults.kv_heads == 0
+                        ? config.heads
+                        : defaults.kv_heads;
   TANDEM_RETURN_IF_ERROR(fields.integer("num_key_value_heads", config.kv_heads));
-  config.head_dim = config.width / config.heads;
+  config.head_dim = defaults.head_dim;
   TANDEM_RETURN_IF_ERROR(fields.integer("head_dim", config.head_dim));
-  config.context_max = config.family == "llama" ? 2048 : 32768;  // transformers' defaults
+  config.context_max = defaults.context_max;
   TANDEM_RETURN_IF_ERROR(fields.integer("max_position_embeddings", config.context_max));
   double eps = 1e-6;
   TANDEM_RETURN_IF_ERROR(fields.number("rms_norm_eps", eps));
   config.norm_eps = static_cast<float>(eps);
   return fields.boolean("tie_word_embeddings", config.tied_embedding);
+}
+
+/// The sliding window that some block has; 0: none has. As transformers' configurations read it:
+/// Mistral's holds in every block, and is 4096 where a file does not speak of it; Qwen's where
+/// use_sliding_window says so, in the blocks from max_window_layers on or those of layer_types.
+Status read_window(Fields& fields, const ModelConfig& config, std::int64_t& window) {
+  if (config.family == "llama") {
+    TANDEM_RETURN_IF_ERROR(fields.must_be("use_sliding_window", false));
+    if (const Json* value = fields.find("sliding_window"))
+      return refused_error(str("config.json: sliding_window ", value->dump(), " is not supported"));
+  }
+  const bool mistral = config.family == "mistral";
+  bool used = mistral;
+  if (mistral)
+    TANDEM_RETURN_IF_ERROR(fields.must_be("use_sliding_window", true));
+  else
+    TANDEM_RETURN_IF_ERROR(fields.boolean("use_sliding_window", used));
+  std::int64_t size = fields.says("sliding_window") ? 0 : 4096, first = 28;
+  TANDEM_RETURN_IF_ERROR(fields.integer("sliding_window", size));
+  TANDEM_RETURN_IF_ERROR(fields.integer("max_window_layers", first));
+  const bool null = fields.says("sliding_window") && fields.find("sliding_window") == nullptr;
+  used = used && !null;
+  if (used && size < 1) return invalid_error(str("config.json: sliding_window is ", size));
+  bool slides = mistral || first < config.layers;
+  if (const Json* types = fields.find("layer_types")) {
+    slides = mistral;
+    for (const Json& type : *types) {
+      if (type == "full_attention") continue;
+      if (type != "sliding_attention" || !used)
+        return refused_error(str("config.json: layer_types holds ", type.dump(),
+                                 used ? "; only \"full_attention\" and \"sliding_attention\" are "
+                                        "supported"
+                                      : "; without a sliding window only \"full_attention\" is "
+                                        "supported"));
+      slides = true;
+    }
+  }
+  window = used && slides ? size : 0;
+  return {};
 }
 
 /// Settings that exist in these families and of which we compute only one value.
@@ -265,18 +332,9 @@ Status check_fixed(Fields& fields, const ModelConfig& config) {
   TANDEM_RETURN_IF_ERROR(fields.must_be("rope_interleaved", false));
   TANDEM_RETURN_IF_ERROR(fields.must_be("is_encoder_decoder", false));
   TANDEM_RETURN_IF_ERROR(fields.must_be("add_cross_attention", false));
-  TANDEM_RETURN_IF_ERROR(fields.must_be("use_sliding_window", false));
   if (const Json* value = fields.find("quantization_config"))
     return refused_error(str("config.json: quantization_config ", value->dump().substr(0, 200),
                              " is not supported; use the unquantized model or a GGUF file"));
-  // Qwen2 files carry a window that use_sliding_window switches off; Llama has none.
-  if (const Json* value = fields.find("sliding_window"); value && config.family != "qwen2")
-    return refused_error(str("config.json: sliding_window ", value->dump(), " is not supported"));
-  if (const Json* types = fields.find("layer_types"))
-    for (const Json& type : *types)
-      if (type != "full_attention")
-        return refused_error(str("config.json: layer_types holds ", type.dump(),
-                                 "; only \"full_attention\" is supported"));
   return {};
 }
 
@@ -313,9 +371,19 @@ Result<ModelConfig> ModelConfig::from_hf_json(const std::string& json_text) {
     TANDEM_RETURN_IF_ERROR(read_rope(*rope, "rope_scaling", config));
   if (const Json* rope = fields.find("rope_parameters"))
     TANDEM_RETURN_IF_ERROR(read_rope(*rope, "rope_parameters", config));
+  std::int64_t window = 0;
+  TANDEM_RETURN_IF_ERROR(read_window(fields, config, window));
   TANDEM_RETURN_IF_ERROR(fields.no_others(harmless_keys()));
   TANDEM_RETURN_IF_ERROR(config.validate());
+  // Last: what rope scaling takes from max_position_embeddings, it takes from the file's.
+  if (window > 0) config.context_max = std::min(config.context_max, window);
   return config;
+}
+
+std::string hf_architecture(const std::string& family) {
+  for (const Family& known : kFamilies)
+    if (family == known.name) return known.architecture;
+  return "";
 }
 
 Status ModelConfig::validate() const {
@@ -338,6 +406,10 @@ Status ModelConfig::validate() const {
         str("model: ", heads, " query heads are no multiple of ", kv_heads, " key-value heads"));
   if (head_dim % 2 != 0)
     return invalid_error(str("model: head_dim ", head_dim, " is odd; rope needs pairs"));
+  if (qk_norm && head_dim > kernels::kQkNormDimMax)
+    return refused_error(str("model: head_dim ", head_dim,
+                             " is not supported with norms of q and k; ", kernels::kQkNormDimMax,
+                             " is the largest"));
   if (!(rope_theta > 0.0) || !(norm_eps >= 0.0f) || !(rope_scaling.factor > 0.0))
     return invalid_error(str("model: rope_theta ", rope_theta, ", rms_norm_eps ", norm_eps,
                              ", rope factor ", rope_scaling.factor, ": one is out of range"));
@@ -363,23 +435,24 @@ std::string ModelConfig::canonical_json() const {
             {"truncate", rope_scaling.truncate},
             {"factors", rope_scaling.factors}};
   if (rope_scaling.attention_factor) rope["attention_factor"] = *rope_scaling.attention_factor;
-  const Json json{{"family", family},
-                  {"vocab", vocab},
-                  {"width", width},
-                  {"layers", layers},
-                  {"heads", heads},
-                  {"kv_heads", kv_heads},
-                  {"head_dim", head_dim},
-                  {"mlp_width", mlp_width},
-                  {"context_max", context_max},
-                  {"norm_eps", norm_eps},
-                  {"rope_theta", rope_theta},
-                  {"rope_scaling", rope},
-                  {"tied_embedding", tied_embedding},
-                  {"qkv_bias", qkv_bias},
-                  {"window", window},
-                  {"bos_id", bos_id},
-                  {"eos_ids", eos_ids}};
+  Json json{{"family", family},
+            {"vocab", vocab},
+            {"width", width},
+            {"layers", layers},
+            {"heads", heads},
+            {"kv_heads", kv_heads},
+            {"head_dim", head_dim},
+            {"mlp_width", mlp_width},
+            {"context_max", context_max},
+            {"norm_eps", norm_eps},
+            {"rope_theta", rope_theta},
+            {"rope_scaling", rope},
+            {"tied_embedding", tied_embedding},
+            {"qkv_bias", qkv_bias},
+            {"window", window},
+            {"bos_id", bos_id},
+            {"eos_ids", eos_ids}};
+  if (qk_norm) json["qk_norm"] = true;  // said where it is: models without it keep their identity
   return storage::canonical_json(json).value();
 }
 

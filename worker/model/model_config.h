@@ -30,15 +30,18 @@ struct RopeScaling {
 };
 
 struct ModelConfig {
-  std::string family;  ///< "llama", "qwen2", "qwen3"
+  std::string family;  ///< "llama", "mistral", "qwen2", "qwen3"
   std::int64_t vocab = 0, width = 0, layers = 0, heads = 0, kv_heads = 0, head_dim = 0,
                mlp_width = 0;
-  std::int64_t context_max = 0;  ///< max_position_embeddings
+  /// max_position_embeddings, or the sliding window where that is smaller: a sequence no longer
+  /// than the window is seen whole by each of its tokens, so no window is computed.
+  std::int64_t context_max = 0;
   float norm_eps = 1e-5f;
   double rope_theta = 10000.0;
   RopeScaling rope_scaling;
   bool tied_embedding = false;
   bool qkv_bias = false;
+  bool qk_norm = false;     ///< every head of q and k is normed before it is rotated
   std::int64_t window = 0;  ///< sliding window; 0: none
   std::int32_t bos_id = -1;
   std::vector<std::int32_t> eos_ids;  ///< generation ends on any of them
@@ -53,6 +56,9 @@ struct ModelConfig {
   /// One stable JSON text of all fields: part of the model's manifest.
   [[nodiscard]] std::string canonical_json() const;
 };
+
+/// The name under "architectures" of config.json of a family; empty: not one of ours.
+std::string hf_architecture(const std::string& family);
 
 /// Inverse frequencies [D/2] and the attention factor for a config. Formulas: Su et al. 2021
 /// (default), Hugging Face modeling_rope_utils (linear, llama3), Peng et al. 2023 (yarn).

@@ -2,6 +2,7 @@
 
 #include "storage/gguf.h"
 
+#include <algorithm>
 #include <array>
 #include <set>
 
@@ -89,18 +90,16 @@ Status read_sizes(const Gguf& file, const Keys& keys, ModelConfig& config) {
   TANDEM_RETURN_IF_ERROR(keys.integer("attention.head_count_kv", config.kv_heads));
   config.head_dim = config.width / config.heads;
   TANDEM_RETURN_IF_ERROR(keys.integer("attention.key_length", config.head_dim));
-  std::int64_t value_length = config.head_dim, rope_dims = config.head_dim, experts = 0, window = 0;
+  std::int64_t value_length = config.head_dim, rope_dims = config.head_dim, experts = 0;
   TANDEM_RETURN_IF_ERROR(keys.integer("attention.value_length", value_length));
   TANDEM_RETURN_IF_ERROR(keys.integer("rope.dimension_count", rope_dims));
   TANDEM_RETURN_IF_ERROR(keys.integer("expert_count", experts));
-  TANDEM_RETURN_IF_ERROR(keys.integer("attention.sliding_window", window));
   if (value_length != config.head_dim)
     return keys.refuse("attention.value_length", str(value_length),
                        "keys and values must be equal");
   if (rope_dims != config.head_dim)
     return keys.refuse("rope.dimension_count", str(rope_dims), "rope must turn the whole head");
   if (experts != 0) return keys.refuse("expert_count", str(experts), "no mixtures of experts");
-  if (window != 0) return keys.refuse("attention.sliding_window", str(window), "no windows");
   double eps = 1e-5;
   TANDEM_RETURN_IF_ERROR(keys.number("attention.layer_norm_rms_epsilon", eps, true));
   config.norm_eps = static_cast<float>(eps);
@@ -178,9 +177,10 @@ Result<ModelConfig> ModelConfig::from_gguf(const storage::Gguf& file) {
   ModelConfig config;
   config.family = arch;
   config.qkv_bias = arch == "qwen2";
-  if (arch != "llama" && arch != "qwen2")
+  config.qk_norm = arch == "qwen3";
+  if (arch != "llama" && arch != "qwen2" && arch != "qwen3")
     return refused_error(
-        str(file.path(), ": architecture ", arch, " is not supported (llama, qwen2 are)"));
+        str(file.path(), ": architecture ", arch, " is not supported (llama, qwen2, qwen3 are)"));
   const Keys keys(file, arch);
   TANDEM_RETURN_IF_ERROR(keys.no_others());
   TANDEM_RETURN_IF_ERROR(read_sizes(file, keys, config));
@@ -192,6 +192,10 @@ Result<ModelConfig> ModelConfig::from_gguf(const storage::Gguf& file) {
                              ": tensor blk.0.attn_q.bias in a llama model is not "
                              "supported: it would be ignored"));
   TANDEM_RETURN_IF_ERROR(config.validate());
+  std::int64_t window = 0;
+  TANDEM_RETURN_IF_ERROR(keys.integer("attention.sliding_window", window));
+  if (window < 0) return keys.refuse("attention.sliding_window", str(window), "it is negative");
+  if (window > 0) config.context_max = std::min(config.context_max, window);
   return config;
 }
 

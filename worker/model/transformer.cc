@@ -198,7 +198,8 @@ const kernels::KvCache* cache_of(const BlockRun& run) {
   return paged ? &paged->caches.at(static_cast<std::size_t>(run.layer)) : nullptr;
 }
 
-kernels::RopeArgs rope_of(const BlockRun& run, const Tensor& qkv) {
+/// `raw` defined: from there to qkv.
+kernels::RopeArgs rope_of(const BlockRun& run, const Tensor& qkv, const Tensor& raw = {}) {
   const PagedKv* paged = run.batch.paged;
   return {qkv,
           run.batch.positions,
@@ -208,7 +209,10 @@ kernels::RopeArgs rope_of(const BlockRun& run, const Tensor& qkv) {
           run.config.kv_heads,
           run.config.head_dim,
           cache_of(run),
-          paged ? paged->cache_slots : Tensor{}};
+          paged ? paged->cache_slots : Tensor{},
+          run.weights.qk_norm,
+          run.config.norm_eps,
+          raw};
 }
 
 void attend(const BlockRun& run, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
@@ -294,13 +298,17 @@ PartsPending block_forward(const BlockRun& run, SavedBlock& s, ResidualStream& i
   const Tensor addends = run.in_room() ? run.addends() : all;
   GatheredRows normed =
       norm_all_rows(run, in, run.weights.attention_norm, b.normed_attention, all, b.rstd_attention);
-  const kernels::RopeArgs rope = rope_of(run, b.qkv);
+  // Backward of a norm wants its input: what is rotated lies elsewhere, and is not kept.
+  const bool apart = keep.for_backward && run.config.qk_norm;
+  const Tensor rotated = apart ? run.rows(run.qkv_width()) : b.qkv;
+  const kernels::RopeArgs rope = rope_of(run, rotated, apart ? b.qkv : Tensor{});
+  const bool joins = run.parts == 1 && !apart;
   for (std::int64_t p = 0; p < run.parts; ++p)
     run.linear(Fused::kQkv, normed.part(run.ctx, p, run.parts), run.weights.qkv,
                run.weights.qkv_bias, run.part(b.qkv, p), run.part(b.u[0], p), {},
-               {.rope = run.parts == 1 ? rope : kernels::RopeArgs{}});
-  if (run.parts > 1) run.ctx.ops.rope_forward(run.ctx.exec, rope);
-  attend(run, b.qkv, b.attention_out, b.lse);
+               {.rope = joins ? rope : kernels::RopeArgs{}});
+  if (!joins) run.ctx.ops.rope_forward(run.ctx.exec, rope);
+  attend(run, rotated, b.attention_out, b.lse);
   ResidualStream stream{b.x, b.residual_attention, run.has_addend(),
                         run.linear_to_stream(Fused::kO, b.attention_out, run.weights.o,
                                              b.residual_attention, b.u[1], addends)};
@@ -323,6 +331,35 @@ PartsPending block_forward(const BlockRun& run, SavedBlock& s, ResidualStream& i
 
 // -- backward
 // ----------------------------------------------------------------------------------------
+
+/// dqkv: of the qkv that the product made, before norm and rotation.
+void attention_and_rope_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dattention,
+                                 const Tensor& dqkv) {
+  const ArenaScope scope(run.ctx.activations);
+  kernels::Ops& ops = run.ctx.ops;
+  Tensor rotated = s.qkv;
+  if (run.config.qk_norm) {
+    rotated = run.rows(run.qkv_width());
+    ops.rope_forward(run.ctx.exec, rope_of(run, rotated, s.qkv));
+  }
+  ops.attention_backward(run.ctx.exec,
+                         {attention_spec(run.config), dattention, rotated, s.attention_out, s.lse,
+                          run.batch.seq_offsets, run.batch.seq_len_max, dqkv});
+  kernels::RopeBackwardArgs rope{dqkv,
+                                 run.batch.positions,
+                                 run.base.inv_freq(),
+                                 run.base.rope_attention_factor(),
+                                 run.config.heads,
+                                 run.config.kv_heads,
+                                 run.config.head_dim};
+  if (run.config.qk_norm) {
+    rope.qk_norm = run.weights.qk_norm;
+    rope.norm_eps = run.config.norm_eps;
+    rope.raw = s.qkv;
+    if (run.grads != nullptr) rope.dqk_norm = run.grads->qk_norm, rope.overwrite = run.grads->fresh;
+  }
+  ops.rope_backward(run.ctx.exec, rope);
+}
 
 /// dresidual, of the stream's rows: on entry the gradient of the block's output stream, on return
 /// that of its input stream (`want_dx` false: nobody asks for it, dresidual is then left half way).
@@ -406,12 +443,7 @@ void block_backward(const BlockRun& run, const SavedBlock& s, const Tensor& dres
                                         run.part(s.attention_out, p), run.weights.o,
                                         run.part(s.u[1], p), run.part(dattention, p)));
   const Tensor dqkv = run.rows(run.qkv_width());
-  ops.attention_backward(run.ctx.exec,
-                         {attention_spec(run.config), dattention, s.qkv, s.attention_out, s.lse,
-                          run.batch.seq_offsets, run.batch.seq_len_max, dqkv});
-  ops.rope_backward(run.ctx.exec, {dqkv, run.batch.positions, run.base.inv_freq(),
-                                   run.base.rope_attention_factor(), run.config.heads,
-                                   run.config.kv_heads, run.config.head_dim});
+  attention_and_rope_backward(run, s, dattention, dqkv);
   PartsPending sums;
   for (std::int64_t p = 0; p < run.parts; ++p) {
     run.linear_backward(run.backward_of(

@@ -47,12 +47,14 @@ struct SavedBlock {
   kernels::Tensor residual_attention;        ///< [S, C] stream entering the mlp norm
   kernels::Tensor rstd_attention, rstd_mlp;  ///< [S] f32
   kernels::Tensor normed_attention, normed_mlp;  ///< [T, C] with Recompute::kNone, else [S, C]
-  kernels::Tensor qkv;                           ///< [T, (H + 2K) * D] rotated
-  kernels::Tensor attention_out;                 ///< [T, H * D]
-  kernels::Tensor lse;                           ///< [T, H] f32
-  kernels::Tensor gate_up;                       ///< [T, 2F]
-  kernels::Tensor act;                           ///< [T, F] silu(gate) * up
-  std::array<kernels::Tensor, 4> u;              ///< lora inputs A x of the four fused linears
+  /// [T, (H + 2K) * D] rotated; of a model with qk_norm as the product left it, before the norm:
+  /// backward norms and rotates it once more.
+  kernels::Tensor qkv;
+  kernels::Tensor attention_out;     ///< [T, H * D]
+  kernels::Tensor lse;               ///< [T, H] f32
+  kernels::Tensor gate_up;           ///< [T, 2F]
+  kernels::Tensor act;               ///< [T, F] silu(gate) * up
+  std::array<kernels::Tensor, 4> u;  ///< lora inputs A x of the four fused linears
 };
 struct Saved {
   std::vector<SavedBlock> blocks;

@@ -15,11 +15,13 @@ using worker::memory::estimate_training;
 TEST(EstimatorOfRanks, IsTheLedgerOfEachRankByteForByte) {
   for (const auto& layout : tested_layouts())
     for (const bool full : {false, true})
-      for (const char* recompute : {"none", "block"}) {
+      for (const auto& [recompute, qk_norm] :
+           {std::pair{"none", false}, {"block", false}, {"none", true}}) {
         RankJob job;
         job.layout = layout;
         job.full = full;
         job.recompute = recompute;
+        job.qk_norm = qk_norm;
         job.uniform = true;
         job.steps = 1;
         const auto real = run_as_threads(job);
@@ -35,8 +37,9 @@ TEST(EstimatorOfRanks, IsTheLedgerOfEachRankByteForByte) {
           for (int kind = 0; kind < kernels::kMemoryKindCount; ++kind)
             EXPECT_EQ(estimate->of(kernels::MemoryKind{kind}),
                       peaks[static_cast<std::size_t>(kind)])
-                << layout_name(layout) << (full ? " full " : " lora ") << recompute << " rank "
-                << rank << " " << kernels::memory_kind_name(kernels::MemoryKind{kind});
+                << layout_name(layout) << (full ? " full " : " lora ") << recompute
+                << (qk_norm ? " qk_norm" : "") << " rank " << rank << " "
+                << kernels::memory_kind_name(kernels::MemoryKind{kind});
           EXPECT_EQ(estimate->peak_total, peaks.back());
         }
       }

@@ -38,7 +38,7 @@ struct Case {
   double dropout = 0.0;
   bool eval = false, publish = false;
   std::vector<std::string> targets{"all-linear"};
-  bool tied = false, bias = false;
+  bool tied = false, bias = false, qk_norm = false;
   int threads = 2;
   std::int64_t slots = 2;
 };
@@ -68,7 +68,7 @@ class DriverWatch {
 };
 
 std::vector<Case> cases() {
-  std::vector<Case> all(17);
+  std::vector<Case> all(20);
   all[0] = {.name = "f32"};
   all[1] = {.name = "bf16", .dtype = DType::kBF16};
   all[2] = {.name = "recompute_mlp", .recompute = "mlp"};
@@ -97,6 +97,14 @@ std::vector<Case> cases() {
              .recompute = "block",
              .lengths = std::vector<std::int64_t>(16, 128),
              .publish = true};
+  all[17] = {.name = "qk_norm", .qk_norm = true};
+  all[18] = {.name = "qk_norm_block", .dtype = DType::kBF16, .recompute = "block", .qk_norm = true};
+  all[19] = {.name = "qk_norm_elementwise",
+             .dtype = DType::kBF16,
+             .recompute = "elementwise",
+             .eval = true,
+             .publish = true,
+             .qk_norm = true};
   if (test::on_gpu()) all.push_back({.name = "f16", .dtype = DType::kF16, .publish = true});
   return all;
 }
@@ -135,6 +143,7 @@ model::ModelConfig config_of(const Case& c) {
   model::ModelConfig config = medium_config();
   config.tied_embedding = c.tied;
   config.qkv_bias = c.bias;
+  config.qk_norm = c.qk_norm;
   return config;
 }
 
@@ -194,12 +203,12 @@ INSTANTIATE_TEST_SUITE_P(Configurations, TrainingEstimate, testing::ValuesIn(cas
 struct WholeCase {
   const char* name;
   tools::TrainingCase training;
-  bool tied = false;
+  bool tied = false, qk_norm = false;
 };
 
 std::vector<WholeCase> whole_cases() {
   const auto of = [](const char* name, const char* dtype, const char* recompute, std::int64_t rows,
-                     std::int64_t length, bool tied = false) {
+                     std::int64_t length, bool tied = false, bool qk_norm = false) {
     tools::TrainingCase c;
     c.method = "full";
     c.dtype = dtype;
@@ -207,7 +216,7 @@ std::vector<WholeCase> whole_cases() {
     c.rows = rows;
     c.length = length;
     c.steps = 1;
-    return WholeCase{name, c, tied};
+    return WholeCase{name, c, tied, qk_norm};
   };
   return {of("f32", "f32", "none", 3, 100),
           of("bf16", "bf16", "none", 3, 100),
@@ -215,7 +224,9 @@ std::vector<WholeCase> whole_cases() {
           of("mlp", "bf16", "mlp", 2, 300),
           of("block", "bf16", "block", 8, 64),
           of("long", "bf16", "block", 1, 1000),
-          of("tied", "bf16", "none", 2, 70, true)};
+          of("tied", "bf16", "none", 2, 70, true),
+          of("qk_norm", "f32", "none", 3, 100, false, true),
+          of("qk_norm_block", "bf16", "block", 3, 200, true, true)};
 }
 
 class FullEstimate : public testing::TestWithParam<WholeCase> {};
@@ -225,6 +236,7 @@ TEST_P(FullEstimate, EqualsTheRealLedgerAndTheDriversPeak) {
   model::LoadedModel loaded;
   loaded.config = medium_config();
   loaded.config.tied_embedding = c.tied;
+  loaded.config.qk_norm = c.qk_norm;
   loaded.source = model::make_random_source(loaded.config, 1);
   kernels::Backend backend = test::make_test_backend(2);
   DriverWatch driver(backend);
@@ -299,6 +311,7 @@ struct ServingCase {
   const char* name;
   DType dtype;
   std::int64_t kv_bytes, batch_tokens, running, slots;
+  bool qk_norm = false;
 };
 
 class ServingEstimate : public testing::TestWithParam<ServingCase> {};
@@ -309,7 +322,8 @@ TEST_P(ServingEstimate, EqualsTheRealLedgerByteForByte) {
   options.kv_bytes_max = c.kv_bytes;
   options.max_batch_tokens = c.batch_tokens;
   options.max_running = c.running;
-  const model::ModelConfig config = medium_config();
+  model::ModelConfig config = medium_config();
+  config.qk_norm = c.qk_norm;
   auto backend = test::make_test_backend(2);
   DriverWatch driver(backend);
   test::Engine engine(std::move(backend), config, c.dtype, *model::make_random_source(config, 1),
@@ -334,7 +348,8 @@ std::vector<ServingCase> serving_cases() {
                                {"bf16", DType::kBF16, 8 << 20, 200, 8, 4},
                                {"small_pool", DType::kBF16, 2 << 20, 64, 4, 1},
                                {"large_pool", DType::kBF16, 64 << 20, 512, 32, 4},
-                               {"many_slots", DType::kF32, 16 << 20, 256, 16, 40}};
+                               {"many_slots", DType::kF32, 16 << 20, 256, 16, 40},
+                               {"qk_norm", DType::kBF16, 8 << 20, 200, 8, 4, true}};
   if (test::on_gpu()) all.push_back({"f16", DType::kF16, 8 << 20, 200, 8, 4});
   return all;
 }

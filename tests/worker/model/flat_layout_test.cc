@@ -49,14 +49,15 @@ class Source final : public TensorSource {
   mutable std::set<std::string> names_;
 };
 
+ModelConfig some_config() {
+  ModelConfig c;
+  c.vocab = 40, c.width = 24, c.layers = 2, c.heads = 4, c.kv_heads = 2, c.head_dim = 6;
+  c.mlp_width = 20, c.qkv_bias = true, c.qk_norm = true;
+  return c;
+}
+
 class UploadFlat : public testing::Test {
  protected:
-  static ModelConfig config() {
-    ModelConfig c;
-    c.vocab = 40, c.width = 24, c.layers = 2, c.heads = 4, c.kv_heads = 2, c.head_dim = 6;
-    c.mlp_width = 20, c.qkv_bias = true;
-    return c;
-  }
   std::vector<float> read(const Source& source, const FlatLayout& layout, std::int64_t begin,
                           std::int64_t count, DType dtype) {
     const kernels::ArenaScope scope(arena_);
@@ -73,7 +74,7 @@ class UploadFlat : public testing::Test {
 
 TEST_F(UploadFlat, PartsHaveWhatTheWholeHasThere) {
   for (int rank = 0; rank < 2; ++rank) {
-    const FlatLayout layout = block_layout(config(), {rank, 2}, 1);
+    const FlatLayout layout = block_layout(some_config(), {rank, 2}, 1);
     const Source source(layout);
     std::vector<float> want(static_cast<std::size_t>(layout.elements), 0.0f);
     for (const FlatTensor& t : layout.tensors)
@@ -95,8 +96,42 @@ TEST_F(UploadFlat, PartsHaveWhatTheWholeHasThere) {
   }
 }
 
+TEST(BlockViews, FindEveryStackWhateverTheModelHas) {
+  for (const bool bias : {false, true})
+    for (const bool norms : {false, true}) {
+      ModelConfig c = some_config();
+      c.qkv_bias = bias, c.qk_norm = norms;
+      for (int rank = 0; rank < 2; ++rank) {
+        const FlatLayout layout = block_layout(c, {rank, 2}, 1);
+        std::vector<float> memory(static_cast<std::size_t>(layout.elements));
+        const kernels::Tensor flat{memory.data(), DType::kF32, {layout.elements}};
+        const BlockGrads views = block_views(layout, flat);
+        const auto at = [&](const std::string& name) {
+          const FlatTensor* tensor = layout.find(name);
+          return tensor == nullptr ? nullptr : memory.data() + tensor->begin;
+        };
+        EXPECT_EQ(views.qkv.data, at(weight_name(1, Site::kQ)));
+        EXPECT_EQ(views.qkv_bias.data, at(bias_name(1, Site::kQ)));
+        EXPECT_EQ(views.qk_norm.data, at(q_norm_name(1)));
+        EXPECT_EQ(views.o.data, at(weight_name(1, Site::kO)));
+        EXPECT_EQ(views.gate_up.data, at(weight_name(1, Site::kGate)));
+        EXPECT_EQ(views.down.data, at(weight_name(1, Site::kDown)));
+        if (!norms) continue;
+        // Both whole on each rank, one stack, addends of a sum that one rank counts.
+        EXPECT_EQ(views.qk_norm.shape, (kernels::Shape{2 * c.head_dim}));
+        EXPECT_EQ(at(k_norm_name(1)), at(q_norm_name(1)) + c.head_dim);
+        for (const std::string& name : {q_norm_name(1), k_norm_name(1)}) {
+          EXPECT_TRUE(layout.find(name)->is_whole()) << name;
+          EXPECT_TRUE(layout.find(name)->partial) << name;
+          EXPECT_EQ(layout.find(name)->counted, rank == 0) << name;
+          EXPECT_FALSE(block_layout(c, {}, 1).find(name)->partial) << name;
+        }
+      }
+    }
+}
+
 TEST_F(UploadFlat, ReadsNoTensorThatHasNoPartInIt) {
-  const FlatLayout layout = block_layout(config(), {}, 0);
+  const FlatLayout layout = block_layout(some_config(), {}, 0);
   const Source source(layout);
   const FlatTensor& gate = *layout.find(weight_name(0, Site::kGate));
   (void)read(source, layout, gate.begin + 3, 2, DType::kF32);
@@ -104,7 +139,7 @@ TEST_F(UploadFlat, ReadsNoTensorThatHasNoPartInIt) {
 }
 
 TEST_F(UploadFlat, WhatASourceThrowsComesOut) {
-  const FlatLayout layout = block_layout(config(), {}, 0);
+  const FlatLayout layout = block_layout(some_config(), {}, 0);
   Source source(layout);
   source.fail_at(weight_name(0, Site::kUp));
   EXPECT_THROW((void)read(source, layout, 0, layout.elements, DType::kF32), std::runtime_error);

@@ -70,6 +70,140 @@ TEST(ModelConfig, WhatChangesTheMathematicsIsRefusedByNameAndValue) {
   }
 }
 
+/// config.json of Qwen3-0.6B, as published.
+Json qwen3() {
+  return Json::parse(R"({
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+    "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+    "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+    "use_cache": true, "use_sliding_window": false, "vocab_size": 151936})");
+}
+
+/// config.json of Mistral-7B-v0.1, as published.
+Json mistral() {
+  return Json::parse(R"({
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+    "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0", "use_cache": true, "vocab_size": 32000})");
+}
+
+ModelConfig read(const Json& json) {
+  auto config = ModelConfig::from_hf_json(json.dump());
+  TANDEM_CHECK(config.ok(), config.status().to_string());
+  return *std::move(config);
+}
+
+TEST(ModelConfig, ReadsAQwen3sFile) {
+  const ModelConfig config = read(qwen3());
+  EXPECT_EQ(config.family, "qwen3");
+  EXPECT_TRUE(config.qk_norm);
+  EXPECT_FALSE(config.qkv_bias);
+  EXPECT_EQ(config.head_dim, 128);  // not 1024 / 16
+  EXPECT_EQ(config.context_max, 40960);
+  EXPECT_EQ(config.norm_eps, 1e-6f);
+  Json json = qwen3();
+  json.erase("head_dim");
+  json.erase("num_key_value_heads");
+  json["num_attention_heads"] = 64;
+  EXPECT_EQ(read(json).head_dim, 128);
+  EXPECT_EQ(read(json).kv_heads, 32);
+  json.erase("architectures");
+  EXPECT_EQ(read(json).family, "qwen3");
+  json = qwen3();
+  json["attention_bias"] = true;
+  EXPECT_TRUE(refusal(json).starts_with("refused")) << refusal(json);
+  EXPECT_NE(refusal(json).find("attention_bias is true"), std::string::npos) << refusal(json);
+  json = qwen3();
+  json["head_dim"] = 2048;
+  EXPECT_NE(refusal(json).find("head_dim 2048"), std::string::npos) << refusal(json);
+}
+
+TEST(ModelConfig, ReadsAMistralsFile) {
+  ModelConfig config = read(mistral());
+  EXPECT_EQ(config.family, "mistral");
+  EXPECT_FALSE(config.qk_norm || config.qkv_bias);
+  EXPECT_EQ(config.head_dim, 128);
+  EXPECT_EQ(config.kv_heads, 8);
+  EXPECT_EQ(config.window, 0);
+  // Nemo's heads are wider than its stream; newer files say null where there is no window.
+  Json json = mistral();
+  json["hidden_size"] = 5120;
+  json["head_dim"] = 128;
+  json["sliding_window"] = nullptr;
+  json["max_position_embeddings"] = 131072;
+  config = read(json);
+  EXPECT_EQ(config.heads * config.head_dim, 4096);
+  EXPECT_EQ(config.context_max, 131072);
+  json.erase("head_dim");
+  EXPECT_EQ(read(json).head_dim, 160);
+  json.erase("num_key_value_heads");
+  EXPECT_EQ(read(json).kv_heads, 8) << "transformers' default";
+  json["num_key_value_heads"] = nullptr;
+  EXPECT_EQ(read(json).kv_heads, 32);
+  json.erase("max_position_embeddings");
+  EXPECT_EQ(read(json).context_max, 131072);
+  json.erase("architectures");
+  EXPECT_EQ(read(json).family, "mistral");
+  json["attention_bias"] = true;
+  EXPECT_NE(refusal(json).find("attention_bias is true"), std::string::npos) << refusal(json);
+}
+
+TEST(ModelConfig, AWindowIsTheEndOfTheContext) {
+  EXPECT_EQ(read(mistral()).context_max, 4096);
+  Json json = mistral();
+  json["sliding_window"] = 40000;
+  EXPECT_EQ(read(json).context_max, 32768);
+  json.erase("sliding_window");
+  EXPECT_EQ(read(json).context_max, 4096) << "transformers' default where a file is silent";
+  json["sliding_window"] = 0;
+  EXPECT_NE(refusal(json).find("sliding_window is 0"), std::string::npos) << refusal(json);
+  json["sliding_window"] = 300;
+  json["max_window_layers"] = 32;  // a key of Qwen's
+  EXPECT_EQ(read(json).context_max, 300);
+  json = mistral();
+  json["use_sliding_window"] = false;  // no key of Mistral's: transformers would slide
+  EXPECT_NE(refusal(json).find("use_sliding_window"), std::string::npos) << refusal(json);
+  // Qwen's window needs a switch, and blocks that have it.
+  json = qwen3();
+  json["sliding_window"] = 1000;
+  EXPECT_EQ(read(json).context_max, 40960);
+  json["use_sliding_window"] = true;
+  EXPECT_EQ(read(json).context_max, 40960) << "from block 28 of 28 on";
+  json["max_window_layers"] = 20;
+  EXPECT_EQ(read(json).context_max, 1000);
+  EXPECT_EQ(read(json).window, 0);
+  json["layer_types"] = Json(28, "full_attention");
+  EXPECT_EQ(read(json).context_max, 40960);
+  json["layer_types"][3] = "sliding_attention";
+  EXPECT_EQ(read(json).context_max, 1000);
+  json["layer_types"][3] = "chunked_attention";
+  EXPECT_NE(refusal(json).find("chunked_attention"), std::string::npos) << refusal(json);
+  json["layer_types"][3] = "sliding_attention";
+  json["use_sliding_window"] = false;
+  EXPECT_NE(refusal(json).find("sliding_attention"), std::string::npos) << refusal(json);
+  // What scales positions knows the file's length, not the window.
+  json = qwen3();
+  json["use_sliding_window"] = true;
+  json["sliding_window"] = 1000;
+  json["max_window_layers"] = 0;
+  json["rope_scaling"] = {{"rope_type", "yarn"}, {"factor", 4.0}};
+  EXPECT_EQ(read(json).rope_scaling.original_max_position_embeddings, 40960);
+}
+
+TEST(ModelConfig, ModelsWithoutNormsOfQAndKKeepTheirCanonicalText) {
+  const std::string text = read(smollm2()).canonical_json();
+  EXPECT_EQ(text.find("qk_norm"), std::string::npos) << "their digests are those of before";
+  EXPECT_NE(read(qwen3()).canonical_json().find(R"("qk_norm":true)"), std::string::npos);
+}
+
 TEST(ModelConfig, MalformedFilesAreErrorsThatNameTheField) {
   Json json = smollm2();
   json.erase("hidden_size");

@@ -244,7 +244,8 @@ TEST_P(ModelGoldens, RecomputingInsteadOfKeepingGivesTheSameBits) {
 
 INSTANTIATE_TEST_SUITE_P(Cases, ModelGoldens,
                          testing::Values("llama_tied", "llama_grouped", "llama_rope_llama3",
-                                         "llama_rope_linear", "llama_rope_yarn", "qwen2"),
+                                         "llama_rope_linear", "llama_rope_yarn", "qwen2", "qwen3",
+                                         "mistral"),
                          [](const auto& one) { return one.param; });
 
 class TrainedGoldens : public testing::TestWithParam<std::string> {};
@@ -320,7 +321,7 @@ TEST_P(TrainedGoldens, FiftyStepsFollowPeft) {
   EXPECT_LT(relative_error(a, b), 1e-2);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, TrainedGoldens, testing::Values("llama_grouped", "qwen2"),
+INSTANTIATE_TEST_SUITE_P(Cases, TrainedGoldens, testing::Values("llama_grouped", "qwen2", "qwen3"),
                          [](const auto& one) { return one.param; });
 
 }  // namespace

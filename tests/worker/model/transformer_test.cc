@@ -42,7 +42,7 @@ class WatchedSink final : public GradSink {
 };
 
 /// A model of three blocks with a trainable adapter in slot 0, and one packed batch.
-class Blocks : public testing::TestWithParam<Recompute> {
+class Blocks : public testing::TestWithParam<std::tuple<Recompute, bool>> {
  protected:
   Blocks() : engine(test::cpu_engine(config(), DType::kF32)) {
     Random random(2);
@@ -72,9 +72,11 @@ class Blocks : public testing::TestWithParam<Recompute> {
     engine->adapters.set_trainable(engine->exec, 0, pairs);
   }
 
+  static Recompute recompute() { return std::get<0>(GetParam()); }
   static ModelConfig config() {
     ModelConfig config = test::tiny_config();
     config.layers = 3;
+    config.qk_norm = std::get<1>(GetParam());
     return config;
   }
 
@@ -122,25 +124,25 @@ class Blocks : public testing::TestWithParam<Recompute> {
 };
 
 TEST_P(Blocks, StagesOneAfterAnotherAreTheWholeModelBitForBit) {
-  const Outcome whole = run({0, 3}, GetParam());
+  const Outcome whole = run({0, 3}, recompute());
   double norm = 0.0;
   for (float g : whole.gradients) norm += static_cast<double>(g) * static_cast<double>(g);
   ASSERT_GT(norm, 0.0);
   for (const std::vector<std::int64_t>& cuts :
        {std::vector<std::int64_t>{0, 1, 3}, {0, 2, 3}, {0, 1, 2, 3}}) {
-    const Outcome staged = run(cuts, GetParam());
+    const Outcome staged = run(cuts, recompute());
     EXPECT_EQ(staged.hidden, whole.hidden);
     EXPECT_EQ(staged.gradients, whole.gradients);
   }
 }
 
 TEST_P(Blocks, WeightsComeThroughTheDoorsAndGradientsAreAnnouncedInBackwardOrder) {
-  run({0, 3}, GetParam());
+  run({0, 3}, recompute());
   EXPECT_EQ(log, "f0+ f0- f1+ f1- f2+ f2- b2+ b2- g2 b1+ b1- g1 b0+ b0- g0 ");
 }
 
 TEST_P(Blocks, ForwardWithoutBackwardGivesTheSameBitsAndLeavesNothing) {
-  const Outcome whole = run({0, 3}, GetParam());
+  const Outcome whole = run({0, 3}, recompute());
   const Transformer transformer(*engine->weights, &engine->adapters, {0, 3});
   kernels::Arena& arena = engine->activation_arena;
   kernels::ArenaScope scope(arena);
@@ -149,30 +151,35 @@ TEST_P(Blocks, ForwardWithoutBackwardGivesTheSameBitsAndLeavesNothing) {
   const auto device = train::upload_batch(engine->context, batch, bounds, 0, kRank);
   const auto hidden = arena.alloc({device.tokens.tokens(), config().width}, DType::kF32);
   const std::int64_t mark = arena.mark();
-  transformer.forward(engine->context, device.tokens, {}, hidden, nullptr, GetParam());
+  transformer.forward(engine->context, device.tokens, {}, hidden, nullptr, recompute());
   EXPECT_EQ(engine->download(hidden), whole.hidden);
   EXPECT_EQ(arena.mark(), mark);
 }
 
+std::string policy_name(const testing::TestParamInfo<std::tuple<Recompute, bool>>& info) {
+  const Recompute recompute = std::get<0>(info.param);
+  return str(recompute == Recompute::kNone          ? "none"
+             : recompute == Recompute::kElementwise ? "elementwise"
+             : recompute == Recompute::kMlp         ? "mlp"
+                                                    : "block",
+             std::get<1>(info.param) ? "_qk_norm" : "");
+}
 INSTANTIATE_TEST_SUITE_P(Policies, Blocks,
-                         testing::Values(Recompute::kNone, Recompute::kElementwise, Recompute::kMlp,
-                                         Recompute::kBlock),
-                         [](const auto& one) {
-                           return std::string(one.param == Recompute::kNone          ? "none"
-                                              : one.param == Recompute::kElementwise ? "elementwise"
-                                              : one.param == Recompute::kMlp         ? "mlp"
-                                                                                     : "block");
-                         });
+                         testing::Combine(testing::Values(Recompute::kNone, Recompute::kElementwise,
+                                                          Recompute::kMlp, Recompute::kBlock),
+                                          testing::Bool()),
+                         policy_name);
 
 /// What an update of a buffer writes by plain_block() is what unpack_block() would.
 TEST(FlatLayout, PlainRowsAreTheStacksOfABufferInTheWeightsMemory) {
   kernels::DeviceProfile gpu;
   gpu.type = kernels::DeviceType::kCuda;
-  for (const bool bias : {false, true})
+  for (const std::string family : {"llama", "qwen2", "qwen3"})
     for (const bool tied : {false, true}) {
       ModelConfig config = test::tiny_config();
-      config.family = bias ? "qwen2" : "llama";
-      config.qkv_bias = bias;
+      config.family = family;
+      config.qkv_bias = family == "qwen2";
+      config.qk_norm = family == "qwen3";
       config.tied_embedding = tied;
       test::Engine engine(kernels::make_meta_backend(gpu), config, DType::kBF16,
                           *make_random_source(config, 7));
@@ -202,7 +209,8 @@ TEST(FlatLayout, PlainRowsAreTheStacksOfABufferInTheWeightsMemory) {
           {views.attention_norm, block.attention_norm.data},
           {views.mlp_norm, block.mlp_norm.data},
           {views.qkv, block.qkv.storage.data}};
-      if (bias) want.emplace_back(views.qkv_bias, block.qkv_bias.data);
+      if (config.qkv_bias) want.emplace_back(views.qkv_bias, block.qkv_bias.data);
+      if (config.qk_norm) want.emplace_back(views.qk_norm, block.qk_norm.data);
       want.emplace_back(views.o, block.o.storage.data);
       want.emplace_back(views.gate_up, block.gate_up.storage.data);
       want.emplace_back(views.down, block.down.storage.data);

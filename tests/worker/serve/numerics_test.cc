@@ -25,27 +25,37 @@ void expect_same(const Outcome& expected, const Outcome& got, const std::string&
   EXPECT_EQ(expected.finish, got.finish) << where;
 }
 
+/// The tiny model, and one whose heads are normed before they are rotated.
+std::vector<model::ModelConfig> tiny_models() {
+  std::vector<model::ModelConfig> models(2, tiny_config());
+  models[1].family = "qwen3";
+  models[1].qk_norm = true;
+  return models;
+}
+
 TEST(ServeNumerics, GreedyIsTheArgmaxOfThePackedForward) {
-  ServeBench bench(ServeBench::cpu());
-  const auto weights = bench.adapter(1);
-  for (const bool adapted : {false, true}) {
-    auto engine = bench.engine();
-    ASSERT_TRUE(engine->install_adapter(ServeBench::name(1), weights).ok());
-    Random random(adapted ? 3 : 4);
-    GenerateRequest r = request("r", random_prompt(random, 21), 20);
-    if (adapted) r.adapter = ServeBench::name(1);
-    const Outcome got = run_alone(*engine, r);
-    ASSERT_EQ(got.ids.size(), 20u);
-    std::vector<std::int32_t> tokens = r.prompt;
-    for (std::size_t i = 0; i < got.ids.size(); ++i) {
-      const auto logits = packed_logits(bench, tokens, adapted ? 0 : -1, weights->rank_max);
-      const auto row = std::span(logits).last(static_cast<std::size_t>(bench.config.vocab));
-      const auto argmax = std::max_element(row.begin(), row.end()) - row.begin();
-      ASSERT_EQ(got.ids[i], argmax) << "token " << i;
-      double sum = 0;
-      for (float l : row) sum += std::exp(static_cast<double>(l) - row[argmax]);
-      EXPECT_NEAR(got.logprobs[i], -std::log(sum), 1e-5) << "token " << i;
-      tokens.push_back(got.ids[i]);
+  for (const model::ModelConfig& config : tiny_models()) {
+    ServeBench bench(ServeBench::cpu(), config);
+    const auto weights = bench.adapter(1);
+    for (const bool adapted : {false, true}) {
+      auto engine = bench.engine();
+      ASSERT_TRUE(engine->install_adapter(ServeBench::name(1), weights).ok());
+      Random random(adapted ? 3 : 4);
+      GenerateRequest r = request("r", random_prompt(random, 21), 20);
+      if (adapted) r.adapter = ServeBench::name(1);
+      const Outcome got = run_alone(*engine, r);
+      ASSERT_EQ(got.ids.size(), 20u);
+      std::vector<std::int32_t> tokens = r.prompt;
+      for (std::size_t i = 0; i < got.ids.size(); ++i) {
+        const auto logits = packed_logits(bench, tokens, adapted ? 0 : -1, weights->rank_max);
+        const auto row = std::span(logits).last(static_cast<std::size_t>(bench.config.vocab));
+        const auto argmax = std::max_element(row.begin(), row.end()) - row.begin();
+        ASSERT_EQ(got.ids[i], argmax) << "token " << i;
+        double sum = 0;
+        for (float l : row) sum += std::exp(static_cast<double>(l) - row[argmax]);
+        EXPECT_NEAR(got.logprobs[i], -std::log(sum), 1e-5) << "token " << i;
+        tokens.push_back(got.ids[i]);
+      }
     }
   }
 }
@@ -69,25 +79,27 @@ std::vector<float> trainer_losses(ServeBench& bench, const std::vector<std::int3
 
 // What the trainer calls loss, the server calls minus log-probability: the same bits.
 TEST(ServeNumerics, PromptLogprobsAreTheTrainersLossesBitForBit) {
-  ServeBench bench(ServeBench::cpu());
-  const auto weights = bench.adapter(5);
-  Random random(9);
-  const std::vector<std::int32_t> tokens = random_prompt(random, 90);
-  for (const std::int64_t chunk : {1, 7, 16, 0}) {
-    ServeOptions o = bench.options();
-    o.prefill_chunk_max = chunk;
-    auto engine = bench.engine(o);
-    ASSERT_TRUE(engine->install_adapter(ServeBench::name(5), weights).ok());
-    GenerateRequest r = request("score", tokens, 0);
-    r.adapter = ServeBench::name(5);
-    r.sampling.prompt_logprobs_from = 1;
-    const Outcome got = run_alone(*engine, r);
-    EXPECT_EQ(got.finish, FinishReason::kLength);
-    ASSERT_EQ(got.prompt_logprobs.size(), tokens.size() - 1);
+  for (const model::ModelConfig& config : tiny_models()) {
+    ServeBench bench(ServeBench::cpu(), config);
+    const auto weights = bench.adapter(5);
+    Random random(9);
+    const std::vector<std::int32_t> tokens = random_prompt(random, 90);
+    for (const std::int64_t chunk : {1, 7, 16, 0}) {
+      ServeOptions o = bench.options();
+      o.prefill_chunk_max = chunk;
+      auto engine = bench.engine(o);
+      ASSERT_TRUE(engine->install_adapter(ServeBench::name(5), weights).ok());
+      GenerateRequest r = request("score", tokens, 0);
+      r.adapter = ServeBench::name(5);
+      r.sampling.prompt_logprobs_from = 1;
+      const Outcome got = run_alone(*engine, r);
+      EXPECT_EQ(got.finish, FinishReason::kLength);
+      ASSERT_EQ(got.prompt_logprobs.size(), tokens.size() - 1);
 
-    const auto losses = trainer_losses(bench, tokens, 0, weights->rank_max);
-    for (std::size_t i = 0; i < losses.size(); ++i)
-      EXPECT_EQ(got.prompt_logprobs[i], -losses[i]) << "token " << i + 1 << " chunk " << chunk;
+      const auto losses = trainer_losses(bench, tokens, 0, weights->rank_max);
+      for (std::size_t i = 0; i < losses.size(); ++i)
+        EXPECT_EQ(got.prompt_logprobs[i], -losses[i]) << "token " << i + 1 << " chunk " << chunk;
+    }
   }
 }
 

@@ -10,7 +10,8 @@
 
 namespace tandem::worker::serve {
 
-/// Sizes with nothing equal to another that tp 4 and pp 4 divide; the vocabulary they do not.
+/// Sizes with nothing equal to another that tp 4 and pp 4 divide; the vocabulary they do not. The
+/// tied one norms its heads.
 inline model::ModelConfig replica_model(bool tied) {
   model::ModelConfig c = tiny_config();
   c.vocab = 301;
@@ -20,7 +21,7 @@ inline model::ModelConfig replica_model(bool tied) {
   c.kv_heads = 4;
   c.head_dim = 8;
   c.mlp_width = 92;
-  c.tied_embedding = tied;
+  c.tied_embedding = c.qk_norm = tied;
   return c;
 }
 

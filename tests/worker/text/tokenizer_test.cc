@@ -491,6 +491,25 @@ TEST(Regex, KnowsLettersAndNumbersNewerThanItsLibrary) {
   EXPECT_EQ(matches, (std::vector<Span>{{0, 5}, {5, 9}, {9, 12}}));
 }
 
+/// Mistral-Nemo's pattern; the pieces are those of Hugging Face's tokenizers.
+TEST(Regex, EndsWordsWhereUpperCaseFollowsLowerCase) {
+  const std::string upper = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]";
+  const std::string lower = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]", before = "[^\\r\\n\\p{L}\\p{N}]?";
+  const auto regex =
+      Regex::compile(str(before, upper, "*", lower, "+|", before, upper, "+", lower, "*|\\p{N}|",
+                         R"( ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)"));
+  ASSERT_TRUE(regex.ok()) << regex.status().to_string();
+  const std::string text = "HelloWorld fooBAR, ABCdef's 123 x//y\n\n  Ünï/\n\tend  ";
+  std::vector<Span> matches;
+  ASSERT_TRUE(regex->find_all(text, matches).ok());
+  std::vector<std::string> pieces;
+  for (const Span& match : matches) pieces.push_back(text.substr(match.begin, match.size()));
+  EXPECT_EQ(pieces,
+            (std::vector<std::string>{"Hello", "World", " foo", "BAR", ",",     " ABCdef", "'s",
+                                      " ",     "1",     "2",    "3",   " x",    "//",      "y",
+                                      "\n\n",  " ",     " Ünï", "/\n", "\tend", "  "}));
+}
+
 TEST(Regex, GivesUpOnRunawayBacktracking) {
   const auto regex = Regex::compile("(?:a|a)+[bc]");
   ASSERT_TRUE(regex.ok());

@@ -20,14 +20,23 @@ StateTensor& find(TrainState& state, const std::string& name) {
   return *it;
 }
 
-class ExactGradient : public testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(Heads, ExactGradient, testing::Values(true, false),
-                         [](const auto& p) { return p.param ? "tied" : "untied"; });
+struct Kind {
+  const char* name;
+  bool tied, bias, qk_norm;
+};
+class ExactGradient : public testing::TestWithParam<Kind> {};
+INSTANTIATE_TEST_SUITE_P(Heads, ExactGradient,
+                         testing::Values(Kind{"tied", true, true, false},
+                                         Kind{"untied", false, false, false},
+                                         Kind{"qk_norm", true, false, true}),
+                         [](const auto& p) { return p.param.name; });
 
 TEST_P(ExactGradient, OfFullFineTuningIsTheDerivativeOfTheLoss) {
   RankJob job;
   job.full = job.exact = true;
-  job.tied = job.bias = GetParam();
+  job.tied = GetParam().tied;
+  job.bias = GetParam().bias;
+  job.qk_norm = GetParam().qk_norm;
   job.steps = 1;
   job.max_grad_norm = 0.0;
   TrainState after = merged_state({as_one_rank(job)});

@@ -97,7 +97,7 @@ class FullGoldens : public testing::TestWithParam<std::string> {
   Engine engine;
   SessionOptions options;
 };
-INSTANTIATE_TEST_SUITE_P(Models, FullGoldens, testing::Values("llama_grouped", "qwen2"));
+INSTANTIATE_TEST_SUITE_P(Models, FullGoldens, testing::Values("llama_grouped", "qwen2", "qwen3"));
 
 TEST_P(FullGoldens, GradientsOfEveryWeightAreThoseOfTransformers) {
   options.settings.max_grad_norm = 0.0;

@@ -193,6 +193,7 @@ struct GangCase {
   worker::comm::Layout layout;
   bool full;
   DType dtype;
+  bool qk_norm = false;
 };
 std::vector<GangCase> gang_cases() {
   auto layouts = tested_layouts();
@@ -200,7 +201,10 @@ std::vector<GangCase> gang_cases() {
   std::vector<GangCase> all;
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16})
     for (const auto& layout : layouts)
-      for (const bool full : {false, true}) all.push_back({layout, full, dtype});
+      for (const bool full : {false, true}) {
+        all.push_back({layout, full, dtype});
+        if (dtype == DType::kF32) all.push_back({layout, full, dtype, true});
+      }
   return all;
 }
 
@@ -208,7 +212,7 @@ std::vector<GangCase> gang_cases() {
 class GpuGang : public testing::TestWithParam<GangCase> {};
 INSTANTIATE_TEST_SUITE_P(All, GpuGang, testing::ValuesIn(gang_cases()), [](const auto& row) {
   return str(layout_name(row.param.layout), row.param.full ? "_full_" : "_lora_",
-             dtype_name(row.param.dtype));
+             dtype_name(row.param.dtype), row.param.qk_norm ? "_qk_norm" : "");
 });
 
 /// f32: what other orders of sums do over 30 steps on the CPU, too, and ten times that. bf16: the
@@ -217,7 +221,7 @@ INSTANTIATE_TEST_SUITE_P(All, GpuGang, testing::ValuesIn(gang_cases()), [](const
 /// fifth of a step reads as 4 % there and is gone at the end. An eighth of the rate keeps a step's
 /// share of the loss near 2 %. f16: as bf16, by its smaller roundoff.
 TEST_P(GpuGang, ThirtyLossesAreThoseOfOneGpu) {
-  const auto& [layout, full, dtype] = GetParam();
+  const auto& [layout, full, dtype, qk_norm] = GetParam();
   if (layout.ranks() != gang().size()) GTEST_SKIP() << layout.ranks() << " ranks";
   const bool rounds = is_16_bit(dtype);
   RankJob job;
@@ -225,6 +229,7 @@ TEST_P(GpuGang, ThirtyLossesAreThoseOfOneGpu) {
   job.full = full;
   job.gpu = tools::local_rank();
   job.dtype = dtype;
+  job.qk_norm = qk_norm;
   if (rounds) job.learning_rate_scale = 0.125;
   const RankResult want = alone(job), got = run_rank(gang(), job), again = run_rank(gang(), job);
   ASSERT_EQ(got.losses.size(), 30u);
@@ -236,8 +241,8 @@ TEST_P(GpuGang, ThirtyLossesAreThoseOfOneGpu) {
   EXPECT_EQ(got.losses, again.losses) << "two runs differ";
   if (gang().rank() == 0)
     std::cout << layout_name(layout) << (full ? " full " : " lora ") << dtype_name(dtype)
-              << " first " << want.losses.front() << " last " << got.losses.back()
-              << " worst relative difference " << worst << std::endl;
+              << (qk_norm ? " qk_norm" : "") << " first " << want.losses.front() << " last "
+              << got.losses.back() << " worst relative difference " << worst << std::endl;
 }
 
 }  // namespace

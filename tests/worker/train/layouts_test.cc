@@ -183,6 +183,34 @@ TEST_P(Variants, AnUntiedHeadWithoutBiases) {
   job.tied = job.bias = false;
   expect_same(job);
 }
+/// Each tensor-parallel rank has heads of its own, and so an addend of the gradient of their norm,
+/// whether or not the stream is in parts.
+TEST_P(Layouts, NormsOfQAndKAreThoseOfOneRank) {
+  for (const char* recompute : {"none", "block"}) {
+    RankJob j = job();
+    j.exact = j.qk_norm = true;
+    j.recompute = recompute;
+    j.steps = 5;
+    const RankResult want = as_one_rank(j);
+    const auto got = run_as_threads(j);
+    for (const RankResult& rank : got)
+      for (std::size_t s = 0; s < want.losses.size(); ++s) {
+        EXPECT_NEAR(rank.losses[s], want.losses[s], 1e-9) << recompute << ", step " << s + 1;
+        EXPECT_NEAR(rank.norms[s], want.norms[s], 1e-9 * want.norms[s] + 1e-9)
+            << recompute << ", step " << s + 1;
+      }
+    if (!j.full) continue;
+    for (const char* name : {"q_norm.weight.exp_avg", "k_norm.weight.exp_avg", ".param"})
+      EXPECT_LT(state_error(merged_state(got), merged_state({want}), name), 1e-6) << name;
+  }
+}
+
+TEST_P(Variants, NormsOfQAndKInF32) {
+  RankJob job;
+  job.qk_norm = true;
+  expect_same(job);
+}
+
 TEST_P(Variants, ActivationsRecomputed) {
   for (const char* recompute : {"elementwise", "mlp", "block"}) {
     RankJob job;

@@ -72,6 +72,31 @@ TEST_P(ResumeElsewhere, TheNextTenLossesAreThoseOfTheUninterruptedRun) {
   }
 }
 
+/// Norms of q and k lie whole on every tensor-parallel rank; a checkpoint has them once.
+TEST(ResumeElsewhereOfNormedHeads, TheNextLossesAreThoseOfTheUninterruptedRun) {
+  RankJob job;
+  job.full = job.qk_norm = true;
+  job.steps = kSteps;
+  const auto expect_resumed = [&](const Layout& from, const Layout& to) {
+    job.layout = from;
+    job.resume = nullptr;
+    const auto whole = run_as_threads(job)[0].losses;
+    job.stop_after = kSaved;
+    const TrainState saved = merged_state(run_as_threads(job));
+    job.stop_after = 0;
+    job.layout = to;
+    job.resume = &saved;
+    const auto resumed = run_as_threads(job)[0].losses;
+    ASSERT_EQ(resumed.size(), static_cast<std::size_t>(kSteps - kSaved));
+    for (std::size_t s = 0; s < resumed.size(); ++s)
+      EXPECT_NEAR(resumed[s], whole[s + kSaved], 1e-5)
+          << layout_name(from) << " resumed in " << layout_name(to) << ", step " << s + 1 + kSaved;
+  };
+  expect_resumed({1, 2, 1, 0}, {2, 1, 1, 3});
+  expect_resumed({2, 1, 1, 3}, {1, 2, 2, 0});
+  expect_resumed({1, 4, 1, 0, 1, false}, {});
+}
+
 TEST(ResumeInPlace, EndsWithTheSameBits) {
   for (const bool full : {false, true})
     for (const Layout& layout : tested_layouts()) {
