@@ -310,14 +310,11 @@ bool CudaOps::has_invariant_product(const Exec& exec, const LinearArgs& a) const
 bool CudaOps::joins_reader(const Exec& exec, const LinearArgs& a) const {
   const RopeArgs& rope = a.then.rope;
   const bool adapts = !a.sites.empty() && a.adapters != nullptr && a.adapters->rank_max > 0;
-  if (adapts && rope.qkv.defined()) return false;
-  const std::int64_t t = a.x.dim(0), head = rope.qkv.defined() ? rope.head_dim : a.weight->n;
-  if (a.y.dtype != a.x.dtype || head % 16 != 0 || rope.qk_norm.defined()) return false;
+  const std::int64_t distance = rope.qkv.defined() ? rope.head_dim : a.weight->n;
+  if (a.y.dtype != a.x.dtype || distance % 16 != 0 || rope.qk_norm.defined()) return false;
   const bool invariant = exec.numerics == Numerics::kInvariant;
   if (!adapts && gemv_fits(a.x, *a.weight)) return !invariant || has_invariant_product(exec, a);
-  // Tiles begin and end within half a head.
-  return !invariant && t <= kSkinnyRows && skinny_fits(a, profile_) &&
-         (!rope.qkv.defined() || head % 64 == 0);
+  return !invariant && !rope.qkv.defined() && a.x.dim(0) <= kSkinnyRows && skinny_fits(a, profile_);
 }
 
 bool CudaOps::invariant_product(

@@ -5,6 +5,7 @@
 #include "kernels/cuda/skinny.h"
 
 #include "kernels/cuda/linear_then.cuh"
+#include "kernels/cuda/silu.cuh"
 #include "kernels/cuda/skinny_adapters.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -24,11 +25,11 @@ constexpr int kSharedMax = 227 * 1024;
 /// as its own have.
 constexpr int kSharedBeside = 10 * 1024, kThreadsBeside = 96;
 
-/// Tiles of kN outputs, a cluster of kSplits blocks for each. Where something is made of them, a
-/// tile's second half lies `distance` behind its first, and a block finishes groups of both.
-template <int kN, int kSplits, Then kThen, bool kAdapts>
+/// Tiles of kN outputs, a cluster of kSplits blocks for each. kPairs: of gate and up, silu * up is
+/// made; a tile's second half lies n / 2 behind its first, and a block finishes groups of both.
+template <int kN, int kSplits, bool kPairs, bool kAdapts>
 struct Tile {
-  static constexpr bool kPairs = kThen != Then::kNothing;
+  static_assert(!kPairs || kSplits == 1);
   static constexpr int kHalves = kPairs ? 2 : 1, kHalf = kN / kHalves;  ///< of neighbouring outputs
   static constexpr int kHalfGroups = kHalf / 8;                         ///< of eight outputs
   static constexpr int kOwn = (kHalfGroups + kSplits - 1) / kSplits;    ///< the last may have fewer
@@ -37,9 +38,7 @@ struct Tile {
                        kStageBytes = kWeightBytes + kRows * kStep * 2;
   static constexpr int kPartRow = kN + 8;  // f32: rows of a fragment in different banks
   static constexpr int kPartBytes = kSplits > 1 ? kRows* kPartRow * 4 : 0;
-  static constexpr int kAngleRow = kHalf + 8;  ///< pairs of cosine and sine, likewise
-  static constexpr int kAngleBytes = kThen == Then::kRope ? kRows * kAngleRow * 8 : 0;
-  static constexpr int kFixedBytes = 1024 + kPartBytes + kAngleBytes;
+  static constexpr int kFixedBytes = 1024 + kPartBytes;
   static constexpr int kStages =
       std::min<int>(kN < 64 ? kStagesMax : 8, (kSharedMax - (kAdapts ? kSharedBeside : 0) -
                                                kFixedBytes - static_cast<int>(sizeof(Control))) /
@@ -69,65 +68,22 @@ __device__ inline void store_2(E* to, float a, float b) {
   *reinterpret_cast<std::uint32_t*>(to) = pack<E>(a, b);
 }
 
-// -- rotation
-// -------------------------------------------------------------------------------------
-
-/// angles[t][i] of outputs n + i of every row t: cosine and sine; by one warp. Of values nothing is
-/// made.
-template <int kHalf, int kAngleRow>
-__device__ inline void make_angles(const RopeView& v, int t, int n, float2* angles, int lane) {
-  if (!v.rotates(n / v.dim)) return;
-  static_assert(kRows == 64);
-  const auto position = [&](int row) {
-    return row < t ? static_cast<float>(v.positions[row]) : 0.0f;
-  };
-  const float low = position(lane), high = position(lane + 32);
-  for (int column = lane; column < kHalf; column += 32) {
-    const float frequency = v.inv_freq[n % v.dim + column];
-    for (int row = 0; row < t; ++row)
-      angles[row * kAngleRow + column] = rope_angle(
-          __shfl_sync(0xffffffffu, row < 32 ? low : high, row % 32), frequency, v.factor);
-  }
-}
-
-/// Outputs n, n + 1 and those half a head behind, of row t, to `row` of y and to the cache.
-template <class E>
-__device__ inline void store_rotated(const RopeView& v, E* row, int t, int n, float2 low,
-                                     float2 high, const float2* angles) {
-  const int head = n / v.dim, half = v.dim / 2;
-  if (v.rotates(head)) {
-    const float2 a = angles[0], b = angles[1], x = low;
-    low = {rotated_low(x.x, high.x, a), rotated_low(x.y, high.y, b)};
-    high = {rotated_high(x.x, high.x, a), rotated_high(x.y, high.y, b)};
-  }
-  store_2(row + n, low.x, low.y);
-  store_2(row + n + half, high.x, high.y);
-  E* to = rope_cached<E>(v, t, head, n % v.dim);
-  if (to == nullptr) return;
-  store_2(to, low.x, low.y);
-  store_2(to + half, high.x, high.y);
-}
-
-template <class E, int kN, int kSplits, Then kThen, bool kAdapts, class Y>
+template <class E, int kN, int kSplits, bool kPairs, bool kAdapts, class Y>
 __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
     skinny_kernel(const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Params p,
                   Y* y) {
 #ifdef TANDEM_HOPPER
-  using T = Tile<kN, kSplits, kThen, kAdapts>;
+  using T = Tile<kN, kSplits, kPairs, kAdapts>;
   extern __shared__ unsigned char raw[];
   __shared__ Control c;
   unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
-  auto* angles = reinterpret_cast<float2*>(stages + T::kStages * T::kStageBytes);
-  auto* parts = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes + T::kAngleBytes);
+  auto* parts = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cg::cluster_group cluster = cg::this_cluster();
-  static_assert(!kAdapts || kThen != Then::kRope);
-  constexpr bool kLists = kAdapts || kThen == Then::kRope;  // or makes angles
-  // What reads pairs would begin on the multiprocessors that have no block of this kernel: all of
-  // attention's on a few. It begins when this one's loads are through.
-  if constexpr (!T::kPairs) launch_dependents();
+  // After pairs the next kernel begins when this one's loads are through.
+  if constexpr (!kPairs) launch_dependents();
   if (warp == kProducer && lane == 0) {
     prefetch_map(&w_map);
     prefetch_map(&x_map);
@@ -148,16 +104,11 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   const int steps = max(0, min(steps_part, p.steps - first));
   const int first_tile = static_cast<int>(blockIdx.x) / kSplits;
   const int tile_step = static_cast<int>(gridDim.x) / kSplits;
-  // The first output of a tile.
-  const auto begin_of = [&](int tile) {
-    return T::kPairs ? tile / p.tiles_each * 2 * p.then.distance + tile % p.tiles_each * T::kHalf
-                     : tile * kN;
-  };
+  const auto begin_of = [&](int tile) { return tile * T::kHalf; };
   // The outputs of a half that this block finishes, where adapters may be.
   const auto own_of = [&](int tile, int half) {
-    const int from = begin_of(tile) + half * p.then.distance, begin = from + part * 8 * T::kOwn;
-    const int of_tile = min(from + T::kHalf, p.n);
-    const int end = T::kPairs ? min(of_tile, (half + 1) * p.then.distance) : of_tile;
+    const int from = begin_of(tile) + half * p.distance, begin = from + part * 8 * T::kOwn;
+    const int end = min(kPairs ? (half + 1) * p.distance : p.n, from + T::kHalf);
     return Range{begin, min(begin + 8 * T::kOwn, end)};
   };
   Ring<T::kStages> ring;
@@ -171,7 +122,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
 #pragma unroll
       for (int half = 0; half < T::kHalves; ++half)
         copy_box_once(address(stage) + half * T::kHalf * kStep * 2, &w_map, &c.full[stage],
-                      (first + step) * kStep, begin_of(tile) + half * p.then.distance, once);
+                      (first + step) * kStep, begin_of(tile) + half * p.distance, once);
     };
     const auto copy_x = [&](int stage, int step) {
       copy_box(address(stage) + T::kWeightBytes, &x_map, &c.full[stage], (first + step) * kStep, 0);
@@ -203,20 +154,16 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
     }
   } else if (warp == kLister) {
     const Leads leads = kAdapts ? find_slots(p.adapters, c, lane) : Leads{};
-    for (int tile = first_tile; kLists && tile < p.tiles; tile += tile_step) {
+    for (int tile = first_tile; kAdapts && tile < p.tiles; tile += tile_step) {
       barrier_wait(&c.list_empty, list_phase ^ 1);
       list_phase ^= 1;
-      if constexpr (kThen == Then::kRope) {
-        make_angles<T::kHalf, T::kAngleRow>(p.then.rope, p.t, begin_of(tile), angles, lane);
-      } else if constexpr (kAdapts) {
-        Listed listed;
-        for (int half = 0; half < T::kHalves; ++half) {
-          const auto [begin, end] = own_of(tile, half);
-          list_pieces(p.adapters, begin, end, half * T::kOwn, T::kWeightBytes, leads, c, lane,
-                      listed);
-        }
-        end_list(listed, c, lane);
+      Listed listed;
+      for (int half = 0; half < T::kHalves; ++half) {
+        const auto [begin, end] = own_of(tile, half);
+        list_pieces(p.adapters, begin, end, half * T::kOwn, T::kWeightBytes, leads, c, lane,
+                    listed);
       }
+      end_list(listed, c, lane);
       __syncwarp();
       if (lane == 0) barrier_arrive(&c.list_full);
     }
@@ -286,9 +233,9 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
           }
         }
       }
-      if constexpr (T::kPairs) launch_dependents();
+      if constexpr (kPairs) launch_dependents();
       wait_for_inputs();  // u is made, and nobody reads y's last contents any more
-      if (kLists) {
+      if (kAdapts) {
         barrier_wait(&c.list_full, list_phase);
         list_phase ^= 1;
       }
@@ -299,37 +246,23 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
       };
       if constexpr (kAdapts)
         add_pieces<E, T::kGroups, T::kHalves>(p, c, stages, T::kStageBytes, ring, inputs, sum);
-      if constexpr (kThen == Then::kNothing) {
-        const auto [begin, end] = own_of(tile, 0);
+      const auto [begin, end] = own_of(tile, 0);
+      const auto rounded = [](float v) { return load_f32(store_as<E>(v)); };
 #pragma unroll
-        for (int e = 0; e < 4 * T::kGroups; e += 2) {
-          const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
-          if (n >= end || t >= p.t) continue;
-          const float2 bias = biases(n);
-          store_2(y + static_cast<std::int64_t>(t) * p.n + n, sum[e] + bias.x, sum[e + 1] + bias.y);
+      for (int e = 0; e < 4 * T::kOwn; e += 2) {
+        const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
+        if (n >= end || t >= p.t) continue;
+        const float2 bias = biases(n);
+        float2 out = {sum[e] + bias.x, sum[e + 1] + bias.y};
+        if constexpr (kPairs) {
+          const float* up = sum + 4 * T::kOwn + e;
+          const float2 far = biases(n + p.distance);
+          out = {silu_mul(rounded(out.x), rounded(up[0] + far.x)),
+                 silu_mul(rounded(out.y), rounded(up[1] + far.y))};
         }
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4 * T::kOwn; e += 2) {
-          const int group = part * T::kOwn + e / 4, t = row + e % 4 / 2 * 8;
-          const int column = group * 8 + 2 * q, n = begin_of(tile) + column;
-          if (group >= T::kHalfGroups || t >= p.t) continue;
-          const bool inside = kThen == Then::kRope || n < p.then.distance;
-          if (!inside) continue;
-          const float2 bias = biases(n), far = biases(n + p.then.distance);
-          const float* behind = sum + 4 * T::kOwn;
-          const auto rounded = [](float v) { return load_f32(store_as<E>(v)); };
-          const float2 low = {rounded(sum[e] + bias.x), rounded(sum[e + 1] + bias.y)};
-          const float2 high = {rounded(behind[e] + far.x), rounded(behind[e + 1] + far.y)};
-          if constexpr (kThen == Then::kSiluMul)
-            store_2(y + static_cast<std::int64_t>(t) * p.then.distance + n, silu_mul(low.x, high.x),
-                    silu_mul(low.y, high.y));
-          else
-            store_rotated<E>(p.then.rope, y + static_cast<std::int64_t>(t) * p.n, t, n, low, high,
-                             angles + t * T::kAngleRow + column);
-        }
+        store_2(y + static_cast<std::int64_t>(t) * (kPairs ? p.distance : p.n) + n, out.x, out.y);
       }
-      if (kLists) {
+      if (kAdapts) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.list_empty);
       }
@@ -349,14 +282,13 @@ struct Launch {
   int multiprocessors;
 };
 
-template <class E, int kN, int kSplits, Then kThen, bool kAdapts, class Y>
+template <class E, int kN, int kSplits, bool kPairs, bool kAdapts, class Y>
 void launch(Launch& l) {
-  using T = Tile<kN, kSplits, kThen, kAdapts>;
+  using T = Tile<kN, kSplits, kPairs, kAdapts>;
   const LinearArgs& a = l.args;
   Params& p = l.params;
-  p.tiles_each = (p.then.distance + T::kHalf - 1) / T::kHalf;
-  p.tiles = T::kPairs ? p.n / (2 * p.then.distance) * p.tiles_each : (p.n + kN - 1) / kN;
-  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kThen, kAdapts, Y>;
+  p.tiles = ((kPairs ? p.distance : p.n) + T::kHalf - 1) / T::kHalf;
+  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kPairs, kAdapts, Y>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
   check_cuda(allowed, "skinny_kernel: shared memory");
@@ -389,22 +321,18 @@ struct Choice {
   void (*f32)(Launch&) = nullptr;
   void (*silu_mul)(Launch&) = nullptr;
   void (*silu_mul_adapters)(Launch&) = nullptr;
-  void (*rope)(Launch&) = nullptr;
 };
 template <class E, int kN, int kSplits>
 constexpr Choice make_choice() {
   Choice c{kN, kSplits};
   if constexpr (kN != 128) {
-    c.narrow = launch<E, kN, kSplits, Then::kNothing, false, E>;
-    c.adapters = launch<E, kN, kSplits, Then::kNothing, true, E>;
-    c.f32 = launch<E, kN, kSplits, Then::kNothing, false, float>;
+    c.narrow = launch<E, kN, kSplits, false, false, E>;
+    c.adapters = launch<E, kN, kSplits, false, true, E>;
+    c.f32 = launch<E, kN, kSplits, false, false, float>;
   }
-  if constexpr (kSplits == 1 && kN >= 64)
-    c.silu_mul = launch<E, kN, kSplits, Then::kSiluMul, false, E>;
+  if constexpr (kSplits == 1 && kN >= 64) c.silu_mul = launch<E, kN, kSplits, true, false, E>;
   if constexpr (kSplits == 1 && kN >= 64 && kN < 256)
-    c.silu_mul_adapters = launch<E, kN, kSplits, Then::kSiluMul, true, E>;
-  // Half a head or a quarter, as pairs.
-  if constexpr (kN == 64) c.rope = launch<E, kN, kSplits, Then::kRope, false, E>;
+    c.silu_mul_adapters = launch<E, kN, kSplits, true, true, E>;
   return c;
 }
 
@@ -499,15 +427,13 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
            a.bias.data,
            u.data,
            {},
-           then_view(a),
-           0};
+           static_cast<int>(a.weight->n / 2)};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
   auto run = a.y.dtype == DType::kF32 ? &Choice::f32
              : u.defined()            ? &Choice::adapters
                                       : &Choice::narrow;
   if (a.then.silu_mul.out.defined())
     run = u.defined() ? &Choice::silu_mul_adapters : &Choice::silu_mul;
-  if (a.then.rope.qkv.defined()) run = &Choice::rope;
   Launch l{stream, a, p, multiprocessors};
   with_element(a.x.dtype, [&]<class E>(E) {
     const bool splits = numerics != Numerics::kInvariant;

@@ -4,7 +4,6 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/hopper.cuh"
-#include "kernels/cuda/linear_then.cuh"
 #include "kernels/cuda/lora_rows.cuh"
 #include "kernels/cuda/skinny.h"
 
@@ -45,8 +44,7 @@ struct Params {
   int x_rows;            ///< of x in a stage: t, up to whole eights
   const void *bias, *u;  ///< null: none
   SegmentsView adapters;
-  ThenView then;
-  int tiles_each;  ///< of 2 distance outputs, where something is made of pairs
+  int distance;  ///< between the halves of a pair
 };
 
 template <int kStages>
