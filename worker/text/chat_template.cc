@@ -93,9 +93,13 @@ class SpanFinder {
     Json part = Json::array();
     for (std::size_t i = 0; i < count; ++i) part.push_back(messages_[i]);
     options_.add_generation_prompt = add_generation_prompt;
-    return template_.render(part, options_);
+    return render(part);
   }
-  [[nodiscard]] std::vector<Place> find_contents(std::string_view full) const;
+  Result<std::string> render(const Json& messages) {
+    rendered_ += messages.size();
+    return template_.render(messages, options_);
+  }
+  std::vector<Place> find_contents(std::string_view full);
   Result<AssistantSpan> find_turn(std::size_t index, const std::string& full);
   Result<std::size_t> begin_of_first(const std::string& full, const std::string& prefix);
   Result<std::size_t> end_by_content(std::size_t index, std::size_t begin, const std::string& full,
@@ -114,6 +118,7 @@ class SpanFinder {
   const ChatTemplate& template_;
   const Json& messages_;
   RenderOptions options_;
+  std::size_t rendered_ = 0;  ///< messages
 };
 
 std::string without_trailing_space(std::string text) {
@@ -128,7 +133,7 @@ std::string without_trailing_space(std::string text) {
 Result<RenderedConversation> SpanFinder::find() {
   RenderedConversation result;
   options_.add_generation_prompt = false;
-  TANDEM_ASSIGN_OR_RETURN(result.text, template_.render(messages_, options_));
+  TANDEM_ASSIGN_OR_RETURN(result.text, render(messages_));
   const std::string_view full = result.text;
   std::vector<Place> contents(messages_.size());
   const auto turns = std::count_if(messages_.begin(), messages_.end(), is_assistant);
@@ -155,13 +160,14 @@ Result<RenderedConversation> SpanFinder::find() {
     reached = span.end;
     result.assistant.push_back(span);
   }
+  result.messages_rendered = rendered_;
   return result;
 }
 
 /// From one rendering in which each content is exchanged for a marker: what stands between the
 /// markers is the template's. All 0 where that does not add up to the conversation, as where the
 /// template cuts something out of a content. A message without a text counts as what is between.
-std::vector<SpanFinder::Place> SpanFinder::find_contents(std::string_view full) const {
+std::vector<SpanFinder::Place> SpanFinder::find_contents(std::string_view full) {
   const std::vector<Place> unknown(messages_.size());
   const auto marker = [](std::size_t index) { return str(kMarker, index, '\x03'); };
   Json marked = messages_;
@@ -171,7 +177,7 @@ std::vector<SpanFinder::Place> SpanFinder::find_contents(std::string_view full) 
     marked[i]["content"] = marker(i);
     indices.push_back(i);
   }
-  const auto rendered = template_.render(marked, options_);
+  const auto rendered = render(marked);
   if (!rendered.ok()) return unknown;
   const std::string_view text = *rendered;
   std::vector<Place> places = unknown;
@@ -240,7 +246,7 @@ Result<std::pair<std::string, std::string>> SpanFinder::around_content(std::size
   for (std::size_t i = 0; i < count; ++i) marked.push_back(messages_[i]);
   marked[index]["content"] = kMarker;
   options_.add_generation_prompt = false;
-  TANDEM_ASSIGN_OR_RETURN(const std::string text, template_.render(marked, options_));
+  TANDEM_ASSIGN_OR_RETURN(const std::string text, render(marked));
   const std::size_t at = text.find(kMarker);
   if (at == std::string::npos || text.find(kMarker, at + 1) != std::string::npos)
     return unstable(index);
@@ -294,7 +300,7 @@ Result<RenderedConversation> ChatTemplate::render_with_spans(const Json& message
   RenderOptions whole = options;
   whole.add_generation_prompt = false;
   TANDEM_ASSIGN_OR_RETURN(Rendering rendering, run(impl_->program, messages, whole));
-  RenderedConversation result{std::move(rendering.text), {}};
+  RenderedConversation result{std::move(rendering.text), {}, messages.size()};
   std::vector<std::size_t> turns;
   for (std::size_t i = 0; i < messages.size(); ++i)
     if (is_assistant(messages[i])) turns.push_back(i);

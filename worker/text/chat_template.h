@@ -43,6 +43,7 @@ struct AssistantSpan {
 struct RenderedConversation {
   std::string text;
   std::vector<AssistantSpan> assistant;  ///< in order, disjoint
+  std::size_t messages_rendered = 0;     ///< by all renderings that it took: what it cost
 };
 
 /// Immutable after parse(); copies share the program. Any thread.

@@ -5,7 +5,6 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
 
 namespace tandem::worker::text {
 namespace {
@@ -234,14 +233,10 @@ TEST(ChatTemplateSpans, OfALongConversationAreThoseOfItsBeginning) {
 TEST(ChatTemplateSpans, OfManyTurnsCostAFewRenderings) {
   const ChatTemplate chat_template = golden_template("qwen25");
   const Json messages = long_conversation(2'048);
-  const auto seconds = [&](const auto& call) {
-    const auto start = std::chrono::steady_clock::now();
-    EXPECT_TRUE(call().ok());
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
-  const double once = seconds([&] { return chat_template.render(messages); });
-  // Each turn by renderings of what comes before it takes more than 1,000 times as long.
-  EXPECT_LT(seconds([&] { return chat_template.render_with_spans(messages); }), 100 * once);
+  const auto rendered = chat_template.render_with_spans(messages);
+  ASSERT_TRUE(rendered.ok());
+  // Each turn by renderings of what comes before it: more than 1,000 times the conversation.
+  EXPECT_LT(rendered->messages_rendered, 10 * messages.size());
 }
 
 TEST(ChatTemplateSpans, RefuseATemplateWhoseTurnsCannotBePlaced) {
