@@ -249,6 +249,7 @@ TEST(ServeResume, DeliversExactlyWhatIsMissingAfterAnyToken) {
   GenerateRequest r = wordy(f, "r");
   r.sampling.max_tokens = 20;
   r.sampling.logprobs = 2;
+  r.sampling.prompt_logprobs_from = 1;
   ASSERT_TRUE(engine->submit(r).ok());
   std::vector<SequenceOutput> whole;
   while (engine->has_work())
@@ -268,6 +269,7 @@ TEST(ServeResume, DeliversExactlyWhatIsMissingAfterAnyToken) {
     EXPECT_EQ(got.text, text) << index;
     EXPECT_EQ(got.first_index, index);
     EXPECT_EQ(got.logprobs.size(), ids.size());
+    EXPECT_EQ(got.prompt_logprobs.size(), index == 0 ? r.prompt.size() - 1 : 0);
     EXPECT_EQ(got.usage.completion_tokens, 20);
   }
 }
