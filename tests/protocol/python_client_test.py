@@ -120,11 +120,15 @@ class PythonClient(unittest.TestCase):
                 {"prompt": 7},
                 {"prompt": "x", "max_tokens": 1 << 70},
                 {"messages": [{"role": "user"}]},
+                {"messages": [{"role": "tool", "content": "7", "tool_call_id": "x"}]},
+                {"tokens": [1, 2.0]},
+                {"tokens": ["1"]},
                 {"tokens": [1] * ((1 << 18) + 1)},
             ):
                 with self.assertRaises(TandemError) as caught:
                     client.generate("base", **arguments)
                 self.assertEqual(caught.exception.code, "invalid")
+                self.assertNotIn("\n", caught.exception.message)
             with self.assertRaises(TandemError) as caught:
                 client.call("status", {"x": "y" * (1 << 20)})
             self.assertEqual(caught.exception.code, "invalid")
@@ -139,6 +143,15 @@ class PythonClient(unittest.TestCase):
             client.complete("m", prompt="hi", repetition_penalty=1.0)
         said = [r["sampling"]["repetitionPenalty"] for r in self.coordinator.of("generate")]
         self.assertEqual(said, [{"unset": None}, {"value": 1.0}])
+
+    def test_takes_a_text_as_one_stop_string_and_any_array_of_integers_as_tokens(self):
+        self.serve(lambda kind, request, reply: reply(chunk=token(request, 0, last=True)))
+        with self.client() as client:
+            client.complete("m", prompt="hi", stop="END")
+            client.complete("m", tokens=memoryview(bytes([3, 4])), stop=["a", "b"])
+        asked = self.coordinator.of("generate")
+        self.assertEqual([r["sampling"]["stop"] for r in asked], [["END"], ["a", "b"]])
+        self.assertEqual(asked[1]["input"]["tokens"], [3, 4])
 
     def test_refuses_tcp_without_keys(self):
         with self.assertRaises(TandemError) as raised:

@@ -42,6 +42,11 @@ def _scale() -> float:
         return 1.0
 
 
+def _is_given(value: Any) -> bool:
+    # An array of token ids has no truth value of its own.
+    return len(value) > 0 if hasattr(value, "__len__") else bool(value)
+
+
 class _Operation:
     """A generation or call under way: how to send it again, and what has arrived."""
 
@@ -156,7 +161,7 @@ class Client:
         model: base, alias, alias@version, JOB@latest, JOB@step-N or a digest. Fields of Sampling
         may be given directly (max_tokens=64). Closing the iterator early cancels the request.
         """
-        if sum(bool(given) for given in (prompt, messages, tokens)) != 1:
+        if sum(_is_given(value) for value in (prompt, messages, tokens)) != 1:
             raise TandemError("invalid", "give exactly one of prompt, messages and tokens")
         how = sampling if sampling is not None else Sampling(**settings)
         if sampling is not None and settings:
