@@ -140,6 +140,12 @@ def cancel(request_id: str) -> bytes:
     return _encode(message)
 
 
+def ping() -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    message.init("ping").nonce = 1
+    return _encode(message)
+
+
 def call(call_id: str, key: str, method: str, params_json: str) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
     body = message.init("call")
@@ -164,6 +170,7 @@ class Reply:
         self.retry_after_ms = 0
         self.version = (0, 0)
         self.server = ""
+        self.heartbeat_ms = 0
         self.chunk: Optional[Chunk] = None
         self.result_json = ""
         self.more = False
@@ -188,7 +195,7 @@ def _reply(message: Any) -> Reply:
         body = message.hello
         reply.code, reply.message = str(body.status.code), body.status.message
         reply.version = (body.version.major, body.version.minor)
-        reply.server = body.server
+        reply.server, reply.heartbeat_ms = body.server, body.heartbeatMs
     elif reply.kind == "chunk":
         body = message.chunk
         reply.code, reply.message = str(body.status.code), body.status.message
