@@ -76,6 +76,10 @@ TEST(ServeSubmit, RefusesWhatTheKvCacheCannotHoldAndClipsAnOpenEnd) {
   const Outcome got = run_alone(*engine, open);
   EXPECT_EQ(got.ids.size(), 35u);  // the last drawn token needs no KV
   EXPECT_EQ(got.finish, FinishReason::kLength);
+  open.start_index = 40;  // begun by a worker that holds more
+  EXPECT_EQ(engine->submit(open).code(), StatusCode::kRefused);
+  open.sampling.max_tokens = 20;
+  EXPECT_EQ(engine->submit(open).code(), StatusCode::kInvalid);
 }
 
 TEST(ServeSubmit, AnswersBusyWithATimeWhenTheQueueIsFull) {
