@@ -63,6 +63,10 @@ Status validate_request(const protocol::Generate& request) {
     return bad("frequency_penalty", "in [-100, 100]", s.frequency_penalty);
   if (s.stop.size() > kStopsMax)
     return bad("stop", "at most 64 strings", static_cast<double>(s.stop.size()));
+  if (s.logprobs < -1) return bad("logprobs", "-1 (none) or more", static_cast<double>(s.logprobs));
+  if (s.prompt_logprobs_from < -1)
+    return bad("prompt_logprobs_from", "-1 (none) or more",
+               static_cast<double>(s.prompt_logprobs_from));
   if (s.min_tokens < 0) return bad("min_tokens", "0 or more", static_cast<double>(s.min_tokens));
   if (request.next_index < 0)
     return bad("next_index", "0 or more", static_cast<double>(request.next_index));

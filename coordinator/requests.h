@@ -96,6 +96,7 @@ class Requests {
     std::int64_t dispatched_us = 0;
     Status last_error;
     WorkerId last_engine;
+    std::set<WorkerId> refused_by;  ///< engines that it does not fit
   };
 
   bool rejoin(const std::string& peer, const std::string& user, const protocol::Generate& request);
@@ -126,6 +127,8 @@ class Requests {
   /// Back to the queue; fails it when it was tried too often.
   void reroute(Execution& execution, const Status& why);
   void release_engine(Execution& execution, bool tell_engine);
+  /// An engine or replica that has not refused it serves its base, or will again in a moment.
+  [[nodiscard]] bool may_fit_elsewhere(const Execution& execution);
   Engine* choose_engine(const Execution& execution);
   void send_to(Engine& engine, Execution& execution);
   [[nodiscard]] std::int64_t retry_after() const;

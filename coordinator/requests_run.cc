@@ -90,12 +90,25 @@ void Requests::dispatch() {
   }
 }
 
+bool Requests::may_fit_elsewhere(const Execution& execution) {
+  const Digest& model = execution.target.model.digest;
+  for (const Engine* engine : workers_.serving(model))
+    if (!execution.refused_by.contains(engine->name)) return true;
+  for (const auto& [id, replica] : context_.tables().replicas)
+    if (replica.model == model && !replica.removing && replica.state != ReplicaState::kServing &&
+        is_or_was_there(replica, context_))
+      return true;
+  return false;
+}
+
 Engine* Requests::choose_engine(const Execution& execution) {
+  const bool elsewhere = !execution.refused_by.empty() && may_fit_elsewhere(execution);
   const auto depths = prefixes_.depths(execution.prefixes);
   Engine* best = nullptr;
   std::tuple<int, int, std::size_t, std::int64_t> best_score;
   for (Engine* const candidate : workers_.serving(execution.target.model.digest)) {
     const Engine& engine = *candidate;
+    if (elsewhere && execution.refused_by.contains(engine.name)) continue;
     const auto& job = execution.target.job;
     const bool trains_it =
         !job.empty() && std::any_of(engine.jobs.begin(), engine.jobs.end(),
@@ -171,6 +184,11 @@ void Requests::chunk(Engine& engine, const protocol::InferChunk& message) {
   const GenerateChunk& chunk = message.chunk;
   if (!chunk.status.ok()) {
     if (is_retryable(chunk.status.code())) return reroute(execution, chunk.status);
+    if (chunk.status.code() == StatusCode::kRefused) {
+      // An engine and a replica of one base do not hold the same number of tokens.
+      execution.refused_by.insert(engine.name);
+      if (may_fit_elsewhere(execution)) return reroute(execution, chunk.status);
+    }
     return fail(execution, chunk.status, chunk.retry_after_ms);
   }
   if (chunk.finish == FinishReason::kCancelled)

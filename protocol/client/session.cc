@@ -422,8 +422,11 @@ void Session::make_due(Operation& operation, TimeMs when_ms) {
 
 Status Session::unreachable() const {
   if (trouble_.code() == StatusCode::kRefused) return trouble_;
+  const std::string& met = trouble_.message();
+  const auto why = met.find(" (");
   return unavailable_error(str("no coordinator answers at ", options_.endpoint,
-                               ": is it running? Start one with: tandem up"));
+                               ": is it running? Start one with: tandem up",
+                               why == std::string::npos ? "" : met.substr(why)));
 }
 
 }  // namespace tandem::protocol::client

@@ -245,6 +245,39 @@ TEST_F(ReplicaTest, AnAnswerGoesOnElsewhereWhenItsReplicaDiesWithoutALostOrRepea
   EXPECT_EQ(tokens_of(name), (std::vector<std::int32_t>{100, 101, 102, 103, 104, 105, 106}));
 }
 
+TEST_F(ReplicaTest, AnAnswerThatNoEngineHoldsWaitsUntilItsReplicaServesAgain) {
+  const JobId id = serving();
+  h.generate("long", "base", "q");
+  const auto sent = h.to_gang<Infer>(0);
+  ASSERT_EQ(sent.size(), 1u);
+  chunk(sent[0], 0, 3, false);
+  h.from_agent(0, JobEnded{id, start.epoch, unavailable_error("the gang is over"), 0, "{}"});
+  start = told(0);
+  int refused = 0;
+  for (int round = 0; round < 4; ++round) {
+    h.advance(200);
+    for (int slot = 0; slot < 3; ++slot)
+      for (const auto& infer : h.to_engine<Infer>(slot)) {
+        protocol::InferChunk no;
+        no.attempt = infer.attempt;
+        no.chunk.id = infer.request.id;
+        no.chunk.finish = protocol::FinishReason::kError;
+        no.chunk.status = refused_error("10 tokens fit here");
+        h.from_engine(slot, no);
+        ++refused;
+      }
+  }
+  EXPECT_EQ(refused, 3) << "every engine once";
+  h.agent(0, {claim(id)});
+  h.gang(0, start.gang, {claim(id)}, base);
+  h.advance(200);
+  const auto again = h.to_gang<Infer>(0);
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_EQ(again[0].request.next_index, 3);
+  chunk(again[0], 3, 2, true);
+  EXPECT_EQ(tokens_of("long"), (std::vector<std::int32_t>{100, 101, 102, 103, 104}));
+}
+
 TEST_F(ReplicaTest, MessagesOfAnOldEpochAreRefused) {
   const JobId id = serving();
   h.from_agent(0, JobEnded{id, start.epoch, unavailable_error("killed"), 0, "{}"});

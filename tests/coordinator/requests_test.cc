@@ -55,6 +55,41 @@ TEST_F(RequestsTest, AnEnginesDeathMovesTheRequestAndTheClientSeesEachTokenOnce)
   EXPECT_EQ(chunks.back().finish, FinishReason::kStop);
 }
 
+TEST_F(RequestsTest, WhatOneEngineRefusesIsAskedOfTheOthersAndRefusedWhenAllDo) {
+  h.engine(1);
+  /// The slot that was asked; it refuses.
+  const auto refuse = [&] {
+    for (int slot = 0; slot < 2; ++slot)
+      for (const Infer& asked : h.to_engine<Infer>(slot)) {
+        protocol::InferChunk no;
+        no.attempt = asked.attempt;
+        no.chunk.id = asked.request.id;
+        no.chunk.finish = FinishReason::kError;
+        no.chunk.status = refused_error(str("engine ", slot, " holds 10 tokens"));
+        h.from_engine(slot, no);
+        return slot;
+      }
+    return -1;
+  };
+  h.generate("r", "base", "long");
+  const int first = refuse();
+  h.advance(100);
+  const int second = 1 - first;
+  h.answer(second, "r", 0, 2, true);
+  (void)h.to_engine<Infer>(second);
+  EXPECT_EQ(tokens(h.to_client<GenerateChunk>("c")).size(), 2u);
+
+  h.generate("s", "base", "longer");
+  EXPECT_GE(refuse(), 0);
+  h.advance(100);
+  EXPECT_GE(refuse(), 0);
+  h.advance(100);
+  const auto chunks = h.to_client<GenerateChunk>("c");
+  ASSERT_EQ(chunks.size(), 1u);
+  EXPECT_EQ(chunks[0].status.code(), StatusCode::kRefused);
+  EXPECT_EQ(refuse(), -1) << "nobody is asked twice";
+}
+
 TEST_F(RequestsTest, ChunksOfAnOlderAttemptAreDropped) {
   h.generate("r", "base", "hello");
   const auto first = h.to_engine<Infer>(0).at(0);

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import unittest
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from tandem_client import Client, TandemError, wire  # noqa: E402
 class FakeCoordinator:
     """Answers hellos as version 1.`minor`; everything else goes to `handle(request, reply)`."""
 
-    def __init__(self, path, handle, minor=2):
+    def __init__(self, path, handle, minor=2, heartbeat_ms=0, hellos=1 << 30):
         self.seen = []
         self._handle, self._minor = handle, minor
+        self._heartbeat_ms, self._hellos = heartbeat_ms, hellos  # answered; then it is silent
         self._stop = threading.Event()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -63,8 +65,15 @@ class FakeCoordinator:
 
             if kind != "hello":
                 self._handle(kind, body, reply)
+            elif len(self.of("hello")) > self._hellos:
+                continue
             elif body["version"]["minor"] == self._minor:
-                reply(hello={"version": {"major": 1, "minor": self._minor}, "server": "fake"})
+                version = {"major": 1, "minor": self._minor}
+                reply(
+                    hello={
+                        "version": version, "server": "fake", "heartbeatMs": self._heartbeat_ms
+                    }
+                )
             else:
                 reply(
                     hello={
@@ -120,11 +129,15 @@ class PythonClient(unittest.TestCase):
                 {"prompt": 7},
                 {"prompt": "x", "max_tokens": 1 << 70},
                 {"messages": [{"role": "user"}]},
+                {"messages": [{"role": "tool", "content": "7", "tool_call_id": "x"}]},
+                {"tokens": [1, 2.0]},
+                {"tokens": ["1"]},
                 {"tokens": [1] * ((1 << 18) + 1)},
             ):
                 with self.assertRaises(TandemError) as caught:
                     client.generate("base", **arguments)
                 self.assertEqual(caught.exception.code, "invalid")
+                self.assertNotIn("\n", caught.exception.message)
             with self.assertRaises(TandemError) as caught:
                 client.call("status", {"x": "y" * (1 << 20)})
             self.assertEqual(caught.exception.code, "invalid")
@@ -139,6 +152,37 @@ class PythonClient(unittest.TestCase):
             client.complete("m", prompt="hi", repetition_penalty=1.0)
         said = [r["sampling"]["repetitionPenalty"] for r in self.coordinator.of("generate")]
         self.assertEqual(said, [{"unset": None}, {"value": 1.0}])
+
+    def test_takes_a_text_as_one_stop_string_and_any_array_of_integers_as_tokens(self):
+        self.serve(lambda kind, request, reply: reply(chunk=token(request, 0, last=True)))
+        with self.client() as client:
+            client.complete("m", prompt="hi", stop="END")
+            client.complete("m", tokens=memoryview(bytes([3, 4])), stop=["a", "b"])
+        asked = self.coordinator.of("generate")
+        self.assertEqual([r["sampling"]["stop"] for r in asked], [["END"], ["a", "b"]])
+        self.assertEqual(asked[1]["input"]["tokens"], [3, 4])
+
+    def test_gives_up_on_a_coordinator_that_is_connected_and_silent(self):
+        self.serve(lambda kind, request, reply: None, heartbeat_ms=100, hellos=1)
+        with Client(f"ipc://{self.path}", reconnect_timeout=0.5) as client:
+            with self.assertRaises(TandemError) as caught:
+                client.complete("m", prompt="hi")
+        self.assertEqual(caught.exception.code, "unavailable")
+        self.assertTrue(self.coordinator.of("ping"))
+
+    def test_waits_as_long_as_a_silent_request_s_coordinator_answers_pings(self):
+        begin = time.monotonic()
+
+        def handle(kind, request, reply):
+            if kind == "ping":
+                reply(pong={"nonce": request["nonce"]})
+                if time.monotonic() - begin > 2:
+                    reply(chunk=token(self.coordinator.of("generate")[0], 0, last=True))
+
+        self.serve(handle, heartbeat_ms=100)
+        with Client(f"ipc://{self.path}", reconnect_timeout=0.5) as client:
+            self.assertEqual(client.complete("m", prompt="hi").tokens, [100])
+        self.assertEqual(len(self.coordinator.of("hello")), 1)
 
     def test_refuses_tcp_without_keys(self):
         with self.assertRaises(TandemError) as raised:

@@ -1,5 +1,6 @@
 // What strangers and broken peers can do to the ZeroMQ sockets: nothing that others notice.
 #include "protocol/base/str.h"
+#include "protocol/client/client.h"
 #include "protocol/descriptor_limit.h"
 #include "protocol/zmq_transport.h"
 #include "tests/protocol/transport_fixture.h"
@@ -186,6 +187,13 @@ TEST_F(CurveServer, AWrongServerKeyConnectsToNothing) {
   server_keys_ = right;
   EXPECT_FALSE(alice->receive(scaled_ms(300)).has_value());
   EXPECT_FALSE(alice->connected());
+  client::ClientOptions options;
+  options.endpoint = server_->address();
+  options.connect_ms = 300;
+  const auto made = client::Client::connect(std::move(alice), nullptr, options);
+  ASSERT_FALSE(made.ok());
+  EXPECT_NE(made.status().message().find("are the keys right?"), std::string::npos)
+      << made.status().message();
   expect_alice_is_served();
 }
 

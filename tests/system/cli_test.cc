@@ -120,6 +120,21 @@ TEST_F(CommandLine, BytesThatAreNoTextAreAnErrorAndNotACrash) {
   }
 }
 
+TEST_F(CommandLine, OutputThatCannotBeWrittenIsAFailure) {
+  const pid_t pid = platform_->start_cli({"--json", "status"}, "/dev/full", "/dev/null");
+  int status = 0;
+  ASSERT_EQ(::waitpid(pid, &status, 0), pid);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 1);
+}
+
+TEST_F(CommandLine, ASystemMessageWithoutTheTemplateIsRefused) {
+  const auto output =
+      platform_->cli({"generate", "--model", "tiny", "--raw", "--system", "s", "--prompt", "p"});
+  EXPECT_EQ(output.code, 2);
+  EXPECT_NE(output.err.find("--system"), std::string::npos) << output.err;
+}
+
 TEST_F(CommandLine, EveryVerbsHelpHasAnExample) {
   int verbs = 0;
   for_each_help({}, [&](const std::string& typed, const std::string& help) {

@@ -116,6 +116,8 @@ Result<Answer> generate(Session& session, protocol::Generate request, bool print
 }  // namespace
 
 Status run_generate(Session& session, const GenerateOptions& options) {
+  if (options.raw && !options.system.empty())
+    return invalid_error("--system is for the chat template, which --raw leaves out; give one");
   GenerateOptions complete = options;
   if (complete.prompt.empty() && !::isatty(STDIN_FILENO))
     complete.prompt.assign(std::istreambuf_iterator<char>(std::cin), {});

@@ -543,5 +543,8 @@ int run(int argc, char** argv) {
 }  // namespace tandem::tools
 
 int main(int argc, char** argv) {
-  return tandem::tools::run(argc, argv);
+  const int code = tandem::tools::run(argc, argv);
+  if (code != 0 || std::cout.flush()) return code;
+  std::cerr << "tandem: standard output could not be written (is its disk full?)\n";
+  return tandem::exit_code(tandem::StatusCode::kInternal);
 }

@@ -42,6 +42,8 @@ Result<std::unique_ptr<LiveRequest>> LiveRequest::create(
     const std::vector<std::int32_t>& eos_ids, const std::optional<text::Tokenizer>& tokenizer,
     TimeMs now) {
   std::unique_ptr<LiveRequest> live(new LiveRequest());
+  // The prompt's scores were delivered with token 0.
+  if (request.start_index > 0) request.sampling.prompt_logprobs_from.reset();
   const SamplingParams& p = request.sampling;
   if (tokenizer) {
     TANDEM_ASSIGN_OR_RETURN(live->text_, text::Detokenizer::create(

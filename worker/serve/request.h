@@ -53,8 +53,8 @@ struct GenerateRequest {
   std::vector<std::int32_t> prompt;
   SamplingParams sampling;
   /// Tokens already delivered under this id, by another worker or before a crash: they are
-  /// generated again (the same, by counter-based randomness) but not reported again, nor is their
-  /// text.
+  /// generated again (the same, by counter-based randomness) but not reported again, nor are their
+  /// text and the prompt's log-probabilities, which came with the first of them.
   std::int64_t start_index = 0;
   /// Each step of priority overtakes at most kPriorityHeadStart requests that came earlier.
   std::int32_t priority = 0;

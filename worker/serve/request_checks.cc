@@ -99,6 +99,11 @@ Result<std::int64_t> check_request(const GenerateRequest& r, const RequestLimits
   TANDEM_RETURN_IF_ERROR(check_tokens("prompt", r.prompt, limits.vocab));
   TANDEM_RETURN_IF_ERROR(check_sampling(r.sampling, limits));
   TANDEM_RETURN_IF_ERROR(in_range<std::int64_t>("min_tokens", r.sampling.min_tokens, 0, tokens));
+  // Begun where more is held, perhaps: an open end is cut to what is held here.
+  if (r.start_index > tokens && limits.kv_tokens + 1 < limits.context_max &&
+      tokens == room_after(std::ssize(r.prompt), limits))
+    return refused_error(str("the answer has ", r.start_index, " tokens, behind a prompt of ",
+                             r.prompt.size(), " this worker holds ", tokens));
   TANDEM_RETURN_IF_ERROR(in_range<std::int64_t>("start_index", r.start_index, 0, tokens));
   TANDEM_RETURN_IF_ERROR(
       in_range<std::int32_t>("priority", r.priority, -kPriorityMax, kPriorityMax));

@@ -76,6 +76,10 @@ TEST(ServeSubmit, RefusesWhatTheKvCacheCannotHoldAndClipsAnOpenEnd) {
   const Outcome got = run_alone(*engine, open);
   EXPECT_EQ(got.ids.size(), 35u);  // the last drawn token needs no KV
   EXPECT_EQ(got.finish, FinishReason::kLength);
+  open.start_index = 40;  // begun by a worker that holds more
+  EXPECT_EQ(engine->submit(open).code(), StatusCode::kRefused);
+  open.sampling.max_tokens = 20;
+  EXPECT_EQ(engine->submit(open).code(), StatusCode::kInvalid);
 }
 
 TEST(ServeSubmit, AnswersBusyWithATimeWhenTheQueueIsFull) {
@@ -249,6 +253,7 @@ TEST(ServeResume, DeliversExactlyWhatIsMissingAfterAnyToken) {
   GenerateRequest r = wordy(f, "r");
   r.sampling.max_tokens = 20;
   r.sampling.logprobs = 2;
+  r.sampling.prompt_logprobs_from = 1;
   ASSERT_TRUE(engine->submit(r).ok());
   std::vector<SequenceOutput> whole;
   while (engine->has_work())
@@ -268,6 +273,7 @@ TEST(ServeResume, DeliversExactlyWhatIsMissingAfterAnyToken) {
     EXPECT_EQ(got.text, text) << index;
     EXPECT_EQ(got.first_index, index);
     EXPECT_EQ(got.logprobs.size(), ids.size());
+    EXPECT_EQ(got.prompt_logprobs.size(), index == 0 ? r.prompt.size() - 1 : 0);
     EXPECT_EQ(got.usage.completion_tokens, 20);
   }
 }

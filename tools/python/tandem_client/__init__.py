@@ -2,10 +2,10 @@
 
     from tandem_client import Client
 
-    with Client("ipc:///run/user/1000/tandem/client") as client:
+    with Client("ipc:///home/me/.local/share/tandem/run/clients.sock") as client:  # tandem status
         for chunk in client.generate("smol", prompt="Hello"):
             print(chunk.text, end="", flush=True)
-        print(client.chat("smol@2", [{"role": "user", "content": "Hello"}]).text)
+        print(client.chat("guide@2", [{"role": "user", "content": "Hello"}]).text)
 """
 
 from tandem_client.client import Client

@@ -32,6 +32,7 @@ _GAP_S = 0.05
 _BUSY_DEFAULT_S, _BUSY_S_MAX = 0.25, 30.0
 _REPEATS_WITHOUT_PROGRESS_MAX = 50
 _REDIAL_S = 2.5
+_SILENCES_MAX = 3  # heartbeats without a word before the hello is said again
 _RETRY_AFTER = re.compile(r"retry after (\d{1,7}) ms")
 
 
@@ -40,6 +41,11 @@ def _scale() -> float:
         return max(float(os.environ.get("TANDEM_TIME_SCALE", "1")), 0.01)
     except ValueError:
         return 1.0
+
+
+def _is_given(value: Any) -> bool:
+    # An array of token ids has no truth value of its own.
+    return len(value) > 0 if hasattr(value, "__len__") else bool(value)
 
 
 class _Operation:
@@ -96,7 +102,8 @@ class Client:
         self._open: dict[str, _Operation] = {}
         self._connected = self._ready = False
         self._hello_sent = 0.0
-        self._away_since = self._changed = time.monotonic()
+        self._away_since = self._changed = self._heard = self._pinged = time.monotonic()
+        self._heartbeat_s = 0.0
         self._refused: Optional[TandemError] = None
         self.server = ""  # name and version of the coordinator
         self.version = (0, 0)  # spoken on this connection
@@ -156,7 +163,7 @@ class Client:
         model: base, alias, alias@version, JOB@latest, JOB@step-N or a digest. Fields of Sampling
         may be given directly (max_tokens=64). Closing the iterator early cancels the request.
         """
-        if sum(bool(given) for given in (prompt, messages, tokens)) != 1:
+        if sum(_is_given(value) for value in (prompt, messages, tokens)) != 1:
             raise TandemError("invalid", "give exactly one of prompt, messages and tokens")
         how = sampling if sampling is not None else Sampling(**settings)
         if sampling is not None and settings:
@@ -281,6 +288,8 @@ class Client:
     def _replies(self, operation: _Operation, deadline: Optional[float]) -> Iterator[wire.Reply]:
         if operation.id in self._open:
             raise TandemError("conflict", f"an operation with the id {operation.id} is open already")
+        if not self._open:
+            self._heard = time.monotonic()  # nobody listened before
         self._open[operation.id] = operation
         try:
             while operation.arrived or not operation.ended:
@@ -345,7 +354,20 @@ class Client:
                 if len(frames) == 1:
                     self._take(frames[0])
         self._follow_connection()
+        self._watch_silence()
         self._send_due()
+
+    def _watch_silence(self) -> None:
+        """A coordinator that is there answers pings; one that is not is said hello to again."""
+        now = time.monotonic()
+        waiting = any(not operation.ended for operation in self._open.values())
+        if not self._ready or not waiting or self._heartbeat_s == 0:
+            self._heard = now
+        elif now - self._heard > _SILENCES_MAX * self._heartbeat_s:
+            self._ready, self._away_since, self._hello_sent = False, now, 0.0
+        elif now - max(self._heard, self._pinged) > self._heartbeat_s:
+            self._pinged = now
+            self._socket_send(wire.ping())
 
     def _follow_connection(self) -> None:
         now = time.monotonic()
@@ -403,6 +425,7 @@ class Client:
             reply = wire.decode(frame)
         except TandemError:
             return  # dropped: what matters is asked for again
+        self._heard = time.monotonic()
         if reply.kind == "hello":
             self._take_hello(reply)
         operation = self._open.get(reply.id)
@@ -432,6 +455,7 @@ class Client:
             )
         else:
             self.server, self.version = reply.server, reply.version
+            self._heartbeat_s = reply.heartbeat_ms / 1000.0  # scaled by the coordinator
             if not self._ready:
                 for operation in self._open.values():
                     operation.due = 0.0

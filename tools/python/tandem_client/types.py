@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Sequence, TypedDict
+from typing import Optional, Sequence, TypedDict, Union
 
 
 class Message(TypedDict):
@@ -26,7 +26,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: Optional[int] = None
-    stop: Sequence[str] = ()
+    stop: Union[str, Sequence[str]] = ()  # one, or several
     stop_token_ids: Sequence[int] = ()
     logprobs: int = -1  # -1: none; n: of every token and its n likeliest
     min_tokens: int = 0

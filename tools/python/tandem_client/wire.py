@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -84,9 +85,13 @@ def generate(
         for turn, given in zip(turns, messages):
             turn.role = _text("a message's role", given["role"])
             turn.content = _text("a message's content", given["content"])
+            if unknown := set(given) - {"role", "content"}:
+                raise TandemError(
+                    "invalid", f"a message has a role and content only, not {min(unknown)}"
+                )
         body.input.prompt, body.input.raw = _text("prompt", prompt), raw
-        body.input.tokens = list(_items("tokens", tokens))
-        for stop in _items("stop", sampling.stop):
+        body.input.tokens = [index(token) for token in _items("tokens", tokens)]
+        for stop in _items("stop", _stops(sampling)):
             _text("stop", stop)
         _put_sampling(body.sampling, sampling)
         body.stream, body.noCache = stream, no_cache
@@ -94,8 +99,14 @@ def generate(
     except KeyError as missing:
         raise TandemError("invalid", f"a message needs {missing}") from None
     except (capnp.KjException, OverflowError, TypeError) as error:
-        raise TandemError("invalid", f"a value has the wrong type or range: {error}") from None
+        why = str(error).partition("\n")[0]  # pycapnp adds a stack
+        raise TandemError("invalid", f"a value has the wrong type or range: {why}") from None
     return _encode(message)
+
+
+def _stops(sampling: Sampling) -> Sequence[str]:
+    """A text alone is one stop string, not one for each of its characters."""
+    return [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
 
 
 def _put_sampling(body: Any, sampling: Sampling) -> None:
@@ -116,7 +127,7 @@ def _put_sampling(body: Any, sampling: Sampling) -> None:
         body.repetitionPenalty.value = sampling.repetition_penalty
     body.presencePenalty = sampling.presence_penalty
     body.frequencyPenalty = sampling.frequency_penalty
-    body.stop = list(sampling.stop)
+    body.stop = list(_stops(sampling))
     body.stopTokenIds = list(sampling.stop_token_ids)
     body.logprobs, body.minTokens = sampling.logprobs, sampling.min_tokens
     body.ignoreEos = sampling.ignore_eos
@@ -126,6 +137,12 @@ def _put_sampling(body: Any, sampling: Sampling) -> None:
 def cancel(request_id: str) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
     message.init("cancel").id = request_id
+    return _encode(message)
+
+
+def ping() -> bytes:
+    message = _SCHEMA.ClientMessage.new_message()
+    message.init("ping").nonce = 1
     return _encode(message)
 
 
@@ -153,6 +170,7 @@ class Reply:
         self.retry_after_ms = 0
         self.version = (0, 0)
         self.server = ""
+        self.heartbeat_ms = 0
         self.chunk: Optional[Chunk] = None
         self.result_json = ""
         self.more = False
@@ -177,7 +195,7 @@ def _reply(message: Any) -> Reply:
         body = message.hello
         reply.code, reply.message = str(body.status.code), body.status.message
         reply.version = (body.version.major, body.version.minor)
-        reply.server = body.server
+        reply.server, reply.heartbeat_ms = body.server, body.heartbeatMs
     elif reply.kind == "chunk":
         body = message.chunk
         reply.code, reply.message = str(body.status.code), body.status.message
