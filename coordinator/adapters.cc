@@ -1,6 +1,8 @@
 #include "coordinator/adapters.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <vector>
 
 namespace tandem::coordinator {
 namespace {
@@ -56,6 +58,24 @@ void remove_name(Context& context, const std::string& name) {
   if (alias == context.tables().aliases.end()) return;
   context.put(SettingRecord{kVersionsPrefix + name, std::to_string(alias->second.last_version)});
   context.put(EraseAlias{name});
+}
+
+decltype(Tables::adapters)::const_iterator version_before(const Tables& tables,
+                                                          const AliasRecord& alias) {
+  std::vector<const AliasChange*> line;  // without what was rolled back from
+  for (const AliasChange& change : alias.history) {
+    const auto same = [&](const AliasChange* c) { return c->digest == change.digest; };
+    const auto before = std::find_if(line.rbegin(), line.rend(), same);
+    if (change.reason.starts_with(kRollbackReason) && before != line.rend())
+      line.erase(before.base(), line.end());
+    else
+      line.push_back(&change);
+  }
+  for (auto change = line.rbegin(); change != line.rend(); ++change) {
+    const auto found = tables.adapters.find({(*change)->adapter, (*change)->version});
+    if ((*change)->digest != alias.digest && found != tables.adapters.end()) return found;
+  }
+  return tables.adapters.end();
 }
 
 AliasRecord point_alias(Context& context, const std::string& alias_name,

@@ -29,6 +29,10 @@ Result<protocol::JobSpec> Calls::check_spec(const std::string& json, Jobs::Submi
   if (!spec.eval_dataset.empty()) {
     TANDEM_ASSIGN_OR_RETURN(data, find_dataset(context_.tables(), spec.eval_dataset));
     submission.eval_dataset = data->root;
+  } else if (spec.train.eval_steps > 0 && spec.train.eval_split == 0.0) {
+    return invalid_error(str("eval_steps ", spec.train.eval_steps,
+                             " asks for evaluations, and there is nothing to evaluate on; give "
+                             "eval_data (--eval-data) or eval_split, or leave eval_steps out"));
   }
   TANDEM_RETURN_IF_ERROR(check_published_name(spec));
   return spec;

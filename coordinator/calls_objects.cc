@@ -256,22 +256,24 @@ void Calls::adapter_rollback(const Ask& ask, Params& params) {
                           ? invalid_error(str(name, " is not an alias"))
                           : find_adapter(context_.tables(), name).status());
   const AliasRecord alias = found->second;
-  std::string adapter = alias.adapter;
-  std::uint32_t to = static_cast<std::uint32_t>(version);
-  if (to == 0)
-    for (auto change = alias.history.rbegin(); change != alias.history.rend() && to == 0; ++change)
-      if (change->digest != alias.digest) {
-        adapter = change->adapter;
-        to = change->version;
-      }
-  const auto target = context_.tables().adapters.find(std::pair(adapter, to));
-  if (target == context_.tables().adapters.end())
-    return reply(ask, not_found_error(to == 0 ? str(name, " has no version before ", alias.version)
-                                              : str(name, " has no version ", to)));
+  const auto& adapters = context_.tables().adapters;
+  const auto target = version > 0
+                          ? adapters.find({alias.adapter, static_cast<std::uint32_t>(version)})
+                          : version_before(context_.tables(), alias);
+  if (target == adapters.end())
+    return reply(ask, not_found_error(version > 0 ? str(name, " has no version ", version)
+                                                  : str(name, " has no version before ",
+                                                        alias.adapter, "@", alias.version)));
   const AdapterVersionRecord old = target->second;
-  const AdapterVersionRecord made = add_version(
-      context_, {name, context_.tables().manifest(old.digest), old.digest, old.base_model, old.job,
-                 old.metadata_json, str("rollback to version ", old.version)});
+  const std::string reason = str(kRollbackReason, "to version ", old.version);
+  if (alias.last_version == 0) {  // it has no versions of its own, and gets none by this
+    const AliasRecord moved = point_alias(context_, name, old, reason);
+    return answer(ask,
+                  {{"alias", name}, {"version", moved.version}, {"digest", moved.digest.hex()}});
+  }
+  const AdapterVersionRecord made =
+      add_version(context_, {name, context_.tables().manifest(old.digest), old.digest,
+                             old.base_model, old.job, old.metadata_json, reason});
   answer(ask, {{"alias", name}, {"version", made.version}, {"digest", made.digest.hex()}});
 }
 

@@ -50,6 +50,8 @@ void Jobs::forget(Job job) {
 Status Jobs::remove(const JobId& id) {
   const auto found = context_.tables().jobs.find(id);
   if (found == context_.tables().jobs.end()) return not_found_error(str("no job ", id));
+  if (found->second.state == JobState::kCancelling)
+    return conflict_error(str(id, " is cancelling; repeat when it has ended"));
   if (!is_terminal(found->second.state))
     return conflict_error(str(id, " is ", job_state_name(found->second.state),
                               "; cancel it first: tandem job cancel ", id));

@@ -5,6 +5,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -66,9 +67,16 @@ Field real(std::string name, double TrainSettings::*member, Range range) {
 
 Field boolean(std::string name, bool TrainSettings::*member) {
   auto read = [=](TrainSettings& s, const Json& value) -> Status {
-    if (value == "on" || value == "off") {  // as YAML 1.1 has it
-      s.*member = value == "on";
-      return {};
+    if (value.is_string()) {  // as YAML 1.1 and Python have it
+      const auto word = value.get<std::string>();
+      const auto is_one_of = [&](std::initializer_list<const char*> words) {
+        return std::find(words.begin(), words.end(), word) != words.end();
+      };
+      const bool yes = is_one_of({"on", "On", "ON", "yes", "Yes", "YES", "True", "TRUE"});
+      if (yes || is_one_of({"off", "Off", "OFF", "no", "No", "NO", "False", "FALSE"})) {
+        s.*member = yes;
+        return {};
+      }
     }
     if (!value.is_boolean()) return wrong_type(name, "true or false", value);
     s.*member = value.get<bool>();

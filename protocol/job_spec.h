@@ -29,8 +29,9 @@ struct TrainSettings {
   bool use_rslora = false;
   std::vector<std::string> target_modules{"all-linear"};
   // -- optimizer and schedule (Hugging Face trainer names)
-  double learning_rate = 2e-4;                  ///< > 0; method full: 2e-5 unless it is given
-  double weight_decay = 0.0;                    ///< >= 0
+  double learning_rate = 2e-4;  ///< > 0; method full: 2e-5 unless it is given
+  /// >= 0; of all that is trained, as torch.optim.AdamW has it: norms and biases too
+  double weight_decay = 0.0;
   double adam_beta1 = 0.9, adam_beta2 = 0.999;  ///< [0, 1)
   double adam_epsilon = 1e-8;                   ///< > 0
   double max_grad_norm = 1.0;                   ///< >= 0; 0: no clipping

@@ -190,6 +190,9 @@ TEST_F(JobsTest, CancelIsRepeatedUntilTheEngineHasStopped) {
   const JobId id = running();
   EXPECT_TRUE(h.call("job.cancel", {{"job", id.value}}, "x").status.ok());
   EXPECT_EQ(h.job(id).state, JobState::kCancelling);
+  const Status early = h.call("job.rm", {{"job", id.value}}, "early").status;
+  EXPECT_EQ(early.code(), StatusCode::kConflict);
+  EXPECT_NE(early.message().find("repeat when it has ended"), std::string::npos) << early.message();
   h.advance(1500);
   h.beat(0, {{id, started.epoch, 2}});
   h.advance(1500);
@@ -375,6 +378,21 @@ TEST_F(History, AJobThatHasEndedCanBeRemovedAndItsChunksAreCollectedByThemselves
   EXPECT_TRUE(h.registry().blobs().has(chunk).value());
   h.advance(storage::kBlobSpareMs + 2 * few().gc_ms);
   EXPECT_FALSE(h.registry().blobs().has(chunk).value());
+}
+
+TEST_F(JobsTest, EvaluationsOfNothingAreRefused) {
+  const auto submit = [&](const Json& train) {
+    return h
+        .call("job.submit",
+              {{"spec",
+                {{"model", "base"}, {"dataset", "rows"}, {"adapter", "a"}, {"train", train}}}},
+              train.dump())
+        .status;
+  };
+  const Status status = submit({{"eval_steps", 5}});
+  EXPECT_EQ(status.code(), StatusCode::kInvalid);
+  EXPECT_NE(status.message().find("eval_split"), std::string::npos) << status.message();
+  EXPECT_NE(submit({{"eval_steps", 5}, {"eval_split", 0.25}}).code(), StatusCode::kInvalid);
 }
 
 TEST_F(JobsTest, ACheckpointOfAnotherBaseOrWithoutItsBytesIsNotRestored) {

@@ -150,6 +150,46 @@ TEST_F(PublishTest, RollbackIsANewVersionWithTheOldDigestAndHistoryStays) {
   EXPECT_EQ(h.tables().adapters.size(), 3u) << "a repeated call with its key did it twice";
 }
 
+TEST_F(PublishTest, EachRollbackGoesOneVersionFurtherBackAndPastRemovedOnes) {
+  std::vector<Digest> digests;
+  const auto publish_next = [&] {
+    const JobId job = digests.empty() ? id : h.submit();
+    const Epoch at = digests.empty() ? epoch : h.to_engine<StartJob>(0).back().epoch;
+    const std::string manifest =
+        h.manifest(ManifestKind::kAdapter, base, str("weights ", digests.size()));
+    h.from_engine(0, protocol::Publish{job, at, 10, manifest, "{}"});
+    h.from_engine(0, protocol::JobEnded{job, at, {}, 10, "{}"});
+    digests.push_back(sha256(manifest));
+  };
+  int calls = 0;
+  const auto rollback = [&](const std::string& alias) {
+    return h.call("adapter.rollback", {{"alias", alias}}, str("r", ++calls)).status;
+  };
+  const auto current = [&](const std::string& alias) {
+    return h.tables().aliases.at(alias).digest;
+  };
+  for (int i = 0; i < 4; ++i) publish_next();
+  for (const char* version : {"tuned@2", "tuned@3", "tuned@4"})
+    h.call("adapter.alias", {{"alias", "live"}, {"target", version}}, str("a", version));
+  ASSERT_TRUE(rollback("tuned").ok());
+  EXPECT_EQ(current("tuned"), digests[2]);
+  ASSERT_TRUE(rollback("tuned").ok());
+  EXPECT_EQ(current("tuned"), digests[1]) << "it went forward again";
+  publish_next();
+  ASSERT_TRUE(rollback("tuned").ok());
+  EXPECT_EQ(current("tuned"), digests[1]);
+  ASSERT_TRUE(rollback("tuned").ok());
+  EXPECT_EQ(current("tuned"), digests[0]);
+  EXPECT_EQ(rollback("tuned").code(), StatusCode::kNotFound);
+  // An alias of other names' versions goes back among these, and stays one.
+  const std::size_t versions = h.tables().adapters.size();
+  ASSERT_TRUE(h.call("adapter.rm", {{"adapter", "tuned@3"}}, "rm").status.ok());
+  ASSERT_TRUE(rollback("live").ok());
+  EXPECT_EQ(current("live"), digests[1]) << "version 3 is removed";
+  EXPECT_EQ(h.tables().aliases.at("live").adapter, "tuned");
+  EXPECT_EQ(h.tables().adapters.size(), versions - 1);
+}
+
 struct PublishModelTest : testing::Test {
   PublishModelTest() {
     h.add_model("base");

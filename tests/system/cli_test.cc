@@ -184,6 +184,53 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
 }
 
+TEST_F(CommandLine, EstimateNamesDataThatIsNeitherAFileNorADataSet) {
+  for (const auto& data : {std::vector<std::string>{"--data", "tran.jsonl"},
+                           {"--data", file("train.jsonl"), "--eval-data", "tran.jsonl"}}) {
+    std::vector<std::string> arguments{"estimate", "--model", "tiny"};
+    arguments.insert(arguments.end(), data.begin(), data.end());
+    const auto shown = platform_->cli(arguments);
+    EXPECT_EQ(shown.code, 3) << shown.out;
+    EXPECT_NE(shown.err.find("tran.jsonl"), std::string::npos) << shown.err;
+  }
+}
+
+TEST_F(CommandLine, DataCheckAndTrainDrawTheSameLineAtTooLong) {
+  std::ofstream(file("long.jsonl")) << R"({"text": ")" << std::string(900, 'x') << "\"}\n";
+  for (const char* verb : {"train", "estimate"}) {
+    const auto refused = platform_->cli(
+        {verb, "--model", "tiny", "--data", file("long.jsonl"), "--adapter", "never"});
+    EXPECT_NE(refused.code, 0) << verb;
+  }
+  const auto checked = platform_->cli({"data", "check", file("long.jsonl"), "--model", "tiny"});
+  EXPECT_EQ(checked.code, 2) << checked.out;
+  EXPECT_NE(checked.err.find("more than max_length 512 tokens"), std::string::npos) << checked.err;
+  const auto beyond = platform_->cli(
+      {"data", "check", file("train.jsonl"), "--model", "tiny", "--max-length", "1000000"});
+  EXPECT_EQ(beyond.code, 2) << beyond.out;
+  EXPECT_NE(beyond.err.find("exceeds the context"), std::string::npos) << beyond.err;
+}
+
+TEST_F(CommandLine, AJobFileMayBeWrittenAsYamlAllows) {
+  platform_->call("worker.drain", {{"worker", worker_}});
+  std::ofstream(file("spelled.yaml")) << "model: tiny\ndata: " << file("train.jsonl")
+                                      << "\neval_data:\nadapter: 1.10\npacking: No\n"
+                                      << "use_rslora: True\nlearning_rate: 1.e-3\n"
+                                      << "eval_split: .25\n";
+  const auto made = platform_->cli({"--json", "train", "-f", file("spelled.yaml")});
+  ASSERT_EQ(made.code, 0) << made.err;
+  const std::string job = Json::parse(made.out).value("job", "");
+  const Json spec = platform_->call("job.show", {{"job", job}})["spec"];
+  platform_->call("job.cancel", {{"job", job}});
+  platform_->call("worker.resume", {{"worker", worker_}});
+  EXPECT_EQ(spec["adapter"], "1.10");
+  EXPECT_EQ(spec["eval_dataset"], "");
+  EXPECT_EQ(spec["train"]["packing"], false);
+  EXPECT_EQ(spec["train"]["use_rslora"], true);
+  EXPECT_EQ(spec["train"]["learning_rate"], 1e-3);
+  EXPECT_EQ(spec["train"]["eval_split"], 0.25);
+}
+
 TEST_F(CommandLine, AJobFilesPriorityGivesWayToTheCommandLinesAlsoWhereThatIsNought) {
   platform_->call("worker.drain", {{"worker", worker_}});
   const auto priority = [&](const std::string& in_file, std::vector<std::string> more) {

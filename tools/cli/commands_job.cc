@@ -8,18 +8,23 @@
 
 #include <yaml-cpp/yaml.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <regex>
 
 namespace tandem::tools {
 namespace {
 
-/// A scalar of a YAML file or command line as the JSON value it looks like.
+/// A scalar of a YAML file or command line as the JSON value it looks like; YAML's and people's
+/// fractions without digits on one side (.5, 1.e-3) are numbers too.
 Json scalar_value(const std::string& text, bool quoted) {
   if (quoted) return text;
   Json value = Json::parse(text, nullptr, false);
   if (!value.is_discarded() && !value.is_null() && !value.is_object()) return value;
+  static const std::regex fraction(R"([-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]{1,2})?)");
+  if (std::regex_match(text, fraction)) return std::strtod(text.c_str(), nullptr);
   return text;
 }
 
@@ -47,8 +52,11 @@ Json from_yaml(const YAML::Node& node) {
 /// side.
 Result<Json> read_job_file(const std::string& path) {
   try {
-    Json file = from_yaml(YAML::LoadFile(path));
+    const YAML::Node root = YAML::LoadFile(path);
+    Json file = from_yaml(root);
     if (!file.is_object()) return invalid_error(str(path, ": expected \"name: value\" lines"));
+    for (const char* name : {"model", "data", "eval_data", "adapter", "name"})
+      if (root[name] && root[name].IsScalar()) file[name] = root[name].Scalar();  // 1.10 is no 1.1
     return file;
   } catch (const YAML::BadFile&) {
     return not_found_error(str("no job file ", path));
@@ -70,6 +78,7 @@ Result<JobRequest> merge(const TrainOptions& options) {
     TANDEM_ASSIGN_OR_RETURN(const Json file, read_job_file(options.file));
     for (const auto& [name, value] : file.items()) {
       const auto text = [&value = value] {
+        if (value.is_null()) return std::string();
         return value.is_string() ? value.get<std::string>() : value.dump();
       };
       if (name == "model")
@@ -295,6 +304,9 @@ Status run_job_action(Session& session, const std::string& action, const std::st
 Status run_estimate(Session& session, const TrainOptions& options) {
   TANDEM_ASSIGN_OR_RETURN(const JobRequest request, merge(options));
   if (request.model.empty()) return invalid_error("tandem estimate needs --model");
+  for (const std::string& name : {request.data, request.eval_data})
+    if (!name.empty() && !std::filesystem::exists(name))
+      TANDEM_RETURN_IF_ERROR(session.call("data.show", {{"data", name}}).status());
   TANDEM_ASSIGN_OR_RETURN(const Json data, check_data(session, request));
   TANDEM_ASSIGN_OR_RETURN(
       Json result, session.call("estimate", {{"model", request.model}, {"train", request.train}}));

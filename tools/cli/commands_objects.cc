@@ -236,6 +236,9 @@ Status run_data_check(Session& session, const std::string& path, const std::stri
   }
   TANDEM_ASSIGN_OR_RETURN(const auto loaded, worker::model::load_model_texts(model_path));
   TANDEM_ASSIGN_OR_RETURN(const auto encoder, worker::runtime::make_encoder(loaded, model_path));
+  if (max_length > loaded.config.context_max)
+    return invalid_error(str("max_length ", max_length, " exceeds the context of model ", model,
+                             " (", loaded.config.context_max, ")"));
   worker::data::DoctorOptions options;
   options.dataset.max_length = max_length;
   options.samples = static_cast<std::size_t>(samples);

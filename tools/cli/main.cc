@@ -22,6 +22,7 @@ struct Invocation {
   std::string name, target, path, model, role = "client", dtype = "bf16";
   bool shared = false, offline = false, follow = false, origin = false, force = false;
   std::int64_t max_length = 2048;
+  std::int64_t check_max_length = protocol::TrainSettings().max_length;
   int samples = 3, lines = 20;
   std::vector<std::string> arguments;
   std::map<std::string, std::string> layout;
@@ -129,11 +130,15 @@ void add_objects(CLI::App& app, Invocation& in) {
   CLI::App* check = verb(
       *data, in, "check",
       "what training would see: counts, problems, samples with trained tokens marked",
-      [&in](Session& s) { return run_data_check(s, in.path, in.model, in.max_length, in.samples); },
+      [&in](Session& s) {
+        return run_data_check(s, in.path, in.model, in.check_max_length, in.samples);
+      },
       "tandem data check train.jsonl --model smol");
   check->add_option("path", in.path, "file")->required();
   check->add_option("--model", in.model, "registered name, or a path")->required();
-  check->add_option("--max-length", in.max_length, "tokens of a row [2048]")
+  check
+      ->add_option("--max-length", in.check_max_length,
+                   str("tokens of a row [", in.check_max_length, "], as a job's"))
       ->check(CLI::PositiveNumber);
   check->add_option("--samples", in.samples, "rows to show [3]")->check(CLI::Range(0, 16));
   CLI::App* adapter = group(app, "adapter", "adapters and their versions");

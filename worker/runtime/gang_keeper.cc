@@ -1,7 +1,9 @@
 #include "worker/runtime/gang_keeper.h"
 
 #include "protocol/base/log.h"
+#include "protocol/base/units.h"
 #include "protocol/codec.h"
+#include "storage/file_io.h"
 #include "worker/runtime/gang_hosts.h"
 
 #include <nlohmann/json.hpp>
@@ -60,6 +62,15 @@ Status write_file(const std::string& path, std::string_view bytes) {
   out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   if (!out.flush()) return internal_error(str("cannot write ", path));
   return {};
+}
+
+/// Open MPI maps files in a gang's folder, 4 MiB for each rank of this host and twice as much for
+/// all of them: on a full disk its ranks cannot begin, and say nothing of it to whoever waits.
+Status require_room(const std::string& folder, const protocol::StartJob& start) {
+  const auto here = std::count_if(start.members.begin(), start.members.end(),
+                                  [](const auto& m) { return host_of(m) == host_name(); });
+  const Status room = storage::require_free_space(folder, (here + 2) * 4 * kMiB);
+  return room.ok() ? room : unavailable_error(room.message());
 }
 
 /// This program's folder first on PATH, and where its ranks' arguments lie.
@@ -189,6 +200,7 @@ Result<FileLock> GangKeeper::make_folder(const protocol::StartJob& start, bool l
   fs::create_directories(paths_.directory, error);
   if (error) return internal_error(str("cannot create ", paths_.directory));
   fs::permissions(paths_.directory, fs::perms::owner_all, error);
+  if (const Status room = require_room(paths_.directory, start); !room.ok()) return room;
   const protocol::Bytes frame = protocol::encode(protocol::ControlMessage{start});
   TANDEM_RETURN_IF_ERROR(
       write_file(paths_.start, {reinterpret_cast<const char*>(frame.data()), frame.size()}));

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <thread>
 
+#include <sys/mount.h>
 #include <unistd.h>
 
 namespace tandem::worker::runtime {
@@ -208,6 +209,32 @@ TEST_F(StuckGang, IsEndedWhereNoRankComesAndNamesItsHosts) {
   const std::string how = ended();
   EXPECT_NE(how.find("no rank of it ran for 60 s"), std::string::npos) << how;
   EXPECT_NE(how.find("near, far"), std::string::npos) << how;
+}
+
+TEST(GangKeeper, SaysThatADiskIsFullOnWhichRanksCouldNotBegin) {
+  const std::string folder = testing::TempDir() + str("tandem_full_gang_", ::getpid());
+  std::filesystem::create_directories(folder);
+  if (::mount("tmpfs", folder.c_str(), "tmpfs", 0, "size=2m,mode=0700") != 0)
+    GTEST_SKIP() << "cannot mount a tmpfs: the full disk is not tested here";
+  {
+    const std::string program = folder + "/tandem-rank";
+    std::ofstream(program) << "#!/bin/sh\n";
+    std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+    const SlotPaths slot = SlotPaths::create(folder, "cpu", 0).value();
+    ManualClock clock;
+    GangKeeper keeper{{program, {}, folder + "/log"}, slot, clock};
+    protocol::StartJob start;
+    start.job = JobId("job-1");
+    start.epoch = 1;
+    start.members = {WorkerId(host_name() + "/cpu0"), WorkerId(host_name() + "/cpu1")};
+    const Status status = keeper.start(start);
+    EXPECT_EQ(status.code(), StatusCode::kUnavailable);
+    EXPECT_NE(status.message().find("disk full: "), std::string::npos) << status.message();
+    EXPECT_NE(status.message().find("16.0 MiB are needed"), std::string::npos) << status.message();
+    EXPECT_FALSE(std::filesystem::exists(GangPaths(slot).directory));
+  }
+  ::umount2(folder.c_str(), MNT_DETACH);
+  std::filesystem::remove_all(folder);
 }
 
 TEST(GangHosts, AreThoseOfItsMembersInTheOrderOfTheirRanks) {
