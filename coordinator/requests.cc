@@ -11,7 +11,7 @@ using protocol::FinishReason;
 using protocol::GenerateChunk;
 
 constexpr std::size_t kRequestIdBytesMax = 64;
-constexpr std::size_t kStopsMax = 64;
+constexpr std::size_t kStopsMax = 16;  // as engines take
 
 /// The index in `chunks` from which a client that has `next_index` tokens goes on, or nothing when
 /// that is inside a chunk (text cannot be cut by tokens) or beyond what there is.
@@ -62,7 +62,7 @@ Status validate_request(const protocol::Generate& request) {
   if (!(std::abs(s.frequency_penalty) <= 100))
     return bad("frequency_penalty", "in [-100, 100]", s.frequency_penalty);
   if (s.stop.size() > kStopsMax)
-    return bad("stop", "at most 64 strings", static_cast<double>(s.stop.size()));
+    return bad("stop", "at most 16 strings", static_cast<double>(s.stop.size()));
   if (s.logprobs < -1) return bad("logprobs", "-1 (none) or more", static_cast<double>(s.logprobs));
   if (s.prompt_logprobs_from < -1)
     return bad("prompt_logprobs_from", "-1 (none) or more",
