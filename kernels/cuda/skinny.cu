@@ -15,7 +15,6 @@
 
 namespace tandem::kernels::cuda {
 namespace skinny_product {
-namespace {
 
 namespace cg = cooperative_groups;
 constexpr int kSharedMax = 227 * 1024;
@@ -67,6 +66,8 @@ template <class E>
 __device__ inline void store_2(E* to, float a, float b) {
   *reinterpret_cast<std::uint32_t*>(to) = pack<E>(a, b);
 }
+
+namespace {  // from here: what is above is used on Hopper alone
 
 template <class E, int kN, int kSplits, bool kPairs, bool kAdapts, class Y>
 __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
