@@ -1,6 +1,6 @@
-// Private to kernels/cuda: what a product of few rows makes of its outputs in place of the op that
+// Private to kernels/cuda: what a product of one row makes of its outputs in place of the op that
 // would follow (LinearReader). Both ops read pairs of outputs, `distance` apart: gate and up, or
-// the halves of a head.
+// the halves of a head. Products of a few rows make silu * up alone (skinny.cu).
 #pragma once
 
 #include "kernels/cuda/rotation.cuh"

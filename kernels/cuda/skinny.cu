@@ -25,7 +25,7 @@ constexpr int kSharedMax = 227 * 1024;
 constexpr int kSharedBeside = 10 * 1024, kThreadsBeside = 96;
 
 /// Tiles of kN outputs, a cluster of kSplits blocks for each. kPairs: of gate and up, silu * up is
-/// made; a tile's second half lies n / 2 behind its first, and a block finishes groups of both.
+/// made, by one block a tile, whose second half lies n / 2 behind its first.
 template <int kN, int kSplits, bool kPairs, bool kAdapts>
 struct Tile {
   static_assert(!kPairs || kSplits == 1);
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
   const int steps = max(0, min(steps_part, p.steps - first));
   const int first_tile = static_cast<int>(blockIdx.x) / kSplits;
   const int tile_step = static_cast<int>(gridDim.x) / kSplits;
-  const auto begin_of = [&](int tile) { return tile * T::kHalf; };
-  // The outputs of a half that this block finishes, where adapters may be.
+  const auto begin_of = [](int tile) { return tile * T::kHalf; };
+  // The outputs of a half that this block finishes.
   const auto own_of = [&](int tile, int half) {
     const int from = begin_of(tile) + half * p.distance, begin = from + part * 8 * T::kOwn;
     const int end = min(kPairs ? (half + 1) * p.distance : p.n, from + T::kHalf);

@@ -366,6 +366,17 @@ TEST_F(RequestsTest, AnUnknownNameGetsTheNearestAndBadSamplingItsRange) {
   h.from_client("c", request);
   EXPECT_EQ(h.to_client<GenerateChunk>("c").at(0).status.code(), StatusCode::kInvalid);
   request.sampling.top_p.reset();
+  const auto named = [&](const std::string& what, auto&& set) {
+    protocol::Generate bad = request;
+    set(bad.sampling);
+    h.from_client("c", bad);
+    const Status status = h.to_client<GenerateChunk>("c").at(0).status;
+    EXPECT_EQ(status.code(), StatusCode::kInvalid) << what;
+    EXPECT_NE(status.message().find(what), std::string::npos) << status.message();
+  };
+  named("logprobs", [](auto& s) { s.logprobs = -2; });
+  named("prompt_logprobs_from", [](auto& s) { s.prompt_logprobs_from = -2; });
+  named("16 strings", [](auto& s) { s.stop.assign(17, "x"); });
   request.input.tokens = {1};
   h.from_client("c", request);
   EXPECT_EQ(h.to_client<GenerateChunk>("c").at(0).status.code(), StatusCode::kInvalid);

@@ -70,7 +70,7 @@ TEST(ModelConfig, WhatChangesTheMathematicsIsRefusedByNameAndValue) {
   }
 }
 
-/// config.json of Qwen3-0.6B, as published.
+/// What config.json of a Qwen3 holds, with the sizes of Qwen3-0.6B.
 Json qwen3() {
   return Json::parse(R"({
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -83,7 +83,7 @@ Json qwen3() {
     "use_cache": true, "use_sliding_window": false, "vocab_size": 151936})");
 }
 
-/// config.json of Mistral-7B-v0.1, as published.
+/// What config.json of a Mistral with a window holds, with the sizes of Mistral-7B-v0.1.
 Json mistral() {
   return Json::parse(R"({
     "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
