@@ -59,7 +59,8 @@ __device__ inline void store_pair(const ThenView& v, E* y, std::int64_t n, float
       b = store_as<E>(rotated_high(low, high, angle));
     }
     y[n] = a, y[n + v.distance] = b;
-    if (E* to = rope_cached<E>(r, 0, head, d); to != nullptr) to[0] = a, to[v.distance] = b;
+    if (E* to = rope_cached<E>(r, cached_row(r, 0), head, d); to != nullptr)
+      to[0] = a, to[v.distance] = b;
   }
 }
 

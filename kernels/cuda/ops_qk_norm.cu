@@ -29,7 +29,7 @@ __device__ inline float group_sum(float x, int lanes) {
   return x;
 }
 
-/// By all threads of a block.
+/// By all threads of a block, before what positions come from may have ended (ops_rows.cu).
 __device__ inline void fill_angles(const RopeView& view, std::int64_t row, float sign,
                                    float2* angles) {
   const float position = static_cast<float>(view.positions[row]);
@@ -54,12 +54,13 @@ __global__ void qk_norm_rope_kernel(const T* raw, T* qkv, const T* weights, floa
   constexpr int kCount = kChunks<kVector>;
   extern __shared__ float2 angles[];  // [half]
   launch_dependents();
-  wait_for_inputs();
   const std::int64_t row = blockIdx.x;
   const int normed = view.heads + view.kv_heads, dim = view.dim, half = dim / 2;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const std::int64_t begin = row * (normed + view.kv_heads) * dim;
   fill_angles(view, row, 1.0f, angles);
+  const CachedRow cached = cached_row(view, static_cast<int>(row));
+  wait_for_inputs();
   for (int base = 0; base < normed; base += threads / lanes) {
     const int h = base + thread / lanes;
     const auto for_chunks = [&](const auto& f) {
@@ -94,7 +95,7 @@ __global__ void qk_norm_rope_kernel(const T* raw, T* qkv, const T* weights, floa
       }
       low.store(qkv + begin + h * dim + d);
       high.store(qkv + begin + h * dim + d + half);
-      if (T* k = rope_cached<T>(view, static_cast<int>(row), h, d); k != nullptr) {
+      if (T* k = rope_cached<T>(view, cached, h, d); k != nullptr) {
         low.store(k);
         high.store(k + half);
       }
@@ -102,7 +103,7 @@ __global__ void qk_norm_rope_kernel(const T* raw, T* qkv, const T* weights, floa
   }
   const std::int64_t values = begin + normed * dim;
   for (int p = thread * C::kSize; p < view.kv_heads * dim; p += threads * C::kSize) {
-    T* v = rope_cached<T>(view, static_cast<int>(row), normed + p / dim, p % dim);
+    T* v = rope_cached<T>(view, cached, normed + p / dim, p % dim);
     if (v == nullptr && raw == qkv) continue;
     const C value = C::load(raw + values + p);
     if (raw != qkv) value.store(qkv + values + p);

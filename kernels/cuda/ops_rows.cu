@@ -191,37 +191,43 @@ void run_rms_norm_backward(cudaStream_t stream, const RmsNormBackwardArgs& a) {
 // -- rotation
 // -------------------------------------------------------------------------------------
 
-/// One block a row. The angles of a row are computed once and serve all its heads, while the first
-/// elements are on their way; `sign` -1 turns back.
+/// One block a row, each thread a chunk of both halves of a head, or of values on their way to the
+/// cache; `sign` -1 turns back. Positions and slots come by an upload, behind which no kernel
+/// starts early: the angles of a row, which serve all its heads, are there before its elements.
 template <class T, bool kVector>
 __global__ void rope_kernel(T* qkv, float sign, const RopeView view) {
   using C = Chunk<T, kVector>;
   extern __shared__ float2 angles[];  // [half]
   launch_dependents();
-  wait_for_inputs();
   const std::int64_t row = blockIdx.x;
   const int heads = view.heads, kv_heads = view.kv_heads, dim = view.dim, half = dim / 2;
   const int per_head = half / C::kSize, pairs = (heads + kv_heads) * per_head;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  T* q = qkv + row * (heads + 2 * kv_heads) * dim;
-  const auto low_of = [&](int p) { return q + p / per_head * dim + p % per_head * C::kSize; };
-  C x{}, y{};
-  const auto load = [&](int p) {
-    x = C::load(low_of(p));
-    y = C::load(low_of(p) + half);
-  };
-  if (thread < pairs) load(thread);
   const float position = static_cast<float>(view.positions[row]);
   for (int d = thread; d < half; d += threads) {
     angles[d] = rope_angle(position, view.inv_freq[d], view.factor);
     angles[d].y *= sign;
   }
-  __syncthreads();
-  const auto cached = [&](int head, int d) {
-    return rope_cached<T>(view, static_cast<int>(row), head, d);
+  const CachedRow cached = cached_row(view, static_cast<int>(row));
+  const int values = cached.offset < 0 ? 0 : kv_heads * dim / C::kSize;
+  T* q = qkv + row * (heads + 2 * kv_heads) * dim;
+  wait_for_inputs();
+  C x{}, y{};
+  const auto load = [&](int p) {
+    const T* at =
+        q + (p < pairs ? p / per_head * dim + p % per_head * C::kSize : (pairs + p) * C::kSize);
+    x = C::load(at);
+    if (p < pairs) y = C::load(at + half);
   };
-  for (int p = thread; p < pairs; p += threads) {
+  if (thread < pairs + values) load(thread);
+  __syncthreads();
+  for (int p = thread; p < pairs + values; p += threads) {
     if (p != thread) load(p);
+    if (p >= pairs) {
+      const int at = (p - pairs) * C::kSize;
+      x.store(rope_cached<T>(view, cached, heads + kv_heads + at / dim, at % dim));
+      continue;
+    }
     const int h = p / per_head, d = p % per_head * C::kSize;
     C low, high;
 #pragma unroll
@@ -230,25 +236,23 @@ __global__ void rope_kernel(T* qkv, float sign, const RopeView view) {
       low.at[i] = store_as<T>(rotated_low(u, v, angles[d + i]));
       high.at[i] = store_as<T>(rotated_high(u, v, angles[d + i]));
     }
-    low.store(low_of(p));
-    high.store(low_of(p) + half);
-    if (T* k = cached(h, d); k != nullptr) {
+    low.store(q + h * dim + d);
+    high.store(q + h * dim + d + half);
+    if (T* k = rope_cached<T>(view, cached, h, d); k != nullptr) {
       low.store(k);
       high.store(k + half);
     }
   }
-  const int first = heads + kv_heads;  // head of the values
-  for (int p = thread * C::kSize; p < kv_heads * dim; p += threads * C::kSize)
-    if (T* v = cached(first + p / dim, p % dim); v != nullptr)
-      C::load(q + first * dim + p).store(v);
 }
 
 template <class T>
 void rope(cudaStream_t stream, const Tensor& qkv, float sign, const RopeView& view) {
   const int half = view.dim / 2;
   const bool vector = aligned({qkv.data, view.k, view.v}, half * std::int64_t{sizeof(T)});
-  const int pairs = (view.heads + view.kv_heads) * half / (vector ? Vec<T>::kSize : 1);
-  const int threads = std::clamp((pairs + 31) / 32 * 32, 64, 512);
+  const int heads =
+      view.heads + view.kv_heads * (view.k == nullptr ? 1 : 3);  // values: both halves
+  const int chunks = heads * half / (vector ? Vec<T>::kSize : 1);
+  const int threads = std::clamp((chunks + 31) / 32 * 32, 64, 512);
   const auto kernel = vector ? rope_kernel<T, true> : rope_kernel<T, false>;
   launch_early("rope_kernel", kernel, dim3(static_cast<unsigned>(qkv.dim(0))),
                dim3(static_cast<unsigned>(threads)),

@@ -46,16 +46,24 @@ __device__ inline float rotated_high(float low, float high, float2 angle) {
   return __fmaf_rn(high, angle.x, __fmul_rn(low, angle.y));
 }
 
-/// Where the cache has element d of a head of row `t`'s keys or values; null: nowhere.
-template <class E>
-__device__ inline E* rope_cached(const RopeView& v, int t, int head, int d) {
-  const int slot = head < v.heads || v.k == nullptr ? -1 : v.slots[t];
-  if (slot < 0) return nullptr;
+/// Where the cache has a row's keys and values.
+struct CachedRow {
+  std::int64_t block = 0;
+  int offset = -1;  ///< in it; -1: nowhere
+};
+__device__ inline CachedRow cached_row(const RopeView& v, int t) {
+  const int slot = v.k == nullptr ? -1 : v.slots[t];
+  if (slot < 0) return {};
   if (slot / v.block_size >= v.blocks) __trap();
-  const std::int64_t block = slot / v.block_size, offset = slot % v.block_size;
+  return {slot / v.block_size, slot % v.block_size};
+}
+/// Element d of a head of keys or values there; null: nowhere.
+template <class E>
+__device__ inline E* rope_cached(const RopeView& v, const CachedRow& row, int head, int d) {
+  if (row.offset < 0 || head < v.heads) return nullptr;
   const int of = head - v.heads - (v.rotates(head) ? 0 : v.kv_heads);
   return static_cast<E*>(v.rotates(head) ? v.k : v.v) +
-         ((block * v.kv_heads + of) * v.block_size + offset) * v.dim + d;
+         ((row.block * v.kv_heads + of) * v.block_size + row.offset) * v.dim + d;
 }
 
 }  // namespace tandem::kernels::cuda

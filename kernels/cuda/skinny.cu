@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
       barrier_init(&c.full[s], 1);
       barrier_init(&c.empty[s], kConsumerWarps);
     }
-    barrier_init(&c.list_full, 1);
-    barrier_init(&c.list_empty, kConsumerWarps + (kAdapts ? 1 : 0));
+    barrier_init(&c.list_full, 32);
+    barrier_init(&c.list_empty, kConsumers + (kAdapts ? 32 : 0));
     barrier_init(&c.parts_full, kSplits);
     barrier_init_done();
   }
@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
       barrier_wait(&c.list_full, list_phase);
       list_phase ^= 1;
       copy_pieces(c, stages, T::kStageBytes, c.full, c.empty, ring, lane);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&c.list_empty);
+      barrier_arrive(&c.list_empty);
     }
   } else if (warp == kLister) {
     const Leads leads = kAdapts ? find_slots(p.adapters, c, lane) : Leads{};
@@ -165,8 +164,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
                     listed);
       }
       end_list(listed, c, lane);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&c.list_full);
+      barrier_arrive(&c.list_full);
     }
   } else {
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
@@ -240,33 +238,31 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
         barrier_wait(&c.list_full, list_phase);
         list_phase ^= 1;
       }
-      const auto biases = [&](int n) {
-        const auto* bias = static_cast<const E*>(p.bias);
-        return bias == nullptr ? make_float2(0.0f, 0.0f)
-                               : make_float2(load_f32(bias[n]), load_f32(bias[n + 1]));
-      };
       if constexpr (kAdapts)
         add_pieces<E, T::kGroups, T::kHalves>(p, c, stages, T::kStageBytes, ring, inputs, sum);
+      if (const auto* bias = static_cast<const E*>(p.bias); bias != nullptr) {
+#pragma unroll
+        for (int e = 0; e < 4 * T::kGroups; ++e) {
+          const auto [begin, end] = own_of(tile, e / 4 / T::kOwn);
+          const int n = begin + e / 4 % T::kOwn * 8 + 2 * q + e % 2;
+          if (n < end) sum[e] += load_f32(bias[n]);
+        }
+      }
       const auto [begin, end] = own_of(tile, 0);
       const auto rounded = [](float v) { return load_f32(store_as<E>(v)); };
+      const int width = kPairs ? p.distance : p.n;
 #pragma unroll
       for (int e = 0; e < 4 * T::kOwn; e += 2) {
         const int n = begin + e / 4 * 8 + 2 * q, t = row + e % 4 / 2 * 8;
-        if (n >= end || t >= p.t) continue;
-        const float2 bias = biases(n);
-        float2 out = {sum[e] + bias.x, sum[e + 1] + bias.y};
+        float2 out = {sum[e], sum[e + 1]};
         if constexpr (kPairs) {
           const float* up = sum + 4 * T::kOwn + e;
-          const float2 far = biases(n + p.distance);
-          out = {silu_mul(rounded(out.x), rounded(up[0] + far.x)),
-                 silu_mul(rounded(out.y), rounded(up[1] + far.y))};
+          out = {silu_mul(rounded(out.x), rounded(up[0])),
+                 silu_mul(rounded(out.y), rounded(up[1]))};
         }
-        store_2(y + static_cast<std::int64_t>(t) * (kPairs ? p.distance : p.n) + n, out.x, out.y);
+        if (n < end && t < p.t) store_2(y + static_cast<std::int64_t>(t) * width + n, out.x, out.y);
       }
-      if (kAdapts) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&c.list_empty);
-      }
+      if (kAdapts) barrier_arrive(&c.list_empty);
     }
   }
   if (kSplits > 1) cluster.sync();  // a block's memory lives until the others have read it
