@@ -70,7 +70,9 @@ __device__ inline KeyBlocks key_blocks(const PagedView& v, const QueryTile& tile
 
 /// All threads of the cluster, where there is one.
 __device__ inline void cluster_sync(int splits) {
+#if __CUDA_ARCH__ >= 900
   if (splits > 1) cg::this_cluster().sync();
+#endif
 }
 
 /// By one warp: of each step's keys and values two halves each; keys beyond `end` stay away.

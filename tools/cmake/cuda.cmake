@@ -46,10 +46,12 @@ if(TANDEM_CCACHE)
 endif()
 set(TANDEM_CUDA_FLAGS -O3 --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-Wshadow
   -Werror=all-warnings -lineinfo)
+# Before Hopper its kernels are empty.
+set(TANDEM_CUDA_FLAGS_OLDER ${TANDEM_CUDA_FLAGS} -arch=compute_80 --diag-suppress=177)
 foreach(arch IN LISTS TANDEM_CUDA_ARCHITECTURES)
   list(APPEND TANDEM_CUDA_FLAGS -gencode=arch=compute_${arch},code=sm_${arch})
 endforeach()
-if(NOT TANDEM_CUDA_ARCHITECTURES STREQUAL "90a")  # elsewhere Hopper's kernels are empty
+if(NOT TANDEM_CUDA_ARCHITECTURES STREQUAL "90a")
   list(APPEND TANDEM_CUDA_FLAGS --diag-suppress=177)
 endif()
 set(TANDEM_CUTLASS_FOUND OFF)
