@@ -22,6 +22,14 @@ int lanes_of(int chunks) {
   return lanes;
 }
 
+/// Calls f(chunk, its first element) for a lane's chunks of the first `end` elements.
+template <class C, int kCount, class F>
+__device__ inline void for_chunks_of(int lane, int lanes, int end, const F& f) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    if (const int d = (lane + j * lanes) * C::kSize; d < end) f(j, d);
+}
+
 /// The sum over a group of `lanes`, a power of two; each lane gets it.
 __device__ inline float group_sum(float x, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2)
@@ -64,11 +72,7 @@ __global__ void qk_norm_rope_kernel(const T* raw, T* qkv, const T* weights, floa
   for (int base = 0; base < normed; base += threads / lanes) {
     const int h = base + thread / lanes;
     const auto for_chunks = [&](const auto& f) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const int d = (thread % lanes + j * lanes) * C::kSize;
-        if (h < normed && d < half) f(j, d);
-      }
+      for_chunks_of<C, kCount>(thread % lanes, lanes, h < normed ? half : 0, f);
     };
     C x[kCount], y[kCount];
     float sum = 0.0f;
@@ -133,11 +137,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     for (int base = 0; base < normed; base += kBackwardThreads / lanes) {
       const int h = base + thread / lanes;
       const auto for_chunks = [&](const auto& f) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const int d = (thread % lanes + j * lanes) * C::kSize;
-          if (h < normed && d < half) f(j, d);
-        }
+        for_chunks_of<C, kCount>(thread % lanes, lanes, h < normed ? half : 0, f);
       };
       const T* weight = weights + (h < view.heads ? 0 : dim);
       C x[kCount], y[kCount], g[kCount], e[kCount];  // halves of the head, and of its gradient

@@ -223,10 +223,9 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
           const float* from = cluster.map_shared_rank(parts, static_cast<unsigned>(s));
 #pragma unroll
           for (int e = 0; e < 4 * T::kGroups; e += 2) {
-            const int group = min(part * T::kOwn + e / 4 % T::kOwn, T::kHalfGroups - 1);
-            const float2 x =
-                *reinterpret_cast<const float2*>(from + (row + e % 4 / 2 * 8) * T::kPartRow +
-                                                 e / 4 / T::kOwn * T::kHalf + group * 8 + 2 * q);
+            const int group = min(part * T::kOwn + e / 4, T::kHalfGroups - 1);
+            const float2 x = *reinterpret_cast<const float2*>(
+                from + (row + e % 4 / 2 * 8) * T::kPartRow + group * 8 + 2 * q);
             sum[e] += x.x;
             sum[e + 1] += x.y;
           }
