@@ -184,6 +184,16 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
 }
 
+TEST_F(CommandLine, StatusSpeaksPrometheus) {
+  const auto shown = platform_->cli({"status", "--prometheus"});
+  ASSERT_EQ(shown.code, 0) << shown.err;
+  EXPECT_TRUE(shown.out.starts_with("# HELP tandem_")) << shown.out;
+  EXPECT_NE(shown.out.find("\ntandem_models 1\n"), std::string::npos) << shown.out;
+  EXPECT_NE(shown.out.find("\ntandem_worker_ready{worker=\"" + worker_ + "\""), std::string::npos)
+      << shown.out;
+  EXPECT_EQ(platform_->cli({"--json", "status", "--prometheus"}).code, 2);
+}
+
 TEST_F(CommandLine, EstimateNamesDataThatIsNeitherAFileNorADataSet) {
   for (const auto& data : {std::vector<std::string>{"--data", "tran.jsonl"},
                            {"--data", file("train.jsonl"), "--eval-data", "tran.jsonl"}}) {

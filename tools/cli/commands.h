@@ -17,7 +17,8 @@ struct UpOptions {
 };
 Status run_up(Session& session, const UpOptions& options);
 Status run_down(Session& session);
-Status run_status(Session& session);
+/// `prometheus`: as prometheus_text() has it, jobs included.
+Status run_status(Session& session, bool prometheus = false);
 Status run_doctor(Session& session);
 /// With --json one {"file", "line"} for each line.
 Status run_logs(Session& session, int lines, bool follow);

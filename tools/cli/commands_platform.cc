@@ -4,6 +4,7 @@
 #include "protocol/base/units.h"
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
+#include "tools/prometheus.h"
 #include "worker/runtime/process.h"
 #include "worker/runtime/slot.h"
 
@@ -296,8 +297,15 @@ Status run_down(Session& session) {
   return {};
 }
 
-Status run_status(Session& session) {
+Status run_status(Session& session, bool prometheus) {
+  if (prometheus && session.json())
+    return invalid_error("--json and --prometheus are two formats of one answer; give one");
   TANDEM_ASSIGN_OR_RETURN(const Json status, session.call("status", Json::object()));
+  if (prometheus) {
+    TANDEM_ASSIGN_OR_RETURN(const Json jobs, session.call("job.list", Json::object()));
+    std::cout << prometheus_text(status, jobs.value("jobs", Json::array()));
+    return {};
+  }
   if (session.json()) {
     std::cout << status.dump() << "\n";
     return {};

@@ -20,7 +20,8 @@ struct Invocation {
   std::function<Status(Session&)> run;
 
   std::string name, target, path, model, role = "client", dtype = "bf16";
-  bool shared = false, offline = false, follow = false, origin = false, force = false;
+  bool shared = false, offline = false, follow = false, origin = false, force = false,
+       prometheus = false;
   std::int64_t max_length = 2048;
   std::int64_t check_max_length = protocol::TrainSettings().max_length;
   int samples = 3, lines = 20;
@@ -76,7 +77,10 @@ void add_platform(CLI::App& app, Invocation& in) {
       if (info.name == name) add_setting(*up, in, name, info.help);
   up->add_flag("--foreground", in.up.foreground, "stay until Ctrl-C, then stop the platform");
   verb(app, in, "down", "stop the local platform; jobs write a checkpoint first", run_down);
-  verb(app, in, "status", "endpoint, folders, workers, jobs", run_status);
+  verb(
+      app, in, "status", "endpoint, folders, workers, jobs",
+      [&in](Session& s) { return run_status(s, in.prometheus); }, "tandem status --prometheus")
+      ->add_flag("--prometheus", in.prometheus, "as text for a Prometheus server");
   verb(app, in, "doctor", "look at this machine: programs, disk, limits, processor", run_doctor);
   CLI::App* logs = verb(app, in, "logs", "the daemons' logs",
                         [&in](Session& s) { return run_logs(s, in.lines, in.follow); });
