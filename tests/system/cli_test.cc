@@ -301,10 +301,17 @@ TEST_F(CommandLine, BenchesTakeThePlatformAndJsonAndEndAsVerbsDo) {
   bench({"bench", "serve", "--help"}, 0, "--publishes");
   bench({"bench"}, 2, "name");
   bench({"bench", "serve"}, 2, "--model");
+  bench({"bench", "--json", "serve"}, 2, "--model");
   bench({"bench", "serve", "--model", "tiny", "--nope"}, 2, "--nope");
   bench({"bench", "serve", "--model", "nope", "--json"}, 3, "nope");
   const std::string other = "ipc://" + file("other.sock");
   bench({"--coordinator", other, "bench", "serve", "--model", "tiny"}, 5, other);
+}
+
+TEST_F(CommandLine, TrainsHelpShowsDefaultsAsTheyAreTyped) {
+  const std::string help = platform_->cli({"train", "--help"}).out;
+  for (const std::string shown : {"[all-linear]", "[lora]", "[0.0002]"})
+    EXPECT_NE(help.find(shown), std::string::npos) << shown << " in " << help;
 }
 
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {

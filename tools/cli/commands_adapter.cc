@@ -122,8 +122,10 @@ Status run_adapter_alias(Session& session, const std::string& alias, const std::
   return {};
 }
 
-Status run_adapter_rollback(Session& session, const std::string& alias) {
-  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("adapter.rollback", {{"alias", alias}}));
+Status run_adapter_rollback(Session& session, const std::string& alias, std::int64_t version) {
+  Json params{{"alias", alias}};
+  if (version > 0) params["version"] = version;
+  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("adapter.rollback", params));
   if (session.json())
     std::cout << result.dump() << "\n";
   else
