@@ -308,6 +308,17 @@ TEST_F(CommandLine, BenchesTakeThePlatformAndJsonAndEndAsVerbsDo) {
   bench({"--coordinator", other, "bench", "serve", "--model", "tiny"}, 5, other);
 }
 
+TEST_F(CommandLine, ASeedThatIsNoIntegerOf64BitsIsRefused) {
+  const auto seed = [&](const std::string& text) {
+    return platform_->cli(
+        {"generate", "--model", "tiny", "--prompt", "p", "--max-tokens", "1", "--seed", text});
+  };
+  EXPECT_EQ(seed("9223372036854775807").code, 0);
+  const auto output = seed("9223372036854775808");
+  EXPECT_EQ(output.code, 2);
+  EXPECT_NE(output.err.find("9223372036854775808"), std::string::npos) << output.err;
+}
+
 TEST_F(CommandLine, TrainsHelpShowsDefaultsAsTheyAreTyped) {
   const std::string help = platform_->cli({"train", "--help"}).out;
   for (const std::string shown : {"[all-linear]", "[lora]", "[0.0002]"})

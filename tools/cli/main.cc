@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <charconv>
 #include <functional>
 #include <iostream>
 
@@ -276,6 +277,16 @@ void add_training(CLI::App& app, Invocation& in) {
   }
 }
 
+/// The library's own conversion takes the nearest such integer without a word.
+CLI::Validator integer_of_64_bits() {
+  const auto check = [](const std::string& text) {
+    std::int64_t value = 0;
+    const auto read = std::from_chars(text.data(), text.data() + text.size(), value);
+    return read.ec == std::errc::result_out_of_range ? text + " has more than 64 bits" : "";
+  };
+  return {check, ""};
+}
+
 void add_sampling(CLI::App& sub, Invocation& in) {
   auto& g = in.generate;
   sub.add_option("--model", g.model, "base, alias, alias@version, JOB@latest or digest")
@@ -288,7 +299,7 @@ void add_sampling(CLI::App& sub, Invocation& in) {
   sub.add_option("--top-p", g.top_p, "1: off [the model's]");
   sub.add_option("--min-p", g.min_p, "0: off [the model's]");
   sub.add_option("--repetition-penalty", g.repetition_penalty, "1: off [the model's]");
-  sub.add_option("--seed", g.seed, "makes sampling repeatable");
+  sub.add_option("--seed", g.seed, "makes sampling repeatable")->check(integer_of_64_bits());
   sub.add_option("--stop", g.stop, "stop string (may be given several times)")
       ->allow_extra_args(false);
   sub.add_option("--logprobs", g.logprobs, "of each token and its N likeliest (with --json)");
