@@ -161,6 +161,7 @@ Result<Json> backup_object(Session& session, Writer& writer, const std::string& 
       adapter.status().code() != StatusCode::kInvalid)
     return adapter.status();
   const auto model = session.call("model.show", {{"model", object}});
+  if (object.find('@') != std::string::npos && !model.ok()) return adapter.status();
   if (model.status().code() == StatusCode::kNotFound)
     return not_found_error(str("no model, adapter or job ", object));
   if (!model.ok()) return model.status();
