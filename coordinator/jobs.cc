@@ -67,6 +67,7 @@ void Jobs::set_state(Job& job, JobState state, const std::string& why) {
   context_.log(LogLevel::kInfo, job.id, " ", job.events == 0 ? "new" : job_state_name(job.state),
                " -> ", job_state_name(state), why.empty() ? "" : ": ", why);
   job.state = state;
+  if (state == JobState::kRunning) job.error.clear();  // of the attempt before; its event stays
   const nlohmann::ordered_json details{
       {"state", job_state_name(state)}, {"step", job.step}, {"epoch", job.epoch}};
   event(job, state == JobState::kFailed ? "error" : "info", "state",

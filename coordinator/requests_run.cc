@@ -274,6 +274,9 @@ void Requests::keep_result(const Execution& execution) {
   if (execution.key.empty() || execution.start_index != 0) return;
   const FinishReason reason = execution.chunks.back().finish;
   if (reason != FinishReason::kStop && reason != FinishReason::kLength) return;
+  // Without max_tokens an engine goes on as far as its own KV cache allows; another's may hold
+  // more.
+  if (reason == FinishReason::kLength && !execution.request.sampling.max_tokens) return;
   std::vector<GenerateChunk> parts = join(execution.chunks, 0, protocol::kAnswerPartBytesMax);
   if (parts.size() != 1) return;  // a cached answer is one message
   GenerateChunk& whole = parts.front();

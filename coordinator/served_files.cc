@@ -39,15 +39,24 @@ void ServedFiles::remove(const std::string& model_name) {
 
 Result<ServedFiles::Piece> ServedFiles::read(const Digest& root, std::int64_t offset,
                                              std::int64_t bytes) const {
-  File file;
+  std::vector<File> files;
   {
     std::lock_guard lock(mutex_);
-    const auto found = files_.find(root);
-    if (found == files_.end())
-      return not_found_error(str("no chunk and no model file has the digest ", root));
-    file = found->second;
+    const auto [first, last] = files_.equal_range(root);
+    for (auto entry = first; entry != last; ++entry) files.push_back(entry->second);
   }
-  if (!file.described.chunks.empty()) return read_chunk(file, offset, bytes);
+  Status failed = not_found_error(str("no chunk and no model file has the digest ", root));
+  for (const File& file : files) {
+    auto piece = file.described.chunks.empty() ? read_file(file, offset, bytes)
+                                               : read_chunk(file, offset, bytes);
+    if (piece.ok()) return piece;
+    failed = piece.status();
+  }
+  return failed;
+}
+
+Result<ServedFiles::Piece> ServedFiles::read_file(const File& file, std::int64_t offset,
+                                                  std::int64_t bytes) const {
   FileDescriptor opened{::open(file.path.c_str(), O_RDONLY | O_CLOEXEC)};
   struct stat info {};
   if (opened.fd < 0 || ::fstat(opened.fd, &info) != 0)

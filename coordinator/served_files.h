@@ -28,6 +28,7 @@ class ServedFiles {
     std::int64_t total_bytes = 0;
   };
   /// At most kBlobChunkBytesMax from `offset`; of a file in the blob store, up to its next chunk.
+  /// Where several models have a file of these bytes, from any that can still be read.
   /// Errors: not_found (no registered file has this root), corrupt (the file changed since it was
   /// added), invalid (offset), internal (I/O).
   Result<Piece> read(const Digest& root, std::int64_t offset, std::int64_t bytes) const;
@@ -37,6 +38,8 @@ class ServedFiles {
     std::string model, path;
     ModelFile described;
   };
+  [[nodiscard]] Result<Piece> read_file(const File& file, std::int64_t offset,
+                                        std::int64_t bytes) const;
   [[nodiscard]] Result<Piece> read_chunk(const File& file, std::int64_t offset,
                                          std::int64_t bytes) const;
   storage::BlobStore* const blobs_;

@@ -30,7 +30,7 @@ struct TrainSettings {
   std::vector<std::string> target_modules{"all-linear"};
   // -- optimizer and schedule (Hugging Face trainer names)
   double learning_rate = 2e-4;  ///< > 0; method full: 2e-5 unless it is given
-  /// >= 0; of all that is trained, as torch.optim.AdamW has it: norms and biases too
+  /// >= 0; of matrices, embeddings among them: norms and biases do not decay
   double weight_decay = 0.0;
   double adam_beta1 = 0.9, adam_beta2 = 0.999;  ///< [0, 1)
   double adam_epsilon = 1e-8;                   ///< > 0

@@ -191,11 +191,13 @@ void KeyRing::refresh() {
   if (seen == seen_) return;
   seen_ = seen;
   by_public_key_.clear();
+  names_.clear();
   for (const std::string& path : paths) {
     auto key = read_key_file(path);
     if (!key.ok()) {
       log_warn("key skipped: ", key.status().message());
     } else {
+      names_.insert(key->name);
       by_public_key_[key->public_key] = std::move(*key);
     }
   }
@@ -208,6 +210,12 @@ Result<KeyFile> KeyRing::find(const std::string& public_key) {
   if (it == by_public_key_.end())
     return not_found_error(str("no key in ", directory_, " has this public half"));
   return it->second;
+}
+
+bool KeyRing::has_name(const std::string& name) {
+  std::lock_guard lock(mutex_);
+  refresh();
+  return names_.contains(name);
 }
 
 Result<KeyFile> KeyRing::find_name(const std::string& name) {

@@ -234,6 +234,11 @@ class ZmqServer final : public ServerEndpoint, public Pollable {
 
   Status send(const std::string& peer, const Bytes& frame, const Bytes& payload) override {
     TANDEM_RETURN_IF_ERROR(check_sizes(limits_, frame, payload.size()));
+    // What it asked for before its key was revoked, an answer or events, ends with the key.
+    if (keys_.has_value() && !keys_->ring->has_name(peer.substr(0, peer.find('/')))) {
+      ++counters_.unavailable;
+      return unavailable_error(str("peer ", peer, ": its key was revoked"));
+    }
     // A ROUTER decides about the whole message at its first part.
     if (const int error = send_part(socket_, peer.data(), peer.size(), true); error != 0) {
       if (error == EAGAIN) {

@@ -1,5 +1,6 @@
 #include "storage/registry.h"
 
+#include "protocol/base/clock.h"
 #include "protocol/base/log.h"
 #include "storage/json_strict.h"
 #include "storage/lmdb_store.h"
@@ -295,7 +296,17 @@ Status Registry::restore(const std::string& from, const std::string& to) {
   if (fs::exists(from + "/blobs/files", ignored))
     TANDEM_RETURN_IF_ERROR(copy_tree(from + "/blobs/files", to + "/objects"));
   TANDEM_RETURN_IF_ERROR(copy_tree(from + "/registry", to + "/registry"));
-  return sync_directory(to);
+  TANDEM_RETURN_IF_ERROR(sync_directory(to));
+  SystemClock clock;
+  RegistryOptions options;
+  options.directory = to;
+  TANDEM_ASSIGN_OR_RETURN(const auto registry, open(options, clock));
+  TANDEM_ASSIGN_OR_RETURN(const auto findings, registry->check());
+  if (findings.empty()) return {};
+  return corrupt_error(str("what was restored from ", from, " to ", to, " has ", findings.size(),
+                           " problems; the first: ", findings.front().where, ": ",
+                           findings.front().message,
+                           "; tandem registry check --offline lists them"));
 }
 
 }  // namespace tandem::storage

@@ -224,7 +224,8 @@ class Registry {
   /// A consistent copy in a new folder while the registry is in use. backup.json is written last: a
   /// folder without it is not a backup.
   Status backup(const std::string& directory);
-  /// Puts a backup into an empty (or new) data directory. Nothing may have it open.
+  /// Puts a backup into an empty (or new) data directory and checks it, every blob too. Nothing may
+  /// have it open. Errors: corrupt (what was restored is damaged; it stays there).
   static Status restore(const std::string& backup_directory, const std::string& data_directory);
 
  private:

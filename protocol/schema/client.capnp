@@ -196,7 +196,8 @@ struct Pong {
 #                   is answered once and kept nowhere (a repeat with the same idempotency key answers
 #                   `conflict`, not the secret). role: client, worker or admin.
 # key.list          {} -> {"keys": [{"name", "role", "public", "created"}]}
-# key.revoke !      {"name"} -> {}. Open connections of that key are refused from their next message on.
+# key.revoke !      {"name"} -> {}. Within 100 ms, open connections of that key are
+#                   refused, and what they asked for before, answers and events, no longer reaches them.
 #
 # config.show       {} -> {"settings": [{"name", "value", "origin", "default"}]}; secrets are not shown
 # shutdown !        {"checkpoint"? = true} -> {}. Jobs write a checkpoint, then the coordinator ends.

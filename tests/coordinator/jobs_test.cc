@@ -186,6 +186,17 @@ TEST_F(JobsTest, PauseWaitsForTheCheckpointAndResumeStartsFromIt) {
   EXPECT_EQ(h.to_engine<StartJob>(0).at(0).checkpoint_manifest, text);
 }
 
+TEST_F(JobsTest, AJobThatRunsAgainNoLongerShowsWhyItStopped) {
+  const JobId id = running();
+  EXPECT_TRUE(h.call("job.pause", {{"job", id.value}}, "p").status.ok());
+  EXPECT_TRUE(h.call("job.resume", {{"job", id.value}}, "r").status.ok());
+  h.from_engine(0, protocol::JobEnded{id, started.epoch, cancelled_error("paused"), 6, "{}"});
+  h.advance(1000);
+  h.beat(0, {{id, h.job(id).epoch, 0}});
+  ASSERT_EQ(h.job(id).state, JobState::kRunning);
+  EXPECT_EQ(h.job(id).error, "");
+}
+
 TEST_F(JobsTest, CancelIsRepeatedUntilTheEngineHasStopped) {
   const JobId id = running();
   EXPECT_TRUE(h.call("job.cancel", {{"job", id.value}}, "x").status.ok());

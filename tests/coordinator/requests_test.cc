@@ -139,6 +139,33 @@ TEST_F(RequestsTest, ACachedAnswerIsTheSameFlaggedAndOutlivesARestart) {
   EXPECT_TRUE(h.to_client<GenerateChunk>("c").at(0).cached);
 }
 
+TEST_F(RequestsTest, WhereAnEnginesRoomEndsAnOpenEndedAnswerItIsNotKeptForOthers) {
+  const auto ask = [&](const std::string& id, std::optional<std::int64_t> max_tokens) {
+    protocol::Generate request;
+    request.id = RequestId(id);
+    request.model = "base";
+    request.input.prompt = "q";
+    request.sampling.temperature = 0.0f;
+    request.sampling.max_tokens = max_tokens;
+    h.from_client("c", request);
+    return h.to_engine<Infer>(0);
+  };
+  const auto cut = [&](const Infer& asked) {
+    protocol::InferChunk message;
+    message.attempt = asked.attempt;
+    message.chunk.id = asked.request.id;
+    message.chunk.tokens = {1, 2};
+    message.chunk.finish = FinishReason::kLength;
+    h.from_engine(0, message);
+  };
+  cut(ask("r1", {}).at(0));
+  EXPECT_EQ(ask("r2", {}).size(), 1u);
+  cut(ask("r3", 2).at(0));
+  EXPECT_TRUE(ask("r4", 2).empty()) << "as long as was asked for";
+  h.answer(0, "r2", 0, 2, true);
+  EXPECT_TRUE(ask("r5", {}).empty()) << "it ended by itself";
+}
+
 TEST_F(RequestsTest, ANewVersionUnderAnAliasIsNeverAnsweredFromTheOld) {
   publish("tuned", "one");
   h.generate("r1", "tuned", "q");
@@ -255,7 +282,7 @@ TEST_F(RequestsTest, ACachedAnswerHasTheScoresOfItsPrompt) {
   h.from_engine(0, part);
   part.chunk.index = 1;
   part.chunk.prompt_logprobs.clear();
-  part.chunk.finish = FinishReason::kLength;
+  part.chunk.finish = FinishReason::kStop;
   h.from_engine(0, part);
   h.to_client<GenerateChunk>("c");
   request.id = RequestId("r2");

@@ -127,6 +127,15 @@ TEST_F(ModelFilesTest, TheDigestFollowsTheWeightsAndTheSettingsAndNothingElse) {
   EXPECT_NE(hash()->model.digest, first->model.digest);
 }
 
+TEST_F(ModelFilesTest, ModelsThatDifferInTheirGenerationDefaultsAloneAreTwo) {
+  const Digest none = hash()->model.digest;
+  write("generation_config.json", R"({"temperature":0.5})");
+  const Digest one = hash()->model.digest;
+  write("generation_config.json", R"({"temperature":0.6})");
+  EXPECT_NE(one, none);
+  EXPECT_NE(hash()->model.digest, one);
+}
+
 TEST_F(ModelFilesTest, ModelsOfEveryFamilyAreTakenAndShowWhereTheirContextEnds) {
   struct Case {
     const char *family, *settings;
@@ -182,6 +191,31 @@ TEST_F(ModelFilesTest, FilesOfRegisteredModelsAreServedWhileTheyAreWhatWasHashed
   EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kCorrupt);
   files.remove("m");
   EXPECT_EQ(files.read(file.root, 0, 0).status().code(), StatusCode::kNotFound);
+}
+
+TEST_F(ModelFilesTest, AFileThatSeveralModelsHaveIsServedWhileAnyOfThemStillHasIt) {
+  ModelRecord one = hash()->model, two;
+  one.name = "one";
+  const std::string copy = folder + "-copy";
+  fs::copy(folder, copy);
+  two = hash_model({"two", copy, false}, {}, 1)->model;
+  two.name = "two";
+  const Digest root = one.files.back().root;
+  for (const bool removed : {false, true}) {
+    ServedFiles files;
+    files.add(one);
+    files.add(two);
+    if (removed) {
+      files.remove("one");
+    } else {
+      fs::remove(folder + "/" + one.files.back().path);
+    }
+    const auto piece = files.read(root, 0, 0);
+    EXPECT_TRUE(piece.ok()) << piece.status().message();
+    files.remove("two");
+    EXPECT_FALSE(files.read(root, 0, 0).ok());
+  }
+  fs::remove_all(copy);
 }
 
 TEST_F(ModelFilesTest, AFolderInTheBlobStoreIsTheSameModelAndIsReadOutChunkByChunk) {

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 HERE = os.path.dirname(os.path.abspath(__file__))
 CASES = ["llama_grouped", "qwen2", "qwen3"]
 STEPS, ACCUMULATION = 12, 2
+WEIGHT_DECAY = 0.5
 TRAINED = ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.k_proj.weight",
            "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight",
            "model.layers.0.self_attn.q_norm.weight"]
@@ -50,8 +51,10 @@ def mean_loss(model, docs):
 def training(model, golden):
     docs, micro = documents(golden, "train_"), golden["train_micro"].tolist()
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), eps=1e-8,
-                                  weight_decay=0.05)
+    # As Hugging Face's trainer groups them: norms and biases do not decay.
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-8)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=3, num_training_steps=STEPS)
     losses, norms = [], []
     for step in range(STEPS):

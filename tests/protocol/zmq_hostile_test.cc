@@ -247,6 +247,7 @@ TEST_F(CurveServer, KeysComeAndGoWhileItRuns) {
     server_->receive(20);
   }
   EXPECT_GE(server_->counters().refused_identity, 1u) << "the revoked key still works";
+  EXPECT_EQ(server_->send("bob/1", bytes_of("events"), {}).code(), StatusCode::kUnavailable);
   while (server_->receive(0).has_value()) {
   }
   expect_alice_is_served();

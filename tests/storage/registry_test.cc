@@ -1,11 +1,15 @@
 #include "storage/registry.h"
 
+#include "storage/file_io.h"
 #include "storage/lmdb_store.h"
 #include "storage/memory_store.h"
 #include "tests/storage/registry_fixture.h"
 #include "tests/storage/scratch.h"
 
 #include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
 
 namespace tandem::storage {
 namespace {
@@ -496,6 +500,32 @@ TEST_F(RegistryOnDisk, BackupAndRestoreGiveTheSameRegistry) {
   EXPECT_EQ(txn.resolve("support@1")->digest, small);
   EXPECT_EQ(txn.resolve("support@3").status().code(), StatusCode::kNotFound);
   EXPECT_EQ(restored->blob(sha256(large))->size(), 5000u);
+}
+
+TEST_F(RegistryOnDisk, ADamagedBackupIsFoundOutWhenItIsRestored) {
+  auto registry = open("data");
+  const std::string inside(600, 'i'), file(5000, 'f');
+  const Digest base = add_base(*registry);
+  for (const std::string& weights : {inside, file})
+    publish(*registry, "support", base, weights).value();
+  const auto damage = [&](const std::string& part, const std::string& bytes,
+                          const std::string& name) {
+    ASSERT_TRUE(registry->backup(scratch_ / name).ok());
+    for (const auto& entry :
+         std::filesystem::recursive_directory_iterator(scratch_ / (name + "/blobs/" + part))) {
+      if (!entry.is_regular_file()) continue;
+      std::string text = *read_file(entry.path().string(), 1 << 30);
+      const auto at = text.find(bytes);
+      if (at == std::string::npos) continue;
+      text[at + 7] ^= 1;
+      std::ofstream(entry.path(), std::ios::binary | std::ios::trunc) << text;
+    }
+    const Status status = Registry::restore(scratch_ / name, scratch_ / (name + "-restored"));
+    EXPECT_EQ(status.code(), StatusCode::kCorrupt) << part << ": " << status.message();
+    EXPECT_NE(status.message().find("problem"), std::string::npos) << status.message();
+  };
+  damage("lmdb", inside, "one");
+  damage("files", file, "two");
 }
 
 TEST_F(RegistryOnDisk, AnUnfinishedBackupIsNotRestored) {

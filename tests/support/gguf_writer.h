@@ -24,6 +24,10 @@ class GgufWriter {
     begin(key, 6);
     put(metadata_, value);
   }
+  void boolean(const std::string& key, bool value) {
+    begin(key, 7);
+    metadata_ += value ? '\1' : '\0';
+  }
   void texts(const std::string& key, const std::vector<std::string>& values) {
     begin(key, 9);
     put(metadata_, std::uint32_t{8});

@@ -119,7 +119,9 @@ TEST_F(ObjectBackup, EveryObjectComesBackWithItsDigestAndAJobGoesOnToTheSameBits
 }
 
 TEST_F(ObjectBackup, WhatCannotBeBackedUpIsNamed) {
-  expect({"registry", "backup", file("b1"), "--object", "nothing"}, 3, {"nothing"});
+  expect({"registry", "backup", file("b1"), "--object", "nothing"}, 3,
+         {"no model, adapter or job nothing"});
+  expect({"registry", "backup", file("b1"), "--object", "guide@9"}, 3, {"guide has no version 9"});
   expect({"registry", "backup", file("b1"), "--object", "job-000000000000"}, 3,
          {"job-000000000000"});
   EXPECT_FALSE(fs::exists(file("b1/backup.json")));

@@ -244,6 +244,17 @@ TEST_F(BadInput, AnAdapterThatDoesNotFitItsBase) {
   expect({"adapter", "show", "p"}, 3, {"p"});
 }
 
+TEST_F(BadInput, ARollbackToAVersionThatIsNotThere) {
+  const std::string folder = write_adapter("peft-rolled", 64);
+  for (int version = 1; version <= 3; ++version)
+    expect({"adapter", "import", "rolled", folder, "--model", "tiny"}, 0, {});
+  expect({"adapter", "alias", "stable", "rolled@3"}, 0, {});
+  expect({"adapter", "rollback", "stable", "--to", "9"}, 3, {"stable", "version 9"});
+  const auto back = platform_->cli({"--json", "adapter", "rollback", "stable", "--to", "1"});
+  ASSERT_EQ(back.code, 0) << back.err;
+  EXPECT_EQ(Json::parse(back.out)["version"], 1);
+}
+
 TEST_F(BadInput, AMergeIntoABaseThatChangedSinceItWasAdded) {
   add_copy("swapped");
   expect({"adapter", "import", "s", write_adapter("peft-s", 64), "--model", "swapped"}, 0, {});

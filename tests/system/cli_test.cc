@@ -311,10 +311,28 @@ TEST_F(CommandLine, BenchesTakeThePlatformAndJsonAndEndAsVerbsDo) {
   bench({"bench", "serve", "--help"}, 0, "--publishes");
   bench({"bench"}, 2, "name");
   bench({"bench", "serve"}, 2, "--model");
+  bench({"bench", "--json", "serve"}, 2, "--model");
   bench({"bench", "serve", "--model", "tiny", "--nope"}, 2, "--nope");
   bench({"bench", "serve", "--model", "nope", "--json"}, 3, "nope");
   const std::string other = "ipc://" + file("other.sock");
   bench({"--coordinator", other, "bench", "serve", "--model", "tiny"}, 5, other);
+}
+
+TEST_F(CommandLine, ASeedThatIsNoIntegerOf64BitsIsRefused) {
+  const auto seed = [&](const std::string& text) {
+    return platform_->cli(
+        {"generate", "--model", "tiny", "--prompt", "p", "--max-tokens", "1", "--seed", text});
+  };
+  EXPECT_EQ(seed("9223372036854775807").code, 0);
+  const auto output = seed("9223372036854775808");
+  EXPECT_EQ(output.code, 2);
+  EXPECT_NE(output.err.find("9223372036854775808"), std::string::npos) << output.err;
+}
+
+TEST_F(CommandLine, TrainsHelpShowsDefaultsAsTheyAreTyped) {
+  const std::string help = platform_->cli({"train", "--help"}).out;
+  for (const std::string shown : {"[all-linear]", "[lora]", "[0.0002]"})
+    EXPECT_NE(help.find(shown), std::string::npos) << shown << " in " << help;
 }
 
 TEST_F(CommandLine, CompletionKnowsVerbsAndTheirOptions) {

@@ -44,7 +44,8 @@ Status run_adapter_import(Session& session, const std::string& name, const std::
 Status run_adapter_merge(Session& session, const std::string& name, const std::string& directory,
                          const std::string& dtype);
 Status run_adapter_alias(Session& session, const std::string& alias, const std::string& target);
-Status run_adapter_rollback(Session& session, const std::string& alias);
+/// `version` 0: the one before.
+Status run_adapter_rollback(Session& session, const std::string& alias, std::int64_t version);
 
 // -- training (commands_job.cc)
 struct TrainOptions {

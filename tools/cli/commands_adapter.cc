@@ -92,6 +92,10 @@ Status run_adapter_export(Session& session, const std::string& name, const std::
 Status run_adapter_import(Session& session, const std::string& name, const std::string& directory,
                           const std::string& model) {
   TANDEM_ASSIGN_OR_RETURN(const storage::PeftAdapter adapter, storage::read_peft(directory));
+  if (const auto without = storage::sites_without_tensors(adapter); !without.empty())
+    std::cerr << "tandem: warning: " << directory << " has no tensors for " << without.size()
+              << " of the layers that its target_modules name, the first " << without.front()
+              << "; they stay as the base has them\n";
   TANDEM_ASSIGN_OR_RETURN(const Json base, session.call("model.show", {{"model", model}}));
   TANDEM_ASSIGN_OR_RETURN(const Digest base_digest, Digest::parse(field(base, "digest")));
   TANDEM_ASSIGN_OR_RETURN(const auto packed, worker::runtime::pack_peft(base_digest, adapter));
@@ -122,8 +126,10 @@ Status run_adapter_alias(Session& session, const std::string& alias, const std::
   return {};
 }
 
-Status run_adapter_rollback(Session& session, const std::string& alias) {
-  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("adapter.rollback", {{"alias", alias}}));
+Status run_adapter_rollback(Session& session, const std::string& alias, std::int64_t version) {
+  Json params{{"alias", alias}};
+  if (version > 0) params["version"] = version;
+  TANDEM_ASSIGN_OR_RETURN(const Json result, session.call("adapter.rollback", params));
   if (session.json())
     std::cout << result.dump() << "\n";
   else

@@ -160,8 +160,12 @@ Result<Json> backup_object(Session& session, Writer& writer, const std::string& 
   if (adapter.status().code() != StatusCode::kNotFound &&
       adapter.status().code() != StatusCode::kInvalid)
     return adapter.status();
-  TANDEM_ASSIGN_OR_RETURN(const Json model, session.call("model.show", {{"model", object}}));
-  return backup_model(writer, model);
+  const auto model = session.call("model.show", {{"model", object}});
+  if (object.find('@') != std::string::npos && !model.ok()) return adapter.status();
+  if (model.status().code() == StatusCode::kNotFound)
+    return not_found_error(str("no model, adapter or job ", object));
+  if (!model.ok()) return model.status();
+  return backup_model(writer, *model);
 }
 
 // -- restore

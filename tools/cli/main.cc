@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 
 #include <algorithm>
+#include <charconv>
 #include <functional>
 #include <iostream>
 
@@ -22,7 +23,7 @@ struct Invocation {
   std::string name, target, path, model, role = "client", dtype = "bf16";
   bool shared = false, offline = false, follow = false, origin = false, force = false,
        prometheus = false;
-  std::int64_t max_length = 2048;
+  std::int64_t max_length = 2048, to_version = 0;
   std::int64_t check_max_length = protocol::TrainSettings().max_length;
   int samples = 3, lines = 20;
   std::vector<std::string> arguments;
@@ -186,8 +187,19 @@ void add_objects(CLI::App& app, Invocation& in) {
       [&in](Session& s) { return run_adapter_alias(s, in.name, in.target); }, " guide@3")
       ->add_option("target", in.target, "adapter, adapter@version or digest")
       ->required();
-  named(*adapter, in, "rollback", "back to the version before",
-        [&in](Session& s) { return run_adapter_rollback(s, in.name); });
+  named(*adapter, in, "rollback", "back to the version before, or to a given one",
+        [&in](Session& s) { return run_adapter_rollback(s, in.name, in.to_version); })
+      ->add_option("--to", in.to_version, "the version to go back to [the one before]")
+      ->check(CLI::Range(1u, UINT32_MAX));
+}
+
+/// A setting's default as it would be typed.
+std::string default_text(const std::string& field) {
+  const Json value = Json::parse(protocol::TrainSettings::default_of(field));
+  std::string text;
+  for (const Json& item : value.is_array() ? value : Json::array({value}))
+    text += (text.empty() ? "" : ",") + (item.is_string() ? item.get<std::string>() : item.dump());
+  return text;
 }
 
 void add_training_options(CLI::App& sub, Invocation& in) {
@@ -206,7 +218,7 @@ void add_training_options(CLI::App& sub, Invocation& in) {
                 : field == "virtual_pipeline_size" ? ",--virtual-pp"
                                                    : ""),
            [&in, field](const std::string& v) { in.train.settings[field] = v; },
-           "[" + protocol::TrainSettings::default_of(field) + "]")
+           "[" + default_text(field) + "]")
         ->type_name("X")
         ->group("Training settings (Hugging Face and PEFT names) [default]");
 }
@@ -269,6 +281,16 @@ void add_training(CLI::App& app, Invocation& in) {
   }
 }
 
+/// The library's own conversion takes the nearest such integer without a word.
+CLI::Validator integer_of_64_bits() {
+  const auto check = [](const std::string& text) {
+    std::int64_t value = 0;
+    const auto read = std::from_chars(text.data(), text.data() + text.size(), value);
+    return read.ec == std::errc::result_out_of_range ? text + " has more than 64 bits" : "";
+  };
+  return {check, ""};
+}
+
 void add_sampling(CLI::App& sub, Invocation& in) {
   auto& g = in.generate;
   sub.add_option("--model", g.model, "base, alias, alias@version, JOB@latest or digest")
@@ -281,7 +303,7 @@ void add_sampling(CLI::App& sub, Invocation& in) {
   sub.add_option("--top-p", g.top_p, "1: off [the model's]");
   sub.add_option("--min-p", g.min_p, "0: off [the model's]");
   sub.add_option("--repetition-penalty", g.repetition_penalty, "1: off [the model's]");
-  sub.add_option("--seed", g.seed, "makes sampling repeatable");
+  sub.add_option("--seed", g.seed, "makes sampling repeatable")->check(integer_of_64_bits());
   sub.add_option("--stop", g.stop, "stop string (may be given several times)")
       ->allow_extra_args(false);
   sub.add_option("--logprobs", g.logprobs, "of each token and its N likeliest (with --json)");
@@ -383,6 +405,11 @@ void add_operations(CLI::App& app, Invocation& in) {
   bench->fallthrough(false)->prefix_command()->set_help_flag();
   bench->callback([&in, bench] {
     in.arguments = bench->remaining();
+    if (in.name.empty() && in.arguments.size() > 1 && in.arguments.front() == "--json") {
+      in.json = true;  // a bench's output is JSON anyway
+      in.name = in.arguments[1];
+      in.arguments.erase(in.arguments.begin(), in.arguments.begin() + 2);
+    }
     const std::string first = in.arguments.empty() ? "" : in.arguments.front();
     if (in.name.empty() && (first == "--help" || first == "-h")) throw CLI::CallForHelp();
     if (in.name.empty()) throw CLI::RequiredError("name");

@@ -279,7 +279,7 @@ std::vector<PlainRows> plain_block(const FlatLayout& layout, const BlockWeights&
   std::vector<PlainRows> all;
   std::size_t tensor = 0;
   const auto add = [&](const Tensor& values, std::size_t stacked) {
-    all.push_back({layout.tensors.at(tensor).begin, values});
+    all.push_back({layout.tensors.at(tensor).begin, values, layout.tensors.at(tensor).decays()});
     tensor += stacked;
   };
   add(block.attention_norm, 1);
@@ -297,9 +297,11 @@ std::vector<PlainRows> plain_block(const FlatLayout& layout, const BlockWeights&
 std::vector<PlainRows> plain_ends(const FlatLayout& layout, const BaseWeights& ends) {
   std::vector<PlainRows> all;
   for (const FlatTensor& tensor : layout.tensors)
-    all.push_back({tensor.begin, tensor.name == kEmbeddingName ? plain(ends.embedding())
-                                 : tensor.name == kHeadName    ? plain(ends.lm_head())
-                                                               : ends.final_norm()});
+    all.push_back({tensor.begin,
+                   tensor.name == kEmbeddingName ? plain(ends.embedding())
+                   : tensor.name == kHeadName    ? plain(ends.lm_head())
+                                                 : ends.final_norm(),
+                   tensor.decays()});
   return all;
 }
 

@@ -26,6 +26,8 @@ struct FlatTensor {
   [[nodiscard]] bool is_whole() const {
     return slice.rows == shape[0] && slice.columns == (shape.size() > 1 ? shape[1] : 1);
   }
+  /// Matrices decay, norms and biases do not.
+  [[nodiscard]] bool decays() const { return shape.size() > 1; }
   bool counted = true;  ///< of several ranks' equal copies one counts in norms and checkpoints
 };
 
@@ -69,6 +71,7 @@ void unpack_ends(kernels::Ops& ops, kernels::Exec& exec, const FlatLayout& layou
 struct PlainRows {
   std::int64_t begin = 0;
   kernels::Tensor values;
+  bool decays = true;
 };
 std::vector<PlainRows> plain_block(const FlatLayout& layout, const BlockWeights& block);
 std::vector<PlainRows> plain_ends(const FlatLayout& layout, const BaseWeights& ends);

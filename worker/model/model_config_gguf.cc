@@ -100,6 +100,11 @@ Status read_sizes(const Gguf& file, const Keys& keys, ModelConfig& config) {
   if (rope_dims != config.head_dim)
     return keys.refuse("rope.dimension_count", str(rope_dims), "rope must turn the whole head");
   if (experts != 0) return keys.refuse("expert_count", str(experts), "no mixtures of experts");
+  if (keys.has("attention.causal")) {
+    TANDEM_ASSIGN_OR_RETURN(const bool causal, file.boolean(keys.full("attention.causal")));
+    if (!causal)
+      return keys.refuse("attention.causal", "false", "each token sees those before it alone");
+  }
   double eps = 1e-5;
   TANDEM_RETURN_IF_ERROR(keys.number("attention.layer_norm_rms_epsilon", eps, true));
   config.norm_eps = static_cast<float>(eps);

@@ -101,14 +101,27 @@ Result<GenerationDefaults> read_generation(const std::string& folder) {
       if (!value->is_number()) return wrong_default(folder, key, *value, "a number");
       *out = value->get<double>();
     }
-  if (defaults.repetition_penalty && !(*defaults.repetition_penalty > 0))
-    return wrong_default(folder, "repetition_penalty", *find("repetition_penalty"), "above 0");
+  // As of a request's own values; else each request that leaves one unset would be refused.
+  const auto outside = [](const std::optional<double>& value, double low, double high) {
+    return value && !(*value >= low && *value <= high);
+  };
+  if (outside(defaults.temperature, 0, 10))
+    return wrong_default(folder, "temperature", *find("temperature"), "from 0 to 10");
+  if (outside(defaults.top_p, 0, 1) || defaults.top_p == 0.0)
+    return wrong_default(folder, "top_p", *find("top_p"), "above 0 and at most 1");
+  if (outside(defaults.min_p, 0, 1))
+    return wrong_default(folder, "min_p", *find("min_p"), "from 0 to 1");
+  if (outside(defaults.repetition_penalty, 0, 10) || defaults.repetition_penalty == 0.0)
+    return wrong_default(folder, "repetition_penalty", *find("repetition_penalty"),
+                         "above 0 and at most 10");
   for (const auto& [key, out] :
        {std::pair{"top_k", &defaults.top_k}, {"max_new_tokens", &defaults.max_new_tokens}})
     if (const Json* value = find(key)) {
       if (!value->is_number_integer()) return wrong_default(folder, key, *value, "an integer");
       *out = value->get<std::int64_t>();
     }
+  if (defaults.top_k && *defaults.top_k < 0)
+    return wrong_default(folder, "top_k", *find("top_k"), "0 or more");
   if (defaults.max_new_tokens && *defaults.max_new_tokens < 1)
     return wrong_default(folder, "max_new_tokens", *find("max_new_tokens"), "1 or more");
   if (const Json* value = find("do_sample")) {

@@ -104,6 +104,7 @@ std::vector<TextSegment> AddedTokenMatcher::split(std::string_view text, bool pa
     if (token->lstrip && begin > text_begin)
       begin = text_begin + space_at_end(text.substr(text_begin, begin - text_begin));
     if (token->rstrip) end += space_at_start(text.substr(end));
+    if (token->lstrip && end <= text_begin) continue;  // an earlier match took all of it
     if (begin > text_begin) segments.push_back({{text_begin, begin}, std::nullopt});
     segments.push_back({{begin, end}, token->id});
     text_begin = end;

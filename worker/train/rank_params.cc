@@ -217,6 +217,25 @@ void RankParams::allocate_unit(Unit& unit) {
     // two ranks are not alike.
     if (tensor.partial && unit.layer >= 0) unit.partial.push_back(view);
   }
+  unit.spans = decay_spans(unit);
+}
+
+/// As Hugging Face's trainer has it: norms and biases do not decay. Padding goes with the tensor
+/// before it.
+std::vector<RankParams::Span> RankParams::decay_spans(const Unit& unit) {
+  std::vector<Span> spans;
+  const auto& tensors = unit.layout.tensors;
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    const std::int64_t begin = std::max<std::int64_t>(tensors[t].begin - unit.begin, 0);
+    const std::int64_t end =
+        t + 1 < tensors.size() ? std::min(tensors[t + 1].begin - unit.begin, unit.part) : unit.part;
+    if (begin >= end) continue;
+    if (!spans.empty() && spans.back().decays == tensors[t].decays())
+      spans.back().end = end;
+    else
+      spans.push_back({begin, end, tensors[t].decays()});
+  }
+  return spans;
 }
 
 // -- values
@@ -304,32 +323,34 @@ void RankParams::publish_part(Unit& unit, const kernels::AdamWArgs* step, const 
     if (elsewhere) ctx.ops.copy(ctx.exec, unit.master, to);
     return;
   }
-  kernels::AdamWArgs args = *step;
-  args.param = unit.master;
-  args.grad = unit.part_gradient;
-  args.m = unit.m;
-  args.v = unit.v;
-  if (elsewhere) args.param_cd = to;
-  ctx.ops.adamw(ctx.exec, args);
+  for (const Span& span : step->weight_decay > 0.0f ? unit.spans : std::vector{Span{0, unit.part}})
+    update_piece(unit, span, *step,
+                 elsewhere ? to.rows(span.begin, span.end - span.begin) : Tensor{});
+}
+
+void RankParams::update_piece(const Unit& unit, const Span& span, const kernels::AdamWArgs& step,
+                              const Tensor& to) {
+  const auto piece = [&](const Tensor& part) {
+    return part.rows(span.begin, span.end - span.begin);
+  };
+  kernels::AdamWArgs args = step;
+  args.param = piece(unit.master);
+  args.grad = piece(unit.part_gradient);
+  args.m = piece(unit.m);
+  args.v = piece(unit.v);
+  args.param_cd = to;
+  if (!span.decays) args.weight_decay = 0.0f;
+  parts_.context.ops.adamw(parts_.context.exec, args);
 }
 
 /// Stack by stack. The padding between them stays as it is, which is zero.
 void RankParams::update_plain(Unit& unit, const kernels::AdamWArgs& step) {
   const model::BaseWeights& base = weights_->base();
-  kernels::AdamWArgs args = step;
   for (const model::PlainRows& stack : unit.layer < 0
                                            ? plain_ends(unit.layout, base)
-                                           : plain_block(unit.layout, base.block(unit.layer))) {
-    const auto part = [&](const Tensor& flat) {
-      return flat.rows(stack.begin, stack.values.elements());
-    };
-    args.param = part(unit.master);
-    args.grad = part(unit.part_gradient);
-    args.m = part(unit.m);
-    args.v = part(unit.v);
-    args.param_cd = stack.values;
-    parts_.context.ops.adamw(parts_.context.exec, args);
-  }
+                                           : plain_block(unit.layout, base.block(unit.layer)))
+    update_piece(unit, {stack.begin, stack.begin + stack.values.elements(), stack.decays}, step,
+                 stack.values);
 }
 
 void RankParams::unpack(Unit& unit, const Tensor& whole) {

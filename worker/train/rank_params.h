@@ -55,6 +55,11 @@ class RankParams final : public Trainable, private model::GradSink {
  private:
   /// What is no block: the ends together, or what of them has no unit of its own; and those.
   static constexpr std::int64_t kEnds = -1, kHead = -2, kEmbedding = -3;
+  /// Elements of a part that weight decay reaches, or does not.
+  struct Span {
+    std::int64_t begin = 0, end = 0;
+    bool decays = true;
+  };
   struct Unit {
     model::FlatLayout layout;
     std::int64_t layer = kEnds;  ///< or one of the above
@@ -69,6 +74,7 @@ class RankParams final : public Trainable, private model::GradSink {
     kernels::Tensor compute_part;          ///< LoRA: what is gathered of it: [part] cd
     std::vector<kernels::Tensor> counted;  ///< pieces of part_gradient that the norm counts
     std::vector<kernels::Tensor> partial;  ///< pieces that tensor-parallel ranks add up
+    std::vector<Span> spans;               ///< of the part, in order, all of it
   };
 
   /// ZeRO 2 and 3: the gradient of the block in backward, and what becomes of the one before. An
@@ -92,6 +98,10 @@ class RankParams final : public Trainable, private model::GradSink {
   /// writes what forward reads, or what is gathered for it, where that is plain memory.
   void publish(Unit& unit, const kernels::AdamWArgs* step = nullptr);
   void publish_part(Unit& unit, const kernels::AdamWArgs* step, const kernels::Tensor& to);
+  /// A piece of a unit's part; `to` undefined: nothing but the master is written.
+  void update_piece(const Unit& unit, const Span& span, const kernels::AdamWArgs& step,
+                    const kernels::Tensor& to);
+  static std::vector<Span> decay_spans(const Unit& unit);
   void update_plain(Unit& unit, const kernels::AdamWArgs& step);
   void unpack(Unit& unit, const kernels::Tensor& whole);
   /// Of the ends, what ranks of other groups have addends of.

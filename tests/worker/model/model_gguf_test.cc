@@ -135,6 +135,13 @@ TEST_F(GgufModel, WhatTheFamilyDoesNotHaveIsRefusedByName) {
   status = load_model(write(writer(golden, "llama"))).status();
   EXPECT_EQ(status.code(), StatusCode::kRefused) << status.to_string();
   EXPECT_NE(status.message().find("attn_k_norm"), std::string::npos) << status.message();
+  for (const bool causal : {true, false}) {
+    test::GgufWriter file = writer(golden, "qwen3");
+    file.boolean("qwen3.attention.causal", causal);
+    status = load_model(write(file)).status();
+    EXPECT_EQ(status.code(), causal ? StatusCode::kOk : StatusCode::kRefused) << status.message();
+  }
+  EXPECT_NE(status.message().find("qwen3.attention.causal"), std::string::npos);
   status = load_model(write(writer(golden, "qwen3moe"))).status();
   EXPECT_EQ(status.code(), StatusCode::kRefused) << status.to_string();
   EXPECT_NE(status.message().find("qwen3moe"), std::string::npos) << status.message();

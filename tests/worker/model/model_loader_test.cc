@@ -169,11 +169,12 @@ TEST_F(ModelFolder, IsNotMergedIntoADtypeThatCannotHoldIt) {
   EXPECT_TRUE(write_merged_weights(base, {}, DType::kBF16, merged).ok());
 }
 
-TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindAreErrors) {
+TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindOrOutOfRangeAreErrors) {
   for (const char* bad :
        {R"({"temperature": "hot"})", R"({"top_k": 1.5})", R"({"do_sample": 1})",
         R"({"repetition_penalty": 0})", R"({"max_new_tokens": 0})", R"({"eos_token_id": "</s>"})",
-        R"({"eos_token_id": [2, 1099511627776]})"}) {
+        R"({"eos_token_id": [2, 1099511627776]})", R"({"temperature": -0.1})", R"({"top_p": 0})",
+        R"({"top_p": 1.5})", R"({"min_p": 2})", R"({"top_k": -3})", R"({"temperature": 11})"}) {
     write("generation_config.json", bad);
     EXPECT_EQ(load().code(), StatusCode::kInvalid) << bad;
     EXPECT_NE(load().message().find("generation_config.json"), std::string::npos);

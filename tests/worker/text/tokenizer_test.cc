@@ -1,4 +1,5 @@
 #include "worker/text/tokenizer.h"
+#include "worker/text/added_tokens.h"
 
 #include "protocol/base/random.h"
 #include "storage/gguf.h"
@@ -450,6 +451,26 @@ TEST(ByteLevel, SpellsEveryByteAndReadsItBack) {
   EXPECT_EQ(*bytes_of_spelling(spelling_of_bytes(bytes)), bytes);
   EXPECT_EQ(spelling_of_bytes(" \n"), "ĠĊ");
   EXPECT_FALSE(bytes_of_spelling("a b").has_value());
+}
+
+TEST(AddedTokens, WhiteSpaceThatTheTokenBeforeTookIsNoTokenOfItsOwn) {
+  AddedTokenMatcher matcher;
+  AddedToken begin, space;
+  begin.id = 1;
+  begin.content = "<s>";
+  begin.rstrip = true;
+  space.id = 2;
+  space.content = "  ";
+  space.lstrip = true;
+  for (const AddedToken& token : {begin, space}) matcher.add(token, token.content);
+  const auto ids = [&](std::string_view text) {
+    std::vector<std::int32_t> found;
+    for (const TextSegment& segment : matcher.split(text, true))
+      found.push_back(segment.added_id.value_or(0));
+    return found;
+  };
+  EXPECT_EQ(ids("<s>  a"), (std::vector<std::int32_t>{1, 0}));
+  EXPECT_EQ(ids("a  <s>"), (std::vector<std::int32_t>{0, 2, 1}));
 }
 
 TEST(Regex, RefusesWhatTheDialectsReadDifferently) {

@@ -86,7 +86,7 @@ class FullGoldens : public testing::TestWithParam<std::string> {
   void use_golden_optimizer() {
     options.settings.learning_rate = 1e-3;
     options.settings.adam_beta2 = 0.98;
-    options.settings.weight_decay = 0.05;
+    options.settings.weight_decay = 0.5;
     options.settings.warmup_steps = 3;
     options.settings.gradient_accumulation_steps = 2;
   }
