@@ -49,18 +49,19 @@ Status validate_request(const protocol::Generate& request) {
   const bool scores_only = s.max_tokens == 0 && s.prompt_logprobs_from >= 1;
   if (s.max_tokens && *s.max_tokens < 1 && !scores_only)
     return bad("max_tokens", "at least 1", static_cast<double>(*s.max_tokens));
-  if (outside(s.temperature, 0, 100)) return bad("temperature", "in [0, 100]", *s.temperature);
+  // As engines have them (worker/serve/request.h).
+  if (outside(s.temperature, 0, 10)) return bad("temperature", "in [0, 10]", *s.temperature);
   if (outside(s.top_p, 0, 1) || (s.top_p && *s.top_p == 0.0f))
     return bad("top_p", "in (0, 1]", *s.top_p);
   if (outside(s.min_p, 0, 1)) return bad("min_p", "in [0, 1]", *s.min_p);
   if (s.top_k && *s.top_k < 0)
     return bad("top_k", "0 (off) or more", static_cast<double>(*s.top_k));
-  if (s.repetition_penalty && !(*s.repetition_penalty > 0))
-    return bad("repetition_penalty", "above 0", *s.repetition_penalty);
-  if (!(std::abs(s.presence_penalty) <= 100))
-    return bad("presence_penalty", "in [-100, 100]", s.presence_penalty);
-  if (!(std::abs(s.frequency_penalty) <= 100))
-    return bad("frequency_penalty", "in [-100, 100]", s.frequency_penalty);
+  if (outside(s.repetition_penalty, 0, 10) || s.repetition_penalty == 0.0f)
+    return bad("repetition_penalty", "in (0, 10]", *s.repetition_penalty);
+  if (!(std::abs(s.presence_penalty) <= 2))
+    return bad("presence_penalty", "in [-2, 2]", s.presence_penalty);
+  if (!(std::abs(s.frequency_penalty) <= 2))
+    return bad("frequency_penalty", "in [-2, 2]", s.frequency_penalty);
   if (s.stop.size() > kStopsMax)
     return bad("stop", "at most 16 strings", static_cast<double>(s.stop.size()));
   if (s.logprobs < -1) return bad("logprobs", "-1 (none) or more", static_cast<double>(s.logprobs));
