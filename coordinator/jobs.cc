@@ -261,18 +261,19 @@ Status Jobs::pause(const JobId& id) {
 Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   const auto layout = nlohmann::ordered_json::parse(layout_json, nullptr, false);
   for (const auto& [name, value] : layout.items())
-    if (name != "dp" && name != "tp" && name != "pp" && name != "zero" &&
+    if (name != "dp" && name != "dp_min" && name != "tp" && name != "pp" && name != "zero" &&
         name != "virtual_pipeline_size" && name != "pipeline_balance" &&
         name != "sequence_parallel" && name != "layout")
       return invalid_error(
-          str("a layout has dp, tp, pp, zero, virtual_pipeline_size, pipeline_balance and "
+          str("a layout has dp, dp_min, tp, pp, zero, virtual_pipeline_size, pipeline_balance and "
               "sequence_parallel, or is auto; not \"",
               name, "\""));
   TANDEM_ASSIGN_OR_RETURN(auto spec, protocol::JobSpec::parse(job.spec_json));
   auto train = nlohmann::ordered_json::parse(spec.train.to_json());
   train["layout"] = "manual";
   if (layout.contains("layout"))
-    for (const char* axis : {"dp", "tp", "pp", "zero", "virtual_pipeline_size"}) train.erase(axis);
+    for (const char* axis : {"dp", "dp_min", "tp", "pp", "zero", "virtual_pipeline_size"})
+      train.erase(axis);
   train.update(layout);
   TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
   job.spec_json = spec.to_json();

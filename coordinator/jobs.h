@@ -35,10 +35,10 @@ class Jobs {
   Result<JobId> submit(const Submission& submission);
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
-  /// `layout_json`: "" or some of the settings dp, tp, pp, zero, virtual_pipeline_size,
-  /// pipeline_balance, sequence_parallel: go on over other ranks. `estimate_json`: the dry run of
-  /// resumable(), where one is needed; without it one is asked for. A job that is refused stays as
-  /// it was.
+  /// `layout_json`: "" or some of the settings dp, dp_min, tp, pp, zero,
+  /// virtual_pipeline_size, pipeline_balance, sequence_parallel: go on over other ranks.
+  /// `estimate_json`: the dry run of resumable(), where one is needed; without it one is asked for.
+  /// A job that is refused stays as it was.
   Status resume(const JobId& id, const std::string& layout_json,
                 const std::string& estimate_json = "");
   /// The job as resume would start it, without estimate_json where a dry run is needed.

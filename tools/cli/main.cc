@@ -255,7 +255,7 @@ void add_training(CLI::App& app, Invocation& in) {
     });
     if (method != "resume") continue;
     sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --pp 1 --dp 2");
-    for (const std::string axis : {"dp", "tp", "pp", "zero", "virtual_pipeline_size",
+    for (const std::string axis : {"dp", "dp_min", "tp", "pp", "zero", "virtual_pipeline_size",
                                    "pipeline_balance", "sequence_parallel", "layout"})
       sub->add_option_function<std::string>(
              "--" + kebab(axis) + (axis == "virtual_pipeline_size" ? ",--virtual-pp" : ""),
