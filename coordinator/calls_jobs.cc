@@ -298,8 +298,13 @@ void Calls::estimate(const Ask& ask, Params& params) {
   if (!settings.ok()) return reply(ask, settings.status());
   auto model = find_model(context_.tables(), name);
   if (!model.ok()) return reply(ask, model.status());
-  const std::string id =
-      start_dry_run(ask, [](const std::string& result) { return parse_object(result); });
+  const auto answered = [this, train = *settings](const std::string& result) -> Result<Json> {
+    Json json = parse_object(result);
+    if (const Status pool = jobs_.check_pool(train, result); !pool.ok())
+      json["pool"] = pool.message();
+    return json;
+  };
+  const std::string id = start_dry_run(ask, answered);
   if (!id.empty()) estimates_.ask(id, model_ref(**model), *settings, false);
 }
 

@@ -145,10 +145,7 @@ void Jobs::ask_estimate(Job& job) {
   estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, true);
 }
 
-std::string Jobs::nearest_layout_text(const Job& job, std::size_t ranks) {
-  const auto spec = protocol::JobSpec::parse(job.spec_json);
-  if (!spec.ok()) return "";
-  const protocol::TrainSettings& train = spec->train;
+std::string Jobs::nearest_layout_text(const protocol::TrainSettings& train, std::size_t ranks) {
   std::vector<std::int64_t> dps;
   for (std::int64_t d = 1; d <= train.dp; ++d)
     if (train.gradient_accumulation_steps % d == 0) dps.push_back(d);
@@ -160,18 +157,17 @@ std::string Jobs::nearest_layout_text(const Job& job, std::size_t ranks) {
              train.dp_min > nearest.dp ? str(", dp_min ", nearest.dp) : std::string());
 }
 
-/// More ranks than a gang can have on its device will never start. Right after a start of the
-/// coordinator nobody knows how many there are, so the job then waits.
-Status Jobs::check_pool(const Job& job) const {
-  const std::int64_t ranks = job.sizes.back();
-  const GangRoom room = gang_room(workers_, estimated_device(job.estimate_json));
-  if (!job.needs_gang() || static_cast<std::int64_t>(room.ranks) >= ranks ||
+Status Jobs::check_pool(const protocol::TrainSettings& train,
+                        const std::string& estimate_json) const {
+  const std::int64_t ranks = train.dp_choices().back() * train.tp * train.pp;
+  const GangRoom room = gang_room(workers_, estimated_device(estimate_json));
+  if ((ranks == 1 && !train.full()) || static_cast<std::int64_t>(room.ranks) >= ranks ||
       context_.now().ms - loaded_ms_ < context_.limits().adoption_ms)
     return {};
   return refused_error(str("the job has ", ranks, " ranks, one worker each, and ", room.description,
                            "; start more (tandem up --workers ", ranks,
                            ") or use fewer ranks (dp, tp, pp)",
-                           nearest_layout_text(job, room.ranks)));
+                           nearest_layout_text(train, room.ranks)));
 }
 
 void Jobs::estimated(const EstimateOutcome& outcome) {
@@ -197,7 +193,8 @@ Status Jobs::admit(Job& job, const std::string& result_json, std::string reason)
     reason = str("layout auto chose ", json.value("layout_name", ""));
   }
   job.estimate_json = result_json;
-  TANDEM_RETURN_IF_ERROR(check_pool(job));
+  TANDEM_ASSIGN_OR_RETURN(const auto spec, protocol::JobSpec::parse(job.spec_json));
+  TANDEM_RETURN_IF_ERROR(check_pool(spec.train, result_json));
   const bool fits =
       !json.contains("fits") || !json["fits"].is_boolean() || json["fits"].get<bool>();
   if (!fits) {
@@ -262,18 +259,19 @@ Status Jobs::pause(const JobId& id) {
 Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   const auto layout = nlohmann::ordered_json::parse(layout_json, nullptr, false);
   for (const auto& [name, value] : layout.items())
-    if (name != "dp" && name != "tp" && name != "pp" && name != "zero" &&
+    if (name != "dp" && name != "dp_min" && name != "tp" && name != "pp" && name != "zero" &&
         name != "virtual_pipeline_size" && name != "pipeline_balance" &&
         name != "sequence_parallel" && name != "layout")
       return invalid_error(
-          str("a layout has dp, tp, pp, zero, virtual_pipeline_size, pipeline_balance and "
+          str("a layout has dp, dp_min, tp, pp, zero, virtual_pipeline_size, pipeline_balance and "
               "sequence_parallel, or is auto; not \"",
               name, "\""));
   TANDEM_ASSIGN_OR_RETURN(auto spec, protocol::JobSpec::parse(job.spec_json));
   auto train = nlohmann::ordered_json::parse(spec.train.to_json());
   train["layout"] = "manual";
   if (layout.contains("layout"))
-    for (const char* axis : {"dp", "tp", "pp", "zero", "virtual_pipeline_size"}) train.erase(axis);
+    for (const char* axis : {"dp", "dp_min", "tp", "pp", "zero", "virtual_pipeline_size"})
+      train.erase(axis);
   train.update(layout);
   TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
   job.spec_json = spec.to_json();

@@ -35,14 +35,18 @@ class Jobs {
   Result<JobId> submit(const Submission& submission);
   Status cancel(const JobId& id);
   Status pause(const JobId& id);
-  /// `layout_json`: "" or some of the settings dp, tp, pp, zero, virtual_pipeline_size,
-  /// pipeline_balance, sequence_parallel: go on over other ranks. `estimate_json`: the dry run of
-  /// resumable(), where one is needed; without it one is asked for. A job that is refused stays as
-  /// it was.
+  /// `layout_json`: "" or some of the settings dp, dp_min, tp, pp, zero,
+  /// virtual_pipeline_size, pipeline_balance, sequence_parallel: go on over other ranks.
+  /// `estimate_json`: the dry run of resumable(), where one is needed; without it one is asked for.
+  /// A job that is refused stays as it was.
   Status resume(const JobId& id, const std::string& layout_json,
                 const std::string& estimate_json = "");
   /// The job as resume would start it, without estimate_json where a dry run is needed.
   [[nodiscard]] Result<Job> resumable(const JobId& id, const std::string& layout_json) const;
+  /// More ranks than a gang can have on its device, `estimate_json`'s, will never start: refused.
+  /// Right after a start of the coordinator nobody knows how many there are, so the job then waits.
+  [[nodiscard]] Status check_pool(const protocol::TrainSettings& train,
+                                  const std::string& estimate_json) const;
   /// One that has ended, its events and checkpoints; what it published stays.
   Status remove(const JobId& id);
   /// A checkpoint of a job that another registry backed up: the job stands here paused, if it does
@@ -121,9 +125,8 @@ class Jobs {
   static Status change_layout(Job& job, const std::string& layout_json);
   void ask_estimate(Job& job);
   Status admit(Job& job, const std::string& result_json, std::string reason);
-  [[nodiscard]] Status check_pool(const Job& job) const;
   /// "; the nearest layout ...", or "".
-  static std::string nearest_layout_text(const Job& job, std::size_t ranks);
+  static std::string nearest_layout_text(const protocol::TrainSettings& train, std::size_t ranks);
   /// Whether the message is of the job's current attempt on this engine; takes a queued job back
   /// that only lost its lease. Answers a stale one with kConflict.
   bool accept(const Runner& runner, const JobId& id, Epoch epoch, const std::string& of, Job& job);

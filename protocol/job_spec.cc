@@ -267,9 +267,11 @@ Status TrainSettings::check_method() const {
 
 Status TrainSettings::check_layout() const {
   const std::string name = str("dp ", dp, " x tp ", tp, " x pp ", pp);
-  if (layout == "auto" && (ranks() > 1 || zero > 0))
-    return refused_error(str("layout auto chooses dp, tp, pp and zero, and here they are ", name,
-                             ", zero ", zero, "; leave them out, or set layout to manual"));
+  if (layout == "auto" && (ranks() > 1 || zero > 0 || virtual_pipeline_size > 1))
+    return refused_error(
+        str("layout auto chooses dp, tp, pp, zero and virtual_pipeline_size, and here they are ",
+            name, ", zero ", zero, ", virtual_pipeline_size ", virtual_pipeline_size,
+            "; leave them out, or set layout to manual"));
   if (ranks() > kRanksMax)
     return refused_error(str(name, " are ", ranks(), " ranks; a job has at most ", kRanksMax));
   if (zero > 0 && dp == 1)

@@ -4,6 +4,7 @@
 // with all that it takes to begin and to wait: what one of many sums costs that follow each other
 // on the device, as in a decode step, alone and with the norm behind it.
 #include "protocol/base/clock.h"
+#include "tools/bench_arguments.h"
 #include "tools/bench_device.h"
 #include "tools/bench_gang.h"
 
@@ -154,7 +155,7 @@ int main(int argc, char** argv) {
   CLI::App app("Collectives of a gang, as JSON; run under mpirun");
   app.add_option("--device", device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--bytes-max", bytes_max)->check(CLI::Range(4096, 1 << 30));
-  CLI11_PARSE(app, argc, argv);
+  if (const auto code = tandem::tools::parse_bench(app, argc, argv)) return *code;
   const Status status = run(device, bytes_max);
   if (status.ok()) return 0;
   std::cerr << "bench_collectives: " << status.to_string() << std::endl;

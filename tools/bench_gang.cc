@@ -30,8 +30,8 @@ Result<BenchGang> make_bench_gang(int ranks, bool gathers, kernels::Ops& ops, ke
   }
   TANDEM_ASSIGN_OR_RETURN(gang.host, worker::comm::make_mpi_communicator());
   if (gang.host->size() != ranks)
-    return invalid_error(
-        str("the layout has ", ranks, " ranks; mpirun started ", gang.host->size()));
+    return invalid_error(str("the layout has ", ranks, " ranks, and there are ", gang.host->size(),
+                             "; start it under mpirun -np ", ranks));
   worker::comm::NcclOptions options;
   options.device = local_rank();
   if (gathers) options.multiprocessors_max = worker::comm::kGatherMultiprocessors;

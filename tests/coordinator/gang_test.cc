@@ -607,6 +607,31 @@ TEST_F(Gangs, ALayoutThatCannotWorkIsRefusedWhereAPausedJobIsResumedAndTheJobSta
   EXPECT_NE(h.job(id).state, JobState::kPaused);
 }
 
+TEST_F(Gangs, AnElasticJobGoesOnOverFewerRanksThanItsLeast) {
+  const JobId id =
+      h.submit({{"train", {{"dp", 2}, {"dp_min", 2}, {"gradient_accumulation_steps", 2}}}});
+  start = told(0);
+  h.agent(0, {{id, start.epoch, 0}});
+  h.gang(0, start.gang, {{id, start.epoch, 0}});
+  h.call("job.pause", {{"job", id.value}});
+  h.from_gang(0, JobEnded{id, start.epoch, cancelled_error("paused"), 3, "{}"});
+  ASSERT_EQ(h.job(id).state, JobState::kPaused);
+  for (int slot = 0; slot < 3; ++slot) h.agent(slot), h.engine(slot);
+  const auto resume = [&](const nlohmann::json& layout) {
+    h.from_client("c",
+                  protocol::Call{"r", layout.dump(), "job.resume",
+                                 nlohmann::json{{"job", id.value}, {"layout", layout}}.dump()});
+    for (int slot = 0; slot < 3; ++slot)
+      for (const auto& asked : h.to_engine<protocol::EstimateRequest>(slot))
+        h.from_engine(slot, protocol::EstimateReply{asked.call_id, {}, R"({"device":"cpu"})"});
+    return h.to_client<protocol::CallReply>("c").at(0).status;
+  };
+  EXPECT_NE(resume({{"dp", 1}}).message().find("dp_min 2 must be 1 to dp (1)"), std::string::npos);
+  const Status fewer = resume({{"dp", 1}, {"dp_min", 0}});
+  EXPECT_TRUE(fewer.ok()) << fewer.to_string();
+  EXPECT_EQ(h.job(id).ranks, 1);
+}
+
 TEST_F(Gangs, ACancelledOneThatNeverSaidHelloIsEndedByItsAgent) {
   const JobId id = h.submit(kTwoRanks);
   const StartJob told_first = told(0);

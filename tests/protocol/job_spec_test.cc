@@ -95,6 +95,7 @@ TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
           {"2 ranks 3 each", "gradient_accumulation_steps to 8"});
   EXPECT_EQ(TrainSettings::parse(R"({"tp": 0})").status().message(), "tp must be in 1..64, not 0");
   refused(R"({"layout": "auto", "tp": 2})", {"layout auto chooses", "tp 2", "leave them out"});
+  refused(R"({"layout": "auto", "virtual_pipeline_size": 2})", {"layout auto chooses"});
   EXPECT_TRUE(TrainSettings::parse(R"({"layout": "auto", "ranks_max": 8})").ok());
   EXPECT_FALSE(TrainSettings::parse(R"({"zero": 4})").ok());
   const auto works = TrainSettings::parse(

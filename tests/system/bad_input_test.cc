@@ -203,6 +203,10 @@ TEST_F(BadInput, LayoutsThatCannotWork) {
     return output.code == 4 && output.err.find("2 ranks") != std::string::npos &&
            output.err.find("1 CPU workers") != std::string::npos;
   })) << "more ranks than the pool has slots";
+  const auto estimate = platform_->cli({"estimate", "-f", file("gang.yaml")});
+  EXPECT_EQ(estimate.code, 0) << estimate.err;
+  EXPECT_NE(estimate.out.find("not on this pool: the job has 2 ranks"), std::string::npos)
+      << estimate.out;
 }
 
 TEST_F(BadInput, EveryRanksBytesAreEstimated) {

@@ -309,6 +309,9 @@ TEST_F(CommandLine, BenchesTakeThePlatformAndJsonAndEndAsVerbsDo) {
   };
   bench({"bench", "--help"}, 0, "Example");
   bench({"bench", "serve", "--help"}, 0, "--publishes");
+  bench({"bench", "collectives", "--json", "--bytes-max", "4096"}, 0, "\"ranks\": 1");
+  bench({"bench", "train", "--shape", "tiny", "--layout", "tp2"}, 2, "mpirun -np 2");
+  bench({"bench", "nope"}, 2, "collectives");
   bench({"bench"}, 2, "name");
   bench({"bench", "serve"}, 2, "--model");
   bench({"bench", "--json", "serve"}, 2, "--model");

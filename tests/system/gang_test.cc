@@ -105,6 +105,23 @@ const std::vector<LayoutCase>& layouts() {
   return all;
 }
 
+/// What that rank of the job's gang wrote as it ended; 0: nothing yet.
+std::int64_t logged_peak(const std::string& folder, const std::string& job, int rank) {
+  const std::string mine = str(" rank ", rank, "/"), words = " memory peak ";
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (!entry.path().filename().string().starts_with("gang-")) continue;
+    std::ifstream in(entry.path());
+    bool of_job = false;
+    for (std::string line; std::getline(in, line);) {
+      if (line.find(mine) == std::string::npos) continue;
+      if (line.find(" epoch ") != std::string::npos) of_job = line.find(job) != std::string::npos;
+      const std::size_t at = line.find(words);
+      if (of_job && at != std::string::npos) return std::stoll(line.substr(at + words.size()));
+    }
+  }
+  return 0;
+}
+
 class GangLayouts : public Gangs, public testing::WithParamInterface<LayoutCase> {};
 INSTANTIATE_TEST_SUITE_P(Each, GangLayouts, testing::ValuesIn(layouts()),
                          [](const auto& each) { return each.param.name; });
@@ -135,6 +152,15 @@ TEST_P(GangLayouts, TrainsAsOneRankDoesAndIsServedByTheEngines) {
   EXPECT_EQ(answer->adapter.hex(), digest(name));
   for (int slot = 0; slot < workers(); ++slot)
     EXPECT_EQ(platform_->engine(slot), engines[static_cast<std::size_t>(slot)]);
+  const Json planned = end["estimate"]["ranks"];
+  ASSERT_EQ(planned.size(), static_cast<std::size_t>(GetParam().ranks)) << end.dump(1);
+  for (int rank = 0; rank < GetParam().ranks; ++rank) {
+    std::int64_t peak = 0;
+    EXPECT_TRUE(eventually(10'000, [&] {
+      return (peak = logged_peak(platform_->data_dir() + "/log", job, rank)) > 0;
+    })) << rank;
+    EXPECT_LE(peak, planned[static_cast<std::size_t>(rank)].value("peak_total", 0)) << rank;
+  }
 }
 
 TEST_F(Gangs, LayoutAutoTakesTheRanksThatItsCostModelFindsFastest) {

@@ -340,6 +340,8 @@ Status run_estimate(Session& session, const TrainOptions& options) {
             << bytes_field(result, "peak_bytes") << " of "
             << bytes_field(result, result.contains("device_bytes") ? "device_bytes" : "limit_bytes")
             << (result.value("fits", false) ? ": fits\n" : ": does not fit\n");
+  if (const std::string pool = result.value("pool", ""); !pool.empty())
+    std::cout << "not on this pool: " << pool << "\n";
   if (!data.is_null())
     std::cout << field(data, "steps") << " steps, " << field(data, "steps_per_epoch")
               << " an epoch: " << field(data, "rows") << " rows, " << field(data, "tokens")

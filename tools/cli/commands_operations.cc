@@ -87,9 +87,10 @@ Status run_key(Session& session, const std::string& action, const std::string& n
 
 Status run_bench(Session& session, const std::string& name,
                  const std::vector<std::string>& arguments) {
-  static const std::vector<std::string> known{"serve", "train", "ops", "registry"};
+  static const std::vector<std::string> known{"serve", "train", "ops", "registry", "collectives"};
   if (std::find(known.begin(), known.end(), name) == known.end())
-    return invalid_error(str("no bench \"", name, "\"; there are serve, train, ops and registry"));
+    return invalid_error(
+        str("no bench \"", name, "\"; there are serve, train, ops, registry and collectives"));
   char self[PATH_MAX] = {};
   if (::readlink("/proc/self/exe", self, sizeof self - 1) < 0)
     return internal_error("cannot find this program's folder");

@@ -271,7 +271,7 @@ void add_training(CLI::App& app, Invocation& in) {
     });
     if (method != "resume") continue;
     sub->footer("Examples:\n  tandem job resume JOB\n  tandem job resume JOB --pp 1 --dp 2");
-    for (const std::string axis : {"dp", "tp", "pp", "zero", "virtual_pipeline_size",
+    for (const std::string axis : {"dp", "dp_min", "tp", "pp", "zero", "virtual_pipeline_size",
                                    "pipeline_balance", "sequence_parallel", "layout"})
       sub->add_option_function<std::string>(
              "--" + kebab(axis) + (axis == "virtual_pipeline_size" ? ",--virtual-pp" : ""),
@@ -399,8 +399,11 @@ void add_operations(CLI::App& app, Invocation& in) {
   })->add_option("--role", in.role, "client, worker or admin [client]");
   named(*key, in, "revoke", "refuse a key from now on",
         [&in](Session& s) { return run_key(s, "revoke", in.name, ""); });
-  CLI::App* bench = verb(app, in, "bench", "measure: serve, train, ops, registry; prints JSON", {},
-                         "tandem bench serve --model smol --data train.jsonl");
+  CLI::App* bench =
+      verb(app, in, "bench", "measure: serve, train, ops, registry, collectives; prints JSON", {},
+           "tandem bench serve --model smol --data train.jsonl\n"
+           "  mpirun -np 2 tandem bench train --shape small --layout tp2\n"
+           "  mpirun -np 2 tandem bench collectives");
   bench->add_option("name", in.name, "which; what follows is its own (--help shows it)");
   bench->fallthrough(false)->prefix_command()->set_help_flag();
   bench->callback([&in, bench] {

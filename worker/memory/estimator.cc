@@ -112,7 +112,8 @@ Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::Mod
                         recorder != nullptr ? recorder->watchers() : DryWatchers{}));
   const data::MicroBatch batch = batch_at(bounds);
   std::vector<data::MicroBatch> eval;
-  if (plan.eval) eval.push_back(batch);
+  // They are dealt to the data-parallel ranks: with fewer, some would take no loss.
+  if (plan.eval) eval.assign(static_cast<std::size_t>(plan.layout.dp), batch);
   train::SessionOptions options;
   options.settings = settings;
   TANDEM_ASSIGN_OR_RETURN(

@@ -1,6 +1,7 @@
 #include "worker/runtime/gang_rank.h"
 
 #include "protocol/base/log.h"
+#include "protocol/base/units.h"
 #include "storage/file_io.h"
 #include "worker/comm/device_gang.h"
 #include "worker/model/weight_door.h"
@@ -60,7 +61,10 @@ GangRank::GangRank(kernels::Backend& backend, const Options& options, comm::Comm
       memory_(std::make_unique<Memory>(backend, options)),
       wire_(gang, memory_->exec) {}
 
-GangRank::~GangRank() = default;
+GangRank::~GangRank() {
+  const std::int64_t peak = backend_.ledger->peak_total();
+  log_info("memory peak ", peak, " bytes (", format_bytes(peak), ")");
+}
 
 Status GangRank::open(const GangPlan& plan) {
   // One step after another: a rank that fails in one must not leave the others in a collective of

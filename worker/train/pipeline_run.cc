@@ -36,7 +36,7 @@ PipelineRunner::PipelineRunner(kernels::Allocator& allocator, kernels::MemoryLed
 double PipelineRunner::run(const Step& step) {
   const PipelineSchedule schedule =
       pipeline_schedule(ranks_.layout.pp, static_cast<int>(chunks_.size()), ranks_.pp_rank(),
-                        static_cast<int>(step.rows.size()));
+                        static_cast<int>(step.rows.size()), step.whole);
   while (flights_.size() < static_cast<std::size_t>(schedule.slots)) {
     flights_.emplace_back();
     flights_.back().arena =

@@ -28,6 +28,7 @@ class PipelineRunner {
     std::function<DeviceBatch(model::Context&, std::size_t m)> upload;
     float gradient_scale = 1.0f;
     model::GradSink& sink;
+    int whole = 0;  ///< micro-batches of a step that is not an epoch's last, see pipeline_schedule
   };
   /// The sum of losses (last stage; 0 on the others).
   double run(const Step& step);

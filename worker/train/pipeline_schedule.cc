@@ -178,13 +178,27 @@ PipelineSchedule counted(Actions actions) {
   return schedule;
 }
 
+void leave_out_from(Actions& actions, int micro_batches) {
+  for (PipelineAction& action : actions)
+    for (PipelineUnit* unit : {&action.unit, &action.send_stream, &action.receive_stream,
+                               &action.send_gradient, &action.receive_gradient})
+      if (unit->micro_batch >= micro_batches) *unit = {};
+  std::erase_if(actions, [](const PipelineAction& a) {
+    return !a.unit.any() && !a.send_stream.any() && !a.receive_stream.any() &&
+           !a.send_gradient.any() && !a.receive_gradient.any();
+  });
+}
+
 }  // namespace
 
-PipelineSchedule pipeline_schedule(int ranks, int chunks, int rank, int micro_batches) {
+PipelineSchedule pipeline_schedule(int ranks, int chunks, int rank, int micro_batches, int whole) {
   TANDEM_CHECK(rank >= 0 && rank < ranks && chunks >= 1 && micro_batches >= 1, "rank ", rank,
                " of ", ranks, ", ", chunks, " chunks, ", micro_batches, " micro-batches");
-  return counted(chunks == 1 ? one_chunk(ranks, rank, micro_batches)
-                             : interleaved(ranks, chunks, rank, micro_batches));
+  if (chunks == 1) return counted(one_chunk(ranks, rank, micro_batches));
+  PipelineSchedule schedule =
+      counted(interleaved(ranks, chunks, rank, std::max(micro_batches, whole)));
+  leave_out_from(schedule.actions, micro_batches);
+  return schedule;
 }
 
 int backward_lag(int ranks, int chunks, int rank, int micro_batches) {

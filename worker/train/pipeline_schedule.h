@@ -54,8 +54,12 @@ struct PipelineSchedule {
   bool sends_gradients = false;
 };
 
-/// One rank's step over `micro_batches`, in order. Sends may wait for their receives.
-PipelineSchedule pipeline_schedule(int ranks, int chunks, int rank, int micro_batches);
+/// One rank's step over `micro_batches`, in order. Sends may wait for their receives. Of several
+/// chunks, a step of fewer micro-batches than a `whole` one (an epoch's last) is the schedule of
+/// the whole one without those that are missing: groups of its own may be larger, and would hold
+/// more at once.
+PipelineSchedule pipeline_schedule(int ranks, int chunks, int rank, int micro_batches,
+                                   int whole = 0);
 
 /// `slots` by formula, for no fewer micro-batches than ranks: of one chunk min(micro_batches,
 /// ranks - rank); else min(chunks * micro_batches, backward_lag - rank + 1).

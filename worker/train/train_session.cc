@@ -164,9 +164,10 @@ double TrainSession::Impl::run_pipeline() {
   for (const LocalBatch& batch : local_)
     rows.push_back(device_rows(static_cast<std::int64_t>(batch.batch->tokens.size()),
                                batches_->bounds(), row_parts()));
-  return pipeline_->run({std::move(rows),
-                         [&](model::Context& ctx, std::size_t m) { return upload(ctx, local_[m]); },
-                         gradient_scale(), params_.sink()});
+  return pipeline_->run(
+      {std::move(rows), [&](model::Context& ctx, std::size_t m) { return upload(ctx, local_[m]); },
+       gradient_scale(), params_.sink(),
+       static_cast<int>(options_.settings.gradient_accumulation_steps / dp_size())});
 }
 
 double TrainSession::Impl::run_micro_batch(const LocalBatch& batch) {

@@ -101,6 +101,7 @@ class TrainSession::Impl {
   LossScaler scaler_;
   std::int64_t read_step_ = 0;  ///< of a state that was read and is to be taken
   LossScaler read_scaler_;
+  bool read_eval_due_ = false;
 
  private:
   std::vector<float> prompt_logits(const std::vector<std::int32_t>& prompt);

@@ -69,6 +69,7 @@ TrainState TrainSession::Impl::export_state() const {
             {"compute_dtype", dtype_name(parts_.context.compute_dtype)},
             {"settings", Json::parse(options_.settings.to_json())}};
   if (scaler_.active()) json["loss_scale"] = Json::parse(scaler_.to_json());
+  if (phase_ == Phase::kEval) json["eval_due"] = true;  // of this step, and not done
   state.json = json.dump();
   state.tensors = params_.export_tensors(false);
   return state;
@@ -105,6 +106,7 @@ Status TrainSession::Impl::read_state(const std::string& text, const StateSource
     return corrupt_error(str("the checkpoint is at step ", step, " of ", batches_->total_steps()));
   read_step_ = step;
   read_scaler_ = scaler_;
+  read_eval_due_ = has_eval() && json.value("eval_due", Json()) == true;
   if (scaler_.active() != json.contains("loss_scale"))
     return conflict_error(scaler_.active()
                               ? "the checkpoint has no loss_scale, which this job needs"
@@ -119,6 +121,8 @@ void TrainSession::Impl::take_state() {
   scaler_ = read_scaler_;
   if (step_ == batches_->total_steps())
     phase_ = has_eval() ? Phase::kEval : Phase::kFinished;
+  else if (read_eval_due_)
+    phase_ = Phase::kEval;
   else if (step_ > 0)
     phase_ = Phase::kTrain;
 }

@@ -45,6 +45,32 @@ TEST(EstimatorOfRanks, IsTheLedgerOfEachRankByteForByte) {
       }
 }
 
+/// A loss without gradients takes more scratch than one with them.
+TEST(EstimatorOfRanks, CountsTheEvaluationOfEveryDataParallelRank) {
+  RankJob job;
+  job.full = job.uniform = true;
+  worker::model::ModelConfig config = rank_job_model(job);
+  config.width = 96;
+  config.heads = 8;
+  config.kv_heads = 4;
+  config.head_dim = 16;
+  config.mlp_width = 200;
+  config.vocab = 1009;
+  config.context_max = 1024;
+  const worker::train::BatchBounds bounds{6993, 9, 777};
+  worker::memory::TrainingPlan plan;
+  plan.eval = true;
+  plan.layout.dp = 2;
+  std::vector<std::int64_t> workspace;
+  for (plan.rank = 0; plan.rank < 2; ++plan.rank) {
+    const auto estimate = estimate_training(kernels::cpu_profile({1, 0}), config, DType::kF32,
+                                            rank_job_settings(job), bounds, plan);
+    ASSERT_TRUE(estimate.ok()) << estimate.status().to_string();
+    workspace.push_back(estimate->of(kernels::MemoryKind::kWorkspace));
+  }
+  EXPECT_EQ(workspace[0], workspace[1]);
+}
+
 TEST(EstimatorOfRanks, CountsThePublishOfAFullFineTuneOfOneRank) {
   RankJob job;
   job.full = job.uniform = job.publish = true;

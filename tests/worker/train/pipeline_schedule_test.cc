@@ -17,11 +17,11 @@ using Unit = std::pair<int, int>;  // chunk, micro-batch
 /// when all its messages have moved: the strictest reading of "a send may wait for its receive".
 class Simulation {
  public:
-  Simulation(int ranks, int chunks, int micro_batches)
+  Simulation(int ranks, int chunks, int micro_batches, int whole = 0)
       : ranks_(static_cast<std::size_t>(ranks)), chunks_(chunks) {
     for (int r = 0; r < ranks; ++r)
       ranks_[static_cast<std::size_t>(r)].schedule =
-          pipeline_schedule(ranks, chunks, r, micro_batches);
+          pipeline_schedule(ranks, chunks, r, micro_batches, whole);
   }
 
   /// Runs until nothing moves; false: somebody waits for ever.
@@ -225,6 +225,23 @@ TEST(Interleaved, HalvesTheBubbleOfTwoChunks) {
   EXPECT_NEAR(pipeline_bubble(4, 1, 16), 3.0 / 19.0, 1e-12);
   EXPECT_NEAR(pipeline_bubble(4, 2, 16), 3.0 / 35.0, 1e-12);
   EXPECT_NEAR(pipeline_bubble(4, 4, 16), 3.0 / 67.0, 1e-12);
+}
+
+TEST(Interleaved, AStepOfFewerMicroBatchesHoldsNoMoreThanAWholeOne) {
+  for (const int ranks : {2, 3, 4})
+    for (const int chunks : {2, 3})
+      for (const int whole : {2, 4, 5, 8, 12})
+        for (int micro_batches = 1; micro_batches < whole; ++micro_batches) {
+          Simulation all(ranks, chunks, whole), fewer(ranks, chunks, micro_batches, whole);
+          EXPECT_TRUE(fewer.run()) << ranks << " " << chunks << " " << micro_batches;
+          for (std::size_t r = 0; r < all.ranks().size(); ++r) {
+            const auto& rank = fewer.ranks()[r];
+            EXPECT_EQ(rank.schedule.slots, all.ranks()[r].schedule.slots);
+            EXPECT_LE(rank.held_max, static_cast<std::size_t>(rank.schedule.slots));
+            EXPECT_EQ(rank.backward.size(), static_cast<std::size_t>(chunks * micro_batches));
+            EXPECT_EQ(rank.backward, rank.forward);
+          }
+        }
 }
 
 TEST(Interleaved, HoldsWhatMegatronHoldsWhereMicroBatchesDivide) {

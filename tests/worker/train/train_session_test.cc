@@ -213,27 +213,54 @@ TEST(TrainSession, GradientDoesNotDependOnHowTheStepIsCut) {
   EXPECT_GT(b.grad_norm, 0.0);
 }
 
-TEST(TrainSession, EventsComeInOrderAndWhenDue) {
-  auto engine = test::cpu_engine(test::tiny_config(), DType::kF32);
+SessionOptions eventful_options() {
   SessionOptions options = small_options();
   options.settings.save_steps = 2;
   options.settings.eval_steps = 3;
+  return options;
+}
+
+std::unique_ptr<BatchSource> batches_with_eval() {
   Random random(3);
-  auto batches = make_fixed_batches(random_steps(5, 1, test::tiny_config().vocab),
-                                    {random_batch(random, 2, test::tiny_config().vocab),
-                                     random_batch(random, 1, test::tiny_config().vocab)});
-  auto session = start(*engine, options, std::move(batches));
+  const std::int64_t vocab = test::tiny_config().vocab;
+  return make_fixed_batches(random_steps(5, 1, vocab),
+                            {random_batch(random, 2, vocab), random_batch(random, 1, vocab)});
+}
+
+/// Runs to the end, or until `slices` slices are done; the events seen.
+std::string events(TrainSession& session, std::int64_t slices = 1'000'000) {
   std::string seen;
-  while (!session->finished()) {
-    const SliceEvent event = session->run_slice().value();
+  while (slices-- > 0 && !session.finished()) {
+    const SliceEvent event = session.run_slice().value();
     if (const auto* step = std::get_if<StepDone>(&event)) seen += str("s", step->step, " ");
     if (const auto* eval = std::get_if<EvalDone>(&event))
       seen += str(eval->base ? "b" : "e", eval->step, " ");
     if (const auto* due = std::get_if<CheckpointDue>(&event))
       seen += str(due->last ? "C" : "c", due->step, " ");
   }
-  EXPECT_EQ(seen, "b0 s1 s2 c2 s3 e3 s4 c4 s5 e5 C5 ");
+  return seen;
+}
+
+TEST(TrainSession, EventsComeInOrderAndWhenDue) {
+  auto engine = test::cpu_engine(test::tiny_config(), DType::kF32);
+  auto session = start(*engine, eventful_options(), batches_with_eval());
+  EXPECT_EQ(events(*session), "b0 s1 s2 c2 s3 e3 s4 c4 s5 e5 C5 ");
   EXPECT_TRUE(std::holds_alternative<Finished>(session->run_slice().value()));
+}
+
+TEST(TrainSession, AnEvaluationThatAStopLeftUndoneIsDoneOnResume) {
+  auto engine = test::cpu_engine(test::tiny_config(), DType::kF32);
+  // b0 is two slices; so s3 is the sixth, and e3 the seventh and eighth.
+  for (const std::int64_t slices : {6, 7, 8}) {
+    auto session = start(*engine, eventful_options(), batches_with_eval());
+    std::string seen = events(*session, slices);
+    const TrainState state = session->export_state();
+    session.reset();
+    session = start(*engine, eventful_options(), batches_with_eval());
+    ASSERT_TRUE(session->import_state(state).ok());
+    seen += events(*session);
+    EXPECT_EQ(seen, "b0 s1 s2 c2 s3 e3 s4 c4 s5 e5 C5 ") << "stopped after slice " << slices;
+  }
 }
 
 TEST(TrainSession, TheFreshAdapterIsTheBase) {
