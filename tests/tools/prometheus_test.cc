@@ -70,8 +70,9 @@ TEST(Prometheus, KeepsTheFormatsRules) {
   const std::string text = prometheus_text(example(), Json::array());
   ASSERT_TRUE(text.ends_with("\n"));
   const std::regex head("# (HELP|TYPE) (tandem_[a-z_]+) (.+)");
-  const std::regex sample(
-      R"((tandem_[a-z_]+)(\{([a-z_]+="([^"\\]|\\.)*")(,[a-z_]+="([^"\\]|\\.)*")*\})? -?[0-9.e+-]+)");
+  const std::string label = R"([a-z_]+="([^"\\]|\\.)*")";
+  const std::regex sample(R"((tandem_[a-z_]+)(\{)" + label + "(," + label +
+                          R"()*\})? -?[0-9.e+-]+)");
   std::set<std::string> families;
   std::string family, type;
   for (const std::string& line : lines(text)) {

@@ -182,6 +182,10 @@ Status check_model(const std::string& path) {
   const auto loaded = worker::model::load_model(path);
   const Status status =
       loaded.ok() ? worker::runtime::make_encoder(*loaded, path).status() : loaded.status();
+  if (status.ok())
+    for (const std::string& setting : loaded->generation.not_applied)
+      std::cerr << "tandem: warning: " << path << "/generation_config.json: " << setting
+                << " is not applied to what is generated\n";
   if (status.ok() || status.message().find(path) != std::string::npos) return status;
   return {status.code(), str(path, ": ", status.message())};
 }

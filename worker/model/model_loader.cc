@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <map>
 #include <set>
 
 namespace tandem::worker::model {
@@ -85,6 +86,30 @@ Result<Opened> open_model(const std::string& path) {
   return opened;
 }
 
+/// GenerationDefaults::not_applied: what transformers' generate() would do with these, unless they
+/// have the value beside them, null, or nothing in them.
+std::vector<std::string> find_not_applied(const Json& generation) {
+  static const std::map<std::string, Json> kOff{
+      {"num_beams", 1},          {"num_beam_groups", 1},
+      {"penalty_alpha", 0},      {"typical_p", 1},
+      {"epsilon_cutoff", 0},     {"eta_cutoff", 0},
+      {"top_h", Json()},         {"no_repeat_ngram_size", 0},
+      {"guidance_scale", 1},     {"encoder_no_repeat_ngram_size", 0},
+      {"min_length", 0},         {"encoder_repetition_penalty", 1},
+      {"min_new_tokens", 0},     {"exponential_decay_length_penalty", Json()},
+      {"bad_words_ids", Json()}, {"suppress_tokens", Json()},
+      {"sequence_bias", Json()}, {"begin_suppress_tokens", Json()},
+      {"stop_strings", Json()},  {"forced_bos_token_id", Json()},
+      {"dola_layers", Json()},   {"forced_eos_token_id", Json()}};
+  std::vector<std::string> found;
+  for (const auto& [name, off] : kOff) {
+    const Json value = generation.value(name, Json());
+    if (value == off || value.is_null() || (value.is_structured() && value.empty())) continue;
+    found.push_back(str(name, " ", value.dump()));
+  }
+  return found;
+}
+
 /// A null is as good as no key; anything else of another kind would be a default that nobody gets.
 Result<GenerationDefaults> read_generation(const std::string& folder) {
   TANDEM_ASSIGN_OR_RETURN(const Json json, read_json(folder, "generation_config.json"));
@@ -128,6 +153,7 @@ Result<GenerationDefaults> read_generation(const std::string& folder) {
     if (!value->is_boolean()) return wrong_default(folder, "do_sample", *value, "true or false");
     defaults.do_sample = value->get<bool>();
   }
+  defaults.not_applied = find_not_applied(json);
   return defaults;
 }
 

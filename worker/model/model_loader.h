@@ -31,6 +31,8 @@ struct GenerationDefaults {
   std::optional<double> temperature, top_p, min_p, repetition_penalty;
   std::optional<std::int64_t> top_k, max_new_tokens;
   std::optional<bool> do_sample;  ///< false: greedy
+  /// Settings that would change what is generated and that nobody applies, each with its value.
+  std::vector<std::string> not_applied;
 };
 
 /// A file that the model consists of.

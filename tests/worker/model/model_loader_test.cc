@@ -169,6 +169,17 @@ TEST_F(ModelFolder, IsNotMergedIntoADtypeThatCannotHoldIt) {
   EXPECT_TRUE(write_merged_weights(base, {}, DType::kBF16, merged).ok());
 }
 
+TEST_F(ModelFolder, GenerationSettingsThatNobodyAppliesAreNamed) {
+  write("generation_config.json",
+        R"({"num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 1.0, "min_length": 0,
+            "suppress_tokens": [], "bad_words_ids": null, "stop_strings": ["END"], "top_k": 3})");
+  const auto model = load_model(folder.string());
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  EXPECT_EQ(model->generation.not_applied,
+            (std::vector<std::string>{"no_repeat_ngram_size 3", "num_beams 4",
+                                      "stop_strings [\"END\"]"}));
+}
+
 TEST_F(ModelFolder, GenerationDefaultsOfTheWrongKindOrOutOfRangeAreErrors) {
   for (const char* bad :
        {R"({"temperature": "hot"})", R"({"top_k": 1.5})", R"({"do_sample": 1})",
