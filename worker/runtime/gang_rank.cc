@@ -61,10 +61,7 @@ GangRank::GangRank(kernels::Backend& backend, const Options& options, comm::Comm
       memory_(std::make_unique<Memory>(backend, options)),
       wire_(gang, memory_->exec) {}
 
-GangRank::~GangRank() {
-  const std::int64_t peak = backend_.ledger->peak_total();
-  log_info("memory peak ", peak, " bytes (", format_bytes(peak), ")");
-}
+GangRank::~GangRank() = default;
 
 Status GangRank::open(const GangPlan& plan) {
   // One step after another: a rank that fails in one must not leave the others in a collective of
@@ -137,6 +134,10 @@ Result<train::SliceEvent> GangRank::run_slice() {
   const std::int64_t begin = steady_ns();
   auto event = session_->run_slice();
   patience_.add_slice(static_cast<double>(steady_ns() - begin) * 1e-9);
+  if (event.ok() && std::holds_alternative<train::Finished>(*event)) {
+    const std::int64_t peak = backend_.ledger->peak_total();
+    log_info("memory peak ", peak, " bytes (", format_bytes(peak), ")");
+  }
   return event;
 }
 
