@@ -184,6 +184,14 @@ TEST_F(CommandLine, EstimateTakesTrainsOptionsAndTellsTheStepsToo) {
   EXPECT_NE(endless.err.find("passes over the data"), std::string::npos) << endless.err;
 }
 
+TEST_F(CommandLine, StatusIsForPeopleWhereJsonIsNotAskedFor) {
+  const auto shown = platform_->cli({"status"});
+  ASSERT_EQ(shown.code, 0) << shown.err;
+  EXPECT_EQ(shown.out.find('{'), std::string::npos) << shown.out;
+  EXPECT_EQ(shown.out.find('['), std::string::npos) << shown.out;
+  EXPECT_NE(shown.out.find("running 0, waiting 0"), std::string::npos) << shown.out;
+}
+
 TEST_F(CommandLine, StatusSpeaksPrometheus) {
   const auto shown = platform_->cli({"status", "--prometheus"});
   ASSERT_EQ(shown.code, 0) << shown.err;

@@ -64,7 +64,15 @@ std::string field(const Json& object, const std::string& name) {
     std::snprintf(text, sizeof text, "%.4g", value.get<double>());
     return text;
   }
-  return value.dump();
+  if (!value.is_structured()) return value.dump();
+  if (value.empty()) return "-";
+  std::string list;
+  for (const auto& [key, item] : value.items()) {
+    if (item.is_structured()) return value.dump();
+    list += (list.empty() ? "" : ", ") + (value.is_object() ? key + " " : "") +
+            (item.is_string() ? item.get<std::string>() : item.dump());
+  }
+  return list;
 }
 
 std::string bytes_field(const Json& object, const std::string& name) {

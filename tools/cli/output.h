@@ -22,15 +22,15 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-/// A field as text for people: strings as they are, null, missing and empty ones as "-", numbers
-/// and the rest as JSON. What decides something reads object.value(name, "") instead.
+/// A field as text for people: strings as they are, null, missing and empty ones as "-", lists as
+/// "a, b", flat objects as "name 1, other 2", the rest as JSON. What decides something reads object.value(name, "") instead.
 std::string field(const Json& object, const std::string& name);
 /// A field in bytes, seconds ago, or a digest's first digits.
 std::string bytes_field(const Json& object, const std::string& name);
 std::string age_field(const Json& object, const std::string& unix_ms_name);
 std::string digest_field(const Json& object, const std::string& name);
 
-/// "name:  value" lines of an object, nested values as JSON.
+/// "name:  value" lines of an object.
 std::string describe(const Json& object);
 
 /// One line that is redrawn in place on a terminal, or printed now and then elsewhere. Writes to
