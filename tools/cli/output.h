@@ -23,7 +23,8 @@ class Table {
 };
 
 /// A field as text for people: strings as they are, null, missing and empty ones as "-", lists as
-/// "a, b", flat objects as "name 1, other 2", the rest as JSON. What decides something reads object.value(name, "") instead.
+/// "a, b", flat objects as "name 1, other 2", the rest as JSON. What decides something reads
+/// object.value(name, "") instead.
 std::string field(const Json& object, const std::string& name);
 /// A field in bytes, seconds ago, or a digest's first digits.
 std::string bytes_field(const Json& object, const std::string& name);
