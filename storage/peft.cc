@@ -34,9 +34,6 @@ const std::set<std::string> kIgnored{"auto_mapping",   "peft_version",       "re
                                      "layers_pattern", "megatron_core",      "eva_config",
                                      "lora_ga_config", "velora_config",      "qalora_group_size",
                                      "runtime_config", "ensure_weight_tying"};
-const std::set<std::string> kLinears{".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj",
-                                     ".self_attn.o_proj", ".mlp.gate_proj",    ".mlp.up_proj",
-                                     ".mlp.down_proj"};
 // Changes the mathematics wherever it is not neutral: false, null, or empty.
 const std::set<std::string> kNeutralOnly{"use_dora",
                                          "use_qalora",
@@ -291,25 +288,6 @@ std::int64_t count_not_finite(std::span<const std::byte> from, DType dtype) {
   TANDEM_CHECK(is_stored_float(dtype), dtype_name(dtype));
   if (dtype == DType::kF32) return count_exponents<std::uint32_t>(from, 0x7f800000u);
   return count_exponents<std::uint16_t>(from, dtype == DType::kBF16 ? 0x7f80u : 0x7c00u);
-}
-
-std::vector<std::string> sites_without_tensors(const PeftAdapter& adapter) {
-  constexpr std::string_view kLayers = "model.layers.";
-  std::set<std::string> layers, sites;
-  for (const AdapterTensors& site : adapter.sites) {
-    sites.insert(site.site);
-    if (site.site.starts_with(kLayers))
-      layers.insert(site.site.substr(0, site.site.find('.', kLayers.size())));
-  }
-  std::vector<std::string> without;
-  for (const std::string& layer : layers)
-    for (const std::string& target : adapter.config.target_modules)
-      for (const char* part : {".self_attn.", ".mlp."}) {
-        const std::string site = layer + part + target;
-        const bool linear = kLinears.contains(part + target);
-        if (linear && !sites.contains(site)) without.push_back(site);
-      }
-  return without;
 }
 
 Result<PeftAdapter> read_peft(const std::string& folder) {

@@ -66,10 +66,6 @@ std::int64_t count_not_finite(std::span<const std::byte> values, DType dtype);
 /// values that are not finite).
 Result<PeftAdapter> read_peft(const std::string& folder);
 
-/// Linear layers that target_modules names and that have no tensors, in layers where others do:
-/// PEFT leaves them as the base has them, with a warning, for a file that lost some looks alike.
-std::vector<std::string> sites_without_tensors(const PeftAdapter& adapter);
-
 /// Writes both files durably into `folder` (made when missing). Sites' tensors are written under
 /// PEFT's names. Errors: invalid, internal (disk).
 Status write_peft(const std::string& folder, const PeftConfig& config,

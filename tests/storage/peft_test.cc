@@ -200,26 +200,6 @@ TEST_F(PeftFolder, NamesWhatIsWrongWithItsTensors) {
   EXPECT_NE(message().find("no tensors"), std::string::npos);
 }
 
-TEST_F(PeftFolder, KnowsTheLayersThatLostTheirTensors) {
-  const std::string layer0 = "base_model.model.model.layers.0.",
-                    layer3 = "base_model.model.model.layers.3.";
-  const auto pair = [](const std::string& site) {
-    return std::vector<std::pair<std::string, std::vector<std::int64_t>>>{
-        {site + ".lora_A.weight", {2, 3}}, {site + ".lora_B.weight", {5, 2}}};
-  };
-  auto list = pair(layer0 + "self_attn.q_proj");
-  for (const auto& more : {pair(layer3 + "self_attn.q_proj"), pair(layer3 + "mlp.up_proj")})
-    list.insert(list.end(), more.begin(), more.end());
-  write_bytes(scratch_ / "adapter_config.json",
-              R"({"peft_type":"LORA","r":2,"target_modules":["q_proj","up_proj","c_attn"]})");
-  tensors(list);
-  EXPECT_EQ(sites_without_tensors(*read_peft(scratch_.path())),
-            (std::vector<std::string>{"model.layers.0.mlp.up_proj"}));
-  write_bytes(scratch_ / "adapter_config.json",
-              R"({"peft_type":"LORA","r":2,"target_modules":"all-linear"})");
-  EXPECT_TRUE(sites_without_tensors(*read_peft(scratch_.path())).empty());
-}
-
 TEST_F(PeftFolder, AScaleBeyondF32IsRefused) {
   write_bytes(scratch_ / "adapter_config.json",
               R"({"peft_type":"LORA","r":2,"lora_alpha":1e308,"target_modules":["q_proj"]})");

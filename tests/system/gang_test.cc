@@ -105,7 +105,7 @@ const std::vector<LayoutCase>& layouts() {
   return all;
 }
 
-/// What that rank of the job's gang wrote as it ended; 0: nothing yet.
+/// What that rank of the job's gang wrote after its last step; 0: nothing yet.
 std::int64_t logged_peak(const std::string& folder, const std::string& job, int rank) {
   const std::string mine = str(" rank ", rank, "/"), words = " memory peak ";
   for (const auto& entry : fs::directory_iterator(folder)) {

@@ -3,6 +3,7 @@
 #include "tools/cli/commands.h"
 #include "tools/cli/model_files.h"
 #include "tools/cli/output.h"
+#include "worker/model/peft.h"
 #include "worker/runtime/adapter_codec.h"
 
 #include <filesystem>
@@ -92,7 +93,7 @@ Status run_adapter_export(Session& session, const std::string& name, const std::
 Status run_adapter_import(Session& session, const std::string& name, const std::string& directory,
                           const std::string& model) {
   TANDEM_ASSIGN_OR_RETURN(const storage::PeftAdapter adapter, storage::read_peft(directory));
-  if (const auto without = storage::sites_without_tensors(adapter); !without.empty())
+  if (const auto without = worker::model::sites_without_tensors(adapter); !without.empty())
     std::cerr << "tandem: warning: " << directory << " has no tensors for " << without.size()
               << " of the layers that its target_modules name, the first " << without.front()
               << "; they stay as the base has them\n";

@@ -1,6 +1,7 @@
 #include "worker/model/peft.h"
 
 #include <charconv>
+#include <set>
 
 namespace tandem::worker::model {
 
@@ -44,6 +45,23 @@ std::optional<std::pair<std::int64_t, Site>> parse_site_path(std::string_view pa
   for (int s = 0; s < kSiteCount; ++s)
     if (site_path(layer, Site{s}) == path) return std::pair(layer, Site{s});
   return {};
+}
+
+std::vector<std::string> sites_without_tensors(const storage::PeftAdapter& adapter) {
+  std::set<std::int64_t> layers;
+  std::set<std::string> paths;
+  for (const storage::AdapterTensors& site : adapter.sites) {
+    paths.insert(site.site);
+    if (const auto place = parse_site_path(site.site)) layers.insert(place->first);
+  }
+  std::vector<std::string> without;
+  for (const std::int64_t layer : layers)
+    for (const std::string& target : adapter.config.target_modules)
+      for (int s = 0; s < kSiteCount; ++s) {
+        const std::string path = site_path(layer, Site{s});
+        if (target == site_name(Site{s}) && !paths.contains(path)) without.push_back(path);
+      }
+  return without;
 }
 
 Result<std::vector<HostAdapterTensor>> from_peft(const ModelConfig& config,

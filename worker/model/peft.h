@@ -13,6 +13,10 @@ namespace tandem::worker::model {
 /// Layer and site of "model.layers.3.self_attn.q_proj"; nullopt for any other name.
 std::optional<std::pair<std::int64_t, Site>> parse_site_path(std::string_view path);
 
+/// Linear layers that target_modules names and that have no tensors, in layers where others do:
+/// PEFT leaves them as the base has them, with a warning, for a file that lost some looks alike.
+std::vector<std::string> sites_without_tensors(const storage::PeftAdapter& adapter);
+
 /// Every tensor of `sites` as host f32 (from f32, bf16 or f16). invalid_error: a site that the
 /// model does not have, shapes that do not fit the base model, an element type that is none of the
 /// three, NaN or infinity; each names the site, what it has and what the model needs.

@@ -46,6 +46,20 @@ TEST(LoraConfig, ScaleIsAlphaOverRankOrItsRoot) {
   EXPECT_EQ(lora.scale(), 8.0f);
 }
 
+TEST(PeftAdapters, LayersThatLostTheirTensorsAreNamed) {
+  storage::PeftAdapter adapter;
+  for (const char* site : {"model.layers.0.self_attn.q_proj", "model.layers.3.self_attn.q_proj",
+                           "model.layers.3.mlp.up_proj"}) {
+    adapter.sites.emplace_back();
+    adapter.sites.back().site = site;
+  }
+  adapter.config.target_modules = {"q_proj", "up_proj", "c_attn"};
+  EXPECT_EQ(sites_without_tensors(adapter),
+            (std::vector<std::string>{"model.layers.0.mlp.up_proj"}));
+  adapter.config.target_modules.clear();  // all-linear, or a pattern
+  EXPECT_TRUE(sites_without_tensors(adapter).empty());
+}
+
 TEST(BuildAdapter, WhatDoesNotFitTheModelIsRefusedByName) {
   const ModelConfig config = test::tiny_config();
   const auto refusal = [&](std::vector<HostAdapterTensor> tensors) {
