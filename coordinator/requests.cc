@@ -1,6 +1,8 @@
 // Admission: validation, names, cache, sharing, the queue, and what clients do to their requests.
 #include "coordinator/requests.h"
 
+#include "protocol/base/sampling_limits.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -11,7 +13,6 @@ using protocol::FinishReason;
 using protocol::GenerateChunk;
 
 constexpr std::size_t kRequestIdBytesMax = 64;
-constexpr std::size_t kStopsMax = 16;  // as engines take
 
 /// The index in `chunks` from which a client that has `next_index` tokens goes on, or nothing when
 /// that is inside a chunk (text cannot be cut by tokens) or beyond what there is.
@@ -26,7 +27,7 @@ std::optional<std::size_t> position_of(const std::vector<GenerateChunk>& chunks,
   return std::nullopt;
 }
 
-Status bad(const char* field, const char* range, double value) {
+Status bad(const char* field, const std::string& range, double value) {
   return invalid_error(str(field, " must be ", range, ", not ", value));
 }
 
@@ -49,21 +50,24 @@ Status validate_request(const protocol::Generate& request) {
   const bool scores_only = s.max_tokens == 0 && s.prompt_logprobs_from >= 1;
   if (s.max_tokens && *s.max_tokens < 1 && !scores_only)
     return bad("max_tokens", "at least 1", static_cast<double>(*s.max_tokens));
-  // As engines have them (worker/serve/request.h).
-  if (outside(s.temperature, 0, 10)) return bad("temperature", "in [0, 10]", *s.temperature);
+  if (outside(s.temperature, 0, kTemperatureMax))
+    return bad("temperature", str("in [0, ", kTemperatureMax, "]"), *s.temperature);
   if (outside(s.top_p, 0, 1) || (s.top_p && *s.top_p == 0.0f))
     return bad("top_p", "in (0, 1]", *s.top_p);
   if (outside(s.min_p, 0, 1)) return bad("min_p", "in [0, 1]", *s.min_p);
   if (s.top_k && *s.top_k < 0)
     return bad("top_k", "0 (off) or more", static_cast<double>(*s.top_k));
-  if (outside(s.repetition_penalty, 0, 10) || s.repetition_penalty == 0.0f)
-    return bad("repetition_penalty", "in (0, 10]", *s.repetition_penalty);
-  if (!(std::abs(s.presence_penalty) <= 2))
-    return bad("presence_penalty", "in [-2, 2]", s.presence_penalty);
-  if (!(std::abs(s.frequency_penalty) <= 2))
-    return bad("frequency_penalty", "in [-2, 2]", s.frequency_penalty);
-  if (s.stop.size() > kStopsMax)
-    return bad("stop", "at most 16 strings", static_cast<double>(s.stop.size()));
+  if (outside(s.repetition_penalty, 0, kRepetitionPenaltyMax) || s.repetition_penalty == 0.0f)
+    return bad("repetition_penalty", str("in (0, ", kRepetitionPenaltyMax, "]"),
+               *s.repetition_penalty);
+  const std::string penalties = str("in [-", kTokenPenaltyMax, ", ", kTokenPenaltyMax, "]");
+  if (!(std::abs(s.presence_penalty) <= kTokenPenaltyMax))
+    return bad("presence_penalty", penalties, s.presence_penalty);
+  if (!(std::abs(s.frequency_penalty) <= kTokenPenaltyMax))
+    return bad("frequency_penalty", penalties, s.frequency_penalty);
+  if (s.stop.size() > kStopStringsMax)
+    return bad("stop", str("at most ", kStopStringsMax, " strings"),
+               static_cast<double>(s.stop.size()));
   if (s.logprobs < -1) return bad("logprobs", "-1 (none) or more", static_cast<double>(s.logprobs));
   if (s.prompt_logprobs_from < -1)
     return bad("prompt_logprobs_from", "-1 (none) or more",

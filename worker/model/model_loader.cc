@@ -1,5 +1,6 @@
 #include "worker/model/model_loader.h"
 
+#include "protocol/base/sampling_limits.h"
 #include "storage/file_io.h"
 #include "storage/json_strict.h"
 
@@ -47,7 +48,7 @@ Result<Json> read_json(const std::string& folder, const char* name) {
 }
 
 Status wrong_default(const std::string& folder, const char* key, const Json& value,
-                     const char* want) {
+                     const std::string& want) {
   return invalid_error(str(folder, "/generation_config.json: ", key, " is ",
                            value.dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80),
                            ", not ", want));
@@ -130,15 +131,17 @@ Result<GenerationDefaults> read_generation(const std::string& folder) {
   const auto outside = [](const std::optional<double>& value, double low, double high) {
     return value && !(*value >= low && *value <= high);
   };
-  if (outside(defaults.temperature, 0, 10))
-    return wrong_default(folder, "temperature", *find("temperature"), "from 0 to 10");
+  if (outside(defaults.temperature, 0, kTemperatureMax))
+    return wrong_default(folder, "temperature", *find("temperature"),
+                         str("from 0 to ", kTemperatureMax));
   if (outside(defaults.top_p, 0, 1) || defaults.top_p == 0.0)
     return wrong_default(folder, "top_p", *find("top_p"), "above 0 and at most 1");
   if (outside(defaults.min_p, 0, 1))
     return wrong_default(folder, "min_p", *find("min_p"), "from 0 to 1");
-  if (outside(defaults.repetition_penalty, 0, 10) || defaults.repetition_penalty == 0.0)
+  if (outside(defaults.repetition_penalty, 0, kRepetitionPenaltyMax) ||
+      defaults.repetition_penalty == 0.0)
     return wrong_default(folder, "repetition_penalty", *find("repetition_penalty"),
-                         "above 0 and at most 10");
+                         str("above 0 and at most ", kRepetitionPenaltyMax));
   for (const auto& [key, out] :
        {std::pair{"top_k", &defaults.top_k}, {"max_new_tokens", &defaults.max_new_tokens}})
     if (const Json* value = find(key)) {

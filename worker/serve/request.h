@@ -4,6 +4,7 @@
 
 #include "protocol/base/digest.h"
 #include "protocol/base/ids.h"
+#include "protocol/base/sampling_limits.h"
 #include "protocol/base/status.h"
 
 #include <cstdint>
@@ -13,10 +14,8 @@
 
 namespace tandem::worker::serve {
 
-/// Ranges that submit() enforces; an error names the field, the range and the value.
-inline constexpr float kTemperatureMax = 10.0f;
-inline constexpr float kRepetitionPenaltyMax = 10.0f;
-inline constexpr float kTokenPenaltyMax = 2.0f;  ///< presence and frequency: [-max, max]
+/// Ranges that submit() enforces beside those of sampling_limits.h; an error names the field, the
+/// range and the value.
 inline constexpr std::int64_t kLogprobsMax = 20;
 inline constexpr std::size_t kStopTokensMax = 64;
 inline constexpr std::int32_t kPriorityMax = 8;  ///< [-max, max]
@@ -37,7 +36,7 @@ struct SamplingParams {
   float repetition_penalty = 1.0f;  ///< (0, max]; 1: off; prompt and output tokens (CTRL, 2019)
   float presence_penalty = 0.0f, frequency_penalty = 0.0f;  ///< output tokens (OpenAI's formula)
   std::optional<std::uint64_t> seed;                        ///< absent: derived from the request id
-  std::vector<std::string> stop;                            ///< see text::kStopStringsMax
+  std::vector<std::string> stop;                            ///< see kStopStringsMax
   std::vector<std::int32_t> stop_token_ids;
   bool include_stop = false;  ///< keeps the matched stop string in the text
   bool ignore_eos = false;

@@ -2,6 +2,7 @@
 // and never the beginning of what may become a stop string.
 #pragma once
 
+#include "protocol/base/sampling_limits.h"
 #include "worker/text/tokenizer.h"
 
 #include <cstdint>
@@ -10,8 +11,7 @@
 
 namespace tandem::worker::text {
 
-/// Limits of one request's stop strings.
-inline constexpr std::size_t kStopStringsMax = 16;
+/// Of one stop string; how many there may be: kStopStringsMax.
 inline constexpr std::size_t kStopStringBytesMax = 1024;
 
 struct DetokenizerOptions {
