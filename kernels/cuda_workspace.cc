@@ -22,7 +22,7 @@ constexpr std::int64_t kThinRowsMax = std::int64_t{128} * 65535;
 bool is_thin(const std::vector<LoraSite>& sites, const AdapterRows& rows, const Tensor& x,
              std::int64_t outputs, const DeviceProfile& profile) {
   const auto aligned = [](std::int64_t size) { return size % kThinAlignment == 0; };
-  if (!is_16_bit(x.dtype) || profile.compute_capability < 90) return false;
+  if (!is_16_bit(x.dtype) || profile.compute_capability != 90) return false;
   if (rows.segments_max != 1 || !aligned(rows.rank_max) || rows.rank_max > kThinRankMax)
     return false;
   if (!aligned(x.dim(1)) || !aligned(outputs) || x.dim(0) > kThinRowsMax) return false;
@@ -34,6 +34,8 @@ bool is_thin(const std::vector<LoraSite>& sites, const AdapterRows& rows, const 
 /// Blocks that fill a Hopper GPU once, or twice where two fit a multiprocessor.
 constexpr std::int64_t kPairBlocks = 132;
 constexpr std::int64_t kPairRowsMin = 64;  ///< of a part
+/// What blocks leave of du grows with the ranks: from here on a second pass over dy is fewer bytes.
+constexpr std::int64_t kPairRankMax = 32;
 
 /// Gate and up of one product, both with an adapter: the pass can make their gradient.
 bool makes_dy(const LinearBackwardArgs& a) {
@@ -45,15 +47,15 @@ bool makes_dy(const LinearBackwardArgs& a) {
 ThinPairLayout thin_pair_layout(const LinearBackwardArgs& a, ScratchLayout& layout) {
   ThinPairLayout l;
   const std::int64_t rank_max = a.adapters->rank_max, t = a.dy.dim(0);
-  if (rank_max > 64) return l;
+  l.makes_dy = makes_dy(a);
+  if (rank_max > kPairRankMax) return l;
   std::int64_t widest = 0;
   for (const LoraSite& s : a.sites) widest = std::max(widest, s.n);
-  l.columns = rank_max <= 16 ? 16 : rank_max <= 32 ? 32 : 64;
+  l.columns = rank_max <= 16 ? 16 : kPairRankMax;
   // Sums of a warp's columns of dB, rank by rank, stay in its registers.
   const std::int64_t width_max = (std::int64_t{1} << 14) / l.columns;
   l.width = std::min(width_max, widest >= 2048 ? 1024 : widest >= 1024 ? 512 : std::int64_t{256});
   const std::int64_t fill = l.width == width_max ? kPairBlocks : 2 * kPairBlocks;
-  l.makes_dy = makes_dy(a);
   if (l.makes_dy) l.width /= 2;  // of gate, and as many of up
   for (const LoraSite& s : a.sites) l.blocks += (s.n + l.width - 1) / l.width;
   const std::int64_t started = l.makes_dy ? l.blocks / 2 : l.blocks;

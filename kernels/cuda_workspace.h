@@ -30,13 +30,14 @@ struct LinearForwardLayout {
 };
 LinearForwardLayout linear_forward_layout(const LinearArgs& args, const DeviceProfile& profile);
 
-/// du and dB in one pass over dy (lora_thin_pair.cu): what its blocks leave to be added up.
+/// du and dB in one pass over dy (lora_thin_pair.cu): what its blocks leave to be added up. Or, of
+/// many ranks, in two passes, which leave nothing.
 struct ThinPairLayout {
-  std::int64_t columns = 0;  ///< of the kernel, at least rank_max; 0: two passes instead
+  std::int64_t columns = 0;  ///< of the kernel, at least rank_max; 0: two passes
   std::int64_t width = 0;    ///< columns of a site a block takes
   std::int64_t blocks = 0;   ///< of columns, over all sites
   std::int64_t parts = 0;    ///< of the rows
-  bool makes_dy = false;     ///< of dout and gate_up, on the way
+  bool makes_dy = false;     ///< of dout and gate_up, on the way, in the first pass of two
   std::int64_t da = 0;       ///< [parts, rank_max, N / 2] f32, of the linear before
   std::int64_t du = 0;       ///< [blocks, T, rank_max] f32
   std::int64_t db = 0;       ///< [parts, N, rank_max] f32

@@ -1,8 +1,10 @@
-// u = s A x and du = s dy B. A cluster takes 128 rows, its blocks equal parts of the inner size;
-// a warp takes 16 rows and all columns. Where x is silu(gate) * up, the pass for u can make it: of
-// gate and up, which pass instead; it is written before it is multiplied. Its blocks take two parts
+// u = s A x and du = s dy B. A cluster takes 128 rows, its blocks equal parts of the inner size; a
+// warp takes 16 rows and all columns, of 64 columns and more a warpgroup 64 rows. Where x is
+// silu(gate) * up, the pass for u can make it: of gate and up, which pass instead; it is written
+// before it is multiplied. Blocks that are many, or alone on their multiprocessor, take two parts
 // of half the rows side by side: of such clusters, half as large, a Hopper GPU holds as many as
-// 4,096 rows make, and no sum is cut otherwise.
+// 4,096 rows make.
+#include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/lora_thin.cuh"
 
 namespace tandem::kernels::cuda {
@@ -18,23 +20,28 @@ constexpr int kInnerPerPart = 512;  ///< at least: their number depends on nothi
 enum class Pass { kX, kMadeX, kDy };
 
 /// Shared memory: stages of [kParts][kTileRows, kStep] of x or dy, or two of gate and up, each
-/// followed by the factor's tiles: of A [kParts][kColumns, kStep], of B [kStep, kColumns + kChunk];
-/// then, in its place, sums [kParts][kTileRows, kColumns + 4] f32.
+/// followed by the factor's tiles: of A [kParts][kColumns, kStep], of B [kStep, kColumns + kChunk],
+/// for warpgroups panels of [kStep, 64]; then, in its place, sums [kParts][kTileRows, kColumns + 4]
+/// f32.
 template <int kColumns, Pass kPass>
 struct Tiles {
   static constexpr bool kMakes = kPass == Pass::kMadeX;
-  static constexpr int kBlocks = kColumns <= (kMakes ? 32 : 64) ? 2 : 1;  ///< a multiprocessor
-  static constexpr int kStages = kMakes && kBlocks == 2 ? 3 : thin::kStages;
-  static constexpr int kParts = kMakes && kColumns <= 16 ? 2 : 1;  ///< of the inner size
+  static constexpr bool kWarpgroups = kColumns >= 64;  ///< warpgroups multiply, 64 rows each
+  static constexpr int kBlocks = kColumns <= (kMakes ? 32 : 128) ? 2 : 1;  ///< a multiprocessor
+  static constexpr int kStages = kColumns > 64 || (kMakes && kBlocks == 2) ? 3 : 4;
+  /// Of the inner size.
+  static constexpr int kParts =
+      (kMakes && (kColumns <= 16 || kWarpgroups)) || kColumns > 128 ? 2 : 1;
   static constexpr int kTileRows = kRows / kParts;
   static constexpr int kWide = kRows * kStep;
   static constexpr int kBRow = kColumns + kChunk;
   static constexpr int kFactorAt = kMakes ? 2 * kWide : kWide;
   static constexpr int kStage =
-      kFactorAt + kStep * (kPass == Pass::kDy ? kBRow : kParts * kColumns);
+      kFactorAt + kStep * (kPass == Pass::kDy && !kWarpgroups ? kBRow : kParts * kColumns);
   static constexpr int kSumRow = kColumns + 4;
   static constexpr std::size_t kBytes =
-      std::max<std::size_t>(kElementBytes * kStages * kStage, sizeof(float) * kRows * kSumRow);
+      std::max<std::size_t>(kElementBytes * kStages * kStage, sizeof(float) * kRows * kSumRow) +
+      (kWarpgroups ? 1024 : 0);  ///< panels start on it
 };
 
 /// Chunk of eight ranks of one row of B, or of eight inputs of one row of A; zeros for a null row
@@ -80,7 +87,10 @@ __device__ inline void load_factor(const SegmentsView& v, const Group& group,
       if (first + inner < end)
         row = static_cast<const E*>(entry.b) +
               static_cast<std::int64_t>(first + inner - n_begin) * entry.rank;
-      copy_chunk(tiles + inner * T::kBRow + r, row, r, entry.rank, is_aligned(row));
+      E* to = T::kWarpgroups
+                  ? tiles + r / 64 * kStep * 64 + inner * 64 + swizzled(inner, r % 64 / kChunk)
+                  : tiles + inner * T::kBRow + r;
+      copy_chunk(to, row, r, entry.rank, is_aligned(row));
     }
   }
 }
@@ -119,6 +129,28 @@ __device__ void gather(const SegmentsView& v, const LoraEntry* entries, int size
   }
 }
 
+#ifdef TANDEM_HOPPER
+/// sum [64, kColumns] += a warpgroup's 64 rows of `tile` times the factor's tile.
+template <class E, int kColumns, Pass kPass>
+__device__ inline void multiply_step(float (&sum)[kColumns / 64][32], std::uint32_t rows,
+                                     std::uint32_t factor) {
+  constexpr bool kIsB = kPass == Pass::kDy;
+  constexpr int kPanel = kStep * 64 * kElementBytes;  // of the factor: 64 ranks
+  const std::uint32_t a = rows_operand(rows);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kStep / 16; ++k)
+#pragma unroll
+    for (int c = 0; c < kColumns / 64; ++c) {
+      const std::uint32_t panel = factor + c * kPanel;
+      const std::uint32_t b =
+          kIsB ? columns_operand(panel, kPanel) + k * 2048 / 16 : rows_operand(panel) + k * 2;
+      wgmma<E, kIsB>(sum[c], descriptor(a + k * 2), descriptor(b), 1);
+    }
+  wgmma_commit();
+}
+#endif
+
 /// x or dy [T, width]; or gate_up [T, 2 width], and where the x goes that is made of it.
 template <class E>
 struct Wide {
@@ -133,13 +165,15 @@ template <class E, int kColumns, Pass kPass>
 __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
     contract_kernel(const SegmentsView v, const Wide<E> wide, int parts, bool by_site, E* out,
                     int gather_size, E* gathered) {
-#if __CUDA_ARCH__ >= 900
+#ifdef TANDEM_HOPPER
   using T = Tiles<kColumns, kPass>;
   constexpr bool kIsU = kPass != Pass::kDy;
   constexpr int kStages = T::kStages;
   const int width = wide.width;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char raw[];
   __shared__ LoraEntry entries[kSitesMax];
+  unsigned char* memory = raw;
+  if constexpr (T::kWarpgroups) memory += (1024 - shared_address(raw) % 1024) % 1024;
   auto* tiles = reinterpret_cast<E*>(memory);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
   const bool gathers = gathered != nullptr && blockIdx.z == gridDim.z - 1;
@@ -208,33 +242,43 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
       chunk(step, k, [&](int row, int at, E* x) { drop_8(mask, row, at, x); });
   };
 
-  float sum[kColumns / 8][4] = {};
+  constexpr int kTogether = T::kWarpgroups ? 64 : 8;  // columns
+  float sum[kColumns / kTogether][kTogether / 2] = {};
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
     wait<kStages - 2>();
     if constexpr (T::kMakes) make(step);
     if (drops) drop(step);
+    if constexpr (T::kWarpgroups) fence_async();
     __syncthreads();
-    load(step + kStages - 1);
     const E* tile = tiles + step % kStages * T::kStage;
-    const E* factor =
-        tile + T::kFactorAt + warp * 16 / T::kTileRows * (kColumns * kStep);  // of the warp's part
+    if constexpr (T::kWarpgroups) {
+      multiply_step<E, kColumns, kPass>(sum, shared_address(tile + warp / 4 * 64 * kStep),
+                                        shared_address(tile + T::kFactorAt));
+      load(step + kStages - 1);
+      wgmma_wait<0>();
+      for (auto& of_columns : sum) pin(of_columns);
+    } else {
+      load(step + kStages - 1);
+      const E* factor = tile + T::kFactorAt +
+                        warp * 16 / T::kTileRows * (kColumns * kStep);  // of the warp's part
 #pragma unroll
-    for (int k = 0; k < kStep; k += 16) {
-      std::uint32_t x[4];
-      const int row = warp * 16 + lane % 16;
-      load_matrices(x, tile + row * kStep + swizzled(row, k / kChunk + lane / 16));
+      for (int k = 0; k < kStep; k += 16) {
+        std::uint32_t x[4];
+        const int row = warp * 16 + lane % 16;
+        load_matrices(x, tile + row * kStep + swizzled(row, k / kChunk + lane / 16));
 #pragma unroll
-      for (int c = 0; c < kColumns; c += 16) {
-        std::uint32_t f[4];
-        if constexpr (kIsU) {
-          const int column = c + lane / 16 * 8 + lane % 8;
-          load_matrices(f, factor + column * kStep + swizzled(column, k / kChunk + lane / 8 % 2));
-        } else {
-          load_matrices_transposed(f, factor + (k + lane % 16) * T::kBRow + c + lane / 16 * 8);
+        for (int c = 0; c < kColumns; c += 16) {
+          std::uint32_t f[4];
+          if constexpr (kIsU) {
+            const int column = c + lane / 16 * 8 + lane % 8;
+            load_matrices(f, factor + column * kStep + swizzled(column, k / kChunk + lane / 8 % 2));
+          } else {
+            load_matrices_transposed(f, factor + (k + lane % 16) * T::kBRow + c + lane / 16 * 8);
+          }
+          mma<E>(sum[c / 8], x[0], x[1], x[2], x[3], f[0], f[1]);
+          mma<E>(sum[c / 8 + 1], x[0], x[1], x[2], x[3], f[2], f[3]);
         }
-        mma<E>(sum[c / 8], x[0], x[1], x[2], x[3], f[0], f[1]);
-        mma<E>(sum[c / 8 + 1], x[0], x[1], x[2], x[3], f[2], f[3]);
       }
     }
   }
@@ -247,7 +291,8 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
     for (int half = 0; half < 2; ++half)
       *reinterpret_cast<float2*>(sums + (warp * 16 + lane / 4 + 8 * half) * T::kSumRow + c +
                                  lane % 4 * 2) =
-          make_float2(sum[c / 8][2 * half], sum[c / 8][2 * half + 1]);
+          make_float2(sum[c / kTogether][c % kTogether / 2 + 2 * half],
+                      sum[c / kTogether][c % kTogether / 2 + 2 * half + 1]);
   const cg::cluster_group cluster = cg::this_cluster();
   cluster.sync();
   const int rows = T::kTileRows / static_cast<int>(gridDim.x), pairs = group.columns / 2;
@@ -255,13 +300,16 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
     const int row = static_cast<int>(blockIdx.x) * rows + e / pairs, column = e % pairs * 2;
     if (row0 + row >= v.t) break;
     float2 total = make_float2(0.0f, 0.0f);
-    for (int p = 0; p < parts; ++p) {
-      const float2 other = *reinterpret_cast<const float2*>(
-          cluster.map_shared_rank(sums, static_cast<unsigned>(p / T::kParts)) +
-          (p % T::kParts * T::kTileRows + row) * T::kSumRow + column);
-      total.x += other.x;
-      total.y += other.y;
-    }
+    float2 other[kClusterMax];
+#pragma unroll
+    for (int p = 0; p < kClusterMax; ++p)
+      if (p < parts)
+        other[p] = *reinterpret_cast<const float2*>(
+            cluster.map_shared_rank(sums, static_cast<unsigned>(p / T::kParts)) +
+            (p % T::kParts * T::kTileRows + row) * T::kSumRow + column);
+#pragma unroll
+    for (int p = 0; p < kClusterMax; ++p)
+      if (p < parts) total.x += other[p].x, total.y += other[p].y;
     const float scale = entries[column / v.rank_max].scale;
     *reinterpret_cast<std::uint32_t*>(out + static_cast<std::int64_t>(row0 + row) * v.columns +
                                       group.column + column) =
@@ -279,7 +327,9 @@ void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wi
   for (int s = 0; s < v.sites; ++s) inner = std::max(inner, v.site[s].n);
   if (kIsU) inner = wide.width;
   using T = Tiles<kColumns, kPass>;
-  const unsigned parts = cluster_size(inner / kInnerPerPart);
+  // Of 4,096 rows no more blocks than the device holds.
+  const unsigned parts = std::min<unsigned>(cluster_size(inner / kInnerPerPart),
+                                            T::kWarpgroups && T::kBlocks == 1 ? 4 : kClusterMax);
   const unsigned cluster = std::max(1U, parts / T::kParts);
   const auto groups = static_cast<unsigned>(by_site ? v.sites : 1);
   TANDEM_CHECK(kPass != Pass::kMadeX || groups == 1, groups, " passes would make x");
@@ -287,7 +337,7 @@ void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wi
   launch(stream, contract_kernel<E, kColumns, kPass>,
          dim3(cluster, static_cast<unsigned>((v.t + T::kTileRows - 1) / T::kTileRows),
               groups + (gathers ? 1 : 0)),
-         cluster, T::kBytes, v, wide, static_cast<int>(parts), by_site, out.as<E>(),
+         cluster, T::kBytes, kThreads, v, wide, static_cast<int>(parts), by_site, out.as<E>(),
          gathers ? static_cast<int>(gathered.dim(kIsU ? 0 : 1)) : 0,
          gathers ? gathered.as<E>() : nullptr);
 }
@@ -298,12 +348,14 @@ void run(cudaStream_t stream, const ThinSites& sites, bool by_site, const Wide<E
   if (out.dim(0) == 0) return;
   const SegmentsView v = segments_view(sites.sites, 0, sites.rows, out.dim(0));
   const int columns = by_site ? v.rank_max : v.columns;
-  const auto pass = columns <= 16   ? contract<E, 16, kPass>
-                    : columns <= 32 ? contract<E, 32, kPass>
-                    : columns <= 48 ? contract<E, 48, kPass>
-                    : columns <= 64 ? contract<E, 64, kPass>
-                                    : contract<E, 128, kPass>;
-  TANDEM_CHECK_LE(columns, kThinColumnsMax);
+  constexpr int kMost = kPass == Pass::kX ? kThinColumnsMax : 128;
+  TANDEM_CHECK_LE(columns, kMost);
+  const auto pass = columns <= 16    ? contract<E, 16, kPass>
+                    : columns <= 32  ? contract<E, 32, kPass>
+                    : columns <= 48  ? contract<E, 48, kPass>
+                    : columns <= 64  ? contract<E, 64, kPass>
+                    : columns <= 128 ? contract<E, 128, kPass>
+                                     : contract<E, kMost, kPass>;
   pass(stream, v, by_site, wide, out, gathered);
 }
 

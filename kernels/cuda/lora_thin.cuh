@@ -14,7 +14,6 @@
 namespace tandem::kernels::cuda::thin {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kStages = 4;
 constexpr int kChunk = 8;  ///< elements of one 16-byte copy
 
 __device__ inline void commit() {
@@ -40,6 +39,13 @@ __device__ inline Group find_group(const SegmentsView& v, bool by_site, int inde
   if (!by_site) return {0, v.sites, 0, v.columns};
   return {index, 1, index * v.rank_max, v.rank_max};
 }
+
+/// The linear that reads silu * up: where its dA is left to the pass over its gradient.
+template <class E>
+struct Left {
+  SiteView site;
+  const E* du;  ///< [T, rank_max]
+};
 
 /// x of eight columns, masked.
 template <class E>
@@ -67,12 +73,30 @@ __device__ inline uint4 silu_mul_8(const uint4& gate, const uint4& up) {
   return {one(gate.x, up.x), one(gate.y, up.y), one(gate.z, up.z), one(gate.w, up.w)};
 }
 
+/// dgate to `gate` and dup to `up`, eight columns, rounded as the op rounds them; kOut: silu * up
+/// to `dout`.
+template <class E, bool kOut>
+__device__ inline void silu_mul_grad_8(uint4& dout, uint4& gate, uint4& up) {
+  const auto one = [](std::uint32_t& d, std::uint32_t& g, std::uint32_t& u) {
+    const SiluMulGrad low = silu_mul_grad(low_f32<E>(d), low_f32<E>(g), low_f32<E>(u));
+    const SiluMulGrad high = silu_mul_grad(high_f32<E>(d), high_f32<E>(g), high_f32<E>(u));
+    if (kOut)
+      d = pack<E>(silu_mul(low_f32<E>(g), low_f32<E>(u)), silu_mul(high_f32<E>(g), high_f32<E>(u)));
+    g = pack<E>(low.gate, high.gate);
+    u = pack<E>(low.up, high.up);
+  };
+  one(dout.x, gate.x, up.x);
+  one(dout.y, gate.y, up.y);
+  one(dout.z, gate.z, up.z);
+  one(dout.w, gate.w, up.w);
+}
+
 /// A launch of clusters of `cluster` blocks along x, begun early (see launch_dependents()). Before
 /// wait_for_inputs() these kernels read what no kernel of a step writes: slots, entries, and in
 /// backward the factors, which the forward before it has read already.
 template <class... Parameters, class... Args>
 void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
-            std::size_t shared, Args... args) {
+            std::size_t shared, unsigned threads, Args... args) {
   TANDEM_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared)));
   cudaLaunchAttribute attributes[2]{};
@@ -83,7 +107,7 @@ void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, unsig
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
@@ -91,7 +115,9 @@ void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, unsig
   TANDEM_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
 }
 
-/// The power of two in [1, 8] next below parts.
+constexpr int kClusterMax = 8;
+
+/// The power of two in [1, kClusterMax] next below parts.
 inline unsigned cluster_size(std::int64_t parts) {
   return parts >= 8 ? 8 : parts >= 4 ? 4 : parts >= 2 ? 2 : 1;
 }

@@ -15,7 +15,7 @@ namespace tandem::kernels::cuda {
 class Scratch;
 
 /// Columns of a fused linear's u and du in one pass.
-inline constexpr int kThinColumnsMax = 128;
+inline constexpr int kThinColumnsMax = 192;
 
 /// What the passes of one op share.
 struct ThinSites {
@@ -42,6 +42,11 @@ void lora_thin_pair(cudaStream_t stream, const ThinSites& sites, const ThinPairL
 /// dA += du^T dropout(x), x given or made of its recipe.
 void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
                   const LinearInputRecipe& make_x, const Tensor& du);
+/// dy is made as make_dy says and written; dB += dy^T u; and dA of the linear before, if `left`
+/// says something.
+void lora_thin_made_db(cudaStream_t stream, const ThinSites& sites,
+                       const SiluMulBackwardArgs& make_dy, const LeftFactorGrad& left,
+                       const Tensor& dy, const Tensor& u);
 /// dB += dy^T u.
 void lora_thin_db(cudaStream_t stream, const ThinSites& sites, const Tensor& dy, const Tensor& u);
 

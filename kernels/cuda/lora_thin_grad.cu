@@ -1,7 +1,10 @@
-// dA += du^T x and dB += dy^T u: sums over all rows. A cluster takes a block of columns of x or dy,
-// its blocks equal parts of the rows; the blocks' sums go straight to the gradients. A warp takes
-// 32 columns; narrow matrices have fewer warps beside one another and more below. An x that nobody
-// kept is made on the way, of what passes instead.
+// dA += du^T x and dB += dy^T u: sums over all rows. A cluster takes neighbouring columns of x or
+// dy, its blocks equal parts of the rows; the blocks' sums go straight to the gradients. Warpgroups
+// multiply: their rows are ranks, sixteen a warp, from registers, times what passes, from shared
+// memory. An x that nobody kept is made on the way, of what passes instead. So is the gradient of
+// gate and up: a block takes the same columns of both, writes what it makes, and has at hand what
+// gate and up made in forward, so that dA of the linear that read it costs no pass.
+#include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/lora_thin.cuh"
 
 namespace tandem::kernels::cuda {
@@ -10,35 +13,49 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kWarpColumns = 32, kWarpRows = 32;  ///< of one step
-constexpr int kRowsPerBlock = 128;                ///< at least: the cluster's size
+constexpr int kRowsPerBlock = 128;   ///< at least: the cluster's size
+constexpr unsigned kBlocksMost = 4;  ///< of a cluster
+constexpr unsigned kMultiprocessors = 132;
 
 /// What passes: x or dy; the residual stream, times `rstd` of its row and `weight` of its column;
-/// or gate_up [T, 2 width].
-enum class Made { kGiven, kNorm, kSiluMul };
+/// gate_up [T, 2 width]; or both and dout, of which dy is made, with or without the dA left to it.
+enum class Made { kGiven, kNorm, kSiluMul, kGrad, kGradWithLeft };
 template <class E>
 struct Wide {
   const E* at;
-  int width;  ///< of x or dy
+  int width;  ///< of x or dy; of kGrad, of gate
   const E* weight = nullptr;
   const float* rstd = nullptr;
+  const E* dout = nullptr;  ///< [T, width]
+  E* dy = nullptr;          ///< [T, 2 width], which may be `at`'s memory
 };
 
-/// Shared memory: stages of [kRows, kWidth] of x or dy, or two of gate and up, each followed by
-/// [kRows, kCoefRow] of du or u; then, in their place, sums [kBelow][kColumns, kWidth + 1] f32.
-template <int kColumns, int kBeside, Made kMade>
+/// Shared memory: stages of wide tiles (x or dy; gate and up; and dout) as panels of [kRows, 64],
+/// followed by each product's [kRows, kCoefRow] of du or u; then, in their place, each product's
+/// sums [kColumns, kWidth + 1] f32.
+template <int kColumns, Made kMade>
 struct Tiles {
-  static constexpr bool kPair = kMade == Made::kSiluMul;
-  static constexpr int kStages = kPair ? 3 : thin::kStages;  ///< two blocks a multiprocessor
-  static constexpr int kBelow = kWarps / kBeside;
-  static constexpr int kWidth = kWarpColumns * kBeside, kRows = kWarpRows * kBelow;
-  static constexpr int kWide = kRows * kWidth;
-  static constexpr int kCoefRow = kColumns + kChunk;
-  static constexpr int kFactorAt = kPair ? 2 * kWide : kWide;
-  static constexpr int kStage = kFactorAt + kRows * kCoefRow;
+  static constexpr bool kLeft = kMade == Made::kGradWithLeft,
+                        kGrads = kMade == Made::kGrad || kLeft;
+  static constexpr int kProducts = kGrads ? 2 + kLeft : 1;
+  static constexpr int kWarpgroups =
+      std::max(2, kProducts);  ///< halves of the columns, or products
+  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kWidth = kGrads && kColumns <= 64 ? 256 : 128;  ///< columns of a block
+  static constexpr int kOwnPanels = kGrads ? kWidth / 64 : 1;          ///< of a warpgroup
+  static constexpr int kRankTiles = (kColumns + 63) / 64;
+  static constexpr int kWideTiles = kGrads ? 3 : kMade == Made::kSiluMul ? 2 : 1;
+  static constexpr int kRows = kGrads ? 32 : 64;
+  static constexpr int kPanel = kRows * 64, kTile = kRows * kWidth;
+  static constexpr int kCoefRow = kColumns + kChunk, kCoef = kRows * kCoefRow;
+  static constexpr int kCoefAt = kWideTiles * kTile;
+  static constexpr int kStage = (kCoefAt + kProducts * kCoef + 511) / 512 * 512;
+  static constexpr int kBlocks = kGrads || kColumns > 128 ? 1 : 2;  ///< a multiprocessor
+  static constexpr int kStages = std::min(4, ((kBlocks == 1 ? 224 : 110) << 10) / (2 * kStage));
   static constexpr int kSumRow = kWidth + 1, kSums = kColumns * kSumRow;
   static constexpr std::size_t kBytes =
-      std::max<std::size_t>(kElementBytes * kStages * kStage, sizeof(float) * kBelow * kSums);
+      1024 +
+      std::max<std::size_t>(kElementBytes * kStages * kStage, sizeof(float) * kProducts * kSums);
 };
 
 /// Eight columns of x, rounded as the op rounds them.
@@ -51,32 +68,36 @@ __device__ inline uint4 norm_8(const uint4& residual, float rstd, const uint4& w
           one(residual.w, weight.w)};
 }
 
-/// Grid (cluster, blocks of columns, groups).
-template <class E, int kColumns, int kBeside, Made kMade>
-__global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
+/// Grid (cluster, blocks of columns, groups). kGrads: v has the sites of gate and up.
+template <class E, int kColumns, Made kMade>
+__global__ void __launch_bounds__(Tiles<kColumns, kMade>::kThreads, Tiles<kColumns, kMade>::kBlocks)
     outer_kernel(const SegmentsView v, bool is_a, const Wide<E> wide, bool by_site,
-                 const E* coefficients) {
-#if __CUDA_ARCH__ >= 900
-  using T = Tiles<kColumns, kBeside, kMade>;
-  constexpr int kStages = T::kStages, kRowChunks = T::kWidth / kChunk;
-  constexpr int kCopies = T::kWide / kChunk / kThreads;  // of a step, by each thread
-  static_assert(kThreads % kRowChunks == 0);             // in one column
+                 const E* coefficients, const Left<E> left) {
+#ifdef TANDEM_HOPPER
+  using T = Tiles<kColumns, kMade>;
+  constexpr int kStages = T::kStages, kThreads = T::kThreads, kWidth = T::kWidth,
+                kRowChunks = kWidth / kChunk;
+  static_assert(kStages >= 2 && kThreads % kRowChunks == 0);  // a thread copies in one column
   const int width = wide.width;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char raw[];
   __shared__ LoraEntry entries[kSitesMax];
+  unsigned char* memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
   auto* tiles = reinterpret_cast<E*>(memory);
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32;
-  const Group group = find_group(v, by_site, static_cast<int>(blockIdx.z));
+  const Group group = find_group(v, by_site && !T::kGrads, static_cast<int>(blockIdx.z));
   const SiteView& site = v.site[group.first];
-  const int column_end = is_a ? width : site.n_begin + site.n;
-  const int column0 = (is_a ? 0 : site.n_begin) + static_cast<int>(blockIdx.y) * T::kWidth;
+  const int begin = is_a || T::kGrads ? 0 : site.n_begin;  // of the columns in the wide rows
+  const int columns = is_a || T::kGrads ? width : site.n;
+  const int column0 = static_cast<int>(blockIdx.y) * kWidth;
   launch_dependents();
-  if (tid < group.count) entries[tid] = find_entry(v, v.site[group.first + tid], v.slots[0]);
+  if (tid < (T::kGrads ? T::kProducts : group.count))
+    entries[tid] =
+        find_entry(v, T::kLeft && tid == 2 ? left.site : v.site[group.first + tid], v.slots[0]);
   __syncthreads();
   wait_for_inputs();
-  if (column0 >= column_end) return;
-  bool wanted = false;
-  for (int s = 0; s < group.count; ++s)
+  if (column0 >= columns) return;
+  bool wanted = T::kGrads;
+  for (int s = 0; !T::kGrads && s < group.count; ++s)
     wanted = wanted || (entries[s].rank > 0 && (is_a ? entries[s].da : entries[s].db) != nullptr);
   if (!wanted) return;
   const int parts = static_cast<int>(gridDim.x), part = static_cast<int>(blockIdx.x);
@@ -88,51 +109,65 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
   const bool drops = is_a && mask.drops();
 
   // What this thread copies of a step: one chunk of rows my_row + k * kRowStep.
-  constexpr int kRowStep = kThreads / kRowChunks;
+  constexpr int kRowStep = kThreads / kRowChunks, kCopies = (T::kRows + kRowStep - 1) / kRowStep;
   const int my_chunk = tid % kRowChunks, my_row = tid / kRowChunks;
   const int my_column = column0 + my_chunk * kChunk;
   uint4 weight{};
-  if (kMade == Made::kNorm && my_column < column_end)
+  if (kMade == Made::kNorm && my_column < columns)
     weight = load_8(wide.weight, my_column, width,
                     reinterpret_cast<std::uintptr_t>(wide.weight) % 16 == 0);
 
+  /// f(k, row of x, its chunk in the first tile) of what this thread copies.
+  const auto each_copied = [&](int step, const auto& f) {
+    E* tile = tiles + step % kStages * T::kStage + my_chunk / 8 * T::kPanel;
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      const int row = my_row + k * kRowStep;
+      if (T::kRows % kRowStep == 0 || row < T::kRows)
+        f(k, (first_step + step) * T::kRows + row, tile + row * 64 + swizzled(row, my_chunk % 8));
+    }
+  };
   const auto load = [&](int step) {
     if (step < steps) {
-      E* tile = tiles + step % kStages * T::kStage;
-      const int t0 = (first_step + step) * T::kRows;
-#pragma unroll
-      for (int k = 0; k < kCopies; ++k) {
-        const int row = my_row + k * kRowStep;
-        const bool inside = t0 + row < v.t && my_column < column_end;
-        const std::int64_t before = inside ? static_cast<std::int64_t>(t0 + row) * width : 0;
-        const E* from = wide.at + (T::kPair ? 2 * before : before) + (inside ? my_column : 0);
-        E* to = tile + row * T::kWidth + swizzled(row, my_chunk);
+      each_copied(step, [&](int, int t, E* to) {
+        const bool inside = t < v.t && my_column < columns;
+        const std::int64_t row = inside ? t : 0, at = begin + (inside ? my_column : 0);
+        const E* from = wide.at + (T::kWideTiles > 1 ? 2 : 1) * row * width + at;
         copy_16_async(to, from, inside);
-        if (T::kPair) copy_16_async(to + T::kWide, from + (inside ? width : 0), inside);
-      }
-      for (int e = tid; e < T::kRows * kColumns / kChunk; e += kThreads) {
-        const int row = e / (kColumns / kChunk), at = e % (kColumns / kChunk) * kChunk;
-        const bool inside = t0 + row < v.t && at < group.columns;
-        copy_16_async(
-            tile + T::kFactorAt + row * T::kCoefRow + at,
-            coefficients +
-                (inside ? static_cast<std::int64_t>(t0 + row) * v.columns + group.column + at : 0),
-            inside);
+        if constexpr (T::kWideTiles > 1) copy_16_async(to + T::kTile, from + width, inside);
+        if constexpr (T::kGrads)
+          copy_16_async(to + 2 * T::kTile, wide.dout + row * width + at, inside);
+      });
+      E* coefs = tiles + step % kStages * T::kStage + T::kCoefAt;
+      constexpr int kCoefChunks = kColumns / kChunk;
+      for (int e = tid; e < T::kProducts * T::kRows * kCoefChunks; e += kThreads) {
+        const int product = e / (T::kRows * kCoefChunks), row = e / kCoefChunks % T::kRows;
+        const int c = e % kCoefChunks * kChunk, t = (first_step + step) * T::kRows + row;
+        const bool of_left = T::kLeft && product == 2;
+        const bool inside = t < v.t && c < (T::kGrads ? v.rank_max : group.columns);
+        const int column = T::kGrads ? v.site[of_left ? 0 : product].column : group.column;
+        const E* from =
+            of_left ? left.du + (inside ? static_cast<std::int64_t>(t) * v.rank_max + c : 0)
+                    : coefficients +
+                          (inside ? static_cast<std::int64_t>(t) * v.columns + column + c : 0);
+        copy_16_async(coefs + product * T::kCoef + row * T::kCoefRow + c, from, inside);
       }
     }
     commit();
   };
-  const auto each_copied = [&](int step, const auto& f) {  // f(k, row of x, its chunk)
-    E* tile = tiles + step % kStages * T::kStage;
-#pragma unroll
-    for (int k = 0; k < kCopies; ++k) {
-      const int row = my_row + k * kRowStep;
-      f(k, (first_step + step) * T::kRows + row, tile + row * T::kWidth + swizzled(row, my_chunk));
-    }
+  const auto make_grad = [&](int t, E* tile) {
+    uint4& gate = *reinterpret_cast<uint4*>(tile);
+    uint4& up = *reinterpret_cast<uint4*>(tile + T::kTile);
+    silu_mul_grad_8<E, T::kLeft>(*reinterpret_cast<uint4*>(tile + 2 * T::kTile), gate, up);
+    if (t >= v.t || my_column >= columns) return;
+    E* to = wide.dy + static_cast<std::int64_t>(t) * 2 * width + my_column;
+    *reinterpret_cast<uint4*>(to) = gate;
+    *reinterpret_cast<uint4*>(to + width) = up;
   };
 
-  const int beside = warp % kBeside, below = warp / kBeside;
-  float sum[kColumns / 16][kWarpColumns / 8][4] = {};
+  const int warpgroup = warp / 4, product = T::kGrads ? warpgroup : 0;
+  const int first_panel = T::kGrads ? 0 : warpgroup, first_rank = warp % 4 * 16;
+  float sum[T::kRankTiles][T::kOwnPanels][32] = {};
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
     float rstd[kCopies];  // on its way beside the tile
@@ -140,69 +175,86 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
       each_copied(step, [&](int k, int t, E*) { rstd[k] = t < v.t ? wide.rstd[t] : 0.0f; });
     wait<kStages - 2>();
     if constexpr (kMade != Made::kGiven)
-      each_copied(step, [&](int k, int, E* to) {
+      each_copied(step, [&](int k, int t, E* to) {
         uint4& x = *reinterpret_cast<uint4*>(to);
         if constexpr (kMade == Made::kNorm)
           x = norm_8<E>(x, rstd[k], weight);
+        else if constexpr (T::kGrads)
+          make_grad(t, to);
         else
-          x = silu_mul_8<E>(x, *reinterpret_cast<const uint4*>(to + T::kWide));
+          x = silu_mul_8<E>(x, *reinterpret_cast<const uint4*>(to + T::kTile));
       });
     if (drops) each_copied(step, [&](int, int t, E* x) { drop_8(mask, t, my_column, x); });
+    fence_async();
     __syncthreads();
+    const E* stage = tiles + step % kStages * T::kStage;
+    const E* coef = stage + T::kCoefAt + product * T::kCoef;
+    const std::uint32_t b = columns_operand(
+        shared_address(stage + product * T::kTile + first_panel * T::kPanel), 2 * T::kPanel);
+    std::uint32_t a[T::kRows / 16][T::kRankTiles][4] = {};
+#pragma unroll
+    for (int k = 0; k < T::kRows / 16; ++k)
+#pragma unroll
+      for (int m = 0; m < T::kRankTiles; ++m)
+        if (const int c = 64 * m + first_rank; kColumns % 64 == 0 || c < kColumns)
+          load_matrices_transposed(
+              a[k][m],
+              coef + (16 * k + lane / 16 * 8 + lane % 8) * T::kCoefRow + c + lane / 8 % 2 * 8);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < T::kRows / 16; ++k)
+#pragma unroll
+      for (int m = 0; m < T::kRankTiles; ++m)
+#pragma unroll
+        for (int p = 0; p < T::kOwnPanels; ++p)
+          wgmma<E, 1>(sum[m][p], a[k][m], descriptor(b + (p * 2 * T::kPanel + k * 2048) / 16), 1);
+    wgmma_commit();
     load(step + kStages - 1);
-    const E* tile = tiles + step % kStages * T::kStage;
-    const E* factor = tile + T::kFactorAt;
+    wgmma_wait<0>();
 #pragma unroll
-    for (int k = 0; k < kWarpRows; k += 16) {
-      const int t = below * kWarpRows + k;
-      std::uint32_t x[kWarpColumns / 16][4];
+    for (auto& of_tile : sum)
 #pragma unroll
-      for (int n = 0; n < kWarpColumns; n += 16) {
-        const int row = t + lane % 16, chunk = (beside * kWarpColumns + n) / kChunk + lane / 16;
-        load_matrices_transposed(x[n / 16], tile + row * T::kWidth + swizzled(row, chunk));
-      }
-#pragma unroll
-      for (int c = 0; c < kColumns; c += 16) {
-        std::uint32_t f[4];
-        load_matrices_transposed(
-            f, factor + (t + lane / 16 * 8 + lane % 8) * T::kCoefRow + c + lane / 8 % 2 * 8);
-#pragma unroll
-        for (int n = 0; n < kWarpColumns / 8; ++n)
-          mma<E>(sum[c / 16][n], f[0], f[1], f[2], f[3], x[n / 2][n % 2 * 2],
-                 x[n / 2][n % 2 * 2 + 1]);
-      }
-    }
+      for (auto& of_panel : of_tile) pin(of_panel);
   }
   wait<0>();
   __syncthreads();
   auto* sums = reinterpret_cast<float*>(memory);
 #pragma unroll
-  for (int c = 0; c < kColumns; c += 8)
+  for (int m = 0; m < T::kRankTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < kWarpColumns / 8; ++n)
+    for (int p = 0; p < T::kOwnPanels; ++p)
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        sums[below * T::kSums + (c + lane / 4) * T::kSumRow + beside * kWarpColumns + 8 * n +
-             lane % 4 * 2 + j] = sum[c / 16][n][c / 8 % 2 * 2 + j];
+      for (int e = 0; e < 32; ++e) {
+        const int c = 64 * m + first_rank + lane / 4 + e % 4 / 2 * 8;
+        const int at = (first_panel + p) * 64 + e / 4 * 8 + lane % 4 * 2 + e % 2;
+        if (kColumns % 64 == 0 || c < kColumns)
+          sums[product * T::kSums + c * T::kSumRow + at] = sum[m][p][e];
+      }
   const cg::cluster_group cluster = cg::this_cluster();
   cluster.sync();
-  const int share = T::kWidth / parts;
-  for (int e = tid; e < share * group.columns; e += kThreads) {
+  const int share = kWidth / parts, ranks = T::kGrads ? v.rank_max : group.columns;
+  for (int all = tid; all < T::kProducts * share * ranks; all += kThreads) {
+    const int of = all / (share * ranks), e = all % (share * ranks);
+    const bool to_a = T::kGrads ? of == 2 : is_a;
     // Neighbouring threads write neighbouring elements: of dA along a row, of dB along the ranks.
-    const int c = is_a ? e / share : e % group.columns;
-    const int at = part * share + (is_a ? e % share : e / group.columns);
-    const LoraEntry& entry = entries[c / v.rank_max];
-    const int r = c % v.rank_max;
-    float* grad = is_a ? entry.da : entry.db;
-    if (column0 + at >= column_end || r >= entry.rank || grad == nullptr) continue;
+    const int c = to_a ? e / share : e % ranks;
+    const int at = part * share + (to_a ? e % share : e / ranks);
+    const LoraEntry& entry = entries[T::kGrads ? of : c / v.rank_max];
+    const int r = T::kGrads ? c : c % v.rank_max;
+    float* grad = to_a ? entry.da : entry.db;
+    if (column0 + at >= columns || r >= entry.rank || grad == nullptr) continue;
     float total = 0.0f;
-    for (int p = 0; p < parts; ++p) {
-      const float* other = cluster.map_shared_rank(sums, static_cast<unsigned>(p));
+    float other[kClusterMax];
 #pragma unroll
-      for (int b = 0; b < T::kBelow; ++b) total += other[b * T::kSums + c * T::kSumRow + at];
-    }
-    const std::int64_t n = column0 + at - (is_a ? 0 : site.n_begin);
-    grad[is_a ? static_cast<std::int64_t>(r) * width + n : n * entry.rank + r] += total;
+    for (int p = 0; p < kClusterMax; ++p)
+      if (p < parts)
+        other[p] = cluster.map_shared_rank(
+            sums, static_cast<unsigned>(p))[of * T::kSums + c * T::kSumRow + at];
+#pragma unroll
+    for (int p = 0; p < kClusterMax; ++p)
+      if (p < parts) total += other[p];
+    const std::int64_t n = column0 + at;
+    grad[to_a ? static_cast<std::int64_t>(r) * width + n : n * entry.rank + r] += total;
   }
   cluster.sync();  // a block's memory lives until the others have read it
 #endif
@@ -210,37 +262,36 @@ __global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 2 : 1)
 
 template <class E, int kColumns, Made kMade>
 void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, const Wide<E>& wide,
-           const Tensor& coefficients) {
+           const Tensor& coefficients, const Left<E>& left) {
+  using T = Tiles<kColumns, kMade>;
   int columns = 0;
   for (int s = 0; s < v.sites; ++s) columns = std::max(columns, v.site[s].n);
-  if (is_a) columns = wide.width;
-  const unsigned cluster = cluster_size(v.t / kRowsPerBlock);
-  const auto groups = static_cast<unsigned>(by_site ? v.sites : 1);
-  const auto start = [&](auto kernel, int width, std::size_t bytes) {
-    launch(stream, kernel,
-           dim3(cluster, static_cast<unsigned>((columns + width - 1) / width), groups), cluster,
-           bytes, v, is_a, wide, by_site, coefficients.as<const E>());
-  };
-  using Broad = Tiles<kColumns, 8, kMade>;
-  using Narrow = Tiles<kColumns, 2, kMade>;
-  if (columns >= 2048)
-    return start(outer_kernel<E, kColumns, 8, kMade>, Broad::kWidth, Broad::kBytes);
-  start(outer_kernel<E, kColumns, 2, kMade>, Narrow::kWidth, Narrow::kBytes);
+  if (is_a || T::kGrads) columns = wide.width;
+  const auto groups = static_cast<unsigned>(by_site && !T::kGrads ? v.sites : 1);
+  const auto blocks = static_cast<unsigned>((columns + T::kWidth - 1) / T::kWidth);
+  unsigned cluster = std::min(kBlocksMost, cluster_size(v.t / kRowsPerBlock));
+  while (cluster > 1 && cluster * blocks * groups > T::kBlocks * kMultiprocessors) cluster /= 2;
+  launch(stream, outer_kernel<E, kColumns, kMade>, dim3(cluster, blocks, groups), cluster,
+         T::kBytes, static_cast<unsigned>(T::kThreads), v, is_a, wide, by_site,
+         coefficients.as<const E>(), left);
 }
 
 template <Made kMade, class E>
 void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, const Wide<E>& wide,
-         const Tensor& coefficients) {
+         const Tensor& coefficients, const Left<E>& left = {}) {
   if (coefficients.dim(0) == 0) return;
+  constexpr bool kGrads = kMade == Made::kGrad || kMade == Made::kGradWithLeft;
   const SegmentsView v = segments_view(sites.sites, 0, sites.rows, coefficients.dim(0));
-  const int columns = by_site ? v.rank_max : v.columns;
-  const auto pass = columns <= 16   ? outer<E, 16, kMade>
-                    : columns <= 32 ? outer<E, 32, kMade>
-                    : columns <= 48 ? outer<E, 48, kMade>
-                    : columns <= 64 ? outer<E, 64, kMade>
-                                    : outer<E, 128, kMade>;
-  TANDEM_CHECK_LE(columns, kThinColumnsMax);
-  pass(stream, v, is_a, by_site, wide, coefficients);
+  const int columns = by_site || kGrads ? v.rank_max : v.columns;
+  constexpr int kMost = kMade == Made::kGiven || kMade == Made::kNorm ? kThinColumnsMax : 128;
+  TANDEM_CHECK_LE(columns, kMost);
+  const auto pass = columns <= 16    ? outer<E, 16, kMade>
+                    : columns <= 32  ? outer<E, 32, kMade>
+                    : columns <= 48  ? outer<E, 48, kMade>
+                    : columns <= 64  ? outer<E, 64, kMade>
+                    : columns <= 128 ? outer<E, 128, kMade>
+                                     : outer<E, kMost, kMade>;
+  pass(stream, v, is_a, by_site, wide, coefficients, left);
 }
 
 }  // namespace
@@ -248,7 +299,8 @@ void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, c
 
 void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
                   const LinearInputRecipe& make_x, const Tensor& du) {
-  const bool by_site = sites.rows.dropout > 0.0f || du.dim(1) > kThinColumnsMax;
+  const int most = x.defined() || make_x.norm.residual.defined() ? kThinColumnsMax : 128;
+  const bool by_site = sites.rows.dropout > 0.0f || du.dim(1) > most;
   const AddRmsNormArgs& norm = make_x.norm;
   with_element(du.dtype, [&]<class E>(E) {
     thin::Wide<E> wide{static_cast<const E*>(x.data), static_cast<int>(x.dim(1))};
@@ -268,6 +320,22 @@ void lora_thin_db(cudaStream_t stream, const ThinSites& sites, const Tensor& dy,
   with_element(dy.dtype, [&]<class E>(E) {
     const thin::Wide<E> wide{dy.as<const E>(), static_cast<int>(dy.dim(1))};
     thin::run<thin::Made::kGiven>(stream, sites, false, true, wide, u);
+  });
+}
+
+void lora_thin_made_db(cudaStream_t stream, const ThinSites& sites,
+                       const SiluMulBackwardArgs& make_dy, const LeftFactorGrad& left,
+                       const Tensor& dy, const Tensor& u) {
+  with_element(dy.dtype, [&]<class E>(E) {
+    thin::Wide<E> wide{make_dy.gate_up.as<const E>(), static_cast<int>(dy.dim(1) / 2)};
+    wide.dout = make_dy.dout.as<const E>();
+    wide.dy = dy.as<E>();
+    if (!left.du.defined())
+      return thin::run<thin::Made::kGrad>(stream, sites, false, true, wide, u);
+    thin::run<thin::Made::kGradWithLeft>(
+        stream, sites, false, true, wide, u,
+        thin::Left<E>{segments_view(left.sites, 0, sites.rows, dy.dim(0)).site[0],
+                      left.du.as<const E>()});
   });
 }
 

@@ -49,31 +49,6 @@ struct MadeOf {
   const E *gate_up, *dout;
 };
 
-/// The linear that reads silu * up: where its dA is left to this pass.
-template <class E>
-struct Left {
-  SiteView site;
-  const E* du;  ///< [T, rank_max]
-};
-
-/// dgate to `gate` and dup to `up`, eight columns, rounded as the op rounds them; kOut: silu * up
-/// to `dout`.
-template <class E, bool kOut>
-__device__ inline void silu_mul_grad_8(uint4& dout, uint4& gate, uint4& up) {
-  const auto one = [](std::uint32_t& d, std::uint32_t& g, std::uint32_t& u) {
-    const SiluMulGrad low = silu_mul_grad(low_f32<E>(d), low_f32<E>(g), low_f32<E>(u));
-    const SiluMulGrad high = silu_mul_grad(high_f32<E>(d), high_f32<E>(g), high_f32<E>(u));
-    if (kOut)
-      d = pack<E>(silu_mul(low_f32<E>(g), low_f32<E>(u)), silu_mul(high_f32<E>(g), high_f32<E>(u)));
-    g = pack<E>(low.gate, high.gate);
-    u = pack<E>(low.up, high.up);
-  };
-  one(dout.x, gate.x, up.x);
-  one(dout.y, gate.y, up.y);
-  one(dout.z, gate.z, up.z);
-  one(dout.w, gate.w, up.w);
-}
-
 /// The site and first column of a block.
 struct ColumnBlock {
   int site, begin, end;
@@ -371,14 +346,13 @@ void start(const Call<E>& c) {
   using P = Pair<kColumns, kWarpColumns, kRows, kDy>;
   launch(c.stream, pair_kernel<E, kColumns, kWarpColumns, kRows, kDy>,
          dim3(static_cast<unsigned>(c.parts), static_cast<unsigned>(c.blocks / P::kSites)), 1,
-         P::kBytes, c.v, c.made_of, c.left, static_cast<E*>(c.dy.data),
+         P::kBytes, kThreads, c.v, c.made_of, c.left, static_cast<E*>(c.dy.data),
          static_cast<int>(c.dy.dim(1)), static_cast<const E*>(c.u.data), c.du_parts, c.db_parts,
          c.da_parts);
 }
 
 template <Dy kDy, class E>
 void start(const Call<E>& c, std::int64_t columns, std::int64_t width) {
-  if (columns == 64) return start<64, 32, 16, kDy>(c);
   if (columns == 32) return width == 512 ? start<32, 64, 16, kDy>(c) : start<32, 32, 32, kDy>(c);
   if (width == 1024) return start<16, 128, 16, kDy>(c);
   return width == 512 ? start<16, 64, 16, kDy>(c) : start<16, 32, 32, kDy>(c);

@@ -356,9 +356,16 @@ void CudaOps::linear_backward_thin(Exec& exec, const LinearBackwardArgs& a,
         pass_scope(profiler_, s, layout.pair.makes_dy ? "silu du db" : "du db", a.dy);
     lora_thin_pair(s, sites, layout.pair, a.make_dy, a.left, a.dy, u, du, gathered, scratch);
   } else {
-    const Profiler::Scope pass = pass_scope(profiler_, s, "du, db", a.dy);
+    {
+      const Profiler::Scope pass =
+          pass_scope(profiler_, s, layout.pair.makes_dy ? "silu db" : "db", a.dy);
+      if (layout.pair.makes_dy)
+        lora_thin_made_db(s, sites, a.make_dy, a.left, a.dy, u);
+      else
+        lora_thin_db(s, sites, a.dy, u);
+    }
+    const Profiler::Scope pass = pass_scope(profiler_, s, "du", a.dy);
     lora_thin_du(s, sites, a.dy, du, gathered);
-    lora_thin_db(s, sites, a.dy, u);
   }
   if (!a.du.defined()) {
     const Profiler::Scope pass = pass_scope(profiler_, s, "da", a.x);

@@ -517,8 +517,8 @@ void launch_expand_few(cudaStream_t stream, const SegmentsView& v, const Tensor&
   unsigned blocks = 0;
   for (int s = 0; s < v.sites; ++s)
     blocks += static_cast<unsigned>((v.site[s].n + kFewOutputs - 1) / kFewOutputs);
-  // Enough blocks to fill the device, as long as there are items for them.
-  constexpr unsigned kWanted = 264;
+  // As many blocks as Hopper holds at once, as long as there are items for them.
+  constexpr unsigned kWanted = 5 * 132;
   const unsigned groups = static_cast<unsigned>((v.t + kTogether - 1) / kTogether);
   const dim3 grid(blocks, std::clamp(kWanted / std::max(blocks, 1u), 1u, groups));
   expand_few_kernel<E, Y>
