@@ -1,6 +1,7 @@
 #include "kernels/cuda/gemv.cuh"
 
 #include "kernels/cuda/linear_then.cuh"
+#include "kernels/cuda/lora_rows.cuh"
 #include "kernels/cuda/mma.cuh"
 
 namespace tandem::kernels::cuda {
@@ -23,11 +24,50 @@ __device__ inline float dot(const uint4& w, const uint4& x, float sum) {
   return sum;
 }
 
-/// Weights are asked for before the kernel that makes x has ended: they depend on nobody.
-template <class E, class Out, Then kThen>
+constexpr int kRankMax = 64, kRanks = kRankMax / 32;  ///< of a lane
+
+/// The only row's slot. Called by whole warps.
+__device__ inline int find_slot(const SegmentsView& v, int lane) {
+  int slot = -1;
+  for (int s = lane; s < v.segments; s += 32)
+    if (v.offsets[s] == 0 && v.offsets[s + 1] > 0) slot = v.slots[s];
+  return __reduce_max_sync(0xffffffffu, slot);
+}
+
+/// What one lane has of B's row of an output: the adapter's ranks lane, lane + 32; on its way.
+template <class E>
+struct FactorRow {
+  E b[kRanks];
+  int rank = 0, column = 0;  ///< of u
+
+  __device__ void load(const SegmentsView& v, int slot, int n, int lane) {
+    for (int s = 0; s < v.sites; ++s) {
+      const SiteView& site = v.site[s];
+      if (n < site.n_begin || n >= site.n_begin + site.n) continue;
+      const LoraEntry entry = find_entry(v, site, slot);
+      const auto* row =
+          static_cast<const E*>(entry.b) + static_cast<std::int64_t>(n - site.n_begin) * entry.rank;
+      rank = entry.rank, column = site.column;
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j)
+        if (lane + 32 * j < rank) b[j] = row[lane + 32 * j];
+    }
+  }
+  __device__ float dot(const E* u, int lane, float sum) const {
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j)
+      if (lane + 32 * j < rank)
+        sum = fmaf(load_f32(b[j]), load_f32(u[column + lane + 32 * j]), sum);
+    return sum;
+  }
+};
+
+/// Weights are asked for before the kernel that makes x has ended: they depend on nobody. kAdapts:
+/// x is there, and u when that kernel has ended.
+template <class E, class Out, Then kThen, bool kAdapts>
 __global__ void __launch_bounds__(kThreads)
     gemv_kernel(const E* x, const E* w, const E* bias, std::int64_t n, std::int64_t k, Out* y,
-                const ThenView then) {
+                const ThenView then, const __grid_constant__ SegmentsView adapters, const E* u) {
   extern __shared__ uint4 shared_x[];
   launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -47,9 +87,17 @@ __global__ void __launch_bounds__(kThreads)
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) ahead[r][u] = load(r, first + u * kStep);
-  wait_for_inputs();
+  [[maybe_unused]] FactorRow<E> factor[kRows];
+  if constexpr (kAdapts) {
+    const int slot = find_slot(adapters, lane);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      factor[r].load(adapters, slot, static_cast<int>(row + r * apart), lane);
+  } else {
+    wait_for_inputs();
+  }
   for (std::int64_t c = threadIdx.x; c < k / 8; c += kThreads)
-    shared_x[c] = reinterpret_cast<const uint4*>(x)[c];
+    shared_x[c] = __ldcg(reinterpret_cast<const uint4*>(x) + c);
   __syncthreads();
   float sum[kRows] = {};
   for (std::int64_t column = first; column < k; column += kLoads * kStep) {
@@ -70,6 +118,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int r = 0; r < kRows; ++r) sum[r] = dot<E>(now[r][u], v, sum[r]);
     }
   }
+  if constexpr (kAdapts) {
+    wait_for_inputs();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum[r] = factor[r].dot(u, lane, sum[r]);
+  }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     sum[r] = warp_sum(sum[r]);
@@ -85,9 +138,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class E, class Out, Then kThen>
-void run(cudaStream_t stream, const LinearArgs& a) {
-  constexpr auto kKernel = gemv_kernel<E, Out, kThen>;
+template <class E, class Out, Then kThen, bool kAdapts>
+void run(cudaStream_t stream, const LinearArgs& a, const Tensor& u) {
+  constexpr auto kKernel = gemv_kernel<E, Out, kThen, kAdapts>;
   const PackedWeight& w = *a.weight;
   const auto blocks = static_cast<unsigned>((w.n + kWarps * kRows - 1) / (kWarps * kRows));
   const auto shared = static_cast<std::size_t>(w.i) * kElementBytes;
@@ -98,19 +151,29 @@ void run(cudaStream_t stream, const LinearArgs& a) {
   launch_early("gemv_kernel", kKernel, dim3(blocks), dim3(kThreads), shared, stream,
                static_cast<const E*>(a.x.data), static_cast<const E*>(w.storage.data),
                static_cast<const E*>(a.bias.data), w.n, w.i, static_cast<Out*>(output_of(a)),
-               then_view(a));
+               then_view(a), kAdapts ? segments_view(a.sites, 0, *a.adapters, 1) : SegmentsView{},
+               static_cast<const E*>(u.data));
 }
 
 }  // namespace
 
-bool gemv_fits(const Tensor& x, const PackedWeight& w) {
-  return x.dim(0) == 1 && is_16_bit(w.dtype) && w.i % 8 == 0 && w.i <= kGemvColumnsMax &&
-         reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 &&
-         reinterpret_cast<std::uintptr_t>(w.storage.data) % 16 == 0;
+bool gemv_fits(const LinearArgs& a) {
+  const PackedWeight& w = *a.weight;
+  const bool fits = a.x.dim(0) == 1 && is_16_bit(w.dtype) && w.i % 8 == 0 &&
+                    w.i <= kGemvColumnsMax &&
+                    reinterpret_cast<std::uintptr_t>(a.x.data) % 16 == 0 &&
+                    reinterpret_cast<std::uintptr_t>(w.storage.data) % 16 == 0;
+  if (!fits || a.adapters == nullptr || a.adapters->rank_max == 0 || a.sites.empty()) return fits;
+  return a.adapters->rank_max <= kRankMax && a.adapters->dropout == 0.0f &&
+         a.sites.size() <= kSitesMax && a.y.dtype == a.x.dtype;
 }
 
-void gemv(cudaStream_t stream, const LinearArgs& a) {
-  with_outputs(a, [&]<class E, class Out, Then kThen>() { run<E, Out, kThen>(stream, a); });
+void gemv(cudaStream_t stream, const LinearArgs& a, const Tensor& u) {
+  with_outputs(a, [&]<class E, class Out, Then kThen>() {
+    if constexpr (std::is_same_v<E, Out>)
+      if (u.defined()) return run<E, Out, kThen, true>(stream, a, u);
+    run<E, Out, kThen, false>(stream, a, u);
+  });
 }
 
 }  // namespace tandem::kernels::cuda

@@ -313,7 +313,7 @@ bool CudaOps::joins_reader(const Exec& exec, const LinearArgs& a) const {
   const std::int64_t distance = rope.qkv.defined() ? rope.head_dim : a.weight->n;
   if (a.y.dtype != a.x.dtype || distance % 16 != 0 || rope.qk_norm.defined()) return false;
   const bool invariant = exec.numerics == Numerics::kInvariant;
-  if (!adapts && gemv_fits(a.x, *a.weight)) return !invariant || has_invariant_product(exec, a);
+  if (gemv_fits(a) && (!invariant || !adapts)) return !invariant || has_invariant_product(exec, a);
   return !invariant && !rope.qkv.defined() && a.x.dim(0) <= kSkinnyRows && skinny_fits(a, profile_);
 }
 
@@ -324,7 +324,7 @@ bool CudaOps::invariant_product(
   LinearArgs plain = without_adapters(a);
   const bool narrow = a.y.dtype != DType::kF32;
   const std::int64_t t = a.x.dim(0);
-  if (gemv_fits(a.x, *a.weight)) {
+  if (gemv_fits(plain)) {
     ordered_gemv(stream(exec), plain);
     return true;
   }
@@ -423,7 +423,7 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
     finish();
   };
   if (layout.columns == 0) {
-    if (!invariant && gemv_fits(a.x, *a.weight)) return gemv(s, a);
+    if (!invariant && gemv_fits(a)) return gemv(s, a, {});
     return is_skinny ? run_skinny(a, {}) : base_product();
   }
   const std::int64_t t = a.x.dim(0), i = a.x.dim(1), n = a.weight->n;
@@ -432,12 +432,13 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   // Kernels of few rows, and of one order of sums, read x.
   if (layout.makes_x && (few || invariant)) do_silu_mul_forward(exec, a.make_x);
   const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, layout.columns});
-  if (is_skinny) {
+  const bool is_gemv = !invariant && gemv_fits(a);
+  if (is_gemv || is_skinny) {
     {
       const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
       lora_segments_shrink(s, a.sites, *a.adapters, a.x, u, true);
     }
-    return run_skinny(a, u);
+    return is_gemv ? gemv(s, a, u) : run_skinny(a, u);
   }
   // kInvariant: one order of sums and of roundings, whatever the bounds are.
   if (!layout.single || few || invariant) {
