@@ -32,6 +32,7 @@ struct Tiles {
   /// Of the inner size.
   static constexpr int kParts =
       (kMakes && (kColumns <= 16 || kWarpgroups)) || kColumns > 128 ? 2 : 1;
+  static constexpr unsigned kPartsMost = kWarpgroups ? 4 : kClusterMax;
   static constexpr int kTileRows = kRows / kParts;
   static constexpr int kWide = kRows * kStep;
   static constexpr int kBRow = kColumns + kChunk;
@@ -327,9 +328,7 @@ void contract(cudaStream_t stream, const SegmentsView& v, bool by_site, const Wi
   for (int s = 0; s < v.sites; ++s) inner = std::max(inner, v.site[s].n);
   if (kIsU) inner = wide.width;
   using T = Tiles<kColumns, kPass>;
-  // Of 4,096 rows no more blocks than the device holds.
-  const unsigned parts = std::min<unsigned>(cluster_size(inner / kInnerPerPart),
-                                            T::kWarpgroups && T::kBlocks == 1 ? 4 : kClusterMax);
+  const unsigned parts = std::min(cluster_size(inner / kInnerPerPart), T::kPartsMost);
   const unsigned cluster = std::max(1U, parts / T::kParts);
   const auto groups = static_cast<unsigned>(by_site ? v.sites : 1);
   TANDEM_CHECK(kPass != Pass::kMadeX || groups == 1, groups, " passes would make x");

@@ -13,9 +13,10 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kRowsPerBlock = 128;   ///< at least: the cluster's size
+/// Of a block, at least, and of a part of them a multiple. Parts depend on nothing but the rows, so
+/// that what is made on the way gives the bits of what is given.
+constexpr int kRowsPerBlock = 128, kPartStep = 64;
 constexpr unsigned kBlocksMost = 4;  ///< of a cluster
-constexpr unsigned kMultiprocessors = 132;
 
 /// What passes: x or dy; the residual stream, times `rstd` of its row and `weight` of its column;
 /// gate_up [T, 2 width]; or both and dout, of which dy is made, with or without the dA left to it.
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(Tiles<kColumns, kMade>::kThreads, Tiles<kColum
   if (!wanted) return;
   const int parts = static_cast<int>(gridDim.x), part = static_cast<int>(blockIdx.x);
   const int steps_all = (v.t + T::kRows - 1) / T::kRows;
-  const int steps_part = (steps_all + parts - 1) / parts;
+  const int steps_part =
+      ((v.t + kPartStep - 1) / kPartStep + parts - 1) / parts * kPartStep / T::kRows;
   const int first_step = part * steps_part;
   const int steps = max(0, min(steps_part, steps_all - first_step));
   const DropoutMask mask(v, site, width);
@@ -269,8 +271,7 @@ void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, 
   if (is_a || T::kGrads) columns = wide.width;
   const auto groups = static_cast<unsigned>(by_site && !T::kGrads ? v.sites : 1);
   const auto blocks = static_cast<unsigned>((columns + T::kWidth - 1) / T::kWidth);
-  unsigned cluster = std::min(kBlocksMost, cluster_size(v.t / kRowsPerBlock));
-  while (cluster > 1 && cluster * blocks * groups > T::kBlocks * kMultiprocessors) cluster /= 2;
+  const unsigned cluster = std::min(kBlocksMost, cluster_size(v.t / kRowsPerBlock));
   launch(stream, outer_kernel<E, kColumns, kMade>, dim3(cluster, blocks, groups), cluster,
          T::kBytes, static_cast<unsigned>(T::kThreads), v, is_a, wide, by_site,
          coefficients.as<const E>(), left);

@@ -74,6 +74,9 @@ const LinearShape kMade[] = {
     {150, 64, 528, 2, {32}, {0, 150}, {0}, false},
     {200, 264, 528, 2, {64}, {0, 200}, {0}, false},
     {90, 104, 48, 3, {48}, {0, 90}, {0}, false},
+    {517, 1032, 144, 3, {64, 40}, {0, 517}, {1}, false},  // all columns in one pass
+    {517, 1032, 192, 3, {64}, {0, 517}, {0}, false},
+    {530, 136, 1040, 2, {128}, {0, 530}, {0}, false},
 };
 
 /// Gate and up whose gradient backward makes, and a down of the same adapters before it: no
@@ -90,6 +93,9 @@ const LinearShape kMlp[] = {
     {150, 64, 528, 2, {32}, {0, 150}, {0}, false},
     {200, 264, 528, 2, {64}, {0, 200}, {0}, false},
     {90, 104, 96, 2, {72}, {0, 90}, {0}, false},
+    {517, 72, 2064, 2, {64, 40}, {0, 517}, {1}, false},
+    {517, 136, 4640, 2, {64}, {0, 517}, {0}, false},
+    {530, 72, 1040, 2, {128}, {0, 530}, {0}, false},
 };
 
 /// Of an x that forward makes: clusters of 1, 2, 4 and 8 blocks, parts of tiles of rows and of
@@ -110,6 +116,9 @@ const LinearShape kMadeForward[] = {
     {270, 520, 64, 1, {64}, {0, 270}, {0}, false},
     {300, 328, 64, 1, {128}, {0, 300}, {0}, false},
     {300, 328, 64, 2, {96}, {0, 300}, {0}, false},  // more columns than one pass has
+    {517, 2120, 192, 3, {64}, {0, 517}, {0}, false},
+    {261, 4168, 72, 1, {64, 48}, {0, 261}, {1}, false},
+    {517, 2120, 64, 1, {128}, {0, 517}, {0}, true},
 };
 
 /// A case in f64 and what it takes on a device.
