@@ -253,16 +253,16 @@ __global__ void __launch_bounds__(kThreads, Tiles<kColumns, kPass>::kBlocks)
     if constexpr (T::kWarpgroups) fence_async();
     __syncthreads();
     const E* tile = tiles + step % kStages * T::kStage;
+    const E* factor =
+        tile + T::kFactorAt + warp * 16 / T::kTileRows * (kColumns * kStep);  // of the warp's part
     if constexpr (T::kWarpgroups) {
       multiply_step<E, kColumns, kPass>(sum, shared_address(tile + warp / 4 * 64 * kStep),
-                                        shared_address(tile + T::kFactorAt));
+                                        shared_address(factor));
       load(step + kStages - 1);
       wgmma_wait<0>();
       for (auto& of_columns : sum) pin(of_columns);
     } else {
       load(step + kStages - 1);
-      const E* factor = tile + T::kFactorAt +
-                        warp * 16 / T::kTileRows * (kColumns * kStep);  // of the warp's part
 #pragma unroll
       for (int k = 0; k < kStep; k += 16) {
         std::uint32_t x[4];

@@ -13,10 +13,11 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-/// Of a block, at least, and of a part of them a multiple. Parts depend on nothing but the rows, so
-/// that what is made on the way gives the bits of what is given.
+/// Of a block, at least, and of a part of them a multiple. Parts depend on nothing but rows and
+/// columns, so that what is made on the way gives the bits of what is given.
 constexpr int kRowsPerBlock = 128, kPartStep = 64;
-constexpr unsigned kBlocksMost = 4;  ///< of a cluster
+constexpr unsigned kBlocksMost = 4;  ///< of a cluster; half as many where columns fill the device
+constexpr int kManyColumns = 8192;
 
 /// What passes: x or dy; the residual stream, times `rstd` of its row and `weight` of its column;
 /// gate_up [T, 2 width]; or both and dout, of which dy is made, with or without the dA left to it.
@@ -271,7 +272,8 @@ void outer(cudaStream_t stream, const SegmentsView& v, bool is_a, bool by_site, 
   if (is_a || T::kGrads) columns = wide.width;
   const auto groups = static_cast<unsigned>(by_site && !T::kGrads ? v.sites : 1);
   const auto blocks = static_cast<unsigned>((columns + T::kWidth - 1) / T::kWidth);
-  const unsigned cluster = std::min(kBlocksMost, cluster_size(v.t / kRowsPerBlock));
+  const unsigned most = columns >= kManyColumns ? kBlocksMost / 2 : kBlocksMost;
+  const unsigned cluster = std::min(most, cluster_size(v.t / kRowsPerBlock));
   launch(stream, outer_kernel<E, kColumns, kMade>, dim3(cluster, blocks, groups), cluster,
          T::kBytes, static_cast<unsigned>(T::kThreads), v, is_a, wide, by_site,
          coefficients.as<const E>(), left);
