@@ -45,7 +45,8 @@ class Engine {
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
-             [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
+             [this](protocol::ControlMessage message) { receive(std::move(message)); },
+             [this] { return hung(); }}),
         tasks_(kTasksMax),
         serve_(io_, tasks_, bulk_, [this](Task task) { post(serve_inbox_, std::move(task)); }),
         turns_(options.turns, serve_, [this] { drain_inbox(serve_inbox_); }) {

@@ -41,7 +41,8 @@ class Lead {
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
-             [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
+             [this](protocol::ControlMessage message) { receive(std::move(message)); },
+             [this] { return hung(); }}),
         tasks_(kTasksMax) {
     rank_.store_with(bulk_, tasks_, checkpoint_pin(options_.start));
     beat();

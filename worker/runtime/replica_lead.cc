@@ -58,7 +58,8 @@ class ReplicaLead {
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
-             [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
+             [this](protocol::ControlMessage message) { receive(std::move(message)); },
+             [this] { return hung(); }}),
         tasks_(kTasksMax),
         serve_(io_, tasks_, bulk_, [this](Task task) { post(std::move(task)); }) {
     beat();
