@@ -42,11 +42,12 @@ static void put(wire::ControlMessage::Builder root, const EstimateRequest& m) {
   put(b.initModel(), m.model);
   b.setSpecJson(text(m.spec_json));
   b.setServeJson(text(m.serve_json));
+  b.setEvaluates(m.evaluates);
 }
 static EstimateRequest get(wire::EstimateRequest::Reader r) {
   return {get_text(r.getCallId(), "estimate.call_id", kIdBytesMax), get(r.getModel()),
           get_text(r.getSpecJson(), "estimate.spec_json"),
-          get_text(r.getServeJson(), "estimate.serve_json")};
+          get_text(r.getServeJson(), "estimate.serve_json"), r.getEvaluates()};
 }
 
 static void put(wire::ControlMessage::Builder root, const StartJob& m) {

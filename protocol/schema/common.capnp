@@ -36,7 +36,7 @@ struct Version {
   minor @1 :UInt16;
 }
 # History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
-# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset.
+# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates.
 
 enum StatusCode {
   ok @0;

@@ -293,8 +293,9 @@ class Engine {
         return refused_error(str("max_length ", settings.max_length,
                                  " exceeds the context of model ", request.model.name, " (",
                                  config.context_max, ")"));
-      TANDEM_ASSIGN_OR_RETURN(const auto text, estimate_job(profile, config, options_.model,
-                                                            settings, options_.data_directory));
+      TANDEM_ASSIGN_OR_RETURN(const auto text,
+                              estimate_job(profile, config, options_.model, settings,
+                                           request.evaluates, options_.data_directory));
       reply = nlohmann::json::parse(text);
     }
     reply["device"] = options_.device;
