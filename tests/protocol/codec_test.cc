@@ -380,9 +380,22 @@ TEST(HostileFrames, ALongerFrameThanItsMessageIsRefused) {
 
 TEST(HostileFrames, AnOversizedFrameIsRefusedUnread) {
   DecodeCounters counters;
-  const Bytes frame(static_cast<std::size_t>(kFrameBytesMax) + 8);
+  const Bytes frame(static_cast<std::size_t>(kWorkerFrameBytesMax) + 8);
   for (const Direction& d : directions()) EXPECT_FALSE(d.recode(frame, &counters).ok());
   EXPECT_EQ(counters.too_large, directions().size());
+}
+
+TEST(Codec, ManifestsTravelBetweenCoordinatorAndWorkersUpToTheirOwnLimit) {
+  std::string manifest(static_cast<std::size_t>(kManifestBytesMax), 'm');
+  const CheckpointReady checkpoint{JobId("job"), 1, 10, manifest};
+  EXPECT_EQ(decode_worker(encode(WorkerMessage{checkpoint})).value(), WorkerMessage{checkpoint});
+  StartJob start;
+  start.job = JobId("job");
+  start.checkpoint_manifest = manifest;
+  EXPECT_EQ(decode_control(encode(ControlMessage{start})).value(), ControlMessage{start});
+  manifest += 'm';
+  EXPECT_FALSE(
+      decode_worker(encode(WorkerMessage{CheckpointReady{JobId("job"), 1, 10, manifest}})).ok());
 }
 
 TEST(HostileFrames, SeededMutationsAreRefusedOrDecodeAndNeverCrash) {
