@@ -398,6 +398,18 @@ TEST(Codec, ManifestsTravelBetweenCoordinatorAndWorkersUpToTheirOwnLimit) {
       decode_worker(encode(WorkerMessage{CheckpointReady{JobId("job"), 1, 10, manifest}})).ok());
 }
 
+TEST(Codec, ACallsParametersAndItsAnswerMayFillAFrame) {
+  const std::string most(static_cast<std::size_t>(kCallJsonBytesMax), ' ');
+  const Call call{"call-1", "key", "job.restore", most};
+  const Bytes frame = encode(ClientMessage{call});
+  EXPECT_LE(static_cast<std::int64_t>(frame.size()), kFrameBytesMax);
+  EXPECT_EQ(decode_client(frame).value(), ClientMessage{call});
+  CallReply reply;
+  reply.call_id = "call-1";
+  reply.result_json = most;
+  EXPECT_EQ(decode_server(encode(ServerMessage{reply})).value(), ServerMessage{reply});
+}
+
 TEST(HostileFrames, SeededMutationsAreRefusedOrDecodeAndNeverCrash) {
   constexpr int kMutations = 4000;
   for (const Direction& d : directions()) {
