@@ -180,6 +180,12 @@ void Calls::reply(const Ask& ask, const Status& status, const Json& result) {
 }
 
 void Calls::send_reply(const Ask& ask, const Status& status, const std::string& result, bool more) {
+  if (static_cast<std::int64_t>(result.size()) > protocol::kCallJsonBytesMax)
+    return send_reply(
+        ask,
+        refused_error(str("the answer to ", ask.method, " takes ", result.size(),
+                          " bytes, and an answer may have ", protocol::kCallJsonBytesMax)),
+        "", false);
   const std::int64_t retry =
       status.code() == StatusCode::kBusy ? context_.limits().retry_after_ms : 0;
   protocol::CallReply message;

@@ -153,7 +153,7 @@ void Calls::job_resume(const Ask& ask, Params& params) {
   const auto spec = protocol::JobSpec::parse(job->spec_json);
   if (job->estimate_json.empty() && model != nullptr && spec.ok() && workers_.engines_alive() > 0) {
     if (const std::string run = start_dry_run(ask, resume); !run.empty())
-      estimates_.ask(run, model_ref(*model), spec->train, true);
+      estimates_.ask(run, model_ref(*model), spec->train, spec->evaluates(), true);
     return;
   }
   const auto resumed = resume("");
@@ -293,6 +293,7 @@ void Calls::estimate(const Ask& ask, Params& params) {
   const std::string name = params.text("model");
   const std::string train = params.object("train", false);
   (void)params.integer("workers", 1, 1, 4096);
+  const bool eval_data = params.boolean("eval_data", false);
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   auto settings = protocol::TrainSettings::parse(train.empty() ? "{}" : train);
   if (!settings.ok()) return reply(ask, settings.status());
@@ -305,7 +306,9 @@ void Calls::estimate(const Ask& ask, Params& params) {
     return json;
   };
   const std::string id = start_dry_run(ask, answered);
-  if (!id.empty()) estimates_.ask(id, model_ref(**model), *settings, false);
+  if (!id.empty())
+    estimates_.ask(id, model_ref(**model), *settings, eval_data || settings->eval_split > 0.0,
+                   false);
 }
 
 }  // namespace tandem::coordinator

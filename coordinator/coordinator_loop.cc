@@ -140,7 +140,7 @@ bool CoordinatorLoop::receive_workers() {
                        std::move(*message)});
     } else {
       ++counters_.malformed;
-      log_debug("refused a worker's frame: ", message.status().message());
+      log_warn("refused a worker's frame: ", message.status().message());
     }
   }
   return any;

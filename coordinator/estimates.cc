@@ -8,7 +8,7 @@
 namespace tandem::coordinator {
 
 void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
-                    const protocol::TrainSettings& settings, bool patient) {
+                    const protocol::TrainSettings& settings, bool evaluates, bool patient) {
   asked_[id] = {model,
                 settings,
                 settings.dp_choices().back() * settings.tp * settings.pp,
@@ -18,12 +18,13 @@ void Estimates::ask(const std::string& id, const protocol::ModelRef& model,
                 0,
                 {},
                 0,
-                ""};
+                "",
+                evaluates};
 }
 
 void Estimates::ask_serving(const std::string& id, const protocol::ModelRef& model,
                             std::int64_t ranks, const std::string& serve_json) {
-  asked_[id] = {model, {}, ranks, true, false, context_.now().ms, 0, {}, 0, serve_json};
+  asked_[id] = {model, {}, ranks, true, false, context_.now().ms, 0, {}, 0, serve_json, false};
 }
 
 std::vector<EstimateOutcome> Estimates::reply(const protocol::EstimateReply& reply) {
@@ -97,7 +98,7 @@ std::vector<EstimateOutcome> Estimates::tick() {
         context_.send_worker(
             engine->engine.peer,
             protocol::EstimateRequest{id, asked.model, train_json(asked, engine->device),
-                                      asked.serve_json});
+                                      asked.serve_json, asked.evaluates});
       }
     }
     ++entry;

@@ -25,7 +25,7 @@ class Estimates {
   /// `id` must be unique among those in flight. `patient`: waits for an engine for ever; otherwise
   /// kUnavailable after estimate_timeout_ms.
   void ask(const std::string& id, const protocol::ModelRef& model,
-           const protocol::TrainSettings& settings, bool patient);
+           const protocol::TrainSettings& settings, bool evaluates, bool patient);
   /// Of a replica over several ranks; kUnavailable after estimate_timeout_ms.
   void ask_serving(const std::string& id, const protocol::ModelRef& model, std::int64_t ranks,
                    const std::string& serve_json);
@@ -47,6 +47,7 @@ class Estimates {
     WorkerId worker;  ///< empty: not sent
     int sends = 0;
     std::string serve_json = {};  ///< of a replica; "": a job
+    bool evaluates = false;
   };
   Worker* choose(const Asked& asked);
   /// The settings as an engine with that device sees them; layout auto is told how many such ranks

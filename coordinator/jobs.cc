@@ -142,7 +142,8 @@ void Jobs::ask_estimate(Job& job) {
     save(job);
     return;
   }
-  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, true);
+  estimates_.ask(kJobPrefix + job.id.value, model_ref(*model), spec->train, spec->evaluates(),
+                 true);
 }
 
 std::string Jobs::nearest_layout_text(const protocol::TrainSettings& train, std::size_t ranks) {

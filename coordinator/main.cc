@@ -167,7 +167,8 @@ void print_limits(const Limits& l) {
            ", ttl ", l.result_ttl_ms / 1000, " s; idempotency keys ", l.idempotency_max, ", ",
            l.idempotency_ttl_ms / 3'600'000, " h; outbox ", kOutboxMessagesMax, " messages, ",
            format_bytes(kOutboxBytesMax), " per peer; frames ",
-           format_bytes(protocol::kFrameBytesMax), ", bulk ",
+           format_bytes(protocol::kFrameBytesMax), ", workers' ",
+           format_bytes(protocol::kWorkerFrameBytesMax), ", bulk ",
            format_bytes(protocol::kBulkFrameBytesMax));
 }
 
@@ -215,7 +216,7 @@ Result<Sockets> open_sockets(const Settings& settings) {
   TANDEM_ASSIGN_OR_RETURN(sockets.clients, listen("clients", protocol::SocketLimits::control(),
                                                   {KeyRole::kClient, KeyRole::kAdmin}));
   TANDEM_ASSIGN_OR_RETURN(sockets.workers,
-                          listen("workers", protocol::SocketLimits::control(), {KeyRole::kWorker}));
+                          listen("workers", protocol::SocketLimits::workers(), {KeyRole::kWorker}));
   TANDEM_ASSIGN_OR_RETURN(sockets.bulk, listen("bulk", protocol::SocketLimits::bulk(), {}));
   TANDEM_ASSIGN_OR_RETURN(sockets.poller, sockets.context->make_poller());
   sockets.poller->add(*sockets.workers);

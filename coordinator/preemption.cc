@@ -17,8 +17,9 @@ std::vector<const Job*> candidates(const Job& job, const Tables& tables,
   for (const JobId& id : tables.held) {
     const Job& other = tables.jobs.at(id);
     const bool runs = other.state == JobState::kStarting || other.state == JobState::kRunning;
-    const bool spared =
-        other.preempted_unix_ms > 0 && rules.now_unix_ms - other.preempted_unix_ms < rules.spare_ms;
+    // A clock that was set back since does not spare it for as long.
+    const std::int64_t since = rules.now_unix_ms - other.preempted_unix_ms;
+    const bool spared = other.preempted_unix_ms > 0 && since >= 0 && since < rules.spare_ms;
     // What is published only says its last word.
     if (runs && other.priority < job.priority && !spared && other.published.empty())
       found.push_back(&other);

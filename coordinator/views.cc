@@ -40,6 +40,7 @@ Json model_json(const ModelRecord& model, const WorkerTable& workers) {
           {"dtype", value_or(summary, "dtype", "")},
           {"bytes", model.bytes},
           {"context", value_or(summary, "context", 0)},
+          {"layers", value_or(summary, "layers", 0)},
           {"path", model.path},
           {"shared", model.shared},
           {"created", model.created_unix_ms},

@@ -9,6 +9,7 @@ Result<ZmqClientOptions> dial_options(const Settings& settings, const std::strin
   ZmqClientOptions options;
   options.endpoint = settings.endpoint(socket);
   if (socket == "bulk") options.limits = SocketLimits::bulk();
+  if (socket == "workers") options.limits = SocketLimits::workers();
   std::string name = local_name;
   const std::string& path = settings.get("key_file");
   if (!path.empty() && options.endpoint.rfind("tcp://", 0) == 0) {

@@ -113,6 +113,7 @@ struct JobSpec {
   TrainSettings train;
 
   [[nodiscard]] const std::string& published_name() const { return train.full() ? name : adapter; }
+  [[nodiscard]] bool evaluates() const { return !eval_dataset.empty() || train.eval_split > 0.0; }
   static Result<JobSpec> parse(const std::string& json);
   [[nodiscard]] std::string to_json() const;
 };

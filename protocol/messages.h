@@ -22,8 +22,14 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 6;  ///< range: version.h
-inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one control or client frame
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 7;  ///< range: version.h
+inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one client frame, or a bulk request
+inline constexpr std::int64_t kCallJsonBytesMax = kFrameBytesMax - (64 << 10);  ///< of a call
+/// One manifest: a checkpoint's names the pieces of all ranks, about 300 bytes each, and the 16 MiB
+/// leaves of large ones.
+inline constexpr std::int64_t kManifestBytesMax = 16 << 20;
+/// One frame between coordinator and workers.
+inline constexpr std::int64_t kWorkerFrameBytesMax = kManifestBytesMax + kFrameBytesMax;
 inline constexpr std::int64_t kBulkFrameBytesMax = (16 << 20) + 4096;
 inline constexpr std::int64_t kTextBytesMax = 1 << 20;  ///< one text field
 inline constexpr std::int64_t kListItemsMax = 1 << 18;
@@ -375,6 +381,8 @@ struct EstimateRequest {
   std::string spec_json;  ///< a JobSpec's "train" object
   /// Since 1.3: {"tp", "pp"} of a replica that is to serve; "": a job.
   std::string serve_json;
+  /// Since 1.7: the job evaluates; from an older coordinator true, for then it may.
+  bool evaluates = true;
   bool operator==(const EstimateRequest&) const = default;
 };
 enum class StopMode : std::uint8_t { kCancel = 0, kPause = 1 };  ///< pause: checkpoint first

@@ -38,6 +38,7 @@ struct SocketLimits {
   int queue_messages = kControlQueueMessages;
 
   static SocketLimits control() { return {}; }
+  static SocketLimits workers() { return {kWorkerFrameBytesMax, 0, kControlQueueMessages}; }
   static SocketLimits bulk() { return {kFrameBytesMax, kBulkFrameBytesMax, kBulkQueueMessages}; }
 };
 

@@ -12,6 +12,7 @@
 
 #include "protocol/base/digest.h"
 #include "protocol/base/result.h"
+#include "protocol/messages.h"
 #include "protocol/records.h"
 
 #include <cstdint>
@@ -24,7 +25,7 @@ namespace tandem::storage {
 
 using protocol::ManifestKind;
 
-inline constexpr std::size_t kManifestBytesMax = 64 << 20;
+inline constexpr std::size_t kManifestBytesMax = protocol::kManifestBytesMax;
 inline constexpr std::size_t kManifestTensorsMax = 1 << 18;
 
 const char* manifest_kind_name(ManifestKind kind);

@@ -4,6 +4,7 @@
 #include "storage/json_strict.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -326,7 +327,7 @@ Result<PeftAdapter> read_peft(const std::string& folder) {
 
 namespace {
 
-Json config_json(const PeftConfig& config, const std::vector<std::string>& targets) {
+Json config_json(const PeftConfig& config) {
   Json json{
       {"alpha_pattern", config.alpha_pattern},
       {"auto_mapping", nullptr},
@@ -342,7 +343,8 @@ Json config_json(const PeftConfig& config, const std::vector<std::string>& targe
       {"peft_type", "LORA"},
       {"r", config.r},
       {"rank_pattern", config.rank_pattern},
-      {"target_modules", targets},
+      {"layers_to_transform", nullptr},
+      {"target_modules", nullptr},
       {"task_type", "CAUSAL_LM"},
       {"use_dora", false},
       {"use_rslora", config.use_rslora}};
@@ -354,10 +356,35 @@ Json config_json(const PeftConfig& config, const std::vector<std::string>& targe
   return json;
 }
 
+/// N of "model.layers.N.…"; -1: another site.
+std::int64_t layer_of(std::string_view site) {
+  constexpr std::string_view kLayers = "model.layers.";
+  if (!site.starts_with(kLayers)) return -1;
+  site.remove_prefix(kLayers.size());
+  std::int64_t layer = -1;
+  const auto [end, error] = std::from_chars(site.data(), site.data() + site.size(), layer);
+  return error == std::errc() && end != site.data() + site.size() && *end == '.' ? layer : -1;
+}
+
+/// Lets target_modules name the sites and no others: with layers_to_transform where these have the
+/// same modules, else one by one.
+void name_sites(const std::set<std::string>& sites, const std::set<std::string>& modules,
+                std::int64_t base_layers, Json& json) {
+  if (json["target_modules"].is_string()) return;  // a pattern, or all
+  std::set<std::int64_t> layers;
+  for (const std::string& site : sites) layers.insert(layer_of(site));
+  if (sites.size() != layers.size() * modules.size() || layers.contains(-1)) {
+    json["target_modules"] = sites;
+    return;
+  }
+  json["target_modules"] = modules;
+  if (static_cast<std::int64_t>(layers.size()) != base_layers) json["layers_to_transform"] = layers;
+}
+
 }  // namespace
 
 Status write_peft(const std::string& folder, const PeftConfig& config,
-                  std::span<const AdapterTensors> sites) {
+                  std::span<const AdapterTensors> sites, std::int64_t base_layers) {
   std::vector<TensorInfo> tensors;
   std::set<std::string> names, modules;
   if (sites.empty()) return invalid_error("an adapter without tensors");
@@ -376,11 +403,11 @@ Status write_peft(const std::string& folder, const PeftConfig& config,
     tensors.push_back(std::move(named.a));
     tensors.push_back(std::move(named.b));
   }
-  std::vector<std::string> targets = config.target_modules;
-  if (targets.empty()) targets.assign(modules.begin(), modules.end());
   std::string text;
   try {
-    text = config_json(config, targets).dump(2);
+    Json json = config_json(config);
+    name_sites(names, modules, base_layers, json);
+    text = json.dump(2);
   } catch (const std::exception& error) {
     return invalid_error(str(folder, ": adapter_config.json cannot be written: ", error.what()));
   }

@@ -67,8 +67,10 @@ std::int64_t count_not_finite(std::span<const std::byte> values, DType dtype);
 Result<PeftAdapter> read_peft(const std::string& folder);
 
 /// Writes both files durably into `folder` (made when missing). Sites' tensors are written under
-/// PEFT's names. Errors: invalid, internal (disk).
+/// PEFT's names. Where they are not in all of the base's `base_layers` (0: not known), the
+/// configuration names just them: PEFT makes a LoRA of its own wherever it names one. Errors:
+/// invalid, internal (disk).
 Status write_peft(const std::string& folder, const PeftConfig& config,
-                  std::span<const AdapterTensors> sites);
+                  std::span<const AdapterTensors> sites, std::int64_t base_layers = 0);
 
 }  // namespace tandem::storage

@@ -62,6 +62,9 @@ Status check_params(const std::string& method, const std::string& params_json) {
   if (json_nests_too_deep(params_json))
     return invalid_error(
         str(method, ": the parameters may nest at most ", kJsonNestingMax, " levels deep"));
+  if (static_cast<std::int64_t>(params_json.size()) > kCallJsonBytesMax)
+    return refused_error(str(method, ": the parameters take ", params_json.size(),
+                             " bytes, and a call may have ", kCallJsonBytesMax));
   if (nlohmann::json::parse(params_json, nullptr, false).is_object()) return {};
   return invalid_error(str(method, ": the parameters must be a JSON object"));
 }

@@ -70,7 +70,7 @@ static ClientMessage get(wire::ClientMessage::Reader r) {
       return Call{get_text(call.getCallId(), "call.call_id", kIdBytesMax),
                   get_text(call.getIdempotencyKey(), "call.idempotency_key", kIdBytesMax),
                   get_text(call.getMethod(), "call.method", kNameBytesMax),
-                  get_text(call.getParamsJson(), "call.params_json")};
+                  get_text(call.getParamsJson(), "call.params_json", kCallJsonBytesMax)};
     }
     case wire::ClientMessage::CALL_CANCEL:
       return CallCancel{
@@ -100,7 +100,7 @@ static ServerMessage get(wire::ServerMessage::Reader r) {
       CallReply m;
       m.call_id = get_text(reply.getCallId(), "call_reply.call_id", kIdBytesMax);
       m.status = get(reply.getStatus());
-      m.result_json = get_text(reply.getResultJson(), "call_reply.result_json");
+      m.result_json = get_text(reply.getResultJson(), "call_reply.result_json", kCallJsonBytesMax);
       m.more = reply.getMore();
       m.retry_after_ms = get_count(reply.getRetryAfterMs(), "call_reply.retry_after_ms");
       return m;

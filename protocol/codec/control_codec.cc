@@ -42,11 +42,12 @@ static void put(wire::ControlMessage::Builder root, const EstimateRequest& m) {
   put(b.initModel(), m.model);
   b.setSpecJson(text(m.spec_json));
   b.setServeJson(text(m.serve_json));
+  b.setEvaluates(m.evaluates);
 }
 static EstimateRequest get(wire::EstimateRequest::Reader r) {
   return {get_text(r.getCallId(), "estimate.call_id", kIdBytesMax), get(r.getModel()),
           get_text(r.getSpecJson(), "estimate.spec_json"),
-          get_text(r.getServeJson(), "estimate.serve_json")};
+          get_text(r.getServeJson(), "estimate.serve_json"), r.getEvaluates()};
 }
 
 static void put(wire::ControlMessage::Builder root, const StartJob& m) {
@@ -98,7 +99,8 @@ static Infer get(wire::Infer::Reader r) {
   m.attempt = r.getAttempt();
   m.model = get(r.getModel());
   m.adapter = get_digest(r.getAdapter(), "infer.adapter");
-  m.adapter_manifest = get_text(r.getAdapterManifest(), "infer.adapter_manifest");
+  m.adapter_manifest =
+      get_text(r.getAdapterManifest(), "infer.adapter_manifest", kManifestBytesMax);
   m.job = get_id<JobId>(r.getJob(), "infer.job");
   return m;
 }
@@ -118,7 +120,7 @@ static Announce get(wire::Announce::Reader r) {
   return {get_text(r.getName(), "announce.name", kNameBytesMax),
           get_digest(r.getModel(), "announce.model"),
           get_digest(r.getAdapter(), "announce.adapter"),
-          get_text(r.getAdapterManifest(), "announce.adapter_manifest")};
+          get_text(r.getAdapterManifest(), "announce.adapter_manifest", kManifestBytesMax)};
 }
 
 static void put(wire::ControlMessage::Builder root, const LaunchDaemon& m) {
@@ -170,7 +172,8 @@ Bytes encode(const ControlMessage& message) {
 
 Result<ControlMessage> decode_control(std::span<const std::byte> frame, DecodeCounters* counters) {
   return codec::decode_root<wire::ControlMessage, ControlMessage>(
-      "control message", frame, counters, [](auto r) { return codec::get(r); });
+      "control message", frame, counters, [](auto r) { return codec::get(r); },
+      kWorkerFrameBytesMax);
 }
 
 }  // namespace tandem::protocol

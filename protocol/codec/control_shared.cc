@@ -49,7 +49,8 @@ StartJob get(wire::StartJob::Reader r) {
   m.eval_dataset = get_digest(r.getEvalDataset(), "start_job.eval_dataset");
   m.dataset_bytes = get_count(r.getDatasetBytes(), "start_job.dataset_bytes");
   m.eval_dataset_bytes = get_count(r.getEvalDatasetBytes(), "start_job.eval_dataset_bytes");
-  m.checkpoint_manifest = get_text(r.getCheckpointManifest(), "start_job.checkpoint_manifest");
+  m.checkpoint_manifest =
+      get_text(r.getCheckpointManifest(), "start_job.checkpoint_manifest", kManifestBytesMax);
   m.gang = r.getGang();
   check_list(r.getMembers().size(), "start_job.members", kGangMembersMax);
   m.members = get_ids<WorkerId>(r.getMembers(), "start_job.members");

@@ -92,9 +92,10 @@ Status refuse_current_exception(const char* what, DecodeCounters* counters);
 
 template <class Root, class Message, class Get>
 Result<Message> decode_root(const char* what, std::span<const std::byte> frame,
-                            DecodeCounters* counters, Get get_message) {
+                            DecodeCounters* counters, Get get_message,
+                            std::int64_t bytes_max = kFrameBytesMax) {
   try {
-    check_frame_size(frame, kFrameBytesMax);
+    check_frame_size(frame, bytes_max);
     const AlignedWords aligned(frame);
     capnp::FlatArrayMessageReader reader(aligned.words(), reader_options(aligned.words().size()));
     check_no_rest(reader, aligned.words());

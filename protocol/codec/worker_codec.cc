@@ -147,7 +147,7 @@ static CheckpointReady get(wire::CheckpointReady::Reader r) {
   CheckpointReady m;
   get_job_epoch(r, m, "checkpoint.job");
   m.step = get_count(r.getStep(), "checkpoint.step");
-  m.manifest = get_text(r.getManifest(), "checkpoint.manifest");
+  m.manifest = get_text(r.getManifest(), "checkpoint.manifest", kManifestBytesMax);
   return m;
 }
 
@@ -162,7 +162,7 @@ static Publish get(wire::Publish::Reader r) {
   Publish m;
   get_job_epoch(r, m, "publish.job");
   m.step = get_count(r.getStep(), "publish.step");
-  m.manifest = get_text(r.getManifest(), "publish.manifest");
+  m.manifest = get_text(r.getManifest(), "publish.manifest", kManifestBytesMax);
   m.metadata_json = get_text(r.getMetadataJson(), "publish.metadata_json");
   return m;
 }
@@ -245,7 +245,8 @@ Bytes encode(const WorkerMessage& message) {
 
 Result<WorkerMessage> decode_worker(std::span<const std::byte> frame, DecodeCounters* counters) {
   return codec::decode_root<wire::WorkerMessage, WorkerMessage>(
-      "worker message", frame, counters, [](auto r) { return codec::get(r); });
+      "worker message", frame, counters, [](auto r) { return codec::get(r); },
+      kWorkerFrameBytesMax);
 }
 
 }  // namespace tandem::protocol

@@ -203,7 +203,7 @@ struct Pong {
 # shutdown !        {"checkpoint"? = true} -> {}. Jobs write a checkpoint, then the coordinator ends.
 #
 # Objects
-#   MODEL    {"name", "digest", "family", "parameters", "dtype", "bytes", "context", "path", "shared",
+#   MODEL    {"name", "digest", "family", "parameters", "dtype", "bytes", "context", "layers", "path", "shared",
 #            "created", "job", "base_model", "workers": n ready}; path "": in the registry's blob store; job and
 #            base_model (a digest): which job published it and from what, "" for one that was added
 #   DATA     {"name", "digest", "bytes", "created"}

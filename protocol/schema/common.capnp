@@ -13,7 +13,7 @@
 # breaks loses what was under way. So whatever matters carries an id, is repeated by its sender until
 # it is acknowledged, and is recognised as a repeat by its receiver. Each message below says how.
 #
-# Limits. A frame: 4 MiB (bulk payload: 16 MiB + 4 KiB). A text: 1 MiB of valid UTF-8 unless it says
+# Limits. A frame: 4 MiB (of workers 20 MiB, bulk payload: 16 MiB + 4 KiB). A text: 1 MiB of valid UTF-8 (manifests between coordinator and workers: 16 MiB, a call's JSON: 64 KiB less than a frame) unless it says
 # less. A list: 2^18 items. Nesting: 32. Data that holds a digest: 0 or 32 bytes. Enum values that
 # this file does not name are refused. A frame that breaks a limit is dropped and counted; it is
 # never answered and never ends the receiver.
@@ -36,7 +36,7 @@ struct Version {
   minor @1 :UInt16;
 }
 # History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
-# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset.
+# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates.
 
 enum StatusCode {
   ok @0;

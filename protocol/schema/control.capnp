@@ -235,6 +235,7 @@ struct EstimateRequest {
   model @1 :ModelRef;
   specJson @2 :Text;     # the "train" object of a JobSpec
   serveJson @3 :Text;    # {"tp", "pp"} of a replica; "": a job
+  evaluates @4 :Bool = true;  # since 1.7: the job has something to evaluate on
 }
 
 struct StartJob {

@@ -45,6 +45,25 @@ TEST_F(JobsTest, AJobThatDoesNotFitIsRefusedWithTheNumberAndTheLimit) {
   EXPECT_TRUE(h.to_engine<StartJob>(0).empty());
 }
 
+TEST_F(JobsTest, TheDryRunKnowsWhetherTheJobEvaluates) {
+  const auto evaluates = [&](const std::string& more) {
+    h.from_client("c", protocol::Call{"s", more, "job.submit",
+                                      R"({"spec":{"model":"base","dataset":"rows","adapter":"a")" +
+                                          more + "}}"});
+    return h.to_engine<protocol::EstimateRequest>(0).at(0).evaluates;
+  };
+  EXPECT_FALSE(evaluates(""));
+  EXPECT_TRUE(evaluates(R"(,"train":{"eval_split":0.2})"));
+  EXPECT_TRUE(evaluates(R"(,"eval_dataset":"rows")"));
+  const auto estimated = [&](const std::string& more) {
+    h.from_client("c", protocol::Call{"e", "", "estimate", R"({"model":"base")" + more + "}"});
+    return h.to_engine<protocol::EstimateRequest>(0).at(0).evaluates;
+  };
+  EXPECT_FALSE(estimated(""));
+  EXPECT_TRUE(estimated(R"(,"train":{"eval_split":0.2})"));
+  EXPECT_TRUE(estimated(R"(,"eval_data":true)"));
+}
+
 TEST_F(JobsTest, UnknownNamesAndSettingsAreRefusedWithTheNearest) {
   const auto submit = [&](nlohmann::json spec) {
     return h.call("job.submit", {{"spec", std::move(spec)}}, "k").status;

@@ -147,6 +147,12 @@ TEST_F(Resizing, AVictimIsSparedForAWhile) {
   settle(3000);
   EXPECT_EQ(h.job(low).state, JobState::kRunning) << "not twice in a minute";
   EXPECT_EQ(stops[low], 1);
+  const std::int64_t then = h.job(low).preempted_unix_ms;
+  const auto victims = [&](std::int64_t now) {
+    return choose_victims(h.job(second), h.core().tables(), h.core().workers(), {}, {now, 60'000});
+  };
+  EXPECT_TRUE(victims(then).empty());
+  EXPECT_EQ(victims(then - 3'600'000), std::vector<JobId>{low}) << "the clock was set back";
   settle(61'000);
   EXPECT_EQ(h.job(second).state, JobState::kRunning);
   EXPECT_EQ(stops[low], 2);

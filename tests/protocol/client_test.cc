@@ -371,6 +371,10 @@ TEST_F(ClientTest, WhatTheCoordinatorWouldRefuseIsRefusedHereByName) {
   request.input.prompt = std::string(kTextBytesMax + 1, 'x');
   refused = made->generate(request).status();
   EXPECT_NE(refused.message().find(str(kTextBytesMax)), std::string::npos) << refused.message();
+  const std::string large = str("{\"x\":\"", std::string(kCallJsonBytesMax, 'x'), "\"}");
+  refused = made->call("job.submit", large).status();
+  EXPECT_EQ(refused.code(), StatusCode::kRefused);
+  EXPECT_NE(refused.message().find(str(kCallJsonBytesMax)), std::string::npos) << refused.message();
 }
 
 TEST_F(ClientTest, ALossyNetworkCostsTimeButNoToken) {

@@ -183,13 +183,28 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_6.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_7.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion16Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_6.txt");
+  int estimates = 0;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("control ")) continue;
+    const auto message = decode_control(bytes_of_hex(line.substr(line.rfind(' ') + 1)));
+    ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+    const auto* estimate = std::get_if<EstimateRequest>(&*message);
+    if (estimate == nullptr) continue;
+    ++estimates;
+    EXPECT_TRUE(estimate->evaluates) << "it may: 1.6 did not say";
+  }
+  EXPECT_EQ(estimates, 1);
 }
 
 TEST(Codec, ReadsWhatVersion15Wrote) {
@@ -265,6 +280,7 @@ TEST(Codec, ReadsWhatVersion12Wrote) {
     if (const auto* estimate = std::get_if<EstimateRequest>(&*message)) {
       EXPECT_FALSE(estimate->call_id.empty());
       EXPECT_EQ(estimate->serve_json, "");
+      EXPECT_TRUE(estimate->evaluates) << "it may: 1.2 did not say";
     }
   }
   EXPECT_EQ(frames, 11);
@@ -364,9 +380,34 @@ TEST(HostileFrames, ALongerFrameThanItsMessageIsRefused) {
 
 TEST(HostileFrames, AnOversizedFrameIsRefusedUnread) {
   DecodeCounters counters;
-  const Bytes frame(static_cast<std::size_t>(kFrameBytesMax) + 8);
+  const Bytes frame(static_cast<std::size_t>(kWorkerFrameBytesMax) + 8);
   for (const Direction& d : directions()) EXPECT_FALSE(d.recode(frame, &counters).ok());
   EXPECT_EQ(counters.too_large, directions().size());
+}
+
+TEST(Codec, ManifestsTravelBetweenCoordinatorAndWorkersUpToTheirOwnLimit) {
+  std::string manifest(static_cast<std::size_t>(kManifestBytesMax), 'm');
+  const CheckpointReady checkpoint{JobId("job"), 1, 10, manifest};
+  EXPECT_EQ(decode_worker(encode(WorkerMessage{checkpoint})).value(), WorkerMessage{checkpoint});
+  StartJob start;
+  start.job = JobId("job");
+  start.checkpoint_manifest = manifest;
+  EXPECT_EQ(decode_control(encode(ControlMessage{start})).value(), ControlMessage{start});
+  manifest += 'm';
+  EXPECT_FALSE(
+      decode_worker(encode(WorkerMessage{CheckpointReady{JobId("job"), 1, 10, manifest}})).ok());
+}
+
+TEST(Codec, ACallsParametersAndItsAnswerMayFillAFrame) {
+  const std::string most(static_cast<std::size_t>(kCallJsonBytesMax), ' ');
+  const Call call{"call-1", "key", "job.restore", most};
+  const Bytes frame = encode(ClientMessage{call});
+  EXPECT_LE(static_cast<std::int64_t>(frame.size()), kFrameBytesMax);
+  EXPECT_EQ(decode_client(frame).value(), ClientMessage{call});
+  CallReply reply;
+  reply.call_id = "call-1";
+  reply.result_json = most;
+  EXPECT_EQ(decode_server(encode(ServerMessage{reply})).value(), ServerMessage{reply});
 }
 
 TEST(HostileFrames, SeededMutationsAreRefusedOrDecodeAndNeverCrash) {

@@ -260,7 +260,7 @@ ControlMessage random_control_message(std::size_t kind, Random& random) {
     case 3:
       return LoadModel{d.model()};
     case 4:
-      return EstimateRequest{d.text(), d.model(), d.text(), d.text()};
+      return EstimateRequest{d.text(), d.model(), d.text(), d.text(), false};
     case 5:
       return start_job(d);
     case 6:

@@ -225,6 +225,36 @@ TEST_F(PeftFolder, TheWriterRefusesWhatItsConfigurationDoesNotSay) {
   EXPECT_EQ(write_peft(out / "z", adapter.config, {}).code(), StatusCode::kInvalid);
 }
 
+TEST_F(PeftFolder, TheWriterNamesTheLayersThatHaveTensorsAndNoOthers) {
+  Scratch out;
+  const auto written = [&](const std::vector<std::string>& sites, std::int64_t base_layers) {
+    std::vector<AdapterTensors> all;
+    const std::vector<std::byte> values(8);
+    PeftConfig config;
+    config.r = 1;
+    config.lora_alpha = 1;
+    config.target_modules = {"q_proj", "v_proj"};
+    for (const std::string& site : sites)
+      all.push_back(
+          {site, {"", DType::kF32, {1, 2}, values}, {"", DType::kF32, {2, 1}, values}, 1});
+    EXPECT_TRUE(write_peft(out / "x", config, all, base_layers).ok());
+    EXPECT_EQ(read_peft(out / "x").value().sites.size(), sites.size());
+    return parse_json_strict(read_bytes(out / "x/adapter_config.json"), "written").value();
+  };
+  const std::string q0 = "model.layers.0.self_attn.q_proj", q2 = "model.layers.2.self_attn.q_proj",
+                    v2 = "model.layers.2.self_attn.v_proj", v0 = "model.layers.0.self_attn.v_proj";
+  Json json = written({q0, q2}, 4);
+  EXPECT_EQ(json["target_modules"], Json({"q_proj"})) << "nothing was trained in v_proj";
+  EXPECT_EQ(json["layers_to_transform"], Json({0, 2}));
+  EXPECT_EQ(written({q0}, 0)["layers_to_transform"], Json({0})) << "there may be more layers";
+  json = written({q0, v0}, 1);
+  EXPECT_EQ(json["target_modules"], Json({"q_proj", "v_proj"}));
+  EXPECT_TRUE(json["layers_to_transform"].is_null());
+  json = written({q0, v2}, 4);
+  EXPECT_EQ(json["target_modules"], Json({q0, v2}));
+  EXPECT_TRUE(json["layers_to_transform"].is_null());
+}
+
 TEST(AdapterFit, NamesTheTensorThatTheBaseHasNoPlaceFor) {
   const auto tensor = [](const std::string& name, std::vector<std::int64_t> shape,
                          const std::string& dtype = "f32") {

@@ -60,7 +60,8 @@ std::unique_ptr<train::BatchSource> make_batches(const RankJob& job, std::int64_
   }
   Random random(4);
   std::vector<data::MicroBatch> eval;
-  for (int b = 0; job.eval && b < 3; ++b) eval.push_back(random_batch(random, vocab));
+  for (int b = 0; job.eval && b < 3; ++b)
+    eval.push_back(job.uniform ? steps.front().micro_batches.front() : random_batch(random, vocab));
   return train::make_fixed_batches(std::move(steps), std::move(eval));
 }
 

@@ -173,6 +173,21 @@ TEST_F(ObjectBackup, AModelsFilesStayInsideTheBackupAndHaveItsDigest) {
   EXPECT_EQ(restore(file("backup-tiny")).code, 0);
 }
 
+TEST_F(ObjectBackup, AJobThatCannotBeRestoredLeavesNoDataBehind) {
+  auto fresh = start();
+  run(*fresh, {"registry", "restore", file("backup-tiny")});
+  const std::string cut = copy("backup-" + job_, "cut-job"), odd = copy("backup-" + job_, "odd");
+  fs::remove(fs::directory_iterator(cut + "/manifests")->path());
+  replace(odd + "/backup.json", "\"learning_rate\"", "\"learning_rat\"");
+  for (const std::string& folder : {cut, odd}) {
+    EXPECT_NE(fresh->cli({"registry", "restore", folder}).code, 0) << folder;
+    EXPECT_TRUE(shown(*fresh, {"data", "list"})["data"].empty()) << folder;
+  }
+  run(*fresh, {"registry", "restore", file("backup-" + job_)});
+  EXPECT_NE(fresh->cli({"registry", "restore", odd}).code, 0);
+  EXPECT_EQ(shown(*fresh, {"data", "list"})["data"].size(), 2u) << "the job that is there has them";
+}
+
 TEST_F(ObjectBackup, ANameIsForABackupOfOneObject) {
   run(*source_, {"registry", "backup", file("whole")});
   expect({"registry", "restore", file("whole"), "--name", "x"}, 4, {"whole", "--name"});

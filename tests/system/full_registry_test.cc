@@ -69,5 +69,37 @@ TEST_F(FullRegistry, WhatWasTrainedIsPublishedWhenThereIsRoomAgain) {
   EXPECT_EQ(platform_.cli({"registry", "check"}).code, 0);
 }
 
+/// What a worker keeps of models lies on a disk that has no room for another.
+TEST(FullModelCache, AFullFineTuneSaysSoLeavesNothingHalfWrittenAndIsPublishedOnceThereIsRoom) {
+  Platform platform({"--dtype", "f32", "--threads", "1", "--kv-bytes-max", "8MiB"});
+  const std::string models = platform.data_dir() + "/cache/models";
+  fs::create_directories(models);
+  if (::mount("tmpfs", models.c_str(), "tmpfs", 0, "size=64k,mode=0700") != 0)
+    GTEST_SKIP() << "cannot mount a tmpfs (" << std::strerror(errno)
+                 << "): the full disk is not tested here";
+  const std::string model = platform.directory() + "/model",
+                    data = platform.directory() + "/train.jsonl";
+  write_tiny_model(model, 7);
+  write_tiny_dataset(data, 16, 8);
+  platform.start_coordinator();
+  platform.start_worker();
+  EXPECT_EQ(platform.cli({"model", "add", "tiny", model}).code, 0);
+  const auto output =
+      platform.cli({"--json", "train", "--model", "tiny", "--data", data, "--method", "full",
+                    "--name", "new", "--max-steps", "3", "--max-length", "128"});
+  const std::string job = Json::parse(output.out).value("job", "");
+  const Json failed = platform.wait_job(job);
+  EXPECT_EQ(failed.value("state", ""), "failed") << failed.dump(1);
+  EXPECT_NE(failed.value("error", "").find("No space left"), std::string::npos) << failed.dump(1);
+  EXPECT_TRUE(eventually(10'000, [&] { return fs::is_empty(models); }));
+  ::umount2(models.c_str(), MNT_DETACH);
+  EXPECT_EQ(platform.cli({"job", "resume", job}).code, 0);
+  const Json ended = platform.wait_job(job);
+  EXPECT_EQ(ended.value("state", ""), "done") << ended.dump(1);
+  EXPECT_EQ(ended.value("step", 0), 3);
+  EXPECT_EQ(platform.cli({"generate", "--model", "new", "--prompt", "a", "--max-tokens", "2"}).code,
+            0);
+}
+
 }  // namespace
 }  // namespace tandem::test

@@ -395,6 +395,28 @@ TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
   EXPECT_EQ(digest("moved-on"), digest("stayed"));
 }
 
+/// Its manifest is longer than other texts of messages may be.
+TEST_F(Gangs, ACheckpointOfManyPiecesIsStoredAndGoneOnFrom) {
+  const std::string folder = platform_->directory() + "/deep";
+  write_tiny_model(folder, 7, 100);
+  platform_->call("model.add", {{"name", "deep"}, {"path", folder}});
+  const std::string job = platform_->submit(
+      "deep", data_, "deep-tuned",
+      with(kSettings, {{"tp", 2}, {"max_steps", 400}, {"save_steps", 1}, {"lora_r", 1}}));
+  ASSERT_TRUE(reaches(job, 2));
+  platform_->call("job.pause", {{"job", job}});
+  ASSERT_EQ(platform_->wait_job(job).value("state", ""), "paused");
+  const Json shown = show_job(job);
+  const std::int64_t paused = shown.value("step", std::int64_t{0});
+  ASSERT_EQ(shown["checkpoints"].back()["step"], paused);
+  EXPECT_GT(platform_->call("adapter.manifest", {{"adapter", job + "@latest"}}).dump().size(), 0u);
+  platform_->call("job.resume", {{"job", job}});
+  EXPECT_TRUE(reaches(job, paused + 2));
+  EXPECT_EQ(show_job(job).value("attempts", 0), 1);
+  platform_->call("job.cancel", {{"job", job}});
+  EXPECT_EQ(platform_->wait_job(job).value("state", ""), "cancelled");
+}
+
 TEST_F(Gangs, APausedJobGoesOnOverOtherRanks) {
   const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 200}});
   const std::string whole = submit("whole", settings);

@@ -246,6 +246,32 @@ TEST_F(Replicas, ARankThatHangsEndsItsReplicaWithinItsPatienceAndNobodyElseNotic
     EXPECT_EQ(platform_->engine(slot), engines[static_cast<std::size_t>(slot)]);
 }
 
+/// Its ranks wait for each other for longer than any test here.
+class PatientPool : public Replicas {
+ protected:
+  static void SetUpTestSuite() {
+    start_pool(2, 32, 2, "3600");
+    if (platform_) train("tuned");
+  }
+};
+
+TEST_F(PatientPool, WhatIsToEndDoesNotWaitForARankThatIsSilent) {
+  const std::string id = add({{"tp", 2}}).at(0);
+  ASSERT_TRUE(serves(id));
+  const pid_t silent = platform_->gang_rank(1, leader(id));
+  ASSERT_GT(silent, 0);
+  ::kill(silent, SIGSTOP);
+  remove(id);
+  expect_no_gangs();
+  const std::string job = submit("gone", {{"tp", 2}, {"max_length", 128}, {"max_steps", 5000}});
+  ASSERT_TRUE(reaches(job, 2));
+  const pid_t rank = platform_->gang_rank(1, show_job(job).value("worker", "").back() - '0');
+  ASSERT_GT(rank, 0);
+  ::kill(rank, SIGSTOP);
+  platform_->call("job.cancel", {{"job", job}});
+  EXPECT_EQ(platform_->wait_job(job).value("state", ""), "cancelled");
+}
+
 TEST_F(Replicas, TwoBehindOneNameShareTheRequests) {
   TANDEM_NEEDS_WORKERS(4);
   const auto asked = prompts("two", 12);

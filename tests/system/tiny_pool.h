@@ -41,9 +41,10 @@ class TinyPool : public testing::Test {
 
   /// Starts the platform and waits until all workers are ready: `cpus`, or as many GPUs as tests
   /// use. `rows` of data, `layers` blocks.
-  static void start_pool(int cpus, int rows, std::int64_t layers = 2) {
+  static void start_pool(int cpus, int rows, std::int64_t layers = 2,
+                         const std::string& gang_timeout_s = on_gpus() ? "15" : "5") {
     if (lacks_gpus()) return;
-    begin_pool(rows, layers);
+    begin_pool(rows, layers, "", gang_timeout_s);
     const int count = on_gpus() ? kGpus : cpus;
     for (int slot = 0; slot < count; ++slot) platform_->start_worker(slot);
     await_workers(count);
@@ -56,10 +57,11 @@ class TinyPool : public testing::Test {
     return !missing_.empty();
   }
   /// The same without workers; `address`: see Platform::listen_at.
-  static void begin_pool(int rows, std::int64_t layers, const std::string& address = "") {
+  static void begin_pool(int rows, std::int64_t layers, const std::string& address = "",
+                         const std::string& gang_timeout_s = on_gpus() ? "15" : "5") {
     platform_ = std::make_unique<Platform>(std::vector<std::string>{
         "--dtype", "f32", "--numerics", "invariant", "--threads", "1", "--kv-bytes-max", "4MiB",
-        "--device", on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", on_gpus() ? "15" : "5"});
+        "--device", on_gpus() ? "cuda" : "cpu", "--gang-timeout-s", gang_timeout_s});
     if (!address.empty()) platform_->listen_at(address);
     write_tiny_model(platform_->directory() + "/model", 7, layers);
     write_tiny_dataset(platform_->directory() + "/train.jsonl", rows, 8);

@@ -78,7 +78,10 @@ Status run_adapter_export(Session& session, const std::string& name, const std::
   joined.reserve(manifest.tensors.size());
   TANDEM_ASSIGN_OR_RETURN(auto sites, to_peft_sites(manifest, blobs, joined));
   for (auto& site : sites) site.scale = config.scale(site.site, site.a.shape[0]);
-  TANDEM_RETURN_IF_ERROR(storage::write_peft(directory, config, sites));
+  std::int64_t layers = 0;
+  if (const auto base = session.call("model.show", {{"model", field(shown, "model")}}); base.ok())
+    layers = base->value("layers", std::int64_t{0});
+  TANDEM_RETURN_IF_ERROR(storage::write_peft(directory, config, sites, layers));
   const Json result{{"adapter", name},
                     {"digest", field(shown, "digest")},
                     {"directory", directory},

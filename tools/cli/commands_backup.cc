@@ -225,37 +225,19 @@ class Reader {
                                             {"upload", pin_}});
   }
 
+  /// A data set that this made visible goes again when the job cannot be restored.
   Result<Json> job(const Json& info) {
-    const std::string id = field(info, "job");
-    TANDEM_RETURN_IF_ERROR(need_model(field(info, "model"), id));
-    for (Json data : info.value("datasets", Json::array())) {
-      std::vector<Digest> chunks;
-      for (const auto& chunk : data.value("chunks", Json::array())) {
-        TANDEM_ASSIGN_OR_RETURN(chunks.emplace_back(),
-                                Digest::parse(chunk.is_string() ? chunk.get<std::string>() : ""));
-      }
-      TANDEM_RETURN_IF_ERROR(put_chunks(chunks));
-      data.erase("created");
-      data["upload"] = pin_;
-      if (session_.call("data.show", {{"data", data.value("digest", "")}}).ok())
-        data.erase("name");  // it is there, maybe under another name
-      TANDEM_RETURN_IF_ERROR(session_.call("data.add", data).status());
-    }
-    Result<Json> restored = invalid_error(str(folder_, "/backup.json names no checkpoint"));
+    TANDEM_RETURN_IF_ERROR(need_model(field(info, "model"), field(info, "job")));
+    std::vector<std::string> manifests;
     for (const auto& checkpoint : info.value("checkpoints", Json::array())) {
-      TANDEM_ASSIGN_OR_RETURN(const std::string text, put_manifest(field(checkpoint, "digest")));
-      Json params{{"job", id},
-                  {"spec", info.value("spec", Json::object())},
-                  {"name", info.value("name", "")},
-                  {"model", field(info, "model")},
-                  {"dataset", field(info, "dataset")},
-                  {"step", checkpoint.value("step", std::int64_t{-1})},
-                  {"manifest", text}};
-      if (info.value("eval_dataset", "") != "") params["eval_dataset"] = info["eval_dataset"];
-      restored = session_.call("job.restore", params);
-      TANDEM_RETURN_IF_ERROR(restored.status());
+      TANDEM_ASSIGN_OR_RETURN(manifests.emplace_back(), put_manifest(field(checkpoint, "digest")));
     }
-    return restored;
+    std::vector<std::string> added;
+    const Status data = add_datasets(info, added);
+    Result<Json> job = data.ok() ? add_checkpoints(info, manifests) : Result<Json>(data);
+    for (std::size_t i = 0; !job.ok() && i < added.size(); ++i)
+      (void)session_.call("data.rm", {{"data", added[i]}});  // refused where the job is there
+    return job;
   }
 
   /// Copies the files into the coordinator's data folder, which is to be on this host, and adds
@@ -284,6 +266,43 @@ class Reader {
   }
 
  private:
+  /// `added`: digests of those that were not there.
+  Status add_datasets(const Json& info, std::vector<std::string>& added) {
+    for (Json data : info.value("datasets", Json::array())) {
+      std::vector<Digest> chunks;
+      for (const auto& chunk : data.value("chunks", Json::array())) {
+        TANDEM_ASSIGN_OR_RETURN(chunks.emplace_back(),
+                                Digest::parse(chunk.is_string() ? chunk.get<std::string>() : ""));
+      }
+      TANDEM_RETURN_IF_ERROR(put_chunks(chunks));
+      data.erase("created");
+      data["upload"] = pin_;
+      const std::string digest = data.value("digest", "");
+      const bool there = session_.call("data.show", {{"data", digest}}).ok();
+      if (there) data.erase("name");  // maybe it has another one
+      TANDEM_RETURN_IF_ERROR(session_.call("data.add", data).status());
+      if (!there) added.push_back(digest);
+    }
+    return {};
+  }
+
+  /// `manifests`: theirs, in the same order.
+  Result<Json> add_checkpoints(const Json& info, const std::vector<std::string>& manifests) {
+    Result<Json> restored = invalid_error(str(folder_, "/backup.json names no checkpoint"));
+    std::size_t next = 0;
+    for (const auto& checkpoint : info.value("checkpoints", Json::array())) {
+      Json params{
+          {"job", field(info, "job")},         {"spec", info.value("spec", Json::object())},
+          {"name", info.value("name", "")},    {"model", field(info, "model")},
+          {"dataset", field(info, "dataset")}, {"step", checkpoint.value("step", std::int64_t{-1})},
+          {"manifest", manifests[next++]}};
+      if (info.value("eval_dataset", "") != "") params["eval_dataset"] = info["eval_dataset"];
+      restored = session_.call("job.restore", params);
+      TANDEM_RETURN_IF_ERROR(restored.status());
+    }
+    return restored;
+  }
+
   Status copy_model(const Json& info, const std::string& folder) {
     for (const auto& file : info.value("files", Json::array())) {
       const fs::path path = file.value("path", "");

@@ -308,8 +308,9 @@ Status run_estimate(Session& session, const TrainOptions& options) {
     if (!name.empty() && !std::filesystem::exists(name))
       TANDEM_RETURN_IF_ERROR(session.call("data.show", {{"data", name}}).status());
   TANDEM_ASSIGN_OR_RETURN(const Json data, check_data(session, request));
-  TANDEM_ASSIGN_OR_RETURN(
-      Json result, session.call("estimate", {{"model", request.model}, {"train", request.train}}));
+  Json params{{"model", request.model}, {"train", request.train}};
+  if (!request.eval_data.empty()) params["eval_data"] = true;
+  TANDEM_ASSIGN_OR_RETURN(Json result, session.call("estimate", params));
   if (!data.is_null()) result["data"] = data;
   if (session.json()) {
     std::cout << result.dump() << "\n";

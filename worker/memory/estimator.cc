@@ -81,10 +81,11 @@ class Recorder {
     trace_.clear();
     seconds_ = 0.0;
   }
-  StepTrace take() {
+  void end() {
     (void)next();
-    return std::move(trace_);
+    step_ = std::move(trace_);
   }
+  StepTrace take() { return std::move(step_); }
 
  private:
   /// Made in place: moving an event without a call, g++ 12 warns about the call under a sanitizer.
@@ -96,7 +97,7 @@ class Recorder {
   const CostModel& model_;
   const DType dtype_;
   double seconds_ = 0.0;
-  StepTrace trace_;
+  StepTrace trace_, step_;
 };
 
 Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::ModelConfig& config,
@@ -125,7 +126,9 @@ Result<Estimate> dry_run(const kernels::DeviceProfile& profile, const model::Mod
   if (recorder != nullptr) recorder->begin();
   while (!session->finished()) {
     TANDEM_ASSIGN_OR_RETURN(const train::SliceEvent event, session->run_slice());
-    static_cast<void>(event);
+    if (recorder == nullptr) continue;
+    if (std::holds_alternative<train::EvalDone>(event)) recorder->begin();  // the base's
+    if (std::holds_alternative<train::StepDone>(event)) recorder->end();
   }
   if (plan.publish && plan.layout.ranks() == 1) {
     if (settings.full())
@@ -212,7 +215,7 @@ Result<DryStep> trace_training(const kernels::DeviceProfile& profile,
 Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,
                                             const model::ModelConfig& config, DType dtype,
                                             const protocol::TrainSettings& settings,
-                                            const train::BatchBounds& bounds) {
+                                            const train::BatchBounds& bounds, bool evaluates) {
   const comm::Layout layout = train::layout_of(settings);
   const bool full = settings.method == "full";  // a LoRA of a gang is published without its device
   const Status cut = model::check_shard(config, layout.tp, layout.pp, layout.virtual_pp);
@@ -229,7 +232,7 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
   for (int rank = 0; rank < layout.ranks(); ++rank) {
     TANDEM_ASSIGN_OR_RETURN(ranks.emplace_back(),
                             estimate_training(profile, config, dtype, settings, bounds,
-                                              TrainingPlan{1, true, full, layout, rank}));
+                                              TrainingPlan{1, evaluates, full, layout, rank}));
   }
   return ranks;
 }

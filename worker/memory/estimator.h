@@ -63,7 +63,8 @@ inline Result<Estimate> estimate_training(const kernels::DeviceProfile& profile,
                            TrainingPlan{adapter_slots, with_eval, false});
 }
 
-/// One optimizer step of that rank, with all of its micro-batches, as it would be timed by `model`.
+/// The same, and one optimizer step of that rank, with all of its micro-batches, as it would be
+/// timed by `model`.
 struct DryStep {
   Estimate estimate;
   StepTrace trace;
@@ -91,7 +92,7 @@ BesideLedger beside_ledger(const kernels::DeviceProfile& profile, const comm::La
 Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,
                                             const model::ModelConfig& config, DType dtype,
                                             const protocol::TrainSettings& settings,
-                                            const train::BatchBounds& bounds);
+                                            const train::BatchBounds& bounds, bool evaluates);
 
 /// Every rank of a replica that serves over several workers, in rank order. refused_error: the
 /// model cannot be cut so, with the nearest layout of two ranks and more that works.

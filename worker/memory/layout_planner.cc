@@ -18,7 +18,7 @@ constexpr double kEqual = 0.01;
 Result<PlannedLayout> plan(const kernels::DeviceProfile& profile, const model::ModelConfig& config,
                            DType dtype, const protocol::TrainSettings& settings,
                            const train::BatchBounds& bounds, const LayoutLimits& limits,
-                           const CostModel& model) {
+                           const CostModel& model, bool evaluates) {
   PlannedLayout planned;
   planned.layout = train::layout_of(settings);
   // The ranks of a stage do the same at the same time: one stands for all of them.
@@ -28,9 +28,9 @@ Result<PlannedLayout> plan(const kernels::DeviceProfile& profile, const model::M
     trace_of.push_back(planned.layout.pp_rank(rank));
   for (int stage = 0; stage < planned.layout.pp; ++stage) {
     const int rank = planned.layout.rank_of(0, 0, stage);
-    TANDEM_ASSIGN_OR_RETURN(auto step,
-                            trace_training(profile, config, dtype, settings, bounds,
-                                           {1, false, false, planned.layout, rank}, model));
+    TANDEM_ASSIGN_OR_RETURN(
+        auto step, trace_training(profile, config, dtype, settings, bounds,
+                                  {1, evaluates, settings.full(), planned.layout, rank}, model));
     planned.peak_bytes = std::max(planned.peak_bytes, step.estimate.peak_total);
     traces.push_back(std::move(step.trace));
   }
@@ -82,13 +82,13 @@ Result<std::vector<PlannedLayout>> plan_layouts(const kernels::DeviceProfile& pr
                                                 const model::ModelConfig& config, DType dtype,
                                                 const protocol::TrainSettings& settings,
                                                 const train::BatchBounds& bounds,
-                                                const LayoutLimits& limits,
-                                                const CostModel& model) {
+                                                const LayoutLimits& limits, const CostModel& model,
+                                                bool evaluates) {
   std::vector<PlannedLayout> all;
   for (const comm::Layout& layout : possible_layouts(config, settings, limits.ranks_max)) {
-    TANDEM_ASSIGN_OR_RETURN(
-        all.emplace_back(),
-        plan(profile, config, dtype, with_layout(settings, layout), bounds, limits, model));
+    TANDEM_ASSIGN_OR_RETURN(all.emplace_back(),
+                            plan(profile, config, dtype, with_layout(settings, layout), bounds,
+                                 limits, model, evaluates));
   }
   std::stable_sort(all.begin(), all.end(), [](const PlannedLayout& a, const PlannedLayout& b) {
     if (a.fits != b.fits) return a.fits;

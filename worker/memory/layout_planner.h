@@ -31,12 +31,14 @@ std::vector<comm::Layout> possible_layouts(const model::ModelConfig& config,
 
 /// All of them, those that fit first, fastest first; before them, of those within 1 % of the
 /// fastest, the one with the fewest ranks, then the least tp, pp and zero. The settings' own dp,
-/// tp, pp, zero and virtual_pipeline_size are not looked at. Errors as estimate_training.
+/// tp, pp, zero and virtual_pipeline_size are not looked at. Evaluations of a job that `evaluates`
+/// count for memory, not for speed. Errors as estimate_training.
 Result<std::vector<PlannedLayout>> plan_layouts(const kernels::DeviceProfile& profile,
                                                 const model::ModelConfig& config, DType dtype,
                                                 const protocol::TrainSettings& settings,
                                                 const train::BatchBounds& bounds,
-                                                const LayoutLimits& limits, const CostModel& model);
+                                                const LayoutLimits& limits, const CostModel& model,
+                                                bool evaluates = false);
 
 /// The settings with that layout.
 protocol::TrainSettings with_layout(protocol::TrainSettings settings, const comm::Layout& layout);

@@ -45,7 +45,8 @@ class Engine {
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
-             [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
+             [this](protocol::ControlMessage message) { receive(std::move(message)); },
+             [this] { return hung(); }}),
         tasks_(kTasksMax),
         serve_(io_, tasks_, bulk_, [this](Task task) { post(serve_inbox_, std::move(task)); }),
         turns_(options.turns, serve_, [this] { drain_inbox(serve_inbox_); }) {
@@ -292,8 +293,9 @@ class Engine {
         return refused_error(str("max_length ", settings.max_length,
                                  " exceeds the context of model ", request.model.name, " (",
                                  config.context_max, ")"));
-      TANDEM_ASSIGN_OR_RETURN(const auto text, estimate_job(profile, config, options_.model,
-                                                            settings, options_.data_directory));
+      TANDEM_ASSIGN_OR_RETURN(const auto text,
+                              estimate_job(profile, config, options_.model, settings,
+                                           request.evaluates, options_.data_directory));
       reply = nlohmann::json::parse(text);
     }
     reply["device"] = options_.device;

@@ -60,7 +60,7 @@ std::size_t EngineIo::unacknowledged() const {
 }
 
 void EngineIo::flush() {
-  if (!link_.connected()) return;
+  if (!link_.connected() || callbacks_.hung()) return;
   while (stuck_ || (stuck_ = outbox_.try_pop())) {
     const Status sent = link_.send(*stuck_);
     if (sent.code() == StatusCode::kBusy) return;  // keeps its place

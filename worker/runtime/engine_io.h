@@ -23,6 +23,9 @@ class EngineIo {
     std::function<std::optional<protocol::Heartbeat>(std::uint64_t seq)> heartbeat;
     /// Called on the I/O thread for each message; posts it to the device thread.
     std::function<void(protocol::ControlMessage)> on_message;
+    /// Whether the device thread hangs. Nothing is sent then: what is repeated for want of an
+    /// acknowledgement, which that thread would take, must not pass for a sign of life.
+    std::function<bool()> hung;
   };
 
   EngineIo(std::unique_ptr<protocol::ClientEndpoint> endpoint, const Clock& clock,

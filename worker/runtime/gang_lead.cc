@@ -41,7 +41,8 @@ class Lead {
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
-             [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
+             [this](protocol::ControlMessage message) { receive(std::move(message)); },
+             [this] { return hung(); }}),
         tasks_(kTasksMax) {
     rank_.store_with(bulk_, tasks_, checkpoint_pin(options_.start));
     beat();
@@ -126,7 +127,8 @@ class Lead {
   // -- I/O thread: reads snapshots only ----------------------------------------------------------
   /// Loading takes as long as it takes: there the other ranks' patience is the limit.
   [[nodiscard]] bool hung() const {
-    return training_ && clock_.now_ms() - last_beat_ms_ > scaled_ms(patience_.timeout_ms()->load());
+    const TimeMs patience = cancelled_ ? patience_.stop_ms() : patience_.timeout_ms()->load();
+    return training_ && clock_.now_ms() - last_beat_ms_ > scaled_ms(patience);
   }
   [[nodiscard]] protocol::RunningJob claim() const {
     return {options_.start.job, options_.start.epoch, step_};
@@ -154,6 +156,10 @@ class Lead {
     return beat;
   }
   void receive(protocol::ControlMessage message) {
+    if (const auto* stop = std::get_if<protocol::StopJob>(&message))
+      cancelled_ =
+          cancelled_ || (stop->job == options_.start.job && stop->epoch == options_.start.epoch &&
+                         stop->mode == protocol::StopMode::kCancel);
     auto shared = std::make_shared<protocol::ControlMessage>(std::move(message));
     post([this, shared] { handle(*shared); });
   }
@@ -206,7 +212,7 @@ class Lead {
   AgentWatch agent_;
   std::atomic<TimeMs> last_beat_ms_;
   std::atomic<std::int64_t> step_{0};
-  std::atomic<bool> training_{false};
+  std::atomic<bool> training_{false}, cancelled_{false};
   BulkClient bulk_;
   BoundedQueue<Task> inbox_{kInboxMax};
   BoundedQueue<bool> wake_{1};

@@ -19,8 +19,8 @@ namespace tandem::worker::runtime {
 void GangPatience::add_slice(double seconds) {
   slices_.push_back(static_cast<TimeMs>(seconds * 1000.0));
   if (slices_.size() > kSlicesKept) slices_.pop_front();
-  const TimeMs longest = *std::max_element(slices_.begin(), slices_.end());
-  *now_ms_ = std::max(least_ms_, 5 * longest);
+  longest_ms_ = *std::max_element(slices_.begin(), slices_.end());
+  *now_ms_ = std::max(least_ms_, 5 * longest_ms_);
 }
 
 Result<std::unique_ptr<comm::Communicator>> join_devices(comm::Communicator& gang,

@@ -13,6 +13,7 @@
 #include "worker/runtime/task_thread.h"
 #include "worker/train/ranks.h"
 
+#include <algorithm>
 #include <atomic>
 #include <deque>
 #include <functional>
@@ -29,11 +30,18 @@ class GangPatience {
   explicit GangPatience(TimeMs least_ms)
       : least_ms_(least_ms), now_ms_(std::make_shared<std::atomic<TimeMs>>(least_ms)) {}
   [[nodiscard]] const std::shared_ptr<std::atomic<TimeMs>>& timeout_ms() const { return now_ms_; }
+  /// The same once the gang is to end without a checkpoint: nobody waits for a silent rank then.
+  /// Any thread.
+  [[nodiscard]] TimeMs stop_ms() const {
+    return std::min(now_ms_->load(), std::max(kStopMs, 5 * longest_ms_.load()));
+  }
   void add_slice(double seconds);
 
  private:
   static constexpr std::size_t kSlicesKept = 128;
+  static constexpr TimeMs kStopMs = 5000;
   const TimeMs least_ms_;
+  std::atomic<TimeMs> longest_ms_{0};
   std::shared_ptr<std::atomic<TimeMs>> now_ms_;
   std::deque<TimeMs> slices_;
 };

@@ -28,16 +28,17 @@ Status check_dtype(const kernels::DeviceProfile& profile, const ModelHostOptions
 /// Each rank is a process beside the engine of its slot, which goes on serving: both must fit.
 Result<std::string> estimate_gang(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, const ModelHostOptions& o,
-                                  const protocol::TrainSettings& settings) {
-  TANDEM_ASSIGN_OR_RETURN(auto ranks, memory::estimate_gang(profile, config, o.dtype, settings,
-                                                            memory::worst_case_bounds(settings)));
+                                  const protocol::TrainSettings& settings, bool evaluates) {
+  TANDEM_ASSIGN_OR_RETURN(auto ranks,
+                          memory::estimate_gang(profile, config, o.dtype, settings,
+                                                memory::worst_case_bounds(settings), evaluates));
   if (const auto choices = settings.dp_choices(); choices.size() > 1) {
     // Fewer ranks have larger parts each: an elastic job must fit at its smallest too.
     auto fewest = settings;
     fewest.dp = choices.back();
-    TANDEM_ASSIGN_OR_RETURN(
-        const auto more,
-        memory::estimate_gang(profile, config, o.dtype, fewest, memory::worst_case_bounds(fewest)));
+    TANDEM_ASSIGN_OR_RETURN(const auto more,
+                            memory::estimate_gang(profile, config, o.dtype, fewest,
+                                                  memory::worst_case_bounds(fewest), evaluates));
     ranks.insert(ranks.end(), more.begin(), more.end());
   }
   return gang_reply(profile, config, o, train::layout_of(settings), ranks);
@@ -45,12 +46,13 @@ Result<std::string> estimate_gang(const kernels::DeviceProfile& profile,
 
 Result<std::string> estimate_layout(const kernels::DeviceProfile& profile,
                                     const model::ModelConfig& config, const ModelHostOptions& o,
-                                    const protocol::TrainSettings& settings) {
-  if (settings.ranks() > 1 || settings.full()) return estimate_gang(profile, config, o, settings);
+                                    const protocol::TrainSettings& settings, bool evaluates) {
+  if (settings.ranks() > 1 || settings.full())
+    return estimate_gang(profile, config, o, settings, evaluates);
   TANDEM_ASSIGN_OR_RETURN(const auto estimate,
                           memory::estimate_training(profile, config, o.dtype, settings,
                                                     memory::worst_case_bounds(settings),
-                                                    {o.adapter_slots + 1, true, true}));
+                                                    {o.adapter_slots + 1, evaluates, true}));
   const std::int64_t total = estimate.peak_total + o.kv_bytes_max;
   auto kinds = json::parse(estimate.to_json());
   kinds["kv_cache"] = o.kv_bytes_max;
@@ -66,7 +68,7 @@ Result<std::string> estimate_layout(const kernels::DeviceProfile& profile,
 /// (a job of one rank runs in that engine).
 Result<std::string> estimate_auto(const kernels::DeviceProfile& profile,
                                   const model::ModelConfig& config, const ModelHostOptions& o,
-                                  protocol::TrainSettings settings,
+                                  protocol::TrainSettings settings, bool evaluates,
                                   const std::string& data_directory) {
   settings.layout = "manual";
   auto costs = memory::read_cost_model(data_directory + "/" + memory::kCostModelFile);
@@ -77,12 +79,12 @@ Result<std::string> estimate_auto(const kernels::DeviceProfile& profile,
   TANDEM_ASSIGN_OR_RETURN(
       const auto planned,
       memory::plan_layouts(profile, config, o.dtype, settings, memory::worst_case_bounds(settings),
-                           limits, *costs));
+                           limits, *costs, evaluates));
   std::string first;
   for (const memory::PlannedLayout& plan : planned) {
     TANDEM_ASSIGN_OR_RETURN(
         const std::string text,
-        estimate_layout(profile, config, o, memory::with_layout(settings, plan.layout)));
+        estimate_layout(profile, config, o, memory::with_layout(settings, plan.layout), evaluates));
     auto reply = json::parse(text);
     reply["layout"] = {{"dp", plan.layout.dp},
                        {"tp", plan.layout.tp},
@@ -130,12 +132,12 @@ Result<std::string> gang_reply(const kernels::DeviceProfile& profile,
 
 Result<std::string> estimate_job(const kernels::DeviceProfile& profile,
                                  const model::ModelConfig& config, const ModelHostOptions& options,
-                                 const protocol::TrainSettings& settings,
+                                 const protocol::TrainSettings& settings, bool evaluates,
                                  const std::string& data_directory) {
   TANDEM_RETURN_IF_ERROR(check_dtype(profile, options, settings));
   if (settings.layout == "auto")
-    return estimate_auto(profile, config, options, settings, data_directory);
-  return estimate_layout(profile, config, options, settings);
+    return estimate_auto(profile, config, options, settings, evaluates, data_directory);
+  return estimate_layout(profile, config, options, settings, evaluates);
 }
 
 }  // namespace tandem::worker::runtime

@@ -18,7 +18,7 @@ namespace tandem::worker::runtime {
 /// worker's.
 Result<std::string> estimate_job(const kernels::DeviceProfile& profile,
                                  const model::ModelConfig& config, const ModelHostOptions& options,
-                                 const protocol::TrainSettings& settings,
+                                 const protocol::TrainSettings& settings, bool evaluates,
                                  const std::string& data_directory);
 
 /// The reply about a gang: its largest rank, that rank's process and the engine of its slot must

@@ -488,6 +488,10 @@ void JobHost::end(Status status) {
   upload_again_ = nullptr;
   session_.reset();  // its memory is free for serving and for the next job
   phase_ = Phase::kEnding;
+  if (spec_.train.full() && !published_) {  // a model that was not published takes no room
+    std::error_code error;
+    std::filesystem::remove_all(parts_.model_folder, error);
+  }
   const Json summary{{"paused", pausing_},
                      {"train_loss_first", first_loss_},
                      {"train_loss_last", last_loss_},

@@ -58,7 +58,8 @@ class ReplicaLead {
         bulk_(std::move(endpoints.bulk), clock),
         io_(std::move(endpoints.control), clock,
             {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); },
-             [this](protocol::ControlMessage message) { receive(std::move(message)); }}),
+             [this](protocol::ControlMessage message) { receive(std::move(message)); },
+             [this] { return hung(); }}),
         tasks_(kTasksMax),
         serve_(io_, tasks_, bulk_, [this](Task task) { post(std::move(task)); }) {
     beat();
@@ -155,8 +156,9 @@ class ReplicaLead {
   // -- I/O thread: reads snapshots only ----------------------------------------------------------
   /// Loading takes as long as it takes: there the other ranks' patience is the limit.
   [[nodiscard]] bool hung() const {
-    return serving_ &&
-           clock_.now_ms() - last_beat_ms_ > scaled_ms(rank_.patience().timeout_ms()->load());
+    const GangPatience& patience = rank_.patience();
+    const TimeMs limit = stopped_ ? patience.stop_ms() : patience.timeout_ms()->load();
+    return serving_ && clock_.now_ms() - last_beat_ms_ > scaled_ms(limit);
   }
   [[nodiscard]] protocol::RunningJob claim() const {
     return {options_.start.job, options_.start.epoch, 0};
@@ -188,6 +190,9 @@ class ReplicaLead {
     return beat;
   }
   void receive(protocol::ControlMessage message) {
+    if (const auto* stop = std::get_if<protocol::StopJob>(&message))
+      stopped_ =
+          stopped_ || (stop->job == options_.start.job && stop->epoch == options_.start.epoch);
     auto shared = std::make_shared<protocol::ControlMessage>(std::move(message));
     post([this, shared] { handle(*shared); });
   }
@@ -264,7 +269,7 @@ class ReplicaLead {
   const Clock& clock_;
   AgentWatch agent_;
   std::atomic<TimeMs> last_beat_ms_;
-  std::atomic<bool> serving_{false};
+  std::atomic<bool> serving_{false}, stopped_{false};
   BulkClient bulk_;
   BoundedQueue<Task> inbox_{kInboxMax};
   BoundedQueue<bool> wake_{1};

@@ -2,7 +2,7 @@
 // ledger, byte for byte.
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/support/rank_job.h"
-#include "worker/memory/estimator.h"
+#include "worker/memory/layout_planner.h"
 
 #include <gtest/gtest.h>
 
@@ -45,6 +45,31 @@ TEST(EstimatorOfRanks, IsTheLedgerOfEachRankByteForByte) {
       }
 }
 
+TEST(EstimatorOfRanks, CountsAnEvaluationWhereThereIsOneAndOnlyThere) {
+  for (const worker::comm::Layout& layout :
+       {worker::comm::Layout{2, 1, 1, 0}, {1, 2, 1, 0}, {1, 1, 2, 0}, {2, 1, 2, 3}})
+    for (const bool full : {false, true}) {
+      RankJob job;
+      job.layout = layout;
+      job.full = full;
+      job.uniform = true;
+      job.steps = 1;
+      for (const bool eval : {false, true}) {
+        job.eval = eval;
+        const auto real = run_as_threads(job);
+        const auto ranks = worker::memory::estimate_gang(
+            kernels::cpu_profile({1, 0}), rank_job_model(job), DType::kF32,
+            worker::memory::with_layout(rank_job_settings(job), layout), rank_job_bounds(job),
+            eval);
+        ASSERT_TRUE(ranks.ok()) << ranks.status().to_string();
+        for (std::size_t rank = 0; rank < real.size(); ++rank)
+          EXPECT_EQ((*ranks)[rank].peak_total, real[rank].peak_bytes.back())
+              << layout_name(layout) << (full ? " full " : " lora ") << (eval ? "eval" : "")
+              << " rank " << rank;
+      }
+    }
+}
+
 /// A loss without gradients takes more scratch than one with them.
 TEST(EstimatorOfRanks, CountsTheEvaluationOfEveryDataParallelRank) {
   RankJob job;
@@ -69,6 +94,11 @@ TEST(EstimatorOfRanks, CountsTheEvaluationOfEveryDataParallelRank) {
     workspace.push_back(estimate->of(kernels::MemoryKind::kWorkspace));
   }
   EXPECT_EQ(workspace[0], workspace[1]);
+  plan.eval = false;
+  plan.rank = 0;
+  const auto without = estimate_training(kernels::cpu_profile({1, 0}), config, DType::kF32,
+                                         rank_job_settings(job), bounds, plan);
+  EXPECT_LT(without->of(kernels::MemoryKind::kWorkspace), workspace[0]);
 }
 
 TEST(EstimatorOfRanks, CountsThePublishOfAFullFineTuneOfOneRank) {

@@ -190,6 +190,27 @@ std::vector<PlannedLayout> planned(const LayoutLimits& limits, const CostModel& 
   return *list;
 }
 
+TEST(LayoutPlanner, BytesAreTheRanksOwnWithAndWithoutEvaluation) {
+  const auto config = test::tiny_config();
+  const auto profile = kernels::cpu_profile({1, 0});
+  for (const bool full : {false, true})
+    for (const bool evaluates : {false, true}) {
+      auto settings = settings_of(4);
+      if (full) settings.method = "full";
+      const auto list = plan_layouts(profile, config, DType::kF32, settings, kBounds,
+                                     {4, std::int64_t{1} << 40}, free_links(), evaluates);
+      ASSERT_TRUE(list.ok()) << list.status().to_string();
+      for (const PlannedLayout& plan : *list) {
+        if (plan.layout.ranks() == 1 && !full) continue;  // it runs in an engine
+        const auto ranks = estimate_gang(profile, config, DType::kF32,
+                                         with_layout(settings, plan.layout), kBounds, evaluates);
+        std::int64_t largest = 0;
+        for (const Estimate& rank : *ranks) largest = std::max(largest, rank.peak_total);
+        EXPECT_EQ(plan.peak_bytes, largest) << plan.layout.to_string();
+      }
+    }
+}
+
 TEST(LayoutPlanner, UsesAllRanksWhereLinksAreFreeAndOneWhereTheyAreSlow) {
   constexpr std::int64_t kAmple = std::int64_t{1} << 40;
   EXPECT_EQ(planned({4, kAmple}, free_links())[0].layout.ranks(), 4);
