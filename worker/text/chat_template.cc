@@ -314,6 +314,23 @@ Result<RenderedConversation> ChatTemplate::render_with_spans(const Json& message
   return result;
 }
 
+Result<RenderedConversation> ChatTemplate::render_turn(const Json& messages, std::size_t index,
+                                                       const RenderOptions& options) const {
+  Json first(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(index));
+  RenderOptions prompting = options, whole = options;
+  prompting.add_generation_prompt = true;
+  whole.add_generation_prompt = false;
+  TANDEM_ASSIGN_OR_RETURN(const std::string prompt, render(first, prompting));
+  first.push_back(messages[index]);
+  TANDEM_ASSIGN_OR_RETURN(std::string text, render(first, whole));
+  if (!text.starts_with(prompt))
+    return refused_error(str("chat template: message ", index,
+                             " does not begin with the prompt for it; mark the turn with "
+                             "{% generation %} in the template"));
+  const std::size_t end = std::max(without_trailing_space(text).size(), prompt.size());
+  return RenderedConversation{std::move(text), {{index, prompt.size(), end}}, 2 * index + 1};
+}
+
 const std::string& ChatTemplate::source() const {
   return impl_->source;
 }

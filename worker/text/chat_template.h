@@ -68,6 +68,13 @@ class ChatTemplate {
   [[nodiscard]] Result<RenderedConversation> render_with_spans(
       const nlohmann::ordered_json& messages, const RenderOptions& options = {}) const;
 
+  /// The conversation up to one assistant's turn, as the model is asked for it: the prompt for the
+  /// turn, and the turn. Refused: a template that writes the prompt differently once it is
+  /// answered.
+  [[nodiscard]] Result<RenderedConversation> render_turn(const nlohmann::ordered_json& messages,
+                                                         std::size_t index,
+                                                         const RenderOptions& options = {}) const;
+
   [[nodiscard]] const std::string& source() const;
 
   /// The parsed program; internal to worker/text.
