@@ -43,6 +43,8 @@ struct ServerHello {
                              # the client sends every open Generate and Call again
   heartbeatMs @4 :Int64;     # a client with open requests that hears nothing for so long sends Ping;
                              # nothing for three times as long: it sends its hello and open requests again
+                             # (so it is for one that read nothing while 8,192 messages or 64 MiB waited for
+                             # it: these are dropped, and nothing comes after them until its next hello)
 }
 
 struct Cancel {
