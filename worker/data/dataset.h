@@ -10,9 +10,9 @@
 //   sharegpt    {"conversations":[{"from","value"}], "system"?}      turns of "gpt"
 //   text        {"text"}                                             everything, and EOS
 //
-// Some templates write an earlier turn differently once later ones follow (Qwen3's around calls of
-// tools, Mistral's with a system message). A conversation that cannot be trained whole then becomes
-// one row per trained turn: the prompt for it and the turn, as the model is asked for it.
+// Some templates write an earlier turn differently once later ones follow (Qwen3's leaves out what
+// was thought, Mistral's moves the system message). A conversation with such a turn that is trained
+// becomes one row per trained turn: the prompt for it and the turn, as the model is asked for it.
 #pragma once
 
 #include "protocol/base/result.h"

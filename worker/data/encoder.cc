@@ -92,9 +92,15 @@ Result<std::vector<Example>> encode_conversation(const Encoder& encoder,
   options.tools = conversation.tools;
   const auto rendered = encoder.chat_template->render_with_spans(conversation.messages, options);
   const auto& trained = conversation.trained;
-  if (rendered.status().code() == StatusCode::kRefused &&
-      std::find(trained.begin(), trained.end(), true) != trained.end())
-    return encode_turns(encoder, conversation, options, where);
+  const auto is_rewritten = [&](const text::AssistantSpan& span) {
+    return span.rewritten && trained[span.message];
+  };
+  const bool by_turns =
+      rendered.ok()
+          ? std::any_of(rendered->assistant.begin(), rendered->assistant.end(), is_rewritten)
+          : rendered.status().code() == StatusCode::kRefused &&
+                std::find(trained.begin(), trained.end(), true) != trained.end();
+  if (by_turns) return encode_turns(encoder, conversation, options, where);
   if (!rendered.ok())
     return Status(rendered.status().code(), str(where, ": ", rendered.status().message()));
   std::vector<Example> whole(1);

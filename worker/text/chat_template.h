@@ -38,6 +38,7 @@ struct AssistantSpan {
   std::size_t message = 0;  ///< index of the assistant's message
   std::size_t begin = 0;    ///< first byte after the turn's header
   std::size_t end = 0;      ///< one past the end-of-turn token ("<|im_end|>"), which is trained too
+  bool rewritten = false;   ///< written otherwise than when the conversation ends with this turn
 };
 
 struct RenderedConversation {

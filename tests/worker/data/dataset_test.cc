@@ -104,6 +104,14 @@ TEST(Dataset, TrainsTurnByTurnWhereLaterTurnsChangeEarlierOnes) {
        "<think>\n\n</think>\n\n<tool_call>\n{\"name\": \"w\", \"arguments\": {\"at\": "
        "\"Rome\"}}\n</tool_call><|im_end|>",
        "<think>\n\n</think>\n\nSunny.<|im_end|>"});
+  // What an earlier turn thought is left out once later ones follow.
+  expect_trained_turn_by_turn(
+      text::golden_template("qwen3"),
+      R"({"messages":[{"role":"user","content":"a"},)"
+      R"({"role":"assistant","content":"<think>\nhm\n</think>\n\nb"},)"
+      R"({"role":"user","content":"c"},)"
+      R"({"role":"assistant","reasoning_content":"so","content":"d"}]})",
+      {1, 3}, {"<think>\nhm\n</think>\n\nb<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"});
   // Mistral's: the system message stands in the last of the user's.
   const auto mistral = text::ChatTemplate::parse(
       "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if messages[0].role == 'system' "
@@ -111,6 +119,14 @@ TEST(Dataset, TrainsTurnByTurnWhereLaterTurnsChangeEarlierOnes) {
       "messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} "
       "{{ m.content }}<|im_end|>{% endif %}{% endfor %}");
   ASSERT_TRUE(mistral.ok()) << mistral.status().to_string();
+  // Whole where no trained turn is written otherwise.
+  const Encoder qwen3{text::golden_tokenizer(), text::golden_template("qwen3")};
+  EXPECT_EQ(parse_ok(R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","content":)"
+                     R"("b","weight":0},{"role":"user","content":"c"},)"
+                     R"({"role":"assistant","content":"d"}]})",
+                     qwen3)
+                .examples.size(),
+            1u);
   expect_trained_turn_by_turn(
       *mistral,
       R"({"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"a"},)"
