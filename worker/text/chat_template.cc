@@ -322,19 +322,34 @@ Result<RenderedConversation> ChatTemplate::render_with_spans(const Json& message
 
 Result<RenderedConversation> ChatTemplate::render_turn(const Json& messages, std::size_t index,
                                                        const RenderOptions& options) const {
-  Json first(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(index));
-  RenderOptions prompting = options, whole = options;
-  prompting.add_generation_prompt = true;
+  const auto at = messages.begin() + static_cast<std::ptrdiff_t>(index);
+  Json asked(messages.begin(), at), answered(messages.begin(), at + 1);
+  RenderOptions asking = options, whole = options;
+  asking.add_generation_prompt = true;
   whole.add_generation_prompt = false;
-  TANDEM_ASSIGN_OR_RETURN(const std::string prompt, render(first, prompting));
-  first.push_back(messages[index]);
-  TANDEM_ASSIGN_OR_RETURN(std::string text, render(first, whole));
-  if (!text.starts_with(prompt))
-    return refused_error(str("chat template: message ", index,
-                             " does not begin with the prompt for it; mark the turn with "
-                             "{% generation %} in the template"));
-  const std::size_t end = std::max(without_trailing_space(text).size(), prompt.size());
-  return RenderedConversation{std::move(text), {{index, prompt.size(), end}}, 2 * index + 1};
+  TANDEM_ASSIGN_OR_RETURN(const std::string prompt, render(asked, asking));
+  TANDEM_ASSIGN_OR_RETURN(std::string turn, render(answered, whole));
+  if (turn.starts_with(prompt)) {
+    turn.erase(0, prompt.size());
+  } else {
+    // What comes after the question, with and without the answer.
+    const auto after_question = [&](Json& first, const RenderOptions& as) -> Result<std::string> {
+      if (index > 0) first[index - 1]["content"] = kMarker;
+      TANDEM_ASSIGN_OR_RETURN(const std::string text, render(first, as));
+      const std::size_t marker = text.rfind(kMarker);
+      return marker == std::string::npos ? "" : text.substr(marker + kMarker.size());
+    };
+    TANDEM_ASSIGN_OR_RETURN(const std::string unanswered, after_question(asked, asking));
+    TANDEM_ASSIGN_OR_RETURN(turn, after_question(answered, whole));
+    if (unanswered.empty() || !turn.starts_with(unanswered))
+      return refused_error(str("chat template: the place of the assistant's turn in message ",
+                               index,
+                               " cannot be told; mark the turn with {% generation %} in "
+                               "the template"));
+    turn.erase(0, unanswered.size());
+  }
+  const std::size_t end = prompt.size() + without_trailing_space(turn).size();
+  return RenderedConversation{prompt + turn, {{index, prompt.size(), end}}, 2 * index + 1};
 }
 
 const std::string& ChatTemplate::source() const {

@@ -70,8 +70,8 @@ class ChatTemplate {
       const nlohmann::ordered_json& messages, const RenderOptions& options = {}) const;
 
   /// The conversation up to one assistant's turn, as the model is asked for it: the prompt for the
-  /// turn, and the turn. Refused: a template that writes the prompt differently once it is
-  /// answered.
+  /// turn, and the turn, also where the template writes the prompt differently once it is answered.
+  /// Refused: what follows the question does not show where the turn begins.
   [[nodiscard]] Result<RenderedConversation> render_turn(const nlohmann::ordered_json& messages,
                                                          std::size_t index,
                                                          const RenderOptions& options = {}) const;

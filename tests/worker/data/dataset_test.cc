@@ -112,12 +112,11 @@ TEST(Dataset, TrainsTurnByTurnWhereLaterTurnsChangeEarlierOnes) {
       R"({"role":"user","content":"c"},)"
       R"({"role":"assistant","reasoning_content":"so","content":"d"}]})",
       {1, 3}, {"<think>\nhm\n</think>\n\nb<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"});
-  // Mistral's: the system message stands in the last of the user's.
+  // Mistral's: the system message stands in the user's message that is to be answered.
   const auto mistral = text::ChatTemplate::parse(
-      "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if messages[0].role == 'system' "
-      "and m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}{{ "
-      "messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} "
-      "{{ m.content }}<|im_end|>{% endif %}{% endfor %}");
+      "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and "
+      "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+      "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}");
   ASSERT_TRUE(mistral.ok()) << mistral.status().to_string();
   // Whole where no trained turn is written otherwise.
   const Encoder qwen3{text::golden_tokenizer(), text::golden_template("qwen3")};
