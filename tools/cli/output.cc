@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
+#include <string_view>
 
 namespace tandem::tools {
 namespace {
@@ -80,7 +82,9 @@ std::string field(const Json& object, const std::string& name) {
   if (value.is_string()) return value.get<std::string>().empty() ? "-" : value.get<std::string>();
   if (value.is_number_float()) {
     char text[32];
-    std::snprintf(text, sizeof text, "%.4g", value.get<double>());
+    const double number = value.get<double>();
+    const bool large = std::abs(number) >= 1000 && std::abs(number) < 1e15;
+    std::snprintf(text, sizeof text, large ? "%.0f" : "%.4g", number);
     return text;
   }
   if (!value.is_structured()) return value.dump();
@@ -130,6 +134,13 @@ std::string describe(const Json& object) {
   for (const auto& [name, value] : shown.items())
     text += name + ":" + std::string(width - name.size() + 2, ' ') + field(shown, name) + "\n";
   return text;
+}
+
+bool colors(int fd) {
+  const char* no_color = std::getenv("NO_COLOR");
+  const char* term = std::getenv("TERM");
+  return ::isatty(fd) != 0 && (no_color == nullptr || *no_color == '\0') &&
+         (term == nullptr || std::string_view(term) != "dumb");
 }
 
 ProgressBar::ProgressBar() : terminal_(::isatty(STDERR_FILENO) != 0) {}

@@ -37,6 +37,9 @@ std::string local_time(std::int64_t unix_ms);
 /// "name:  value" lines of an object, its times as local_time().
 std::string describe(const Json& object);
 
+/// Whether text for this file may have colours: a terminal, and neither NO_COLOR nor TERM=dumb.
+bool colors(int fd);
+
 /// One line that is redrawn in place on a terminal, or printed now and then elsewhere. Writes to
 /// stderr.
 class ProgressBar {
