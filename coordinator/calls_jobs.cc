@@ -87,6 +87,16 @@ void Calls::job_list(const Ask& ask, Params& params) {
   const auto limit = params.integer("limit", max, 1, max);
   const std::string after = params.text("after", false);
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
+  std::string states;
+  bool known = state.empty();
+  for (auto s = JobState::kEstimating; s <= JobState::kCancelled;
+       s = static_cast<JobState>(static_cast<int>(s) + 1)) {
+    known = known || state == job_state_name(s);
+    states += str(states.empty() ? "" : ", ", job_state_name(s));
+  }
+  if (!known)
+    return reply(ask,
+                 invalid_error(str("job.list: no job is \"", state, "\"; states are ", states)));
   std::vector<const Job*> jobs;
   for (const auto& [id, job] : context_.tables().jobs)
     if (state.empty() || state == job_state_name(job.state)) jobs.push_back(&job);

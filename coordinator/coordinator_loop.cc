@@ -109,6 +109,7 @@ void CoordinatorLoop::run(const std::atomic<bool>& stop) {
       const Input input = std::move(inputs_.front());
       inputs_.pop_front();
       step(input);
+      if (const auto* gone = std::get_if<ClientGone>(&input)) gone_.erase(gone->peer);
     }
     if (any) continue;
     const bool owing = !client_outbox_.empty() || !worker_outbox_.empty();
@@ -232,8 +233,13 @@ void CoordinatorLoop::serve_new_files(const Persist& persist) {
 }
 
 void CoordinatorLoop::send_client(const std::string& peer, const protocol::ServerMessage& message) {
-  if (!send(parts_.clients, client_outbox_, peer, protocol::encode(message)))
-    inputs_.emplace_back(ClientGone{peer});
+  if (gone_.contains(peer)) return;
+  if (!send(parts_.clients, client_outbox_, peer, protocol::encode(message))) client_gone(peer);
+}
+
+/// What follows lost messages would reach a client that reads again with a gap before it.
+void CoordinatorLoop::client_gone(const std::string& peer) {
+  if (gone_.insert(peer).second) inputs_.emplace_back(ClientGone{peer});
 }
 
 void CoordinatorLoop::send_worker(const std::string& peer,
@@ -282,7 +288,7 @@ void CoordinatorLoop::flush(protocol::ServerEndpoint& endpoint,
       outbox.bytes -= static_cast<std::int64_t>(outbox.frames.front().size());
       outbox.frames.pop_front();
     }
-    if (gone && clients) inputs_.emplace_back(ClientGone{peer->first});
+    if (gone && clients) client_gone(peer->first);
     peer = gone || outbox.frames.empty() ? outboxes.erase(peer) : std::next(peer);
   }
 }

@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -86,6 +87,7 @@ class CoordinatorLoop {
   Status commit(const Persist& persist);
   void serve_new_files(const Persist& persist);
   void send_client(const std::string& peer, const protocol::ServerMessage& message);
+  void client_gone(const std::string& peer);
   void send_worker(const std::string& peer, const protocol::ControlMessage& message);
   bool send(protocol::ServerEndpoint& endpoint, std::map<std::string, Outbox>& outboxes,
             const std::string& peer, protocol::Bytes frame);
@@ -98,7 +100,8 @@ class CoordinatorLoop {
   Failpoint failpoint_;
   LoopCounters counters_;
   std::map<std::string, Outbox> client_outbox_, worker_outbox_;
-  std::deque<Input> inputs_;  // that carrying out an effect brought about
+  std::deque<Input> inputs_;    // that carrying out an effect brought about
+  std::set<std::string> gone_;  // clients of a ClientGone among them: nothing is sent to these
   bool ending_ = false;
   TimeMs next_tick_ms_ = 0;
   std::mutex done_mutex_;

@@ -7,6 +7,7 @@
 #include "storage/manifest.h"
 #include "storage/mapped_file.h"
 #include "storage/safetensors.h"
+#include "storage/sliding_window.h"
 
 #include <nlohmann/json.hpp>
 
@@ -90,25 +91,6 @@ Status seal(ModelHashed& model, const Json& settings,
   TANDEM_ASSIGN_OR_RETURN(model.manifest, storage::encode_manifest(manifest));
   model.model.digest = storage::manifest_digest(model.manifest);
   return {};
-}
-
-/// The sliding window that bounds the context, as a worker takes it from config.json; 0: none.
-std::int64_t sliding_window(const Json& config, const std::string& family) {
-  const auto find = [&](const char* key) { return config.value(key, Json()); };
-  const Json window = find("sliding_window"), types = find("layer_types");
-  const bool mistral = family == "mistral";
-  const bool says = config.contains("sliding_window");
-  if (family == "llama" || (!mistral && find("use_sliding_window") != true) ||
-      (says && !window.is_number_integer()))
-    return 0;
-  const auto slides = [&] {
-    if (mistral) return true;
-    if (types.is_array()) return std::ranges::find(types, "sliding_attention") != types.end();
-    const Json first = find("max_window_layers"), layers = find("num_hidden_layers");
-    return layers.is_number_integer() && (first.is_number_integer() ? first : Json(28)) < layers;
-  };
-  if (!slides()) return 0;
-  return says ? window.get<std::int64_t>() : 4096;  // transformers' default
 }
 
 /// A model is taken up to its window, where that is smaller than what its positions allow.
@@ -254,7 +236,8 @@ Result<ModelHashed> describe_folder(FolderContents folder) {
                {"width", number("hidden_size")},
                {"heads", number("num_attention_heads")},
                {"kv_heads", number("num_key_value_heads")}};
-  bound_context(summary, sliding_window(config, family));
+  bound_context(summary,
+                storage::sliding_window(config, family, number("num_hidden_layers")).bound());
   model.summary_json = summary.dump();
   return hashed;
 }

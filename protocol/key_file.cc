@@ -191,15 +191,12 @@ void KeyRing::refresh() {
   if (seen == seen_) return;
   seen_ = seen;
   by_public_key_.clear();
-  names_.clear();
   for (const std::string& path : paths) {
     auto key = read_key_file(path);
-    if (!key.ok()) {
+    if (!key.ok())
       log_warn("key skipped: ", key.status().message());
-    } else {
-      names_.insert(key->name);
+    else
       by_public_key_[key->public_key] = std::move(*key);
-    }
   }
 }
 
@@ -210,12 +207,6 @@ Result<KeyFile> KeyRing::find(const std::string& public_key) {
   if (it == by_public_key_.end())
     return not_found_error(str("no key in ", directory_, " has this public half"));
   return it->second;
-}
-
-bool KeyRing::has_name(const std::string& name) {
-  std::lock_guard lock(mutex_);
-  refresh();
-  return names_.contains(name);
 }
 
 Result<KeyFile> KeyRing::find_name(const std::string& name) {

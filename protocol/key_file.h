@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -55,7 +54,6 @@ class KeyRing {
   explicit KeyRing(std::string directory);
   /// The key with this public half (Z85), or kNotFound.
   Result<KeyFile> find(const std::string& public_key);
-  [[nodiscard]] bool has_name(const std::string& name);
   /// The key of this name, or kNotFound.
   Result<KeyFile> find_name(const std::string& name);
   /// All keys by name.
@@ -69,7 +67,6 @@ class KeyRing {
   std::int64_t looked_ns_ = 0;
   std::string seen_;  // names, times and sizes when last read
   std::map<std::string, KeyFile> by_public_key_;
-  std::set<std::string> names_;
 };
 
 }  // namespace tandem::protocol

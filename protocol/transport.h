@@ -24,7 +24,7 @@ using ByteParts = std::span<const std::span<const std::byte>>;  ///< one after a
 /// A received message: the peer it came from (server side; "" on the client side), a control frame,
 /// and for bulk at most one payload frame. More frames than that are refused and counted.
 struct Envelope {
-  std::string peer;     ///< routing id, bound to the peer's CURVE key where there is one
+  std::string peer;     ///< routing id, and the peer's CURVE key where there is one
   std::string user_id;  ///< name of the peer's key; "" without CURVE
   Bytes frame;
   Bytes payload;
@@ -45,8 +45,8 @@ struct EndpointCounters {
 class ServerEndpoint {
  public:
   virtual ~ServerEndpoint() = default;
-  /// Never blocks. kUnavailable: no such peer; kBusy: its queue is full; kInvalid: a frame over its
-  /// limit (nothing was sent in any of these cases).
+  /// `peer`: of an Envelope. Never blocks. kUnavailable: no such peer; kBusy: its queue is full;
+  /// kInvalid: a frame over its limit (nothing was sent in any of these cases).
   virtual Status send(const std::string& peer, const Bytes& frame, const Bytes& payload = {}) = 0;
   /// The next message, or nothing when `timeout_ms` passed or wake() was called.
   virtual std::optional<Envelope> receive(TimeMs timeout_ms) = 0;

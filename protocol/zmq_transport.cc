@@ -20,6 +20,8 @@ namespace tandem::protocol {
 namespace {
 
 constexpr int kRoutingIdBytesMax = 255;
+// Between a peer's routing id and its public key, in the name that callers know it by.
+constexpr char kBeforeKey = ' ';
 // A CURVE frame on the wire carries the command name, nonce, flags and MAC as well; the limit
 // itself is enforced on what comes out.
 constexpr std::int64_t kCurveOverheadBytes = 256;
@@ -234,13 +236,17 @@ class ZmqServer final : public ServerEndpoint, public Pollable {
 
   Status send(const std::string& peer, const Bytes& frame, const Bytes& payload) override {
     TANDEM_RETURN_IF_ERROR(check_sizes(limits_, frame, payload.size()));
-    // What it asked for before its key was revoked, an answer or events, ends with the key.
-    if (keys_.has_value() && !keys_->ring->has_name(peer.substr(0, peer.find('/')))) {
-      ++counters_.unavailable;
-      return unavailable_error(str("peer ", peer, ": its key was revoked"));
+    std::string id = peer;
+    if (keys_.has_value()) {
+      id.resize(std::min(peer.size(), peer.rfind(kBeforeKey)));
+      // What it asked for before its key was revoked, an answer or events, ends with the key.
+      if (id.size() == peer.size() || !key_of(id, peer.substr(id.size() + 1)).ok()) {
+        ++counters_.unavailable;
+        return unavailable_error(str("peer ", peer, ": its key was revoked"));
+      }
     }
     // A ROUTER decides about the whole message at its first part.
-    if (const int error = send_part(socket_, peer.data(), peer.size(), true); error != 0) {
+    if (const int error = send_part(socket_, id.data(), id.size(), true); error != 0) {
       if (error == EAGAIN) {
         ++counters_.busy;
         return busy_error(
@@ -280,19 +286,26 @@ class ZmqServer final : public ServerEndpoint, public Pollable {
     const Reading reading = read_frames(socket_, limits_, true, envelope, user, counters_);
     if (reading != Reading::kMessage) return reading;
     if (keys_.has_value()) {
-      // Asked again for every message: a key may have been revoked since the handshake.
-      const auto key = keys_->check(user);
-      const bool bound =
-          key.ok() && (envelope.peer == key->name || envelope.peer.rfind(key->name + "/", 0) == 0);
-      if (!bound) {
+      const auto key = key_of(envelope.peer, user);
+      if (!key.ok()) {
         ++counters_.refused_identity;
         return Reading::kRefused;
       }
+      envelope.peer += kBeforeKey + user;
       envelope.user_id = key->name;
       envelope.admin = key->role == KeyRole::kAdmin;
     }
     ++counters_.received;
     return Reading::kMessage;
+  }
+
+  /// The key of this public half, when it may use this routing id. Asked again for every message:
+  /// it may have been revoked since the handshake, and another one made under its name.
+  [[nodiscard]] Result<KeyFile> key_of(const std::string& id, const std::string& public_key) const {
+    TANDEM_ASSIGN_OR_RETURN(KeyFile key, keys_->check(public_key));
+    if (id != key.name && id.rfind(key.name + "/", 0) != 0)
+      return refused_error(str("routing id ", id, " is not of key ", key.name));
+    return key;
   }
 
   Socket socket_;

@@ -18,7 +18,7 @@ die() { say "$@"; exit 2; }
 slots=${1:-}
 [ $# -gt 0 ] && shift
 if [ "$slots" = auto ]; then
-  slots=$(find /proc/driver/nvidia/gpus -mindepth 1 -maxdepth 1 2>/dev/null | wc -l)
+  slots=$({ find /proc/driver/nvidia/gpus -mindepth 1 -maxdepth 1 2>/dev/null || true; } | wc -l)
   [ "$slots" -gt 0 ] || slots=1
 fi
 [[ $slots =~ ^[1-9][0-9]*$ ]] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }

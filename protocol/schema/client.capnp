@@ -43,6 +43,8 @@ struct ServerHello {
                              # the client sends every open Generate and Call again
   heartbeatMs @4 :Int64;     # a client with open requests that hears nothing for so long sends Ping;
                              # nothing for three times as long: it sends its hello and open requests again
+                             # (so it is for one that read nothing while 8,192 messages or 64 MiB waited for
+                             # it: these are dropped, and nothing comes after them until its next hello)
 }
 
 struct Cancel {
@@ -128,7 +130,7 @@ struct Pong {
 #                   what does not fit in memory is `refused` with the bytes and by how much. Method "lora"
 #                   publishes the spec's "adapter", method "full" the model that its "name" says; a name that
 #                   is taken, or that another job will publish: `conflict`.
-# job.list          {"state"?} + page -> {"jobs": [JOB], "next"}; newest first
+# job.list          {"state"?} + page -> {"jobs": [JOB], "next"}; newest first. A state that no job has: `invalid`
 # job.show          {"job"} -> JOB with "spec", "epoch", "model_digest", "dataset", "eval_dataset", "checkpoints": [{"step", "digest",
 #                   "created"}], "metrics" (the last of each kind), "error_code", "estimate", "summary",
 #                   "published" (digest), "published_version"
@@ -209,7 +211,7 @@ struct Pong {
 #   DATA     {"name", "digest", "bytes", "created"}
 #   JOB      {"job", "name", "state", "model", "adapter" ("" of method full), "publishes", "method", "step", "total_steps", "loss", "priority",
 #            "position", "reason", "worker", "attempts", "error", "created", "started", "ended"}; state: queued, estimating,
-#            starting, running, pausing, paused, publishing, done, failed, cancelled; reason: why a queued
+#            starting, running, pausing, paused, cancelling, done, failed, cancelled; reason: why a queued
 #            job waits
 #   ADAPTER  {"name", "version", "digest", "model", "rank", "bytes", "job", "created", "resident": n}
 #   WORKER   {"worker", "host", "device", "device_name", "state", "model", "loading", "error", "jobs": [JOB

@@ -20,6 +20,10 @@ TEST(Calls, UnknownMethodsAndParametersNameTheNearest) {
   EXPECT_NE(parameter.message().find("\"state\""), std::string::npos);
   EXPECT_EQ(h.call("job.list", {{"limit", "ten"}}).status.code(), StatusCode::kInvalid);
   EXPECT_EQ(h.call("model.show", nlohmann::json::object()).status.code(), StatusCode::kInvalid);
+  const auto state = h.call("job.list", {{"state", "finished"}}).status;
+  EXPECT_EQ(state.code(), StatusCode::kInvalid);
+  EXPECT_NE(state.message().find("done, failed"), std::string::npos) << state.message();
+  EXPECT_TRUE(h.call("job.list", {{"state", "done"}}).status.ok());
 }
 
 TEST(Calls, NothingIsAnsweredBeforeTheHelloAndAnotherMajorVersionIsRefusedWithTheRange) {

@@ -105,6 +105,22 @@ TEST_F(LoopTest, MalformedFramesAreCountedAndHarmless) {
   EXPECT_EQ(loop->counters().malformed, 10u);
 }
 
+TEST_F(LoopTest, WhatAClientThatReadsNothingGetsInTheEndHasNoGaps) {
+  begin();
+  for (std::uint64_t nonce = 1; nonce <= 4 * kOutboxMessagesMax; ++nonce)
+    while (!client->send(protocol::encode(protocol::ClientMessage(protocol::Ping{nonce}))).ok())
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  std::uint64_t read = 0;
+  while (const auto envelope = client->receive(scaled_ms(500))) {
+    const auto message = protocol::decode_server(envelope->frame).value();
+    ASSERT_EQ(std::get<protocol::Pong>(message).nonce, ++read);
+  }
+  EXPECT_LT(read, 4 * kOutboxMessagesMax) << "some were dropped";
+  say(protocol::ClientHello{{}, "test"});
+  EXPECT_TRUE(hear<protocol::ServerHello>().status.ok()) << "it may come back";
+  EXPECT_TRUE(call("status", "{}").status.ok());
+}
+
 TEST(Failpoint, FailsAtItsPassAndOnlyThere) {
   Failpoint point("before_commit:fail:2");
   EXPECT_FALSE(point.hit("after_send"));

@@ -101,7 +101,7 @@ def train(kind, vocab_size, texts):
     """A BPE of one kind, trained on `texts`."""
     if kind in SENTENCEPIECE:
         return train_sentencepiece(kind, vocab_size, texts)
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama3", "nemo")))
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = {

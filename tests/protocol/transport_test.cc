@@ -23,10 +23,10 @@ TEST_P(EveryTransport, CarriesFramesBothWaysAndNamesThePeer) {
   ASSERT_TRUE(client->send(bytes_of("hello")).ok());
   const auto got = receive_one(*server);
   ASSERT_TRUE(got.has_value());
-  EXPECT_EQ(got->peer, "me/1");
+  EXPECT_TRUE(got->peer.starts_with("me/1")) << got->peer;
   EXPECT_EQ(text_of(got->frame), "hello");
   EXPECT_TRUE(got->payload.empty());
-  ASSERT_TRUE(server->send("me/1", bytes_of("back")).ok());
+  ASSERT_TRUE(server->send(got->peer, bytes_of("back")).ok());
   const auto back = receive_one(*client);
   ASSERT_TRUE(back.has_value());
   EXPECT_EQ(text_of(back->frame), "back");
@@ -70,7 +70,8 @@ TEST_P(EveryTransport, ASlowPeerMakesTheSenderBusyAndLosesNothing) {
   auto client = net_->connect("a", "me/1");
   ASSERT_TRUE(wait_connected(*client));
   ASSERT_TRUE(client->send(bytes_of("hello")).ok());
-  ASSERT_TRUE(receive_one(*server).has_value());
+  const auto hello = receive_one(*server);
+  ASSERT_TRUE(hello.has_value());
   // Large frames, so that the kernel's buffers do not hide the queue's end.
   const Bytes large(1 << 20, std::byte{7});
   int accepted = 0;
@@ -78,7 +79,7 @@ TEST_P(EveryTransport, ASlowPeerMakesTheSenderBusyAndLosesNothing) {
   while (accepted < 1000) {
     Bytes frame = large;
     frame[0] = static_cast<std::byte>(accepted);
-    status = server->send("me/1", frame);
+    status = server->send(hello->peer, frame);
     if (!status.ok()) break;
     ++accepted;
   }

@@ -238,7 +238,9 @@ TEST_F(CurveServer, KeysComeAndGoWhileItRuns) {
   add_key("bob", KeyRole::kClient, bob);
   ASSERT_TRUE(wait_connected(*endpoint));
   ASSERT_TRUE(endpoint->send(bytes_of("in")).ok());
-  ASSERT_TRUE(receive_one(*server_).has_value());
+  const auto in = receive_one(*server_);
+  ASSERT_TRUE(in.has_value());
+  ASSERT_TRUE(server_->send(in->peer, bytes_of("events"), {}).ok());
 
   std::filesystem::remove(dir_.path() + "/bob.key");
   const std::int64_t end = steady_ns() + scaled_ms(20'000) * 1'000'000;
@@ -247,7 +249,11 @@ TEST_F(CurveServer, KeysComeAndGoWhileItRuns) {
     server_->receive(20);
   }
   EXPECT_GE(server_->counters().refused_identity, 1u) << "the revoked key still works";
-  EXPECT_EQ(server_->send("bob/1", bytes_of("events"), {}).code(), StatusCode::kUnavailable);
+  EXPECT_EQ(server_->send(in->peer, bytes_of("events"), {}).code(), StatusCode::kUnavailable);
+  add_key("bob", KeyRole::kClient, generate_curve_keys().value());
+  std::this_thread::sleep_for(std::chrono::milliseconds(2 * kKeyLookMs));
+  EXPECT_EQ(server_->send(in->peer, bytes_of("events"), {}).code(), StatusCode::kUnavailable)
+      << "the old key came back with a new one of its name";
   while (server_->receive(0).has_value()) {
   }
   expect_alice_is_served();

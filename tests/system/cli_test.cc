@@ -398,6 +398,25 @@ TEST_F(CommandLine, SignalsCancelAnAnswerThatHasNotBegunAndOneThatIsNotStreamed)
   EXPECT_TRUE(eventually(10'000, [] { return requests("running") == 0; }));
 }
 
+TEST_F(CommandLine, AnInterruptStopsAnAnswerOfAChatAtATerminalAndTheChatGoesOn) {
+  const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY);
+  ASSERT_TRUE(terminal >= 0 && ::grantpt(terminal) == 0 && ::unlockpt(terminal) == 0);
+  const pid_t engine = platform_->engine();
+  ASSERT_EQ(::kill(engine, SIGSTOP), 0);
+  const pid_t chat = platform_->start_cli({"chat", "--model", "tiny", "--ignore-eos", "--no-cache"},
+                                          "/dev/null", "/dev/null", ::ptsname(terminal));
+  ASSERT_EQ(::write(terminal, "x\n", 2), 2);
+  EXPECT_TRUE(eventually(20'000, [] { return requests("running") + requests("waiting") == 1; }));
+  ::kill(chat, SIGINT);
+  ::kill(engine, SIGCONT);
+  EXPECT_TRUE(eventually(10'000, [] { return requests("running") + requests("waiting") == 0; }));
+  ASSERT_EQ(::write(terminal, "\n", 1), 1);  // an empty line ends it
+  int status = 0;
+  EXPECT_TRUE(eventually(10'000, [&] { return ::waitpid(chat, &status, WNOHANG) == chat; }));
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  ::close(terminal);
+}
+
 TEST_F(CommandLine, AKilledClientsAnswerThatIsNotStreamedIsNotComputedForNobody) {
   platform_->call("worker.drain", {{"worker", worker_}});
   EXPECT_EQ(interrupt({"generate", "--model", "tiny", "--prompt", "x", "--no-cache", "--no-stream"},

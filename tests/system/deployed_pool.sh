@@ -22,6 +22,10 @@ wait_until() { # SECONDS COMMAND...
   until "$@"; do [ $SECONDS -lt $end ] || return 1; sleep 0.1; done
 }
 
+# auto counts GPUs, with or without a driver, and comes as far as the programs.
+TANDEM_BIN=$dir "$deploy/mpirun/launch_host.sh" auto >"$dir/auto.out" 2>&1 || true
+grep -q "set TANDEM_BIN" "$dir/auto.out" || fail "auto: $(cat "$dir/auto.out")"
+
 "$deploy/keys.sh" "$dir/keys" admin:admin workers:worker >/dev/null
 "$TANDEM_BIN/tandem-coordinator" --data-dir "$dir/head" --listen-clients tcp://127.0.0.1:0 \
   --listen-workers tcp://127.0.0.1:0 --listen-bulk tcp://127.0.0.1:0 \

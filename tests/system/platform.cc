@@ -311,13 +311,13 @@ Result<protocol::client::Generation> Platform::generate(const std::string& model
 }
 
 pid_t Platform::start_cli(const std::vector<std::string>& arguments, const std::string& out,
-                          const std::string& err) const {
+                          const std::string& err, const std::string& in) const {
   const std::string path = program("tandem"), data = data_dir();
   const pid_t pid = ::fork();
   if (pid == 0) {
     ::dup2(::open(out.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDOUT_FILENO);
     ::dup2(::open(err.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600), STDERR_FILENO);
-    ::dup2(::open("/dev/null", O_RDONLY), STDIN_FILENO);
+    ::dup2(::open(in.c_str(), O_RDONLY | O_NOCTTY), STDIN_FILENO);
     std::vector<char*> argv{const_cast<char*>(path.c_str()), const_cast<char*>("--data-dir"),
                             const_cast<char*>(data.c_str())};
     for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));

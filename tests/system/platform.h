@@ -73,9 +73,9 @@ class Platform {
     std::string out, err;
   };
   Output cli(const std::vector<std::string>& arguments) const;
-  /// Starts it, writing to these files; the caller waits for the process.
+  /// Starts it, writing to and reading from these files; the caller waits for the process.
   [[nodiscard]] pid_t start_cli(const std::vector<std::string>& arguments, const std::string& out,
-                                const std::string& err) const;
+                                const std::string& err, const std::string& in = "/dev/null") const;
 
   [[nodiscard]] const std::string& directory() const { return directory_; }
   /// "cpu" or "cuda": of all workers, from the flags.

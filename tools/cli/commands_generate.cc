@@ -91,12 +91,13 @@ struct Answer {
   }
 };
 
-/// Runs one request; `print` streams text to stdout as it comes.
-Result<Answer> generate(Session& session, protocol::Generate request, bool print) {
+/// Runs one request; `print` streams text to stdout as it comes. What came before an error is in
+/// `answer`. `ending`: as Interruptible's.
+Status generate(Session& session, protocol::Generate request, bool print, bool ending,
+                Answer& answer) {
   TANDEM_ASSIGN_OR_RETURN(protocol::client::Client* const client, session.client());
-  Answer answer;
   const std::int64_t begin = steady_ns();
-  const Interruptible interruptible(true);
+  const Interruptible interruptible(ending);
   const auto generation =
       client->generate(std::move(request), [&](const protocol::GenerateChunk& chunk) {
         if (answer.first_token_us < 0 && !chunk.tokens.empty())
@@ -109,8 +110,7 @@ Result<Answer> generate(Session& session, protocol::Generate request, bool print
         return !Interruptible::interrupted();
       });
   answer.total_us = (steady_ns() - begin) / 1000;
-  if (!generation.ok()) return generation.status();
-  return answer;
+  return generation.status();
 }
 
 }  // namespace
@@ -123,8 +123,8 @@ Status run_generate(Session& session, const GenerateOptions& options) {
     complete.prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
   if (complete.prompt.empty())
     return invalid_error("tandem generate needs --prompt TEXT (or text on standard input)");
-  TANDEM_ASSIGN_OR_RETURN(const Answer answer,
-                          generate(session, to_request(complete), !session.json()));
+  Answer answer;
+  TANDEM_RETURN_IF_ERROR(generate(session, to_request(complete), !session.json(), true, answer));
   if (session.json())
     std::cout << answer.to_json(options.model).dump() << "\n";
   else
@@ -138,7 +138,8 @@ Status run_chat(Session& session, const GenerateOptions& options) {
   if (!options.system.empty()) messages.push_back({"system", options.system});
   const bool terminal = ::isatty(STDIN_FILENO) != 0;
   if (terminal && !session.json())
-    std::cout << "Chatting with " << options.model << ". An empty line or Ctrl-D ends.\n";
+    std::cout << "Chatting with " << options.model
+              << ". Ctrl-C stops an answer, an empty line or Ctrl-D ends.\n";
   while (true) {
     if (terminal && !session.json()) std::cout << "> " << std::flush;
     std::string line;
@@ -147,13 +148,20 @@ Status run_chat(Session& session, const GenerateOptions& options) {
     protocol::Generate request = to_request(options);
     request.input.prompt.clear();
     request.input.messages = messages;
-    TANDEM_ASSIGN_OR_RETURN(const Answer answer,
-                            generate(session, std::move(request), !session.json()));
+    Answer answer;
+    const Status status = generate(session, std::move(request), !session.json(), !terminal, answer);
+    // Ctrl-C at a terminal stops the answer; the conversation goes on with what came of it.
+    const bool stopped = terminal && Interruptible::interrupted();
+    if (!status.ok() && !stopped) return status;
+    if (stopped) answer.last.finish = protocol::FinishReason::kCancelled;
     if (session.json())
       std::cout << answer.to_json(options.model).dump() << std::endl;
     else
       std::cout << "\n";
-    messages.push_back({"assistant", answer.text});
+    if (stopped && answer.text.empty())
+      messages.pop_back();  // nothing was said to this
+    else
+      messages.push_back({"assistant", answer.text});
   }
   return {};
 }

@@ -250,7 +250,7 @@ Status run_data_check(Session& session, const std::string& path, const std::stri
   if (session.json())
     session.print_json(worker::data::to_json(report));
   else
-    std::cout << worker::data::to_text(report, ::isatty(STDOUT_FILENO) != 0);
+    std::cout << worker::data::to_text(report, colors(STDOUT_FILENO));
   return report.ok() ? Status() : invalid_error(str(path, ": ", report.problems.front()));
 }
 

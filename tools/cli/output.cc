@@ -10,6 +10,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <ctime>
+#include <string_view>
 
 namespace tandem::tools {
 namespace {
@@ -25,6 +28,24 @@ std::size_t columns(const std::string& text) {
 
 bool is_number(const std::string& text) {
   return !text.empty() && text.find_first_not_of("0123456789.-+") == std::string::npos;
+}
+
+/// Fields of records that are Unix milliseconds; 0: not yet.
+bool is_time(const std::string& name) {
+  return name == "created" || name == "started" || name == "ended" || name == "time";
+}
+
+/// Its times as people read them, in this machine's zone; those of records in lists too.
+Json with_local_times(Json object) {
+  for (auto& [name, value] : object.items()) {
+    if (value.is_array()) {
+      for (Json& item : value)
+        if (item.is_object()) item = with_local_times(std::move(item));
+    } else if (is_time(name) && value.is_number_integer()) {
+      value = local_time(value.get<std::int64_t>());
+    }
+  }
+  return object;
 }
 
 std::size_t terminal_columns() {
@@ -61,7 +82,9 @@ std::string field(const Json& object, const std::string& name) {
   if (value.is_string()) return value.get<std::string>().empty() ? "-" : value.get<std::string>();
   if (value.is_number_float()) {
     char text[32];
-    std::snprintf(text, sizeof text, "%.4g", value.get<double>());
+    const double number = value.get<double>();
+    const bool large = std::abs(number) >= 1000 && std::abs(number) < 1e15;
+    std::snprintf(text, sizeof text, large ? "%.0f" : "%.4g", number);
     return text;
   }
   if (!value.is_structured()) return value.dump();
@@ -93,13 +116,31 @@ std::string digest_field(const Json& object, const std::string& name) {
   return field(object, name).substr(0, 12);
 }
 
-std::string describe(const Json& object) {
-  std::size_t width = 0;
-  for (const auto& [name, value] : object.items()) width = std::max(width, name.size());
-  std::string text;
-  for (const auto& [name, value] : object.items())
-    text += name + ":" + std::string(width - name.size() + 2, ' ') + field(object, name) + "\n";
+std::string local_time(std::int64_t unix_ms) {
+  const auto seconds = static_cast<std::time_t>(unix_ms / 1000);
+  std::tm parts{};
+  char text[32];
+  if (unix_ms <= 0 || ::localtime_r(&seconds, &parts) == nullptr ||
+      std::strftime(text, sizeof text, "%Y-%m-%d %H:%M:%S %z", &parts) == 0)
+    return "";
   return text;
+}
+
+std::string describe(const Json& object) {
+  const Json shown = with_local_times(object);
+  std::size_t width = 0;
+  for (const auto& [name, value] : shown.items()) width = std::max(width, name.size());
+  std::string text;
+  for (const auto& [name, value] : shown.items())
+    text += name + ":" + std::string(width - name.size() + 2, ' ') + field(shown, name) + "\n";
+  return text;
+}
+
+bool colors(int fd) {
+  const char* no_color = std::getenv("NO_COLOR");
+  const char* term = std::getenv("TERM");
+  return ::isatty(fd) != 0 && (no_color == nullptr || *no_color == '\0') &&
+         (term == nullptr || std::string_view(term) != "dumb");
 }
 
 ProgressBar::ProgressBar() : terminal_(::isatty(STDERR_FILENO) != 0) {}

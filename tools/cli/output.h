@@ -31,8 +31,14 @@ std::string bytes_field(const Json& object, const std::string& name);
 std::string age_field(const Json& object, const std::string& unix_ms_name);
 std::string digest_field(const Json& object, const std::string& name);
 
-/// "name:  value" lines of an object.
+/// "2026-01-31 09:00:00 +0100", in this machine's zone; "" for 0.
+std::string local_time(std::int64_t unix_ms);
+
+/// "name:  value" lines of an object, its times as local_time().
 std::string describe(const Json& object);
+
+/// Whether text for this file may have colours: a terminal, and neither NO_COLOR nor TERM=dumb.
+bool colors(int fd);
 
 /// One line that is redrawn in place on a terminal, or printed now and then elsewhere. Writes to
 /// stderr.

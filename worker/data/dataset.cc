@@ -30,6 +30,7 @@ class Collector {
 Status Collector::add(Example example, const std::string& where) {
   const auto length = static_cast<std::int64_t>(example.tokens.size());
   DatasetReport& report = dataset_.report;
+  ++report.rows;
   if (length > report.longest_tokens) {
     report.longest_tokens = length;
     report.longest_line = example.line;
@@ -58,7 +59,6 @@ Status Collector::add(Example example, const std::string& where) {
 
 Result<Dataset> Collector::finish(const RowReader& reader) {
   DatasetReport& report = dataset_.report;
-  report.rows = reader.rows();
   if (report.rows == 0) return invalid_error(str("data set ", name_, " is empty: it has no rows"));
   report.format = *reader.format();
   if (over_length_ > 0 && options_.over_length == OverLength::kRaise)
@@ -101,9 +101,11 @@ Result<Dataset> parse_dataset(std::string_view jsonl, const std::string& name,
   while (auto next = reader.next()) {
     if (!next->ok()) return next->status();
     const Row& row = **next;
-    TANDEM_ASSIGN_OR_RETURN(Example example, encoder.encode(row.format, row.json, row.where));
-    example.line = row.line;
-    TANDEM_RETURN_IF_ERROR(collector.add(std::move(example), row.where));
+    TANDEM_ASSIGN_OR_RETURN(auto examples, encoder.encode(row.format, row.json, row.where));
+    for (Example& example : examples) {
+      example.line = row.line;
+      TANDEM_RETURN_IF_ERROR(collector.add(std::move(example), row.where));
+    }
   }
   return collector.finish(reader);
 }

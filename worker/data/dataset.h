@@ -9,6 +9,10 @@
 //               where the model has a chat template, else in Alpaca's own wording and EOS)
 //   sharegpt    {"conversations":[{"from","value"}], "system"?}      turns of "gpt"
 //   text        {"text"}                                             everything, and EOS
+//
+// Some templates write an earlier turn differently once later ones follow (Qwen3's leaves out what
+// was thought, Mistral's moves the system message). A conversation with such a turn that is trained
+// becomes one row per trained turn: the prompt for it and the turn, as the model is asked for it.
 #pragma once
 
 #include "protocol/base/result.h"
@@ -33,6 +37,8 @@ inline constexpr std::size_t kLineBytesMax = std::size_t{16} << 20;
 inline constexpr std::size_t kRowsMax = std::size_t{1} << 24;
 inline constexpr std::size_t kDatasetBytesMax = std::size_t{4} << 30;
 inline constexpr int kJsonNestingMax = 64;
+/// Bytes of all turns of one row that is trained turn by turn, each with what stands before it.
+inline constexpr std::size_t kTurnsBytesMax = std::size_t{64} << 20;
 
 enum class Format { kMessages, kPromptCompletion, kAlpaca, kShareGpt, kText };
 /// "messages", "prompt", "alpaca", "sharegpt", "text".
@@ -59,7 +65,7 @@ struct Example {
 /// What happened to the rows; for reports.
 struct DatasetReport {
   Format format = Format::kMessages;
-  std::int64_t rows = 0;  ///< not blank lines
+  std::int64_t rows = 0;  ///< lines that are not blank; one trained turn by turn counts for each
   std::int64_t dropped_over_length = 0;
   std::int64_t truncated = 0;
   std::int64_t dropped_untrained = 0;
@@ -83,9 +89,11 @@ struct Encoder {
   /// Rows of the model's embedding; a tokenizer may have tokens beyond them (added, never trained),
   /// and a row with one of those is an error. 0: not checked.
   std::int64_t vocab = 0;
-  /// Tokens and labels of one row, of any length. `where` begins every error ("data.jsonl line 3").
-  [[nodiscard]] Result<Example> encode(Format format, const nlohmann::ordered_json& row,
-                                       const std::string& where) const;
+  /// Tokens and labels of one row, of any length: one example, or one per trained turn. `where`
+  /// begins every error ("data.jsonl line 3").
+  [[nodiscard]] Result<std::vector<Example>> encode(Format format,
+                                                    const nlohmann::ordered_json& row,
+                                                    const std::string& where) const;
 };
 
 /// Reads JSON lines from memory. `name` stands in messages. Byte-order mark, CRLF and blank lines

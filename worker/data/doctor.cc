@@ -28,11 +28,14 @@ class Examiner {
     const bool chat = encoder_.chat_template.has_value();
     const auto parts = take_apart(row->format, row->json, chat, row->where);
     if (!parts.ok()) return add_bad(parts.status());
-    auto example = encoder_.encode(row->format, row->json, row->where);
-    if (!example.ok()) return add_bad(example.status());
-    example->line = row->line;
+    auto examples = encoder_.encode(row->format, row->json, row->where);
+    if (!examples.ok()) return add_bad(examples.status());
     report_.empty_answers += count_empty_answers(*parts);
-    add_example(std::move(*example), row->where);
+    lines_by_turns_ += examples->size() > 1;
+    for (Example& example : *examples) {
+      example.line = row->line;
+      add_example(std::move(example), row->where);
+    }
   }
 
   void finish() {
@@ -48,12 +51,14 @@ class Examiner {
       report_.problems.push_back(std::move(problem));
   }
   void add_bad(const Status& status) {
+    ++report_.rows;
     ++report_.bad_rows;
     add_problem(status.message());
   }
   void add_example(Example example, const std::string& where) {
     const auto length = static_cast<std::int64_t>(example.tokens.size());
     const std::int64_t trained = example.trained_tokens();
+    ++report_.rows;
     report_.tokens += length;
     report_.trained_tokens += trained;
     if (!seen_.insert(digest_of(example)).second) ++report_.duplicate_rows;
@@ -88,6 +93,7 @@ class Examiner {
   DoctorReport& report_;
   std::vector<Example> examples_;
   std::set<Digest> seen_;
+  std::int64_t lines_by_turns_ = 0;
 };
 
 void Examiner::add_lengths() {
@@ -119,6 +125,9 @@ void Examiner::add_warnings() {
     if (count > 0) report_.warnings.push_back(str(count, " ", what));
   };
   warn(report_.duplicate_rows, "rows repeat an earlier row");
+  warn(lines_by_turns_,
+       "conversations are trained as one row per turn, each with what stands before it: the chat "
+       "template writes earlier turns differently once later ones follow");
   warn(report_.empty_answers, "answers are empty: the model learns to say nothing");
   warn(report_.rows_without_end,
        "rows do not end with a trained end token: the model may not learn to stop");
@@ -173,7 +182,6 @@ Result<DoctorReport> examine(std::string_view jsonl, const std::string& name,
   RowReader reader(jsonl, name);
   Examiner examiner(encoder, options, report);
   while (const auto row = reader.next()) examiner.add(*row);
-  report.rows = reader.rows();
   if (report.rows == 0) return invalid_error(str("data set ", name, " is empty: it has no rows"));
   report.format = reader.format();
   examiner.finish();

@@ -40,7 +40,7 @@ struct DoctorSample {
 struct DoctorReport {
   std::string name;
   std::optional<Format> format;  ///< absent: no row was readable
-  std::int64_t rows = 0;
+  std::int64_t rows = 0;         ///< as DatasetReport counts them
   std::int64_t usable_rows = 0;  ///< what training would keep
   std::int64_t tokens = 0;       ///< of all rows that could be read
   std::int64_t trained_tokens = 0;

@@ -41,8 +41,47 @@ Status encode_plain(const text::Tokenizer& tokenizer, const PlainText& plain, Ex
 /// The text is cut where the assistant's turns begin and end, and each part is tokenized by itself:
 /// a turn then begins exactly where a prompt for it ends when the model is served, and no token is
 /// half header, half answer.
-Status encode_conversation(const Encoder& encoder, const Conversation& conversation,
-                           Example& example, const std::string& where) {
+Status encode_rendered(const Encoder& encoder, const Conversation& conversation,
+                       const text::RenderedConversation& rendered, Example& example,
+                       const std::string& where) {
+  const std::string_view all = rendered.text;
+  std::size_t from = 0;
+  for (const text::AssistantSpan& span : rendered.assistant) {
+    const bool trained = conversation.trained[span.message];
+    TANDEM_RETURN_IF_ERROR(
+        append_text(encoder.tokenizer, all.substr(from, span.begin - from), false, example, where));
+    TANDEM_RETURN_IF_ERROR(append_text(
+        encoder.tokenizer, all.substr(span.begin, span.end - span.begin), trained, example, where));
+    from = span.end;
+  }
+  return append_text(encoder.tokenizer, all.substr(from), false, example, where);
+}
+
+/// One example per trained turn.
+Result<std::vector<Example>> encode_turns(const Encoder& encoder, const Conversation& conversation,
+                                          const text::RenderOptions& options,
+                                          const std::string& where) {
+  std::vector<Example> examples;
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < conversation.trained.size(); ++i) {
+    if (!conversation.trained[i]) continue;
+    const auto rendered = encoder.chat_template->render_turn(conversation.messages, i, options);
+    if (!rendered.ok())
+      return Status(rendered.status().code(), str(where, ": ", rendered.status().message()));
+    bytes += rendered->text.size();
+    if (bytes > kTurnsBytesMax)
+      return refused_error(str(where,
+                               ": its turns, each with what stands before it, have more than ",
+                               kTurnsBytesMax, " bytes; split the conversation"));
+    TANDEM_RETURN_IF_ERROR(
+        encode_rendered(encoder, conversation, *rendered, examples.emplace_back(), where));
+  }
+  return examples;
+}
+
+Result<std::vector<Example>> encode_conversation(const Encoder& encoder,
+                                                 const Conversation& conversation,
+                                                 const std::string& where) {
   if (!encoder.chat_template)
     return invalid_error(str(where,
                              ": a conversation needs a model with a chat template; use "
@@ -52,19 +91,21 @@ Status encode_conversation(const Encoder& encoder, const Conversation& conversat
   options.eos_token = encoder.tokenizer.eos_token();
   options.tools = conversation.tools;
   const auto rendered = encoder.chat_template->render_with_spans(conversation.messages, options);
+  const auto& trained = conversation.trained;
+  const auto is_rewritten = [&](const text::AssistantSpan& span) {
+    return span.rewritten && trained[span.message];
+  };
+  const bool by_turns =
+      rendered.ok()
+          ? std::any_of(rendered->assistant.begin(), rendered->assistant.end(), is_rewritten)
+          : rendered.status().code() == StatusCode::kRefused &&
+                std::find(trained.begin(), trained.end(), true) != trained.end();
+  if (by_turns) return encode_turns(encoder, conversation, options, where);
   if (!rendered.ok())
-    return {rendered.status().code(), str(where, ": ", rendered.status().message())};
-  const std::string_view all = rendered->text;
-  std::size_t from = 0;
-  for (const text::AssistantSpan& span : rendered->assistant) {
-    const bool trained = conversation.trained[span.message];
-    TANDEM_RETURN_IF_ERROR(
-        append_text(encoder.tokenizer, all.substr(from, span.begin - from), false, example, where));
-    TANDEM_RETURN_IF_ERROR(append_text(
-        encoder.tokenizer, all.substr(span.begin, span.end - span.begin), trained, example, where));
-    from = span.end;
-  }
-  return append_text(encoder.tokenizer, all.substr(from), false, example, where);
+    return Status(rendered.status().code(), str(where, ": ", rendered.status().message()));
+  std::vector<Example> whole(1);
+  TANDEM_RETURN_IF_ERROR(encode_rendered(encoder, conversation, *rendered, whole[0], where));
+  return whole;
 }
 
 Status check_vocabulary(const Encoder& encoder, const Example& example, const std::string& where) {
@@ -86,19 +127,20 @@ std::int64_t Example::trained_tokens() const {
          std::count(labels.begin(), labels.end(), kIgnore);
 }
 
-Result<Example> Encoder::encode(Format format, const nlohmann::ordered_json& row,
-                                const std::string& where) const {
+Result<std::vector<Example>> Encoder::encode(Format format, const nlohmann::ordered_json& row,
+                                             const std::string& where) const {
   TANDEM_ASSIGN_OR_RETURN(const RowParts parts,
                           take_apart(format, row, chat_template.has_value(), where));
-  Example example;
+  std::vector<Example> examples(1);
   if (const auto* plain = std::get_if<PlainText>(&parts)) {
-    TANDEM_RETURN_IF_ERROR(encode_plain(tokenizer, *plain, example, where));
+    TANDEM_RETURN_IF_ERROR(encode_plain(tokenizer, *plain, examples[0], where));
   } else {
-    TANDEM_RETURN_IF_ERROR(
-        encode_conversation(*this, std::get<Conversation>(parts), example, where));
+    TANDEM_ASSIGN_OR_RETURN(examples,
+                            encode_conversation(*this, std::get<Conversation>(parts), where));
   }
-  TANDEM_RETURN_IF_ERROR(check_vocabulary(*this, example, where));
-  return example;
+  for (const Example& example : examples)
+    TANDEM_RETURN_IF_ERROR(check_vocabulary(*this, example, where));
+  return examples;
 }
 
 }  // namespace tandem::worker::data

@@ -34,8 +34,6 @@ class RowReader {
   /// The next row, or nothing at the end. Invalid: a line that is no row; reading may go on after
   /// it. Refused: more than kRowsMax rows, after which nothing follows.
   std::optional<Result<Row>> next();
-  /// Rows returned so far, good and bad.
-  [[nodiscard]] std::int64_t rows() const { return rows_; }
   /// The format of the first good row.
   [[nodiscard]] std::optional<Format> format() const { return format_; }
 

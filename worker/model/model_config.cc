@@ -1,6 +1,7 @@
 #include "worker/model/model_config.h"
 
 #include "storage/json_strict.h"
+#include "storage/sliding_window.h"
 
 #include <algorithm>
 #include <set>
@@ -281,42 +282,34 @@ Status read_sizes(Fields& fields, ModelConfig& config) {
   return fields.boolean("tie_word_embeddings", config.tied_embedding);
 }
 
-/// The sliding window that some block has; 0: none has. As transformers' configurations read it:
-/// Mistral's holds in every block, and is 4096 where a file does not speak of it; Qwen's where
-/// use_sliding_window says so, in the blocks from max_window_layers on or those of layer_types.
-Status read_window(Fields& fields, const ModelConfig& config, std::int64_t& window) {
+/// What bounds a sequence by storage/sliding_window.h, and that every setting is one it knows.
+Status read_window(Fields& fields, const Json& json, const ModelConfig& config,
+                   std::int64_t& window) {
   if (config.family == "llama") {
     TANDEM_RETURN_IF_ERROR(fields.must_be("use_sliding_window", false));
     if (const Json* value = fields.find("sliding_window"))
       return refused_error(str("config.json: sliding_window ", value->dump(), " is not supported"));
   }
-  const bool mistral = config.family == "mistral";
-  bool used = mistral;
-  if (mistral)
+  bool asked = false;
+  if (config.family == "mistral")
     TANDEM_RETURN_IF_ERROR(fields.must_be("use_sliding_window", true));
-  else
-    TANDEM_RETURN_IF_ERROR(fields.boolean("use_sliding_window", used));
-  std::int64_t size = fields.says("sliding_window") ? 0 : 4096, first = 28;
+  TANDEM_RETURN_IF_ERROR(fields.boolean("use_sliding_window", asked));
+  std::int64_t size = 0, first = 0;
   TANDEM_RETURN_IF_ERROR(fields.integer("sliding_window", size));
   TANDEM_RETURN_IF_ERROR(fields.integer("max_window_layers", first));
-  const bool null = fields.says("sliding_window") && fields.find("sliding_window") == nullptr;
-  used = used && !null;
-  if (used && size < 1) return invalid_error(str("config.json: sliding_window is ", size));
-  bool slides = mistral || first < config.layers;
-  if (const Json* types = fields.find("layer_types")) {
-    slides = mistral;
+  const storage::SlidingWindow found = storage::sliding_window(json, config.family, config.layers);
+  if (found.used && found.size < 1)
+    return invalid_error(str("config.json: sliding_window is ", found.size));
+  if (const Json* types = fields.find("layer_types"))
     for (const Json& type : *types) {
-      if (type == "full_attention") continue;
-      if (type != "sliding_attention" || !used)
-        return refused_error(str("config.json: layer_types holds ", type.dump(),
-                                 used ? "; only \"full_attention\" and \"sliding_attention\" are "
-                                        "supported"
-                                      : "; without a sliding window only \"full_attention\" is "
-                                        "supported"));
-      slides = true;
+      if (type == "full_attention" || (found.used && type == "sliding_attention")) continue;
+      return refused_error(str("config.json: layer_types holds ", type.dump(),
+                               found.used ? "; only \"full_attention\" and \"sliding_attention\" "
+                                            "are supported"
+                                          : "; without a sliding window only \"full_attention\" "
+                                            "is supported"));
     }
-  }
-  window = used && slides ? size : 0;
+  window = found.bound();
   return {};
 }
 
@@ -372,7 +365,7 @@ Result<ModelConfig> ModelConfig::from_hf_json(const std::string& json_text) {
   if (const Json* rope = fields.find("rope_parameters"))
     TANDEM_RETURN_IF_ERROR(read_rope(*rope, "rope_parameters", config));
   std::int64_t window = 0;
-  TANDEM_RETURN_IF_ERROR(read_window(fields, config, window));
+  TANDEM_RETURN_IF_ERROR(read_window(fields, json, config, window));
   TANDEM_RETURN_IF_ERROR(fields.no_others(harmless_keys()));
   TANDEM_RETURN_IF_ERROR(config.validate());
   // Last: what rope scaling takes from max_position_embeddings, it takes from the file's.

@@ -138,9 +138,11 @@ Result<RenderedConversation> SpanFinder::find() {
   std::vector<Place> contents(messages_.size());
   const auto turns = std::count_if(messages_.begin(), messages_.end(), is_assistant);
   if (static_cast<std::size_t>(turns) > kTurnsPlacedEach) contents = find_contents(full);
-  /// By the texts around a content: bytes of the turn before it and after it.
-  std::map<std::pair<std::string_view, std::string_view>, std::pair<std::size_t, std::size_t>>
-      placed;
+  struct Around {
+    std::size_t before, after;  // bytes of the turn beside its content
+    bool rewritten;
+  };
+  std::map<std::pair<std::string_view, std::string_view>, Around> placed;
   std::size_t reached = 0;
   for (std::size_t i = 0; i < messages_.size(); ++i) {
     if (!is_assistant(messages_[i])) continue;
@@ -149,12 +151,13 @@ Result<RenderedConversation> SpanFinder::find() {
                            full.substr(at.end, at.to - at.end));
     AssistantSpan span{i, 0, 0};
     if (const auto known = placed.find(around); known != placed.end()) {
-      span = {i, at.begin - known->second.first, at.end + known->second.second};
+      const auto [before, after, rewritten] = known->second;
+      span = {i, at.begin - before, at.end + after, rewritten};
     } else {
       TANDEM_ASSIGN_OR_RETURN(span, find_turn(i, result.text));
       // Where nothing follows the content in the turn, its end depends on the content's own space.
       if (at.from <= span.begin && span.begin <= at.begin && at.end < span.end && span.end <= at.to)
-        placed[around] = {at.begin - span.begin, span.end - at.end};
+        placed[around] = {at.begin - span.begin, span.end - at.end, span.rewritten};
     }
     if (span.begin < reached) return unstable(i);
     reached = span.end;
@@ -223,6 +226,9 @@ Result<AssistantSpan> SpanFinder::find_turn(std::size_t index, const std::string
     return span;
   }
   TANDEM_ASSIGN_OR_RETURN(span.end, end_by_content(index, span.begin, full, prefix));
+  const std::string alone = without_trailing_space(prefix);
+  span.rewritten = alone.substr(std::min(span.begin, alone.size())) !=
+                   full.substr(span.begin, span.end - span.begin);
   return span;
 }
 
@@ -312,6 +318,38 @@ Result<RenderedConversation> ChatTemplate::render_with_spans(const Json& message
     result.assistant.push_back(
         {turns[i], rendering.generation[i].first, rendering.generation[i].second});
   return result;
+}
+
+Result<RenderedConversation> ChatTemplate::render_turn(const Json& messages, std::size_t index,
+                                                       const RenderOptions& options) const {
+  const auto at = messages.begin() + static_cast<std::ptrdiff_t>(index);
+  Json asked(messages.begin(), at), answered(messages.begin(), at + 1);
+  RenderOptions asking = options, whole = options;
+  asking.add_generation_prompt = true;
+  whole.add_generation_prompt = false;
+  TANDEM_ASSIGN_OR_RETURN(const std::string prompt, render(asked, asking));
+  TANDEM_ASSIGN_OR_RETURN(std::string turn, render(answered, whole));
+  if (turn.starts_with(prompt)) {
+    turn.erase(0, prompt.size());
+  } else {
+    // What comes after the question, with and without the answer.
+    const auto after_question = [&](Json& first, const RenderOptions& as) -> Result<std::string> {
+      if (index > 0) first[index - 1]["content"] = kMarker;
+      TANDEM_ASSIGN_OR_RETURN(const std::string text, render(first, as));
+      const std::size_t marker = text.rfind(kMarker);
+      return marker == std::string::npos ? "" : text.substr(marker + kMarker.size());
+    };
+    TANDEM_ASSIGN_OR_RETURN(const std::string unanswered, after_question(asked, asking));
+    TANDEM_ASSIGN_OR_RETURN(turn, after_question(answered, whole));
+    if (unanswered.empty() || !turn.starts_with(unanswered))
+      return refused_error(str("chat template: the place of the assistant's turn in message ",
+                               index,
+                               " cannot be told; mark the turn with {% generation %} in "
+                               "the template"));
+    turn.erase(0, unanswered.size());
+  }
+  const std::size_t end = prompt.size() + without_trailing_space(turn).size();
+  return RenderedConversation{prompt + turn, {{index, prompt.size(), end}}, 2 * index + 1};
 }
 
 const std::string& ChatTemplate::source() const {

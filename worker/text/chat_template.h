@@ -38,6 +38,7 @@ struct AssistantSpan {
   std::size_t message = 0;  ///< index of the assistant's message
   std::size_t begin = 0;    ///< first byte after the turn's header
   std::size_t end = 0;      ///< one past the end-of-turn token ("<|im_end|>"), which is trained too
+  bool rewritten = false;   ///< written otherwise than when the conversation ends with this turn
 };
 
 struct RenderedConversation {
@@ -67,6 +68,13 @@ class ChatTemplate {
   /// in a way that leaves the turn's place unknown.
   [[nodiscard]] Result<RenderedConversation> render_with_spans(
       const nlohmann::ordered_json& messages, const RenderOptions& options = {}) const;
+
+  /// The conversation up to one assistant's turn, as the model is asked for it: the prompt for the
+  /// turn, and the turn, also where the template writes the prompt differently once it is answered.
+  /// Refused: what follows the question does not show where the turn begins.
+  [[nodiscard]] Result<RenderedConversation> render_turn(const nlohmann::ordered_json& messages,
+                                                         std::size_t index,
+                                                         const RenderOptions& options = {}) const;
 
   [[nodiscard]] const std::string& source() const;
 

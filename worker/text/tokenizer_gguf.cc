@@ -38,7 +38,24 @@ constexpr const char* kQwen2Pattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*)"
     R"(|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
-enum class Rules { kGpt2, kDigitsThenGpt2, kLlama3, kQwen2 };
+// Mistral's since Nemo: a word ends where an upper-case letter follows a lower-case one.
+constexpr const char* kTekkenPattern =
+    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
+    R"(|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
+    R"(|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+
+enum class Rules { kGpt2, kDigitsThenGpt2, kLlama3, kQwen2, kTekken };
+
+/// Vocabularies that hold whole words which their merges cannot reach.
+bool ignores_merges(Rules rules) {
+  return rules == Rules::kLlama3 || rules == Rules::kTekken;
+}
+
+/// The pattern of rules that are one split; others have no text of their own here.
+const char* split_of(Rules rules) {
+  if (rules == Rules::kLlama3) return kLlama3Pattern;
+  return rules == Rules::kQwen2 ? kQwen2Pattern : kTekkenPattern;
+}
 
 struct PreName {
   const char* name;
@@ -46,7 +63,7 @@ struct PreName {
   bool adds_bos;  ///< the family's habit, for files that do not say
 };
 /// Source: the tokenizers that the models publish; llama.cpp's names for them.
-constexpr std::array<PreName, 15> kPreNames{{
+constexpr std::array<PreName, 16> kPreNames{{
     {"gpt-2", Rules::kGpt2, false},
     {"gpt2", Rules::kGpt2, false},
     {"phi-2", Rules::kGpt2, false},
@@ -62,6 +79,7 @@ constexpr std::array<PreName, 15> kPreNames{{
     {"dbrx", Rules::kLlama3, false},
     {"falcon3", Rules::kLlama3, false},
     {"qwen2", Rules::kQwen2, false},
+    {"tekken", Rules::kTekken, true},
 }};
 
 Result<PreName> find_pre(const std::string& name) {
@@ -87,11 +105,12 @@ Status add_split(const char* pattern, PreTokenizer& pre_tokenizer) {
 
 Status add_rules(Rules rules, bool add_prefix_space, Tokenizer::Impl& impl) {
   switch (rules) {
-    case Rules::kLlama3:
-      return add_split(kLlama3Pattern, impl.pre_tokenizer);
     case Rules::kQwen2:
       impl.normalizer.add(NormalForm::kNfc);  // in Qwen's tokenizer.json, unknown to GGUF
-      return add_split(kQwen2Pattern, impl.pre_tokenizer);
+      [[fallthrough]];
+    case Rules::kLlama3:
+    case Rules::kTekken:
+      return add_split(split_of(rules), impl.pre_tokenizer);
     case Rules::kDigitsThenGpt2:
       impl.pre_tokenizer.add(DigitsStep{true});
       [[fallthrough]];
@@ -126,7 +145,7 @@ void rules_json(Rules rules, bool add_prefix_space, Json& json) {
   } else {
     if (rules == Rules::kQwen2) json["normalizer"] = {{"type", "NFC"}};
     sequence({{"type", "Split"},
-              {"pattern", {{"Regex", rules == Rules::kQwen2 ? kQwen2Pattern : kLlama3Pattern}}},
+              {"pattern", {{"Regex", split_of(rules)}}},
               {"behavior", "Isolated"},
               {"invert", false}},
              byte_level(false, false));
@@ -292,8 +311,7 @@ Result<Tokenizer> Tokenizer::from_gguf(const storage::GgufTokenizer& data) {
   auto impl = std::make_shared<Impl>();
   TANDEM_RETURN_IF_ERROR(add_rules(pre.rules, data.add_space_prefix.value_or(false), *impl));
   TokenizerParts parts;
-  // Llama 3's vocabulary holds whole words that its merges cannot reach.
-  parts.bpe.ignore_merges = pre.rules == Rules::kLlama3;
+  parts.bpe.ignore_merges = ignores_merges(pre.rules);
   TANDEM_RETURN_IF_ERROR(parse_tokens(data, parts));
   TANDEM_RETURN_IF_ERROR(build_vocabulary(std::move(parts), *impl));
   TANDEM_RETURN_IF_ERROR(take_ids(data, pre.adds_bos, *impl));
@@ -329,7 +347,7 @@ Result<HfTokenizerFiles> hf_tokenizer_files(const storage::GgufTokenizer& data) 
                    {"end_of_word_suffix", nullptr},
                    {"fuse_unk", false},
                    {"byte_fallback", false},
-                   {"ignore_merges", pre.rules == Rules::kLlama3},
+                   {"ignore_merges", ignores_merges(pre.rules)},
                    {"vocab", std::move(vocabulary)},
                    {"merges", data.merges}};
   if (is_sentencepiece(data)) {

@@ -72,6 +72,69 @@ TEST(Dataset, TrainsTheAnswerOfEachFormat) {
   }
 }
 
+/// A conversation whose earlier turns the template writes differently once later ones follow.
+void expect_trained_turn_by_turn(const text::ChatTemplate& chat_template, const std::string& row,
+                                 const std::vector<std::size_t>& turns, const Texts& trained) {
+  const Encoder encoder{text::golden_tokenizer(), chat_template};
+  const Dataset dataset = parse_ok(row, encoder);
+  EXPECT_EQ(dataset.report.rows, static_cast<std::int64_t>(turns.size()));
+  ASSERT_EQ(dataset.examples.size(), turns.size());
+  const Json messages = Json::parse(row)["messages"];
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    const Example& example = dataset.examples[i];
+    EXPECT_EQ(example.line, 1);
+    const Json first(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(turns[i]));
+    const auto prompt = chat_template.render(first, {.add_generation_prompt = true});
+    ASSERT_TRUE(prompt.ok());
+    const std::string text = encoder.tokenizer.decode(example.tokens);
+    EXPECT_TRUE(text.starts_with(*prompt + trained[i])) << text << "\nis not after\n" << *prompt;
+    EXPECT_EQ(trained_texts(encoder, example), Texts{trained[i]});
+  }
+}
+
+TEST(Dataset, TrainsTurnByTurnWhereLaterTurnsChangeEarlierOnes) {
+  expect_trained_turn_by_turn(
+      text::golden_template("qwen3"),
+      R"({"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":"Yes?"},)"
+      R"({"role":"user","content":"weather?"},{"role":"assistant","content":"","tool_calls":)"
+      R"([{"type":"function","function":{"name":"w","arguments":{"at":"Rome"}}}]},)"
+      R"({"role":"tool","content":"sun"},{"role":"assistant","content":"Sunny."}]})",
+      {1, 3, 5},
+      {"<think>\n\n</think>\n\nYes?<|im_end|>",
+       "<think>\n\n</think>\n\n<tool_call>\n{\"name\": \"w\", \"arguments\": {\"at\": "
+       "\"Rome\"}}\n</tool_call><|im_end|>",
+       "<think>\n\n</think>\n\nSunny.<|im_end|>"});
+  // What an earlier turn thought is left out once later ones follow.
+  expect_trained_turn_by_turn(
+      text::golden_template("qwen3"),
+      R"({"messages":[{"role":"user","content":"a"},)"
+      R"({"role":"assistant","content":"<think>\nhm\n</think>\n\nb"},)"
+      R"({"role":"user","content":"c"},)"
+      R"({"role":"assistant","reasoning_content":"so","content":"d"}]})",
+      {1, 3}, {"<think>\nhm\n</think>\n\nb<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"});
+  // Mistral's: the system message stands in the user's message that is to be answered.
+  const auto mistral = text::ChatTemplate::parse(
+      "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and "
+      "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+      "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}");
+  ASSERT_TRUE(mistral.ok()) << mistral.status().to_string();
+  // Whole where no trained turn is written otherwise.
+  const Encoder qwen3{text::golden_tokenizer(), text::golden_template("qwen3")};
+  EXPECT_EQ(parse_ok(R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","content":)"
+                     R"("b","weight":0},{"role":"user","content":"c"},)"
+                     R"({"role":"assistant","content":"d"}]})",
+                     qwen3)
+                .examples.size(),
+            1u);
+  expect_trained_turn_by_turn(
+      *mistral,
+      R"({"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"a"},)"
+      R"({"role":"assistant","content":"b","weight":0},{"role":"user","content":"c"},)"
+      R"({"role":"assistant","content":"d"},{"role":"user","content":"e"},)"
+      R"({"role":"assistant","content":"f"}]})",
+      {4, 6}, {" d<|im_end|>", " f<|im_end|>"});
+}
+
 TEST(Dataset, WordsAnAlpacaRowAsTheModelExpects) {
   const Encoder chat = chatml_encoder(), plain = plain_encoder();
   const std::string row = R"({"instruction":"Add","input":"1 2","output":"3"})";

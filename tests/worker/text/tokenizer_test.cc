@@ -251,6 +251,49 @@ TEST(GgufTokenizer, GivesTheIdsOfTheSameVocabularyInTokenizerJson) {
   }
 }
 
+/// With merges across what only some rules split at.
+storage::GgufTokenizer gguf_of_merges_across(const char* pre) {
+  storage::GgufTokenizer data = gguf_of("llama3", pre);
+  for (const char* merge : {"e A", "1 2", "Ċ /"}) {
+    std::string token = merge;
+    token.erase(token.find(' '), 1);
+    if (std::find(data.tokens.begin(), data.tokens.end(), token) != data.tokens.end()) continue;
+    data.tokens.push_back(token);
+    data.token_types.push_back(1);
+    data.merges.insert(data.merges.begin(), merge);
+  }
+  return data;
+}
+
+TEST(GgufTokenizer, TekkenSplitsAsNemosTokenizerJson) {
+  const storage::GgufTokenizer data = gguf_of_merges_across("tekken");
+  const auto tekken = Tokenizer::from_gguf(data);
+  ASSERT_TRUE(tekken.ok()) << tekken.status().to_string();
+  EXPECT_TRUE(tekken->adds_bos());
+  const auto files = hf_tokenizer_files(data);
+  ASSERT_TRUE(files.ok()) << files.status().to_string();
+  const auto exported = Tokenizer::from_json(files->tokenizer_json, files->tokenizer_config_json);
+  ASSERT_TRUE(exported.ok()) << exported.status().to_string();
+  // Spelt as Mistral-Nemo's file has it; tests/golden/tokenizer_oracle.py holds the rest against
+  // the reference.
+  Json json = Json::parse(files->tokenizer_json);
+  const std::string upper = R"([\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])",
+                    lower = R"([\p{Ll}\p{Lm}\p{Lo}\p{M}])", before = R"([^\r\n\p{L}\p{N}]?)";
+  EXPECT_EQ(json["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+            before + upper + "*" + lower + "+|" + before + upper + "+" + lower +
+                R"(*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)");
+  EXPECT_EQ(json["model"]["ignore_merges"], true);
+  const auto llama3 = Tokenizer::from_gguf(gguf_of_merges_across("llama-bpe"));
+  const auto qwen2 = Tokenizer::from_gguf(gguf_of_merges_across("qwen2"));
+  ASSERT_TRUE(llama3.ok() && qwen2.ok());
+  for (const char* text : {"theApple", "naïveÉté Ünder ǅ中文Abc", "they'll", "e\u0301E\u0301e"})
+    EXPECT_EQ(encode_ok(*exported, text), encode_ok(*tekken, text)) << text;
+  EXPECT_NE(encode_ok(*tekken, "theApple"), encode_ok(*qwen2, "theApple"));
+  EXPECT_NE(encode_ok(*tekken, "312"), encode_ok(*llama3, "312"));
+  EXPECT_EQ(encode_ok(*tekken, "312"), encode_ok(*qwen2, "312"));
+  EXPECT_NE(encode_ok(*tekken, "a:\n/"), encode_ok(*qwen2, "a:\n/"));
+}
+
 /// The vocabulary of a golden SentencePiece tokenizer as a GGUF file would hold it: ids are ranks.
 storage::GgufTokenizer gguf_of_llama2() {
   storage::GgufTokenizer data = gguf_of("llama2", "");
