@@ -47,7 +47,7 @@ Host look_at(const std::string& name, const std::vector<const Worker*>& slots, c
 }  // namespace
 
 std::string HostSlots::to_string() const {
-  return str(count, " ", device == "cpu" ? "CPU" : "GPU", " workers");
+  return str(count, " ", device == "cpu" ? "CPU" : "GPU", count == 1 ? " worker" : " workers");
 }
 
 namespace {
@@ -100,7 +100,7 @@ GangRoom gang_room(const WorkerTable& workers, const std::string& device) {
     return slots_of(a.second) < slots_of(b.second);
   });
   const HostSlots all{slots_of(most->second), "", device}, largest = largest_of(*most, device);
-  return {all.count, str("there are ", all.to_string(),
+  return {all.count, str(all.count == 1 ? "there is " : "there are ", all.to_string(),
                          kinds.size() > 1 ? str(" of kind ", most->first) : std::string(), ", ",
                          largest.count, " of them on ", largest.name, list_kinds(kinds))};
 }

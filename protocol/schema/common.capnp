@@ -13,14 +13,15 @@
 # breaks loses what was under way. So whatever matters carries an id, is repeated by its sender until
 # it is acknowledged, and is recognised as a repeat by its receiver. Each message below says how.
 #
-# Limits. A frame: 4 MiB (of workers 20 MiB, bulk payload: 16 MiB + 4 KiB). A text: 1 MiB of valid UTF-8 (manifests between coordinator and workers: 16 MiB, a call's JSON: 64 KiB less than a frame) unless it says
-# less. A list: 2^18 items. Nesting: 32. Data that holds a digest: 0 or 32 bytes. Enum values that
-# this file does not name are refused. A frame that breaks a limit is dropped and counted; it is
-# never answered and never ends the receiver.
+# Limits. A frame: 4 MiB (of workers 20 MiB, bulk payload: 16 MiB + 4 KiB). A text: 1 MiB of valid UTF-8
+# (manifests between coordinator and workers: 16 MiB, a call's JSON: 64 KiB less than a frame) unless it
+# says less. A list: 2^18 items. Nesting: 32. Counts, indices and times: not negative. Data that holds a
+# digest: 0 or 32 bytes. Enum values that this file does not name are refused. A frame that breaks a
+# limit is dropped and counted; it is never answered and never ends the receiver.
 #
 # Versions. The first message of a connection is a hello with (major, minor). A process understands
-# its own minor version and the one before. The lower of the two is spoken; any other peer is refused
-# in the answer to its hello, with the range. A peer that is refused with a version it understands
+# minor versions from version.h's oldest to its own, at least the one before. The lower of the two is
+# spoken; any other peer is refused in the answer to its hello, with the range. A peer that is refused with a version it understands
 # itself may say hello again with that.
 #
 # Evolution. Never change the type, number or default of a field, never reuse a number, never delete

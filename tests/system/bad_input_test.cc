@@ -201,7 +201,7 @@ TEST_F(BadInput, LayoutsThatCannotWork) {
       return false;
     }
     return output.code == 4 && output.err.find("2 ranks") != std::string::npos &&
-           output.err.find("1 CPU workers") != std::string::npos;
+           output.err.find("1 CPU worker") != std::string::npos;
   })) << "more ranks than the pool has slots";
   const auto estimate = platform_->cli({"estimate", "-f", file("gang.yaml")});
   EXPECT_EQ(estimate.code, 0) << estimate.err;
