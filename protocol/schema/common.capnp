@@ -21,8 +21,8 @@
 #
 # Versions. The first message of a connection is a hello with (major, minor). A process understands
 # minor versions from version.h's oldest to its own, at least the one before. The lower of the two is
-# spoken; any other peer is refused in the answer to its hello, with the range. A peer that is refused with a version it understands
-# itself may say hello again with that.
+# spoken; any other peer is refused in the answer to its hello, with the range. A peer that is refused
+# with a version it understands itself may say hello again with that.
 #
 # Evolution. Never change the type, number or default of a field, never reuse a number, never delete
 # (rename to obsoleteX). New fields get the next number and a default that means "as before"; new
