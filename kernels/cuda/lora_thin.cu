@@ -1,9 +1,9 @@
 // u = s A x and du = s dy B. A cluster takes 128 rows, its blocks equal parts of the inner size; a
 // warp takes 16 rows and all columns, of 64 columns and more a warpgroup 64 rows. Where x is
 // silu(gate) * up, the pass for u can make it: of gate and up, which pass instead; it is written
-// before it is multiplied. Blocks that are many, or alone on their multiprocessor, take two parts
-// of half the rows side by side: of such clusters, half as large, a Hopper GPU holds as many as
-// 4,096 rows make.
+// before it is multiplied. Some blocks take two parts of half the rows side by side: of such
+// clusters, half as large, a Hopper GPU holds as many as 4,096 rows make, and no sum is cut
+// otherwise.
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/lora_thin.cuh"
 
@@ -32,6 +32,7 @@ struct Tiles {
   /// Of the inner size.
   static constexpr int kParts =
       (kMakes && (kColumns <= 16 || kWarpgroups)) || kColumns > 128 ? 2 : 1;
+  /// Of all blocks; the same whether x is made or given, whose bits are then the same.
   static constexpr unsigned kPartsMost = kWarpgroups ? 4 : kClusterMax;
   static constexpr int kTileRows = kRows / kParts;
   static constexpr int kWide = kRows * kStep;
@@ -347,15 +348,10 @@ void run(cudaStream_t stream, const ThinSites& sites, bool by_site, const Wide<E
   if (out.dim(0) == 0) return;
   const SegmentsView v = segments_view(sites.sites, 0, sites.rows, out.dim(0));
   const int columns = by_site ? v.rank_max : v.columns;
-  constexpr int kMost = kPass == Pass::kX ? kThinColumnsMax : 128;
-  TANDEM_CHECK_LE(columns, kMost);
-  const auto pass = columns <= 16    ? contract<E, 16, kPass>
-                    : columns <= 32  ? contract<E, 32, kPass>
-                    : columns <= 48  ? contract<E, 48, kPass>
-                    : columns <= 64  ? contract<E, 64, kPass>
-                    : columns <= 128 ? contract<E, 128, kPass>
-                                     : contract<E, kMost, kPass>;
-  pass(stream, v, by_site, wide, out, gathered);
+  with_columns<kPass == Pass::kX ? kThinColumnsMax : kThinMadeColumnsMax>(
+      columns, [&]<int kColumns>() {
+        contract<E, kColumns, kPass>(stream, v, by_site, wide, out, gathered);
+      });
 }
 
 template <class E>

@@ -115,6 +115,18 @@ void launch(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, unsig
   TANDEM_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
 }
 
+/// Calls f<kColumns> with the narrowest kernel's columns that hold these; kMost at most.
+template <int kMost, class F>
+void with_columns(int columns, const F& f) {
+  TANDEM_CHECK_LE(columns, kMost);
+  if (columns <= 16) return f.template operator()<16>();
+  if (columns <= 32) return f.template operator()<32>();
+  if (columns <= 48) return f.template operator()<48>();
+  if (columns <= 64) return f.template operator()<64>();
+  if (columns <= 128) return f.template operator()<128>();
+  f.template operator()<kMost>();
+}
+
 constexpr int kClusterMax = 8;
 
 /// The power of two in [1, kClusterMax] next below parts.

@@ -14,8 +14,9 @@ namespace tandem::kernels::cuda {
 
 class Scratch;
 
-/// Columns of a fused linear's u and du in one pass.
-inline constexpr int kThinColumnsMax = 192;
+/// Columns of a fused linear's u and du in one pass over a matrix that is there, or a norm's
+/// output; over other things that are made on the way, and over dy.
+inline constexpr int kThinColumnsMax = 192, kThinMadeColumnsMax = 128;
 
 /// What the passes of one op share.
 struct ThinSites {

@@ -286,15 +286,10 @@ void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, c
   constexpr bool kGrads = kMade == Made::kGrad || kMade == Made::kGradWithLeft;
   const SegmentsView v = segments_view(sites.sites, 0, sites.rows, coefficients.dim(0));
   const int columns = by_site || kGrads ? v.rank_max : v.columns;
-  constexpr int kMost = kMade == Made::kGiven || kMade == Made::kNorm ? kThinColumnsMax : 128;
-  TANDEM_CHECK_LE(columns, kMost);
-  const auto pass = columns <= 16    ? outer<E, 16, kMade>
-                    : columns <= 32  ? outer<E, 32, kMade>
-                    : columns <= 48  ? outer<E, 48, kMade>
-                    : columns <= 64  ? outer<E, 64, kMade>
-                    : columns <= 128 ? outer<E, 128, kMade>
-                                     : outer<E, kMost, kMade>;
-  pass(stream, v, is_a, by_site, wide, coefficients, left);
+  constexpr bool kWhole = kMade == Made::kGiven || kMade == Made::kNorm;
+  with_columns<kWhole ? kThinColumnsMax : kThinMadeColumnsMax>(columns, [&]<int kColumns>() {
+    outer<E, kColumns, kMade>(stream, v, is_a, by_site, wide, coefficients, left);
+  });
 }
 
 }  // namespace
@@ -302,7 +297,8 @@ void run(cudaStream_t stream, const ThinSites& sites, bool is_a, bool by_site, c
 
 void lora_thin_da(cudaStream_t stream, const ThinSites& sites, const Tensor& x,
                   const LinearInputRecipe& make_x, const Tensor& du) {
-  const int most = x.defined() || make_x.norm.residual.defined() ? kThinColumnsMax : 128;
+  const int most =
+      x.defined() || make_x.norm.residual.defined() ? kThinColumnsMax : kThinMadeColumnsMax;
   const bool by_site = sites.rows.dropout > 0.0f || du.dim(1) > most;
   const AddRmsNormArgs& norm = make_x.norm;
   with_element(du.dtype, [&]<class E>(E) {
