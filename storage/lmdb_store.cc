@@ -1,6 +1,7 @@
 #include "storage/lmdb_store.h"
 
 #include "protocol/base/clock.h"
+#include "protocol/base/file_lock.h"
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
 #include "storage/ahead_writer.h"
@@ -9,7 +10,6 @@
 
 #include <fcntl.h>
 #include <lmdb.h>
-#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -89,17 +89,13 @@ using EnvPtr = std::unique_ptr<MDB_env, EnvCloser>;
 /// One environment with its tables. Shared by the store and its transactions.
 struct Environment {
   std::string directory;
-  int lock_fd = -1;
+  // Destroyed in reverse: the lock is held while anything here is.
+  std::optional<FileLock> lock;
   EnvPtr env;
   std::map<std::string, MDB_dbi, std::less<>> dbis;
   std::vector<std::string> tables;
   std::unique_ptr<AheadWriter> ahead;
 
-  ~Environment() {
-    ahead.reset();
-    env.reset();
-    if (lock_fd >= 0) ::close(lock_fd);
-  }
   [[nodiscard]] MDB_dbi dbi(std::string_view table) const {
     const auto at = dbis.find(table);
     TANDEM_CHECK(at != dbis.end(), directory, " was not opened with the table ", table);
@@ -334,25 +330,14 @@ class LmdbStore final : public Store {
 
 // -- opening ------------------------------------------------------------------
 
-/// Takes the folder's lock for this process; the descriptor holds it.
-Result<int> take_lock(const std::string& directory) {
-  const std::string path = directory + "/owner";
-  const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (fd < 0) return internal_error(str("cannot open ", path, ": ", std::strerror(errno)));
-  if (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
-    char text[32] = {};
-    const ssize_t n = ::pread(fd, text, sizeof text - 1, 0);
-    ::close(fd);
-    const std::string pid = n > 0 ? std::string(text, strcspn(text, "\n")) : "unknown";
+/// Takes the folder's lock for this process.
+Result<FileLock> take_lock(const std::string& directory) {
+  auto lock = FileLock::acquire(directory + "/owner");
+  if (!lock.ok() && lock.status().code() == StatusCode::kConflict)
     return conflict_error(str(
-        directory, " is in use by process ", pid,
+        lock.status().message(),
         "; one coordinator owns a registry: stop that one first, or choose another --data-dir"));
-  }
-  // Who holds it is only told; the lock itself needs no byte of a disk that may be full.
-  const std::string pid = str(::getpid(), "\n");
-  const ssize_t written = ::pwrite(fd, pid.data(), pid.size(), 0);
-  if (written > 0) (void)!::ftruncate(fd, written);
-  return fd;
+  return lock;
 }
 
 /// Gives a file its full size on the disk, so that neither a commit nor a mapped page can lack
@@ -588,7 +573,7 @@ Result<std::unique_ptr<Store>> open_lmdb_store(const LmdbOptions& options) {
   auto environment = std::make_shared<Environment>();
   environment->directory = directory;
   environment->tables = options.tables;
-  TANDEM_ASSIGN_OR_RETURN(environment->lock_fd, take_lock(directory));
+  TANDEM_ASSIGN_OR_RETURN(environment->lock, take_lock(directory));
 
   TANDEM_ASSIGN_OR_RETURN(const std::int64_t existing, data_file_bytes(directory));
   const std::int64_t missing =

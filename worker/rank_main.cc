@@ -4,6 +4,7 @@
 // and engines never do. The engines of these slots go on serving.
 #include "kernels/cpu/openmp_spin.h"
 #include "kernels/device_error.h"
+#include "protocol/base/file_lock.h"
 #include "protocol/base/log.h"
 #include "protocol/codec.h"
 #include "protocol/dial.h"
@@ -121,8 +122,7 @@ Result<int> run(const Settings& settings, const Identity& id) {
   mpi.current_timeout_ms = patience.timeout_ms();
   TANDEM_ASSIGN_OR_RETURN(const auto gang, comm::make_mpi_communicator(mpi));
   set_log_component(str("rank ", gang->rank(), "/", id.device, id.slot));
-  TANDEM_ASSIGN_OR_RETURN(const auto lock,
-                          runtime::FileLock::acquire(paths.rank_lock(gang->rank())));
+  TANDEM_ASSIGN_OR_RETURN(const auto lock, FileLock::acquire(paths.rank_lock(gang->rank())));
   TANDEM_ASSIGN_OR_RETURN(const Identity mine, identity_of_rank(settings, id, start, gang->rank()));
   const Watched watched(paths, gang->rank());
   auto opened = watched.run([&] { return open_device(settings, mine); });

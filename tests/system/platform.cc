@@ -1,8 +1,8 @@
 #include "tests/system/platform.h"
 
 #include "protocol/base/clock.h"
+#include "protocol/base/file_lock.h"
 #include "protocol/zap.h"
-#include "worker/runtime/slot.h"
 
 #include <gtest/gtest.h>
 
@@ -197,7 +197,7 @@ std::string Platform::slot_directory(int slot) const {
 
 pid_t Platform::lock_holder(int slot, const std::string& lock) const {
   const std::string path = slot_directory(slot) + "/" + lock;
-  if (!worker::runtime::FileLock::is_held(path)) return 0;
+  if (!FileLock::is_held(path)) return 0;
   const std::string text = read_all(path);
   return text.empty() ? 0 : static_cast<pid_t>(std::atoi(text.c_str()));
 }

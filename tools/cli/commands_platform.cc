@@ -1,12 +1,12 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "protocol/base/clock.h"
+#include "protocol/base/file_lock.h"
 #include "protocol/base/processors.h"
 #include "protocol/base/units.h"
 #include "tools/cli/commands.h"
 #include "tools/cli/output.h"
 #include "tools/prometheus.h"
 #include "worker/runtime/process.h"
-#include "worker/runtime/slot.h"
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -28,8 +28,6 @@ namespace tandem::tools {
 namespace {
 
 namespace fs = std::filesystem;
-
-using worker::runtime::FileLock;
 
 constexpr TimeMs kStartTimeoutMs = 20000, kStopTimeoutMs = 60000, kPollMs = 50;
 

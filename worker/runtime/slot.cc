@@ -1,60 +1,14 @@
 #include "worker/runtime/slot.h"
 
-#include "protocol/base/clock.h"
-
 #include <nlohmann/json.hpp>
 
-#include <fcntl.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 
 namespace tandem::worker::runtime {
-namespace {
-constexpr std::int64_t kLockPollUs = 5000;
-}
-
-Result<FileLock> FileLock::acquire(const std::string& path, std::int64_t wait_ms) {
-  const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (fd < 0) return internal_error(str("cannot open ", path, ": ", std::strerror(errno)));
-  FileLock lock(fd);
-  const std::int64_t deadline = steady_ns() / 1'000'000 + wait_ms;
-  while (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
-    if (steady_ns() / 1'000'000 >= deadline) {
-      char holder[32] = {};
-      const ssize_t got = ::pread(fd, holder, sizeof holder - 1, 0);
-      return conflict_error(str(path, " is in use by process ", got > 0 ? holder : "?"));
-    }
-    ::usleep(kLockPollUs);
-  }
-  const std::string pid = str(::getpid());
-  if (::ftruncate(fd, 0) != 0 || ::pwrite(fd, pid.data(), pid.size(), 0) < 0)
-    return internal_error(str("cannot write ", path, ": ", std::strerror(errno)));
-  return lock;
-}
-
-bool FileLock::is_held(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-  if (fd < 0) return false;
-  const bool free = ::flock(fd, LOCK_EX | LOCK_NB) == 0;
-  ::close(fd);  // drops the lock too
-  return !free;
-}
-
-FileLock& FileLock::operator=(FileLock&& other) noexcept {
-  std::swap(fd_, other.fd_);
-  return *this;
-}
-
-FileLock::~FileLock() {
-  if (fd_ >= 0) ::close(fd_);
-}
-
 Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::string& device,
                                     int slot) {
   SlotPaths paths;

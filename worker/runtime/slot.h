@@ -7,6 +7,7 @@
 //                               engine
 #pragma once
 
+#include "protocol/base/file_lock.h"
 #include "protocol/base/ids.h"
 #include "protocol/base/result.h"
 
@@ -16,25 +17,6 @@
 #include <string>
 
 namespace tandem::worker::runtime {
-
-/// An flock that lives until the object or the process dies. Move-only.
-class FileLock {
- public:
-  /// conflict_error (with the holder's pid, which the file holds) when somebody has it; waits up to
-  /// `wait_ms` for that to change.
-  static Result<FileLock> acquire(const std::string& path, std::int64_t wait_ms = 0);
-  /// True when some process holds the lock now.
-  static bool is_held(const std::string& path);
-  /// For a child that is to hold it as well (close-on-exec here).
-  [[nodiscard]] int descriptor() const { return fd_; }
-  FileLock(FileLock&& other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
-  FileLock& operator=(FileLock&& other) noexcept;
-  ~FileLock();
-
- private:
-  explicit FileLock(int fd) : fd_(fd) {}
-  int fd_ = -1;
-};
 
 /// Where one slot keeps its files.
 struct SlotPaths {

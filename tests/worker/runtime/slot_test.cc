@@ -23,22 +23,6 @@ TEST(SlotOf, IsTheNumberAtTheEndOfAWorker) {
     EXPECT_EQ(slot_of(WorkerId(wrong)).status().code(), StatusCode::kInvalid) << wrong;
 }
 
-TEST(FileLock, NamesItsHolderToTheSecondWhoWantsIt) {
-  const std::string path = temporary("lock");
-  {
-    auto first = FileLock::acquire(path);
-    ASSERT_TRUE(first.ok());
-    EXPECT_TRUE(FileLock::is_held(path));
-    const auto second = FileLock::acquire(path);
-    ASSERT_FALSE(second.ok());
-    EXPECT_EQ(second.status().code(), StatusCode::kConflict);
-    EXPECT_NE(second.status().message().find(std::to_string(::getpid())), std::string::npos);
-  }
-  EXPECT_FALSE(FileLock::is_held(path));
-  EXPECT_TRUE(FileLock::acquire(path).ok());
-  std::filesystem::remove(path);
-}
-
 TEST(StopSignals, AWaveOfSignalsIsOneWish) {
   StopSignals signals;
   EXPECT_EQ(signals.count(), 0);
@@ -49,21 +33,6 @@ TEST(StopSignals, AWaveOfSignalsIsOneWish) {
   ::usleep(1'100'000);
   signals.note();
   EXPECT_EQ(signals.count(), 2);
-}
-
-TEST(FileLock, IsFreeOnceItsHolderWasKilled) {
-  const std::string path = temporary("killed");
-  const pid_t child = ::fork();
-  if (child == 0) {
-    auto lock = FileLock::acquire(path);
-    ::pause();
-    ::_exit(lock.ok() ? 0 : 1);
-  }
-  while (!FileLock::is_held(path)) ::usleep(1000);
-  ::kill(child, SIGKILL);
-  ::waitpid(child, nullptr, 0);
-  EXPECT_FALSE(FileLock::is_held(path));
-  std::filesystem::remove(path);
 }
 
 TEST(Slot, ARunningEngineIsKnownOnlyWhileItsLockIsHeld) {
