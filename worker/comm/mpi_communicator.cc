@@ -37,8 +37,6 @@ using kernels::Tensor;
 constexpr std::int64_t kMessageBytes = std::int64_t{1} << 30;
 /// Sums of at most so many bytes go to every rank whole: one round instead of two.
 constexpr std::int64_t kDirectBytes = 16 << 10;
-/// Tests of the requests between two looks at the clock.
-constexpr int kTestsPerLook = 64;
 /// A wait this long is no pause between two messages: from then on a rank sleeps between tests and
 /// leaves its core to ranks that compute and engines that serve.
 constexpr std::int64_t kSpinNs = 1'000'000;
@@ -108,17 +106,13 @@ class Messages {
       throw DeviceError(str(what_, " on rank ", world_.rank(), ": another collective has failed"));
     const std::int64_t begin = steady_ns();
     const std::int64_t deadline = begin + world_.timeout_ms() * 1'000'000;
-    for (int tests = 1;; ++tests) {
+    while (true) {
       int done = 0;
       const int code = MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done,
                                    MPI_STATUSES_IGNORE);
       if (code != MPI_SUCCESS) world_.fail();
       check_mpi(code, what_);
       if (done != 0) break;
-      if (tests % kTestsPerLook != 0) {
-        ::sched_yield();
-        continue;
-      }
       const std::int64_t now = steady_ns();
       if (now > deadline) {
         world_.fail();  // the requests and their memory are MPI's for ever: the process must end
@@ -126,10 +120,10 @@ class Messages {
                               " did not end within ", world_.timeout_ms(),
                               " ms: a member of the gang is gone or hangs"));
       }
-      if (now - begin > kSpinNs) {
-        tests = -1;  // a look at the clock after each nap
+      if (now - begin > kSpinNs)
         ::usleep(kNapUs);
-      }
+      else
+        ::sched_yield();
     }
     requests_.clear();
   }
