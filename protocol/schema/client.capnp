@@ -61,8 +61,9 @@ struct Call {
   # something stores the key in the transaction of its effect and answers a repeat (for 24 hours, over
   # restarts) as it answered first; the same key with other parameters is answered `conflict`. A
   # repeat of a streaming call starts the stream again from `after`.
-  callId @0 :Text;          # 1 to 64 bytes, unique within the client's process
-  idempotencyKey @1 :Text;  # 1 to 64 bytes where the method changes something (marked !)
+  callId @0 :Text;          # 1 to 256 bytes, unique within the client's process
+  idempotencyKey @1 :Text;  # 1 to 256 bytes where the method changes something (marked !): none is `invalid`.
+                            # Elsewhere it is ignored
   method @2 :Text;
   paramsJson @3 :Text;      # an object; an unknown or missing key is answered `invalid` and named
 }

@@ -47,7 +47,7 @@ TEST_F(JobsTest, AJobThatDoesNotFitIsRefusedWithTheNumberAndTheLimit) {
 
 TEST_F(JobsTest, TheDryRunKnowsWhetherTheJobEvaluates) {
   const auto evaluates = [&](const std::string& more) {
-    h.from_client("c", protocol::Call{"s", more, "job.submit",
+    h.from_client("c", protocol::Call{"s", str("k", more), "job.submit",
                                       R"({"spec":{"model":"base","dataset":"rows","adapter":"a")" +
                                           more + "}}"});
     return h.to_engine<protocol::EstimateRequest>(0).at(0).evaluates;
