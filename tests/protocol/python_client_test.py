@@ -251,6 +251,24 @@ class PythonClient(unittest.TestCase):
             self.assertEqual(client.status(), {"ok": True})
         self.assertEqual(asked[0]["idempotencyKey"], asked[1]["idempotencyKey"])
 
+    def test_what_the_coordinator_would_drop_for_its_size_is_an_error_at_once(self):
+        self.serve(lambda *_: None)
+        with self.client() as client:
+            for ask in (
+                lambda: client.call("job.list", idempotency_key="k" * 257),
+                lambda: client.call("m" * 1025),
+                lambda: client.generate("m", prompt="hi", request_id="r" * 257),
+                lambda: client.generate("m" * 1025, prompt="hi"),
+                lambda: client.cancel("r" * 257),
+                lambda: client.call("data.add", {"x": "x" * (wire.FRAME_BYTES_MAX - (64 << 10))}),
+            ):
+                with self.assertRaises(TandemError) as raised:
+                    ask()
+                self.assertEqual(raised.exception.code, "invalid")
+                self.assertIn("the limit is", raised.exception.message)
+            wire.call("id", "k" * 256, "m" * 1024, "x" * (3 << 20))
+        self.assertEqual(self.coordinator.of("call"), [])
+
     def test_refuses_a_version_outside_the_range(self):
         self.serve(lambda *_: None, minor=7)
         with self.assertRaises(TandemError) as raised:
