@@ -149,10 +149,11 @@ struct Pong {
 # job.rm !          {"job"} -> {}. One that has ended, with its events and checkpoints; what it published stays.
 #                   One that has not: `conflict`. Of ended jobs the newest jobs_kept stand here, the newest of
 #                   these with events and checkpoints.
-# job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest"} -> JOB. A
-#                   checkpoint out of another registry's backup: the job is made, paused, if it is not
-#                   here, and gets the checkpoint. Model and data are named by digest; the checkpoint's
-#                   chunks lie on the bulk socket already. `conflict`: another job has the id, or another
+# job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest" or
+#                   "manifest_digest"} -> JOB. A checkpoint out of another registry's backup: the job is made,
+#                   paused, if it is not here, and gets the checkpoint. Model and data are named by digest; the
+#                   checkpoint's chunks lie on the bulk socket already, and so does the manifest that is named by
+#                   its digest: one may be larger than a call. `conflict`: another job has the id, or another
 #                   checkpoint the step, or the job is not paused.
 #
 # replica.add !     {"model", "tp"? = 1, "pp"? = 1, "count"? = 1} -> {"replicas": [REPLICA], "estimate"}. Since 1.3.
@@ -175,8 +176,9 @@ struct Pong {
 # adapter.import !  {"name", "model", "manifest", "metadata"?, "upload"?} -> ADAPTER. The tensors' chunks lie on the
 #                   bulk socket already; a tensor that fits no site, a rank or base that does not fit:
 #                   `refused` with the tensor's name.
-# adapter.manifest  {"adapter"} -> {"digest", "manifest"}: the canonical text, for export; the chunks
-#                   are fetched by BlobGet.
+# adapter.manifest  {"adapter"} -> {"digest", "manifest", "name", "model"}: the canonical text, for export; the
+#                   chunks are fetched by BlobGet. Where the text is larger than an answer "manifest" is
+#                   "": BlobGet of its digest brings any manifest.
 #
 # estimate          {"model", "train": TrainSettings, "workers"? = 1} -> {"peak_bytes", "by_kind": {kind:
 #                   bytes}, "device_bytes", "fits", "per_rank": [...]}
