@@ -22,6 +22,7 @@
 #include <fstream>
 #include <iostream>
 #include <optional>
+#include <set>
 #include <sstream>
 
 namespace tandem::tools {
@@ -269,8 +270,14 @@ Status run_down(Session& session) {
   const Json result{{"coordinator", coordinator != 0}, {"workers", running()}};
   // Engines write a checkpoint and say goodbye before the coordinator goes. Not to mpirun, which
   // would kill them after a second: each mpirun ends when the workers that it started have.
-  for (const pid_t master : slot_masters(settings)) ::kill(master, SIGTERM);
-  if (!wait_until(kStopTimeoutMs, [&] { return !running(); })) {
+  // One that up launched may come to its slot only when that is free again: it is told then.
+  std::set<pid_t> told;
+  const auto all_ended = [&] {
+    for (const pid_t master : slot_masters(settings))
+      if (told.insert(master).second) ::kill(master, SIGTERM);
+    return !running();
+  };
+  if (!wait_until(kStopTimeoutMs, all_ended)) {
     if (const pid_t launcher = launcher_of(settings)) ::kill(launcher, SIGKILL);
     // Supervisors first, which would start others; then what each of them leaves.
     wait_until(kStopTimeoutMs, [&] {
