@@ -100,6 +100,13 @@ TEST_F(Up, DownEndsAWorkerThatComesToItsSlotMeanwhile) {
   EXPECT_EQ(platform_.engine(1), 0);
 }
 
+TEST_F(Up, SaysWhyNoWorkerComes) {
+  const auto output = platform_.cli({"up", "--workers", "1", "--device", "cpu", "--dtype", "f16"});
+  EXPECT_EQ(output.code, 1);
+  EXPECT_NE(output.err.find("dtype f16: a CPU computes in f32 and bf16"), std::string::npos)
+      << output.err;
+}
+
 TEST_F(Up, StartsACoordinatorAgainRightAfterItWasKilled) {
   run({"up", "--workers", "1", "--device", "cpu"});
   const Json status = Json::parse(platform_.cli({"--json", "status"}).out);

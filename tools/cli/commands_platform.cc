@@ -131,6 +131,17 @@ std::string last_line(const std::string& log) {
   return last.empty() ? "" : " (" + last + ")";
 }
 
+/// The same of workers: an agent that ends in an error says why in its own log, and mpirun's has
+/// only that it ended.
+std::string why_no_worker(const std::string& log_dir, const std::string& mpirun_log) {
+  std::error_code error;
+  for (const auto& file : fs::directory_iterator(log_dir, error))
+    if (file.path().filename().string().starts_with("agent-"))
+      if (std::string line = last_line(file.path()); line.find(" ERROR ") != std::string::npos)
+        return line;
+  return last_line(mpirun_log);
+}
+
 /// The settings this command was given, for the daemons it starts.
 std::vector<std::string> daemon_arguments(const protocol::Settings& settings) {
   std::vector<std::string> arguments{"--data-dir", settings.data_dir()};
@@ -222,7 +233,7 @@ Status start_workers(Session& session) {
   });
   if (!up)
     return internal_error(str("not all ", count, " workers came up; see ", log, " and ",
-                              settings.log_dir(), last_line(log)));
+                              settings.log_dir(), why_no_worker(settings.log_dir(), log)));
   return {};
 }
 
