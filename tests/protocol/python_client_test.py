@@ -139,7 +139,7 @@ class PythonClient(unittest.TestCase):
                 self.assertEqual(caught.exception.code, "invalid")
                 self.assertNotIn("\n", caught.exception.message)
             with self.assertRaises(TandemError) as caught:
-                client.call("status", {"x": "y" * (1 << 20)})
+                client.call("status", {"x": "y" * (4 << 20)})
             self.assertEqual(caught.exception.code, "invalid")
         with self.assertRaises(TandemError) as caught:
             Client("nowhere")
