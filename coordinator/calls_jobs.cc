@@ -303,7 +303,6 @@ void Calls::end_stream(const Stream& stream) {
 void Calls::estimate(const Ask& ask, Params& params) {
   const std::string name = params.text("model");
   const std::string train = params.object("train", false);
-  (void)params.integer("workers", 1, 1, 4096);
   const bool eval_data = params.boolean("eval_data", false);
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   auto settings = protocol::TrainSettings::parse(train.empty() ? "{}" : train);

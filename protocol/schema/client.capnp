@@ -101,7 +101,7 @@ struct Pong {
 # answer {..., "next": ""}: a `next` that is not empty is the `after` of the following page
 # (`conflict`: it was removed meanwhile). MODEL, ADAPTER and JOB below are the objects that stand under "Objects".
 #
-# status            {} -> {"server", "version", "incarnation", "uptime_s", "endpoints": {"client",
+# status            {} -> {"server", "version", "incarnation", "uptime_s", "pid", "endpoints": {"client",
 #                   "worker", "bulk"}, "data_dir", "log_path", "tensorboard_dir", "models": n,
 #                   "adapters": n, "jobs": {"queued", "running", "paused", "done", "failed",
 #                   "cancelled"}, "requests": {"running", "waiting", "accepted", "finished", "failed",
@@ -180,8 +180,10 @@ struct Pong {
 #                   chunks are fetched by BlobGet. Where the text is larger than an answer "manifest" is
 #                   "": BlobGet of its digest brings any manifest.
 #
-# estimate          {"model", "train": TrainSettings, "workers"? = 1} -> {"peak_bytes", "by_kind": {kind:
-#                   bytes}, "device_bytes", "fits", "per_rank": [...]}
+# estimate          {"model", "train"? : TrainSettings, "eval_data"? = false} -> {"peak_bytes", "by_kind": {kind: bytes},
+#                   "limit_bytes", "fits", "dtype", "device"}; over several ranks with "ranks": [{kind: bytes}], with
+#                   layout auto "layout", "layout_name" and "layouts" (those looked at); "pool": why the pool as
+#                   it is cannot run it
 #
 # worker.list       {} -> {"workers": [WORKER]}
 # worker.drain !    {"worker"} -> WORKER. No new work; what runs goes on; jobs write a checkpoint and move.
@@ -191,9 +193,10 @@ struct Pong {
 # cache.stats       {} -> {"entries", "bytes", "bytes_max", "hits", "misses", "evictions", "expired"}
 # cache.clear !     {} -> {"entries": removed}
 #
-# registry.check    {"verify_blobs"? = true} -> {"ok", "records", "blobs", "bytes", "problems": [text]}
-# registry.gc !     {"dry_run"? = false} -> {"blobs", "bytes"} freed. Spares what an upload pins and what
-#                   is younger than an hour.
+# registry.check    {"verify_blobs"? = true} -> {"ok", "records", "blobs", "bytes", "registry_bytes",
+#                   "registry_bytes_max", "problems": [text]}
+# registry.gc !     {} -> {"blobs", "bytes", "manifests", "results"} freed, {"spared"} blobs. Spares what an upload pins
+#                   and what is younger than an hour.
 # registry.backup ! {"path"} -> {"path", "bytes"}. A consistent copy on the coordinator's host, while it runs.
 #
 # With CURVE, key.create, key.revoke and shutdown are for keys of role admin, else `refused`.
@@ -217,7 +220,7 @@ struct Pong {
 #            starting, running, pausing, paused, cancelling, done, failed, cancelled; reason: why a queued
 #            job waits
 #   ADAPTER  {"name", "version", "digest", "model", "rank", "bytes", "job", "created", "resident": n}
-#   WORKER   {"worker", "host", "device", "device_name", "state", "model", "loading", "error", "jobs": [JOB
+#   WORKER   {"worker", "host", "device", "device_name", "version" (of its programs), "state", "model", "loading", "error", "jobs": [JOB
 #            id], "requests", "credits", "kv_free", "kv_total", "tokens_per_second", "memory_bytes",
 #            "adapters": n, "agent": alive, "pid", "agent_pid", "stats"}; state: starting, ready, draining,
 #            drained, lost; "replica": id of the replica that has a rank on it, or ""

@@ -26,6 +26,14 @@ TEST(Calls, UnknownMethodsAndParametersNameTheNearest) {
   EXPECT_TRUE(h.call("job.list", {{"state", "done"}}).status.ok());
 }
 
+TEST(Calls, StatusShowsTheCacheAsItsOwnCallDoes) {
+  CoreHarness h;
+  const auto result = [&](const std::string& method) {
+    return nlohmann::json::parse(h.call(method, nlohmann::json::object()).result_json);
+  };
+  EXPECT_EQ(result("status")["cache"], result("cache.stats"));
+}
+
 TEST(Calls, WhatChangesSomethingNeedsAnIdempotencyKeyAndWhatReadsDoesNot) {
   CoreHarness h;
   h.add_data("rows");
