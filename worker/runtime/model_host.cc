@@ -54,10 +54,12 @@ class LocalSession final : public JobSession {
  public:
   /// `while_open` goes last.
   LocalSession(std::shared_ptr<void> while_open, std::unique_ptr<train::TrainSession> session,
-               kernels::Backend& backend, kernels::Exec& exec, const model::ModelConfig& config,
-               DType dtype)
+               serve::ServeEngine& serve, kernels::Backend& backend, kernels::Exec& exec,
+               const model::ModelConfig& config, DType dtype)
       : while_open_(std::move(while_open)),
         session_(std::move(session)),
+        serve_(serve),
+        dtype_(dtype),
         ops_(*backend.ops),
         exec_(exec),
         config_(config) {
@@ -71,6 +73,8 @@ class LocalSession final : public JobSession {
   [[nodiscard]] const model::LoraConfig& lora() const override { return session_->lora(); }
   Result<train::TrainState> export_state() override { return session_->export_state(); }
   std::shared_ptr<const model::AdapterWeights> snapshot_adapter() override {
+    // The one before goes first, unless a request uses it.
+    (void)serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
     return session_->snapshot_adapter();
   }
   Result<model::FlatAdapter> flat_adapter(DType dtype) override {
@@ -101,6 +105,8 @@ class LocalSession final : public JobSession {
   }
   const std::shared_ptr<void> while_open_;
   const std::unique_ptr<train::TrainSession> session_;
+  serve::ServeEngine& serve_;
+  const DType dtype_;
   kernels::Ops& ops_;
   kernels::Exec& exec_;  ///< serving's
   const model::ModelConfig& config_;
@@ -241,13 +247,12 @@ Result<std::unique_ptr<JobSession>> ModelHost::open_session(
       train::TrainSession::create({*backend_.allocator, *backend_.ledger, memory_->train,
                                    *yielding_weights_, *adapters_, options_.adapter_slots},
                                   options, std::move(batches)));
-  // What it will hand to serving, a snapshot and the finished adapter, is part of its need.
-  room_for_adapters(need.total() -
-                    2 * round_up(session->flat_elements() * dtype_bytes(options_.dtype),
-                                 kernels::kMapGranularity));
+  // The snapshot that serving holds of it is part of its need.
+  room_for_adapters(need.total() - round_up(session->flat_elements() * dtype_bytes(options_.dtype),
+                                            kernels::kMapGranularity));
   if (from.state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*from.state));
   return std::unique_ptr<JobSession>(
-      std::make_unique<LocalSession>(std::move(while_open), std::move(session), backend_,
+      std::make_unique<LocalSession>(std::move(while_open), std::move(session), *serve_, backend_,
                                      memory_->serve_exec, loaded_.config, options_.dtype));
 }
 
@@ -257,7 +262,8 @@ void ModelHost::spare_multiprocessors(int count) {
 
 Status ModelHost::install_adapter(const Digest& digest,
                                   std::shared_ptr<const model::AdapterWeights> weights) {
-  TANDEM_RETURN_IF_ERROR(serve_->make_adapter_room(digest, weights->bytes));
+  // Its memory is the session's already: others that are idle go, but it is never refused for it.
+  (void)serve_->make_adapter_room(digest, weights->bytes);
   return serve_->install_adapter(digest, std::move(weights));
 }
 
