@@ -292,6 +292,19 @@ TEST_F(JobsTest, WatchSendsOldEventsThenNewOnesAndEndsWithTheJob) {
   EXPECT_EQ(nlohmann::json::parse(end.back().result_json)["state"], "failed");
 }
 
+TEST_F(JobsTest, AnEndedJobWithoutACheckpointIsNotToBeWaitedFor) {
+  running();  // takes the engine
+  const JobId id = h.submit({{"adapter", "next"}});
+  const auto latest = [&] {
+    return h.call("adapter.manifest", {{"adapter", id.value + "@latest"}}).status.message();
+  };
+  EXPECT_NE(latest().find("has no checkpoint yet (step 0); set save_steps lower or wait"),
+            std::string::npos)
+      << latest();
+  EXPECT_TRUE(h.call("job.cancel", {{"job", id.value}}).status.ok());
+  EXPECT_NE(latest().find("is cancelled and has no checkpoint"), std::string::npos) << latest();
+}
+
 TEST_F(JobsTest, ARestoredJobIsPausedAndGoesOnFromItsNewestCheckpoint) {
   const auto restore = [&](const std::string& job, std::int64_t step, const std::string& state) {
     return h
