@@ -49,7 +49,12 @@ Result<WorkResult> work(const DescribeStoredModel& request, storage::Registry& r
 
 Result<WorkResult> work(const VerifyManifest& request, storage::Registry& registry,
                         const BackgroundOptions&) {
-  TANDEM_ASSIGN_OR_RETURN(const auto manifest, storage::parse_manifest(request.text));
+  std::string text = request.text;
+  if (text.empty()) {
+    TANDEM_ASSIGN_OR_RETURN(const auto bytes, registry.blob(request.blob));
+    text.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  }
+  TANDEM_ASSIGN_OR_RETURN(const auto manifest, storage::parse_manifest(text));
   if (manifest.kind != request.kind)
     return invalid_error(str("a manifest of kind ", storage::manifest_kind_name(request.kind),
                              " is needed here, not ", storage::manifest_kind_name(manifest.kind)));
@@ -59,8 +64,8 @@ Result<WorkResult> work(const VerifyManifest& request, storage::Registry& regist
   }
   TANDEM_RETURN_IF_ERROR(check_chunks(registry, manifest));
   ManifestVerified verified;
-  verified.text = request.text;
-  verified.digest = storage::manifest_digest(request.text);
+  verified.digest = storage::manifest_digest(text);
+  verified.text = std::move(text);
   verified.bytes = manifest.bytes();
   const Json settings = Json::parse(manifest.settings_json, nullptr, false);
   if (settings.is_object() && settings.contains("base_model") &&

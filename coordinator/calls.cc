@@ -90,6 +90,10 @@ void Calls::handle(const std::string& peer, const std::string& user, const proto
                       refused_error(str(call.method, " needs a key of role admin; ", user,
                                         "'s is client: ask an administrator")),
                       "", false);
+  if (verb->second.changes && ask.key.empty())
+    return reply(ask, invalid_error(str(call.method,
+                                        " changes something, so it needs an idempotency "
+                                        "key: one that comes twice is done once")));
   if (!verb->second.changes) ask.key.clear();
   if (!ask.key.empty() && replay(ask)) return;
   if (ending() && verb->second.changes)

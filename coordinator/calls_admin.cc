@@ -9,6 +9,12 @@ namespace {
 
 constexpr TimeMs kEndingMs = 25'000;  // how long a shutdown waits for checkpoints
 
+Json cache_json(const ResultCacheStats& stats) {
+  return {{"entries", stats.entries}, {"bytes", stats.bytes},   {"bytes_max", stats.bytes_max},
+          {"hits", stats.hits},       {"misses", stats.misses}, {"evictions", stats.evicted},
+          {"expired", stats.expired}};
+}
+
 }  // namespace
 
 void Calls::status(const Ask& ask, Params& params) {
@@ -27,7 +33,6 @@ Json Calls::status_json() const {
   for (const auto& [id, worker] : workers_.all())
     workers.push_back(worker_json(worker, workers_, tables));
   const RequestStats requests = requests_.stats();
-  const ResultCacheStats cache = requests_.cache_stats();
   Json json{{"server", str("tandem-coordinator/", context_.options().version)},
             {"version", str(protocol::kVersionMajor, ".", protocol::kVersionMinor)},
             {"incarnation", str(context_.options().incarnation)},
@@ -43,10 +48,7 @@ Json Calls::status_json() const {
                       {"busy", requests.refused_busy}, {"rerouted", requests.rerouted},
                       {"shared", requests.shared},     {"tokens", requests.tokens}};
   json["frames"] = {{"refused", refused_frames_}, {"before_hello", before_hello_}};
-  json["cache"] = {{"entries", cache.entries},
-                   {"bytes", cache.bytes},
-                   {"hits", cache.hits},
-                   {"misses", cache.misses}};
+  json["cache"] = cache_json(requests_.cache_stats());
   json["replicas"] = Json::array();
   for (const auto& [id, replica] : tables.replicas)
     json["replicas"].push_back(replica_json(replica, replicas_, tables));
@@ -99,14 +101,7 @@ void Calls::worker_restart(const Ask& ask, Params& params) {
 
 void Calls::cache_stats(const Ask& ask, Params& params) {
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
-  const ResultCacheStats stats = requests_.cache_stats();
-  answer(ask, {{"entries", stats.entries},
-               {"bytes", stats.bytes},
-               {"bytes_max", stats.bytes_max},
-               {"hits", stats.hits},
-               {"misses", stats.misses},
-               {"evictions", stats.evicted},
-               {"expired", stats.expired}});
+  answer(ask, cache_json(requests_.cache_stats()));
 }
 
 void Calls::cache_clear(const Ask& ask, Params& params) {
@@ -127,13 +122,7 @@ void Calls::registry_check(const Ask& ask, Params& params) {
 }
 
 void Calls::registry_gc(const Ask& ask, Params& params) {
-  const bool dry_run = params.boolean("dry_run", false);
-  Status status = params.finish();
-  if (status.ok() && dry_run)
-    status = refused_error(
-        "registry.gc cannot say what it would remove yet; run it without "
-        "dry_run (it spares everything younger than an hour)");
-  if (!status.ok()) return reply(ask, status);
+  if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   maintain(ask, {Maintenance::kGc, "", false});
 }
 

@@ -184,7 +184,8 @@ void Calls::job_restore(const Ask& ask, Params& params) {
   const std::string spec_json = params.object("spec", true), model = params.text("model");
   const std::string dataset = params.text("dataset"), eval = params.text("eval_dataset", false);
   const std::int64_t step = params.integer("step", -1, 0, INT64_MAX);
-  const std::string manifest = params.text("manifest");
+  VerifyManifest verify{params.text("manifest", false), ManifestKind::kCheckpoint};
+  if (verify.text.empty()) verify.blob = params.digest("manifest_digest");
   Jobs::Submission submission;
   submission.name = params.text("name", false);
   const auto check = [&]() -> Status {
@@ -210,7 +211,7 @@ void Calls::job_restore(const Ask& ask, Params& params) {
   };
   if (const Status status = check(); !status.ok()) return reply(ask, status);
   submission.tenant = ask.user;
-  start(ask, VerifyManifest{manifest, ManifestKind::kCheckpoint},
+  start(ask, std::move(verify),
         [this, id, submission, step](const Ask& first, const WorkResult& result) {
           const auto& verified = std::get<ManifestVerified>(result);
           if (verified.base_model != submission.model)
@@ -302,7 +303,6 @@ void Calls::end_stream(const Stream& stream) {
 void Calls::estimate(const Ask& ask, Params& params) {
   const std::string name = params.text("model");
   const std::string train = params.object("train", false);
-  (void)params.integer("workers", 1, 1, 4096);
   const bool eval_data = params.boolean("eval_data", false);
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   auto settings = protocol::TrainSettings::parse(train.empty() ? "{}" : train);

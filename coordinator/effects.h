@@ -34,9 +34,10 @@ struct HashModel {
 /// that it fits `base`, the manifest of its base model, where that is given. Answered by
 /// ManifestVerified.
 struct VerifyManifest {
-  std::string text;
+  std::string text;  ///< "": what the blob of digest `blob` holds
   ManifestKind kind = ManifestKind::kAdapter;
   std::string base = {};
+  Digest blob = {};
 };
 /// Identity and record of a model whose files were uploaded (stored_model.h). Answered by
 /// ModelHashed.

@@ -89,6 +89,8 @@ Result<Target> resolve_job(const Tables& tables, const std::string& id, const st
   const CheckpointRecord* checkpoint = nullptr;
   if (what == "latest") {
     checkpoint = tables.latest_checkpoint(job->id);
+    if (checkpoint == nullptr && is_terminal(job->state))
+      return not_found_error(str(id, " is ", job_state_name(job->state), " and has no checkpoint"));
     if (checkpoint == nullptr)
       return not_found_error(
           str(id, " has no checkpoint yet (step ", job->step, "); set save_steps lower or wait"));

@@ -259,7 +259,7 @@ struct ModelLoaded {
 struct EstimateReply {
   std::string call_id;
   Status status;
-  std::string result_json;  ///< {"peak_bytes":…, "by_kind":{…}, "device_bytes":…, "fits":…}
+  std::string result_json;  ///< {"peak_bytes":…, "by_kind":{…}, "limit_bytes":…, "fits":…}
   bool operator==(const EstimateReply&) const = default;
 };
 /// Progress of a job; `seq` counts per (job, epoch) from 1. Repeats are dropped by seq.

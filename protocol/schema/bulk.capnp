@@ -44,7 +44,7 @@ struct BlobPut {
 }
 
 struct BlobGet {
-  # A chunk by its digest, or `bytes` (at most 16 MiB) from `offset` of a base model's file by its
+  # A chunk or a manifest by its digest, or `bytes` (at most 16 MiB) from `offset` of a base model's file by its
   # content root. Answered with BlobReply and the bytes as payload; `notFound` when it is not here.
   # The receiver compares the digest before it uses a chunk.
   call @0 :UInt64;

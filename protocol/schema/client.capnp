@@ -61,8 +61,9 @@ struct Call {
   # something stores the key in the transaction of its effect and answers a repeat (for 24 hours, over
   # restarts) as it answered first; the same key with other parameters is answered `conflict`. A
   # repeat of a streaming call starts the stream again from `after`.
-  callId @0 :Text;          # 1 to 64 bytes, unique within the client's process
-  idempotencyKey @1 :Text;  # 1 to 64 bytes where the method changes something (marked !)
+  callId @0 :Text;          # 1 to 256 bytes, unique within the client's process
+  idempotencyKey @1 :Text;  # 1 to 256 bytes where the method changes something (marked !): none is `invalid`.
+                            # Elsewhere it is ignored
   method @2 :Text;
   paramsJson @3 :Text;      # an object; an unknown or missing key is answered `invalid` and named
 }
@@ -100,7 +101,7 @@ struct Pong {
 # answer {..., "next": ""}: a `next` that is not empty is the `after` of the following page
 # (`conflict`: it was removed meanwhile). MODEL, ADAPTER and JOB below are the objects that stand under "Objects".
 #
-# status            {} -> {"server", "version", "incarnation", "uptime_s", "endpoints": {"client",
+# status            {} -> {"server", "version", "incarnation", "uptime_s", "pid", "endpoints": {"client",
 #                   "worker", "bulk"}, "data_dir", "log_path", "tensorboard_dir", "models": n,
 #                   "adapters": n, "jobs": {"queued", "running", "paused", "done", "failed",
 #                   "cancelled"}, "requests": {"running", "waiting", "accepted", "finished", "failed",
@@ -148,10 +149,11 @@ struct Pong {
 # job.rm !          {"job"} -> {}. One that has ended, with its events and checkpoints; what it published stays.
 #                   One that has not: `conflict`. Of ended jobs the newest jobs_kept stand here, the newest of
 #                   these with events and checkpoints.
-# job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest"} -> JOB. A
-#                   checkpoint out of another registry's backup: the job is made, paused, if it is not
-#                   here, and gets the checkpoint. Model and data are named by digest; the checkpoint's
-#                   chunks lie on the bulk socket already. `conflict`: another job has the id, or another
+# job.restore !     {"job", "spec", "name"?, "model", "dataset", "eval_dataset"?, "step", "manifest" or
+#                   "manifest_digest"} -> JOB. A checkpoint out of another registry's backup: the job is made,
+#                   paused, if it is not here, and gets the checkpoint. Model and data are named by digest; the
+#                   checkpoint's chunks lie on the bulk socket already, and so does the manifest that is named by
+#                   its digest: one may be larger than a call. `conflict`: another job has the id, or another
 #                   checkpoint the step, or the job is not paused.
 #
 # replica.add !     {"model", "tp"? = 1, "pp"? = 1, "count"? = 1} -> {"replicas": [REPLICA], "estimate"}. Since 1.3.
@@ -174,11 +176,14 @@ struct Pong {
 # adapter.import !  {"name", "model", "manifest", "metadata"?, "upload"?} -> ADAPTER. The tensors' chunks lie on the
 #                   bulk socket already; a tensor that fits no site, a rank or base that does not fit:
 #                   `refused` with the tensor's name.
-# adapter.manifest  {"adapter"} -> {"digest", "manifest"}: the canonical text, for export; the chunks
-#                   are fetched by BlobGet.
+# adapter.manifest  {"adapter"} -> {"digest", "manifest", "name", "model"}: the canonical text, for export; the
+#                   chunks are fetched by BlobGet. Where the text is larger than an answer "manifest" is
+#                   "": BlobGet of its digest brings any manifest.
 #
-# estimate          {"model", "train": TrainSettings, "workers"? = 1} -> {"peak_bytes", "by_kind": {kind:
-#                   bytes}, "device_bytes", "fits", "per_rank": [...]}
+# estimate          {"model", "train"? : TrainSettings, "eval_data"? = false} -> {"peak_bytes", "by_kind": {kind: bytes},
+#                   "limit_bytes", "fits", "dtype", "device"}; over several ranks with "ranks": [{kind: bytes}], with
+#                   layout auto "layout", "layout_name" and "layouts" (those looked at); "pool": why the pool as
+#                   it is cannot run it
 #
 # worker.list       {} -> {"workers": [WORKER]}
 # worker.drain !    {"worker"} -> WORKER. No new work; what runs goes on; jobs write a checkpoint and move.
@@ -188,9 +193,10 @@ struct Pong {
 # cache.stats       {} -> {"entries", "bytes", "bytes_max", "hits", "misses", "evictions", "expired"}
 # cache.clear !     {} -> {"entries": removed}
 #
-# registry.check    {"verify_blobs"? = true} -> {"ok", "records", "blobs", "bytes", "problems": [text]}
-# registry.gc !     {"dry_run"? = false} -> {"blobs", "bytes"} freed. Spares what an upload pins and what
-#                   is younger than an hour.
+# registry.check    {"verify_blobs"? = true} -> {"ok", "records", "blobs", "bytes", "registry_bytes",
+#                   "registry_bytes_max", "problems": [text]}
+# registry.gc !     {} -> {"blobs", "bytes", "manifests", "results"} freed, {"spared"} blobs. Spares what an upload pins
+#                   and what is younger than an hour.
 # registry.backup ! {"path"} -> {"path", "bytes"}. A consistent copy on the coordinator's host, while it runs.
 #
 # With CURVE, key.create, key.revoke and shutdown are for keys of role admin, else `refused`.
@@ -214,7 +220,7 @@ struct Pong {
 #            starting, running, pausing, paused, cancelling, done, failed, cancelled; reason: why a queued
 #            job waits
 #   ADAPTER  {"name", "version", "digest", "model", "rank", "bytes", "job", "created", "resident": n}
-#   WORKER   {"worker", "host", "device", "device_name", "state", "model", "loading", "error", "jobs": [JOB
+#   WORKER   {"worker", "host", "device", "device_name", "version" (of its programs), "state", "model", "loading", "error", "jobs": [JOB
 #            id], "requests", "credits", "kv_free", "kv_total", "tokens_per_second", "memory_bytes",
 #            "adapters": n, "agent": alive, "pid", "agent_pid", "stats"}; state: starting, ready, draining,
 #            drained, lost; "replica": id of the replica that has a rank on it, or ""

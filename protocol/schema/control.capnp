@@ -130,7 +130,7 @@ struct EstimateReply {
   # Outcome of EstimateRequest. Lost: the request is repeated.
   callId @0 :Text;
   status @1 :Common.Status;
-  resultJson @2 :Text;   # {"peak_bytes", "by_kind": {kind: bytes}, "device_bytes", "fits"}
+  resultJson @2 :Text;   # {"peak_bytes", "by_kind": {kind: bytes}, "limit_bytes", "fits", …}
 }
 
 struct JobProgress {

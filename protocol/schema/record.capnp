@@ -172,7 +172,7 @@ struct Setting {
 }
 
 struct Idempotency {
-  # Table "idempotency". Written in the transaction of the work it stands for, dropped after seven days.
+  # Table "idempotency". Written in the transaction of the work it stands for, dropped after 24 hours.
   tenant @0 :Text;
   key @1 :Text;
   request @2 :Data;      # digest of method and parameters

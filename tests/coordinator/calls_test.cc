@@ -26,6 +26,32 @@ TEST(Calls, UnknownMethodsAndParametersNameTheNearest) {
   EXPECT_TRUE(h.call("job.list", {{"state", "done"}}).status.ok());
 }
 
+TEST(Calls, StatusShowsTheCacheAsItsOwnCallDoes) {
+  CoreHarness h;
+  const auto result = [&](const std::string& method) {
+    return nlohmann::json::parse(h.call(method, nlohmann::json::object()).result_json);
+  };
+  EXPECT_EQ(result("status")["cache"], result("cache.stats"));
+}
+
+TEST(Calls, WhatChangesSomethingNeedsAnIdempotencyKeyAndWhatReadsDoesNot) {
+  CoreHarness h;
+  h.add_data("rows");
+  const auto ask = [&](const std::string& key, const std::string& method) {
+    h.from_client("c", protocol::Call{"x", key, method, R"({"data":"rows"})"});
+    return h.to_client<protocol::CallReply>("c").at(0).status;
+  };
+  const Status refused = ask("", "data.rm");
+  EXPECT_EQ(refused.code(), StatusCode::kInvalid);
+  EXPECT_NE(refused.message().find("data.rm changes something, so it needs an idempotency key"),
+            std::string::npos)
+      << refused.message();
+  EXPECT_TRUE(ask("", "data.show").ok()) << "the refused call changed nothing";
+  EXPECT_TRUE(ask("key", "data.rm").ok());
+  EXPECT_TRUE(ask("key", "data.rm").ok()) << "a repeat is answered as the first was";
+  EXPECT_EQ(ask("other", "data.rm").code(), StatusCode::kNotFound);
+}
+
 TEST(Calls, NothingIsAnsweredBeforeTheHelloAndAnotherMajorVersionIsRefusedWithTheRange) {
   CoreHarness h;
   h.from_client("stranger", protocol::Call{"1", "", "status", "{}"});

@@ -165,7 +165,7 @@ void CoreHarness::from_engine(int slot, protocol::WorkerMessage message) {
 protocol::CallReply CoreHarness::call(const std::string& method, const nlohmann::json& params,
                                       const std::string& key, const std::string& peer) {
   const std::string id = str("call", ++calls_);
-  from_client(peer, protocol::Call{id, key, method, params.dump()});
+  from_client(peer, protocol::Call{id, key.empty() ? id : key, method, params.dump()});
   protocol::CallReply last;
   last.status = internal_error("no reply yet");
   for (const auto& reply : to_client<protocol::CallReply>(peer))
@@ -233,7 +233,8 @@ JobId CoreHarness::submit(const nlohmann::json& more, const std::string& key) {
   nlohmann::json spec{{"model", "base"}, {"dataset", "rows"}, {"adapter", "tuned"}};
   if (more.is_object()) spec.update(more);
   const std::string id = str("submit", ++calls_);
-  from_client("c", protocol::Call{id, key, "job.submit", nlohmann::json{{"spec", spec}}.dump()});
+  from_client("c", protocol::Call{id, key.empty() ? id : key, "job.submit",
+                                  nlohmann::json{{"spec", spec}}.dump()});
   for (const auto& [slot, incarnation] : incarnations_)
     for (const auto& asked : to_engine<protocol::EstimateRequest>(slot))
       from_engine(

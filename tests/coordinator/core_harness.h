@@ -78,7 +78,7 @@ class CoreHarness {
   std::vector<Message> to_client(const std::string& peer) {
     return take<Message>(clients_[peer]);
   }
-  /// Asks and returns the reply (the last one).
+  /// Asks and returns the reply (the last one). Without a key: under one of its own.
   protocol::CallReply call(const std::string& method, const nlohmann::json& params,
                            const std::string& key = "", const std::string& peer = "c");
 

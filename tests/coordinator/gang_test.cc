@@ -248,6 +248,7 @@ TEST_F(FarGangs, DoNotWaitForAHostThatIsAwayWhereOthersHaveAsManySlots) {
 }
 
 struct MixedGangs : Gangs {
+  int asked_ = 0;
   /// Three workers of two kinds.
   void mix(int first_gpu, const std::string& one, const std::string& two) {
     h.first_gpu = first_gpu;
@@ -261,7 +262,7 @@ struct MixedGangs : Gangs {
   Status refused(const nlohmann::json& train) {
     h.from_client(
         "c", protocol::Call{
-                 "s", "", "job.submit",
+                 "s", str("s", ++asked_), "job.submit",
                  nlohmann::json{
                      {"spec",
                       {{"model", "base"}, {"dataset", "rows"}, {"adapter", "a"}, {"train", train}}}}

@@ -47,7 +47,7 @@ TEST_F(JobsTest, AJobThatDoesNotFitIsRefusedWithTheNumberAndTheLimit) {
 
 TEST_F(JobsTest, TheDryRunKnowsWhetherTheJobEvaluates) {
   const auto evaluates = [&](const std::string& more) {
-    h.from_client("c", protocol::Call{"s", more, "job.submit",
+    h.from_client("c", protocol::Call{"s", str("k", more), "job.submit",
                                       R"({"spec":{"model":"base","dataset":"rows","adapter":"a")" +
                                           more + "}}"});
     return h.to_engine<protocol::EstimateRequest>(0).at(0).evaluates;
@@ -290,6 +290,19 @@ TEST_F(JobsTest, WatchSendsOldEventsThenNewOnesAndEndsWithTheJob) {
   ASSERT_FALSE(end.empty());
   EXPECT_FALSE(end.back().more);
   EXPECT_EQ(nlohmann::json::parse(end.back().result_json)["state"], "failed");
+}
+
+TEST_F(JobsTest, AnEndedJobWithoutACheckpointIsNotToBeWaitedFor) {
+  running();  // takes the engine
+  const JobId id = h.submit({{"adapter", "next"}});
+  const auto latest = [&] {
+    return h.call("adapter.manifest", {{"adapter", id.value + "@latest"}}).status.message();
+  };
+  EXPECT_NE(latest().find("has no checkpoint yet (step 0); set save_steps lower or wait"),
+            std::string::npos)
+      << latest();
+  EXPECT_TRUE(h.call("job.cancel", {{"job", id.value}}).status.ok());
+  EXPECT_NE(latest().find("is cancelled and has no checkpoint"), std::string::npos) << latest();
 }
 
 TEST_F(JobsTest, ARestoredJobIsPausedAndGoesOnFromItsNewestCheckpoint) {

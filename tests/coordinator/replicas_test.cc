@@ -19,6 +19,7 @@ using protocol::StopMode;
 const char* const kFits = R"({"peak_bytes":10,"limit_bytes":1000,"fits":true})";
 
 struct ReplicaTest : testing::Test {
+  int adds_ = 0;
   ReplicaTest() {
     base = h.add_model("base");
     h.add_data("rows");
@@ -30,7 +31,9 @@ struct ReplicaTest : testing::Test {
   /// replica.add with the dry run's answer; the reply.
   protocol::CallReply add(const nlohmann::json& params, const std::string& dry_run = kFits,
                           const Status& refusal = {}, const std::string& key = "") {
-    h.from_client("c", protocol::Call{"add", key, "replica.add", params.dump()});
+    const std::string own = str("add", ++adds_);
+    h.from_client("c",
+                  protocol::Call{"add", key.empty() ? own : key, "replica.add", params.dump()});
     for (int slot = 0; slot < 3; ++slot)
       for (const auto& asked : h.to_engine<protocol::EstimateRequest>(slot)) {
         serve_json = asked.serve_json;

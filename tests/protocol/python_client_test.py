@@ -139,7 +139,7 @@ class PythonClient(unittest.TestCase):
                 self.assertEqual(caught.exception.code, "invalid")
                 self.assertNotIn("\n", caught.exception.message)
             with self.assertRaises(TandemError) as caught:
-                client.call("status", {"x": "y" * (1 << 20)})
+                client.call("status", {"x": "y" * (4 << 20)})
             self.assertEqual(caught.exception.code, "invalid")
         with self.assertRaises(TandemError) as caught:
             Client("nowhere")
@@ -250,6 +250,24 @@ class PythonClient(unittest.TestCase):
             self.assertEqual(client.version, (1, 0))
             self.assertEqual(client.status(), {"ok": True})
         self.assertEqual(asked[0]["idempotencyKey"], asked[1]["idempotencyKey"])
+
+    def test_what_the_coordinator_would_drop_for_its_size_is_an_error_at_once(self):
+        self.serve(lambda *_: None)
+        with self.client() as client:
+            for ask in (
+                lambda: client.call("job.list", idempotency_key="k" * 257),
+                lambda: client.call("m" * 1025),
+                lambda: client.generate("m", prompt="hi", request_id="r" * 257),
+                lambda: client.generate("m" * 1025, prompt="hi"),
+                lambda: client.cancel("r" * 257),
+                lambda: client.call("data.add", {"x": "x" * (wire.FRAME_BYTES_MAX - (64 << 10))}),
+            ):
+                with self.assertRaises(TandemError) as raised:
+                    ask()
+                self.assertEqual(raised.exception.code, "invalid")
+                self.assertIn("the limit is", raised.exception.message)
+            wire.call("id", "k" * 256, "m" * 1024, "x" * (3 << 20))
+        self.assertEqual(self.coordinator.of("call"), [])
 
     def test_refuses_a_version_outside_the_range(self):
         self.serve(lambda *_: None, minor=7)

@@ -117,8 +117,8 @@ void SimClient::tick() {
                                protocol::Call{key, key, "replica.add",
                                               nlohmann::json{{"model", model_}, {"tp", 2}}.dump()});
     else if (r.remove && !r.gone)
-      coordinator_.from_client(
-          peer_, protocol::Call{key, "", "replica.rm", nlohmann::json{{"replica", r.id}}.dump()});
+      coordinator_.from_client(peer_, protocol::Call{key, str(key, "-rm-", now), "replica.rm",
+                                                     nlohmann::json{{"replica", r.id}}.dump()});
   }
   for (auto& [id, r] : requests_) {
     if (r.done || now - r.moved_ms < kRepeatMs) continue;

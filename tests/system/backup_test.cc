@@ -1,5 +1,8 @@
 // One object's backup and its restore into another registry, both coordinators running, as a user
 // does it with the CLI.
+#include "protocol/base/str.h"
+#include "storage/file_io.h"
+#include "storage/manifest.h"
 #include "tests/support/tiny_model.h"
 #include "tests/system/platform.h"
 
@@ -186,6 +189,33 @@ TEST_F(ObjectBackup, AJobThatCannotBeRestoredLeavesNoDataBehind) {
   run(*fresh, {"registry", "restore", file("backup-" + job_)});
   EXPECT_NE(fresh->cli({"registry", "restore", odd}).code, 0);
   EXPECT_EQ(shown(*fresh, {"data", "list"})["data"].size(), 2u) << "the job that is there has them";
+}
+
+TEST_F(ObjectBackup, ACheckpointWhoseManifestIsLargerThanACallComesBackAndIsBackedUpAgain) {
+  const std::string folder = copy("backup-" + job_, "large");
+  const fs::path small = fs::directory_iterator(folder + "/manifests")->path();
+  auto manifest = storage::parse_manifest(storage::read_file(small.string(), 16 << 20).value());
+  ASSERT_TRUE(manifest.ok()) << manifest.status().message();
+  const auto piece = manifest->tensors.back();
+  while (manifest->tensors.size() < 20'000) {  // as of many blocks over many ranks
+    manifest->tensors.push_back(piece);
+    manifest->tensors.back().name += str(".piece.", manifest->tensors.size());
+  }
+  const std::string text = storage::encode_manifest(*manifest).value();
+  ASSERT_GT(static_cast<std::int64_t>(text.size()), protocol::kFrameBytesMax);
+  fs::remove(small);
+  const std::string digest = storage::manifest_digest(text).hex();
+  std::ofstream(folder + "/manifests/" + digest, std::ios::binary) << text;
+  const std::string before = small.filename().string();
+  for (int i = 0; i < 2; ++i) replace(folder + "/backup.json", before, digest);
+
+  auto fresh = start();
+  run(*fresh, {"registry", "restore", file("backup-tiny")});
+  run(*fresh, {"registry", "restore", folder});
+  EXPECT_EQ(shown(*fresh, {"job", "show", job_})["checkpoints"].at(0)["digest"], digest);
+  run(*fresh, {"registry", "backup", file("large-again"), "--object", job_});
+  EXPECT_EQ(storage::read_file(file("large-again/manifests/" + digest), 16 << 20).value(), text);
+  run(*fresh, {"registry", "check"});
 }
 
 TEST_F(ObjectBackup, ANameIsForABackupOfOneObject) {

@@ -97,18 +97,22 @@ Platform::~Platform() {
   // Agents and engines first by asking, then whatever is left of this platform by id.
   for (pid_t pid : supervisors_)
     if (alive(pid)) ::kill(pid, SIGTERM);
-  std::vector<pid_t> rest = supervisors_;
-  for (std::size_t slot = 0; slot < 4; ++slot)
-    for (pid_t pid : {agent(static_cast<int>(slot)), engine(static_cast<int>(slot)),
-                      gang_mpirun(static_cast<int>(slot))})
-      if (pid > 0) rest.push_back(pid);
+  // Looked for each time: an agent may wait for the slot of the one that ends.
+  const auto left = [&] {
+    std::vector<pid_t> pids;
+    for (pid_t pid : supervisors_)
+      if (alive(pid)) pids.push_back(pid);
+    for (int slot = 0; slot < 4; ++slot)
+      for (pid_t pid : {agent(slot), engine(slot), gang_mpirun(slot)})
+        if (pid > 0 && alive(pid)) pids.push_back(pid);
+    return pids;
+  };
+  eventually(3000, [&] { return left().empty(); });
   eventually(3000, [&] {
-    bool any = false;
-    for (pid_t pid : rest) any = any || alive(pid);
-    return !any;
+    const std::vector<pid_t> rest = left();
+    for (pid_t pid : rest) ::kill(pid, SIGKILL);
+    return rest.empty();
   });
-  for (pid_t pid : rest)
-    if (alive(pid)) ::kill(pid, SIGKILL);
   if (alive(coordinator_)) kill_process(coordinator_);
   while (::waitpid(-1, nullptr, WNOHANG) > 0) {
   }

@@ -1,11 +1,16 @@
 // tandem up and down: a platform grows to as many workers as it is asked for, and ends.
+#include "protocol/base/str.h"
 #include "tests/system/platform.h"
 
 #include <gtest/gtest.h>
 
 #include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <csignal>
+#include <filesystem>
+#include <fstream>
 
 namespace tandem::test {
 namespace {
@@ -24,14 +29,22 @@ class Up : public testing::Test {
     const auto output = platform_.cli({"--json", "status"});
     return output.code == 0 ? Json::parse(output.out).value("workers", Json::array()).size() : 0;
   }
+  static bool awaits_sigterm(pid_t pid) {
+    std::ifstream status(str("/proc/", pid, "/status"));
+    for (std::string line; std::getline(status, line);)
+      if (line.starts_with("ShdPnd:"))
+        return (std::stoull(line.substr(7), nullptr, 16) >> (SIGTERM - 1) & 1) != 0;
+    return false;
+  }
   Platform platform_;
 };
 
 TEST_F(Up, AddsTheWorkersThatAreMissingAndDownEndsAllOfThem) {
   run({"up", "--workers", "1", "--device", "cpu"});
   EXPECT_EQ(workers(), 1u);
+  // up waits for agents; their engines are on their way.
+  ASSERT_TRUE(eventually(10'000, [&] { return platform_.engine(0) > 0; }));
   const pid_t first = platform_.engine(0);
-  ASSERT_GT(first, 0);
   run({"up", "--workers", "1", "--device", "cpu"});
   EXPECT_EQ(workers(), 1u);
   EXPECT_EQ(platform_.engine(0), first);
@@ -39,7 +52,7 @@ TEST_F(Up, AddsTheWorkersThatAreMissingAndDownEndsAllOfThem) {
   run({"up", "--workers", "2", "--device", "cpu"});
   EXPECT_EQ(workers(), 2u);
   EXPECT_EQ(platform_.engine(0), first) << "what was there goes on";
-  EXPECT_GT(platform_.engine(1), 0);
+  EXPECT_TRUE(eventually(10'000, [&] { return platform_.engine(1) > 0; }));
   run({"up", "--workers", "1", "--device", "cpu"});
   EXPECT_EQ(workers(), 2u) << "up takes none away";
 
@@ -59,6 +72,39 @@ TEST_F(Up, DownEndsAWorkerWhoseSupervisorWasKilled) {
   ASSERT_GT(platform_.agent(0), 0);
   run({"down"});
   EXPECT_EQ(platform_.agent(0) + platform_.engine(0), 0);
+}
+
+TEST_F(Up, DownEndsAWorkerThatComesToItsSlotMeanwhile) {
+  run({"up", "--workers", "1", "--device", "cpu"});
+  const pid_t agent = platform_.agent(0);
+  ASSERT_GT(agent, 0);
+  ::kill(agent, SIGSTOP);  // its supervisor waits for it, and down for both
+  const std::string out = platform_.directory() + "/down";
+  const pid_t down = platform_.start_cli({"down"}, out, out + ".err");
+  ASSERT_TRUE(eventually(10'000, [&] { return awaits_sigterm(agent); }));
+  const std::string program =
+      std::filesystem::read_symlink(str("/proc/", platform_.supervisor(0), "/exe"));
+  const pid_t late = ::fork();
+  if (late == 0) {
+    ::execl(program.c_str(), program.c_str(), "--slot", "1", "--device", "cpu", "--data-dir",
+            platform_.data_dir().c_str(), nullptr);
+    ::_exit(127);
+  }
+  int status = -1;
+  EXPECT_TRUE(eventually(20'000, [&] { return ::waitpid(late, &status, WNOHANG) == late; }))
+      << "down told it";
+  EXPECT_TRUE(WIFEXITED(status)) << status;
+  ::kill(agent, SIGCONT);
+  EXPECT_EQ(::waitpid(down, &status, 0), down);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(platform_.engine(1), 0);
+}
+
+TEST_F(Up, SaysWhyNoWorkerComes) {
+  const auto output = platform_.cli({"up", "--workers", "1", "--device", "cpu", "--dtype", "f16"});
+  EXPECT_EQ(output.code, 1);
+  EXPECT_NE(output.err.find("dtype f16: a CPU computes in f32 and bf16"), std::string::npos)
+      << output.err;
 }
 
 TEST_F(Up, StartsACoordinatorAgainRightAfterItWasKilled) {

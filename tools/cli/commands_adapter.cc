@@ -63,7 +63,7 @@ Status run_model_export(Session& session, const std::string& name, const std::st
 }
 
 Status run_adapter_export(Session& session, const std::string& name, const std::string& directory) {
-  TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.manifest", {{"adapter", name}}));
+  TANDEM_ASSIGN_OR_RETURN(const Json shown, session.manifest(name));
   TANDEM_ASSIGN_OR_RETURN(const auto manifest,
                           storage::parse_manifest(shown.value("manifest", "")));
   TANDEM_ASSIGN_OR_RETURN(const auto config, worker::runtime::manifest_lora(manifest));

@@ -25,6 +25,7 @@ using protocol::client::BulkTransfer;
 constexpr const char* kFormat = "tandem-object-backup";
 constexpr int kVersion = 1;
 constexpr std::int64_t kInfoBytesMax = 16 << 20;
+constexpr std::size_t kManifestInCallMax = 1 << 20;  // larger ones go over the bulk socket
 constexpr std::int64_t kCanonicalBytesMax = static_cast<std::int64_t>(storage::kManifestBytesMax);
 
 void print(Session& session, const Json& result) {
@@ -54,7 +55,7 @@ class Writer {
   }
   /// The manifest of an adapter or of JOB@step-N, and its chunks; its digest.
   Result<Json> add_manifest(const std::string& name) {
-    TANDEM_ASSIGN_OR_RETURN(Json shown, session_.call("adapter.manifest", {{"adapter", name}}));
+    TANDEM_ASSIGN_OR_RETURN(Json shown, session_.manifest(name));
     const std::string text = shown.value("manifest", "");
     TANDEM_ASSIGN_OR_RETURN(const auto manifest, storage::parse_manifest(text));
     TANDEM_ASSIGN_OR_RETURN(const Digest digest, Digest::parse(field(shown, "digest")));
@@ -291,11 +292,19 @@ class Reader {
     Result<Json> restored = invalid_error(str(folder_, "/backup.json names no checkpoint"));
     std::size_t next = 0;
     for (const auto& checkpoint : info.value("checkpoints", Json::array())) {
-      Json params{
-          {"job", field(info, "job")},         {"spec", info.value("spec", Json::object())},
-          {"name", info.value("name", "")},    {"model", field(info, "model")},
-          {"dataset", field(info, "dataset")}, {"step", checkpoint.value("step", std::int64_t{-1})},
-          {"manifest", manifests[next++]}};
+      Json params{{"job", field(info, "job")},
+                  {"spec", info.value("spec", Json::object())},
+                  {"name", info.value("name", "")},
+                  {"model", field(info, "model")},
+                  {"dataset", field(info, "dataset")},
+                  {"step", checkpoint.value("step", std::int64_t{-1})}};
+      const std::string& manifest = manifests[next++];
+      if (manifest.size() > kManifestInCallMax) {
+        TANDEM_RETURN_IF_ERROR(bulk_.put(storage::as_bytes(manifest), pin_));
+        params["manifest_digest"] = storage::manifest_digest(manifest).hex();
+      } else {
+        params["manifest"] = manifest;
+      }
       if (info.value("eval_dataset", "") != "") params["eval_dataset"] = info["eval_dataset"];
       restored = session_.call("job.restore", params);
       TANDEM_RETURN_IF_ERROR(restored.status());

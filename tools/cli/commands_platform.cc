@@ -22,6 +22,7 @@
 #include <fstream>
 #include <iostream>
 #include <optional>
+#include <set>
 #include <sstream>
 
 namespace tandem::tools {
@@ -130,6 +131,17 @@ std::string last_line(const std::string& log) {
   return last.empty() ? "" : " (" + last + ")";
 }
 
+/// The same of workers: an agent that ends in an error says why in its own log, and mpirun's has
+/// only that it ended.
+std::string why_no_worker(const std::string& log_dir, const std::string& mpirun_log) {
+  std::error_code error;
+  for (const auto& file : fs::directory_iterator(log_dir, error))
+    if (file.path().filename().string().starts_with("agent-"))
+      if (std::string line = last_line(file.path()); line.find(" ERROR ") != std::string::npos)
+        return line;
+  return last_line(mpirun_log);
+}
+
 /// The settings this command was given, for the daemons it starts.
 std::vector<std::string> daemon_arguments(const protocol::Settings& settings) {
   std::vector<std::string> arguments{"--data-dir", settings.data_dir()};
@@ -221,7 +233,7 @@ Status start_workers(Session& session) {
   });
   if (!up)
     return internal_error(str("not all ", count, " workers came up; see ", log, " and ",
-                              settings.log_dir(), last_line(log)));
+                              settings.log_dir(), why_no_worker(settings.log_dir(), log)));
   return {};
 }
 
@@ -269,8 +281,14 @@ Status run_down(Session& session) {
   const Json result{{"coordinator", coordinator != 0}, {"workers", running()}};
   // Engines write a checkpoint and say goodbye before the coordinator goes. Not to mpirun, which
   // would kill them after a second: each mpirun ends when the workers that it started have.
-  for (const pid_t master : slot_masters(settings)) ::kill(master, SIGTERM);
-  if (!wait_until(kStopTimeoutMs, [&] { return !running(); })) {
+  // One that up launched may come to its slot only when that is free again: it is told then.
+  std::set<pid_t> told;
+  const auto all_ended = [&] {
+    for (const pid_t master : slot_masters(settings))
+      if (told.insert(master).second) ::kill(master, SIGTERM);
+    return !running();
+  };
+  if (!wait_until(kStopTimeoutMs, all_ended)) {
     if (const pid_t launcher = launcher_of(settings)) ::kill(launcher, SIGKILL);
     // Supervisors first, which would start others; then what each of them leaves.
     wait_until(kStopTimeoutMs, [&] {

@@ -93,6 +93,17 @@ Result<protocol::client::BulkTransfer*> Session::bulk() {
   return connected->bulk();
 }
 
+Result<Json> Session::manifest(const std::string& adapter) {
+  TANDEM_ASSIGN_OR_RETURN(Json shown, call("adapter.manifest", {{"adapter", adapter}}));
+  if (shown.value("manifest", "").empty()) {
+    TANDEM_ASSIGN_OR_RETURN(const Digest digest, Digest::parse(shown.value("digest", "")));
+    TANDEM_ASSIGN_OR_RETURN(auto* const transfer, bulk());
+    TANDEM_ASSIGN_OR_RETURN(const auto bytes, transfer->get(digest));
+    shown["manifest"] = std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  }
+  return shown;
+}
+
 Result<Json> Session::upload_file(const std::string& path) {
   if (!std::filesystem::exists(path)) return not_found_error(str("no file ", path));
   TANDEM_ASSIGN_OR_RETURN(auto* const transfer, bulk());

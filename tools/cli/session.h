@@ -50,6 +50,8 @@ class Session {
   Status stream(const std::string& method, const Json& params,
                 const std::function<bool(const Json&)>& on_event);
   Result<protocol::client::BulkTransfer*> bulk();
+  /// The answer of adapter.manifest, its text there however large it is.
+  Result<Json> manifest(const std::string& adapter);
   /// Makes a file's bytes durable at the coordinator; returns {"digest", "bytes", "chunks",
   /// "upload"}.
   Result<Json> upload_file(const std::string& path);

@@ -49,18 +49,15 @@ Result<std::string> estimate_layout(const kernels::DeviceProfile& profile,
                                     const protocol::TrainSettings& settings, bool evaluates) {
   if (settings.ranks() > 1 || settings.full())
     return estimate_gang(profile, config, o, settings, evaluates);
-  TANDEM_ASSIGN_OR_RETURN(const auto estimate,
-                          memory::estimate_training(profile, config, o.dtype, settings,
-                                                    memory::worst_case_bounds(settings),
-                                                    {o.adapter_slots + 1, evaluates, true}));
-  const std::int64_t total = estimate.peak_total + o.kv_bytes_max;
-  auto kinds = json::parse(estimate.to_json());
-  kinds["kv_cache"] = o.kv_bytes_max;
-  return json{{"peak_bytes", total},
+  TANDEM_ASSIGN_OR_RETURN(const auto engine,
+                          estimate_engine_with_job(profile, config, o, settings, evaluates));
+  auto kinds = json::parse(engine.job.to_json());
+  kinds["serving_engine"] = engine.serving;
+  return json{{"peak_bytes", engine.total()},
               {"by_kind", kinds},
               {"limit_bytes", o.memory_bytes_max},
               {"dtype", dtype_name(o.dtype)},
-              {"fits", total <= o.memory_bytes_max}}
+              {"fits", engine.total() <= o.memory_bytes_max}}
       .dump();
 }
 
@@ -100,6 +97,26 @@ Result<std::string> estimate_auto(const kernels::DeviceProfile& profile,
 }
 
 }  // namespace
+
+Result<EngineWithJob> estimate_engine_with_job(const kernels::DeviceProfile& profile,
+                                               const model::ModelConfig& config,
+                                               const ModelHostOptions& options,
+                                               const protocol::TrainSettings& settings,
+                                               bool evaluates) {
+  EngineWithJob engine;
+  TANDEM_ASSIGN_OR_RETURN(engine.job,
+                          memory::estimate_training(profile, config, options.dtype, settings,
+                                                    memory::worst_case_bounds(settings),
+                                                    {options.adapter_slots + 1, evaluates, true}));
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto serving,
+      memory::estimate_serving(profile, config, options.dtype, serve_options(options),
+                               options.adapter_slots + 1));
+  // Base and adapter table are there once.
+  engine.serving = serving.peak_total - serving.of(kernels::MemoryKind::kWeights) -
+                   serving.of(kernels::MemoryKind::kAdapters);
+  return engine;
+}
 
 Result<std::string> gang_reply(const kernels::DeviceProfile& profile,
                                const model::ModelConfig& config, const ModelHostOptions& options,

@@ -21,6 +21,20 @@ Result<std::string> estimate_job(const kernels::DeviceProfile& profile,
                                  const protocol::TrainSettings& settings, bool evaluates,
                                  const std::string& data_directory);
 
+/// Device memory of an engine with a job of one rank in it, while that trains and the engine goes
+/// on serving, adapters of others apart: the session's dry run, and what serving has beside the
+/// base.
+struct EngineWithJob {
+  memory::Estimate job;
+  std::int64_t serving = 0;
+  [[nodiscard]] std::int64_t total() const { return job.peak_total + serving; }
+};
+Result<EngineWithJob> estimate_engine_with_job(const kernels::DeviceProfile& profile,
+                                               const model::ModelConfig& config,
+                                               const ModelHostOptions& options,
+                                               const protocol::TrainSettings& settings,
+                                               bool evaluates);
+
 /// The reply about a gang: its largest rank, that rank's process and the engine of its slot must
 /// fit together.
 Result<std::string> gang_reply(const kernels::DeviceProfile& profile,

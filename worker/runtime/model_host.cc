@@ -4,6 +4,7 @@
 #include "protocol/base/units.h"
 #include "worker/memory/estimator.h"
 #include "worker/runtime/encoder.h"
+#include "worker/runtime/job_estimate.h"
 
 #include <algorithm>
 #include <chrono>
@@ -51,9 +52,17 @@ class YieldingWeights final : public model::WeightSource {
 /// A session of this one rank.
 class LocalSession final : public JobSession {
  public:
-  LocalSession(std::unique_ptr<train::TrainSession> session, kernels::Backend& backend,
-               kernels::Exec& exec, const model::ModelConfig& config, DType dtype)
-      : session_(std::move(session)), ops_(*backend.ops), exec_(exec), config_(config) {
+  /// `while_open` goes last.
+  LocalSession(std::shared_ptr<void> while_open, std::unique_ptr<train::TrainSession> session,
+               serve::ServeEngine& serve, kernels::Backend& backend, kernels::Exec& exec,
+               const model::ModelConfig& config, DType dtype)
+      : while_open_(std::move(while_open)),
+        session_(std::move(session)),
+        serve_(serve),
+        dtype_(dtype),
+        ops_(*backend.ops),
+        exec_(exec),
+        config_(config) {
     if (session_->flat_elements() > 0)
       room_.emplace(ops_, exec, *backend.allocator, *backend.ledger, session_->flat_elements(),
                     dtype);
@@ -64,6 +73,8 @@ class LocalSession final : public JobSession {
   [[nodiscard]] const model::LoraConfig& lora() const override { return session_->lora(); }
   Result<train::TrainState> export_state() override { return session_->export_state(); }
   std::shared_ptr<const model::AdapterWeights> snapshot_adapter() override {
+    // The one before goes first, unless a request uses it.
+    (void)serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
     return session_->snapshot_adapter();
   }
   Result<model::FlatAdapter> flat_adapter(DType dtype) override {
@@ -92,7 +103,10 @@ class LocalSession final : public JobSession {
   static Status no_model() {
     return refused_error("an engine trains adapters: its base is everybody's and never changes");
   }
+  const std::shared_ptr<void> while_open_;
   const std::unique_ptr<train::TrainSession> session_;
+  serve::ServeEngine& serve_;
+  const DType dtype_;
   kernels::Ops& ops_;
   kernels::Exec& exec_;  ///< serving's
   const model::ModelConfig& config_;
@@ -164,12 +178,13 @@ Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend,
 }
 
 /// By the dry run, before a byte is read.
-Status ModelHost::check_fit() const {
+Status ModelHost::check_fit() {
   using kernels::MemoryKind;
   TANDEM_ASSIGN_OR_RETURN(
       const auto need,
       memory::estimate_serving(backend_.ops->profile(), loaded_.config, options_.dtype,
                                serve_options(options_), options_.adapter_slots + 1));
+  serving_bytes_ = need.peak_total;
   if (need.peak_total <= options_.memory_bytes_max) return {};
   const std::int64_t weights = need.of(MemoryKind::kWeights), kv = need.of(MemoryKind::kKv);
   return refused_error(
@@ -205,14 +220,26 @@ Status ModelHost::start(const Clock& clock, std::function<bool()> yield) {
                    adapters_.get(), 0, options_.adapter_slots, encoder_->tokenizer, clock},
                   serve));
   serve_->reserve_worst_case();
+  serve_->set_adapter_bytes_max(options_.memory_bytes_max - serving_bytes_);
   return {};
 }
 
 Result<std::unique_ptr<JobSession>> ModelHost::open_session(
     const protocol::TrainSettings& settings, std::shared_ptr<const data::Dataset> train,
     std::shared_ptr<const data::Dataset> eval, const ResumeFrom& from) {
+  const bool evaluates = eval != nullptr;
   TANDEM_ASSIGN_OR_RETURN(auto batches,
                           train::make_packed_batches(std::move(train), std::move(eval), settings));
+  // Adapters that nobody uses make room for it.
+  TANDEM_ASSIGN_OR_RETURN(
+      const auto need, estimate_engine_with_job(backend_.ops->profile(), loaded_.config, options_,
+                                                settings, evaluates));
+  const auto room_for_adapters = [this](std::int64_t taken) {
+    serve_->set_adapter_bytes_max(options_.memory_bytes_max - taken);
+  };
+  std::shared_ptr<void> while_open(nullptr,
+                                   [=, this](void*) { room_for_adapters(serving_bytes_); });
+  room_for_adapters(need.total());
   train::SessionOptions options;
   options.settings = settings;
   TANDEM_ASSIGN_OR_RETURN(
@@ -220,9 +247,13 @@ Result<std::unique_ptr<JobSession>> ModelHost::open_session(
       train::TrainSession::create({*backend_.allocator, *backend_.ledger, memory_->train,
                                    *yielding_weights_, *adapters_, options_.adapter_slots},
                                   options, std::move(batches)));
+  // The snapshot that serving holds of it is part of its need.
+  room_for_adapters(need.total() - round_up(session->flat_elements() * dtype_bytes(options_.dtype),
+                                            kernels::kMapGranularity));
   if (from.state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*from.state));
-  return std::unique_ptr<JobSession>(std::make_unique<LocalSession>(
-      std::move(session), backend_, memory_->serve_exec, loaded_.config, options_.dtype));
+  return std::unique_ptr<JobSession>(
+      std::make_unique<LocalSession>(std::move(while_open), std::move(session), *serve_, backend_,
+                                     memory_->serve_exec, loaded_.config, options_.dtype));
 }
 
 void ModelHost::spare_multiprocessors(int count) {
@@ -231,11 +262,17 @@ void ModelHost::spare_multiprocessors(int count) {
 
 Status ModelHost::install_adapter(const Digest& digest,
                                   std::shared_ptr<const model::AdapterWeights> weights) {
+  // Its memory is the session's already: others that are idle go, but it is never refused for it.
+  (void)serve_->make_adapter_room(digest, weights->bytes);
   return serve_->install_adapter(digest, std::move(weights));
 }
 
 Status ModelHost::load_adapter(const Digest& digest,
                                const std::vector<model::HostAdapterTensor>& tensors) {
+  std::size_t elements = 0;
+  for (const auto& tensor : tensors) elements += tensor.a.size() + tensor.b.size();
+  TANDEM_RETURN_IF_ERROR(serve_->make_adapter_room(
+      digest, static_cast<std::int64_t>(elements) * dtype_bytes(options_.dtype)));
   TANDEM_ASSIGN_OR_RETURN(
       auto weights,
       model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,

@@ -85,12 +85,13 @@ class ModelHost final : public JobModel, public ServedModel {
 
  private:
   ModelHost(kernels::Backend& backend, const ModelHostOptions& options);
-  [[nodiscard]] Status check_fit() const;
+  [[nodiscard]] Status check_fit();
 
   kernels::Backend& backend_;
   const ModelHostOptions options_;
   protocol::ModelRef ref_;
   model::LoadedModel loaded_;
+  std::int64_t serving_bytes_ = 0;  ///< of all but adapters, at most
   std::unique_ptr<data::Encoder> encoder_;
   // Arenas first: what lies in them is destroyed before them.
   struct Memory;

@@ -1,5 +1,8 @@
 #include "worker/serve/adapter_residency.h"
 
+#include "kernels/arena.h"
+#include "protocol/base/units.h"
+
 #include <algorithm>
 
 namespace tandem::worker::serve {
@@ -19,15 +22,11 @@ Status AdapterResidency::install(const Digest& digest, Weights weights) {
   if (slots_.empty())
     return refused_error(str("adapter ", digest, " cannot be served: no adapter slots"));
   if (static_cast<std::int64_t>(adapters_.size()) >= installed_max_) {
-    auto oldest = adapters_.end();
-    for (auto a = adapters_.begin(); a != adapters_.end(); ++a)
-      if (a->second.users == 0 &&
-          (oldest == adapters_.end() || a->second.used_at < oldest->second.used_at))
-        oldest = a;
-    if (oldest == adapters_.end())
+    const auto oldest = oldest_idle();
+    if (!oldest)
       return refused_error(str("adapter ", digest, " cannot be installed: all ", installed_max_,
                                " installed adapters are in use; raise adapters_max or retry"));
-    erase(Digest(oldest->first));
+    erase(*oldest);
   }
   Adapter adapter;
   adapter.weights = std::move(weights);
@@ -93,6 +92,22 @@ std::int32_t AdapterResidency::bind(const Digest& digest) {
 
 std::int64_t AdapterResidency::rank_max(const Digest& digest) const {
   return adapters_.at(digest).weights->rank_max;
+}
+
+std::int64_t AdapterResidency::bytes() const {
+  std::int64_t bytes = 0;
+  for (const auto& [digest, adapter] : adapters_)
+    bytes += round_up(adapter.weights->bytes, kernels::kMapGranularity);
+  return bytes;
+}
+
+std::optional<Digest> AdapterResidency::oldest_idle() const {
+  const std::pair<const Digest, Adapter>* oldest = nullptr;
+  for (const auto& entry : adapters_)
+    if (entry.second.users == 0 &&
+        (oldest == nullptr || entry.second.used_at < oldest->second.used_at))
+      oldest = &entry;
+  return oldest == nullptr ? std::nullopt : std::optional(oldest->first);
 }
 
 std::vector<Digest> AdapterResidency::resident() const {

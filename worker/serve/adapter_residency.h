@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
@@ -43,6 +44,11 @@ class AdapterResidency {
   /// has none.
   std::int32_t bind(const Digest& digest);
   [[nodiscard]] std::int64_t rank_max(const Digest& digest) const;
+
+  /// Device memory of all that are installed, in the pages that the ledger counts.
+  [[nodiscard]] std::int64_t bytes() const;
+  /// The one that no live request uses and that was used longest ago.
+  [[nodiscard]] std::optional<Digest> oldest_idle() const;
 
   [[nodiscard]] std::vector<Digest> resident() const;  ///< most recently used first
   [[nodiscard]] std::int64_t slot_count() const { return static_cast<std::int64_t>(slots_.size()); }

@@ -1,6 +1,8 @@
 #include "worker/serve/serve_engine.h"
 
+#include "kernels/arena.h"
 #include "kernels/device_error.h"
+#include "protocol/base/units.h"
 #include "worker/serve/adapter_residency.h"
 #include "worker/serve/batch_runner.h"
 #include "worker/serve/batch_scheduler.h"
@@ -79,6 +81,8 @@ struct ServeEngine::Impl {
   Result<std::shared_ptr<const model::AdapterWeights>> build(
       const std::vector<model::HostAdapterTensor>& tensors);
   Status install(const Digest& digest, std::shared_ptr<const model::AdapterWeights> weights);
+  /// Idle adapters go until all have at most so many bytes; false: those in use have more.
+  bool evict_to(std::int64_t bytes_max);
   [[nodiscard]] RequestLimits request_limits() const;
   Status submit(GenerateRequest request);
   void finish(LiveRequest& live, FinishReason reason, Status error);
@@ -106,6 +110,7 @@ struct ServeEngine::Impl {
   BatchScheduler scheduler;
   AdapterResidency residency;
   std::vector<std::int32_t> eos_ids;
+  std::int64_t adapter_bytes_max = std::numeric_limits<std::int64_t>::max();
 
   std::unordered_map<RequestId, std::unique_ptr<LiveRequest>> live;
   std::map<std::int64_t, LiveRequest*> by_age;
@@ -305,6 +310,36 @@ Status ServeEngine::Impl::install(const Digest& digest,
       --unready;
     }
   return {};
+}
+
+void ServeEngine::set_adapter_bytes_max(std::int64_t bytes) {
+  TANDEM_CHECK(impl_->parts.ranks == nullptr, "ranks of a replica evict by number");
+  impl_->begin();
+  impl_->adapter_bytes_max = bytes;
+  impl_->evict_to(bytes);
+}
+
+Status ServeEngine::make_adapter_room(const Digest& digest, std::int64_t bytes) {
+  impl_->begin();
+  const std::int64_t max = impl_->adapter_bytes_max;
+  const std::int64_t needed = round_up(bytes, kernels::kMapGranularity);
+  if (impl_->residency.installed(digest) || impl_->evict_to(max - needed)) return {};
+  const std::string what =
+      str("adapter ", digest, " needs ", format_bytes(needed), " and adapters may take ",
+          format_bytes(std::max<std::int64_t>(max, 0)), " of this engine's memory beside all else");
+  if (needed > max)
+    return refused_error(str(what, "; raise memory_bytes_max or lower kv_bytes_max"));
+  return busy_error(str(what, ", of which ", format_bytes(impl_->residency.bytes()),
+                        " are in use; retry after ", impl_->retry_after(), " ms"));
+}
+
+bool ServeEngine::Impl::evict_to(std::int64_t bytes_max) {
+  while (residency.bytes() > bytes_max) {
+    const auto oldest = residency.oldest_idle();
+    if (!oldest) return false;
+    residency.drop(*oldest);
+  }
+  return true;
 }
 
 void ServeEngine::fail_adapter(const Digest& digest, const Status& why) {

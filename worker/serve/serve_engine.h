@@ -119,6 +119,12 @@ class ServeEngine {
   /// fails it for all (unavailable_error, with the rank). invalid_error: see build_adapter.
   Status install_adapter(const Digest& digest,
                          const std::vector<model::HostAdapterTensor>& tensors);
+  /// Of installed adapters, from now on: idle ones go at once, the least recently used first. What
+  /// an engine of its own may use beside what it always holds; a replica has no such limit.
+  void set_adapter_bytes_max(std::int64_t bytes);
+  /// Before memory for one more is taken: idle ones go until `bytes` fit. refused_error: more than
+  /// all may take; busy_error: those in use leave less.
+  Status make_adapter_room(const Digest& digest, std::int64_t bytes);
   /// The adapter cannot be had: requests that wait for it end with kError and `why`.
   void fail_adapter(const Digest& digest, const Status& why);
   /// Forgets an adapter once no live request uses it; its prefix blocks age out.

@@ -15,6 +15,9 @@ VERSION_MAJOR, VERSION_MINOR = 1, 2
 MINORS_BEFORE = 2  # older minor versions that are understood too
 FRAME_BYTES_MAX = 4 << 20
 TEXT_BYTES_MAX = 1 << 20  # of one text
+CALL_JSON_BYTES_MAX = FRAME_BYTES_MAX - (64 << 10)  # of a call's parameters
+ID_BYTES_MAX = 256  # of a request's id or an idempotency key
+NAME_BYTES_MAX = 1024  # of a model or a method
 ITEMS_MAX = 1 << 18  # of one list
 _NESTING_MAX = 32
 
@@ -34,7 +37,7 @@ def _encode(message: Any) -> bytes:
     return frame
 
 
-def _text(field: str, value: Any) -> str:
+def _text(field: str, value: Any, bytes_max: int = TEXT_BYTES_MAX) -> str:
     """The coordinator never answers what breaks a limit: so it is refused here."""
     if not isinstance(value, str):
         raise TandemError("invalid", f"{field} must be text, not {type(value).__name__}")
@@ -42,10 +45,8 @@ def _text(field: str, value: Any) -> str:
         size = len(value.encode())
     except UnicodeEncodeError:
         raise TandemError("invalid", f"{field} is not valid UTF-8") from None
-    if size > TEXT_BYTES_MAX:
-        raise TandemError(
-            "invalid", f"{field} has {size} bytes, the limit is {TEXT_BYTES_MAX}"
-        )
+    if size > bytes_max:
+        raise TandemError("invalid", f"{field} has {size} bytes, the limit is {bytes_max}")
     return value
 
 
@@ -59,7 +60,7 @@ def hello(program: str, minor: int) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
     body = message.init("hello")
     body.version.major, body.version.minor = VERSION_MAJOR, minor
-    body.client = program
+    body.client = _text("program", program, NAME_BYTES_MAX)
     return _encode(message)
 
 
@@ -80,7 +81,8 @@ def generate(
     message = _SCHEMA.ClientMessage.new_message()
     body = message.init("generate")
     try:
-        body.id, body.model = _text("request_id", request_id), _text("model", model)
+        body.id = _text("request_id", request_id, ID_BYTES_MAX)
+        body.model = _text("model", model, NAME_BYTES_MAX)
         turns = body.input.init("messages", len(_items("messages", messages)))
         for turn, given in zip(turns, messages):
             turn.role = _text("a message's role", given["role"])
@@ -136,7 +138,7 @@ def _put_sampling(body: Any, sampling: Sampling) -> None:
 
 def cancel(request_id: str) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
-    message.init("cancel").id = request_id
+    message.init("cancel").id = _text("request_id", request_id, ID_BYTES_MAX)
     return _encode(message)
 
 
@@ -149,8 +151,9 @@ def ping() -> bytes:
 def call(call_id: str, key: str, method: str, params_json: str) -> bytes:
     message = _SCHEMA.ClientMessage.new_message()
     body = message.init("call")
-    body.callId, body.idempotencyKey = call_id, _text("idempotency_key", key)
-    body.method, body.paramsJson = _text("method", method), _text("the parameters", params_json)
+    body.callId, body.idempotencyKey = call_id, _text("idempotency_key", key, ID_BYTES_MAX)
+    body.method = _text("method", method, NAME_BYTES_MAX)
+    body.paramsJson = _text("the parameters", params_json, CALL_JSON_BYTES_MAX)
     return _encode(message)
 
 
