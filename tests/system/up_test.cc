@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <sys/prctl.h>
+#include <sys/wait.h>
 
 #include <csignal>
 
@@ -67,6 +68,25 @@ TEST_F(Up, StartsACoordinatorAgainRightAfterItWasKilled) {
   ::kill(status.value("pid", 0), SIGKILL);
   run({"up", "--workers", "1", "--device", "cpu"});
   EXPECT_EQ(platform_.cli({"status"}).code, 0);
+}
+
+/// Waits for a supervisor that was asked to stop; its exit code.
+int ended(pid_t supervisor) {
+  int status = 0;
+  EXPECT_TRUE(eventually(20'000, [&] { return ::waitpid(supervisor, &status, WNOHANG) != 0; }));
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST(Stop, OfAWorkerWhoseAgentWasKilledEndsItsEngine) {
+  Platform platform;
+  platform.start_coordinator();
+  platform.start_worker();
+  const pid_t supervisor = platform.supervisor();
+  ASSERT_GT(supervisor, 0);
+  ::kill(platform.agent(), SIGKILL);
+  ::kill(supervisor, SIGTERM);
+  EXPECT_EQ(ended(supervisor), 0);
+  EXPECT_EQ(platform.engine(), 0) << "an engine that nobody looks after";
 }
 
 }  // namespace

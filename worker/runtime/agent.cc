@@ -39,6 +39,7 @@ void install_signal_handlers() {
   action.sa_handler = on_signal;
   for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaction(signal, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
+  take_stop_signals();
 }
 
 /// Takes the agent's lock; an orphaned agent that holds it is asked to hand over first.
@@ -63,6 +64,7 @@ class Agent {
               {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); }}),
         gang_(options.gang, paths, clock) {
     gang_.adopt();
+    (void)adopt_engine();  // one that is asked to stop before its first look at it ends it too
   }
 
   int run() {
@@ -280,13 +282,7 @@ class Agent {
       start_at_ms_ = clock_.now_ms() + delay_ms;
     }
     if (stopping_ || exit_code_ >= 0 || clock_.now_ms() < start_at_ms_) return;
-    if (auto running = running_engine(paths_)) {
-      log_info("adopting engine ", running->pid);
-      engine_ = running->pid;
-      child_ = false;
-      started_ms_ = clock_.now_ms();
-      return;
-    }
+    if (adopt_engine()) return;
     auto pid = start_process(options_.executable, options_.engine_arguments, false);
     started_ms_ = clock_.now_ms();
     if (!pid.ok()) {
@@ -297,6 +293,17 @@ class Agent {
     engine_ = *pid;
     child_ = true;
     log_info("started engine ", engine_);
+  }
+
+  /// The engine of an agent that was here before.
+  bool adopt_engine() {
+    const auto running = running_engine(paths_);
+    if (!running) return false;
+    log_info("adopting engine ", running->pid);
+    engine_ = running->pid;
+    child_ = false;
+    started_ms_ = clock_.now_ms();
+    return true;
   }
 
   /// Whether the engine is gone; its exit code may end the agent too.
@@ -322,7 +329,9 @@ class Agent {
     std::vector<char*> argv{const_cast<char*>(options_.executable.c_str())};
     for (auto& argument : arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
+    hold_stop_signals();
     ::execv(options_.executable.c_str(), argv.data());  // locks are close-on-exec and taken anew
+    take_stop_signals();
     log_error("cannot execute ", options_.executable);
     upgrading_ = false;
   }
