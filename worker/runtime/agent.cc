@@ -10,7 +10,6 @@
 
 #include <atomic>
 #include <csignal>
-#include <fstream>
 #include <utility>
 
 namespace tandem::worker::runtime {
@@ -42,14 +41,17 @@ void install_signal_handlers() {
   take_stop_signals();
 }
 
-/// Takes the agent's lock; an orphaned agent that holds it is asked to hand over first.
-Result<FileLock> take_over(const SlotPaths& paths) {
-  auto lock = FileLock::acquire(paths.agent_lock);
-  if (lock.ok()) return lock;
-  std::ifstream in(paths.agent_lock);
-  pid_t holder = 0;
-  if (in >> holder && holder > 1) ::kill(holder, SIGUSR1);
-  return FileLock::acquire(paths.agent_lock, scaled_ms(kTakeOverWaitMs));
+/// Takes the agent's lock; an orphaned agent that holds it is asked to hand over first, whichever
+/// it is by then: another one may have waited for the same. One that is an orphan itself asks
+/// nobody.
+Result<FileLock> take_over(const SlotPaths& paths, const Clock& clock) {
+  const TimeMs end = clock.now_ms() + scaled_ms(kTakeOverWaitMs);
+  while (true) {
+    auto lock = FileLock::acquire(paths.agent_lock);
+    const bool looked_after = pid_in(paths.supervisor_lock) == ::getppid();
+    if (lock.ok() || !looked_after || clock.now_ms() >= end) return lock;
+    if (const pid_t holder = pid_in(paths.agent_lock); holder > 0) ::kill(holder, SIGUSR1);
+  }
 }
 
 class Agent {
@@ -359,7 +361,7 @@ class Agent {
 int run_agent(const AgentOptions& options, const SlotPaths& paths,
               std::unique_ptr<protocol::ClientEndpoint> coordinator, const Clock& clock) {
   install_signal_handlers();
-  auto lock = take_over(paths);
+  auto lock = take_over(paths, clock);
   if (!lock.ok()) {
     log_error(lock.status().message());
     return kExitUsage;
