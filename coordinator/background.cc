@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
+#include <filesystem>
 
 namespace tandem::coordinator {
 namespace {
@@ -199,8 +201,17 @@ Result<WorkResult> work(const ManageKeys& request, storage::Registry&,
 
 WorkDone do_work(const StartWork& start, storage::Registry& registry,
                  const BackgroundOptions& options) {
-  auto result =
-      std::visit([&](const auto& r) { return work(r, registry, options); }, start.request);
+  // What a library throws about one file fails one piece of work, not the coordinator.
+  const auto run = [&]() -> Result<WorkResult> {
+    try {
+      return std::visit([&](const auto& r) { return work(r, registry, options); }, start.request);
+    } catch (const std::filesystem::filesystem_error& error) {
+      return invalid_error(str(error.path1().string(), ": ", error.code().message()));
+    } catch (const std::exception& error) {
+      return internal_error(error.what());
+    }
+  };
+  auto result = run();
   if (!result.ok()) return {start.id, result.status(), {}};
   return {start.id, {}, std::move(*result)};
 }

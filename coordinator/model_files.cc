@@ -3,6 +3,7 @@
 #include "protocol/base/dtype.h"
 #include "protocol/base/json_nesting.h"
 #include "protocol/base/str.h"
+#include "protocol/utf8.h"
 #include "storage/gguf.h"
 #include "storage/manifest.h"
 #include "storage/mapped_file.h"
@@ -126,6 +127,8 @@ Result<ModelHashed> hash_gguf(const std::string& path, int threads) {
   for (const std::string& key : gguf.keys()) {
     // general.* holds names, authors and licences; only the architecture changes an answer.
     if (key.rfind("general.", 0) == 0 && key != "general.architecture") continue;
+    if (!protocol::is_utf8(key))
+      return corrupt_error(str(path, ": the metadata key ", key, " is not UTF-8"));
     TANDEM_ASSIGN_OR_RETURN(const auto raw, gguf.raw(key));
     metadata[key] = sha256(raw).hex();
   }

@@ -24,8 +24,8 @@ struct FileDescriptor {
 }  // namespace
 
 void ServedFiles::add(const ModelRecord& model) {
-  remove(model.name);
-  std::lock_guard lock(mutex_);
+  std::lock_guard lock(mutex_);  // over both: who reads meanwhile finds the old files or the new
+  forget(model.name);
   for (const ModelFile& file : model.files)
     files_.emplace(
         file.root,
@@ -34,6 +34,10 @@ void ServedFiles::add(const ModelRecord& model) {
 
 void ServedFiles::remove(const std::string& model_name) {
   std::lock_guard lock(mutex_);
+  forget(model_name);
+}
+
+void ServedFiles::forget(const std::string& model_name) {
   std::erase_if(files_, [&](const auto& entry) { return entry.second.model == model_name; });
 }
 
@@ -99,7 +103,7 @@ Result<ServedFiles::Piece> ServedFiles::read_chunk(const File& file, std::int64_
   TANDEM_ASSIGN_OR_RETURN(const auto chunk, blobs_->get(file.described.chunks.at(index)));
   const std::int64_t begin = offset % kDigestLeafBytes;
   const auto size = static_cast<std::int64_t>(chunk.size());
-  const std::int64_t end = bytes <= 0 ? size : std::min(size, begin + bytes);
+  const std::int64_t end = bytes <= 0 || bytes > size - begin ? size : begin + bytes;
   if (begin < end) piece.bytes.assign(chunk.begin() + begin, chunk.begin() + end);
   return piece;
 }

@@ -42,6 +42,7 @@ class ServedFiles {
                                         std::int64_t bytes) const;
   [[nodiscard]] Result<Piece> read_chunk(const File& file, std::int64_t offset,
                                          std::int64_t bytes) const;
+  void forget(const std::string& model_name);  ///< with mutex_ held
   storage::BlobStore* const blobs_;
   mutable std::mutex mutex_;
   std::multimap<Digest, File> files_;

@@ -7,6 +7,10 @@
 
 namespace tandem::kernels {
 
+/// Where address space is short (ulimit -v, a sanitizer's own layout), an arena of more than this
+/// has less than it asked for.
+constexpr std::int64_t kReservedBytesEnough = std::int64_t{1} << 30;
+
 Arena::Arena(Allocator& allocator, MemoryLedger& ledger, MemoryKind kind, std::string name,
              std::int64_t capacity_bytes, Sharing sharing)
     : allocator_(allocator),
@@ -16,8 +20,15 @@ Arena::Arena(Allocator& allocator, MemoryLedger& ledger, MemoryKind kind, std::s
       capacity_(capacity_bytes),
       reserved_(round_up(capacity_bytes > 0 ? capacity_bytes : 1, kMapGranularity)) {
   TANDEM_CHECK_GE(capacity_bytes, 0, "arena ", name_);
-  auto base = sharing == Sharing::kPeers ? allocator_.reserve_for_peers(reserved_)
-                                         : allocator_.reserve(reserved_);
+  const auto reserve = [&] {
+    return sharing == Sharing::kPeers ? allocator_.reserve_for_peers(reserved_)
+                                      : allocator_.reserve(reserved_);
+  };
+  auto base = reserve();
+  while (!base.ok() && reserved_ > kReservedBytesEnough) {
+    capacity_ = reserved_ = round_up(reserved_ / 4, kMapGranularity);
+    base = reserve();
+  }
   TANDEM_CHECK(base.ok(), "arena ", name_, ": ", base.status().to_string());
   base_ = *base;
 }

@@ -20,7 +20,8 @@ inline constexpr std::int64_t kMapGranularity = 2 << 20;
 class Arena {
  public:
   /// Reserves `capacity_bytes` of address space; memory is mapped as it is first used and kept
-  /// until trim(). `name` appears in errors. Fails (CHECK) only when address space is exhausted.
+  /// until trim(). `name` appears in errors. Where address space is short, a large arena has less
+  /// (capacity() says how much); fails (CHECK) only when it is exhausted.
   Arena(Allocator& allocator, MemoryLedger& ledger, MemoryKind kind, std::string name,
         std::int64_t capacity_bytes, Sharing sharing = Sharing::kNone);
   ~Arena();
@@ -47,8 +48,8 @@ class Arena {
   MemoryLedger& ledger_;
   const MemoryKind kind_;
   const std::string name_;
-  const std::int64_t capacity_;
-  const std::int64_t reserved_;
+  std::int64_t capacity_;  ///< these two stay as the constructor left them
+  std::int64_t reserved_;
   void* base_ = nullptr;
   std::int64_t used_ = 0;
   std::int64_t peak_used_ = 0;

@@ -7,6 +7,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstring>
@@ -170,7 +171,7 @@ Status BlobStore::verify(std::span<const BlobChunk> chunks, int threads) {
 Status BlobStore::put_verified(std::span<const BlobChunk> chunks, const std::string& pin) {
   std::vector<Digest> digests;
   for (const BlobChunk& chunk : chunks) digests.push_back(chunk.digest);
-  TANDEM_RETURN_IF_ERROR(add_pin(pin, digests));
+  add_pin(pin, digests);
   std::lock_guard lock(write_mutex_);
   while (!chunks.empty()) {
     std::size_t count = 0;
@@ -199,7 +200,7 @@ Result<bool> BlobStore::has(const Digest& digest) {
 Result<std::vector<Digest>> BlobStore::missing(std::span<const Digest> digests,
                                                const std::string& pin) {
   // Pinned before they are looked up, so that none can go between the look and the pin.
-  TANDEM_RETURN_IF_ERROR(add_pin(pin, digests));
+  add_pin(pin, digests);
   TANDEM_ASSIGN_OR_RETURN(const auto txn, store_->begin_read());
   std::vector<Digest> absent;
   for (const Digest& digest : digests) {
@@ -248,16 +249,19 @@ Result<std::vector<std::byte>> BlobStore::get(const Digest& digest) {
 
 // -- pins ---------------------------------------------------------------------
 
-Status BlobStore::add_pin(const std::string& pin, std::span<const Digest> digests) {
-  if (pin.empty()) return {};
+void BlobStore::add_pin(const std::string& pin, std::span<const Digest> digests) {
+  if (pin.empty()) return;
   std::lock_guard lock(mutex_);
   expire_pins();
+  // Nobody says when an upload is over, so most of so many are. One that is not and loses its pins
+  // here keeps what is young, and is told of what a collection took when it is committed.
   if (pins_.size() >= kBlobPinsMax && !pins_.contains(pin))
-    return busy_error(str("more than ", kBlobPinsMax, " uploads at once; retry after 1000 ms"));
+    pins_.erase(std::min_element(pins_.begin(), pins_.end(), [](const auto& a, const auto& b) {
+      return a.second.expires_ms < b.second.expires_ms;
+    }));
   Pin& entry = pins_[pin];
   entry.digests.insert(digests.begin(), digests.end());
   entry.expires_ms = clock_.now_ms() + kBlobPinMs;
-  return {};
 }
 
 void BlobStore::unpin(const std::string& pin) {

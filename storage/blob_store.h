@@ -30,7 +30,7 @@ namespace tandem::storage {
 inline constexpr std::int64_t kBlobChunkBytesMax = 16 << 20;
 inline constexpr std::int64_t kBlobSpareMs = 3600 * 1000;  ///< gc spares what is younger
 inline constexpr std::int64_t kBlobPinMs = 3600 * 1000;    ///< a pin that is not renewed ends
-inline constexpr std::size_t kBlobPinsMax = 1024;          ///< uploads in progress
+inline constexpr std::size_t kBlobPinsMax = 1024;          ///< then the quietest one ends
 inline constexpr std::int64_t kBlobBatchBytes = 64 << 20;  ///< one commit of put_chunks
 inline constexpr std::size_t kBlobVerifiedMax = 1 << 18;   ///< remembered as verified
 
@@ -101,7 +101,7 @@ class BlobStore {
   };
   Status put_batch(std::span<const BlobChunk> chunks);
   Status put_one(WriteTxn& txn, const BlobChunk& chunk);
-  Status add_pin(const std::string& pin, std::span<const Digest> digests);
+  void add_pin(const std::string& pin, std::span<const Digest> digests);
   void expire_pins();  // with mutex_ held
   bool is_pinned(const Digest& digest);
   Status remove_batch(std::span<const Digest> victims, BlobGcResult& result);

@@ -3,15 +3,55 @@
 #include "protocol/codec.h"
 #include "protocol/inproc_transport.h"
 #include "storage/memory_store.h"
+#include "tests/storage/scratch.h"
 
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
 
+#include <filesystem>
+#include <fstream>
 #include <thread>
 
 namespace tandem::coordinator {
 namespace {
+
+TEST(Background, OfAFileThatCannotBeLookedAtOnlyItsModelIsRefused) {
+  namespace fs = std::filesystem;
+  storage::Scratch scratch;
+  std::ofstream(scratch / "config.json") << R"({"model_type": "llama"})";
+  const std::string header = R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})";
+  const std::uint64_t size = header.size();
+  std::ofstream(scratch / "model.safetensors", std::ios::binary)
+      << std::string(reinterpret_cast<const char*>(&size), 8) << header << std::string(4, '\0');
+  fs::create_symlink("tokenizer.json", scratch / "tokenizer.json");  // to itself
+  SystemClock clock;
+  const auto registry = storage::Registry::in_memory(clock);
+  const WorkDone done = do_work({1, HashModel{"m", scratch / ".", false}}, *registry, {});
+  EXPECT_EQ(done.status.code(), StatusCode::kInvalid) << done.status.to_string();
+  EXPECT_NE(done.status.message().find("tokenizer.json"), std::string::npos)
+      << done.status.message();
+}
+
+TEST(Background, AFileWhoseKeysAreNotUtf8IsRefused) {
+  storage::Scratch scratch;
+  const auto number = [](auto n) { return std::string(reinterpret_cast<char*>(&n), sizeof n); };
+  const auto text = [&](const std::string& t) {
+    return number(static_cast<std::uint64_t>(t.size())) + t;
+  };
+  const auto key = [&](const std::string& name, const std::string& value) {
+    return text(name) + number(std::uint32_t{8}) + text(value);
+  };
+  std::string file = "GGUF" + number(std::uint32_t{3}) + number(std::uint64_t{0}) +
+                     number(std::uint64_t{2}) + key("general.architecture", "llama") +
+                     key("x.\xff", "");
+  file.resize((file.size() + 31) / 32 * 32);
+  storage::write_bytes(scratch / "m.gguf", file);
+  SystemClock clock;
+  const auto registry = storage::Registry::in_memory(clock);
+  const WorkDone done = do_work({1, HashModel{"m", scratch / "m.gguf", false}}, *registry, {});
+  EXPECT_EQ(done.status.code(), StatusCode::kCorrupt) << done.status.to_string();
+}
 
 struct LoopTest : testing::Test {
   LoopTest() {

@@ -268,6 +268,10 @@ TEST_F(ModelFilesTest, AFolderInTheBlobStoreIsTheSameModelAndIsReadOutChunkByChu
       read.insert(read.end(), piece->bytes.begin(), piece->bytes.end());
     }
     EXPECT_EQ(read, contents.at(file.path)) << file.path;
+    const auto rest = files.read(file.root, 1, INT64_MAX);
+    ASSERT_TRUE(rest.ok()) << rest.status().message();
+    EXPECT_EQ(static_cast<std::int64_t>(rest->bytes.size()),
+              std::min(file.bytes, kDigestLeafBytes) - 1);
   }
   // A file that belongs to no folder, and a chunk that is not there.
   manifest.tensors.push_back(

@@ -5,7 +5,11 @@
 
 #include <gtest/gtest.h>
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <cstring>
+#include <fstream>
 
 namespace tandem::kernels::testing {
 namespace {
@@ -51,6 +55,25 @@ TEST(Arena, BooksMappedPagesUntilTrimmed) {
     EXPECT_EQ(again[(5 << 20) - 1], 0);
   }
   EXPECT_EQ(ledger.live_total(), 0);
+}
+
+TEST(Arena, HasLessWhereAddressSpaceIsShort) {
+  Backend backend = make_cpu_backend({.threads = 1});
+  std::ifstream statm("/proc/self/statm");
+  std::int64_t pages = 0;
+  ASSERT_TRUE(statm >> pages);
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_AS, &before), 0);
+  rlimit tight = before;
+  tight.rlim_cur = static_cast<rlim_t>(pages * ::sysconf(_SC_PAGESIZE) + (std::int64_t{8} << 30));
+  ASSERT_EQ(::setrlimit(RLIMIT_AS, &tight), 0);
+  {
+    Arena arena(*backend.allocator, *backend.ledger, MemoryKind::kKv, "kv", std::int64_t{1} << 40);
+    EXPECT_GE(arena.capacity(), std::int64_t{1} << 30);
+    EXPECT_LE(arena.capacity(), std::int64_t{8} << 30);
+    EXPECT_NE(arena.alloc_bytes(1 << 20), nullptr);
+  }
+  EXPECT_EQ(::setrlimit(RLIMIT_AS, &before), 0);
 }
 
 TEST(Arena, SaysWhatDidNotFit) {

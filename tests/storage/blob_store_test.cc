@@ -134,6 +134,19 @@ TEST_F(BlobStoreTest, APinThatNobodyRenewsEnds) {
   EXPECT_EQ(blobs_->gc({}).value().removed, 1);
 }
 
+TEST_F(BlobStoreTest, OfMoreUploadsThanItRemembersTheQuietestLosesItsPins) {
+  put("first", "upload 0");
+  clock_.advance(kBlobSpareMs);
+  const Digest old = put("old", "upload 1");
+  for (std::size_t i = 2; i <= kBlobPinsMax; ++i) {
+    const std::vector<Digest> wanted{old};
+    EXPECT_TRUE(blobs_->missing(wanted, "upload " + std::to_string(i)).ok()) << i;
+  }
+  clock_.advance(kBlobSpareMs - 1);
+  EXPECT_EQ(blobs_->gc({}).value().removed, 1);
+  EXPECT_TRUE(blobs_->has(old).value());
+}
+
 TEST_F(BlobStoreTest, MissingPinsWhatIsThere) {
   const Digest here = put("here");
   clock_.advance(kBlobSpareMs);

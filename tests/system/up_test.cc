@@ -11,6 +11,7 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <string>
 
 namespace tandem::test {
 namespace {
@@ -113,6 +114,53 @@ TEST_F(Up, StartsACoordinatorAgainRightAfterItWasKilled) {
   ::kill(status.value("pid", 0), SIGKILL);
   run({"up", "--workers", "1", "--device", "cpu"});
   EXPECT_EQ(platform_.cli({"status"}).code, 0);
+}
+
+/// Waits for a supervisor that was asked to stop; its exit code.
+int ended(pid_t supervisor) {
+  int status = 0;
+  EXPECT_TRUE(eventually(20'000, [&] { return ::waitpid(supervisor, &status, WNOHANG) != 0; }));
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST(Stop, OfAWorkerWhoseAgentWasKilledEndsItsEngine) {
+  Platform platform;
+  platform.start_coordinator();
+  platform.start_worker();
+  const pid_t supervisor = platform.supervisor();
+  ASSERT_GT(supervisor, 0);
+  ::kill(platform.agent(), SIGKILL);
+  ::kill(supervisor, SIGTERM);
+  EXPECT_EQ(ended(supervisor), 0);
+  EXPECT_EQ(platform.engine(), 0) << "an engine that nobody looks after";
+}
+
+pid_t parent_of(pid_t process) {
+  std::ifstream stat("/proc/" + std::to_string(process) + "/stat");
+  std::string word;
+  for (int i = 0; i < 4; ++i) stat >> word;  // pid (name) state parent
+  return stat ? static_cast<pid_t>(std::stol(word)) : 0;
+}
+
+TEST(TakeOver, OfSeveralWorkersStartedInARowTheLastHasTheSlot) {
+  Platform platform;
+  platform.start_coordinator();
+  platform.start_worker();
+  const pid_t engine = platform.engine(), first = platform.agent();
+  ::kill(first, SIGSTOP);  // all of them ask this one
+  for (int i = 0; i < 4; ++i) {
+    ASSERT_TRUE(eventually(10'000, [&] { return platform.supervisor() > 0; }));
+    platform.kill_process(platform.supervisor());
+    platform.start_worker();
+    ::usleep(100'000);  // it starts its agent
+  }
+  ::usleep(1'000'000);
+  ::kill(first, SIGCONT);
+  EXPECT_TRUE(eventually(8'000, [&] {
+    const pid_t agent = platform.agent();
+    return agent > 0 && parent_of(agent) == platform.supervisor();
+  }));
+  EXPECT_EQ(platform.engine(), engine);
 }
 
 }  // namespace

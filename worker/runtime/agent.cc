@@ -10,7 +10,6 @@
 
 #include <atomic>
 #include <csignal>
-#include <fstream>
 #include <utility>
 
 namespace tandem::worker::runtime {
@@ -39,16 +38,20 @@ void install_signal_handlers() {
   action.sa_handler = on_signal;
   for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaction(signal, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
+  take_stop_signals();
 }
 
-/// Takes the agent's lock; an orphaned agent that holds it is asked to hand over first.
-Result<FileLock> take_over(const SlotPaths& paths) {
-  auto lock = FileLock::acquire(paths.agent_lock);
-  if (lock.ok()) return lock;
-  std::ifstream in(paths.agent_lock);
-  pid_t holder = 0;
-  if (in >> holder && holder > 1) ::kill(holder, SIGUSR1);
-  return FileLock::acquire(paths.agent_lock, scaled_ms(kTakeOverWaitMs));
+/// Takes the agent's lock; an orphaned agent that holds it is asked to hand over first, whichever
+/// it is by then: another one may have waited for the same. One that is an orphan itself asks
+/// nobody.
+Result<FileLock> take_over(const SlotPaths& paths, const Clock& clock) {
+  const TimeMs end = clock.now_ms() + scaled_ms(kTakeOverWaitMs);
+  while (true) {
+    auto lock = FileLock::acquire(paths.agent_lock);
+    const bool looked_after = pid_in(paths.supervisor_lock) == ::getppid();
+    if (lock.ok() || !looked_after || clock.now_ms() >= end) return lock;
+    if (const pid_t holder = pid_in(paths.agent_lock); holder > 0) ::kill(holder, SIGUSR1);
+  }
 }
 
 class Agent {
@@ -63,6 +66,7 @@ class Agent {
               {[this] { return hello(); }, [this](auto seq) { return heartbeat(seq); }}),
         gang_(options.gang, paths, clock) {
     gang_.adopt();
+    (void)adopt_engine();  // one that is asked to stop before its first look at it ends it too
   }
 
   int run() {
@@ -280,13 +284,7 @@ class Agent {
       start_at_ms_ = clock_.now_ms() + delay_ms;
     }
     if (stopping_ || exit_code_ >= 0 || clock_.now_ms() < start_at_ms_) return;
-    if (auto running = running_engine(paths_)) {
-      log_info("adopting engine ", running->pid);
-      engine_ = running->pid;
-      child_ = false;
-      started_ms_ = clock_.now_ms();
-      return;
-    }
+    if (adopt_engine()) return;
     auto pid = start_process(options_.executable, options_.engine_arguments, false);
     started_ms_ = clock_.now_ms();
     if (!pid.ok()) {
@@ -297,6 +295,17 @@ class Agent {
     engine_ = *pid;
     child_ = true;
     log_info("started engine ", engine_);
+  }
+
+  /// The engine of an agent that was here before.
+  bool adopt_engine() {
+    const auto running = running_engine(paths_);
+    if (!running) return false;
+    log_info("adopting engine ", running->pid);
+    engine_ = running->pid;
+    child_ = false;
+    started_ms_ = clock_.now_ms();
+    return true;
   }
 
   /// Whether the engine is gone; its exit code may end the agent too.
@@ -322,7 +331,9 @@ class Agent {
     std::vector<char*> argv{const_cast<char*>(options_.executable.c_str())};
     for (auto& argument : arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
+    hold_stop_signals();
     ::execv(options_.executable.c_str(), argv.data());  // locks are close-on-exec and taken anew
+    take_stop_signals();
     log_error("cannot execute ", options_.executable);
     upgrading_ = false;
   }
@@ -350,7 +361,7 @@ class Agent {
 int run_agent(const AgentOptions& options, const SlotPaths& paths,
               std::unique_ptr<protocol::ClientEndpoint> coordinator, const Clock& clock) {
   install_signal_handlers();
-  auto lock = take_over(paths);
+  auto lock = take_over(paths, clock);
   if (!lock.ok()) {
     log_error(lock.status().message());
     return kExitUsage;

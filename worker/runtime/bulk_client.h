@@ -42,6 +42,7 @@ class BulkClient {
   Status fetch_file(const Digest& root, const std::string& path, TimeMs deadline_ms = 0);
   /// Ends a waiting call and all later ones with kCancelled. Any thread.
   void cancel() { cancelled_ = true; }
+  [[nodiscard]] bool cancelled() const { return cancelled_; }
 
  private:
   struct Call {

@@ -88,12 +88,6 @@ std::vector<std::string> far_environment(const GangPaths& paths, const std::stri
   return environment;
 }
 
-pid_t pid_in(const std::string& path) {
-  std::ifstream in(path);
-  pid_t pid = 0;
-  return in >> pid && pid > 1 ? pid : 0;
-}
-
 }  // namespace
 
 std::vector<std::string> gang_environment(const std::string& directory) {

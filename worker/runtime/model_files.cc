@@ -1,5 +1,6 @@
 #include "worker/runtime/model_files.h"
 
+#include "protocol/base/file_lock.h"
 #include "protocol/base/log.h"
 #include "protocol/base/processors.h"
 #include "storage/mapped_file.h"
@@ -92,6 +93,20 @@ void mark_used(const std::string& path) {
   (void)::utimensat(AT_FDCWD, path.c_str(), times, 0);
 }
 
+/// Only one process of a host fetches a model: the next one finds it. Two would write over each
+/// other, and the first to be through would load what the second has not written again.
+Result<FileLock> wait_for_turn(const protocol::ModelRef& model, const std::string& data_directory,
+                               const BulkClient& bulk) {
+  std::error_code error;
+  fs::create_directories(data_directory + "/cache", error);
+  const std::string path = str(data_directory, "/cache/fetch-", model.digest.hex(), ".lock");
+  while (true) {
+    auto lock = FileLock::acquire(path);
+    if (lock.ok() || lock.status().code() != StatusCode::kConflict) return lock;
+    if (bulk.cancelled()) return cancelled_error("the transfer was cancelled");
+  }
+}
+
 }  // namespace
 
 void trim_model_cache(const std::string& models, const Digest& kept, std::int64_t free_bytes) {
@@ -137,11 +152,14 @@ Result<std::string> locate_model(const protocol::ModelRef& model, const std::str
   const bool one_file = model.files.size() == 1 && model.files[0].first.empty();
   const std::string cached =
       str(data_directory, "/cache/models/", model.digest.hex(), one_file ? ".gguf" : "");
-  auto have = matches(model, cached, verified);
-  if (have.ok() && *have) {
-    mark_used(cached);
-    return cached;
-  }
+  const auto is_cached = [&] {
+    const auto have = matches(model, cached, verified);
+    if (have.ok() && *have) mark_used(cached);
+    return have.ok() && *have;
+  };
+  if (is_cached()) return cached;
+  TANDEM_ASSIGN_OR_RETURN(const FileLock turn, wait_for_turn(model, data_directory, bulk));
+  if (is_cached()) return cached;
   trim_model_cache(data_directory + "/cache/models", model.digest);
   log_info("fetching model ", model.name, " (", model.files.size(), " files)");
   for (const auto& [relative, root] : model.files)

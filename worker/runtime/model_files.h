@@ -1,6 +1,7 @@
 // Finds a base model's files on this host: at the path it was added with, or in the
-// content-addressed cache, fetched by digest when it is neither. Files are hashed once per host and
-// trusted afterwards while inode, size and time stay the same. Task thread.
+// content-addressed cache, fetched by digest when it is neither, by one process at a time. Files
+// are hashed once per host and trusted afterwards while inode, size and time stay the same. Task
+// thread.
 #pragma once
 
 #include "protocol/messages.h"

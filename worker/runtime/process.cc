@@ -28,27 +28,65 @@ void write_own_pid(int fd) {
     (void)!::pwrite(fd, at, static_cast<std::size_t>(digits + sizeof digits - at), 0);
 }
 
-void reset_signals() {
-  sigset_t none;
-  sigemptyset(&none);
-  sigprocmask(SIG_SETMASK, &none, nullptr);
+/// No signal arrives while it lives: a child that is not yet another program would take one by its
+/// parent's handler, where nobody hears of it.
+class SignalsHeld {
+ public:
+  SignalsHeld() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsHeld() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalsHeld(const SignalsHeld&) = delete;
+  SignalsHeld& operator=(const SignalsHeld&) = delete;
+
+ private:
+  sigset_t before_{};
+};
+
+sigset_t stop_signals() {
+  sigset_t set;
+  sigemptyset(&set);
+  for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaddset(&set, signal);
+  return set;
+}
+
+/// Of a child that has no program yet. Async-signal-safe.
+void reset_signals(bool stops_wait) {
   for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGPIPE, SIGUSR1, SIGCHLD})
     std::signal(signal, SIG_DFL);
+  sigset_t mask;
+  sigemptyset(&mask);
+  if (stops_wait) mask = stop_signals();
+  sigprocmask(SIG_SETMASK, &mask, nullptr);
 }
 }  // namespace
 
+void hold_stop_signals() {
+  const sigset_t set = stop_signals();
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+}
+
+void take_stop_signals() {
+  const sigset_t set = stop_signals();
+  pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+}
+
 Result<pid_t> start_process(const std::string& executable,
-                            const std::vector<std::string>& arguments, bool die_with_parent) {
+                            const std::vector<std::string>& arguments, bool die_with_parent,
+                            bool stops_wait) {
   std::vector<char*> argv;
   argv.push_back(const_cast<char*>(executable.c_str()));
   for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   const pid_t parent = ::getpid();
+  const SignalsHeld held;
   const pid_t pid = ::fork();
   if (pid < 0) return internal_error(str("fork failed: ", std::strerror(errno)));
   if (pid > 0) return pid;
   // In the child, between fork and exec: async-signal-safe calls only.
-  reset_signals();
+  reset_signals(stops_wait);
   if (die_with_parent) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(1);  // the parent died before prctl took effect
@@ -65,10 +103,11 @@ Result<pid_t> start_process(const ProcessSpec& spec) {
   envp.push_back(nullptr);
   const int out = ::open(spec.output.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   const int in = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  const SignalsHeld held;
   const pid_t pid = out < 0 || in < 0 ? -1 : ::fork();
   if (pid == 0) {
     // Between fork and exec: async-signal-safe calls only.
-    reset_signals();
+    reset_signals(false);
     if (spec.own_session) ::setsid();
     ::dup2(in, STDIN_FILENO);
     ::dup2(out, STDOUT_FILENO);

@@ -14,9 +14,15 @@
 namespace tandem::worker::runtime {
 
 /// Starts `executable` with `arguments`; signals are unblocked and reset in the child. With
-/// `die_with_parent` the child gets SIGKILL when the calling thread's process ends.
+/// `die_with_parent` the child gets SIGKILL when the calling thread's process ends. With
+/// `stops_wait` those that ask it to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) wait in it until it
+/// calls take_stop_signals(): one that comes while it starts is not its end.
 Result<pid_t> start_process(const std::string& executable,
-                            const std::vector<std::string>& arguments, bool die_with_parent);
+                            const std::vector<std::string>& arguments, bool die_with_parent,
+                            bool stops_wait = false);
+/// Once their handlers are there; and before this process executes itself anew. The calling thread.
+void take_stop_signals();
+void hold_stop_signals();
 
 /// A program with everything of its own.
 struct ProcessSpec {

@@ -10,6 +10,7 @@
 
 #include <cerrno>
 #include <csignal>
+#include <utility>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -26,13 +27,13 @@ struct Loop {
   const SupervisorOptions& options;
   pid_t agent = 0;
   std::int64_t started_ms = 0, start_at_ms = 0;
-  bool ending = false;
+  bool ending = false, succeeded = false;
   RestartBackoff backoff{};
 
   static std::int64_t now_ms() { return steady_ns() / 1'000'000; }
 
   void start() {
-    auto pid = start_process(options.executable, options.arguments, false);
+    auto pid = start_process(options.executable, options.arguments, false, true);
     if (!pid.ok()) {
       log_error("cannot start the agent: ", pid.status().message());
       start_at_ms = now_ms() + backoff.next_delay_ms(0);
@@ -51,7 +52,12 @@ struct Loop {
       const bool asked = WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == kExitAsked;
       const bool usage = WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == kExitUsage;
       if (asked || usage) return WEXITSTATUS(wait_status);
-      if (ending) return 1;
+      if (ending) {  // what it left behind, an engine, a gang, is for one more agent to end
+        if (std::exchange(succeeded, true)) return 1;
+        start();
+        pass_on(SIGTERM);
+        continue;
+      }
       const std::int64_t delay = backoff.next_delay_ms(now_ms() - started_ms);
       log_warn("agent ", pid, " ended by ", describe_wait_status(wait_status),
                "; starting another in ", delay, " ms");
@@ -60,7 +66,9 @@ struct Loop {
     return -1;
   }
 
+  /// Without an agent too: another one ends what a dead one left running.
   void pass_on(int signal) {
+    if (!agent) start();
     if (agent) ::kill(agent, ending && signal != SIGUSR1 ? SIGINT : SIGTERM);
     if (signal != SIGUSR1) ending = true;
   }

@@ -5,11 +5,17 @@
 #include "coordinator/model_files.h"
 #include "protocol/inproc_transport.h"
 #include "storage/registry.h"
+#include "worker/runtime/model_files.h"
 
 #include <gtest/gtest.h>
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <deque>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <thread>
 
 namespace tandem::worker::runtime {
@@ -83,6 +89,55 @@ TEST_F(BulkClientTest, ADamagedBlobIsTheUploadsError) {
   BulkClient::Upload upload(client, "pin");
   upload.add(blob);
   EXPECT_EQ(upload.finish(10'000).code(), StatusCode::kInvalid);
+}
+
+/// Two engines of a host, the second of which begins when the first has fetched most of a model.
+TEST_F(BulkClientTest, WhoFetchesAModelBesideAnotherProcessGetsAllOfIt) {
+  namespace fs = std::filesystem;
+  const std::string folder = testing::TempDir() + "fetch_test";
+  fs::remove_all(folder);
+  fs::create_directories(folder);
+  const auto content = bytes(5 * static_cast<std::size_t>(kDigestLeafBytes) + 1000, 1);
+  coordinator::ModelRecord record;
+  record.name = "m";
+  record.path = folder + "/m.gguf";
+  std::ofstream(record.path, std::ios::binary)
+      .write(reinterpret_cast<const char*>(content.data()),
+             static_cast<std::streamsize>(content.size()));
+  struct stat info {};
+  ASSERT_EQ(::stat(record.path.c_str(), &info), 0);
+  coordinator::ModelFile file;
+  file.root = content_root(content, 2);
+  file.bytes = info.st_size;
+  file.mtime_ns = info.st_mtim.tv_sec * 1'000'000'000ll + info.st_mtim.tv_nsec;
+  record.files.push_back(file);
+  files.add(record);
+  protocol::ModelRef model;
+  model.name = "m";
+  model.digest = sha256("m");
+  model.files.emplace_back("", file.root);
+
+  const std::string data = folder + "/data";
+  BulkClient other{network.connect("bulk", "other"), clock};
+  const auto locate = [&](BulkClient& with) {
+    const auto path = locate_model(model, data, with);
+    ASSERT_TRUE(path.ok()) << path.status().to_string();
+    std::ifstream in(*path, std::ios::binary);
+    const std::string now((std::istreambuf_iterator<char>(in)), {});
+    EXPECT_EQ(sha256(now), sha256(content)) << "of " << now.size() << " bytes";
+  };
+  std::thread first([&] { locate(client); });
+  const auto most_is_there = [&] {
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(data + "/cache/models", error))
+      if (fs::file_size(entry.path(), error) >= 4 * kDigestLeafBytes && !error) return true;
+    return false;
+  };
+  for (TimeMs wait = 0; wait < scaled_ms(60'000) && !most_is_there(); ++wait)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  locate(other);
+  first.join();
+  fs::remove_all(folder);
 }
 
 }  // namespace

@@ -93,5 +93,27 @@ TEST(Process, SaysHowAChildEnded) {
   EXPECT_EQ(describe_wait_status(wait_status), "exit code 7");
 }
 
+TEST(Process, ASignalBetweenForkAndExecIsTheChilds) {
+  const auto before = std::signal(SIGTERM, [](int) {});
+  for (int i = 0; i < 200; ++i) {
+    auto child = start_process("/bin/sleep", {"60"}, true);
+    ASSERT_TRUE(child.ok());
+    ASSERT_EQ(::kill(*child, SIGTERM), 0);
+    int wait_status = 0;
+    ASSERT_EQ(::waitpid(*child, &wait_status, 0), *child);
+    EXPECT_TRUE(WIFSIGNALED(wait_status)) << describe_wait_status(wait_status);
+    if (HasFailure()) break;
+  }
+  std::signal(SIGTERM, before);
+}
+
+TEST(Process, StopsWaitForAChildThatWantsThemLater) {
+  auto child = start_process("/bin/sh", {"-c", "kill -TERM $$; exit 7"}, true, true);
+  ASSERT_TRUE(child.ok());
+  int wait_status = 0;
+  ASSERT_EQ(::waitpid(*child, &wait_status, 0), *child);
+  EXPECT_EQ(describe_wait_status(wait_status), "exit code 7");
+}
+
 }  // namespace
 }  // namespace tandem::worker::runtime
