@@ -10,6 +10,7 @@
 
 #include <fcntl.h>
 #include <lmdb.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -475,6 +476,7 @@ Status probe_in_child(const std::string& directory, std::int64_t map_bytes, unsi
   const pid_t child = ::fork();
   if (child < 0) return internal_error(str("cannot fork: ", std::strerror(errno)));
   if (child == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // it holds the folder's lock as well
     const rlimit none{0, 0};
     ::setrlimit(RLIMIT_CORE, &none);
     for (int signal : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE}) ::signal(signal, SIG_DFL);

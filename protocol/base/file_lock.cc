@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <string_view>
 
 namespace tandem {
 namespace {
@@ -27,13 +28,15 @@ Result<FileLock> FileLock::acquire(const std::string& path, TimeMs wait_ms) {
   while (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
     if (steady_ns() / 1'000'000 >= deadline) {
       char text[32] = {};
-      const ssize_t got = ::pread(fd, text, sizeof text - 1, 0);
-      return conflict_error(str(path, " is in use by process ", got > 0 ? text : "?"));
+      (void)!::pread(fd, text, sizeof text - 1, 0);
+      const std::string_view pid(text, std::strcspn(text, "\n"));
+      return conflict_error(str(path, " is in use by process ", pid.empty() ? "?" : pid));
     }
     ::usleep(kPollUs);
   }
-  // In this order: a file that has its block needs none of a full disk.
-  const std::string pid = str(::getpid());
+  // In this order: a file that has its block needs none of a full disk. Who reads it before its end
+  // is cut off sees where the number ends.
+  const std::string pid = str(::getpid(), "\n");
   const ssize_t written = ::pwrite(fd, pid.data(), pid.size(), 0);
   (void)!::ftruncate(fd, std::max<ssize_t>(written, 0));
   return lock;
