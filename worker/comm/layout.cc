@@ -18,25 +18,25 @@ std::string Layout::to_string() const {
 
 Result<Layout> Layout::parse(std::string_view text) {
   Layout layout;
-  const std::pair<std::string_view, int*> fields[] = {{"dp", &layout.dp},
-                                                      {"tp", &layout.tp},
-                                                      {"pp", &layout.pp},
-                                                      {"zero", &layout.zero},
-                                                      {"virtual", &layout.virtual_pp}};
+  std::pair<std::string_view, int*> fields[] = {{"dp", &layout.dp},
+                                                {"tp", &layout.tp},
+                                                {"pp", &layout.pp},
+                                                {"zero", &layout.zero},
+                                                {"virtual", &layout.virtual_pp}};
   const auto wrong = [&] {
     return invalid_error(str("layout \"", text,
                              "\" is not like tp2xpp2 or dp2xzero3: dp, tp, pp, zero and virtual, "
-                             "each with its number"));
+                             "each at most once, with its number"));
   };
   std::string_view rest = text;
   while (!rest.empty()) {
     const auto field = std::find_if(std::begin(fields), std::end(fields),
                                     [&](const auto& f) { return rest.starts_with(f.first); });
-    if (field == std::end(fields)) return wrong();
+    if (field == std::end(fields) || field->second == nullptr) return wrong();
     rest.remove_prefix(field->first.size());
     if (rest.starts_with(' ')) rest.remove_prefix(1);
-    const auto [end, error] =
-        std::from_chars(rest.data(), rest.data() + rest.size(), *field->second);
+    const auto [end, error] = std::from_chars(rest.data(), rest.data() + rest.size(),
+                                              *std::exchange(field->second, nullptr));
     if (error != std::errc()) return wrong();
     rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
     const std::size_t next = rest.find_first_not_of(" ,x");

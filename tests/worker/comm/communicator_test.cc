@@ -98,7 +98,8 @@ TEST(Layout, IsReadFromOneWord) {
   EXPECT_EQ(Layout::parse("pp2, virtual 2").value().virtual_pp, 2);
   const Layout printed{2, 1, 4, 1};
   EXPECT_EQ(Layout::parse(printed.to_string()).value().to_string(), printed.to_string());
-  for (const char* wrong : {"tp", "2tp", "tp2yp2", "tp2pp2", "sp2", "tp2xtp", "x", "tp99999999999"})
+  for (const char* wrong :
+       {"tp2xtp2", "tp", "2tp", "tp2yp2", "tp2pp2", "sp2", "tp2xtp", "x", "tp99999999999"})
     EXPECT_EQ(Layout::parse(wrong).status().code(), StatusCode::kInvalid) << wrong;
 }
 
