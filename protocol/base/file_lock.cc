@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <string_view>
 
 namespace tandem {
@@ -48,6 +49,11 @@ bool FileLock::is_held(const std::string& path) {
   const bool free = ::flock(fd, LOCK_SH | LOCK_NB) == 0;
   ::close(fd);  // drops the lock too
   return !free;
+}
+
+pid_t FileLock::holder(const std::string& path) {
+  pid_t pid = 0;
+  return is_held(path) && std::ifstream(path) >> pid && pid > 1 ? pid : 0;
 }
 
 FileLock& FileLock::operator=(FileLock&& other) noexcept {

@@ -5,6 +5,8 @@
 #include "protocol/base/clock.h"
 #include "protocol/base/result.h"
 
+#include <sys/types.h>
+
 #include <string>
 #include <utility>
 
@@ -20,6 +22,8 @@ class FileLock {
   static Result<FileLock> acquire(const std::string& path, TimeMs wait_ms = 0);
   /// True when some process holds the lock now. Those who ask do not see each other.
   static bool is_held(const std::string& path);
+  /// The process that holds the lock; 0: none does, or it is not known.
+  static pid_t holder(const std::string& path);
   /// For a child that is to hold it as well (close-on-exec here).
   [[nodiscard]] int descriptor() const { return fd_; }
   FileLock(FileLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}

@@ -23,12 +23,14 @@ TEST(FileLock, NamesItsHolderToTheSecondWhoWantsIt) {
     auto first = FileLock::acquire(path);
     ASSERT_TRUE(first.ok());
     EXPECT_TRUE(FileLock::is_held(path));
+    EXPECT_EQ(FileLock::holder(path), ::getpid());
     const auto second = FileLock::acquire(path);
     ASSERT_FALSE(second.ok());
     EXPECT_EQ(second.status().code(), StatusCode::kConflict);
     EXPECT_NE(second.status().message().find(std::to_string(::getpid())), std::string::npos);
   }
   EXPECT_FALSE(FileLock::is_held(path));
+  EXPECT_EQ(FileLock::holder(path), 0);
   EXPECT_TRUE(FileLock::acquire(path).ok());
   std::filesystem::remove(path);
 }

@@ -200,10 +200,7 @@ std::string Platform::slot_directory(int slot) const {
 }
 
 pid_t Platform::lock_holder(int slot, const std::string& lock) const {
-  const std::string path = slot_directory(slot) + "/" + lock;
-  if (!FileLock::is_held(path)) return 0;
-  const std::string text = read_all(path);
-  return text.empty() ? 0 : static_cast<pid_t>(std::atoi(text.c_str()));
+  return FileLock::holder(slot_directory(slot) + "/" + lock);
 }
 
 pid_t Platform::supervisor(int slot) const {

@@ -72,16 +72,10 @@ std::int64_t start_ticks(pid_t pid) {
 // now (after a restart of the machine it often is): so each is asked for proof before it is
 // signalled.
 
-/// The pid in a lock file that somebody holds; 0: nobody does.
-pid_t holder(const std::string& path) {
-  pid_t pid = 0;
-  return FileLock::is_held(path) && std::ifstream(path) >> pid ? pid : 0;
-}
-
 /// The coordinator of this data folder, which holds its registry; 0: there is none.
 pid_t coordinator_of(const protocol::Settings& settings) {
   const auto pid = static_cast<pid_t>(read_number(settings.run_dir() + "/coordinator.json", "pid"));
-  return pid > 0 && holder(settings.data_dir() + "/registry/owner") == pid ? pid : 0;
+  return pid > 0 && FileLock::holder(settings.data_dir() + "/registry/owner") == pid ? pid : 0;
 }
 
 /// The last mpirun that up started here, while it runs; 0: it does not.
@@ -190,7 +184,7 @@ std::vector<pid_t> slot_masters(const protocol::Settings& settings) {
   std::error_code error;
   for (const auto& slot : fs::directory_iterator(settings.run_dir(), error))
     for (const char* lock : {"supervisor.lock", "agent.lock", "engine.lock"})
-      if (const pid_t pid = holder(slot.path() / lock); pid > 0) {
+      if (const pid_t pid = FileLock::holder(slot.path() / lock); pid > 0) {
         pids.push_back(pid);
         break;
       }

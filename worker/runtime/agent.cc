@@ -48,9 +48,10 @@ Result<FileLock> take_over(const SlotPaths& paths, const Clock& clock) {
   const TimeMs end = clock.now_ms() + scaled_ms(kTakeOverWaitMs);
   while (true) {
     auto lock = FileLock::acquire(paths.agent_lock);
-    const bool looked_after = pid_in(paths.supervisor_lock) == ::getppid();
+    const bool looked_after = FileLock::holder(paths.supervisor_lock) == ::getppid();
     if (lock.ok() || !looked_after || clock.now_ms() >= end) return lock;
-    if (const pid_t holder = pid_in(paths.agent_lock); holder > 0) ::kill(holder, SIGUSR1);
+    if (const pid_t holder = FileLock::holder(paths.agent_lock); holder > 0)
+      ::kill(holder, SIGUSR1);
   }
 }
 

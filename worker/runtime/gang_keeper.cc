@@ -154,7 +154,7 @@ void GangKeeper::adopt() {
   std::ifstream in(paths_.json);
   const auto json = nlohmann::json::parse(in, nullptr, false);
   if (json.is_object()) {
-    mpirun_ = pid_in(paths_.lock);
+    mpirun_ = FileLock::holder(paths_.lock);
     running_ = protocol::RunningJob{JobId(json.value("job", std::string())),
                                     json.value("epoch", Epoch{0}), 0};
     led_ = json.value("led", true);
@@ -308,8 +308,7 @@ std::optional<protocol::StartJob> GangKeeper::started() const {
 std::vector<pid_t> GangKeeper::live_ranks() const {
   std::vector<pid_t> pids;
   for (int rank = 0; rank < protocol::kGangMembersMax; ++rank)
-    if (FileLock::is_held(paths_.rank_lock(rank)))
-      if (const pid_t pid = pid_in(paths_.rank_lock(rank)); pid > 0) pids.push_back(pid);
+    if (const pid_t pid = FileLock::holder(paths_.rank_lock(rank)); pid > 0) pids.push_back(pid);
   return pids;
 }
 

@@ -55,12 +55,6 @@ std::optional<EngineInfo> running_engine(const SlotPaths& paths) {
   return FileLock::is_held(paths.engine_lock) ? read_engine_info(paths) : std::nullopt;
 }
 
-pid_t pid_in(const std::string& lock) {
-  std::ifstream in(lock);
-  pid_t pid = 0;
-  return in >> pid && pid > 1 ? pid : 0;
-}
-
 std::string gpu_of(const SlotPaths& paths) {
   const auto info = read_engine_info(paths);
   return info ? info->gpu : "";

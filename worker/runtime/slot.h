@@ -34,8 +34,6 @@ struct EngineInfo {
 Status write_engine_info(const SlotPaths& paths, const EngineInfo& info);
 /// The engine that holds the slot now, if any does.
 std::optional<EngineInfo> running_engine(const SlotPaths& paths);
-/// The process that a lock's file names, whether it holds the lock or did; 0: none.
-pid_t pid_in(const std::string& lock);
 /// UUID of the GPU that the slot's first engine found, for those that come after it and for ranks
 /// of this slot; empty: a CPU, or no engine has been there.
 std::string gpu_of(const SlotPaths& paths);
