@@ -72,6 +72,24 @@ __device__ inline void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/// *p, which every step reads again and whose place in the second-level cache a step's weights and
+/// keys would take: of the two this stays.
+template <class T>
+__device__ inline T load_kept(const T* p) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  std::uint64_t policy = 0;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  if constexpr (sizeof(T) == 4) {
+    std::uint32_t bits = 0;
+    asm volatile("ld.global.L2::cache_hint.b32 %0, [%1], %2;" : "=r"(bits) : "l"(p), "l"(policy));
+    return __builtin_bit_cast(T, bits);
+  } else {
+    std::uint64_t bits = 0;
+    asm volatile("ld.global.L2::cache_hint.b64 %0, [%1], %2;" : "=l"(bits) : "l"(p), "l"(policy));
+    return __builtin_bit_cast(T, bits);
+  }
+}
+
 /// Whether this process's GPU can do that: compute capability 9.0 and newer.
 inline bool starts_early() {
   static const bool can = [] {

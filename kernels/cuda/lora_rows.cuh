@@ -61,6 +61,16 @@ inline unsigned tiles_max(const SegmentsView& v, int rows) {
   return static_cast<unsigned>(std::min<std::int64_t>(v.t, v.t / rows + v.segments + 1));
 }
 
+/// How u of few rows is added up: of I in pieces, one after another by each warp of a cluster of
+/// blocks, then over a block's warps, then over blocks. Of I alone, so that a row's sum depends on
+/// nothing else; enough blocks that a decode step's few adapters occupy the device.
+inline constexpr int kShrinkWarps = 8, kShrinkPiece = 128, kShrinkBlocksMax = 8;
+__host__ __device__ inline unsigned shrink_blocks(std::int64_t i) {
+  unsigned blocks = 1;
+  while (blocks < kShrinkBlocksMax && 2 * blocks * kShrinkWarps * kShrinkPiece <= i) blocks *= 2;
+  return blocks;
+}
+
 /// Consecutive rows of one segment; slot -1: without adapter. begin == end: there is none.
 struct AdapterTile {
   int begin, end, slot;
@@ -76,8 +86,8 @@ __device__ inline AdapterTile find_adapter_tile(const SegmentsView& v, int index
   for (int first = 0; first <= v.segments; first += 32) {
     const int i = first + lane;
     int begin = v.t, end = v.t, slot = -1;
-    if (i <= v.segments) begin = v.offsets[i];
-    if (i < v.segments) end = v.offsets[i + 1], slot = v.slots[i];
+    if (i <= v.segments) begin = load_kept(v.offsets + i);
+    if (i < v.segments) end = load_kept(v.offsets + i + 1), slot = load_kept(v.slots + i);
     if (begin > end || end > v.t) __trap();
     const int tiles = (end - begin + kRows - 1) / kRows;
     int running = tiles;
@@ -103,7 +113,9 @@ __device__ inline AdapterTile find_adapter_tile(const SegmentsView& v, int index
 __device__ inline LoraEntry find_entry(const SegmentsView& v, const SiteView& site, int slot) {
   if (slot < 0) return {};
   if (slot >= site.slots) __trap();
-  const LoraEntry entry = site.entries[slot];
+  const LoraEntry* from = site.entries + slot;
+  const LoraEntry entry{load_kept(&from->a),    load_kept(&from->b),    from->da, from->db,
+                        load_kept(&from->rank), load_kept(&from->scale)};
   if (entry.rank < 0 || entry.rank > v.rank_max) __trap();
   return entry;
 }

@@ -433,13 +433,14 @@ void CudaOps::do_linear_forward(Exec& exec, const LinearArgs& a) {
   if (layout.makes_x && (few || invariant)) do_silu_mul_forward(exec, a.make_x);
   const Tensor u = a.u.defined() ? a.u : scratch.tensor(layout.u, cd, Shape{t, layout.columns});
   const bool is_gemv = !invariant && gemv_fits(a);
-  if (is_gemv || is_skinny) {
+  if (is_gemv) {
     {
       const Profiler::Scope pass = pass_scope(profiler_, s, "u", a.x);
       lora_segments_shrink(s, a.sites, *a.adapters, a.x, u, true);
     }
-    return is_gemv ? gemv(s, a, u) : run_skinny(a, u);
+    return gemv(s, a, u);
   }
+  if (is_skinny) return run_skinny(a, u);
   // kInvariant: one order of sums and of roundings, whatever the bounds are.
   if (!layout.single || few || invariant) {
     const auto shrink = [&](cudaStream_t queue) {

@@ -15,19 +15,9 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRanks = 16;   ///< of A that a block computes at a time
-constexpr int kPiece = 128;  ///< of I that a warp takes at a time
-constexpr int kClusterMax = 8;
-
-/// Blocks that share the inputs of one tile: enough of them that a decode step's few adapters
-/// occupy the device. Of I alone, because it decides the order of a row's sum.
-unsigned shrink_blocks(std::int64_t i, int capability) {
-  if (capability < 90) return 1;
-  unsigned blocks = 1;
-  while (blocks < kClusterMax && 2 * blocks * kWarps * kPiece <= i) blocks *= 2;
-  return blocks;
-}
+constexpr int kWarps = kShrinkWarps, kThreads = 32 * kWarps;
+constexpr int kRanks = 16;  ///< of A that a block computes at a time
+constexpr int kPiece = kShrinkPiece, kClusterMax = kShrinkBlocksMax;
 
 template <class E>
 __device__ uint4 drop_8(uint4 x, const DropoutMask& mask, std::int64_t row, int column) {
@@ -485,7 +475,7 @@ void launch_shrink(cudaStream_t stream, const SegmentsView& v, const Tensor& x, 
   const auto ranks = static_cast<unsigned>((v.rank_max + kRanks - 1) / kRanks);
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
-  const unsigned blocks = shrink_blocks(x.dim(1), device_capability());
+  const unsigned blocks = device_capability() < 90 ? 1 : shrink_blocks(x.dim(1));
   config.gridDim = dim3(blocks, tiles_max(v, 8 * kTiles), ranks * static_cast<unsigned>(v.sites));
   config.blockDim = dim3(kThreads);
   config.stream = stream;

@@ -4,14 +4,17 @@
 // each finishes its own share of the outputs: bias, adapters, rounding, and what is made of them.
 #include "kernels/cuda/skinny.h"
 
+#include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/linear_then.cuh"
 #include "kernels/cuda/silu.cuh"
-#include "kernels/cuda/skinny_adapters.cuh"
+#include "kernels/cuda/skinny_makers.cuh"
 #include "kernels/cuda/tensor_map.h"
 
 #include <cooperative_groups.h>
 
 #include <algorithm>
+#include <mutex>
+#include <unordered_map>
 
 namespace tandem::kernels::cuda {
 namespace skinny_product {
@@ -19,14 +22,17 @@ namespace skinny_product {
 namespace cg = cooperative_groups;
 constexpr int kSharedMax = 227 * 1024;
 
-/// A block with adapters starts on a multiprocessor where one of the kernel that makes u still
-/// runs: what it leaves of its memory, and the threads for which it leaves registers, each as many
-/// as its own have.
+/// What a block with adapters leaves of its multiprocessor's memory, and where the kernel before
+/// makes its u the threads for which it leaves registers, each as many as its own have: blocks of a
+/// kernel that makes u, its own or the next product's, run beside it.
 constexpr int kSharedBeside = 10 * 1024, kThreadsBeside = 96;
+
+/// Who makes u: nobody, there being no adapters; the kernel before; blocks beside the product.
+enum class Makes { kNone, kBefore, kBeside };
 
 /// Tiles of kN outputs, a cluster of kSplits blocks for each. kPairs: of gate and up, silu * up is
 /// made, by one block a tile, whose second half lies n / 2 behind its first.
-template <int kN, int kSplits, bool kPairs, bool kAdapts>
+template <int kN, int kSplits, bool kPairs, Makes kMakes>
 struct Tile {
   static_assert(!kPairs || kSplits == 1);
   static constexpr int kHalves = kPairs ? 2 : 1, kHalf = kN / kHalves;  ///< of neighbouring outputs
@@ -37,12 +43,13 @@ struct Tile {
                        kStageBytes = kWeightBytes + kRows * kStep * 2;
   static constexpr int kPartRow = kN + 8;  // f32: rows of a fragment in different banks
   static constexpr int kPartBytes = kSplits > 1 ? kRows* kPartRow * 4 : 0;
-  static constexpr int kFixedBytes = 1024 + kPartBytes;
-  static constexpr int kStages =
-      std::min<int>(kN < 64 ? kStagesMax : 8, (kSharedMax - (kAdapts ? kSharedBeside : 0) -
-                                               kFixedBytes - static_cast<int>(sizeof(Control))) /
-                                                  kStageBytes);
-  static constexpr int kBytes = kFixedBytes + kStages * kStageBytes;
+  static constexpr bool kAdapts = kMakes != Makes::kNone;
+  static constexpr int kControlBytes =
+      static_cast<int>(sizeof(Control) + (kAdapts ? kHalves * sizeof(StagedInputs) : 0));
+  static constexpr int kStages = std::min<int>(
+      kN < 64 ? kStagesMax : 8,
+      (kSharedMax - (kAdapts ? kSharedBeside : 0) - kPartBytes - kControlBytes) / kStageBytes);
+  static constexpr int kBytes = kStages * kStageBytes + kPartBytes + kControlBytes;
 };
 
 /// acc [64, kN] += x [64, 16] w [kN, 16]^T.
@@ -69,22 +76,30 @@ __device__ inline void store_2(E* to, float a, float b) {
 
 namespace {  // from here: what is above is used on Hopper alone
 
-template <class E, int kN, int kSplits, bool kPairs, bool kAdapts, class Y>
-__global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
+template <class E, int kN, int kSplits, bool kPairs, Makes kMakes, class Y>
+__global__ void __launch_bounds__(kThreads + (kMakes == Makes::kBefore ? kThreadsBeside : 0), 1)
     skinny_kernel(const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap w_map, const __grid_constant__ Params p,
                   Y* y) {
 #ifdef TANDEM_HOPPER
-  using T = Tile<kN, kSplits, kPairs, kAdapts>;
-  extern __shared__ unsigned char raw[];
-  __shared__ Control c;
-  unsigned char* stages = raw + (1024 - shared_address(raw) % 1024) % 1024;
+  using T = Tile<kN, kSplits, kPairs, kMakes>;
+  constexpr bool kAdapts = T::kAdapts, kBeside = kMakes == Makes::kBeside;
+  extern __shared__ __align__(1024) unsigned char stages[];
+  if (shared_address(stages) % 1024 != 0) __trap();
   auto* parts = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes);
+  auto& c = *reinterpret_cast<Control*>(stages + T::kStages * T::kStageBytes + T::kPartBytes);
+  [[maybe_unused]] auto* staged = reinterpret_cast<StagedInputs*>(&c + 1);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const cg::cluster_group cluster = cg::this_cluster();
   // After pairs the next kernel begins when this one's loads are through.
   if constexpr (!kPairs) launch_dependents();
+  const int makers = kBeside ? p.makers : 0;
+  const int block = static_cast<int>(blockIdx.x) - makers;
+  const int blocks = static_cast<int>(gridDim.x) - makers;
+  if constexpr (kBeside) {
+    if (block < 0) return make_u<E>(p, stages, T::kBytes);
+  }
   if (warp == kProducer && lane == 0) {
     prefetch_map(&w_map);
     prefetch_map(&x_map);
@@ -97,14 +112,14 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
     barrier_init(&c.list_full, 32);
     barrier_init(&c.list_empty, kConsumers + (kAdapts ? 32 : 0));
     barrier_init(&c.parts_full, kSplits);
+    barrier_init(&c.u_full, 32);
     barrier_init_done();
   }
   kSplits > 1 ? cluster.sync() : __syncthreads();
-  const int part = kSplits > 1 ? static_cast<int>(blockIdx.x) % kSplits : 0;
+  const int part = kSplits > 1 ? block % kSplits : 0;
   const int steps_part = (p.steps + kSplits - 1) / kSplits, first = part * steps_part;
   const int steps = max(0, min(steps_part, p.steps - first));
-  const int first_tile = static_cast<int>(blockIdx.x) / kSplits;
-  const int tile_step = static_cast<int>(gridDim.x) / kSplits;
+  const int first_tile = block / kSplits, tile_step = blocks / kSplits;
   const auto begin_of = [](int tile) { return tile * T::kHalf; };
   // The outputs of a half that this block finishes.
   const auto own_of = [&](int tile, int half) {
@@ -131,7 +146,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       if (lane == 0) {
         int step = 0;
-        if (tile == first_tile && !kAdapts) {
+        if (tile == first_tile && kMakes != Makes::kBefore) {
           // Weights depend on nobody: they are asked for before what makes x has ended.
           const int ahead = min(T::kStages, steps);
           for (int s = 0; s < ahead; ++s) copy_weight(s, s, tile);
@@ -153,6 +168,7 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
       barrier_arrive(&c.list_empty);
     }
   } else if (warp == kLister) {
+    unsigned read = 0;
     const Leads leads = kAdapts ? find_slots(p.adapters, c, lane) : Leads{};
     for (int tile = first_tile; kAdapts && tile < p.tiles; tile += tile_step) {
       barrier_wait(&c.list_empty, list_phase ^ 1);
@@ -165,15 +181,17 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
       }
       end_list(listed, c, lane);
       barrier_arrive(&c.list_full);
+      wait_for_inputs();
+      if (kBeside && tile == first_tile) read = wait_for_u(p, lane, blocks);
+      for (int half = 0; half < T::kHalves; ++half)
+        if (const int site = find_site(p.adapters, own_of(tile, half)); site >= 0)
+          stage_inputs<E>(p, site, staged[half], lane);
+      barrier_arrive(&c.u_full);
     }
+    if (kBeside) end_of_u(p, lane, blocks, read);
   } else {
     for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
       float acc[kN / 2] = {};
-      SiteInputs inputs[T::kHalves];
-      int site[T::kHalves];
-#pragma unroll
-      for (int half = 0; half < T::kHalves; ++half)
-        site[half] = kAdapts ? find_site(p.adapters, own_of(tile, half)) : -1;
       const auto release = [&](int stage) {
         __syncwarp();
         if (lane == 0) barrier_arrive(&c.empty[stage]);
@@ -187,12 +205,6 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
 #pragma unroll
         for (int k = 0; k < kStep / 16; ++k) multiply<E, kN>(acc, x + k * 2, w + k * 2);
         wgmma_commit();
-        if (kAdapts && step + 1 == steps) {
-          wait_for_inputs();
-#pragma unroll
-          for (int half = 0; half < T::kHalves; ++half)
-            if (site[half] >= 0) inputs[half] = {load_inputs<E>(p, site[half], 0), site[half]};
-        }
         if (step > 0) {  // what is begun now goes on while the stage before is given back
           wgmma_wait<1>();
           release(last);
@@ -232,13 +244,17 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
         }
       }
       if constexpr (kPairs) launch_dependents();
-      wait_for_inputs();  // u is made, and nobody reads y's last contents any more
-      if (kAdapts) {
+      wait_for_inputs();  // nobody reads y's last contents any more
+      if constexpr (kAdapts) {
         barrier_wait(&c.list_full, list_phase);
+        barrier_wait(&c.u_full, list_phase);
         list_phase ^= 1;
-      }
-      if constexpr (kAdapts)
+        SiteInputs inputs[T::kHalves];
+#pragma unroll
+        for (int half = 0; half < T::kHalves; ++half)
+          inputs[half] = {staged_inputs(staged[half]), find_site(p.adapters, own_of(tile, half))};
         add_pieces<E, T::kGroups, T::kHalves>(p, c, stages, T::kStageBytes, ring, inputs, sum);
+      }
       if (const auto* bias = static_cast<const E*>(p.bias); bias != nullptr) {
 #pragma unroll
         for (int e = 0; e < 4 * T::kGroups; ++e) {
@@ -268,6 +284,8 @@ __global__ void __launch_bounds__(kThreads + (kAdapts ? kThreadsBeside : 0), 1)
 #endif
 }
 
+__device__ Handover handovers[256];
+
 // -- choice
 // -------------------------------------------------------------------------------------------
 
@@ -278,13 +296,13 @@ struct Launch {
   int multiprocessors;
 };
 
-template <class E, int kN, int kSplits, bool kPairs, bool kAdapts, class Y>
+template <class E, int kN, int kSplits, bool kPairs, Makes kMakes, class Y>
 void launch(Launch& l) {
-  using T = Tile<kN, kSplits, kPairs, kAdapts>;
+  using T = Tile<kN, kSplits, kPairs, kMakes>;
   const LinearArgs& a = l.args;
   Params& p = l.params;
   p.tiles = ((kPairs ? p.distance : p.n) + T::kHalf - 1) / T::kHalf;
-  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kPairs, kAdapts, Y>;
+  constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kPairs, kMakes, Y>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
   check_cuda(allowed, "skinny_kernel: shared memory");
@@ -294,8 +312,8 @@ void launch(Launch& l) {
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {kSplits, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(kSplits > 1 ? p.tiles * kSplits
-                                                          : std::min(p.tiles, l.multiprocessors)));
+  const int blocks = kSplits > 1 ? p.tiles * kSplits : std::min(p.tiles, l.multiprocessors);
+  config.gridDim = dim3(static_cast<unsigned>(blocks + p.makers));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = T::kBytes;
   config.stream = l.stream;
@@ -313,22 +331,25 @@ struct Choice {
   int outputs, splits;
   // Null: not with these tiles.
   void (*narrow)(Launch&) = nullptr;  ///< y of x's dtype
-  void (*adapters)(Launch&) = nullptr;
   void (*f32)(Launch&) = nullptr;
   void (*silu_mul)(Launch&) = nullptr;
+  void (*adapters)(Launch&) = nullptr;         ///< u made before
+  void (*adapters_beside)(Launch&) = nullptr;  ///< u made beside
   void (*silu_mul_adapters)(Launch&) = nullptr;
 };
 template <class E, int kN, int kSplits>
 constexpr Choice make_choice() {
   Choice c{kN, kSplits};
   if constexpr (kN != 128) {
-    c.narrow = launch<E, kN, kSplits, false, false, E>;
-    c.adapters = launch<E, kN, kSplits, false, true, E>;
-    c.f32 = launch<E, kN, kSplits, false, false, float>;
+    c.narrow = launch<E, kN, kSplits, false, Makes::kNone, E>;
+    c.f32 = launch<E, kN, kSplits, false, Makes::kNone, float>;
+    c.adapters = launch<E, kN, kSplits, false, Makes::kBefore, E>;
+    c.adapters_beside = launch<E, kN, kSplits, false, Makes::kBeside, E>;
   }
-  if constexpr (kSplits == 1 && kN >= 64) c.silu_mul = launch<E, kN, kSplits, true, false, E>;
-  if constexpr (kSplits == 1 && kN >= 64 && kN < 256)
-    c.silu_mul_adapters = launch<E, kN, kSplits, true, true, E>;
+  if constexpr (kSplits == 1 && kN >= 64) {
+    c.silu_mul = launch<E, kN, kSplits, true, Makes::kNone, E>;
+    if constexpr (kN < 256) c.silu_mul_adapters = launch<E, kN, kSplits, true, Makes::kBefore, E>;
+  }
   return c;
 }
 
@@ -363,9 +384,15 @@ bool crosses(const std::vector<LoraSite>& sites, int outputs) {
                      [&](const LoraSite& s) { return s.n_begin % outputs != 0; });
 }
 
-/// The launch with the tiles that take the least time, of those that can do this.
+using Run = void (*Choice::*)(Launch&);
+
+/// The tiles that take the least time, of those that can run this.
+struct Fastest {
+  const Choice* choice = nullptr;
+  std::int64_t time = 0;
+};
 template <class E>
-auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&)) {
+Fastest find_fastest(const Launch& l, int rows, bool splits, Run run) {
   // What adapters take, which no stream of weights hides: across two sites, an output 7 with 8 of
   // them and 50 to 90 with 64; of pairs, whose halves have a site each, an output 8 and 27 to 50, a
   // further round 1,200 and 4,000 to 6,000.
@@ -374,8 +401,7 @@ auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&
                                         make_choice<E, 128, 1>(), make_choice<E, 96, 1>(),
                                         make_choice<E, 64, 1>(),  make_choice<E, 64, 2>(),
                                         make_choice<E, 32, 1>()};
-  const Choice* best = nullptr;
-  std::int64_t least = 0;
+  Fastest best;
   for (const Choice& c : kChoices) {
     // Narrow tiles fill the device where the inner size may not be split.
     const bool narrow = c.outputs == 32, rounds = l.params.n > c.outputs * l.multiprocessors;
@@ -386,9 +412,48 @@ auto choose(const Launch& l, int rows, bool splits, void (*Choice::*run)(Launch&
       const std::int64_t each = std::int64_t{c.outputs} * l.multiprocessors;
       time += (l.params.n + each - 1) / each * (kPairsRound + kPair * c.outputs);
     }
-    if (best == nullptr || time < least) best = &c, least = time;
+    if (best.choice == nullptr || time < best.time) best = {&c, time};
   }
-  return best->*run;
+  return best;
+}
+
+/// Blocks that make u on the multiprocessors which a product leaves; 0: they take longer than it.
+int makers_beside(const Launch& l, const Fastest& product) {
+  // Beside the stream a block gets a hundredth of the memory's rate, so many bytes in a unit of
+  // time_of(); what its first item waits for.
+  constexpr std::int64_t kBytes = 40, kBegin = 1500;
+  const SegmentsView& v = l.params.adapters;
+  const Choice& c = *product.choice;
+  const int tiles = (l.params.n + c.outputs - 1) / c.outputs;
+  const int of_tile = v.sites * ((v.rank_max + kMadeRanks - 1) / kMadeRanks);
+  const int bound = static_cast<int>(tiles_max(v, kMadeRows)) * of_tile;
+  int makers = std::min(bound, l.multiprocessors - tiles * c.splits);
+  makers -= makers % c.splits;
+  if (makers <= 0 || (bound + makers - 1) / makers > kMadeItemsMax) return 0;
+  // Lists are on the device: as many tiles as a full batch has whose rows lie side by side.
+  const int expected = std::min(v.t, std::max((v.t + kMadeRows - 1) / kMadeRows, v.segments - 2));
+  const int rows = (v.t + expected - 1) / expected;
+  const std::int64_t item = std::int64_t{l.params.inputs} * (kMadeRanks + rows) * 2 / kBytes;
+  const int each = (expected * of_tile + makers - 1) / makers;
+  return kBegin + each * item <= product.time ? makers : 0;
+}
+
+/// The handover of this queue's kernels, which run one after another; null: there are too many
+/// queues. Threads: any.
+Handover* handover_of(cudaStream_t stream) {
+  constexpr std::size_t kStreams = sizeof(handovers) / sizeof(Handover);
+  static std::mutex mutex;
+  static std::unordered_map<cudaStream_t, Handover*> of;
+  static Handover* const all = [] {
+    void* address = nullptr;
+    TANDEM_CUDA(cudaGetSymbolAddress(&address, handovers));
+    return static_cast<Handover*>(address);
+  }();
+  const std::lock_guard lock(mutex);
+  const auto found = of.find(stream);
+  if (found != of.end()) return found->second;
+  if (of.size() == kStreams) return nullptr;
+  return of[stream] = all + of.size();
 }
 
 bool is_whole(const void* p) {
@@ -423,17 +488,27 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
            a.bias.data,
            u.data,
            {},
-           static_cast<int>(a.weight->n / 2)};
+           static_cast<int>(a.weight->n / 2),
+           0,
+           a.x.data,
+           static_cast<int>(a.weight->i),
+           nullptr};
   if (u.defined()) p.adapters = segments_view(a.sites, 0, *a.adapters, a.x.dim(0));
-  auto run = a.y.dtype == DType::kF32 ? &Choice::f32
-             : u.defined()            ? &Choice::adapters
-                                      : &Choice::narrow;
-  if (a.then.silu_mul.out.defined())
-    run = u.defined() ? &Choice::silu_mul_adapters : &Choice::silu_mul;
+  const bool adapts = u.defined(), pairs = a.then.silu_mul.out.defined();
+  const Run run = pairs    ? adapts ? &Choice::silu_mul_adapters : &Choice::silu_mul
+                  : adapts ? &Choice::adapters
+                  : a.y.dtype == DType::kF32 ? &Choice::f32
+                                             : &Choice::narrow;
   Launch l{stream, a, p, multiprocessors};
   with_element(a.x.dtype, [&]<class E>(E) {
     const bool splits = numerics != Numerics::kInvariant;
-    choose<E>(l, splits ? kRows : p.x_rows, splits, run)(l);
+    const Fastest product = find_fastest<E>(l, splits ? kRows : p.x_rows, splits, run);
+    // Of pairs no block is to spare.
+    if (run == &Choice::adapters && (l.params.handover = handover_of(stream)) != nullptr &&
+        (l.params.makers = makers_beside(l, product)) > 0)
+      return product.choice->adapters_beside(l);
+    if (adapts) lora_segments_shrink(stream, a.sites, *a.adapters, a.x, u, true);
+    (product.choice->*run)(l);
   });
 }
 

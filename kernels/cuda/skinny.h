@@ -18,11 +18,11 @@ inline constexpr std::int64_t kSkinnyRows = 64;
 /// 16 bytes, adapters without dropout and of rank 64 at most, with them y not f32; some row.
 bool skinny_fits(const LinearArgs& args, const DeviceProfile& profile);
 /// y [T, N] of x's dtype or f32 = x W^T + bias + u B^T of each row's adapter, summed in f32 in an
-/// order that depends on the weight's shape and the device alone, rounded once; or silu * up of it,
-/// where `then` says so. `u` [T, sites * rank_max] of that, undefined without adapters, is
-/// made by the kernel just before this one on the stream, whose launch_dependents() comes behind
-/// its wait_for_inputs(): this one runs beside it, x being there. At most kSkinnyRows. kInvariant:
-/// the inner size is summed in ascending order, as lora_gemm.h does it.
+/// order that depends on the weight's shape, the device and the batch's bounds alone, rounded once;
+/// or silu * up of it, where `then` says so. `u` [T, sites * rank_max] of that, undefined without
+/// adapters, is made here: by lora_segments_shrink(), or, as long as that takes no longer than the
+/// weight, by some of the product's own blocks, with the same bits. At most kSkinnyRows.
+/// kInvariant: the inner size is summed in ascending order, as lora_gemm.h does it.
 void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& args, const Tensor& u,
             int multiprocessors);
 

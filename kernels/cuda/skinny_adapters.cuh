@@ -24,27 +24,36 @@ inline constexpr int kPiecesMax = kRows * (kSitesMax + 1);  ///< of two halves i
 /// lists and copies them need not know the type.
 struct Piece {
   const std::uint16_t* b;
-  std::int32_t slot, offset;  ///< bytes from its stage's begin
-  std::uint16_t rank;
-  std::uint8_t site, first, last;  ///< groups of eight of the block's outputs
-  std::uint8_t warps;              ///< bit w: warp w has rows with this adapter
+  std::uint16_t offset;  ///< from its stage's begin, in 16 bytes
+  std::uint8_t row;      ///< the first one that has this adapter
+  std::uint8_t rank, site;
+  std::uint8_t first, last;  ///< groups of eight of the block's outputs
+  std::uint8_t warps;        ///< bit w: warp w has rows with this adapter
 };
+static_assert(sizeof(Piece) == 16);
 
 struct Control {
   std::uint64_t full[kStagesMax], empty[kStagesMax];
-  std::uint64_t list_full, list_empty, parts_full;
+  std::uint64_t list_full, list_empty, parts_full, u_full;
   int slot[kRows];  ///< of each row; -1: no adapter
   int stages;
   std::uint16_t begin[kPiecesMax + 1];  ///< stage s has pieces [begin[s], begin[s + 1])
   Piece piece[kPiecesMax];
 };
 
+struct Handover;  // skinny_makers.cuh
+
 struct Params {
   int t, n, steps, tiles;
-  int x_rows;            ///< of x in a stage: t, up to whole eights
-  const void *bias, *u;  ///< null: none
+  int x_rows;  ///< of x in a stage: t, up to whole eights
+  const void* bias;
+  void* u;  ///< null: none
   SegmentsView adapters;
   int distance;  ///< between the halves of a pair
+  int makers;    ///< blocks, the first ones, that make u; 0: it is made before
+  const void* x;
+  int inputs;
+  Handover* handover;
 };
 
 template <int kStages>
@@ -75,7 +84,8 @@ __device__ inline Leads find_slots(const SegmentsView& v, Control& c, int lane) 
   for (int t = lane; t < kRows; t += 32) c.slot[t] = -1;
   __syncwarp();
   for (int s = lane; s < v.segments; s += 32) {
-    const int begin = v.offsets[s], end = v.offsets[s + 1], own = v.slots[s];
+    const int begin = load_kept(v.offsets + s), end = load_kept(v.offsets + s + 1),
+              own = load_kept(v.slots + s);
     if (begin < 0 || end > v.t) __trap();
     for (int t = begin; t < end; ++t) c.slot[t] = own;
   }
@@ -115,16 +125,16 @@ __device__ inline void list_pieces(const SegmentsView& v, int begin, int end, in
     int here = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int slot = c.slot[row_of(lane, h)];
-      const LoraEntry entry = leads.warps[h] != 0 ? find_entry(v, site, slot) : LoraEntry{};
+      const LoraEntry entry =
+          leads.warps[h] != 0 ? find_entry(v, site, c.slot[row_of(lane, h)]) : LoraEntry{};
       const unsigned present = __ballot_sync(0xffffffffu, entry.rank > 0);
       if (entry.rank > 0) {
         const int index = here + __popc(present & ((1u << lane) - 1));
         c.piece[count + index] = {static_cast<const std::uint16_t*>(entry.b) +
                                       static_cast<std::int64_t>(first - site.n_begin) * entry.rank,
-                                  slot,
-                                  index % fit * bytes,
-                                  static_cast<std::uint16_t>(entry.rank),
+                                  static_cast<std::uint16_t>(index % fit * bytes / 16),
+                                  static_cast<std::uint8_t>(row_of(lane, h)),
+                                  static_cast<std::uint8_t>(entry.rank),
                                   static_cast<std::uint8_t>(s),
                                   static_cast<std::uint8_t>(group + (first - begin) / 8),
                                   static_cast<std::uint8_t>(group + (last - begin) / 8),
@@ -169,7 +179,7 @@ __device__ inline void copy_pieces(const Control& c, unsigned char* stages, int 
         bytes += piece_bytes(p);
       } else {
         for (int e = 0; e < piece_bytes(p) / 2; ++e)
-          reinterpret_cast<std::uint16_t*>(to + p.offset)[e] = p.b[e];
+          reinterpret_cast<std::uint16_t*>(to + 16 * p.offset)[e] = p.b[e];
       }
     }
     bytes = __reduce_add_sync(0xffffffffu, bytes);
@@ -179,8 +189,8 @@ __device__ inline void copy_pieces(const Control& c, unsigned char* stages, int 
     __syncwarp();
     for (int i = c.begin[stage] + lane; i < c.begin[stage + 1]; i += 32)
       if (is_aligned(c.piece[i]))
-        copy_bytes(shared_address(to + c.piece[i].offset), c.piece[i].b, piece_bytes(c.piece[i]),
-                   &full[ring.stage]);
+        copy_bytes(shared_address(to + 16 * c.piece[i].offset), c.piece[i].b,
+                   piece_bytes(c.piece[i]), &full[ring.stage]);
   }
 }
 
@@ -211,18 +221,20 @@ __device__ inline void add_piece(const E* b, const Piece& piece, int base, int k
   }
 }
 
+/// u of row t at ranks [16 k + 4 q, 16 k + 4 q + 4) of a site.
+template <class E>
+__device__ inline uint2 load_u(const Params& p, int site, int t, int k, int q) {
+  const SegmentsView& v = p.adapters;
+  const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
+  return load_4(
+      static_cast<const E*>(p.u) + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
+      16 * k + 4 * q, t < p.t ? v.rank_max : 0, vectors);
+}
 template <class E>
 __device__ inline RowInputs load_inputs(const Params& p, int site, int k) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int low = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4, high = low + 8;
-  const SegmentsView& v = p.adapters;
-  const bool vectors = v.columns % 4 == 0 && v.site[site].column % 4 == 0;
-  const auto load = [&](int t) {
-    return load_4(
-        static_cast<const E*>(p.u) + static_cast<std::int64_t>(t) * v.columns + v.site[site].column,
-        16 * k + lane % 4 * 4, t < p.t ? v.rank_max : 0, vectors);
-  };
-  return {load(low), load(high)};
+  const int low = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+  return {load_u<E>(p, site, low, k, lane % 4), load_u<E>(p, site, low + 8, k, lane % 4)};
 }
 
 /// What a warp's rows bring to pieces of `site`, of the first sixteen ranks.
@@ -230,6 +242,25 @@ struct SiteInputs {
   RowInputs u = {};
   int site = -1;
 };
+
+/// u of all rows at the first sixteen ranks of the site where a half's outputs begin: the lister
+/// brings it while the others multiply.
+struct StagedInputs {
+  uint2 u[kRows][4];
+};
+template <class E>
+__device__ inline void stage_inputs(const Params& p, int site, StagedInputs& to, int lane) {
+#pragma unroll
+  for (int i = 0; i < kRows * 4 / 32; ++i) {
+    const int row = (lane + 32 * i) / 4, q = lane % 4;
+    to.u[row][q] = load_u<E>(p, site, row, 0, q);
+  }
+}
+__device__ inline RowInputs staged_inputs(const StagedInputs& from) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int low = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+  return {from.u[low][lane % 4], from.u[low + 8][lane % 4]};
+}
 
 struct Range {
   int begin, end;
@@ -259,8 +290,10 @@ __device__ inline void add_pieces(const Params& p, Control& c, const unsigned ch
   const auto add_to = [&]<int kHalf>(const Piece& piece) {
     SiteInputs& in = inputs[kHalf];
     if (piece.site != in.site) in = {load_inputs<E>(p, piece.site, 0), piece.site};
-    const bool own[2] = {slots[0] == piece.slot, slots[1] == piece.slot};
-    const auto* b = reinterpret_cast<const E*>(stages + ring.stage * stage_bytes + piece.offset);
+    const int slot = c.slot[piece.row];
+    const bool own[2] = {slots[0] == slot, slots[1] == slot};
+    const auto* b =
+        reinterpret_cast<const E*>(stages + ring.stage * stage_bytes + 16 * piece.offset);
     constexpr int kBase = kHalf * kOwn;
     const bool plain = piece.first == kBase && piece.last == kBase + kOwn && piece.rank % 4 == 0;
     auto& own_sum = *reinterpret_cast<float(*)[4 * kOwn]>(sum + 4 * kBase);

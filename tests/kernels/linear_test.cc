@@ -50,6 +50,15 @@ std::vector<LinearShape> decode_shapes() {
       {64, 512, 96, 3, {16}, {0, 60}, {0}, true},
       {10, 896, 9728, 1, {16, 8}, {0, 4, 10}, {1, 0}, true},
       {33, 128, 16896, 1, {8, 16, 24, 32}, {0, 8, 16, 24, 33}, {3, 2, 1, 0}, false},
+      {11, 9000, 4096, 1, {16, 20}, {0, 4, 9}, {1, 0}, false},
+      {64,
+       520,
+       24576,
+       2,
+       {16, 4, 0, 16},
+       {0, 3, 9, 10, 29, 45, 46, 60},
+       {1, 0, 2, 3, 1, -1, 0},
+       true},
   };
   LinearShape each{64, 256, 4096, 1, {}, {0}, {}, false};
   for (std::int32_t k = 0; k < 64; ++k) {
@@ -287,6 +296,18 @@ TEST_P(LinearDecode, TakesFactorsAtAnyAddress) {
   setup.shift = 1;
   const Values want = linear(setup.reference(), setup.x);
   expect_close("y", forward(setup, false).at("y").values(), want, linear_tolerance(dtype(), s));
+}
+
+/// Which kernel makes u depends on how many segments there may be; its bits do not.
+TEST_P(LinearDecode, UDoesNotDependOnTheBoundOfSegments) {
+  if (backend() == "cpu" || dtype() == DType::kF32) GTEST_SKIP() << "one path for all bounds";
+  LinearShape s = row(kDecode);
+  LinearSetup few(s, dtype());
+  const std::vector<std::byte> u = forward(few, true).at("u").bytes;
+  s.offsets.resize(static_cast<std::size_t>(s.t) + 66, static_cast<std::int32_t>(s.t));
+  s.slots.resize(s.offsets.size() - 1, -1);
+  LinearSetup many(s, dtype());
+  EXPECT_EQ(forward(many, true).at("u").bytes, u);
 }
 
 TEST_P(Linear, SavedUIsZeroWhereNoAdapterIs) {

@@ -18,6 +18,8 @@ namespace {
 /// From here on a batch of one adapter was faster by its own products than by those of any mix; at
 /// 512 rows it was slower.
 constexpr std::int64_t kOneAdapterTokens = 1024;
+/// Of eight adapters, rows without one and inert rows.
+constexpr std::int64_t kFewSegments = 10;
 
 std::int64_t input_bytes(const RunnerLimits& l) {
   const std::int64_t blocks = (l.context_max + l.block_size - 1) / l.block_size;
@@ -103,8 +105,10 @@ BatchRunner::Extent BatchRunner::extent(std::span<const RunRows> rows, std::int6
   e.sequences = std::min(e.tokens, limits_.sequences_max);
   e.samples = samples > 0 ? e.sequences : 0;
   // A long prompt by itself is worth products that know of its one adapter; a recorded step serves
-  // any.
-  if (e.segments > 1 || e.tokens < kOneAdapterTokens) e.segments = limits_.slots + 2;
+  // any. How low-rank parts are made depends on how many there may be, so few is a bound too.
+  if (e.segments > 1 || e.tokens < kOneAdapterTokens)
+    e.segments =
+        e.segments < kFewSegments ? std::min(kFewSegments, limits_.slots + 2) : limits_.slots + 2;
   const std::int64_t blocks_max =
       (limits_.context_max + limits_.block_size - 1) / limits_.block_size;
   e.blocks = std::min(
