@@ -17,7 +17,7 @@ namespace cg = cooperative_groups;
 
 constexpr int kWarps = kShrinkWarps, kThreads = 32 * kWarps;
 constexpr int kRanks = 16;  ///< of A that a block computes at a time
-constexpr int kPiece = kShrinkPiece, kClusterMax = kShrinkBlocksMax;
+constexpr int kPiece = kShrinkPiece;
 
 template <class E>
 __device__ uint4 drop_8(uint4 x, const DropoutMask& mask, std::int64_t row, int column) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #ifdef TANDEM_HOPPER
   constexpr int kRows = 8, kOut = kRows * kRanks, kLoads = kPiece / 32;
   __shared__ float parts[kWarps][kOut];
-  __shared__ float sums[kClusterMax][kOut];
+  __shared__ float sums[kShrinkBlocksMax][kOut];
   __shared__ std::uint64_t sums_full;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
