@@ -53,11 +53,18 @@ class Fd {
   int fd_;
 };
 
+/// This process, or the machine, has none left; it says nothing about the file.
+bool is_shortage(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOMEM;
+}
+
 Result<std::string> read_private(const std::string& path) {
   const Fd file(::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
   if (file.get() < 0) {
-    if (errno == ENOENT) return not_found_error(str("key file ", path, ": there is none"));
-    return refused_error(str("key file ", path, ": ", std::strerror(errno)));
+    const int error = errno;
+    const std::string why = str("key file ", path, ": ", std::strerror(error));
+    if (error == ENOENT) return not_found_error(str("key file ", path, ": there is none"));
+    return is_shortage(error) ? unavailable_error(why) : refused_error(why);
   }
   struct stat info {};
   if (::fstat(file.get(), &info) != 0 || !S_ISREG(info.st_mode))
@@ -180,6 +187,7 @@ void KeyRing::refresh() {
   std::filesystem::directory_iterator entries(directory_, error), end;
   for (; !error && entries != end && paths.size() < kKeyFilesMax; entries.increment(error))
     if (entries->path().extension() == ".key") paths.push_back(entries->path().string());
+  if (is_shortage(error.value())) return;
   std::sort(paths.begin(), paths.end());
   std::string seen;
   for (const std::string& path : paths) {
@@ -189,15 +197,17 @@ void KeyRing::refresh() {
                   info.st_mtim.tv_sec, '.', info.st_mtim.tv_nsec, '\n');
   }
   if (seen == seen_) return;
-  seen_ = seen;
-  by_public_key_.clear();
+  std::map<std::string, KeyFile> keys;
   for (const std::string& path : paths) {
     auto key = read_key_file(path);
+    if (key.status().code() == StatusCode::kUnavailable) return;
     if (!key.ok())
       log_warn("key skipped: ", key.status().message());
     else
-      by_public_key_[key->public_key] = std::move(*key);
+      keys[key->public_key] = std::move(*key);
   }
+  seen_ = seen;
+  by_public_key_ = std::move(keys);
 }
 
 Result<KeyFile> KeyRing::find(const std::string& public_key) {

@@ -42,13 +42,13 @@ struct KeyFile {
 };
 
 /// kRefused: readable or writable by others, or not a plain file; kInvalid: a bad line (its
-/// number).
+/// number); kUnavailable: no descriptors.
 Result<KeyFile> read_key_file(const std::string& path);
 /// Atomic (temporary file, rename), mode 0600. kConflict when `path` exists and `replace` is false.
 Status write_key_file(const std::string& path, const KeyFile& key, bool replace = false);
 
 /// The keys of one directory, read again when it changes. Files that cannot be used are skipped
-/// with a warning (once per change). Any thread.
+/// with a warning (once per change); without descriptors to look, what is known holds. Any thread.
 class KeyRing {
  public:
   explicit KeyRing(std::string directory);

@@ -507,6 +507,31 @@ TEST(KeyFile, OneThatOthersMayReadIsRefused) {
   EXPECT_TRUE(ring.list().empty());
 }
 
+TEST(KeyFile, KnownKeysHoldWhileThereAreNoDescriptors) {
+  TempDir dir;
+  const CurveKeyPair old = generate_curve_keys().value(), added = generate_curve_keys().value();
+  const auto write = [&](const std::string& name, const CurveKeyPair& keys) {
+    const KeyFile file{name, KeyRole::kClient, keys.public_key, "", ""};
+    ASSERT_TRUE(write_key_file(str(dir.path(), "/", name, ".key"), file).ok());
+  };
+  write("a", old);
+  KeyRing ring(dir.path());
+  ASSERT_TRUE(ring.find(old.public_key).ok());
+  write("b", added);
+  rlimit limit{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const rlimit none{3, limit.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &none), 0);
+  std::this_thread::sleep_for(std::chrono::milliseconds(2 * kKeyLookMs));
+  const bool held = ring.find(old.public_key).ok(), blind = !ring.find(added.public_key).ok();
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &limit), 0);
+  EXPECT_TRUE(held);
+  EXPECT_TRUE(blind) << "there were descriptors: nothing is tested";
+  std::this_thread::sleep_for(std::chrono::milliseconds(2 * kKeyLookMs));
+  EXPECT_TRUE(ring.find(old.public_key).ok());
+  EXPECT_TRUE(ring.find(added.public_key).ok());
+}
+
 TEST(KeyFile, ABadLineIsNamedByItsNumberAndNeverQuoted) {
   TempDir dir;
   const std::string path = dir.path() + "/a.key";
