@@ -65,7 +65,7 @@ inline unsigned tiles_max(const SegmentsView& v, int rows) {
 /// blocks, then over a block's warps, then over blocks. Of I alone, so that a row's sum depends on
 /// nothing else; enough blocks that a decode step's few adapters occupy the device.
 inline constexpr int kShrinkWarps = 8, kShrinkPiece = 128, kShrinkBlocksMax = 8;
-__host__ __device__ inline unsigned shrink_blocks(std::int64_t i) {
+__host__ __device__ constexpr unsigned shrink_blocks(std::int64_t i) {
   unsigned blocks = 1;
   while (blocks < kShrinkBlocksMax && 2 * blocks * kShrinkWarps * kShrinkPiece <= i) blocks *= 2;
   return blocks;

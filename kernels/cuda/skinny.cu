@@ -303,6 +303,7 @@ void launch(Launch& l) {
   Params& p = l.params;
   p.tiles = ((kPairs ? p.distance : p.n) + T::kHalf - 1) / T::kHalf;
   constexpr auto kKernel = skinny_kernel<E, kN, kSplits, kPairs, kMakes, Y>;
+  static_assert(maker_memory(1 << 30, T::kBytes).factor_stages >= 2);
   static const cudaError_t allowed =
       cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
   check_cuda(allowed, "skinny_kernel: shared memory");
@@ -417,19 +418,23 @@ Fastest find_fastest(const Launch& l, int rows, bool splits, Run run) {
   return best;
 }
 
-/// Blocks that make u on the multiprocessors which a product leaves; 0: they take longer than it.
+/// Blocks that make u on the multiprocessors which a product leaves; 0: they take longer than it,
+/// or are so few that in a layer the kernel before was faster (4 and 8 were, 24 and 36 not).
 int makers_beside(const Launch& l, const Fastest& product) {
   // Beside the stream a block gets a hundredth of the memory's rate, so many bytes in a unit of
   // time_of(); what its first item waits for.
   constexpr std::int64_t kBytes = 40, kBegin = 1500;
+  constexpr int kMakersMin = 16;
   const SegmentsView& v = l.params.adapters;
   const Choice& c = *product.choice;
   const int tiles = (l.params.n + c.outputs - 1) / c.outputs;
   const int of_tile = v.sites * ((v.rank_max + kMadeRanks - 1) / kMadeRanks);
   const int bound = static_cast<int>(tiles_max(v, kMadeRows)) * of_tile;
-  int makers = std::min(bound, l.multiprocessors - tiles * c.splits);
-  makers -= makers % c.splits;
-  if (makers <= 0 || (bound + makers - 1) / makers > kMadeItemsMax) return 0;
+  // Whole clusters.
+  const int left = (l.multiprocessors - tiles * c.splits) / c.splits * c.splits;
+  if (left < kMakersMin) return 0;
+  const int makers = std::min((bound + c.splits - 1) / c.splits * c.splits, left);
+  if ((bound + makers - 1) / makers > kMadeItemsMax) return 0;
   // Lists are on the device: as many tiles as a full batch has whose rows lie side by side.
   const int expected = std::min(v.t, std::max((v.t + kMadeRows - 1) / kMadeRows, v.segments - 2));
   const int rows = (v.t + expected - 1) / expected;
@@ -503,7 +508,7 @@ void skinny(cudaStream_t stream, Numerics numerics, const LinearArgs& a, const T
   with_element(a.x.dtype, [&]<class E>(E) {
     const bool splits = numerics != Numerics::kInvariant;
     const Fastest product = find_fastest<E>(l, splits ? kRows : p.x_rows, splits, run);
-    // Of pairs no block is to spare.
+    // Gate and up, the widest, leave none.
     if (run == &Choice::adapters && (l.params.handover = handover_of(stream)) != nullptr &&
         (l.params.makers = makers_beside(l, product)) > 0)
       return product.choice->adapters_beside(l);

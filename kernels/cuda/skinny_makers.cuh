@@ -45,7 +45,7 @@ struct MakerMemory {
   int sums, factors, inputs;  ///< bytes from its begin
   int factor_stages;
 };
-__host__ __device__ inline MakerMemory maker_memory(int i, int bytes) {
+__host__ __device__ constexpr MakerMemory maker_memory(int i, int bytes) {
   MakerMemory m{};
   m.sums = (static_cast<int>(sizeof(MakerControl)) + 127) / 128 * 128;
   m.inputs = m.sums + kShrinkWarps * static_cast<int>(shrink_blocks(i)) * kSumBytes;
