@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(kThreads + (kMakes == Makes::kBefore ? kThread
 #endif
 }
 
+/// One for each queue that ever needed it; zeros from the module's load on.
 __device__ Handover handovers[256];
 
 // -- choice
@@ -421,8 +422,8 @@ Fastest find_fastest(const Launch& l, int rows, bool splits, Run run) {
 /// Blocks that make u on the multiprocessors which a product leaves; 0: they take longer than it,
 /// or are so few that in a layer the kernel before was faster (4 and 8 were, 24 and 36 not).
 int makers_beside(const Launch& l, const Fastest& product) {
-  // Beside the stream a block gets a hundredth of the memory's rate, so many bytes in a unit of
-  // time_of(); what its first item waits for.
+  // Beside the stream a block gets a hundredth of the memory's rate (estimated from products with
+  // two items a block), so many bytes in a unit of time_of(); what its first item waits for.
   constexpr std::int64_t kBytes = 40, kBegin = 1500;
   constexpr int kMakersMin = 16;
   const SegmentsView& v = l.params.adapters;
@@ -443,8 +444,8 @@ int makers_beside(const Launch& l, const Fastest& product) {
   return kBegin + each * item <= product.time ? makers : 0;
 }
 
-/// The handover of this queue's kernels, which run one after another; null: there are too many
-/// queues. Threads: any.
+/// The handover of this queue's kernels, which run one after another; a later queue of the same
+/// handle has the same. Null: there are too many queues. Threads: any.
 Handover* handover_of(cudaStream_t stream) {
   constexpr std::size_t kStreams = sizeof(handovers) / sizeof(Handover);
   static std::mutex mutex;

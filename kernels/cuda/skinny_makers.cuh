@@ -8,7 +8,9 @@
 
 namespace tandem::kernels::cuda::skinny_product {
 
-/// What one queue's kernels tell each other; zeros between kernels.
+/// What the blocks of one kernel tell each other, in device memory; zeros between the kernels of a
+/// queue. Blocks that make u come first in the grid and wait for no other block, so that those
+/// which wait for them never keep them from running.
 struct Handover {
   unsigned ready;  ///< blocks that made their part of u
   unsigned read;   ///< other blocks that saw all of it; the last one writes zeros
@@ -16,11 +18,11 @@ struct Handover {
 
 /// A part of u: up to eight rows of one adapter, sixteen ranks of one site.
 struct MadeItem {
-  const std::uint16_t* a;
+  const std::uint16_t* a;  ///< [ranks, I], elements as their bits
   float scale;
-  std::int32_t row, rows;  ///< rows 0: there are no more items
-  std::int32_t ranks;      ///< that the adapter has; 0: zeros are written
-  std::int32_t column, width;
+  std::int32_t row, rows;      ///< of x and u; rows 0: there are no more items
+  std::int32_t ranks;          ///< that the adapter has; 0: zeros are written
+  std::int32_t column, width;  ///< of u, which is written there; zeros from `ranks` on
 };
 
 inline constexpr int kMadeRows = 8, kMadeRanks = 16, kMadeOut = kMadeRows * kMadeRanks;
