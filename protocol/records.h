@@ -154,18 +154,6 @@ struct DatasetRecord {
   std::string format;  ///< as detected: "messages", "prompt_completion", ...
 };
 
-/// A client's or worker's key. Secrets are never stored: CURVE public keys and hashes only.
-struct KeyRecord {
-  std::string id;
-  std::string name;
-  std::string kind;        ///< "client", "worker", "api"
-  std::string public_key;  ///< CURVE, Z85; empty for API keys
-  Digest secret_hash;      ///< of an API key
-  std::string tenant;
-  std::int64_t created_unix_ms = 0;
-  std::int64_t revoked_unix_ms = 0;  ///< 0: valid
-};
-
 struct SettingRecord {
   std::string name;
   std::string value;

@@ -282,27 +282,6 @@ void read(schema::Dataset::Reader from, DatasetRecord& r) {
   r.format = string(from.getFormat());
 }
 
-void write(schema::Key::Builder to, const KeyRecord& r) {
-  to.setId(text(r.id));
-  to.setName(text(r.name));
-  to.setKind(text(r.kind));
-  to.setPublicKey(text(r.public_key));
-  to.setSecretHash(data(r.secret_hash));
-  to.setTenant(text(r.tenant));
-  to.setCreatedUnixMs(r.created_unix_ms);
-  to.setRevokedUnixMs(r.revoked_unix_ms);
-}
-void read(schema::Key::Reader from, KeyRecord& r) {
-  r.id = string(from.getId());
-  r.name = string(from.getName());
-  r.kind = string(from.getKind());
-  r.public_key = string(from.getPublicKey());
-  r.secret_hash = digest(from.getSecretHash());
-  r.tenant = string(from.getTenant());
-  r.created_unix_ms = from.getCreatedUnixMs();
-  r.revoked_unix_ms = from.getRevokedUnixMs();
-}
-
 void write(schema::Setting::Builder to, const SettingRecord& r) {
   to.setName(text(r.name));
   to.setValue(text(r.value));
@@ -383,7 +362,6 @@ TANDEM_RECORD_CODEC(JobRecord, Job)
 TANDEM_RECORD_CODEC(JobEventRecord, JobEvent)
 TANDEM_RECORD_CODEC(ResultRecord, Result)
 TANDEM_RECORD_CODEC(DatasetRecord, Dataset)
-TANDEM_RECORD_CODEC(KeyRecord, Key)
 TANDEM_RECORD_CODEC(SettingRecord, Setting)
 TANDEM_RECORD_CODEC(IdempotencyRecord, Idempotency)
 

@@ -153,18 +153,6 @@ struct Dataset {
   format @5 :Text;
 }
 
-struct Key {
-  # Table "keys". No secret is ever stored.
-  id @0 :Text;
-  name @1 :Text;
-  kind @2 :Text;
-  publicKey @3 :Text;
-  secretHash @4 :Data;   # SHA-256 of an API key; none for CURVE keys
-  tenant @5 :Text;
-  createdUnixMs @6 :Int64;
-  revokedUnixMs @7 :Int64;
-}
-
 struct Setting {
   # Table "settings". "schema_version" is the first one written.
   name @0 :Text;

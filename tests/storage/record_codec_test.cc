@@ -73,7 +73,6 @@ TEST(RecordCodec, RoundTripsEveryRecord) {
   expect_round_trip(JobEventRecord{"j", 1, 2, "info", "step", "m", "{}"});
   expect_round_trip(ResultRecord{sha256("k"), sha256("t"), 1, 2, 3, std::string("p\0p", 3), "t"});
   expect_round_trip(DatasetRecord{sha256("1"), "d", 2, 3, 4, "messages"});
-  expect_round_trip(KeyRecord{"i", "n", "client", "pk", sha256("s"), "t", 1, 2});
   expect_round_trip(SettingRecord{"s", "v"});
   expect_round_trip(IdempotencyRecord{"t", "k", sha256("r"), "result", 5});
 }
