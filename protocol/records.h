@@ -115,7 +115,6 @@ struct JobRecord {
   std::uint64_t epoch = 0;
   std::uint32_t attempts = 0;
   std::int64_t step = 0, total_steps = 0;
-  std::string waiting_for;  ///< why it is not running, for people
   std::string error;
   std::int64_t submitted_unix_ms = 0, started_unix_ms = 0, ended_unix_ms = 0, updated_unix_ms = 0;
   std::string tenant;

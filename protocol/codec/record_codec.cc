@@ -186,7 +186,6 @@ void write(schema::Job::Builder to, const JobRecord& r) {
   to.setAttempts(r.attempts);
   to.setStep(r.step);
   to.setTotalSteps(r.total_steps);
-  to.setWaitingFor(text(r.waiting_for));
   to.setError(text(r.error));
   to.setSubmittedUnixMs(r.submitted_unix_ms);
   to.setStartedUnixMs(r.started_unix_ms);
@@ -213,7 +212,6 @@ void read(schema::Job::Reader from, JobRecord& r) {
   r.attempts = from.getAttempts();
   r.step = from.getStep();
   r.total_steps = from.getTotalSteps();
-  r.waiting_for = string(from.getWaitingFor());
   r.error = string(from.getError());
   r.submitted_unix_ms = from.getSubmittedUnixMs();
   r.started_unix_ms = from.getStartedUnixMs();

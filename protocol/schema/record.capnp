@@ -107,7 +107,7 @@ struct Job {
   attempts @10 :UInt32;
   step @11 :Int64;
   totalSteps @12 :Int64;
-  waitingFor @13 :Text;
+  waitingFor @13 :Text;  # never written
   error @14 :Text;
   submittedUnixMs @15 :Int64;
   startedUnixMs @16 :Int64;
