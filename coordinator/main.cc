@@ -315,6 +315,7 @@ int run_main(int argc, char** argv) {
     return exit_code(status.code());
   };
   if (!arguments.ok()) return fail(arguments.status());
+  set_log_level(settings->log_level());
   if (arguments->help) {
     print_usage();
     return 0;

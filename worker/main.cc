@@ -54,6 +54,7 @@ class Program {
     set_log_component(str(role, "/", id_.device, id_.slot));
     if (role == "supervisor")
       return runtime::run_supervisor({executable_, child_arguments("--agent"), paths_});
+    set_log_level(settings_.log_level());
     // A host of workers has a data_dir of its own, which no coordinator has furnished.
     std::error_code error;
     std::filesystem::create_directories(settings_.log_dir(), error);
@@ -146,7 +147,7 @@ class Program {
     TANDEM_ASSIGN_OR_RETURN(options.batch_tokens_beside,
                             either("batch_tokens_beside", kTokensBeside));
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t spare, settings_.get_int("serve_multiprocessors"));
-    options.turns.train_share_min = std::atof(settings_.get("train_share_min").c_str());
+    options.turns.train_share_min = settings_.get_share("train_share_min");
     options.turns.step_interval_ns = interval_ms * 1'000'000;
     options.turns.beside_rows_max = spare > 0 ? kRowsBeside : 0;
     options.spare_multiprocessors = static_cast<int>(spare);
