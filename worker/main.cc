@@ -32,7 +32,9 @@ constexpr const char* kUsage =
     "Usage: mpirun --enable-recovery [-np N] tandem-worker [options]\n"
     "Starts one worker per rank; without mpirun, one worker. Launching again fills only missing "
     "slots.\n\n"
-    "  --slot N                    CPU slot on this host [the rank on this host]\n"
+    "  --slot N                    CPU slot or GPU of this host [TANDEM_WORKER_SLOT, else the\n"
+    "                              rank there]; its cores and memory are shared by\n"
+    "                              TANDEM_WORKER_LOCAL_SIZE workers [the ranks there]\n"
     "  --config FILE               settings file\n"
     "  --version, --help\n\nSettings (also TANDEM_NAME, or a line of the settings file):\n";
 
