@@ -7,6 +7,8 @@
 
 #include <filesystem>
 #include <fstream>
+#include <cerrno>
+#include <cstring>
 
 namespace tandem::worker::runtime {
 Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::string& device,
@@ -16,7 +18,10 @@ Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::strin
   std::error_code error;
   std::filesystem::create_directories(paths.directory, error);
   if (error) return internal_error(str("cannot create ", paths.directory, ": ", error.message()));
-  ::chmod(paths.directory.c_str(), 0700);
+  // The run directory too: ipc sockets lie in it, and a worker may be here before its coordinator.
+  for (const std::string& directory : {run_dir, paths.directory})
+    if (::chmod(directory.c_str(), 0700) != 0)
+      return internal_error(str("cannot close ", directory, " to others: ", std::strerror(errno)));
   paths.supervisor_lock = paths.directory + "/supervisor.lock";
   paths.agent_lock = paths.directory + "/agent.lock";
   paths.engine_lock = paths.directory + "/engine.lock";
