@@ -54,9 +54,9 @@ class Program {
     const bool agent = line_.has("--agent"), engine = line_.has("--engine");
     const std::string role = agent ? "agent" : engine ? "engine" : "supervisor";
     set_log_component(str(role, "/", id_.device, id_.slot));
+    set_log_level(settings_.log_level());
     if (role == "supervisor")
       return runtime::run_supervisor({executable_, child_arguments("--agent"), paths_});
-    set_log_level(settings_.log_level());
     // A host of workers has a data_dir of its own, which no coordinator has furnished.
     std::error_code error;
     std::filesystem::create_directories(settings_.log_dir(), error);

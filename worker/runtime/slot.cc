@@ -1,14 +1,16 @@
 #include "worker/runtime/slot.h"
 
+#include "storage/file_io.h"
+
 #include <nlohmann/json.hpp>
 
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <filesystem>
-#include <fstream>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 
 namespace tandem::worker::runtime {
 Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::string& device,
@@ -30,17 +32,10 @@ Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::strin
 }
 
 Status write_engine_info(const SlotPaths& paths, const EngineInfo& info) {
-  const std::string temporary = paths.engine_json + ".new";
-  {
-    std::ofstream out(temporary);
-    out << nlohmann::json{{"pid", info.pid}, {"incarnation", info.incarnation}, {"gpu", info.gpu}}
-               .dump();
-    if (!out.flush()) return internal_error(str("cannot write ", temporary));
-  }
-  std::error_code error;
-  std::filesystem::rename(temporary, paths.engine_json, error);
-  if (error) return internal_error(str("cannot write ", paths.engine_json, ": ", error.message()));
-  return {};
+  return storage::write_file_durably(
+      paths.engine_json,
+      nlohmann::json{{"pid", info.pid}, {"incarnation", info.incarnation}, {"gpu", info.gpu}}
+          .dump());
 }
 
 namespace {
