@@ -146,13 +146,11 @@ Result<WorkResult> work(const Maintain& request, storage::Registry& registry,
                 {"manifests", result.manifests_removed},
                 {"results", result.results_removed},
                 {"spared", result.blobs.spared}};
-  } else if (request.what == Maintenance::kBackup) {
+  } else {
     TANDEM_RETURN_IF_ERROR(registry.backup(request.argument));
     TANDEM_ASSIGN_OR_RETURN(const auto blobs, registry.blobs().stats());
     TANDEM_ASSIGN_OR_RETURN(const auto stats, registry.store().stats());
     json = Json{{"path", request.argument}, {"bytes", blobs.bytes + stats.used_bytes}};
-  } else {
-    TANDEM_ASSIGN_OR_RETURN(json, check_registry(registry, false));
   }
   return WorkResult(JsonDone{json.dump()});
 }

@@ -143,7 +143,9 @@ class Calls {
 
   void change_job(const Ask& ask, Params& params,
                   const std::function<Status(const JobId&)>& change);
-  void command_agent(const Ask& ask, Params& params, protocol::AgentAction action);
+  /// worker.drain, worker.resume and worker.restart.
+  enum class WorkerVerb : std::uint8_t { kDrain, kResume, kRestart };
+  void command_worker(const Ask& ask, Params& params, WorkerVerb verb);
   void maintain(const Ask& ask, Maintain request);
   void manage_keys(const Ask& ask, ManageKeys request);
   void open_stream(const Ask& ask, Params& params, bool logs);

@@ -64,7 +64,7 @@ void Calls::worker_list(const Ask& ask, Params& params) {
   answer(ask, {{"workers", std::move(list)}});
 }
 
-void Calls::command_agent(const Ask& ask, Params& params, protocol::AgentAction action) {
+void Calls::command_worker(const Ask& ask, Params& params, WorkerVerb verb) {
   const std::string name = params.text("worker");
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   Worker* worker = workers_.find(WorkerId(name));
@@ -76,12 +76,12 @@ void Calls::command_agent(const Ask& ask, Params& params, protocol::AgentAction 
                  not_found_error(str("no worker ", name,
                                      nearest.empty() ? "" : str("; did you mean ", nearest, "?"))));
   }
-  const bool restart = action == protocol::AgentAction::kRestartEngine;
+  const bool restart = verb == WorkerVerb::kRestart;
   if (restart && !worker->agent.alive)
     return reply(ask,
                  unavailable_error(str("worker ", name, " has no agent that could restart it")));
-  if (!restart) workers_.set_draining(worker->id, action == protocol::AgentAction::kDrain);
-  if (action == protocol::AgentAction::kDrain) {
+  if (!restart) workers_.set_draining(worker->id, verb == WorkerVerb::kDrain);
+  if (verb == WorkerVerb::kDrain) {
     jobs_.drain(worker->id);
     replicas_.drain(worker->id);
   }
@@ -90,13 +90,13 @@ void Calls::command_agent(const Ask& ask, Params& params, protocol::AgentAction 
 }
 
 void Calls::worker_drain(const Ask& ask, Params& params) {
-  command_agent(ask, params, protocol::AgentAction::kDrain);
+  command_worker(ask, params, WorkerVerb::kDrain);
 }
 void Calls::worker_resume(const Ask& ask, Params& params) {
-  command_agent(ask, params, protocol::AgentAction::kResume);
+  command_worker(ask, params, WorkerVerb::kResume);
 }
 void Calls::worker_restart(const Ask& ask, Params& params) {
-  command_agent(ask, params, protocol::AgentAction::kRestartEngine);
+  command_worker(ask, params, WorkerVerb::kRestart);
 }
 
 void Calls::cache_stats(const Ask& ask, Params& params) {

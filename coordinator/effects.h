@@ -56,10 +56,10 @@ struct ReadEvents {
   JobId job;
   std::size_t count = 0;
 };
-enum class Maintenance : std::uint8_t { kCheck, kGc, kBackup, kStats };
-/// registry check, gc, backup (into `argument`) or stats. Answered by JsonDone.
+enum class Maintenance : std::uint8_t { kCheck, kGc, kBackup };
+/// registry check, gc or backup (into `argument`). Answered by JsonDone.
 struct Maintain {
-  Maintenance what = Maintenance::kStats;
+  Maintenance what = Maintenance::kCheck;
   std::string argument;
   bool deep = true;
 };

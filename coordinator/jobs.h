@@ -106,7 +106,6 @@ class Jobs {
     std::string of;
   };
 
-  Job* copy_of(const JobId& id, Job& copy) const;
   Result<Job> make(const JobId& job_id, const Submission& submission) const;
   void save(Job job);
   void set_state(Job& job, JobState state, const std::string& why);

@@ -233,17 +233,6 @@ Status make_private_directory(const std::string& path) {
   return {};
 }
 
-Status write_text_file(const std::string& path, const std::string& text) {
-  const std::string temporary = path + ".new";
-  std::FILE* file = std::fopen(temporary.c_str(), "w");
-  if (file == nullptr) return internal_error(str("cannot write ", temporary));
-  const bool ok = std::fwrite(text.data(), 1, text.size(), file) == text.size();
-  if (std::fclose(file) != 0 || !ok) return internal_error(str("cannot write ", temporary));
-  if (std::rename(temporary.c_str(), path.c_str()) != 0)
-    return internal_error(str("cannot rename ", temporary));
-  return {};
-}
-
 Status run(const Settings& settings) {
   log_info("limits: ", protocol::raise_descriptor_limit(), " open files, ",
            protocol::kReservedDescriptors, " of them for the registry alone");
@@ -297,7 +286,7 @@ Status run(const Settings& settings) {
   ready["version"] = kVersion;
   ready["incarnation"] = str(options.incarnation);
   const std::string ready_path = settings.run_dir() + "/coordinator.json";
-  TANDEM_RETURN_IF_ERROR(write_text_file(ready_path, ready.dump(2) + "\n"));
+  TANDEM_RETURN_IF_ERROR(storage::write_file_durably(ready_path, ready.dump(2) + "\n"));
   log_info("ready: pid ", ::getpid(), ", clients ", sockets.clients->address(), ", workers ",
            sockets.workers->address(), ", bulk ", paths["endpoints"]["bulk"].get<std::string>());
   loop->run(g_stop);
@@ -326,6 +315,7 @@ int run_main(int argc, char** argv) {
   auto settings = Settings::load(arguments->flags, arguments->config_file);
   if (!settings.ok()) return fail(settings.status());
   set_log_component("coordinator");
+  set_log_level(settings->log_level());
   if (!arguments->log_file.empty() && !set_log_file(arguments->log_file))
     return fail(internal_error(str("cannot write the log ", arguments->log_file)));
   struct sigaction action {};

@@ -115,7 +115,6 @@ struct JobRecord {
   std::uint64_t epoch = 0;
   std::uint32_t attempts = 0;
   std::int64_t step = 0, total_steps = 0;
-  std::string waiting_for;  ///< why it is not running, for people
   std::string error;
   std::int64_t submitted_unix_ms = 0, started_unix_ms = 0, ended_unix_ms = 0, updated_unix_ms = 0;
   std::string tenant;
@@ -152,18 +151,6 @@ struct DatasetRecord {
   std::int64_t rows = 0, bytes = 0;
   std::int64_t created_unix_ms = 0;
   std::string format;  ///< as detected: "messages", "prompt_completion", ...
-};
-
-/// A client's or worker's key. Secrets are never stored: CURVE public keys and hashes only.
-struct KeyRecord {
-  std::string id;
-  std::string name;
-  std::string kind;        ///< "client", "worker", "api"
-  std::string public_key;  ///< CURVE, Z85; empty for API keys
-  Digest secret_hash;      ///< of an API key
-  std::string tenant;
-  std::int64_t created_unix_ms = 0;
-  std::int64_t revoked_unix_ms = 0;  ///< 0: valid
 };
 
 struct SettingRecord {

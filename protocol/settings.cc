@@ -9,6 +9,8 @@
 #include <charconv>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <set>
 #include <utility>
 
 #include <unistd.h>
@@ -54,14 +56,19 @@ Status unknown_setting(const std::string& where, const std::string& name) {
 }
 
 Status read_file(const std::string& path, std::map<std::string, SettingValue>& values) {
+  std::ifstream in(path, std::ios::binary);  // YAML's own reader throws where it is a directory
+  std::string text;
+  if (!std::getline(in, text, '\0').eof())
+    return refused_error(str("cannot read the configuration file ", path));
   YAML::Node root;
   try {
-    root = YAML::LoadFile(path);
+    root = YAML::Load(text);
   } catch (const YAML::Exception& error) {
     return invalid_error(str(path, ":", error.mark.line + 1, ": ", error.msg));
   }
   if (root.IsNull()) return {};
   if (!root.IsMap()) return invalid_error(str(path, ": expected \"name: value\" lines"));
+  std::set<std::string> seen;
   for (const auto& entry : root) {
     const auto name = entry.first.as<std::string>("");
     const auto names = known_names();
@@ -70,6 +77,9 @@ Status read_file(const std::string& path, std::map<std::string, SettingValue>& v
     if (!entry.second.IsScalar())
       return invalid_error(
           str(path, ":", entry.second.Mark().line + 1, ": ", name, " must be one value"));
+    if (!seen.insert(name).second)
+      return invalid_error(
+          str(path, ":", entry.first.Mark().line + 1, ": ", name, " stands there twice"));
     values[name] = {entry.second.Scalar(), path};
   }
   return {};
@@ -78,9 +88,8 @@ Status read_file(const std::string& path, std::map<std::string, SettingValue>& v
 /// What is wrong is said where it was set, not by a daemon that then does not start.
 Status check_value(const SettingInfo& info, const SettingValue& setting) {
   const auto origin = str(" (", setting.origin, ")");
-  if (!info.words.empty()) {
-    if (std::find(info.words.begin(), info.words.end(), setting.value) != info.words.end())
-      return {};
+  if (std::find(info.words.begin(), info.words.end(), setting.value) != info.words.end()) return {};
+  if (!info.words.empty() && !info.range) {
     std::string list;
     for (const std::string& word : info.words)
       list += (list.empty() ? "" : word == info.words.back() ? " or " : ", ") + word;
@@ -91,14 +100,22 @@ Status check_value(const SettingInfo& info, const SettingValue& setting) {
     const Status size = parse_bytes(setting.value).status();
     return size.ok() ? size : invalid_error(str(info.name, ": ", size.message(), origin));
   }
+  const char* const end = setting.value.data() + setting.value.size();
+  if (info.name.ends_with("_share_min")) {
+    double share = -1;
+    const auto read = std::from_chars(setting.value.data(), end, share);
+    if (read.ec == std::errc() && read.ptr == end && share >= 0 && share <= 1) return {};
+    return invalid_error(
+        str(info.name, " must be a number from 0 to 1, not \"", setting.value, "\"", origin));
+  }
   if (!info.range) return {};
   std::int64_t number = 0;
-  const char* const end = setting.value.data() + setting.value.size();
   const auto read = std::from_chars(setting.value.data(), end, number);
   const auto [low, high] = *info.range;
   if (read.ec == std::errc() && read.ptr == end && number >= low && number <= high) return {};
-  return invalid_error(str(info.name, " must be a whole number in ", low, "..", high, ", not \"",
-                           setting.value, "\"", origin));
+  return invalid_error(str(info.name, " must be ", info.words.empty() ? "" : info.words[0] + " or ",
+                           "a whole number in ", low, "..", high, ", not \"", setting.value, "\"",
+                           origin));
 }
 
 }  // namespace
@@ -163,11 +180,17 @@ const std::vector<SettingInfo>& Settings::known() {
        {{1, kMany}}},
       {"running_requests_max", "64", "requests decoding at once in one engine", {}, {{1, kMany}}},
       {"train_share_min", "0.25", "share of device time a training job keeps while requests run"},
-      {"serve_interval_ms", "auto",
+      {"serve_interval_ms",
+       "auto",
        "while a job trains, from the end of one serving step to that of the next; auto: 22 on a "
-       "GPU, 0 on CPU"},
-      {"batch_tokens_beside", "auto",
-       "batch_tokens_max while a job trains; auto: 256 on a GPU, unchanged on CPU"},
+       "GPU, 0 on CPU",
+       {"auto"},
+       {{0, kDayMs}}},
+      {"batch_tokens_beside",
+       "auto",
+       "batch_tokens_max while a job trains; auto: 256 on a GPU, unchanged on CPU",
+       {"auto"},
+       {{0, kMany}}},
       {"serve_multiprocessors",
        "0",
        "of a GPU, that training leaves to small serving steps, which then run beside it",
@@ -234,6 +257,18 @@ Result<std::int64_t> Settings::get_int(const std::string& name) const {
   if (text.empty() || *end)
     return invalid_error(str(name, " must be a whole number, not \"", text, "\""));
   return static_cast<std::int64_t>(value);
+}
+
+double Settings::get_share(const std::string& name) const {
+  return std::strtod(get(name).c_str(), nullptr);
+}
+
+LogLevel Settings::log_level() const {
+  const auto& table = known();
+  const auto info = std::find_if(table.begin(), table.end(),
+                                 [](const SettingInfo& i) { return i.name == "log_level"; });
+  const auto word = std::find(info->words.begin(), info->words.end(), get("log_level"));
+  return static_cast<LogLevel>(word - info->words.begin());  // listed in the order of LogLevel
 }
 
 Result<std::int64_t> Settings::get_bytes(const std::string& name) const {

@@ -4,6 +4,7 @@
 // file are refused with the nearest name. Every process reads the same table.
 #pragma once
 
+#include "protocol/base/log.h"
 #include "protocol/base/result.h"
 
 #include <cstdint>
@@ -18,8 +19,9 @@ namespace tandem::protocol {
 /// One known setting. `name` is the YAML key; the environment variable is TANDEM_ + upper case.
 struct SettingInfo {
   std::string name, default_value, help;
-  std::vector<std::string> words{};  ///< that its value may be; empty: it is none of these
-  /// Of a whole number, both ends included. Sizes (NAME_bytes_max) have none.
+  std::vector<std::string> words{};  ///< that its value may be, where it is no number
+  /// Of a whole number, both ends included. Sizes (NAME_bytes_max) and shares (NAME_share_min, a
+  /// fraction of 1) have none.
   std::optional<std::pair<std::int64_t, std::int64_t>> range{};
 };
 
@@ -44,6 +46,9 @@ class Settings {
   /// setting.
   [[nodiscard]] Result<std::int64_t> get_int(const std::string& name) const;
   [[nodiscard]] Result<std::int64_t> get_bytes(const std::string& name) const;
+  /// A share: 0 to 1.
+  [[nodiscard]] double get_share(const std::string& name) const;
+  [[nodiscard]] LogLevel log_level() const;
   [[nodiscard]] const std::map<std::string, SettingValue>& all() const { return values_; }
 
   // -- derived paths: all below data_dir

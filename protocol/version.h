@@ -22,11 +22,6 @@ std::string version_range();
 /// x/0.1").
 Result<Version> agree_version(const Version& peer, const std::string& who);
 
-/// True when a peer of that version knows CallReply.retry_after_ms (since 1.1).
-constexpr bool has_retry_after(const Version& version) {
-  return version.minor >= 1;
-}
-
 /// True when a peer of that version knows gangs: role kGang, StartJob to an agent (since 1.2).
 constexpr bool has_gangs(const Version& version) {
   return version.minor >= 2;

@@ -264,11 +264,6 @@ void BlobStore::add_pin(const std::string& pin, std::span<const Digest> digests)
   entry.expires_ms = clock_.now_ms() + kBlobPinMs;
 }
 
-void BlobStore::unpin(const std::string& pin) {
-  std::lock_guard lock(mutex_);
-  pins_.erase(pin);
-}
-
 void BlobStore::expire_pins() {
   std::erase_if(pins_,
                 [&](const auto& entry) { return entry.second.expires_ms <= clock_.now_ms(); });

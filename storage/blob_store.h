@@ -79,9 +79,6 @@ class BlobStore {
   /// A copy of the bytes. Errors: not_found, corrupt.
   [[nodiscard]] Result<std::vector<std::byte>> get(const Digest& digest);
 
-  /// Ends an upload's pins.
-  void unpin(const std::string& pin);
-
   /// Removes what is not in `live`, not pinned and not young.
   Result<BlobGcResult> gc(const std::unordered_set<Digest>& live);
   /// Reads and verifies every chunk; `report(digest, message)` for each bad one.

@@ -119,10 +119,6 @@ class LmdbCursor final : public StoreCursor {
     key_ = to_val(key);
     move(MDB_SET_RANGE);
   }
-  void seek_before(std::string_view key) override {
-    seek(key);
-    if (!failed_) move(code_ == 0 ? MDB_PREV : MDB_LAST);
-  }
   void next() override { move(MDB_NEXT); }
   [[nodiscard]] bool valid() const override { return code_ == 0; }
   [[nodiscard]] std::string_view key() const override { return to_view(key_); }

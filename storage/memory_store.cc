@@ -33,10 +33,6 @@ class MemoryCursor final : public StoreCursor {
   MemoryCursor(std::string table, std::shared_ptr<const Table> data)
       : table_(std::move(table)), data_(std::move(data)), at_(data_->end()) {}
   void seek(std::string_view key) override { at_ = data_->lower_bound(key); }
-  void seek_before(std::string_view key) override {
-    at_ = data_->lower_bound(key);
-    at_ = at_ == data_->begin() ? data_->end() : std::prev(at_);
-  }
   void next() override {
     if (at_ != data_->end()) ++at_;
   }

@@ -34,7 +34,7 @@ std::string idempotency_key(std::string_view tenant, std::string_view key) {
 
 std::vector<std::string> registry_tables() {
   return {"models",     "adapters", "aliases",  "manifests", "checkpoints", "jobs",
-          "job_events", "results",  "datasets", "keys",      "settings",    "idempotency"};
+          "job_events", "results",  "datasets", "settings",  "idempotency"};
 }
 
 }  // namespace tandem::storage

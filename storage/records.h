@@ -23,7 +23,6 @@ using protocol::job_state_name;
 using protocol::JobEventRecord;
 using protocol::JobRecord;
 using protocol::JobState;
-using protocol::KeyRecord;
 using protocol::ManifestKind;
 using protocol::ManifestRecord;
 using protocol::ModelFile;
@@ -40,31 +39,28 @@ std::string idempotency_key(std::string_view tenant, std::string_view key);
 /// Every key of `name` in a table whose keys begin with a name: "NAME\0".
 std::string name_prefix(std::string_view name);
 
-/// RecordTraits<R>: the table, what messages call a record of it, and a record's key.
+/// RecordTraits<R>: the table, and a record's key.
 template <class Record>
 struct RecordTraits;
 
-#define TANDEM_RECORD(Record, table_name, what, key_expression)        \
+#define TANDEM_RECORD(Record, table_name, key_expression)              \
   template <>                                                          \
   struct RecordTraits<Record> {                                        \
     static constexpr const char* kTable = table_name;                  \
-    static constexpr const char* kNoun = what;                         \
     static std::string key(const Record& r) { return key_expression; } \
   }
 
-TANDEM_RECORD(ModelRecord, "models", "model", r.name);
-TANDEM_RECORD(AdapterVersionRecord, "adapters", "adapter version", adapter_key(r.name, r.version));
-TANDEM_RECORD(AliasRecord, "aliases", "alias", r.name);
-TANDEM_RECORD(ManifestRecord, "manifests", "manifest", digest_key(r.digest));
-TANDEM_RECORD(CheckpointRecord, "checkpoints", "checkpoint", checkpoint_key(r.job, r.step));
-TANDEM_RECORD(JobRecord, "jobs", "job", r.id);
-TANDEM_RECORD(JobEventRecord, "job_events", "job event", event_key(r.job, r.seq));
-TANDEM_RECORD(ResultRecord, "results", "cached result", digest_key(r.key));
-TANDEM_RECORD(DatasetRecord, "datasets", "data set", digest_key(r.digest));
-TANDEM_RECORD(KeyRecord, "keys", "key", r.id);
-TANDEM_RECORD(SettingRecord, "settings", "setting", r.name);
-TANDEM_RECORD(IdempotencyRecord, "idempotency", "idempotency key",
-              idempotency_key(r.tenant, r.key));
+TANDEM_RECORD(ModelRecord, "models", r.name);
+TANDEM_RECORD(AdapterVersionRecord, "adapters", adapter_key(r.name, r.version));
+TANDEM_RECORD(AliasRecord, "aliases", r.name);
+TANDEM_RECORD(ManifestRecord, "manifests", digest_key(r.digest));
+TANDEM_RECORD(CheckpointRecord, "checkpoints", checkpoint_key(r.job, r.step));
+TANDEM_RECORD(JobRecord, "jobs", r.id);
+TANDEM_RECORD(JobEventRecord, "job_events", event_key(r.job, r.seq));
+TANDEM_RECORD(ResultRecord, "results", digest_key(r.key));
+TANDEM_RECORD(DatasetRecord, "datasets", digest_key(r.digest));
+TANDEM_RECORD(SettingRecord, "settings", r.name);
+TANDEM_RECORD(IdempotencyRecord, "idempotency", idempotency_key(r.tenant, r.key));
 
 #undef TANDEM_RECORD
 

@@ -51,19 +51,32 @@ std::int64_t tree_bytes(const std::string& folder) {
 
 }  // namespace
 
+Result<ManifestRecord> RegistryTxn::manifest(const Digest& digest) {
+  TANDEM_ASSIGN_OR_RETURN(auto record, find<ManifestRecord>(digest_key(digest)));
+  if (!record) return not_found_error("no manifest " + digest.hex());
+  if (manifest_digest(record->text) != digest)
+    return corrupt_error(str("manifest ", digest, " does not match its digest; restore a backup"));
+  return std::move(*record);
+}
+
+Status RegistryTxn::commit() {
+  TANDEM_CHECK(write_ != nullptr, "commit of a read transaction");
+  return write_->commit();
+}
+
 Registry::Registry(std::unique_ptr<Store> store, std::unique_ptr<BlobStore> blobs,
                    const Clock& clock)
     : store_(std::move(store)), blobs_(std::move(blobs)), clock_(clock) {}
 
 Result<RegistryTxn> Registry::begin_read() {
   TANDEM_ASSIGN_OR_RETURN(auto txn, store_->begin_read());
-  return RegistryTxn(std::move(txn), nullptr, blobs_.get(), &clock_);
+  return RegistryTxn(std::move(txn), nullptr);
 }
 
 Result<RegistryTxn> Registry::begin_write() {
   TANDEM_ASSIGN_OR_RETURN(auto txn, store_->begin_write());
   WriteTxn* write = txn.get();
-  return RegistryTxn(std::move(txn), write, blobs_.get(), &clock_);
+  return RegistryTxn(std::move(txn), write);
 }
 
 Result<std::vector<std::byte>> Registry::blob(const Digest& digest) {
@@ -83,10 +96,10 @@ Status Registry::prepare_schema(const std::vector<Migration>& migrations,
                                 const std::function<Status()>& backup) {
   const auto current = static_cast<std::uint32_t>(migrations.size()) + 1;
   TANDEM_ASSIGN_OR_RETURN(auto read, begin_read());
-  TANDEM_ASSIGN_OR_RETURN(const auto stored, read.setting(kSchemaSetting));
+  TANDEM_ASSIGN_OR_RETURN(const auto stored, read.find<SettingRecord>(kSchemaSetting));
   std::uint32_t version = current;
   if (stored) {
-    TANDEM_ASSIGN_OR_RETURN(version, parse_version(*stored));
+    TANDEM_ASSIGN_OR_RETURN(version, parse_version(stored->value));
   } else {
     TANDEM_ASSIGN_OR_RETURN(const StoreStats stats, store_->stats());
     if (stats.entries != 0)
@@ -106,7 +119,7 @@ Status Registry::prepare_schema(const std::vector<Migration>& migrations,
       return {status.code(), str("migration of the registry from schema ", version,
                                  " failed, nothing was changed: ", status.message())};
   }
-  TANDEM_RETURN_IF_ERROR(txn.set_setting(kSchemaSetting, std::to_string(current)));
+  TANDEM_RETURN_IF_ERROR(txn.put(SettingRecord{kSchemaSetting, std::to_string(current)}));
   return txn.commit();
 }
 
@@ -220,18 +233,12 @@ Result<GcResult> Registry::gc() {
                             garbage_keys<ResultRecord>(txn, [&](const ResultRecord& r) {
                               return r.expires_unix_ms != 0 && r.expires_unix_ms <= now;
                             }));
-    TANDEM_ASSIGN_OR_RETURN(const auto keys,
-                            garbage_keys<IdempotencyRecord>(txn, [&](const IdempotencyRecord& r) {
-                              return now - r.created_unix_ms >= kIdempotencyKeepMs;
-                            }));
     TANDEM_ASSIGN_OR_RETURN(const auto a, remove_keys<ManifestRecord>(txn, manifests));
     TANDEM_ASSIGN_OR_RETURN(const auto b, remove_keys<ResultRecord>(txn, results));
-    TANDEM_ASSIGN_OR_RETURN(const auto c, remove_keys<IdempotencyRecord>(txn, keys));
     TANDEM_RETURN_IF_ERROR(txn.commit());
     result.manifests_removed += a;
     result.results_removed += b;
-    result.idempotency_removed += c;
-    again = std::max({manifests.size(), results.size(), keys.size()}) == kGcDeletesPerTxn;
+    again = std::max(manifests.size(), results.size()) == kGcDeletesPerTxn;
   }
   std::unordered_set<Digest> chunks;
   {

@@ -26,38 +26,8 @@ namespace tandem::storage {
 
 /// 2: models whose files lie in the blob store. A program of 1 would collect their chunks.
 inline constexpr std::uint32_t kRegistrySchemaVersion = 2;
-inline constexpr std::size_t kNameBytesMax = 128;
-inline constexpr std::size_t kDigestPrefixDigitsMin = 12;
-inline constexpr std::size_t kAliasHistoryMax = 64;
-inline constexpr std::size_t kJobEventsMax = 2000;  ///< per job; older ones go first
-inline constexpr int kCheckpointsKept = 2;
-inline constexpr std::int64_t kIdempotencyKeepMs = 7LL * 24 * 3600 * 1000;
 inline constexpr std::int64_t kManifestSpareMs =
     3600 * 1000;  ///< gc spares unreferenced ones younger than this
-
-/// Names of models, adapters and aliases: 1 to 128 bytes of letters, digits and "._-/:", beginning
-/// with a letter or digit, no "//", ".." or trailing "/"; "@" is reserved for versions, and 12 or
-/// more hex digits alone would be a digest. `what` names the object in the message.
-Status validate_name(std::string_view name, const std::string& what);
-
-/// What a name in a request stands for.
-struct Resolved {
-  enum class Kind { kModel, kAdapter, kCheckpoint };
-  Kind kind = Kind::kModel;
-  std::string name;  ///< as it is called: model, alias or adapter; the digest where it has no name
-  std::uint32_t version = 0;  ///< of an adapter; 0 otherwise
-  Digest digest;              ///< of the manifest
-  Digest base_model;          ///< the model itself for kModel
-};
-
-struct PublishAdapter {
-  std::string name;
-  std::string manifest;  ///< canonical text; settings.base_model must be the digest below
-  Digest base_model;
-  std::string job;          ///< empty: an import
-  std::uint64_t epoch = 0;  ///< with a job: must be the job's current one
-  std::string metadata_json;
-};
 
 struct Finding {
   std::string where;  ///< "table key"
@@ -65,24 +35,23 @@ struct Finding {
 };
 
 struct GcResult {
-  std::int64_t manifests_removed = 0, results_removed = 0, idempotency_removed = 0;
+  std::int64_t manifests_removed = 0, results_removed = 0;
   BlobGcResult blobs;
 };
 
 /// One transaction over all tables. Reads see the state at its begin plus its own writes.
-/// Destroying one without commit undoes it.
+/// Destroying one without commit undoes it. What may stand in a record, and what may follow it, is
+/// the coordinator's business; here only that bytes are what was written.
 class RegistryTxn {
  public:
-  /// By key (records.h). Errors: not_found ("no model named x"), corrupt.
-  template <class Record>
-  Result<Record> get(std::string_view key);
+  /// By key (records.h). Errors: corrupt.
   template <class Record>
   Result<std::optional<Record>> find(std::string_view key);
-  /// In key order, those with the key prefix, from `after` (exclusive, "" for all), at most
-  /// `limit`.
+  /// Those with the key prefix, in key order. Errors: corrupt.
   template <class Record>
-  Result<std::vector<Record>> list(std::string_view prefix = "", std::size_t limit = SIZE_MAX,
-                                   std::string_view after = "");
+  Result<std::vector<Record>> list(std::string_view prefix = "");
+  /// Held against its digest. Errors: not_found, corrupt.
+  Result<ManifestRecord> manifest(const Digest& digest);
 
   // -- writes; calling one in a read transaction is a bug -----------------------
   template <class Record>
@@ -91,89 +60,16 @@ class RegistryTxn {
   Status remove(std::string_view key);
   Status commit();
 
-  // -- models -------------------------------------------------------------------
-  /// Validates name and manifest, refuses a name that an adapter or alias has (conflict) and writes
-  /// record and manifest. The same name with the same digest is replaced, with another it is a
-  /// conflict.
-  Status add_model(const ModelRecord& record, const std::string& manifest);
-  /// Refused (conflict) while an adapter or a job that has not ended needs it.
-  Status remove_model(std::string_view name);
-  Result<ModelRecord> model_by_digest(const Digest& digest);
-
-  // -- adapters and aliases -----------------------------------------------------
-  /// Manifest, version and alias together. Repeating the newest version's publish (same job and
-  /// digest) answers what the first one did. Errors: conflict (old epoch, name of a model), invalid
-  /// (manifest).
-  Result<AdapterVersionRecord> publish_adapter(const PublishAdapter& publish);
-  /// Newest first.
-  Result<std::vector<AdapterVersionRecord>> adapter_versions(std::string_view name);
-  /// Points `alias` at name@version (or a name's current version); makes it when there is none.
-  Result<AliasRecord> set_alias(const std::string& alias, const std::string& target, bool pinned,
-                                const std::string& reason = "set");
-  /// Back to what it pointed at before the current version. Pins it, so that a publish does not
-  /// undo that.
-  Result<AliasRecord> rollback_alias(const std::string& alias);
-  /// Refused (conflict) while an alias points at it.
-  Status remove_adapter_version(std::string_view name, std::uint32_t version);
-  /// The alias only.
-  Status remove_alias(std::string_view name);
-  /// Model, alias, name@version, JOB@latest, JOB@step-N (of stored checkpoints), or a digest of 12
-  /// or more hex digits. Errors: not_found (with the nearest name), invalid (an ambiguous or
-  /// malformed reference).
-  Result<Resolved> resolve(std::string_view reference);
-  /// The nearest known model or alias name, or "".
-  std::string nearest(std::string_view name);
-
-  // -- data sets ----------------------------------------------------------------
-  Status add_dataset(const DatasetRecord& record, const std::string& manifest);
-  /// By name, digest or digest prefix.
-  Result<DatasetRecord> resolve_dataset(std::string_view reference);
-
-  // -- jobs ---------------------------------------------------------------------
-  /// Writes a new job. With a key that was used before by the same tenant: the job made then (same
-  /// request digest), or a conflict. The bool says whether it is new.
-  Result<std::pair<JobRecord, bool>> submit_job(const JobRecord& job, const Digest& request);
-  /// Appends with the next seq, which it returns; drops the oldest over kJobEventsMax.
-  Result<std::uint64_t> append_event(JobEventRecord event);
-  /// Records the checkpoint and its manifest; forgets all but the `keep` newest. Errors: conflict
-  /// (old epoch).
-  Status put_checkpoint(const CheckpointRecord& record, const std::string& manifest,
-                        int keep = kCheckpointsKept);
-  Result<std::optional<CheckpointRecord>> latest_checkpoint(std::string_view job);
-  /// Job, events, checkpoints. Refused while it has not ended.
-  Status remove_job(std::string_view job);
-
-  // -- manifests, settings, idempotency -----------------------------------------
-  Result<ManifestRecord> manifest(const Digest& digest);
-  Result<std::optional<std::string>> setting(std::string_view name);
-  Status set_setting(const std::string& name, const std::string& value);
-  /// The stored answer for a repeated call, nothing for a new one, conflict for the key of another
-  /// request.
-  Result<std::optional<std::string>> recall(const std::string& tenant, const std::string& key,
-                                            const Digest& request);
-  Status remember(const std::string& tenant, const std::string& key, const Digest& request,
-                  const std::string& result);
-
-  /// For tests and migrations: the transaction below.
+  /// The transaction below: for walks over a table.
   ReadTxn& raw() { return *read_; }
 
  private:
   friend class Registry;
-  RegistryTxn(std::unique_ptr<ReadTxn> read, WriteTxn* write, BlobStore* blobs, const Clock* clock);
-  Result<Manifest> check_manifest(const std::string& text, ManifestKind kind);
-  Status put_manifest(const std::string& text, ManifestKind kind, const Digest& base_model);
-  Status check_epoch(const std::string& job, std::uint64_t epoch);
-  Status move_alias(AliasRecord& alias, const AdapterVersionRecord& to, const std::string& reason);
-  Result<AdapterVersionRecord> adapter_version(std::string_view reference);
-  Result<Resolved> resolve_digest(std::string_view prefix);
-  Result<Resolved> resolve_checkpoint(std::string_view job, std::string_view which);
-  Status refuse_taken_name(const std::string& name, bool for_model);
-  [[nodiscard]] Status not_found(const char* noun, std::string_view key);
+  RegistryTxn(std::unique_ptr<ReadTxn> read, WriteTxn* write)
+      : read_(std::move(read)), write_(write) {}
 
   std::unique_ptr<ReadTxn> read_;
   WriteTxn* write_;  // the same object, or nullptr in a read transaction
-  BlobStore* blobs_;
-  const Clock* clock_;
 };
 
 /// Takes a store from one schema version to the next, inside one transaction.
@@ -218,8 +114,7 @@ class Registry {
   /// Verifies every value, key, digest and reference; `deep` reads every blob too. An empty list is
   /// good.
   Result<std::vector<Finding>> check(bool deep = true);
-  /// Removes expired results, old idempotency keys, manifests that nothing refers to, then their
-  /// chunks.
+  /// Removes expired results and manifests that nothing refers to, then their chunks.
   Result<GcResult> gc();
   /// A consistent copy in a new folder while the registry is in use. backup.json is written last: a
   /// folder without it is not a backup.
@@ -262,21 +157,10 @@ Result<std::optional<Record>> RegistryTxn::find(std::string_view key) {
 }
 
 template <class Record>
-Result<Record> RegistryTxn::get(std::string_view key) {
-  TANDEM_ASSIGN_OR_RETURN(auto record, find<Record>(key));
-  if (!record) return not_found(RecordTraits<Record>::kNoun, key);
-  return std::move(*record);
-}
-
-template <class Record>
-Result<std::vector<Record>> RegistryTxn::list(std::string_view prefix, std::size_t limit,
-                                              std::string_view after) {
+Result<std::vector<Record>> RegistryTxn::list(std::string_view prefix) {
   std::vector<Record> records;
   const auto cursor = read_->cursor(RecordTraits<Record>::kTable);
-  for (cursor->seek(after > prefix ? after : prefix); cursor->valid() && records.size() < limit;
-       cursor->next()) {
-    if (!cursor->key().starts_with(prefix)) break;
-    if (!after.empty() && cursor->key() == after) continue;
+  for (cursor->seek(prefix); cursor->valid() && cursor->key().starts_with(prefix); cursor->next()) {
     TANDEM_ASSIGN_OR_RETURN(const std::string_view value, cursor->value());
     TANDEM_ASSIGN_OR_RETURN(Record record, decode_at<Record>(cursor->key(), value));
     records.push_back(std::move(record));

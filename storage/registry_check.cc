@@ -39,7 +39,6 @@ class Checker {
       expect(txn_.find<JobRecord>(r.job), where(r), "the job " + r.job);
     }));
     TANDEM_RETURN_IF_ERROR(each<ResultRecord>([](const ResultRecord&) {}));
-    TANDEM_RETURN_IF_ERROR(each<KeyRecord>([](const KeyRecord&) {}));
     TANDEM_RETURN_IF_ERROR(each<SettingRecord>([](const SettingRecord&) {}));
     return each<IdempotencyRecord>([](const IdempotencyRecord&) {});
   }

@@ -12,14 +12,4 @@ Status scan_prefix(ReadTxn& txn, std::string_view table, std::string_view prefix
   return cursor->status();
 }
 
-Result<std::optional<std::string>> last_key(ReadTxn& txn, std::string_view table,
-                                            std::string_view prefix) {
-  // 0xff.. after the prefix is above every key that begins with it and has other bytes there.
-  const auto cursor = txn.cursor(table);
-  cursor->seek_before(std::string(prefix) + std::string(kStoreKeyBytesMax - prefix.size(), '\xff'));
-  TANDEM_RETURN_IF_ERROR(cursor->status());
-  if (!cursor->valid() || !cursor->key().starts_with(prefix)) return std::optional<std::string>();
-  return std::optional<std::string>(cursor->key());
-}
-
 }  // namespace tandem::storage

@@ -34,8 +34,6 @@ class StoreCursor {
   virtual ~StoreCursor() = default;
   /// Stands at the first key >= `key` (or at nothing).
   virtual void seek(std::string_view key) = 0;
-  /// Stands at the last key < `key` (or at nothing).
-  virtual void seek_before(std::string_view key) = 0;
   virtual void next() = 0;
   /// False at the end, or after an error (see status).
   [[nodiscard]] virtual bool valid() const = 0;
@@ -92,9 +90,5 @@ class Store {
 /// corrupt value ends the walk with its Status.
 Status scan_prefix(ReadTxn& txn, std::string_view table, std::string_view prefix,
                    const std::function<bool(std::string_view key, std::string_view value)>& visit);
-
-/// The last key with the prefix, or nothing.
-Result<std::optional<std::string>> last_key(ReadTxn& txn, std::string_view table,
-                                            std::string_view prefix);
 
 }  // namespace tandem::storage

@@ -92,7 +92,7 @@ int run(const std::string& directory, int count, bool write_ahead) {
   result["commit"] = measure(count, [&](int i) {
     auto txn = registry.begin_write();
     need(txn.status());
-    need(txn->set_setting("bench", str(i)));
+    need(txn->put(storage::SettingRecord{"bench", str(i)}));
     need(txn->commit());
   });
   const Digest base = sha256("bench base");
@@ -107,7 +107,12 @@ int run(const std::string& directory, int count, bool write_ahead) {
     need(text.status());
     auto txn = registry.begin_write();
     need(txn.status());
-    need(txn->publish_adapter({"bench", *text, base, "", 0, "{}"}).status());
+    const Digest digest = storage::manifest_digest(*text);
+    const auto version = static_cast<std::uint32_t>(i) + 1;
+    need(
+        txn->put(storage::ManifestRecord{digest, storage::ManifestKind::kAdapter, *text, base, 0}));
+    need(txn->put(storage::AdapterVersionRecord{"bench", version, digest, base, "", 0, "{}"}));
+    need(txn->put(storage::AliasRecord{"bench", "bench", version, digest, false, version, {}}));
     need(txn->commit());
   });
   const int chunks = 8;

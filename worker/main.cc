@@ -32,7 +32,9 @@ constexpr const char* kUsage =
     "Usage: mpirun --enable-recovery [-np N] tandem-worker [options]\n"
     "Starts one worker per rank; without mpirun, one worker. Launching again fills only missing "
     "slots.\n\n"
-    "  --slot N                    CPU slot on this host [the rank on this host]\n"
+    "  --slot N                    CPU slot or GPU of this host [TANDEM_WORKER_SLOT, else the\n"
+    "                              rank there]; its cores and memory are shared by\n"
+    "                              TANDEM_WORKER_LOCAL_SIZE workers [the ranks there]\n"
     "  --config FILE               settings file\n"
     "  --version, --help\n\nSettings (also TANDEM_NAME, or a line of the settings file):\n";
 
@@ -52,6 +54,7 @@ class Program {
     const bool agent = line_.has("--agent"), engine = line_.has("--engine");
     const std::string role = agent ? "agent" : engine ? "engine" : "supervisor";
     set_log_component(str(role, "/", id_.device, id_.slot));
+    set_log_level(settings_.log_level());
     if (role == "supervisor")
       return runtime::run_supervisor({executable_, child_arguments("--agent"), paths_});
     // A host of workers has a data_dir of its own, which no coordinator has furnished.
@@ -146,7 +149,7 @@ class Program {
     TANDEM_ASSIGN_OR_RETURN(options.batch_tokens_beside,
                             either("batch_tokens_beside", kTokensBeside));
     TANDEM_ASSIGN_OR_RETURN(const std::int64_t spare, settings_.get_int("serve_multiprocessors"));
-    options.turns.train_share_min = std::atof(settings_.get("train_share_min").c_str());
+    options.turns.train_share_min = settings_.get_share("train_share_min");
     options.turns.step_interval_ns = interval_ms * 1'000'000;
     options.turns.beside_rows_max = spare > 0 ? kRowsBeside : 0;
     options.spare_multiprocessors = static_cast<int>(spare);

@@ -6,6 +6,7 @@
 #include "protocol/base/units.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <thread>
 
@@ -14,18 +15,29 @@ namespace {
 
 using protocol::Settings;
 
-/// An integer that a launcher left in the environment.
-std::int64_t environment_int(std::initializer_list<const char*> names, std::int64_t otherwise) {
+constexpr int kSlotsMax = 1024;  // of one host
+
+Result<int> parse_number(const std::string& name, std::string_view text, int least, int most) {
+  int number = 0;
+  const auto read = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (read.ec == std::errc() && read.ptr == text.data() + text.size() && number >= least &&
+      number <= most)
+    return number;
+  return invalid_error(
+      str(name, " must be a whole number in ", least, "..", most, ", not \"", text, "\""));
+}
+
+/// A number that a launcher left in the environment, under the first of these names that it set.
+Result<int> environment_number(std::initializer_list<const char*> names, int otherwise, int least,
+                               int most) {
   for (const char* name : names)
-    if (const char* value = std::getenv(name)) return std::strtoll(value, nullptr, 10);
+    if (const char* value = std::getenv(name)) return parse_number(name, value, least, most);
   return otherwise;
 }
 
 /// "auto" is the GPU where the driver shows one and this build can open it: a slot is then a GPU,
 /// and one too many is an error rather than a slow worker.
 Result<std::string> resolve_device(const std::string& asked, int slot) {
-  if (asked != "auto" && asked != "cpu" && asked != "cuda")
-    return invalid_error(str("device must be auto, cpu or cuda, not \"", asked, "\""));
   if (asked == "cpu" || (asked == "auto" && !kernels::probe_cuda_device(0).ok()))
     return std::string("cpu");
   if (const Status module = kernels::check_cuda_module(); asked == "auto" && !module.ok()) {
@@ -44,16 +56,22 @@ constexpr std::int64_t kCudaReservedBytes = std::int64_t{3} << 29;
 Result<Identity> identity(const protocol::CommandLine& line, const Settings& settings,
                           const std::vector<std::string>& roles) {
   Identity id;
-  id.slot = static_cast<int>(
-      environment_int({"TANDEM_WORKER_SLOT", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"}, 0));
-  id.local_workers = static_cast<int>(environment_int(
-      {"TANDEM_WORKER_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"}, 1));
+  TANDEM_ASSIGN_OR_RETURN(
+      id.slot,
+      environment_number({"TANDEM_WORKER_SLOT", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"}, 0,
+                         0, kSlotsMax - 1));
+  TANDEM_ASSIGN_OR_RETURN(
+      id.local_workers, environment_number({"TANDEM_WORKER_LOCAL_SIZE",
+                                            "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"},
+                                           1, 1, kSlotsMax));
   for (std::size_t i = 0; i < line.rest.size(); ++i) {
     const std::string& word = line.rest[i];
-    if (word == "--slot" && i + 1 < line.rest.size())
-      id.slot = std::atoi(line.rest[++i].c_str());
-    else if (std::find(roles.begin(), roles.end(), word) == roles.end())
+    if (word == "--slot" && i + 1 == line.rest.size()) return invalid_error("--slot needs a value");
+    if (word == "--slot") {
+      TANDEM_ASSIGN_OR_RETURN(id.slot, parse_number(word, line.rest[++i], 0, kSlotsMax - 1));
+    } else if (std::find(roles.begin(), roles.end(), word) == roles.end()) {
       return invalid_error(str("unknown argument \"", word, "\"; see --help"));
+    }
   }
   TANDEM_ASSIGN_OR_RETURN(id.device, resolve_device(settings.get("device"), id.slot));
   return id;

@@ -192,6 +192,7 @@ Result<int> start(int argc, char** argv) {
     return 0;
   }
   TANDEM_ASSIGN_OR_RETURN(auto settings, Settings::load(line.flags, line.config_file));
+  set_log_level(settings.log_level());
   TANDEM_ASSIGN_OR_RETURN(auto id, identity(line, settings, {"--gang"}));
   try {
     return run(settings, id);

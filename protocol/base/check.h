@@ -36,7 +36,6 @@ namespace tandem {
   } while (false)
 
 #define TANDEM_CHECK_EQ(a, b, ...) TANDEM_CHECK_OP(a, ==, b __VA_OPT__(, ) __VA_ARGS__)
-#define TANDEM_CHECK_NE(a, b, ...) TANDEM_CHECK_OP(a, !=, b __VA_OPT__(, ) __VA_ARGS__)
 #define TANDEM_CHECK_LT(a, b, ...) TANDEM_CHECK_OP(a, <, b __VA_OPT__(, ) __VA_ARGS__)
 #define TANDEM_CHECK_LE(a, b, ...) TANDEM_CHECK_OP(a, <=, b __VA_OPT__(, ) __VA_ARGS__)
 #define TANDEM_CHECK_GT(a, b, ...) TANDEM_CHECK_OP(a, >, b __VA_OPT__(, ) __VA_ARGS__)

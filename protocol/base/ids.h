@@ -31,7 +31,6 @@ using WorkerId =
     Id<struct WorkerTag>;  ///< HOST + "/" + GPU UUID or "cpu" + slot; stable over restarts
 using RequestId =
     Id<struct RequestTag>;  ///< made by the client library, 32 hex digits; unique for ever
-using ClientId = Id<struct ClientTag>;  ///< the transport's routing id of a client connection
 
 /// One start of one process; a restarted process has a new one. Random, never 0.
 using Incarnation = std::uint64_t;

@@ -194,26 +194,4 @@ Status BulkTransfer::get_content(const Digest& root, const std::string& path) {
   return put_in_place(file, temporary, path);
 }
 
-Status BulkTransfer::get_file(const std::vector<Digest>& chunks, const std::string& path,
-                              const OnProgress& on_progress) {
-  const std::string temporary = path + random_id(".part-", 12);
-  const auto fail = [&](Status status) {
-    std::error_code ignored;
-    std::filesystem::remove(temporary, ignored);
-    return status;
-  };
-  std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-  std::int64_t done = 0;
-  for (const Digest& digest : chunks) {
-    const auto chunk = get(digest);
-    if (!chunk.ok()) return fail(chunk.status());
-    file.write(reinterpret_cast<const char*>(chunk->data()),
-               static_cast<std::streamsize>(chunk->size()));
-    done += static_cast<std::int64_t>(chunk->size());
-    if (on_progress)
-      on_progress(done, std::max(done, static_cast<std::int64_t>(chunks.size()) * kChunkBytes));
-  }
-  return put_in_place(file, temporary, path);
-}
-
 }  // namespace tandem::protocol::client

@@ -56,9 +56,6 @@ class BulkTransfer {
   Result<Upload> put_file(const std::string& path, const OnProgress& on_progress = {});
   /// Bytes from memory, alike.
   Result<Upload> put_bytes(std::span<const std::byte> bytes, const OnProgress& on_progress = {});
-  /// Writes the chunks one after another to a new file (a temporary name until it is whole).
-  Status get_file(const std::vector<Digest>& chunks, const std::string& path,
-                  const OnProgress& on_progress = {});
 
  private:
   struct Answer {

@@ -186,7 +186,6 @@ void write(schema::Job::Builder to, const JobRecord& r) {
   to.setAttempts(r.attempts);
   to.setStep(r.step);
   to.setTotalSteps(r.total_steps);
-  to.setWaitingFor(text(r.waiting_for));
   to.setError(text(r.error));
   to.setSubmittedUnixMs(r.submitted_unix_ms);
   to.setStartedUnixMs(r.started_unix_ms);
@@ -213,7 +212,6 @@ void read(schema::Job::Reader from, JobRecord& r) {
   r.attempts = from.getAttempts();
   r.step = from.getStep();
   r.total_steps = from.getTotalSteps();
-  r.waiting_for = string(from.getWaitingFor());
   r.error = string(from.getError());
   r.submitted_unix_ms = from.getSubmittedUnixMs();
   r.started_unix_ms = from.getStartedUnixMs();
@@ -280,27 +278,6 @@ void read(schema::Dataset::Reader from, DatasetRecord& r) {
   r.bytes = from.getBytes();
   r.created_unix_ms = from.getCreatedUnixMs();
   r.format = string(from.getFormat());
-}
-
-void write(schema::Key::Builder to, const KeyRecord& r) {
-  to.setId(text(r.id));
-  to.setName(text(r.name));
-  to.setKind(text(r.kind));
-  to.setPublicKey(text(r.public_key));
-  to.setSecretHash(data(r.secret_hash));
-  to.setTenant(text(r.tenant));
-  to.setCreatedUnixMs(r.created_unix_ms);
-  to.setRevokedUnixMs(r.revoked_unix_ms);
-}
-void read(schema::Key::Reader from, KeyRecord& r) {
-  r.id = string(from.getId());
-  r.name = string(from.getName());
-  r.kind = string(from.getKind());
-  r.public_key = string(from.getPublicKey());
-  r.secret_hash = digest(from.getSecretHash());
-  r.tenant = string(from.getTenant());
-  r.created_unix_ms = from.getCreatedUnixMs();
-  r.revoked_unix_ms = from.getRevokedUnixMs();
 }
 
 void write(schema::Setting::Builder to, const SettingRecord& r) {
@@ -383,7 +360,6 @@ TANDEM_RECORD_CODEC(JobRecord, Job)
 TANDEM_RECORD_CODEC(JobEventRecord, JobEvent)
 TANDEM_RECORD_CODEC(ResultRecord, Result)
 TANDEM_RECORD_CODEC(DatasetRecord, Dataset)
-TANDEM_RECORD_CODEC(KeyRecord, Key)
 TANDEM_RECORD_CODEC(SettingRecord, Setting)
 TANDEM_RECORD_CODEC(IdempotencyRecord, Idempotency)
 

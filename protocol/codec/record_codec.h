@@ -23,7 +23,6 @@ std::string encode_record(const JobRecord& record);
 std::string encode_record(const JobEventRecord& record);
 std::string encode_record(const ResultRecord& record);
 std::string encode_record(const DatasetRecord& record);
-std::string encode_record(const KeyRecord& record);
 std::string encode_record(const SettingRecord& record);
 std::string encode_record(const IdempotencyRecord& record);
 
@@ -49,8 +48,6 @@ template <>
 Result<ResultRecord> decode_record(std::span<const std::byte> bytes);
 template <>
 Result<DatasetRecord> decode_record(std::span<const std::byte> bytes);
-template <>
-Result<KeyRecord> decode_record(std::span<const std::byte> bytes);
 template <>
 Result<SettingRecord> decode_record(std::span<const std::byte> bytes);
 template <>

@@ -203,7 +203,7 @@ struct Pong {
 # key.create !      {"name", "role"} -> {"name", "role", "public", "secret", "server_public"}. The secret
 #                   is answered once and kept nowhere (a repeat with the same idempotency key answers
 #                   `conflict`, not the secret). role: client, worker or admin.
-# key.list          {} -> {"keys": [{"name", "role", "public", "created"}]}
+# key.list          {} -> {"keys": [{"name", "role", "public"}]}
 # key.revoke !      {"name"} -> {}. Within 100 ms, open connections of that key are
 #                   refused, and what they asked for before, answers and events, no longer reaches them.
 #

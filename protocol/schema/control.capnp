@@ -210,10 +210,10 @@ struct HeartbeatReply {
 
 enum AgentAction {
   restartEngine @0;
-  drain @1;        # not sent: placement gives a draining worker nothing new
-  resume @2;       # not sent
+  drain @1;        # from here on not sent, and nothing an agent does
+  resume @2;
   shutdown @3;
-  upgrade @4;      # drain, then exec the binary that is in place now
+  upgrade @4;
 }
 
 struct AgentCommand {

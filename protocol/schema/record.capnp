@@ -107,7 +107,7 @@ struct Job {
   attempts @10 :UInt32;
   step @11 :Int64;
   totalSteps @12 :Int64;
-  waitingFor @13 :Text;
+  waitingFor @13 :Text;  # never written
   error @14 :Text;
   submittedUnixMs @15 :Int64;
   startedUnixMs @16 :Int64;
@@ -151,18 +151,6 @@ struct Dataset {
   bytes @3 :Int64;
   createdUnixMs @4 :Int64;
   format @5 :Text;
-}
-
-struct Key {
-  # Table "keys". No secret is ever stored.
-  id @0 :Text;
-  name @1 :Text;
-  kind @2 :Text;
-  publicKey @3 :Text;
-  secretHash @4 :Data;   # SHA-256 of an API key; none for CURVE keys
-  tenant @5 :Text;
-  createdUnixMs @6 :Int64;
-  revokedUnixMs @7 :Int64;
 }
 
 struct Setting {

@@ -1,3 +1,4 @@
+#include "coordinator/resolve.h"
 #include "tests/coordinator/core_harness.h"
 
 #include <gtest/gtest.h>
@@ -155,6 +156,31 @@ TEST(Calls, ModelsAndAdaptersShareOneNameSpaceAndVersionsAreNeverUsedTwice) {
   EXPECT_EQ(h.call("adapter.rm", {{"adapter", "a"}}, "rn").status.code(), StatusCode::kRefused);
   const std::string digest = h.tables().current_adapter("prod")->digest.hex();
   EXPECT_EQ(result(h.call("adapter.show", {{"adapter", digest.substr(0, 12)}}))["digest"], digest);
+}
+
+TEST(Names, AllowSlashesAndColonsAndReserveTheRest) {
+  constexpr std::size_t kBytesMax = 128;
+  for (const std::string good : {"a", "HuggingFaceTB/SmolLM2-135M", "team:support_v2", "a.b-c"})
+    EXPECT_TRUE(check_name("a name", good, kBytesMax).ok()) << good;
+  for (const std::string& bad :
+       {std::string(), std::string("a@b"), std::string("-a"), std::string("a b"),
+        std::string("a//b"), std::string("a/../b"), std::string("a/"), std::string("a\nb"),
+        std::string("a\0b", 3), std::string("caf\xc3\xa9"), std::string("0123456789ab"),
+        std::string("job-1"), std::string(kBytesMax + 1, 'a')})
+    EXPECT_EQ(check_name("a name", bad, kBytesMax).code(), StatusCode::kInvalid) << bad;
+}
+
+TEST(Names, ADigestIsNamedByTwelveDigitsOrMore) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const std::string hex = base.hex();
+  EXPECT_EQ(resolve(h.tables(), hex)->model.digest, base);
+  EXPECT_EQ(resolve(h.tables(), hex.substr(0, 12))->model.digest, base);
+  EXPECT_EQ(resolve(h.tables(), hex.substr(0, 11)).status().code(), StatusCode::kNotFound);
+  EXPECT_EQ(resolve(h.tables(), std::string(12, '0')).status().code(), StatusCode::kNotFound);
+  const auto unknown = resolve(h.tables(), "bas").status();
+  EXPECT_NE(unknown.message().find("did you mean base?"), std::string::npos) << unknown.message();
+  EXPECT_EQ(resolve(h.tables(), "").status().code(), StatusCode::kInvalid);
 }
 
 TEST(Calls, ListsComeInPages) {

@@ -87,9 +87,8 @@ void add_records(Corpus& corpus) {
   add_record(corpus, 6, JobEventRecord{});
   add_record(corpus, 7, ResultRecord{});
   add_record(corpus, 8, DatasetRecord{});
-  add_record(corpus, 9, KeyRecord{});
-  add_record(corpus, 10, SettingRecord{});
-  add_record(corpus, 11, IdempotencyRecord{});
+  add_record(corpus, 9, SettingRecord{});
+  add_record(corpus, 10, IdempotencyRecord{});
 }
 
 /// The smallest files that are read whole.

@@ -30,7 +30,7 @@ constexpr std::array kChecks{
     check<ModelRecord>,    check<AdapterVersionRecord>, check<AliasRecord>,
     check<ManifestRecord>, check<CheckpointRecord>,     check<JobRecord>,
     check<JobEventRecord>, check<ResultRecord>,         check<DatasetRecord>,
-    check<KeyRecord>,      check<SettingRecord>,        check<IdempotencyRecord>};
+    check<SettingRecord>,  check<IdempotencyRecord>};
 
 }  // namespace
 

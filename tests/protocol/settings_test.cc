@@ -39,10 +39,45 @@ TEST(Settings, RefusesAnUnknownKeyWithFileLineAndNearestName) {
       << settings.status().message();
 }
 
+TEST(Settings, RefusesAFileThatCannotBeReadAndANameThatStandsTwice) {
+  const Status folder = Settings::load({}, testing::TempDir()).status();
+  EXPECT_EQ(folder.code(), StatusCode::kRefused);
+  EXPECT_NE(folder.message().find(testing::TempDir()), std::string::npos) << folder.message();
+  const Status twice = Settings::load({}, write_config("threads: 3\nthreads: 5\n")).status();
+  EXPECT_NE(twice.message().find(":2: threads stands there twice"), std::string::npos)
+      << twice.message();
+  EXPECT_TRUE(Settings::load({}, write_config("")).ok());
+}
+
 TEST(Settings, NamesAMissingConfigurationFile) {
   const auto settings = Settings::load({}, "/nonexistent/x.yaml");
   ASSERT_FALSE(settings.ok());
   EXPECT_EQ(settings.status().code(), StatusCode::kNotFound);
+}
+
+TEST(Settings, SaysWhereAValueWasSetThatItMayNotHave) {
+  const auto message = [](const std::string& name, const std::string& value) {
+    return Settings::load({{name, value}}, "").status().message();
+  };
+  EXPECT_EQ(message("train_share_min", "abc"),
+            "train_share_min must be a number from 0 to 1, not \"abc\" (flag)");
+  EXPECT_NE(message("train_share_min", "7"), "");
+  EXPECT_EQ(message("train_share_min", "0.5"), "");
+  EXPECT_EQ(
+      message("serve_interval_ms", "never"),
+      "serve_interval_ms must be auto or a whole number in 0..86400000, not \"never\" (flag)");
+  for (const char* good : {"auto", "0", "22"}) EXPECT_EQ(message("serve_interval_ms", good), "");
+  EXPECT_NE(message("batch_tokens_beside", "-1"), "");
+}
+
+TEST(Settings, TheLogsLevelIsOneOfItsWords) {
+  const auto level = [](const char* word) {
+    return Settings::load({{"log_level", word}}, "")->log_level();
+  };
+  EXPECT_EQ(level("debug"), LogLevel::kDebug);
+  EXPECT_EQ(level("info"), LogLevel::kInfo);
+  EXPECT_EQ(level("warn"), LogLevel::kWarn);
+  EXPECT_EQ(level("error"), LogLevel::kError);
 }
 
 TEST(Settings, ReadsSizesWithUnits) {

@@ -122,8 +122,7 @@ TEST_F(BlobStoreTest, CollectsOnlyWhatIsDeadUnpinnedAndOld) {
   EXPECT_TRUE(blobs_->has(pinned).value());
   EXPECT_TRUE(blobs_->has(again).value());
 
-  blobs_->unpin("upload");
-  clock_.advance(kBlobSpareMs);
+  clock_.advance(kBlobPinMs + kBlobSpareMs);
   EXPECT_EQ(blobs_->gc({live}).value().removed, 3);
   EXPECT_EQ(blobs_->stats().value().chunks, 1);
 }

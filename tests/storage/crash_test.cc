@@ -68,23 +68,25 @@ void expect_whole(Registry& registry, const History& history) {
   const auto findings = registry.check().value();
   for (const Finding& finding : findings) ADD_FAILURE() << finding.where << ": " << finding.message;
   auto txn = registry.begin_read().value();
-  const auto versions = txn.adapter_versions("support").value();
+  const auto versions = txn.list<AdapterVersionRecord>(name_prefix("support")).value();
   std::map<std::uint32_t, std::string> stored;
   for (const auto& version : versions) stored[version.version] = version.digest.hex();
   for (const auto& [version, digest] : history.versions)
     EXPECT_EQ(stored[version], digest) << "support@" << version;
   EXPECT_EQ(stored.size(), versions.size());
   ASSERT_FALSE(versions.empty());
-  EXPECT_EQ(versions.front().version, versions.size());  // none is missing in between
-  const auto alias = txn.get<AliasRecord>("support").value();
-  EXPECT_EQ(alias.version, versions.front().version);
-  EXPECT_EQ(alias.digest, versions.front().digest);
+  EXPECT_EQ(versions.back().version, versions.size());  // none is missing in between
+  const AliasRecord alias = txn.find<AliasRecord>("support").value().value();
+  EXPECT_EQ(alias.version, versions.back().version);
+  EXPECT_EQ(alias.digest, versions.back().digest);
   // Jobs: all that were acknowledged, each once, each with the event of its own transaction.
   const auto jobs = txn.list<JobRecord>().value();
   std::set<std::string> keys;
   for (const JobRecord& job : jobs) {
     EXPECT_TRUE(keys.insert(job.idempotency_key).second) << job.idempotency_key << " made two jobs";
-    EXPECT_EQ(txn.recall("t", job.idempotency_key, sha256(job.idempotency_key)).value(), job.id);
+    EXPECT_EQ(
+        txn.find<IdempotencyRecord>(idempotency_key("t", job.idempotency_key))->value().result,
+        job.id);
     EXPECT_EQ(txn.list<JobEventRecord>(name_prefix(job.id))->size(), 1u);
   }
   for (const auto& [key, id] : history.jobs)

@@ -67,7 +67,7 @@ void expect_intact(Registry& registry) {
   EXPECT_EQ(std::memcmp(bytes->data(), kFirst.data(), kFirst.size()), 0);
   EXPECT_FALSE(registry.blobs().has(sha256(kSecond)).value());
   auto txn = registry.begin_read().value();
-  EXPECT_EQ(txn.adapter_versions("guide").value().size(), 1u);
+  EXPECT_EQ(txn.list<AdapterVersionRecord>().value().size(), 1u);
   const auto findings = registry.check(true).value();
   EXPECT_TRUE(findings.empty()) << findings[0].where << ": " << findings[0].message;
 }
@@ -88,7 +88,7 @@ void FullDisk::refuses_and_loses_nothing(std::int64_t blob_budget_bytes) const {
   // Small work goes on: the records' file has its full size from the start.
   {
     auto txn = registry->begin_write().value();
-    EXPECT_TRUE(txn.set_alias("stable", "guide@1", false).ok());
+    EXPECT_TRUE(txn.put(SettingRecord{"small", "work"}).ok());
     EXPECT_TRUE(txn.commit().ok());
   }
   registry.reset();

@@ -22,12 +22,12 @@ Status submit(Registry& registry, std::uint64_t number) {
   job.tenant = "t";
   job.idempotency_key = str("key-", number);
   TANDEM_ASSIGN_OR_RETURN(auto txn, registry.begin_write());
-  TANDEM_ASSIGN_OR_RETURN(const auto submitted, txn.submit_job(job, sha256(job.idempotency_key)));
-  TANDEM_ASSIGN_OR_RETURN(const auto seq,
-                          txn.append_event({job.id, 0, 0, "info", "state", "queued", ""}));
-  (void)seq;
+  TANDEM_RETURN_IF_ERROR(txn.put(job));
+  TANDEM_RETURN_IF_ERROR(
+      txn.put(IdempotencyRecord{job.tenant, job.idempotency_key, {}, job.id, 0}));
+  TANDEM_RETURN_IF_ERROR(txn.put(JobEventRecord{job.id, 1, 0, "info", "state", "queued", ""}));
   TANDEM_RETURN_IF_ERROR(txn.commit());
-  acknowledge(str("job ", submitted.first.id, " ", job.idempotency_key, "\n"));
+  acknowledge(str("job ", job.id, " ", job.idempotency_key, "\n"));
   return {};
 }
 
@@ -36,12 +36,13 @@ Status run(const std::string& directory, std::uint64_t seed) {
   RegistryOptions options{directory, 16 << 20, 256 << 20, 200'000, true};
   TANDEM_ASSIGN_OR_RETURN(const auto registry, Registry::open(options, clock));
   TANDEM_ASSIGN_OR_RETURN(auto read, registry->begin_read());
-  TANDEM_ASSIGN_OR_RETURN(const ModelRecord base, read.get<ModelRecord>("base"));
+  TANDEM_ASSIGN_OR_RETURN(const auto base, read.find<ModelRecord>("base"));
   Random random(seed);
   for (std::uint64_t round = 0;; ++round) {
     const std::string data(100 + random.below(30'000), static_cast<char>(random.next()));
     const std::string unique = data + std::to_string(seed) + "-" + std::to_string(round);
-    TANDEM_ASSIGN_OR_RETURN(const auto version, publish(*registry, "support", base.digest, unique));
+    TANDEM_ASSIGN_OR_RETURN(const auto version,
+                            publish(*registry, "support", base->digest, unique));
     acknowledge(str("publish ", version.version, " ", version.digest.hex(), "\n"));
     TANDEM_RETURN_IF_ERROR(submit(*registry, seed * 100'000 + round));
   }

@@ -26,7 +26,6 @@ JobRecord example_job() {
   job.attempts = 2;
   job.step = 3;
   job.total_steps = 4;
-  job.waiting_for = "w";
   job.error = "e";
   job.submitted_unix_ms = 5;
   job.started_unix_ms = 6;
@@ -73,7 +72,6 @@ TEST(RecordCodec, RoundTripsEveryRecord) {
   expect_round_trip(JobEventRecord{"j", 1, 2, "info", "step", "m", "{}"});
   expect_round_trip(ResultRecord{sha256("k"), sha256("t"), 1, 2, 3, std::string("p\0p", 3), "t"});
   expect_round_trip(DatasetRecord{sha256("1"), "d", 2, 3, 4, "messages"});
-  expect_round_trip(KeyRecord{"i", "n", "client", "pk", sha256("s"), "t", 1, 2});
   expect_round_trip(SettingRecord{"s", "v"});
   expect_round_trip(IdempotencyRecord{"t", "k", sha256("r"), "result", 5});
 }
@@ -88,7 +86,7 @@ TEST(RecordCodec, KeepsEveryFieldOfAJob) {
   EXPECT_EQ(job.total_steps, 4);
   EXPECT_EQ(job.worker, "w/0");
   EXPECT_EQ(job.published_version, 10u);
-  EXPECT_EQ(job.waiting_for + job.error, "we");
+  EXPECT_EQ(job.error, "e");
 }
 
 TEST(RecordCodec, RefusesTruncationAndTrailingBytes) {

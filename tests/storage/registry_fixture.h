@@ -26,32 +26,44 @@ inline std::string adapter_manifest(const Digest& base, const std::string& data)
                      data);
 }
 
-/// Puts the bytes that manifest_of described.
-inline void put_data(Registry& registry, const std::string& data, const std::string& pin = "") {
-  const Status status = registry.blobs().put_chunk(sha256(data), as_bytes(data), pin);
-  ASSERT_TRUE(status.ok()) << status.to_string();
+inline Status put_manifest(RegistryTxn& txn, ManifestKind kind, const std::string& manifest,
+                           const Digest& base, std::int64_t created_unix_ms = 0) {
+  return txn.put(ManifestRecord{manifest_digest(manifest), kind, manifest, base, created_unix_ms});
 }
 
 /// Adds the model "base" and gives its digest.
-inline Digest add_base(Registry& registry, const std::string& name = "base") {
-  const std::string manifest = manifest_of(ManifestKind::kModel, "{}", "weights of " + name);
+inline Digest add_base(Registry& registry) {
+  const std::string manifest = manifest_of(ManifestKind::kModel, "{}", "weights");
   ModelRecord model;
-  model.name = name;
+  model.name = "base";
   model.digest = manifest_digest(manifest);
-  model.path = "/models/" + name;
+  model.path = "/models/base";
   auto txn = registry.begin_write().value();
-  EXPECT_TRUE(txn.add_model(model, manifest).ok());
+  EXPECT_TRUE(put_manifest(txn, ManifestKind::kModel, manifest, {}).ok());
+  EXPECT_TRUE(txn.put(model).ok());
   EXPECT_TRUE(txn.commit().ok());
   return model.digest;
 }
 
+/// What the coordinator stores of a publish: the bytes, then manifest, version and alias in one
+/// transaction.
 inline Result<AdapterVersionRecord> publish(Registry& registry, const std::string& name,
                                             const Digest& base, const std::string& data,
-                                            const std::string& job = "", std::uint64_t epoch = 0) {
+                                            std::int64_t created_unix_ms = 0) {
   TANDEM_RETURN_IF_ERROR(registry.blobs().put_chunk(sha256(data), as_bytes(data)));
   TANDEM_ASSIGN_OR_RETURN(auto txn, registry.begin_write());
-  TANDEM_ASSIGN_OR_RETURN(auto record, txn.publish_adapter({name, adapter_manifest(base, data),
-                                                            base, job, epoch, "{}"}));
+  TANDEM_ASSIGN_OR_RETURN(const auto before, txn.find<AliasRecord>(name));
+  AliasRecord alias = before.value_or(AliasRecord{});
+  const std::string manifest = adapter_manifest(base, data);
+  const AdapterVersionRecord record{
+      name, ++alias.last_version, manifest_digest(manifest), base, "", created_unix_ms, "{}"};
+  alias.name = alias.adapter = name;
+  alias.version = record.version;
+  alias.digest = record.digest;
+  TANDEM_RETURN_IF_ERROR(
+      put_manifest(txn, ManifestKind::kAdapter, manifest, base, created_unix_ms));
+  TANDEM_RETURN_IF_ERROR(txn.put(record));
+  TANDEM_RETURN_IF_ERROR(txn.put(alias));
   TANDEM_RETURN_IF_ERROR(txn.commit());
   return record;
 }

@@ -60,6 +60,8 @@ Result<Json> read_job_file(const std::string& path) {
     return file;
   } catch (const YAML::BadFile&) {
     return not_found_error(str("no job file ", path));
+  } catch (const std::ios_base::failure&) {  // of a directory
+    return invalid_error(str(path, " cannot be read as a job file"));
   } catch (const YAML::Exception& error) {
     return invalid_error(str(path, ":", error.mark.line + 1, ": ", error.msg));
   }

@@ -141,26 +141,10 @@ class Agent {
     if (const auto* launched = std::get_if<protocol::DaemonLaunched>(&message))
       return gang_.answer(*launched);
     const auto* command = std::get_if<protocol::AgentCommand>(&message);
-    if (!command) return;
-    switch (command->action) {
-      case protocol::AgentAction::kRestartEngine:
-        if (kill_at_ms_ != 0) break;  // repeated; a second signal would end it without a checkpoint
-        log_info("asked to restart the engine");
-        kill_engine(SIGTERM);
-        break;
-      case protocol::AgentAction::kUpgrade:
-        log_info("asked to upgrade: draining the engine, then starting the new binary in place");
-        upgrading_ = true;
-        kill_engine(SIGTERM);
-        break;
-      case protocol::AgentAction::kShutdown:
-        log_info("asked to shut down");
-        begin_stop();
-        break;
-      case protocol::AgentAction::kDrain:
-      case protocol::AgentAction::kResume:
-        break;  // not sent: the coordinator gives a draining worker nothing new
-    }
+    if (!command || command->action != protocol::AgentAction::kRestartEngine) return;
+    if (kill_at_ms_ != 0) return;  // repeated; a second signal would end it without a checkpoint
+    log_info("asked to restart the engine");
+    kill_engine(SIGTERM);
   }
 
   void begin_stop() {
@@ -278,7 +262,6 @@ class Agent {
       if (!engine_ended()) return;
       engine_ = 0;
       kill_at_ms_ = 0;
-      if (upgrading_) restart_in_place();
       const std::int64_t delay_ms =
           backoff_.next_delay_ms(clock_.now_ms() - started_ms_, by_itself_);
       if (delay_ms >= kLongDelayMs) log_warn("the next engine starts in ", delay_ms, " ms");
@@ -325,20 +308,6 @@ class Agent {
     return true;
   }
 
-  void restart_in_place() {
-    std::vector<std::string> arguments = options_.engine_arguments;
-    for (auto& argument : arguments)
-      if (argument == "--engine") argument = "--agent";
-    std::vector<char*> argv{const_cast<char*>(options_.executable.c_str())};
-    for (auto& argument : arguments) argv.push_back(argument.data());
-    argv.push_back(nullptr);
-    hold_stop_signals();
-    ::execv(options_.executable.c_str(), argv.data());  // locks are close-on-exec and taken anew
-    take_stop_signals();
-    log_error("cannot execute ", options_.executable);
-    upgrading_ = false;
-  }
-
   const AgentOptions& options_;
   const SlotPaths& paths_;
   const Clock& clock_;
@@ -352,7 +321,7 @@ class Agent {
   TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0, next_ask_ms_ = 0;
   RestartBackoff backoff_;
   pid_t engine_ = 0;
-  bool child_ = false, stopping_ = false, upgrading_ = false, by_itself_ = false;
+  bool child_ = false, stopping_ = false, by_itself_ = false;
   int stops_seen_ = 0, exit_code_ = -1;
   TimeMs started_ms_ = 0, start_at_ms_ = 0, kill_at_ms_ = 0;
 };

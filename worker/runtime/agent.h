@@ -27,7 +27,7 @@ struct AgentOptions {
   GangOptions gang;
 };
 
-/// Runs until asked to end (coordinator's kShutdown, SIGTERM) or told to hand over (SIGUSR1: a new
+/// Runs until asked to end (SIGTERM) or told to hand over (SIGUSR1: a new
 /// agent takes the slot; the engine stays). Returns the process's exit code, see supervisor.h.
 int run_agent(const AgentOptions& options, const SlotPaths& paths,
               std::unique_ptr<protocol::ClientEndpoint> coordinator, const Clock& clock);

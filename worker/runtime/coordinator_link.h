@@ -34,8 +34,6 @@ class CoordinatorLink {
   Status send(const protocol::WorkerMessage& message);
   /// Said hello, was accepted, and replies still come.
   [[nodiscard]] bool connected() const { return state_ == State::kReady; }
-  /// Milliseconds since the coordinator last said anything.
-  [[nodiscard]] TimeMs silent_ms() const { return clock_.now_ms() - heard_ms_; }
   void wake() { endpoint_->wake(); }
   /// Says hello again at the next poll (what is running changed in a way the coordinator must
   /// adopt).

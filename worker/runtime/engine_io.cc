@@ -54,11 +54,6 @@ void EngineIo::forget(const JobId& job) {
   std::erase_if(reliable_, [&](const auto& entry) { return entry.second.job == job; });
 }
 
-std::size_t EngineIo::unacknowledged() const {
-  std::lock_guard lock(mutex_);
-  return reliable_.size();
-}
-
 void EngineIo::flush() {
   if (!link_.connected() || callbacks_.hung()) return;
   while (stuck_ || (stuck_ = outbox_.try_pop())) {

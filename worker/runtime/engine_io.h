@@ -43,7 +43,6 @@ class EngineIo {
   void acknowledge(const JobId& job, const std::string& of);
   /// Forgets everything of a job (it was taken from us).
   void forget(const JobId& job);
-  [[nodiscard]] std::size_t unacknowledged() const;
   [[nodiscard]] bool connected() const { return connected_; }
   void rehello() { rehello_ = true; }
 

@@ -1,7 +1,9 @@
 #include "worker/runtime/gang_hosts.h"
 
 #include "protocol/base/clock.h"
+#include "protocol/base/log.h"
 #include "protocol/messages.h"
+#include "storage/file_io.h"
 
 #include <unistd.h>
 
@@ -64,17 +66,6 @@ std::string read_bounded(const fs::path& path) {
   if (fs::file_size(path, error) > kRequestBytesMax || error) return "";
   std::ifstream in(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(in), {}};
-}
-
-/// Whole or not at all.
-bool write_whole(const std::string& path, const std::string& text) {
-  const std::string part = path + ".part";
-  std::ofstream out(part, std::ios::binary | std::ios::trunc);
-  out << text;
-  out.close();
-  std::error_code error;
-  if (out) fs::rename(part, path, error);
-  return out && !error;
 }
 
 std::string reply_path(const std::string& request) {
@@ -169,7 +160,9 @@ std::vector<LaunchRequest> open_requests(const std::string& directory) {
 }
 
 void reply(const LaunchRequest& request, const Status& status) {
-  (void)write_whole(reply_path(request.file), status.ok() ? "" : status.message());
+  const Status written =
+      storage::write_file_durably(reply_path(request.file), status.ok() ? "" : status.message());
+  if (!written.ok()) log_warn("a daemon's launcher is not told: ", written.message());
 }
 
 int ask_for_daemon(const std::string& directory, const std::vector<std::string>& words) {
@@ -182,8 +175,11 @@ int ask_for_daemon(const std::string& directory, const std::vector<std::string>&
   std::string text;
   for (const std::string& word : words) text.append(word).push_back('\0');
   const std::string file = str(directory, "/launch-", ::getpid(), kRequest);
-  if (text.size() > kRequestBytesMax || !write_whole(file, text))
-    return fail(str("cannot write ", file));
+  if (text.size() > kRequestBytesMax)
+    return fail(
+        str("its command line has ", text.size(), " bytes, and at most ", kRequestBytesMax));
+  if (const Status status = storage::write_file_durably(file, text); !status.ok())
+    return fail(status.message());
   const SystemClock clock;
   const TimeMs end = clock.now_ms() + scaled_ms(kAskForMs);
   while (clock.now_ms() < end) {

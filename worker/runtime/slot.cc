@@ -1,10 +1,14 @@
 #include "worker/runtime/slot.h"
 
+#include "storage/file_io.h"
+
 #include <nlohmann/json.hpp>
 
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -16,7 +20,10 @@ Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::strin
   std::error_code error;
   std::filesystem::create_directories(paths.directory, error);
   if (error) return internal_error(str("cannot create ", paths.directory, ": ", error.message()));
-  ::chmod(paths.directory.c_str(), 0700);
+  // The run directory too: ipc sockets lie in it, and a worker may be here before its coordinator.
+  for (const std::string& directory : {run_dir, paths.directory})
+    if (::chmod(directory.c_str(), 0700) != 0)
+      return internal_error(str("cannot close ", directory, " to others: ", std::strerror(errno)));
   paths.supervisor_lock = paths.directory + "/supervisor.lock";
   paths.agent_lock = paths.directory + "/agent.lock";
   paths.engine_lock = paths.directory + "/engine.lock";
@@ -25,17 +32,10 @@ Result<SlotPaths> SlotPaths::create(const std::string& run_dir, const std::strin
 }
 
 Status write_engine_info(const SlotPaths& paths, const EngineInfo& info) {
-  const std::string temporary = paths.engine_json + ".new";
-  {
-    std::ofstream out(temporary);
-    out << nlohmann::json{{"pid", info.pid}, {"incarnation", info.incarnation}, {"gpu", info.gpu}}
-               .dump();
-    if (!out.flush()) return internal_error(str("cannot write ", temporary));
-  }
-  std::error_code error;
-  std::filesystem::rename(temporary, paths.engine_json, error);
-  if (error) return internal_error(str("cannot write ", paths.engine_json, ": ", error.message()));
-  return {};
+  return storage::write_file_durably(
+      paths.engine_json,
+      nlohmann::json{{"pid", info.pid}, {"incarnation", info.incarnation}, {"gpu", info.gpu}}
+          .dump());
 }
 
 namespace {

@@ -21,7 +21,7 @@ namespace tandem::worker::runtime {
 /// Where one slot keeps its files.
 struct SlotPaths {
   std::string directory, supervisor_lock, agent_lock, engine_lock, engine_json;
-  /// Creates the directory (0700).
+  /// Creates the directory and `run_dir`, both closed to others (0700).
   static Result<SlotPaths> create(const std::string& run_dir, const std::string& device, int slot);
 };
 

@@ -41,7 +41,6 @@ class LiveRequest {
 
  private:
   LiveRequest() = default;
-  [[nodiscard]] bool is_eos(std::int32_t id) const;
 
   GenerateRequest request_;
   Sequence sequence_;

@@ -205,12 +205,6 @@ int backward_lag(int ranks, int chunks, int rank, int micro_batches) {
   return lag_of(UnitOrder(ranks, chunks, micro_batches), ranks, chunks, rank);
 }
 
-int in_flight_max(int ranks, int chunks, int rank, int micro_batches) {
-  if (chunks == 1) return std::min(micro_batches, ranks - rank);
-  return std::min(chunks * micro_batches,
-                  backward_lag(ranks, chunks, rank, micro_batches) - rank + 1);
-}
-
 double pipeline_bubble(int ranks, int chunks, int micro_batches) {
   return static_cast<double>(ranks - 1) / (chunks * micro_batches + ranks - 1);
 }

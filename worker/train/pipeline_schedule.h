@@ -61,10 +61,6 @@ struct PipelineSchedule {
 PipelineSchedule pipeline_schedule(int ranks, int chunks, int rank, int micro_batches,
                                    int whole = 0);
 
-/// `slots` by formula, for no fewer micro-batches than ranks: of one chunk min(micro_batches,
-/// ranks - rank); else min(chunks * micro_batches, backward_lag - rank + 1).
-int in_flight_max(int ranks, int chunks, int rank, int micro_batches);
-
 /// Interleaved: the round of a rank's first backward, 2 * (ranks - 1) - rank + (chunks - 1) * the
 /// size of the largest group.
 int backward_lag(int ranks, int chunks, int rank, int micro_batches);

@@ -35,6 +35,13 @@ TEST(StopSignals, AWaveOfSignalsIsOneWish) {
   EXPECT_EQ(signals.count(), 2);
 }
 
+TEST(Slot, ClosesTheRunDirectoryToOthersWhoeverIsThereFirst) {
+  const std::string run = temporary("fresh");
+  ASSERT_TRUE(SlotPaths::create(run, "cpu", 0).ok());
+  EXPECT_EQ(std::filesystem::status(run).permissions(), std::filesystem::perms::owner_all);
+  std::filesystem::remove_all(run);
+}
+
 TEST(Slot, ARunningEngineIsKnownOnlyWhileItsLockIsHeld) {
   const auto paths = SlotPaths::create(temporary("run"), "cpu", 3);
   ASSERT_TRUE(paths.ok());

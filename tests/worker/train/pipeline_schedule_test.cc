@@ -10,6 +10,13 @@
 namespace tandem::worker::train {
 namespace {
 
+/// `slots` by formula, for no fewer micro-batches than ranks.
+int in_flight_max(int ranks, int chunks, int rank, int micro_batches) {
+  if (chunks == 1) return std::min(micro_batches, ranks - rank);
+  return std::min(chunks * micro_batches,
+                  backward_lag(ranks, chunks, rank, micro_batches) - rank + 1);
+}
+
 using Kind = PipelineAction::Kind;
 using Unit = std::pair<int, int>;  // chunk, micro-batch
 

@@ -1,13 +1,11 @@
 // A checkpoint is logical tensors: what one layout saved, any other continues.
 #include "protocol/base/random.h"
 #include "tests/support/rank_job.h"
-#include "worker/train/state_files.h"
 #include "worker/train/state_pieces.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <filesystem>
 
 #include <cstdlib>
 
@@ -16,10 +14,8 @@ namespace {
 
 using worker::comm::Layout;
 using worker::train::merge_states;
-using worker::train::read_state;
 using worker::train::StateTensor;
 using worker::train::TrainState;
-using worker::train::write_state_part;
 
 constexpr std::int64_t kSaved = 5, kSteps = 15;
 
@@ -135,38 +131,6 @@ TEST(MergeStates, RefusesWhatIsMissingDoubledOrForeign) {
   EXPECT_NE(message({{"{}", {piece(5, {1, 2})}}}).find("outside"), std::string::npos);
   EXPECT_NE(message({{"{}", {{"w.param", {2, 3}, {1}, {1, 2, 0, 3}, 4}}}}).find("outside"),
             std::string::npos);
-}
-
-TEST(StateFiles, KeepEveryPieceAndRefuseWhatIsNotWhole) {
-  RankJob job;
-  job.layout = {2, 2, 1, 1};
-  job.full = true;
-  job.steps = 2;
-  const auto ranks = run_as_threads(job);
-  const std::string folder = testing::TempDir() + "tandem_state_files";
-  std::filesystem::remove_all(folder);
-  EXPECT_EQ(read_state(folder).status().code(), StatusCode::kNotFound);
-  for (int r = 0; r < 4; ++r)
-    ASSERT_TRUE(write_state_part(folder, r, 4, ranks[static_cast<std::size_t>(r)].state).ok());
-  const auto read = read_state(folder);
-  ASSERT_TRUE(read.ok()) << read.status().to_string();
-  const TrainState want = merged_state(ranks);
-  EXPECT_EQ(read->json, want.json);
-  ASSERT_EQ(read->tensors.size(), want.tensors.size());
-  for (const StateTensor& tensor : want.tensors) {
-    const auto it = std::find_if(read->tensors.begin(), read->tensors.end(),
-                                 [&](const StateTensor& t) { return t.name == tensor.name; });
-    ASSERT_NE(it, read->tensors.end()) << tensor.name;
-    EXPECT_EQ(it->values, tensor.values) << tensor.name;
-  }
-  const std::string last = folder + "/part-3-of-4.safetensors";
-  std::filesystem::resize_file(last, std::filesystem::file_size(last) - 4);
-  EXPECT_EQ(read_state(folder).status().code(), StatusCode::kCorrupt);
-  std::filesystem::remove(last);
-  EXPECT_NE(read_state(folder).status().message().find("part-3-of-4"), std::string::npos);
-  ASSERT_TRUE(write_state_part(folder, 0, 2, ranks[0].state).ok());
-  EXPECT_NE(read_state(folder).status().message().find("two checkpoints"), std::string::npos);
-  std::filesystem::remove_all(folder);
 }
 
 }  // namespace
