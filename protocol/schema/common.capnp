@@ -37,7 +37,8 @@ struct Version {
   minor @1 :UInt16;
 }
 # History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
-# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates.
+# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates;
+# 1.8 HeartbeatReply.gangBytes, WorkerHelloReply.gangBytes, StartJob.adapterBytes.
 
 enum StatusCode {
   ok @0;
