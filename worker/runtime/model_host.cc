@@ -73,9 +73,10 @@ class LocalSession final : public JobSession {
   [[nodiscard]] const model::LoraConfig& lora() const override { return session_->lora(); }
   Result<train::TrainState> export_state() override { return session_->export_state(); }
   std::shared_ptr<const model::AdapterWeights> snapshot_adapter() override {
-    // The one before goes first, unless a request uses it.
-    (void)serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
-    return session_->snapshot_adapter();
+    // The one before goes first. One that a request uses stays, and where it leaves no room the
+    // next is loaded from the checkpoint when it is asked for.
+    const auto room = serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
+    return room.ok() ? session_->snapshot_adapter() : nullptr;
   }
   Result<model::FlatAdapter> flat_adapter(DType dtype) override {
     return session_->flat_adapter(dtype);

@@ -173,6 +173,17 @@ TEST_F(ModelHostMemory, AJobThatFitsByItsEstimateStaysWithinItBesideServingAndAd
     EXPECT_TRUE(host_->install_adapter(name(snapshot), (*session)->snapshot_adapter()).ok());
     EXPECT_EQ(resident().at(0), name(snapshot));
   }
+  // Requests keep the snapshot that they began with, and none is made that has no room beside it.
+  serve::GenerateRequest request;
+  request.id = RequestId("r");
+  request.adapter = name(9);
+  request.prompt = {1, 2, 3};
+  request.sampling.max_tokens = 2;
+  ASSERT_TRUE(host_->serve().submit(std::move(request)).ok());
+  EXPECT_EQ((*session)->snapshot_adapter(), nullptr);
+  EXPECT_EQ(resident(), std::vector{name(9)});
+  while (host_->serve().has_work()) (void)host_->serve().step();
+  EXPECT_NE((*session)->snapshot_adapter(), nullptr);
   while ((*session)->step() < (*session)->total_steps()) ASSERT_TRUE((*session)->run_slice().ok());
   EXPECT_LE(backend_.ledger->peak_total(), options_.memory_bytes_max);
   // What serving has beside the cache is no part of the session's own dry run.
