@@ -24,8 +24,8 @@ Status AdapterResidency::install(const Digest& digest, Weights weights, std::int
   if (static_cast<std::int64_t>(adapters_.size()) >= installed_max_) {
     const auto oldest = oldest_idle();
     if (!oldest)
-      return refused_error(str("adapter ", digest, " cannot be installed: all ", installed_max_,
-                               " installed adapters are in use; raise adapters_max or retry"));
+      return busy_error(str("adapter ", digest, " cannot be installed: all ", installed_max_,
+                            " installed adapters are in use; retry later"));
     erase(*oldest);
   }
   Adapter adapter;

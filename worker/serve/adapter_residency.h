@@ -28,7 +28,7 @@ class AdapterResidency {
                    SetSlot set_slot);
 
   /// Holds `weights` under `digest`, which count as `bytes`; the least recently used idle adapter
-  /// goes when there are too many. refused_error: all are in use. Installed already: nothing
+  /// goes when there are too many. busy_error: all are in use. Installed already: nothing
   /// happens.
   Status install(const Digest& digest, Weights weights, std::int64_t bytes);
   Status install(const Digest& digest, Weights weights) {

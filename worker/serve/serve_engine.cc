@@ -326,8 +326,7 @@ Status ServeEngine::Impl::install(const Digest& digest,
   TANDEM_CHECK(weights != nullptr && !digest.empty(), "adapter ", digest);
   if (weights->rank_max > options.adapter_rank_max)
     return refused_error(str("adapter ", digest, " has rank ", weights->rank_max,
-                             ", this worker serves up to ", options.adapter_rank_max,
-                             "; raise adapter_rank_max"));
+                             ", workers serve up to ", options.adapter_rank_max));
   TANDEM_RETURN_IF_ERROR(residency.install(digest, std::move(weights), bytes));
   if (unready == 0) return {};
   for (Sequence* s : scheduler.waiting_list())

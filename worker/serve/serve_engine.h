@@ -110,8 +110,8 @@ class ServeEngine {
   /// Adapters that waiting requests need and that are not installed, longest wanted first.
   [[nodiscard]] std::vector<Digest> missing_adapters() const;
   /// Makes an adapter servable. Beyond adapters_max the least recently used idle one goes.
-  /// refused_error: rank over adapter_rank_max, all installed ones in use, no slots. Installing one
-  /// that is installed is a no-op.
+  /// refused_error: rank over adapter_rank_max, no slots; busy_error: all are in use. Installing
+  /// one that is installed is a no-op.
   Status install_adapter(const Digest& digest,
                          std::shared_ptr<const model::AdapterWeights> weights);
   /// The same with the whole model's tensors, of which a rank of a sharded replica takes its part:
