@@ -128,7 +128,8 @@ struct Generate {
   # other than none; a full queue is answered at once with `busy` and retryAfterMs.
   # Loss or a broken connection: the client sends it again with the same id and nextIndex = number of
   # tokens it has; the coordinator (or, after its restart, an engine that computes the same tokens
-  # again) goes on with exactly that token. A repeat while the request runs only moves its answers to
+  # again) goes on with exactly that token. After a first chunk the client names the digest in it, not an
+  # alias, which may mean another version by then. A repeat while the request runs only moves its answers to
   # the connection it came on. Ids are 32 hex digits, unique for ever; a different request under an
   # id in use is answered `conflict`.
   id @0 :Text;           # at most 64 bytes
