@@ -1,5 +1,6 @@
 #include "coordinator/core.h"
 
+#include "coordinator/placement.h"
 #include "coordinator/resolve.h"
 #include "protocol/version.h"
 
@@ -213,6 +214,8 @@ void Coordinator::hello(const std::string& peer, const protocol::WorkerHello& me
     reply.stop_requests = requests_.adopt(
         message.role == protocol::WorkerRole::kGang ? known->worker.gang : known->worker.engine,
         message.requests);
+  if (message.role == protocol::WorkerRole::kEngine)
+    reply.gang_bytes = gang_bytes(context_.tables(), message.worker);
   context_.log(LogLevel::kInfo, role_name(message.role), " ", message.worker, " pid ", message.pid,
                " is here, ", message.jobs.size(), " jobs");
   context_.send_worker(peer, std::move(reply));
@@ -227,7 +230,10 @@ void Coordinator::heartbeat(const std::string& peer, const protocol::Heartbeat& 
     return context_.send_worker(peer, std::move(reply));
   }
   if (!status.ok()) return;  // it says hello again when nobody answers
-  context_.send_worker(peer, protocol::HeartbeatReply{message.seq});
+  protocol::HeartbeatReply reply{message.seq};
+  if (message.role == protocol::WorkerRole::kEngine)
+    reply.gang_bytes = gang_bytes(context_.tables(), message.worker);
+  context_.send_worker(peer, std::move(reply));
   const auto known = workers_.process_of(peer);
   jobs_.seen({known->worker, known->process}, known->role);
   replicas_.seen({known->worker, known->process}, known->role);

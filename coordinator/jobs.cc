@@ -179,7 +179,7 @@ void Jobs::estimated(const EstimateOutcome& outcome) {
   if (job.state != JobState::kSubmitted && job.state != JobState::kEstimating) return;
   const Status status = outcome.status.ok() ? admit(job, outcome.result_json, "") : outcome.status;
   if (!status.ok()) {
-    job.estimate_json.clear();  // resumed, it is asked for again
+    set_estimate(job, "");  // resumed, it is asked for again
     finish(job, JobState::kFailed, status);
   }
   save(std::move(job));
@@ -193,7 +193,7 @@ Status Jobs::admit(Job& job, const std::string& result_json, std::string reason)
     TANDEM_RETURN_IF_ERROR(change_layout(job, chosen->dump()));
     reason = str("layout auto chose ", json.value("layout_name", ""));
   }
-  job.estimate_json = result_json;
+  set_estimate(job, result_json);
   TANDEM_ASSIGN_OR_RETURN(const auto spec, protocol::JobSpec::parse(job.spec_json));
   TANDEM_RETURN_IF_ERROR(check_pool(spec.train, result_json));
   const bool fits =
@@ -277,7 +277,7 @@ Status Jobs::change_layout(Job& job, const std::string& layout_json) {
   TANDEM_ASSIGN_OR_RETURN(spec.train, protocol::TrainSettings::parse(train.dump()));
   job.spec_json = spec.to_json();
   set_sizes(job, spec.train);
-  job.estimate_json.clear();  // other ranks need other memory
+  set_estimate(job, "");  // other ranks need other memory
   return {};
 }
 

@@ -3,23 +3,10 @@
 #include "protocol/base/str.h"
 #include "protocol/base/units.h"
 
-#include <nlohmann/json.hpp>
-
 #include <algorithm>
 #include <tuple>
 
 namespace tandem::coordinator {
-namespace {
-
-std::int64_t estimated_bytes(const Job& job) {
-  const auto json = nlohmann::json::parse(job.estimate_json, nullptr, false);
-  if (!json.is_object()) return 0;
-  const auto peak = json.find("peak_bytes");
-  return peak != json.end() && peak->is_number_integer() ? peak->get<std::int64_t>() : 0;
-}
-
-}  // namespace
-
 std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
                      const Without& without) {
@@ -32,9 +19,9 @@ std::string obstacle(const Job& job, const Worker& worker, const Tables& tables,
       if (process->alive && !without.contains(running.job) &&
           (running.job != job.id || running.epoch != job.epoch))
         return str("still ends ", running.job);
-  const std::int64_t bytes = estimated_bytes(job);  // reads JSON: for who passed all the others
-  if (bytes > 0 && worker.memory_bytes > 0 && bytes > worker.memory_bytes)
-    return str("has ", format_bytes(worker.memory_bytes), ", the job needs ", format_bytes(bytes));
+  if (worker.memory_bytes > 0 && job.peak_bytes > worker.memory_bytes)
+    return str("has ", format_bytes(worker.memory_bytes), ", the job needs ",
+               format_bytes(job.peak_bytes));
   return "";
 }
 
@@ -58,6 +45,15 @@ const Replica* replica_on(const Tables& tables, const WorkerId& worker) {
   for (const auto& [id, replica] : tables.replicas)
     if (replica.holds(worker)) return &replica;
   return nullptr;
+}
+
+std::int64_t gang_bytes(const Tables& tables, const WorkerId& worker) {
+  if (const Job* job = job_on(tables, worker))
+    return job->needs_gang() ? job->peak_bytes - job->engine_bytes : 0;
+  const Replica* replica = replica_on(tables, worker);
+  if (replica == nullptr) return 0;
+  return replica->peak_bytes - replica->engine_bytes +
+         std::max<std::int64_t>(replica->adapter_bytes, 0);
 }
 
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,

@@ -104,5 +104,8 @@ std::string estimated_device(const std::string& estimate_json);
 const Job* job_on(const Tables& tables, const WorkerId& worker, const Without& without = {});
 /// The replica that has a rank on it, or null.
 const Replica* replica_on(const Tables& tables, const WorkerId& worker);
+/// What the rank of a gang that holds the worker may take of its memory beside the engine, by the
+/// dry run: a job's, or a replica's with its adapters. 0: none does.
+std::int64_t gang_bytes(const Tables& tables, const WorkerId& worker);
 
 }  // namespace tandem::coordinator

@@ -313,8 +313,8 @@ Placement place_replica(const Replica& replica, const Tables& tables, const Work
   gang.worker = replica.worker;
   gang.ranks = replica.ranks();
   gang.sizes = {gang.ranks};
-  gang.estimate_json =
-      nlohmann::json{{"peak_bytes", replica.peak_bytes}, {"device", replica.device}}.dump();
+  set_estimate(
+      gang, nlohmann::json{{"peak_bytes", replica.peak_bytes}, {"device", replica.device}}.dump());
   Placement placement = place_gang(gang, tables, workers, reserved);
   if (placement.worker.empty()) return placement;
   const protocol::Version& version = workers.find(placement.worker)->agent.version;

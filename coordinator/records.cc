@@ -1,5 +1,7 @@
 #include "coordinator/records.h"
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 #include <optional>
 
@@ -122,6 +124,26 @@ JobState loaded_state(protocol::JobState state, bool estimated) {
 const char* job_state_name(JobState state) {
   // For a user the wait before the queue is one.
   return state < JobState::kQueued ? "estimating" : protocol::job_state_name(stored_state(state));
+}
+
+EstimatedBytes estimated_bytes(const std::string& estimate_json) {
+  const auto json = nlohmann::json::parse(estimate_json, nullptr, false);
+  const auto number = [](const nlohmann::json& object, const char* name) {
+    const auto found = object.find(name);
+    return found != object.end() && found->is_number_integer() ? found->get<std::int64_t>() : 0;
+  };
+  if (!json.is_object()) return {};
+  const auto kinds = json.find("by_kind");
+  return {number(json, "peak_bytes"), kinds != json.end() && kinds->is_object()
+                                          ? number(*kinds, "serving_engine")
+                                          : std::int64_t{0}};
+}
+
+void set_estimate(Job& job, std::string estimate_json) {
+  const EstimatedBytes bytes = estimated_bytes(estimate_json);
+  job.peak_bytes = bytes.peak;
+  job.engine_bytes = bytes.engine;
+  job.estimate_json = std::move(estimate_json);
 }
 
 bool is_terminal(JobState state) {

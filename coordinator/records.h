@@ -94,6 +94,9 @@ struct Job {
   std::int64_t step = 0, total_steps = 0, best_step = 0;
   std::string error_code, error;  ///< of a failed job, or of the last attempt
   std::string metrics_json, summary_json, estimate_json;  ///< "" or a JSON object
+  /// estimate_json's, 0 where it does not say: its largest rank and the engine of that rank's slot,
+  /// and the engine alone. Set by set_estimate().
+  std::int64_t peak_bytes = 0, engine_bytes = 0;
   std::string idempotency_key;
   Digest published;
   std::uint32_t published_version = 0;
@@ -108,6 +111,14 @@ struct Job {
     return worker == who || std::find(members.begin(), members.end(), who) != members.end();
   }
 };
+
+/// Sets estimate_json and what is read of it.
+void set_estimate(Job& job, std::string estimate_json);
+/// "peak_bytes" and the "serving_engine" of "by_kind" of an estimate; 0: it does not say.
+struct EstimatedBytes {
+  std::int64_t peak = 0, engine = 0;
+};
+EstimatedBytes estimated_bytes(const std::string& estimate_json);
 
 /// waiting -> starting -> serving -> (stopping ->) waiting, or gone where it was removed. One whose
 /// gang dies waits again.
@@ -135,7 +146,11 @@ struct Replica {
   bool removing = false;          ///< ends for good
   std::string error;              ///< why it ended last
   std::int64_t peak_bytes = 0;    ///< largest rank and the engine of its slot, by the dry run
-  std::string device = "cpu";     ///< of all its workers, by the dry run
+  std::int64_t engine_bytes = 0;  ///< of these, the engine's
+  /// What adapters may take of each rank since it was placed: half of what rank and engine leave,
+  /// for the engine's own have the other half. Less than 0: not said.
+  std::int64_t adapter_bytes = -1;
+  std::string device = "cpu";  ///< of all its workers, by the dry run
   std::int64_t created_unix_ms = 0, updated_unix_ms = 0;
 
   [[nodiscard]] std::int64_t ranks() const { return tp * pp; }

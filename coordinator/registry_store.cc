@@ -90,7 +90,7 @@ Result<Job> from_record(const protocol::JobRecord& r) {
     job.error_code = details.value("error_code", std::string());
     job.metrics_json = details.value("metrics", std::string());
     job.summary_json = details.value("summary", std::string());
-    job.estimate_json = details.value("estimate", std::string());
+    set_estimate(job, details.value("estimate", std::string()));
     job.events = details.value("events", std::uint64_t{0});
     job.dataset = digest_at(details, "dataset");
     job.eval_dataset = digest_at(details, "eval_dataset");
@@ -139,6 +139,8 @@ SettingRecord to_record(const Replica& r) {
                   {"removing", r.removing},
                   {"error", r.error},
                   {"peak_bytes", r.peak_bytes},
+                  {"engine_bytes", r.engine_bytes},
+                  {"adapter_bytes", r.adapter_bytes},
                   {"device", r.device},
                   {"created", r.created_unix_ms},
                   {"updated", r.updated_unix_ms}};
@@ -167,6 +169,8 @@ Result<Replica> replica_of(const SettingRecord& record) {
     r.removing = json.at("removing").get<bool>();
     r.error = json.at("error").get<std::string>();
     r.peak_bytes = json.at("peak_bytes").get<std::int64_t>();
+    r.engine_bytes = json.value("engine_bytes", std::int64_t{0});
+    r.adapter_bytes = json.value("adapter_bytes", std::int64_t{-1});
     r.device = json.value("device", "cpu");
     r.created_unix_ms = json.at("created").get<std::int64_t>();
     r.updated_unix_ms = json.at("updated").get<std::int64_t>();

@@ -74,6 +74,7 @@ Result<std::vector<JobId>> Replicas::add(const Wanted& wanted, const std::string
     replica.tp = wanted.tp;
     replica.pp = wanted.pp;
     replica.peak_bytes = peak;
+    replica.engine_bytes = estimated_bytes(estimate_json).engine;
     replica.device = estimated_device(estimate_json);
     replica.created_unix_ms = context_.now().unix_ms;
     ids.push_back(replica.id);
@@ -144,12 +145,24 @@ void Replicas::start(Replica replica, const Placement& placement) {
   replica.worker = placement.worker;
   replica.members = placement.members;
   replica.gang = context_.random_incarnation();
+  replica.adapter_bytes = adapter_share(replica);
   timers_[replica.id] = {context_.now().ms, context_.now().ms, -1, 0};
   set_state(replica, ReplicaState::kStarting,
             str("on ", replica.worker, " and ", replica.members.size() - 1, " more, epoch ",
                 replica.epoch));
   send_start(replica);
   save(std::move(replica));
+}
+
+std::int64_t Replicas::adapter_share(const Replica& replica) const {
+  std::int64_t share = -1;
+  for (const WorkerId& id : replica.members) {
+    const Worker* member = workers_.find(id);
+    if (member == nullptr || member->memory_bytes == 0) continue;
+    const std::int64_t left = std::max<std::int64_t>(member->memory_bytes - replica.peak_bytes, 0);
+    share = share < 0 ? left / 2 : std::min(share, left / 2);
+  }
+  return share;
 }
 
 void Replicas::send_start(const Replica& replica) {
@@ -164,6 +177,7 @@ void Replicas::send_start(const Replica& replica) {
   message.gang = replica.gang;
   message.members = replica.members;
   message.serve_json = layout_json(replica);
+  message.adapter_bytes = replica.adapter_bytes;
   context_.send_worker(worker->agent.peer, std::move(message));
 }
 

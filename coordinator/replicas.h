@@ -70,6 +70,8 @@ class Replicas {
   void save(Replica replica);
   void set_state(Replica& replica, ReplicaState state, const std::string& why);
   void start(Replica replica, const Placement& placement);
+  /// What adapters may take of each rank of it, as placed; less than 0: its workers do not say.
+  [[nodiscard]] std::int64_t adapter_share(const Replica& replica) const;
   void send_start(const Replica& replica);
   void send_stop(const Replica& replica);
   void stop(Replica replica, const std::string& why);

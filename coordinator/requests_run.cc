@@ -105,7 +105,7 @@ Engine* Requests::choose_engine(const Execution& execution) {
   const bool elsewhere = !execution.refused_by.empty() && may_fit_elsewhere(execution);
   const auto depths = prefixes_.depths(execution.prefixes);
   Engine* best = nullptr;
-  std::tuple<int, int, std::size_t, std::int64_t> best_score;
+  std::tuple<int, int, int, std::size_t, std::int64_t> best_score;
   for (Engine* const candidate : workers_.serving(execution.target.model.digest)) {
     const Engine& engine = *candidate;
     if (elsewhere && execution.refused_by.contains(engine.name)) continue;
@@ -113,18 +113,18 @@ Engine* Requests::choose_engine(const Execution& execution) {
     const bool trains_it =
         !job.empty() && std::any_of(engine.jobs.begin(), engine.jobs.end(),
                                     [&](const protocol::RunningJob& r) { return r.job == job; });
+    // Whoever has its adapter or its prefix, and was too busy for it, would be chosen again.
+    const bool failed_here = execution.last_engine == engine.name && execution.tries > 0;
     if (engine.free_credits() <= 0) {
-      if (trains_it) return nullptr;  // its trainer has the tensors: worth waiting for
+      if (trains_it && !failed_here) return nullptr;  // it has the tensors: wait
       continue;
     }
     const bool resident =
         execution.target.adapter.empty() || engine.adapters.contains(execution.target.adapter);
     const auto depth = depths.find(engine.name);
     const bool trains = !engine.jobs.empty() && !is_replica(engine.jobs.front().job);
-    const bool failed_here = execution.last_engine == engine.name && execution.tries > 0;
-    const std::int64_t load = static_cast<std::int64_t>(engine.requests.size()) + (trains ? 4 : 0) +
-                              (failed_here ? 1000 : 0);
-    const std::tuple score{trains_it ? 1 : 0, resident ? 1 : 0,
+    const std::int64_t load = static_cast<std::int64_t>(engine.requests.size()) + (trains ? 4 : 0);
+    const std::tuple score{failed_here ? 0 : 1, trains_it ? 1 : 0, resident ? 1 : 0,
                            depth == depths.end() ? std::size_t{0} : depth->second, -load};
     if (best == nullptr || score > best_score) {
       best = candidate;

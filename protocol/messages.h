@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 7;  ///< range: version.h
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 8;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one client frame, or a bulk request
 inline constexpr std::int64_t kCallJsonBytesMax = kFrameBytesMax - (64 << 10);  ///< of a call
 /// One manifest: a checkpoint's names the pieces of all ranks, about 300 bytes each, and the 16 MiB
@@ -313,6 +313,8 @@ struct StartJob {
   std::vector<WorkerId> members;
   /// Since 1.3, with `gang`: {"tp", "pp"} of a replica that serves the model, no job; "": a job.
   std::string serve_json;
+  /// Since 1.8, of a replica: what adapters may take of each rank; less than 0: it was not said.
+  std::int64_t adapter_bytes = -1;
   bool operator==(const StartJob&) const = default;
 };
 /// Since 1.4. A gang over several hosts: its mpirun wants its daemon (Open MPI's orted) started on
@@ -353,10 +355,15 @@ struct WorkerHelloReply {
   std::int64_t heartbeat_ms = 0, lease_ms = 0;
   std::vector<JobId> stop_jobs;  ///< not adopted: end them without publishing
   std::vector<RequestId> stop_requests;
+  /// Since 1.8, to an engine: as HeartbeatReply has it.
+  std::int64_t gang_bytes = 0;
   bool operator==(const WorkerHelloReply&) const = default;
 };
 struct HeartbeatReply {
   std::uint64_t seq = 0;
+  /// Since 1.8, to an engine: what a gang's rank beside it may take of the worker's memory, a
+  /// replica's with its adapters; 0: there is none.
+  std::int64_t gang_bytes = 0;
   bool operator==(const HeartbeatReply&) const = default;
 };
 enum class AgentAction : std::uint8_t {

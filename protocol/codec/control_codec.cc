@@ -12,6 +12,7 @@ static void put(wire::ControlMessage::Builder root, const WorkerHelloReply& m) {
   b.setLeaseMs(m.lease_ms);
   put_ids(b.initStopJobs(count(m.stop_jobs)), m.stop_jobs);
   put_ids(b.initStopRequests(count(m.stop_requests)), m.stop_requests);
+  b.setGangBytes(m.gang_bytes);
 }
 static WorkerHelloReply get(wire::WorkerHelloReply::Reader r) {
   WorkerHelloReply m;
@@ -21,11 +22,14 @@ static WorkerHelloReply get(wire::WorkerHelloReply::Reader r) {
   m.lease_ms = get_count(r.getLeaseMs(), "hello_reply.lease_ms");
   m.stop_jobs = get_ids<JobId>(r.getStopJobs(), "hello_reply.stop_jobs");
   m.stop_requests = get_ids<RequestId>(r.getStopRequests(), "hello_reply.stop_requests");
+  m.gang_bytes = get_count(r.getGangBytes(), "hello_reply.gang_bytes");
   return m;
 }
 
 static void put(wire::ControlMessage::Builder root, const HeartbeatReply& m) {
-  root.initHeartbeat().setSeq(m.seq);
+  auto b = root.initHeartbeat();
+  b.setSeq(m.seq);
+  b.setGangBytes(m.gang_bytes);
 }
 
 static void put(wire::ControlMessage::Builder root, const AgentCommand& m) {
@@ -135,7 +139,8 @@ static ControlMessage get(wire::ControlMessage::Reader r) {
     case wire::ControlMessage::HELLO:
       return get(r.getHello());
     case wire::ControlMessage::HEARTBEAT:
-      return HeartbeatReply{r.getHeartbeat().getSeq()};
+      return HeartbeatReply{r.getHeartbeat().getSeq(), get_count(r.getHeartbeat().getGangBytes(),
+                                                                 "heartbeat_reply.gang_bytes")};
     case wire::ControlMessage::AGENT:
       return AgentCommand{
           get_enum(r.getAgent().getAction(), AgentAction::kUpgrade, "agent.action")};

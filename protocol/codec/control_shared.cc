@@ -39,6 +39,7 @@ void put(wire::StartJob::Builder b, const StartJob& m) {
   b.setGang(m.gang);
   put_ids(b.initMembers(count(m.members)), m.members);
   b.setServeJson(text(m.serve_json));
+  b.setAdapterBytes(m.adapter_bytes);
 }
 StartJob get(wire::StartJob::Reader r) {
   StartJob m;
@@ -55,6 +56,7 @@ StartJob get(wire::StartJob::Reader r) {
   check_list(r.getMembers().size(), "start_job.members", kGangMembersMax);
   m.members = get_ids<WorkerId>(r.getMembers(), "start_job.members");
   m.serve_json = get_text(r.getServeJson(), "start_job.serve_json");
+  m.adapter_bytes = std::max<std::int64_t>(r.getAdapterBytes(), -1);
   return m;
 }
 

@@ -37,7 +37,8 @@ struct Version {
   minor @1 :UInt16;
 }
 # History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
-# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates.
+# GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates;
+# 1.8 HeartbeatReply.gangBytes, WorkerHelloReply.gangBytes, StartJob.adapterBytes.
 
 enum StatusCode {
   ok @0;
@@ -127,7 +128,8 @@ struct Generate {
   # other than none; a full queue is answered at once with `busy` and retryAfterMs.
   # Loss or a broken connection: the client sends it again with the same id and nextIndex = number of
   # tokens it has; the coordinator (or, after its restart, an engine that computes the same tokens
-  # again) goes on with exactly that token. A repeat while the request runs only moves its answers to
+  # again) goes on with exactly that token. After a first chunk the client names the digest in it, not an
+  # alias, which may mean another version by then. A repeat while the request runs only moves its answers to
   # the connection it came on. Ids are 32 hex digits, unique for ever; a different request under an
   # id in use is answered `conflict`.
   id @0 :Text;           # at most 64 bytes

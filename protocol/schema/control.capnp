@@ -202,10 +202,14 @@ struct WorkerHelloReply {
   leaseMs @3 :Int64;
   stopJobs @4 :List(Text);   # not adopted: end them, publish nothing
   stopRequests @5 :List(Text);
+  gangBytes @6 :Int64;       # since 1.8: as in HeartbeatReply
 }
 
 struct HeartbeatReply {
+  # To an engine it says, since 1.8, what it must leave to a gang's rank on its slot: adapters that nobody
+  # uses go at once, others when they are idle, and no base is loaded that does not fit beside it.
   seq @0 :UInt64;
+  gangBytes @1 :Int64;       # device memory of that rank, of a replica with its adapters; 0: no rank
 }
 
 enum AgentAction {
@@ -260,6 +264,7 @@ struct StartJob {
   gang @9 :UInt64;       # incarnation of the first rank's process; 0: not a gang
   members @10 :List(Text);  # workers whose slots it takes, at most 64, the leader first
   serveJson @11 :Text;   # {"tp", "pp"} of a replica; "": a job
+  adapterBytes @12 :Int64 = -1;  # since 1.8, of a replica: what adapters may take of each rank; -1: not said
 }
 
 enum StopMode {

@@ -195,8 +195,8 @@ TEST_F(FarGangs, AreOfHostsWithOneVersionOfThePrograms) {
   const JobId far = h.submit(kFourRanks);
   EXPECT_EQ(h.job(far).state, JobState::kQueued);
   EXPECT_NE(reason(far).find("needs 4 workers of 2 hosts at once, 3 are free; hosts of a gang have "
-                             "one version of Tandem: host has 0.1.0 (protocol 1.7), far has 0.2.0 "
-                             "(protocol 1.7)"),
+                             "one version of Tandem: host has 0.1.0 (protocol 1.8), far has 0.2.0 "
+                             "(protocol 1.8)"),
             std::string::npos)
       << reason(far);
   for (const int slot : {20, 21}) {

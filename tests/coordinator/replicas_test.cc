@@ -149,6 +149,32 @@ TEST_F(ReplicaTest, IsStartedOnAllItsWorkersAtOnceAfterTheCommit) {
   EXPECT_EQ(replica(id).peak_bytes, 10);
 }
 
+/// Engines beside its ranks leave them what the dry run says, and adapters of both share the rest.
+TEST_F(ReplicaTest, ItsEnginesLeaveItsRanksTheirBytesAndHalfOfWhatAdaptersMayTake) {
+  constexpr std::int64_t kMemory = 1 << 30, kPeak = 600, kEngine = 250;
+  const auto reply = add({{"model", "base"}, {"tp", 2}},
+                         R"({"peak_bytes":600,"by_kind":{"serving_engine":250},"fits":true})");
+  ASSERT_TRUE(reply.status.ok()) << reply.status.to_string();
+  const JobId id(nlohmann::json::parse(reply.result_json)["replicas"][0]["replica"]);
+  start = told(0);
+  EXPECT_EQ(start.adapter_bytes, (kMemory - kPeak) / 2);
+  const auto left_to_gang = [&](int slot) {
+    (void)h.to_engine<protocol::HeartbeatReply>(slot);
+    h.beat(slot);
+    const auto replies = h.to_engine<protocol::HeartbeatReply>(slot);
+    return replies.size() == 1 ? replies[0].gang_bytes : -1;
+  };
+  const std::int64_t rank = kPeak - kEngine + start.adapter_bytes;
+  EXPECT_EQ(left_to_gang(0), rank);
+  EXPECT_EQ(left_to_gang(1), rank);
+  EXPECT_EQ(left_to_gang(2), 0) << "it is no member";
+  h.restart();
+  (void)h.to_engine<protocol::WorkerHelloReply>(1);
+  h.engine(1);
+  EXPECT_EQ(h.to_engine<protocol::WorkerHelloReply>(1).at(0).gang_bytes, rank)
+      << "an engine is told before it loads anything";
+}
+
 TEST_F(ReplicaTest, IsRefusedAtSubmissionWithReasonLimitAndValue) {
   const auto code = [&](const nlohmann::json& params, const std::string& dry_run = kFits,
                         const Status& refusal = {}) {

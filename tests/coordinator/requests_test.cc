@@ -90,6 +90,35 @@ TEST_F(RequestsTest, WhatOneEngineRefusesIsAskedOfTheOthersAndRefusedWhenAllDo) 
   EXPECT_EQ(refuse(), -1) << "nobody is asked twice";
 }
 
+TEST_F(RequestsTest, WhatAnEngineIsTooBusyForGoesToAnotherThoughItsPrefixIsThere) {
+  h.engine(1);
+  const auto ask = [&](const std::string& id) {
+    protocol::Generate request;
+    request.id = RequestId(id);
+    request.model = "base";
+    request.input.messages = {{"user", "hello"}};
+    request.no_cache = true;
+    h.from_client("c", request);
+    for (int slot = 0; slot < 2; ++slot)
+      for (const Infer& asked : h.to_engine<Infer>(slot)) return std::pair(slot, asked.attempt);
+    return std::pair(-1, 0u);
+  };
+  const int first = ask("r").first;
+  ASSERT_GE(first, 0);
+  h.answer(first, "r", 0, 2, true);
+  const auto [again, attempt] = ask("s");
+  ASSERT_EQ(again, first) << "its prefix is there";
+  protocol::InferChunk busy;
+  busy.attempt = attempt;
+  busy.chunk.id = RequestId("s");
+  busy.chunk.finish = FinishReason::kError;
+  busy.chunk.status = busy_error("adapters in use take all there is");
+  h.from_engine(first, busy);
+  h.advance(100);
+  EXPECT_TRUE(h.to_engine<Infer>(first).empty());
+  EXPECT_EQ(h.to_engine<Infer>(1 - first).size(), 1u);
+}
+
 TEST_F(RequestsTest, ChunksOfAnOlderAttemptAreDropped) {
   h.generate("r", "base", "hello");
   const auto first = h.to_engine<Infer>(0).at(0);

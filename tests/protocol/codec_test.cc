@@ -183,13 +183,32 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_7.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_8.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion17Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_7.txt");
+  int starts = 0, replies = 0;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("control ")) continue;
+    const auto message = decode_control(bytes_of_hex(line.substr(line.rfind(' ') + 1)));
+    ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+    if (const auto* start = std::get_if<StartJob>(&*message)) {
+      ++starts;
+      EXPECT_EQ(start->adapter_bytes, -1) << "1.7 did not say";
+    } else if (const auto* reply = std::get_if<HeartbeatReply>(&*message)) {
+      ++replies;
+      EXPECT_EQ(reply->gang_bytes, 0);
+    }
+  }
+  EXPECT_EQ(starts, 1);
+  EXPECT_EQ(replies, 1);
 }
 
 TEST(Codec, ReadsWhatVersion16Wrote) {

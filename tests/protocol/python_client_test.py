@@ -211,10 +211,11 @@ class PythonClient(unittest.TestCase):
         self.assertEqual({request["id"] for request in requests}, {requests[0]["id"]})
         self.assertEqual(int(requests[1]["nextIndex"]), 2)
 
-    def test_goes_on_after_a_restart_at_the_next_token(self):
+    def test_goes_on_after_a_restart_at_the_next_token_of_the_same_version(self):
         def first(kind, request, reply):
             if kind == "generate":
-                reply(chunk=token(request, 0))
+                digests = {"model": bytes(32), "adapter": bytes([7] * 32)}
+                reply(chunk={**token(request, 0), **digests})
                 reply(chunk=token(request, 1))
 
         def second(kind, request, reply):
@@ -225,12 +226,14 @@ class PythonClient(unittest.TestCase):
         self.serve(first)
         with self.client() as client:
             got = []
-            for chunk in client.generate("m", prompt="hi"):
+            for chunk in client.generate("alias", prompt="hi"):
                 got.extend(chunk.tokens)
                 if got == [100, 101]:
                     self.serve(second)
         self.assertEqual(got, [100, 101, 102, 103])
-        self.assertEqual(int(self.coordinator.of("generate")[0]["nextIndex"]), 2)
+        again = self.coordinator.of("generate")[0]
+        self.assertEqual(int(again["nextIndex"]), 2)
+        self.assertEqual(again["model"], "07" * 32)
 
     def test_speaks_the_previous_minor_and_reads_its_delay_from_the_text(self):
         asked = []

@@ -169,7 +169,8 @@ StartJob start_job(Draw& d) {
           d.text(),
           d.number(),
           {d.id<WorkerId>(), d.id<WorkerId>()},
-          d.text()};
+          d.text(),
+          d.count()};
 }
 
 LaunchDaemon launch_daemon(Draw& d) {
@@ -251,10 +252,10 @@ ControlMessage random_control_message(std::size_t kind, Random& random) {
   Draw d(random);
   switch (kind) {
     case 0:
-      return WorkerHelloReply{d.status(), d.number(),     d.count(),
-                              d.count(),  d.ids<JobId>(), d.ids<RequestId>()};
+      return WorkerHelloReply{d.status(),     d.number(),         d.count(), d.count(),
+                              d.ids<JobId>(), d.ids<RequestId>(), d.count()};
     case 1:
-      return HeartbeatReply{d.number()};
+      return HeartbeatReply{d.number(), d.count()};
     case 2:
       return AgentCommand{d.value(AgentAction::kUpgrade)};
     case 3:

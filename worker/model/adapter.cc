@@ -162,14 +162,28 @@ std::vector<HostAdapterTensor> shard_adapter(const ModelConfig& config, const Mo
   return local;
 }
 
+namespace {
+
+AdapterLayout layout_of(const ModelConfig& config, const std::vector<HostAdapterTensor>& tensors) {
+  AdapterLayout layout;
+  for (const HostAdapterTensor& tensor : tensors)
+    layout.add(config, tensor.layer, tensor.site, tensor.rank, tensor.scale);
+  return layout;
+}
+
+}  // namespace
+
+std::int64_t adapter_bytes(const ModelConfig& config, DType dtype,
+                           const std::vector<HostAdapterTensor>& tensors) {
+  return layout_of(config, tensors).elements * dtype_bytes(dtype);
+}
+
 Result<std::shared_ptr<const AdapterWeights>> build_adapter(
     kernels::Ops& ops, kernels::Exec& exec, kernels::Allocator& allocator,
     kernels::MemoryLedger& ledger, const ModelConfig& config, DType dtype,
     const std::vector<HostAdapterTensor>& tensors) {
   TANDEM_RETURN_IF_ERROR(check_adapter(config, tensors));
-  AdapterLayout layout;
-  for (const HostAdapterTensor& tensor : tensors)
-    layout.add(config, tensor.layer, tensor.site, tensor.rank, tensor.scale);
+  const AdapterLayout layout = layout_of(config, tensors);
   std::vector<std::byte> host(static_cast<std::size_t>(layout.elements * dtype_bytes(dtype)));
   const auto put = [&](std::int64_t begin, const std::vector<float>& values) {
     store_floats(values, dtype, host.data() + begin * dtype_bytes(dtype));

@@ -63,6 +63,10 @@ Result<std::shared_ptr<const AdapterWeights>> build_adapter(
     kernels::MemoryLedger& ledger, const ModelConfig& config, DType dtype,
     const std::vector<HostAdapterTensor>& tensors);
 
+/// AdapterWeights::bytes of what it would build. Of tensors whose sites the model has.
+std::int64_t adapter_bytes(const ModelConfig& config, DType dtype,
+                           const std::vector<HostAdapterTensor>& tensors);
+
 /// Checks what build_adapter checks, without a device.
 Status check_adapter(const ModelConfig& config, const std::vector<HostAdapterTensor>& tensors);
 

@@ -58,7 +58,6 @@ std::optional<protocol::ControlMessage> CoordinatorLink::poll(TimeMs timeout_ms)
     return std::nullopt;
   }
   heard_ms_ = clock_.now_ms();
-  if (std::holds_alternative<protocol::HeartbeatReply>(*message)) return std::nullopt;
   if (const auto* reply = std::get_if<protocol::WorkerHelloReply>(&*message)) {
     if (reply->status.ok()) {
       state_ = State::kReady;

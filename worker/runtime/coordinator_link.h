@@ -26,8 +26,7 @@ class CoordinatorLink {
                   Callbacks callbacks);
 
   /// Receives for up to `timeout_ms`, says hello and heartbeats when they are due. Returns the next
-  /// message for the owner: all but heartbeat replies; a WorkerHelloReply is returned too, after it
-  /// was acted upon.
+  /// message for the owner; a WorkerHelloReply is returned after it was acted upon.
   std::optional<protocol::ControlMessage> poll(TimeMs timeout_ms);
 
   /// kUnavailable / kBusy: nothing was sent; the owner repeats what matters after the next hello.

@@ -197,7 +197,7 @@ class Engine {
   }
   void on(protocol::InferCancel& cancel) { serve_.cancel(cancel.id); }
   void on(protocol::Announce& announce) { serve_.prefetch(announce); }
-  void on(protocol::HeartbeatReply&) {}
+  void on(protocol::HeartbeatReply& reply) { leave_to_gang(reply.gang_bytes); }
   void on(protocol::AgentCommand&) {}
   void on(protocol::LaunchDaemon&) {}  // agents alone get these two
   void on(protocol::DaemonLaunched&) {}
@@ -214,6 +214,12 @@ class Engine {
         job_.reset();
       }
     for (const RequestId& stopped : reply.stop_requests) serve_.cancel(stopped);
+    leave_to_gang(reply.gang_bytes);
+  }
+
+  void leave_to_gang(std::int64_t bytes) {
+    gang_bytes_ = bytes;
+    if (model_) model_->leave_to_gang(bytes);
   }
 
   void on(protocol::LoadModel& load) {
@@ -238,7 +244,7 @@ class Engine {
     loading_ = {};
     turns_.finish();
     if (!path.ok()) return report_loaded(ref.digest, path.status(), 0);
-    auto opened = ModelHost::open(backend_, ref, *path, options_.model);
+    auto opened = ModelHost::open(backend_, ref, *path, options_.model, gang_bytes_);
     if (!opened.ok()) return report_loaded(ref.digest, opened.status(), 0);  // what is here stays
     const Digest before = model_ ? model_->ref().digest : Digest();
     serve_.set_model(nullptr);
@@ -381,6 +387,7 @@ class Engine {
   std::unique_ptr<ModelHost> model_;
   std::unique_ptr<JobHost> job_;
   Digest loading_;
+  std::int64_t gang_bytes_ = 0;  ///< of this slot's memory, a gang's
   int exit_code_ = -1;
   bool draining_ = false;
   TimeMs drain_until_ms_ = 0, snapshot_ms_ = 0;

@@ -229,8 +229,9 @@ void JobHost::checkpoint() {
   };
   in_background(task, [this, step, snapshot, outcome] {
     if (!outcome->ok()) return checkpoint_stored(step, outcome->status());
-    if (auto installed = model_.install_adapter((*outcome)->digest, snapshot); !installed.ok())
-      log_debug("checkpoint is not servable here now: ", installed.message());
+    if (snapshot != nullptr)
+      if (auto installed = model_.install_adapter((*outcome)->digest, snapshot); !installed.ok())
+        log_debug("checkpoint is not servable here now: ", installed.message());
     checkpoint_stored(step, (*outcome)->manifest);
   });
 }

@@ -32,7 +32,7 @@ class JobSession {
   /// fine-tune.
   virtual std::optional<Result<std::string>> stored_checkpoint(
       const Digest& base_model, const storage::PeftConfig* config) = 0;
-  /// Null where the adapter lies on many ranks.
+  /// Null where the adapter lies on many ranks, or older ones that requests use leave no room.
   virtual std::shared_ptr<const model::AdapterWeights> snapshot_adapter() = 0;
   virtual Result<model::FlatAdapter> flat_adapter(DType dtype) = 0;
   /// On this device, to be served, in room that was made when the session was opened; once. Null

@@ -73,9 +73,10 @@ class LocalSession final : public JobSession {
   [[nodiscard]] const model::LoraConfig& lora() const override { return session_->lora(); }
   Result<train::TrainState> export_state() override { return session_->export_state(); }
   std::shared_ptr<const model::AdapterWeights> snapshot_adapter() override {
-    // The one before goes first, unless a request uses it.
-    (void)serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
-    return session_->snapshot_adapter();
+    // The one before goes first. One that a request uses stays, and where it leaves no room the
+    // next is loaded from the checkpoint when it is asked for.
+    const auto room = serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
+    return room.ok() ? session_->snapshot_adapter() : nullptr;
   }
   Result<model::FlatAdapter> flat_adapter(DType dtype) override {
     return session_->flat_adapter(dtype);
@@ -158,17 +159,17 @@ ModelHost::~ModelHost() = default;
 Result<std::unique_ptr<ModelHost>> ModelHost::open(kernels::Backend& backend,
                                                    const protocol::ModelRef& model,
                                                    const std::string& path,
-                                                   const ModelHostOptions& options) {
+                                                   const ModelHostOptions& options,
+                                                   std::int64_t gang_bytes) {
   TANDEM_ASSIGN_OR_RETURN(auto loaded, model::load_model(path));
-  return adopt(backend, model, std::move(loaded), path, options);
+  return adopt(backend, model, std::move(loaded), path, options, gang_bytes);
 }
 
-Result<std::unique_ptr<ModelHost>> ModelHost::adopt(kernels::Backend& backend,
-                                                    const protocol::ModelRef& model,
-                                                    model::LoadedModel loaded,
-                                                    const std::string& path,
-                                                    const ModelHostOptions& options) {
+Result<std::unique_ptr<ModelHost>> ModelHost::adopt(
+    kernels::Backend& backend, const protocol::ModelRef& model, model::LoadedModel loaded,
+    const std::string& path, const ModelHostOptions& options, std::int64_t gang_bytes) {
   std::unique_ptr<ModelHost> host(new ModelHost(backend, options));
+  host->gang_bytes_ = gang_bytes;
   host->ref_ = model;
   TANDEM_ASSIGN_OR_RETURN(auto encoder, make_encoder(loaded, path));
   host->encoder_ = std::make_unique<data::Encoder>(std::move(encoder));
@@ -184,15 +185,17 @@ Status ModelHost::check_fit() {
       const auto need,
       memory::estimate_serving(backend_.ops->profile(), loaded_.config, options_.dtype,
                                serve_options(options_), options_.adapter_slots + 1));
-  serving_bytes_ = need.peak_total;
-  if (need.peak_total <= options_.memory_bytes_max) return {};
+  serving_bytes_ = taken_bytes_ = need.peak_total;
+  if (need.peak_total <= options_.memory_bytes_max - gang_bytes_) return {};
   const std::int64_t weights = need.of(MemoryKind::kWeights), kv = need.of(MemoryKind::kKv);
-  return refused_error(
-      str("model ", ref_.name, " needs ", format_bytes(need.peak_total),
-          " to be served: ", format_bytes(weights), " for weights, ", format_bytes(kv),
-          " for the KV cache, ", format_bytes(need.peak_total - weights - kv),
-          " for batches; this engine may use ", format_bytes(options_.memory_bytes_max),
-          " (memory_bytes_max); lower kv_bytes_max or batch_tokens_max, or shard the model"));
+  return refused_error(str(
+      "model ", ref_.name, " needs ", format_bytes(need.peak_total), " to be served: ",
+      format_bytes(weights), " for weights, ", format_bytes(kv), " for the KV cache, ",
+      format_bytes(need.peak_total - weights - kv), " for batches; this engine may use ",
+      format_bytes(options_.memory_bytes_max - gang_bytes_), " (memory_bytes_max",
+      gang_bytes_ > 0 ? str(", less ", format_bytes(gang_bytes_), " of the gang's rank beside it")
+                      : std::string(),
+      "); lower kv_bytes_max or batch_tokens_max, or shard the model"));
 }
 
 Status ModelHost::start(const Clock& clock, std::function<bool()> yield) {
@@ -220,8 +223,18 @@ Status ModelHost::start(const Clock& clock, std::function<bool()> yield) {
                    adapters_.get(), 0, options_.adapter_slots, encoder_->tokenizer, clock},
                   serve));
   serve_->reserve_worst_case();
-  serve_->set_adapter_bytes_max(options_.memory_bytes_max - serving_bytes_);
+  limit_adapters();
   return {};
+}
+
+void ModelHost::limit_adapters() {
+  serve_->set_adapter_bytes_max(options_.memory_bytes_max - gang_bytes_ - taken_bytes_);
+}
+
+void ModelHost::leave_to_gang(std::int64_t bytes) {
+  if (bytes == gang_bytes_) return;
+  gang_bytes_ = bytes;
+  limit_adapters();
 }
 
 Result<std::unique_ptr<JobSession>> ModelHost::open_session(
@@ -235,7 +248,8 @@ Result<std::unique_ptr<JobSession>> ModelHost::open_session(
       const auto need, estimate_engine_with_job(backend_.ops->profile(), loaded_.config, options_,
                                                 settings, evaluates));
   const auto room_for_adapters = [this](std::int64_t taken) {
-    serve_->set_adapter_bytes_max(options_.memory_bytes_max - taken);
+    taken_bytes_ = taken;
+    limit_adapters();
   };
   std::shared_ptr<void> while_open(nullptr,
                                    [=, this](void*) { room_for_adapters(serving_bytes_); });
@@ -269,10 +283,13 @@ Status ModelHost::install_adapter(const Digest& digest,
 
 Status ModelHost::load_adapter(const Digest& digest,
                                const std::vector<model::HostAdapterTensor>& tensors) {
-  std::size_t elements = 0;
-  for (const auto& tensor : tensors) elements += tensor.a.size() + tensor.b.size();
-  TANDEM_RETURN_IF_ERROR(serve_->make_adapter_room(
-      digest, static_cast<std::int64_t>(elements) * dtype_bytes(options_.dtype)));
+  TANDEM_RETURN_IF_ERROR(model::check_adapter(loaded_.config, tensors));
+  const Status room = serve_->make_adapter_room(
+      digest, model::adapter_bytes(loaded_.config, options_.dtype, tensors));
+  if (!room.ok() && gang_bytes_ > 0)
+    return {room.code(), str(room.message(), "; ", format_bytes(gang_bytes_),
+                             " of it are a gang's, whose rank runs beside")};
+  TANDEM_RETURN_IF_ERROR(room);
   TANDEM_ASSIGN_OR_RETURN(
       auto weights,
       model::build_adapter(*backend_.ops, memory_->serve_exec, *backend_.allocator,

@@ -23,7 +23,7 @@ namespace tandem::worker::runtime {
 struct ModelHostOptions {
   DType dtype = DType::kBF16;
   kernels::Numerics numerics = kernels::Numerics::kReplay;
-  std::int64_t memory_bytes_max = 0;  ///< of this engine, all kinds
+  std::int64_t memory_bytes_max = 0;  ///< of this worker, all kinds
   std::int64_t kv_bytes_max = 0;
   std::int64_t adapter_slots = 32;  ///< for serving; training has one more
   std::int64_t batch_tokens_max = 512;
@@ -38,17 +38,16 @@ class ModelHost final : public JobModel, public ServedModel {
   /// Everything that can be wrong with the model at `path` (verified before by the caller), before
   /// any device memory is taken: another model may still be there. Errors: those of the loader, the
   /// tokenizer and the chat template; refused_error when what serving needs does not fit
-  /// memory_bytes_max (names the numbers).
+  /// memory_bytes_max less `gang_bytes` (names the numbers), which are as leave_to_gang() says.
   static Result<std::unique_ptr<ModelHost>> open(kernels::Backend& backend,
                                                  const protocol::ModelRef& model,
                                                  const std::string& path,
-                                                 const ModelHostOptions& options);
+                                                 const ModelHostOptions& options,
+                                                 std::int64_t gang_bytes = 0);
   /// The same of a model that was loaded before; `path` begins errors of its tokenizer.
-  static Result<std::unique_ptr<ModelHost>> adopt(kernels::Backend& backend,
-                                                  const protocol::ModelRef& model,
-                                                  model::LoadedModel loaded,
-                                                  const std::string& path,
-                                                  const ModelHostOptions& options);
+  static Result<std::unique_ptr<ModelHost>> adopt(
+      kernels::Backend& backend, const protocol::ModelRef& model, model::LoadedModel loaded,
+      const std::string& path, const ModelHostOptions& options, std::int64_t gang_bytes = 0);
   /// Takes the device memory, once; nothing else may be called before.
   /// `yield` is called between blocks of training's passes, and again while the device is busy with
   /// them; true: the next block is to be issued when the device has done all that was.
@@ -66,6 +65,9 @@ class ModelHost final : public JobModel, public ServedModel {
     return loaded_.generation;
   }
   serve::ServeEngine& serve() override { return *serve_; }
+  /// Of memory_bytes_max so much is a gang's, whose rank runs beside this engine; 0: none does.
+  /// Adapters make room, as ServeEngine::set_adapter_bytes_max says.
+  void leave_to_gang(std::int64_t bytes);
   /// From the next op on, training leaves so many of a GPU's multiprocessors to serving.
   void spare_multiprocessors(int count);
 
@@ -86,12 +88,15 @@ class ModelHost final : public JobModel, public ServedModel {
  private:
   ModelHost(kernels::Backend& backend, const ModelHostOptions& options);
   [[nodiscard]] Status check_fit();
+  void limit_adapters();
 
   kernels::Backend& backend_;
   const ModelHostOptions options_;
   protocol::ModelRef ref_;
   model::LoadedModel loaded_;
   std::int64_t serving_bytes_ = 0;  ///< of all but adapters, at most
+  std::int64_t taken_bytes_ = 0;    ///< the same now, with that of a job in this engine
+  std::int64_t gang_bytes_ = 0;
   std::unique_ptr<data::Encoder> encoder_;
   // Arenas first: what lies in them is destroyed before them.
   struct Memory;

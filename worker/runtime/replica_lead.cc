@@ -127,7 +127,7 @@ class ReplicaLead {
     const protocol::ModelRef& ref = options_.start.model;
     const auto begin = [&]() -> Status {
       TANDEM_RETURN_IF_ERROR(path.status());
-      ReplicaPlan plan{*path, ref.digest, {}};
+      ReplicaPlan plan{*path, ref.digest, {}, options_.start.adapter_bytes};
       TANDEM_ASSIGN_OR_RETURN(plan.layout, parse_replica(options_.start.serve_json));
       rank_.wire().tell(GangOp::kOpen, plan.encode());
       return rank_.open(plan);

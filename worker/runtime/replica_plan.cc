@@ -38,6 +38,7 @@ ByteVector ReplicaPlan::encode() const {
   to.text(base.hex());
   to.number(layout.tp);
   to.number(layout.pp);
+  to.number(adapter_bytes);
   return to.bytes();
 }
 
@@ -50,6 +51,7 @@ ReplicaPlan ReplicaPlan::decode(std::span<const std::byte> bytes) {
   plan.base = *base;
   plan.layout.tp = static_cast<int>(from.number());
   plan.layout.pp = static_cast<int>(from.number());
+  plan.adapter_bytes = from.number();
   return plan;
 }
 

@@ -26,6 +26,7 @@ struct ReplicaPlan {
   std::string model_path;  ///< on this host, verified
   Digest base;             ///< root of every prefix key
   comm::Layout layout;
+  std::int64_t adapter_bytes = -1;  ///< StartJob's
   [[nodiscard]] ByteVector encode() const;
   static ReplicaPlan decode(std::span<const std::byte> bytes);
 };

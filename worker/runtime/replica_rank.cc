@@ -95,6 +95,7 @@ Status ReplicaRank::build(const ReplicaPlan& plan) {
                   {*backend_.allocator, *backend_.ledger, *context_, *weights_, adapters_.get(), 0,
                    options_.adapter_slots, encoder_->tokenizer, clock_, &*ranks_},
                   serve));
+  if (plan.adapter_bytes >= 0) serve_->set_adapter_bytes_max(plan.adapter_bytes);
   return {};
 }
 

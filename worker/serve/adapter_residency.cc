@@ -14,7 +14,7 @@ AdapterResidency::AdapterResidency(std::int64_t slot_begin, std::int64_t slot_co
       set_slot_(std::move(set_slot)),
       slots_(static_cast<std::size_t>(slot_count)) {}
 
-Status AdapterResidency::install(const Digest& digest, Weights weights) {
+Status AdapterResidency::install(const Digest& digest, Weights weights, std::int64_t bytes) {
   if (const auto known = adapters_.find(digest); known != adapters_.end()) {
     known->second.dropped = false;
     return {};
@@ -24,12 +24,13 @@ Status AdapterResidency::install(const Digest& digest, Weights weights) {
   if (static_cast<std::int64_t>(adapters_.size()) >= installed_max_) {
     const auto oldest = oldest_idle();
     if (!oldest)
-      return refused_error(str("adapter ", digest, " cannot be installed: all ", installed_max_,
-                               " installed adapters are in use; raise adapters_max or retry"));
+      return busy_error(str("adapter ", digest, " cannot be installed: all ", installed_max_,
+                            " installed adapters are in use; retry later"));
     erase(*oldest);
   }
   Adapter adapter;
   adapter.weights = std::move(weights);
+  adapter.bytes = round_up(bytes, kernels::kMapGranularity);
   adapter.used_at = ++clock_;
   adapters_.emplace(digest, std::move(adapter));
   return {};
@@ -96,8 +97,7 @@ std::int64_t AdapterResidency::rank_max(const Digest& digest) const {
 
 std::int64_t AdapterResidency::bytes() const {
   std::int64_t bytes = 0;
-  for (const auto& [digest, adapter] : adapters_)
-    bytes += round_up(adapter.weights->bytes, kernels::kMapGranularity);
+  for (const auto& [digest, adapter] : adapters_) bytes += adapter.bytes;
   return bytes;
 }
 

@@ -1,7 +1,8 @@
 // Which adapters are on the device and which of them sit in a slot that rows can name. Two tiers:
-// installed (weights held by shared_ptr, bounded in number) and bound (an entry of the adapter
-// table points at them). Binding is a few small writes, so having fewer slots than adapters in use
-// costs little: a step binds what its rows need. One device thread.
+// installed (weights held by shared_ptr, bounded in number; who installs bounds their bytes) and
+// bound (an entry of the adapter table points at them). Binding is a few small writes, so having
+// fewer slots than adapters in use costs little: a step binds what its rows need. One device
+// thread.
 #pragma once
 
 #include "protocol/base/digest.h"
@@ -26,9 +27,14 @@ class AdapterResidency {
   AdapterResidency(std::int64_t slot_begin, std::int64_t slot_count, std::int64_t installed_max,
                    SetSlot set_slot);
 
-  /// Holds `weights` under `digest`; the least recently used idle adapter goes when there are too
-  /// many. refused_error: all are in use. Installed already: nothing happens.
-  Status install(const Digest& digest, Weights weights);
+  /// Holds `weights` under `digest`, which count as `bytes`; the least recently used idle adapter
+  /// goes when there are too many. busy_error: all are in use. Installed already: nothing
+  /// happens.
+  Status install(const Digest& digest, Weights weights, std::int64_t bytes);
+  Status install(const Digest& digest, Weights weights) {
+    const std::int64_t bytes = weights->bytes;
+    return install(digest, std::move(weights), bytes);
+  }
   [[nodiscard]] bool installed(const Digest& digest) const { return adapters_.contains(digest); }
 
   /// A live request uses it from now on / no longer: adapters in use are not evicted.
@@ -57,6 +63,7 @@ class AdapterResidency {
  private:
   struct Adapter {
     Weights weights;
+    std::int64_t bytes = 0;  ///< in whole pages
     std::int64_t users = 0, used_at = 0;
     std::int32_t slot = -1;  ///< index into slots_
     bool dropped = false;

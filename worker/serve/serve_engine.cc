@@ -3,6 +3,7 @@
 #include "kernels/arena.h"
 #include "kernels/device_error.h"
 #include "protocol/base/units.h"
+#include "worker/model/adapter_layout.h"
 #include "worker/serve/adapter_residency.h"
 #include "worker/serve/batch_runner.h"
 #include "worker/serve/batch_scheduler.h"
@@ -80,7 +81,11 @@ struct ServeEngine::Impl {
   }
   Result<std::shared_ptr<const model::AdapterWeights>> build(
       const std::vector<model::HostAdapterTensor>& tensors);
-  Status install(const Digest& digest, std::shared_ptr<const model::AdapterWeights> weights);
+  Status install(const Digest& digest, std::shared_ptr<const model::AdapterWeights> weights,
+                 std::int64_t bytes);
+  Status make_room(const Digest& digest, std::int64_t bytes);
+  [[nodiscard]] std::int64_t largest_part(
+      const std::vector<model::HostAdapterTensor>& tensors) const;
   /// Idle adapters go until all have at most so many bytes; false: those in use have more.
   bool evict_to(std::int64_t bytes_max);
   [[nodiscard]] RequestLimits request_limits() const;
@@ -215,8 +220,10 @@ void ServeEngine::Impl::forget(LiveRequest& ended) {
   const Sequence& sequence = ended.sequence();
   if (!sequence.adapter_ready)
     --unready;
-  else if (!sequence.adapter.empty())
+  else if (!sequence.adapter.empty()) {
     residency.release(sequence.adapter);
+    evict_to(adapter_bytes_max);  // it may have been lowered while this one was in use
+  }
   average(service_ms, static_cast<double>(now - ended.submitted_at()));
   by_age.erase(sequence.age);
   const RequestId id = ended.request().id;
@@ -260,7 +267,8 @@ Status ServeEngine::install_adapter(const Digest& digest,
                                     std::shared_ptr<const model::AdapterWeights> weights) {
   TANDEM_CHECK(impl_->parts.ranks == nullptr, "ranks of a replica take parts of whole tensors");
   impl_->begin();
-  return impl_->install(digest, std::move(weights));
+  const std::int64_t bytes = weights->bytes;
+  return impl_->install(digest, std::move(weights), bytes);
 }
 
 Status ServeEngine::install_adapter(const Digest& digest,
@@ -270,18 +278,36 @@ Status ServeEngine::install_adapter(const Digest& digest,
     impl_->tell({.kind = EngineCall::Kind::kInstallAdapter, .adapter = digest, .tensors = tensors});
     impl_->flush();
   }
+  TANDEM_RETURN_IF_ERROR(model::check_adapter(impl_->whole, tensors));
+  const std::int64_t bytes = impl_->largest_part(tensors);
+  TANDEM_RETURN_IF_ERROR(impl_->make_room(digest, bytes));
   auto weights = impl_->build(tensors);
   if (impl_->parts.ranks != nullptr)
     TANDEM_RETURN_IF_ERROR(impl_->parts.ranks->calls.agree(weights.status()));
   TANDEM_RETURN_IF_ERROR(weights.status());
-  return impl_->install(digest, std::move(*weights));
+  return impl_->install(digest, std::move(*weights), bytes);
 }
 
-// This rank's part. What is wrong with the tensors is wrong on all ranks; memory for them may lack
-// on one alone, which is then no reason to end the others.
+// Of the rank that has most of it: every rank knows it, for all cut alike.
+std::int64_t ServeEngine::Impl::largest_part(
+    const std::vector<model::HostAdapterTensor>& tensors) const {
+  const int stages = parts.ranks == nullptr ? 1 : parts.ranks->pp.size();
+  std::int64_t largest = 0;
+  for (int s = 0; s < stages; ++s) {
+    const model::Stage stage = model::stage_at(whole.layers, stages, s);
+    model::AdapterLayout part;
+    for (const model::HostAdapterTensor& t : tensors)
+      if (t.layer >= stage.first && t.layer < stage.last)
+        part.add(config, t.layer, t.site, t.rank, t.scale);
+    largest = std::max(largest, part.elements * dtype_bytes(dtype));
+  }
+  return largest;
+}
+
+// This rank's part, of tensors that are right. Memory for it may lack on one rank alone, which is
+// then no reason to end the others.
 Result<std::shared_ptr<const model::AdapterWeights>> ServeEngine::Impl::build(
     const std::vector<model::HostAdapterTensor>& tensors) {
-  TANDEM_RETURN_IF_ERROR(model::check_adapter(whole, tensors));
   const auto local = model::shard_adapter(whole, parts.weights.base().shard(), tensors);
   if (!local.empty()) try {
       return model::build_adapter(parts.context.ops, parts.context.exec, parts.allocator,
@@ -295,13 +321,13 @@ Result<std::shared_ptr<const model::AdapterWeights>> ServeEngine::Impl::build(
 }
 
 Status ServeEngine::Impl::install(const Digest& digest,
-                                  std::shared_ptr<const model::AdapterWeights> weights) {
+                                  std::shared_ptr<const model::AdapterWeights> weights,
+                                  std::int64_t bytes) {
   TANDEM_CHECK(weights != nullptr && !digest.empty(), "adapter ", digest);
   if (weights->rank_max > options.adapter_rank_max)
     return refused_error(str("adapter ", digest, " has rank ", weights->rank_max,
-                             ", this worker serves up to ", options.adapter_rank_max,
-                             "; raise adapter_rank_max"));
-  TANDEM_RETURN_IF_ERROR(residency.install(digest, std::move(weights)));
+                             ", workers serve up to ", options.adapter_rank_max));
+  TANDEM_RETURN_IF_ERROR(residency.install(digest, std::move(weights), bytes));
   if (unready == 0) return {};
   for (Sequence* s : scheduler.waiting_list())
     if (!s->adapter_ready && s->adapter == digest) {
@@ -313,7 +339,6 @@ Status ServeEngine::Impl::install(const Digest& digest,
 }
 
 void ServeEngine::set_adapter_bytes_max(std::int64_t bytes) {
-  TANDEM_CHECK(impl_->parts.ranks == nullptr, "ranks of a replica evict by number");
   impl_->begin();
   impl_->adapter_bytes_max = bytes;
   impl_->evict_to(bytes);
@@ -321,16 +346,20 @@ void ServeEngine::set_adapter_bytes_max(std::int64_t bytes) {
 
 Status ServeEngine::make_adapter_room(const Digest& digest, std::int64_t bytes) {
   impl_->begin();
-  const std::int64_t max = impl_->adapter_bytes_max;
+  return impl_->make_room(digest, bytes);
+}
+
+Status ServeEngine::Impl::make_room(const Digest& digest, std::int64_t bytes) {
+  const std::int64_t max = adapter_bytes_max;
   const std::int64_t needed = round_up(bytes, kernels::kMapGranularity);
-  if (impl_->residency.installed(digest) || impl_->evict_to(max - needed)) return {};
+  if (residency.installed(digest) || evict_to(max - needed)) return {};
   const std::string what =
       str("adapter ", digest, " needs ", format_bytes(needed), " and adapters may take ",
           format_bytes(std::max<std::int64_t>(max, 0)), " of this engine's memory beside all else");
   if (needed > max)
     return refused_error(str(what, "; raise memory_bytes_max or lower kv_bytes_max"));
-  return busy_error(str(what, ", of which ", format_bytes(impl_->residency.bytes()),
-                        " are in use; retry after ", impl_->retry_after(), " ms"));
+  return busy_error(str(what, ", of which ", format_bytes(residency.bytes()),
+                        " are in use; retry after ", retry_after(), " ms"));
 }
 
 bool ServeEngine::Impl::evict_to(std::int64_t bytes_max) {

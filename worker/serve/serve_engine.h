@@ -110,17 +110,19 @@ class ServeEngine {
   /// Adapters that waiting requests need and that are not installed, longest wanted first.
   [[nodiscard]] std::vector<Digest> missing_adapters() const;
   /// Makes an adapter servable. Beyond adapters_max the least recently used idle one goes.
-  /// refused_error: rank over adapter_rank_max, all installed ones in use, no slots. Installing one
-  /// that is installed is a no-op.
+  /// refused_error: rank over adapter_rank_max, no slots; busy_error: all are in use. Installing
+  /// one that is installed is a no-op.
   Status install_adapter(const Digest& digest,
                          std::shared_ptr<const model::AdapterWeights> weights);
   /// The same with the whole model's tensors, of which a rank of a sharded replica takes its part:
   /// the only way there, and all of them have it then or none: one that has no memory for its part
-  /// fails it for all (unavailable_error, with the rank). invalid_error: see build_adapter.
+  /// fails it for all (unavailable_error, with the rank). invalid_error: see build_adapter. Makes
+  /// room as make_adapter_room does, on a replica for the largest part that a rank has of it: so
+  /// all ranks let the same ones go.
   Status install_adapter(const Digest& digest,
                          const std::vector<model::HostAdapterTensor>& tensors);
-  /// Of installed adapters, from now on: idle ones go at once, the least recently used first. What
-  /// an engine of its own may use beside what it always holds; a replica has no such limit.
+  /// Of installed adapters, from now on: idle ones go at once, the least recently used first, those
+  /// in use when they are idle. On a replica not told to the others: each rank is given the same.
   void set_adapter_bytes_max(std::int64_t bytes);
   /// Before memory for one more is taken: idle ones go until `bytes` fit. refused_error: more than
   /// all may take; busy_error: those in use leave less.

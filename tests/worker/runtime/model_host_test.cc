@@ -102,6 +102,50 @@ TEST_F(ModelHostMemory, AdaptersBeyondItTakeThePlaceOfIdleOnes) {
   EXPECT_NE(none.message().find("memory_bytes_max"), std::string::npos) << none.message();
 }
 
+TEST_F(ModelHostMemory, AGangsRankBesideTheEngineTakesOfItsAdaptersRoom) {
+  options_.memory_bytes_max = taken() + 3 * kernels::kMapGranularity;
+  open();
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(load(i).ok());
+  serve::GenerateRequest request;
+  request.id = RequestId("r");
+  request.adapter = name(0);
+  request.prompt = {1, 2, 3};
+  request.sampling.max_tokens = 2;
+  ASSERT_TRUE(host_->serve().submit(std::move(request)).ok());
+  std::int64_t gang = 2 * kernels::kMapGranularity;
+  host_->leave_to_gang(gang);
+  EXPECT_EQ(resident(), std::vector{name(0)}) << "those that nobody uses go at once";
+  EXPECT_LE(taken(), options_.memory_bytes_max - gang);
+  EXPECT_EQ(load(3).code(), StatusCode::kBusy);
+
+  gang = 3 * kernels::kMapGranularity;
+  host_->leave_to_gang(gang);
+  EXPECT_EQ(resident(), std::vector{name(0)});
+  while (host_->serve().has_work()) (void)host_->serve().step();
+  EXPECT_TRUE(resident().empty()) << "and the others when they are idle";
+  EXPECT_LE(taken(), options_.memory_bytes_max - gang);
+  const Status none = load(3);
+  EXPECT_EQ(none.code(), StatusCode::kRefused);
+  EXPECT_NE(none.message().find("6.0 MiB of it are a gang's"), std::string::npos) << none.message();
+
+  host_->leave_to_gang(0);
+  EXPECT_TRUE(load(3).ok()) << "its end gives them their room back";
+}
+
+TEST_F(ModelHostMemory, ABaseThatDoesNotFitBesideAGangsRankIsRefusedWithTheNumbers) {
+  options_.memory_bytes_max = taken() + 3 * kernels::kMapGranularity;
+  protocol::ModelRef ref;
+  ref.name = "tiny";
+  const auto beside = [&](std::int64_t gang_bytes) {
+    return ModelHost::open(backend_, ref, folder_, options_, gang_bytes).status();
+  };
+  EXPECT_TRUE(beside(3 * kernels::kMapGranularity).ok());
+  const Status refused = beside(4 * kernels::kMapGranularity);
+  EXPECT_EQ(refused.code(), StatusCode::kRefused) << refused.message();
+  EXPECT_NE(refused.message().find("less 8.0 MiB of the gang's rank beside it"), std::string::npos)
+      << refused.message();
+}
+
 TEST_F(ModelHostMemory, AJobThatFitsByItsEstimateStaysWithinItBesideServingAndAdapters) {
   protocol::TrainSettings settings;
   settings.max_length = 128;
@@ -129,6 +173,17 @@ TEST_F(ModelHostMemory, AJobThatFitsByItsEstimateStaysWithinItBesideServingAndAd
     EXPECT_TRUE(host_->install_adapter(name(snapshot), (*session)->snapshot_adapter()).ok());
     EXPECT_EQ(resident().at(0), name(snapshot));
   }
+  // Requests keep the snapshot that they began with, and none is made that has no room beside it.
+  serve::GenerateRequest request;
+  request.id = RequestId("r");
+  request.adapter = name(9);
+  request.prompt = {1, 2, 3};
+  request.sampling.max_tokens = 2;
+  ASSERT_TRUE(host_->serve().submit(std::move(request)).ok());
+  EXPECT_EQ((*session)->snapshot_adapter(), nullptr);
+  EXPECT_EQ(resident(), std::vector{name(9)});
+  while (host_->serve().has_work()) (void)host_->serve().step();
+  EXPECT_NE((*session)->snapshot_adapter(), nullptr);
   while ((*session)->step() < (*session)->total_steps()) ASSERT_TRUE((*session)->run_slice().ok());
   EXPECT_LE(backend_.ledger->peak_total(), options_.memory_bytes_max);
   // What serving has beside the cache is no part of the session's own dry run.

@@ -71,7 +71,7 @@ TEST(AdapterResidency, EvictsTheLeastRecentlyUsedIdleAdapterOnly) {
   EXPECT_FALSE(residency.installed(name(1)));
   residency.acquire(name(2));
   const Status full = residency.install(name(3), weights());
-  EXPECT_EQ(full.code(), StatusCode::kRefused);
+  EXPECT_EQ(full.code(), StatusCode::kBusy);
   EXPECT_NE(full.message().find("all 2 installed adapters are in use"), std::string::npos);
   residency.release(name(0));
   EXPECT_TRUE(residency.install(name(3), weights()).ok());

@@ -80,6 +80,50 @@ TEST(ReplicaAdapters, AreLoadedOnAllRanksOrOnNone) {
   other.join();
 }
 
+/// What adapters may take is the same on every rank, and counts what the fullest one holds: all let
+/// the same ones go, though some lie on one stage alone.
+TEST(ReplicaAdapters, BeyondTheirBytesTheIdleOnesGoOnAllRanks) {
+  const comm::Layout layout{1, 1, 2, 0};
+  auto gang = comm::make_thread_communicators(layout.ranks());
+  const auto name = [](std::uint64_t i) { return sha256(str("adapter", i)); };
+  const auto run = [&](comm::Communicator& comm) {
+    ReplicaRank rank(comm, layout, true);
+    const auto engine = rank.engine(false);
+    engine->set_adapter_bytes_max(2 * kernels::kMapGranularity);
+    const auto adapters = [&] {
+      return rank.backend.ledger->live(kernels::MemoryKind::kAdapters) - rank.adapters_arena.used();
+    };
+    const std::vector<Digest> left{name(5), name(4)};
+    if (comm.rank() != 0) {
+      while (engine->follow()) EXPECT_LE(engine->stats().resident_adapters.size(), 2u);
+      EXPECT_EQ(engine->stats().resident_adapters, left);
+      return;
+    }
+    for (std::uint64_t i = 1; i <= 4; ++i) {
+      EXPECT_TRUE(engine->install_adapter(name(i), replica_adapter(i, true)).ok());
+      EXPECT_LE(adapters(), 3 * kernels::kMapGranularity) << "the table's page, and two of them";
+    }
+    // In use they stay, and what finds no room is told so, everywhere.
+    for (const std::uint64_t i : {3, 4}) {
+      GenerateRequest uses = request(str("r", i), {1, 2, 3}, 4);
+      uses.adapter = name(i);
+      EXPECT_TRUE(engine->submit(uses).ok());
+    }
+    const Status full = engine->install_adapter(name(5), replica_adapter(5, true));
+    EXPECT_EQ(full.code(), StatusCode::kBusy) << full.to_string();
+    EXPECT_NE(full.message().find("4.0 MiB are in use"), std::string::npos) << full.message();
+    Outcomes outcomes;
+    drain(*engine, outcomes);
+    EXPECT_EQ(outcomes.at("r3").ids.size(), 4u);
+    EXPECT_TRUE(engine->install_adapter(name(5), replica_adapter(5, true)).ok());
+    EXPECT_EQ(engine->stats().resident_adapters, left);
+    engine->end();
+  };
+  std::thread other([&] { run(*gang[1]); });
+  run(*gang[0]);
+  other.join();
+}
+
 TEST(EngineCall, ComesBackAsItWas) {
   EngineCall call{.kind = EngineCall::Kind::kSubmit, .now = 77, .number = -5};
   call.request = request("r", {1, 2, 3}, 9);

@@ -60,6 +60,7 @@ class _Operation:
         self.busy_since: Optional[float] = None
         self.repeats = 0  # without progress
         self.next_index = 0
+        self.model = ""  # digest of what answers, as soon as it said so
         self.last_seq = 0
         self.arrived: deque[wire.Reply] = deque()
         self.ended = False
@@ -174,9 +175,9 @@ class Client:
         def make(operation: _Operation) -> bytes:
             left = 0 if deadline is None else max(1, int((deadline - time.monotonic()) * 1000))
             return wire.generate(
-                id_, model, messages=messages, prompt=prompt, tokens=tokens, raw=raw, sampling=how,
-                stream=stream, no_cache=no_cache, next_index=operation.next_index,
-                deadline_ms=left,
+                id_, operation.model or model, messages=messages, prompt=prompt, tokens=tokens,
+                raw=raw, sampling=how, stream=stream, no_cache=no_cache,
+                next_index=operation.next_index, deadline_ms=left,
             )  # fmt: skip
 
         operation = _Operation(id_, make, self._repeat_s)
@@ -492,6 +493,8 @@ class Client:
                 operation.due = when
             return
         operation.next_index = max(operation.next_index, end)
+        # Asked for again, it must be the version it began with, whatever the alias means by then.
+        operation.model = chunk.adapter or chunk.model or operation.model
         operation.deliver(reply, chunk.finish != "none")
 
     @staticmethod
