@@ -355,7 +355,8 @@ int main(int argc, char** argv) {
   app.add_option("--rank", o.training.rank)->check(CLI::Range(1, 512));
   app.add_option("--rows", o.training.rows, "documents of a training step");
   app.add_option("--length", o.training.length, "tokens of a document");
-  app.add_option("--idle-steps", o.idle_steps, "training steps without requests");
+  app.add_option("--idle-steps", o.idle_steps,
+                 "training steps without requests; of few, a cold GPU makes the first ones fast");
   app.add_option("--rate", o.rate, "requests a second");
   app.add_option("--prompt-tokens", o.prompt);
   app.add_option("--new-tokens", o.new_tokens);

@@ -188,7 +188,8 @@ struct Pong {
 # worker.list       {} -> {"workers": [WORKER]}
 # worker.drain !    {"worker"} -> WORKER. No new work; what runs goes on; jobs write a checkpoint and move.
 # worker.resume !   {"worker"} -> WORKER
-# worker.restart !  {"worker"} -> WORKER. Its engine is ended and started again.
+# worker.restart !  {"worker"} -> WORKER. Its engine ends (a job's checkpoint first), agent and engine start anew, of the
+#                   programs that are in place then: so a pool is upgraded, worker by worker.
 #
 # cache.stats       {} -> {"entries", "bytes", "bytes_max", "hits", "misses", "evictions", "expired"}
 # cache.clear !     {} -> {"entries": removed}

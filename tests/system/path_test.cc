@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 
 namespace tandem::test {
 namespace {
@@ -210,6 +211,42 @@ TEST_F(Path, ARestartedCoordinatorCostsARunningJobNoStep) {
   EXPECT_EQ(end.value("epoch", 0), 1) << end.dump(1);
   EXPECT_EQ(platform_.call("adapter.show", {{"adapter", "restarted"}}).value("digest", ""),
             expected);
+}
+
+TEST_F(Path, ARestartedWorkerRunsTheProgramInPlaceAndItsJobLosesNothing) {
+  namespace fs = std::filesystem;
+  const std::string expected = undisturbed();
+  const std::string copy = platform_.directory() + "/tandem-worker";
+  const auto runs = [](pid_t pid) { return fs::read_symlink(str("/proc/", pid, "/exe")).string(); };
+  fs::copy_file(runs(platform_.agent(0)), copy);
+  platform_.start_worker(1, {"sh", "-c", "shift; exec \"$0\" \"$@\"", copy});
+  const Json workers = platform_.call("worker.list", Json::object())["workers"];
+  ASSERT_EQ(workers.size(), 2u) << workers.dump(1);
+  const auto name_of = [&](int slot) {
+    for (const Json& worker : workers)
+      if (worker.value("worker", "").back() == '0' + slot) return worker.value("worker", "");
+    return std::string();
+  };
+  platform_.call("worker.drain", {{"worker", name_of(0)}});
+  const std::string job = platform_.submit("tiny", data_, "moved", kSettings);
+  ASSERT_TRUE(eventually(60'000, [&] {
+    return platform_.call("job.show", {{"job", job}}).value("step", 0) >= 40;
+  }));
+  const pid_t agent = platform_.agent(1), engine = platform_.engine(1);
+  fs::copy_file(copy, copy + ".new");
+  fs::rename(copy + ".new", copy);
+  ASSERT_EQ(runs(agent), copy + " (deleted)");
+  platform_.call("worker.restart", {{"worker", name_of(1)}});
+  ASSERT_TRUE(eventually(60'000, [&] {
+    const pid_t now = platform_.engine(1);
+    return now > 0 && now != engine;
+  })) << "the engine goes on";
+  EXPECT_EQ(platform_.agent(1), agent) << "another process";
+  EXPECT_EQ(runs(agent), copy);
+  EXPECT_EQ(runs(platform_.engine(1)), copy);
+  const Json end = platform_.wait_job(job);
+  ASSERT_EQ(end.value("state", ""), "done") << end.dump(1);
+  EXPECT_EQ(platform_.call("adapter.show", {{"adapter", "moved"}}).value("digest", ""), expected);
 }
 
 }  // namespace

@@ -357,9 +357,10 @@ void add_replicas(CLI::App& app, Invocation& in) {
 void add_operations(CLI::App& app, Invocation& in) {
   CLI::App* worker = group(app, "worker", "workers");
   verb(*worker, in, "list", "all of them", [](Session& s) { return run_list(s, "worker"); });
-  for (const auto& [action, help] : {std::pair{"drain", "nothing new; jobs move"},
-                                     {"resume", "take work again"},
-                                     {"restart", "a new engine"}}) {
+  for (const auto& [action, help] :
+       {std::pair{"drain", "nothing new; jobs move"},
+        {"resume", "take work again"},
+        {"restart", "a new agent and engine, of the programs in place now"}}) {
     const std::string method = action;
     named(*worker, in, action, help,
           [&in, method](Session& s) { return run_worker_action(s, method, in.name); });

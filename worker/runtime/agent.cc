@@ -8,9 +8,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <csignal>
+#include <cstring>
 #include <utility>
+#include <vector>
 
 namespace tandem::worker::runtime {
 namespace {
@@ -21,6 +25,7 @@ constexpr TimeMs kReportMs = 1000;
 constexpr TimeMs kAskMs = 1000;        ///< for a daemon on another host, again
 constexpr TimeMs kLastWordMs = 1000;   ///< of a gang whose worker has been given another one
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
+constexpr TimeMs kRestartMs = 3000;    ///< so young an engine is what a repeated order was for
 constexpr TimeMs kLongDelayMs = 1000;  ///< before an engine's start: worth a line in the log
 
 StopSignals g_stop_signals;
@@ -142,8 +147,11 @@ class Agent {
       return gang_.answer(*launched);
     const auto* command = std::get_if<protocol::AgentCommand>(&message);
     if (!command || command->action != protocol::AgentAction::kRestartEngine) return;
-    if (kill_at_ms_ != 0) return;  // repeated; a second signal would end it without a checkpoint
+    // Repeated: a second signal would end it without a checkpoint, or end the one that came after.
+    const bool repeated = kill_at_ms_ != 0 || clock_.now_ms() - started_ms_ < scaled_ms(kRestartMs);
+    if (engine_ == 0 || repeated) return;
     log_info("asked to restart the engine");
+    restarting_ = true;
     kill_engine(SIGTERM);
   }
 
@@ -262,6 +270,7 @@ class Agent {
       if (!engine_ended()) return;
       engine_ = 0;
       kill_at_ms_ = 0;
+      if (std::exchange(restarting_, false) && !stopping_) become_new_agent();
       const std::int64_t delay_ms =
           backoff_.next_delay_ms(clock_.now_ms() - started_ms_, by_itself_);
       if (delay_ms >= kLongDelayMs) log_warn("the next engine starts in ", delay_ms, " ms");
@@ -308,6 +317,22 @@ class Agent {
     return true;
   }
 
+  /// Between two engines: the program that is in place now, which may be a newer one, takes over in
+  /// this process. A gang that this one watches keeps it.
+  void become_new_agent() {
+    if (gang_.running()) return;
+    std::vector<std::string> arguments = options_.engine_arguments;
+    std::replace(arguments.begin(), arguments.end(), std::string("--engine"),
+                 std::string("--agent"));
+    std::vector<char*> argv{const_cast<char*>(options_.executable.c_str())};
+    for (auto& argument : arguments) argv.push_back(argument.data());
+    argv.push_back(nullptr);
+    hold_stop_signals();
+    ::execv(options_.executable.c_str(), argv.data());  // locks are close-on-exec and taken anew
+    take_stop_signals();
+    log_error("cannot execute ", options_.executable, ": ", std::strerror(errno));
+  }
+
   const AgentOptions& options_;
   const SlotPaths& paths_;
   const Clock& clock_;
@@ -321,7 +346,7 @@ class Agent {
   TimeMs gang_kill_at_ms_ = 0, next_report_ms_ = 0, next_ask_ms_ = 0;
   RestartBackoff backoff_;
   pid_t engine_ = 0;
-  bool child_ = false, stopping_ = false, by_itself_ = false;
+  bool child_ = false, stopping_ = false, restarting_ = false, by_itself_ = false;
   int stops_seen_ = 0, exit_code_ = -1;
   TimeMs started_ms_ = 0, start_at_ms_ = 0, kill_at_ms_ = 0;
 };

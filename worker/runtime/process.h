@@ -20,8 +20,9 @@ namespace tandem::worker::runtime {
 Result<pid_t> start_process(const std::string& executable,
                             const std::vector<std::string>& arguments, bool die_with_parent,
                             bool stops_wait = false);
-/// Once their handlers are there. The calling thread.
+/// Once their handlers are there; and before this process executes itself anew. The calling thread.
 void take_stop_signals();
+void hold_stop_signals();
 
 /// A program with everything of its own.
 struct ProcessSpec {
