@@ -31,10 +31,6 @@ class AdapterResidency {
   /// goes when there are too many. busy_error: all are in use. Installed already: nothing
   /// happens.
   Status install(const Digest& digest, Weights weights, std::int64_t bytes);
-  Status install(const Digest& digest, Weights weights) {
-    const std::int64_t bytes = weights->bytes;
-    return install(digest, std::move(weights), bytes);
-  }
   [[nodiscard]] bool installed(const Digest& digest) const { return adapters_.contains(digest); }
 
   /// A live request uses it from now on / no longer: adapters in use are not evicted.

@@ -61,6 +61,15 @@ class ModelHostMemory : public testing::Test {
     return {q};
   }
   Status load(int i) { return host_->load_adapter(name(i), adapter()); }
+  /// A request of two tokens.
+  Status use(int i) {
+    serve::GenerateRequest request;
+    request.id = RequestId(str("r", i));
+    request.adapter = name(i);
+    request.prompt = {1, 2, 3};
+    request.sampling.max_tokens = 2;
+    return host_->serve().submit(std::move(request));
+  }
   static Digest name(int i) { return sha256(str("adapter", i)); }
   [[nodiscard]] std::int64_t taken() const { return backend_.ledger->live_total(); }
   [[nodiscard]] std::vector<Digest> resident() const {
@@ -83,13 +92,7 @@ TEST_F(ModelHostMemory, AdaptersBeyondItTakeThePlaceOfIdleOnes) {
   }
   EXPECT_EQ(resident(), (std::vector{name(7), name(6), name(5)}));
   // Those that requests use stay; what has no room is told so and may come again.
-  for (int i = 5; i < 8; ++i) {
-    serve::GenerateRequest request;
-    request.id = RequestId(str("r", i));
-    request.adapter = name(i);
-    request.prompt = {1, 2, 3};
-    ASSERT_TRUE(host_->serve().submit(std::move(request)).ok());
-  }
+  for (int i = 5; i < 8; ++i) ASSERT_TRUE(use(i).ok());
   const Status full = load(8);
   EXPECT_EQ(full.code(), StatusCode::kBusy) << full.message();
   EXPECT_NE(full.message().find("6.0 MiB"), std::string::npos) << full.message();
@@ -106,12 +109,7 @@ TEST_F(ModelHostMemory, AGangsRankBesideTheEngineTakesOfItsAdaptersRoom) {
   options_.memory_bytes_max = taken() + 3 * kernels::kMapGranularity;
   open();
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(load(i).ok());
-  serve::GenerateRequest request;
-  request.id = RequestId("r");
-  request.adapter = name(0);
-  request.prompt = {1, 2, 3};
-  request.sampling.max_tokens = 2;
-  ASSERT_TRUE(host_->serve().submit(std::move(request)).ok());
+  ASSERT_TRUE(use(0).ok());
   std::int64_t gang = 2 * kernels::kMapGranularity;
   host_->leave_to_gang(gang);
   EXPECT_EQ(resident(), std::vector{name(0)}) << "those that nobody uses go at once";
@@ -174,12 +172,7 @@ TEST_F(ModelHostMemory, AJobThatFitsByItsEstimateStaysWithinItBesideServingAndAd
     EXPECT_EQ(resident().at(0), name(snapshot));
   }
   // Requests keep the snapshot that they began with, and none is made that has no room beside it.
-  serve::GenerateRequest request;
-  request.id = RequestId("r");
-  request.adapter = name(9);
-  request.prompt = {1, 2, 3};
-  request.sampling.max_tokens = 2;
-  ASSERT_TRUE(host_->serve().submit(std::move(request)).ok());
+  ASSERT_TRUE(use(9).ok());
   EXPECT_EQ((*session)->snapshot_adapter(), nullptr);
   EXPECT_EQ(resident(), std::vector{name(9)});
   while (host_->serve().has_work()) (void)host_->serve().step();

@@ -26,13 +26,19 @@ Digest name(int i) {
   return sha256(str("adapter ", i));
 }
 
+Status install(AdapterResidency& residency, const Digest& digest,
+               AdapterResidency::Weights weights) {
+  const std::int64_t bytes = weights->bytes;
+  return residency.install(digest, std::move(weights), bytes);
+}
+
 TEST(AdapterResidency, BindsMoreAdaptersThanSlotsStepByStep) {
   Table table;
   AdapterResidency residency(2, 2, 8, table.setter());
   std::vector<AdapterResidency::Weights> all;
   for (int i = 0; i < 5; ++i) {
     all.push_back(weights());
-    ASSERT_TRUE(residency.install(name(i), all.back()).ok());
+    ASSERT_TRUE(install(residency, name(i), all.back()).ok());
   }
   for (int i = 0; i < 5; ++i) {
     const std::vector<Digest> step = {name(i), name((i + 1) % 5)};
@@ -51,7 +57,7 @@ TEST(AdapterResidency, BindsMoreAdaptersThanSlotsStepByStep) {
 TEST(AdapterResidency, ABoundAdapterOfThisStepIsNeverTakenOver) {
   Table table;
   AdapterResidency residency(0, 2, 8, table.setter());
-  for (int i = 0; i < 3; ++i) ASSERT_TRUE(residency.install(name(i), weights()).ok());
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(install(residency, name(i), weights()).ok());
   residency.begin_step(std::vector{name(0), name(1)});
   const auto zero = residency.bind(name(0));
   residency.bind(name(1));
@@ -63,18 +69,18 @@ TEST(AdapterResidency, ABoundAdapterOfThisStepIsNeverTakenOver) {
 TEST(AdapterResidency, EvictsTheLeastRecentlyUsedIdleAdapterOnly) {
   Table table;
   AdapterResidency residency(0, 1, 2, table.setter());
-  ASSERT_TRUE(residency.install(name(0), weights()).ok());
-  ASSERT_TRUE(residency.install(name(1), weights()).ok());
+  ASSERT_TRUE(install(residency, name(0), weights()).ok());
+  ASSERT_TRUE(install(residency, name(1), weights()).ok());
   residency.acquire(name(0));
-  ASSERT_TRUE(residency.install(name(2), weights()).ok());
+  ASSERT_TRUE(install(residency, name(2), weights()).ok());
   EXPECT_TRUE(residency.installed(name(0)));
   EXPECT_FALSE(residency.installed(name(1)));
   residency.acquire(name(2));
-  const Status full = residency.install(name(3), weights());
+  const Status full = install(residency, name(3), weights());
   EXPECT_EQ(full.code(), StatusCode::kBusy);
   EXPECT_NE(full.message().find("all 2 installed adapters are in use"), std::string::npos);
   residency.release(name(0));
-  EXPECT_TRUE(residency.install(name(3), weights()).ok());
+  EXPECT_TRUE(install(residency, name(3), weights()).ok());
 }
 
 TEST(AdapterResidency, DropWaitsForTheLastUserAndClearsTheSlot) {
@@ -82,7 +88,7 @@ TEST(AdapterResidency, DropWaitsForTheLastUserAndClearsTheSlot) {
   AdapterResidency residency(0, 1, 2, table.setter());
   auto w = weights();
   const std::weak_ptr<const model::AdapterWeights> watch = w;
-  ASSERT_TRUE(residency.install(name(0), std::move(w)).ok());
+  ASSERT_TRUE(install(residency, name(0), std::move(w)).ok());
   residency.acquire(name(0));
   residency.begin_step(std::vector{name(0)});
   const auto slot = residency.bind(name(0));
@@ -97,7 +103,7 @@ TEST(AdapterResidency, DropWaitsForTheLastUserAndClearsTheSlot) {
 TEST(AdapterResidency, ReportsMostRecentlyUsedFirst) {
   Table table;
   AdapterResidency residency(0, 1, 4, table.setter());
-  for (int i = 0; i < 3; ++i) ASSERT_TRUE(residency.install(name(i), weights()).ok());
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(install(residency, name(i), weights()).ok());
   residency.acquire(name(1));
   EXPECT_EQ(residency.resident(), (std::vector{name(1), name(2), name(0)}));
 }
