@@ -213,7 +213,7 @@ struct HeartbeatReply {
 }
 
 enum AgentAction {
-  restartEngine @0;
+  restartEngine @0;  # the engine ends, then agent and engine start anew, of the programs in place
   drain @1;        # from here on not sent, and nothing an agent does
   resume @2;
   shutdown @3;

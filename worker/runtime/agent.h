@@ -27,8 +27,9 @@ struct AgentOptions {
   GangOptions gang;
 };
 
-/// Runs until asked to end (SIGTERM) or told to hand over (SIGUSR1: a new
-/// agent takes the slot; the engine stays). Returns the process's exit code, see supervisor.h.
+/// Runs until asked to end (SIGTERM) or told to hand over (SIGUSR1: a new agent takes the slot; the
+/// engine stays). Asked to restart, it ends the engine and executes options.executable in its
+/// place, which starts the next one. Returns the process's exit code, see supervisor.h.
 int run_agent(const AgentOptions& options, const SlotPaths& paths,
               std::unique_ptr<protocol::ClientEndpoint> coordinator, const Clock& clock);
 
