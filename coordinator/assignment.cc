@@ -17,6 +17,7 @@ void Coordinator::model_loaded(Worker& worker, const protocol::ModelLoaded& mess
   engine.load_status = message.status;
   if (message.status.ok()) {
     engine.model = message.model;
+    engine.base_bytes = message.base_bytes;
     engine.failed_loads.erase(message.model);
     context_.log(LogLevel::kInfo, "engine ", worker.id, " holds base ", message.model, " after ",
                  message.seconds, " s");
@@ -26,6 +27,7 @@ void Coordinator::model_loaded(Worker& worker, const protocol::ModelLoaded& mess
                message.status.message());
   if (engine.model == message.model) {  // it gave up the one it held to make room
     engine.model = {};
+    engine.base_bytes = 0;
     return;
   }
   if (engine.failed_loads.size() >= kFailedLoadsMax && !engine.failed_loads.contains(message.model))
@@ -44,7 +46,9 @@ void Coordinator::model_loaded(Worker& worker, const protocol::ModelLoaded& mess
 void Coordinator::load_model(Worker& worker, const ModelRecord& model) {
   worker.engine.loading = model.digest;
   worker.engine.load_sent_ms = context_.now().ms;
-  context_.send_worker(worker.engine.peer, protocol::LoadModel{model_ref(model)});
+  context_.send_worker(
+      worker.engine.peer,
+      protocol::LoadModel{model_ref(model), gang_bytes(context_.tables(), worker.id)});
 }
 
 /// The base this engine should load now, or none. `demand` is what waits, the most urgent first.
@@ -100,7 +104,8 @@ void Coordinator::assign_models() {
     if (engine.model.empty() || !busy) idle.push_back(&worker);
   }
   if (idle.empty()) return;
-  std::vector<BaseDemand> demand = jobs_.demand();
+  std::vector<BaseDemand> demand = replicas_.demand();
+  for (BaseDemand& wanted : jobs_.demand()) demand.push_back(std::move(wanted));
   std::vector<std::pair<std::size_t, Digest>> asked;
   for (const auto& [model, count] : requests_.demand()) asked.emplace_back(count, model);
   std::sort(asked.rbegin(), asked.rend());

@@ -56,6 +56,10 @@ std::int64_t gang_bytes(const Tables& tables, const WorkerId& worker) {
          std::max<std::int64_t>(replica->adapter_bytes, 0);
 }
 
+std::int64_t bytes_together(const Worker& worker, std::int64_t peak, std::int64_t engine) {
+  return peak - engine + std::max(engine, worker.engine.base_bytes);
+}
+
 Placement place(const Job& job, const Tables& tables, const WorkerTable& workers,
                 const std::set<WorkerId>& reserved, const Without& without) {
   if (job.needs_gang()) return place_gang(job, tables, workers, reserved, without);

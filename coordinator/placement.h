@@ -16,7 +16,7 @@ struct Placement {
   WorkerId worker;                ///< empty: none now
   std::vector<WorkerId> members;  ///< of a gang: all its workers, `worker` first
   std::vector<WorkerId> wanted;   ///< a gang that waits for these: jobs behind it leave them alone
-  std::set<WorkerId> load_on;     ///< the job waits for its base to be loaded on one of these
+  std::set<WorkerId> load_on;     ///< it waits for its base to be loaded on one of these
   std::string waiting;            ///< why, for people
 };
 
@@ -43,7 +43,8 @@ Placement place(const Job& job, const Tables& tables, const WorkerTable& workers
 
 /// Workers for a queued job of several ranks: all at once, one per rank, slots with the device of
 /// the job's estimate, of one kind (device name), that train nothing and have memory for a rank
-/// beside their engine (whose base does not matter). On one host where one has as many slots; else
+/// beside their engine, whichever base that holds; where it holds too large a one, the job's, which
+/// fits, is loaded first. On one host where one has as many slots; else
 /// over several, members of a host next to each other. The agent of the first member of each host
 /// must be there, all of one program version: each host's ranks are its own program. Of an elastic
 /// job's sizes the largest that fits. Deterministic.
@@ -107,5 +108,8 @@ const Replica* replica_on(const Tables& tables, const WorkerId& worker);
 /// What the rank of a gang that holds the worker may take of its memory beside the engine, by the
 /// dry run: a job's, or a replica's with its adapters. 0: none does.
 std::int64_t gang_bytes(const Tables& tables, const WorkerId& worker);
+/// What such a rank and the engine of its slot take together: by the dry run (`peak`, of which
+/// `engine`), or with the base that the engine holds, where that takes more.
+std::int64_t bytes_together(const Worker& worker, std::int64_t peak, std::int64_t engine);
 
 }  // namespace tandem::coordinator

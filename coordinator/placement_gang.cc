@@ -1,6 +1,7 @@
 // Workers for a job of several ranks.
 #include "coordinator/placement.h"
 
+#include "protocol/base/units.h"
 #include "protocol/version.h"
 
 #include <nlohmann/json.hpp>
@@ -22,17 +23,29 @@ struct Host {
   bool held_it = false;  ///< the job ran here last
 };
 
+/// What the engine that goes on serving beside a rank of the job leaves too little for it with: the
+/// base that it holds, or one that it loads, whose bytes are not known yet. "" when nothing.
+std::string base_in_the_way(const Job& job, const Worker& worker) {
+  if (!worker.engine.loading.empty()) return "loads a base";
+  const std::int64_t together = bytes_together(worker, job.peak_bytes, job.engine_bytes);
+  if (worker.memory_bytes == 0 || together <= worker.memory_bytes) return "";
+  return str("has ", format_bytes(worker.memory_bytes),
+             ", a rank and the base that its engine holds ", "need ", format_bytes(together));
+}
+
+/// `any_base`: as if every engine held the job's base.
 Host look_at(const std::string& name, const std::vector<const Worker*>& slots, const Job& job,
              const Tables& tables, const WorkerTable& workers, const std::set<WorkerId>& reserved,
-             const Without& without) {
+             const Without& without, bool any_base) {
   Host host{name, {}, {}, "", 0, false};
   for (const Worker* worker : slots) {
     host.held_it = host.held_it || job.worker == worker->id;
     const bool away = !worker->engine.alive && !worker->agent.alive;
     host.away += away;
-    const std::string what = worker->engine.alive
-                                 ? obstacle(job, *worker, tables, workers, reserved, without)
-                                 : std::string(away ? "is not connected" : "has no engine now");
+    std::string what = worker->engine.alive
+                           ? obstacle(job, *worker, tables, workers, reserved, without)
+                           : std::string(away ? "is not connected" : "has no engine now");
+    if (what.empty() && !any_base) what = base_in_the_way(job, *worker);
     (what.empty() ? host.free : host.busy).push_back(worker);
     if (!what.empty() && host.obstacles.size() < 400)
       host.obstacles += str(host.obstacles.empty() ? "" : "; ", worker->id, " ", what);
@@ -211,10 +224,10 @@ Placement place_over_hosts(std::size_t wanted, std::vector<Host> hosts) {
 /// On slots of one kind, by host.
 Placement place_kind(const Job& job, std::size_t wanted, const Kinds::mapped_type& by_host,
                      const std::string& device, const Tables& tables, const WorkerTable& workers,
-                     const std::set<WorkerId>& reserved, const Without& without) {
+                     const std::set<WorkerId>& reserved, const Without& without, bool any_base) {
   std::vector<Host> hosts;
   for (const auto& [host, slots] : by_host)
-    hosts.push_back(look_at(host, slots, job, tables, workers, reserved, without));
+    hosts.push_back(look_at(host, slots, job, tables, workers, reserved, without, any_base));
   const Host* best = nullptr;
   for (const bool connected :
        {true, false}) {  // rather over several hosts than on one that is away
@@ -264,7 +277,7 @@ Placement place_kind(const Job& job, std::size_t wanted, const Kinds::mapped_typ
 /// On the kind where it was last, else on the one with most slots that has as many free.
 Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
                      const WorkerTable& workers, const std::set<WorkerId>& reserved,
-                     const Without& without) {
+                     const Without& without, bool any_base) {
   const std::string device = estimated_device(job.estimate_json);
   const Kinds kinds = kinds_of(workers, device);
   const Worker* last = workers.find(job.worker);
@@ -279,7 +292,7 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
   std::optional<Placement> waits;
   for (const auto* kind : order) {
     Placement placement = place_kind(job, static_cast<std::size_t>(size), kind->second, device,
-                                     tables, workers, reserved, without);
+                                     tables, workers, reserved, without, any_base);
     if (!placement.worker.empty()) return placement;
     if (!waits || (waits->wanted.empty() && !placement.wanted.empty())) waits = placement;
   }
@@ -288,7 +301,7 @@ Placement place_size(const Job& job, std::int64_t size, const Tables& tables,
     return *waits;
   }
   return place_kind(job, static_cast<std::size_t>(size), {}, device, tables, workers, reserved,
-                    without);
+                    without, any_base);
 }
 
 }  // namespace
@@ -297,9 +310,12 @@ Placement place_gang(const Job& job, const Tables& tables, const WorkerTable& wo
                      const std::set<WorkerId>& reserved, const Without& without) {
   Placement placement;
   for (const std::int64_t size : job.sizes) {  // waiting, it keeps the fewest that it can do with
-    placement = place_size(job, size, tables, workers, reserved, without);
+    placement = place_size(job, size, tables, workers, reserved, without, false);
     if (!placement.worker.empty()) return placement;
   }
+  for (WorkerId& id :
+       place_size(job, job.sizes.back(), tables, workers, reserved, without, true).members)
+    if (!base_in_the_way(job, *workers.find(id)).empty()) placement.load_on.insert(std::move(id));
   return placement;
 }
 
@@ -313,8 +329,10 @@ Placement place_replica(const Replica& replica, const Tables& tables, const Work
   gang.worker = replica.worker;
   gang.ranks = replica.ranks();
   gang.sizes = {gang.ranks};
-  set_estimate(
-      gang, nlohmann::json{{"peak_bytes", replica.peak_bytes}, {"device", replica.device}}.dump());
+  set_estimate(gang, nlohmann::json{{"peak_bytes", replica.peak_bytes},
+                                    {"by_kind", {{"serving_engine", replica.engine_bytes}}},
+                                    {"device", replica.device}}
+                         .dump());
   Placement placement = place_gang(gang, tables, workers, reserved);
   if (placement.worker.empty()) return placement;
   const protocol::Version& version = workers.find(placement.worker)->agent.version;

@@ -139,6 +139,18 @@ void Replicas::schedule() {
   }
 }
 
+std::vector<BaseDemand> Replicas::demand() const {
+  std::vector<BaseDemand> demand;
+  std::set<WorkerId> reserved;
+  for (const auto& [id, replica] : context_.tables().replicas) {
+    if (replica.placed()) continue;
+    Placement placement = place_replica(replica, context_.tables(), workers_, reserved);
+    reserved.insert(placement.wanted.begin(), placement.wanted.end());
+    if (!placement.load_on.empty()) demand.push_back({replica.model, std::move(placement.load_on)});
+  }
+  return demand;
+}
+
 void Replicas::start(Replica replica, const Placement& placement) {
   ++replica.epoch;
   ++replica.attempts;
@@ -159,7 +171,9 @@ std::int64_t Replicas::adapter_share(const Replica& replica) const {
   for (const WorkerId& id : replica.members) {
     const Worker* member = workers_.find(id);
     if (member == nullptr || member->memory_bytes == 0) continue;
-    const std::int64_t left = std::max<std::int64_t>(member->memory_bytes - replica.peak_bytes, 0);
+    const std::int64_t left = std::max<std::int64_t>(
+        member->memory_bytes - bytes_together(*member, replica.peak_bytes, replica.engine_bytes),
+        0);
     share = share < 0 ? left / 2 : std::min(share, left / 2);
   }
   return share;

@@ -53,6 +53,8 @@ class Replicas {
   void schedule();
   /// Repeats and time-outs.
   void tick();
+  /// Bases that replicas wait for, as Jobs::demand() has those of jobs.
+  [[nodiscard]] std::vector<BaseDemand> demand() const;
 
   /// Why it does not serve, for people; "" when it does.
   [[nodiscard]] std::string reason(const Replica& replica) const;

@@ -114,6 +114,7 @@ Status WorkerTable::hello(const std::string& peer, const protocol::WorkerHello& 
 /// What a hello says of those who answer requests.
 void WorkerTable::take_hello(Engine& engine, const protocol::WorkerHello& hello) const {
   engine.model = hello.model;
+  engine.base_bytes = hello.base_bytes;
   engine.credits = hello.credits;
   engine.adapters = {hello.adapters.begin(), hello.adapters.end()};
   engine.idle_since_ms = hello.requests.empty() ? context_.now().ms : -1;

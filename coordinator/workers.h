@@ -42,6 +42,8 @@ struct Engine : Process {
   /// that what was sent to one that died is never taken for the next one's. Empty: a job's gang.
   WorkerId name;
   Digest model;  ///< the base it holds; empty: none
+  /// Of the worker's memory, to serve that base, adapters apart; 0: none, or it did not say.
+  std::int64_t base_bytes = 0;
   Digest loading;
   TimeMs load_sent_ms = 0;
   /// Each base waits out its own failures: one that cannot be loaded holds up no other.

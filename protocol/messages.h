@@ -22,7 +22,7 @@
 namespace tandem::protocol {
 
 // -- limits, printed at start --------------------------------------------------------------------
-inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 8;  ///< range: version.h
+inline constexpr std::uint16_t kVersionMajor = 1, kVersionMinor = 9;  ///< range: version.h
 inline constexpr std::int64_t kFrameBytesMax = 4 << 20;  ///< one client frame, or a bulk request
 inline constexpr std::int64_t kCallJsonBytesMax = kFrameBytesMax - (64 << 10);  ///< of a call
 /// One manifest: a checkpoint's names the pieces of all ranks, about 300 bytes each, and the 16 MiB
@@ -232,6 +232,9 @@ struct WorkerHello {
   std::vector<Digest> adapters;     ///< resident
   std::int64_t credits = 0;         ///< requests it will hold at once
   std::string program;              ///< since 1.5, agent: the version of its host's programs
+  /// Since 1.9, engine: what it takes of memory_bytes to serve its base, adapters apart; 0: no
+  /// base.
+  std::int64_t base_bytes = 0;
   bool operator==(const WorkerHello&) const = default;
 };
 /// Every heartbeat_ms from agents and engines. An engine sends it from its device loop, so that a
@@ -254,6 +257,7 @@ struct ModelLoaded {
   Digest model;
   Status status;
   double seconds = 0;
+  std::int64_t base_bytes = 0;  ///< since 1.9, of a base that it holds now: as in WorkerHello
   bool operator==(const ModelLoaded&) const = default;
 };
 struct EstimateReply {
@@ -380,6 +384,7 @@ struct AgentCommand {
 /// Engine: hold this base (replacing none or the same; another base is refused while work runs).
 struct LoadModel {
   ModelRef model;
+  std::int64_t gang_bytes = -1;  ///< since 1.9: as HeartbeatReply has it; less than 0: not said
   bool operator==(const LoadModel&) const = default;
 };
 struct EstimateRequest {

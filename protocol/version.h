@@ -14,7 +14,7 @@ namespace tandem::protocol {
 inline constexpr std::uint16_t kVersionMinorMin = 0;  ///< the oldest that is understood
 static_assert(kVersionMinor == 0 || kVersionMinorMin < kVersionMinor);
 
-/// "1.0 to 1.8".
+/// "1.0 to 1.9".
 std::string version_range();
 
 /// The version to speak with a peer that says `peer` in its hello: the lower of both. kRefused,

@@ -1,6 +1,8 @@
 // ControlMessage: what the coordinator sends to agents and engines.
 #include "protocol/codec/control_shared.h"
 
+#include <algorithm>
+
 namespace tandem::protocol {
 namespace codec {
 
@@ -37,7 +39,9 @@ static void put(wire::ControlMessage::Builder root, const AgentCommand& m) {
 }
 
 static void put(wire::ControlMessage::Builder root, const LoadModel& m) {
-  put(root.initLoadModel().initModel(), m.model);
+  auto b = root.initLoadModel();
+  put(b.initModel(), m.model);
+  b.setGangBytes(m.gang_bytes);
 }
 
 static void put(wire::ControlMessage::Builder root, const EstimateRequest& m) {
@@ -145,7 +149,8 @@ static ControlMessage get(wire::ControlMessage::Reader r) {
       return AgentCommand{
           get_enum(r.getAgent().getAction(), AgentAction::kUpgrade, "agent.action")};
     case wire::ControlMessage::LOAD_MODEL:
-      return LoadModel{get(r.getLoadModel().getModel())};
+      return LoadModel{get(r.getLoadModel().getModel()),
+                       std::max<std::int64_t>(r.getLoadModel().getGangBytes(), -1)};
     case wire::ControlMessage::ESTIMATE:
       return get(r.getEstimate());
     case wire::ControlMessage::START_JOB:

@@ -40,6 +40,7 @@ static void put(wire::WorkerMessage::Builder root, const WorkerHello& m) {
   put_digests(b.initAdapters(count(m.adapters)), m.adapters);
   b.setCredits(m.credits);
   b.setProgram(text(m.program));
+  b.setBaseBytes(m.base_bytes);
 }
 static WorkerHello get(wire::WorkerHello::Reader r) {
   WorkerHello m;
@@ -59,6 +60,7 @@ static WorkerHello get(wire::WorkerHello::Reader r) {
   m.adapters = get_digests(r.getAdapters(), "hello.adapters");
   m.credits = get_count(r.getCredits(), "hello.credits");
   m.program = get_text(r.getProgram(), "hello.program", kNameBytesMax);
+  m.base_bytes = get_count(r.getBaseBytes(), "hello.base_bytes");
   return m;
 }
 
@@ -99,9 +101,11 @@ static void put(wire::WorkerMessage::Builder root, const ModelLoaded& m) {
   b.setModel(data(m.model));
   put(b.initStatus(), m.status);
   b.setSeconds(m.seconds);
+  b.setBaseBytes(m.base_bytes);
 }
 static ModelLoaded get(wire::ModelLoaded::Reader r) {
-  return {get_digest(r.getModel(), "model_loaded.model"), get(r.getStatus()), r.getSeconds()};
+  return {get_digest(r.getModel(), "model_loaded.model"), get(r.getStatus()), r.getSeconds(),
+          get_count(r.getBaseBytes(), "model_loaded.base_bytes")};
 }
 
 static void put(wire::WorkerMessage::Builder root, const EstimateReply& m) {

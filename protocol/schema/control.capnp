@@ -100,6 +100,7 @@ struct WorkerHello {
   adapters @13 :List(Data);  # resident
   credits @14 :Int64;    # requests it will hold at once; the coordinator never has more open with it
   program @15 :Text;     # since 1.5, agent: the version of its host's programs; hosts of a gang have one
+  baseBytes @16 :Int64;  # since 1.9, engine: of memoryBytes, to serve its base, adapters apart; 0: no base
 }
 
 struct Heartbeat {
@@ -124,6 +125,7 @@ struct ModelLoaded {
   model @0 :Data;
   status @1 :Common.Status;
   seconds @2 :Float64;
+  baseBytes @3 :Int64;   # since 1.9: of a base that it holds now, as in WorkerHello
 }
 
 struct EstimateReply {
@@ -230,6 +232,7 @@ struct LoadModel {
   # To an engine: hold this base. Answered with ModelLoaded, also when it holds it already. Another base
   # while work runs: `refused`. Repeated every 5 s until answered or the lease is lost.
   model @0 :ModelRef;
+  gangBytes @1 :Int64 = -1;  # since 1.9: as in HeartbeatReply, so that a gang placed just now counts; -1: not said
 }
 
 struct EstimateRequest {

@@ -99,6 +99,7 @@ void CoreHarness::engine(int slot, Incarnation incarnation,
   hello.device = device(slot);
   hello.device_name = device_names[slot];
   hello.memory_bytes = 1 << 30;
+  hello.base_bytes = base_bytes[slot];
   hello.incarnation = incarnation;
   hello.credits = 2;
   hello.jobs = std::move(jobs);
@@ -236,13 +237,11 @@ JobId CoreHarness::submit(const nlohmann::json& more, const std::string& key) {
   from_client("c", protocol::Call{id, key.empty() ? id : key, "job.submit",
                                   nlohmann::json{{"spec", spec}}.dump()});
   for (const auto& [slot, incarnation] : incarnations_)
-    for (const auto& asked : to_engine<protocol::EstimateRequest>(slot))
-      from_engine(
-          slot,
-          protocol::EstimateReply{
-              asked.call_id,
-              {},
-              nlohmann::json{{"peak_bytes", 10}, {"fits", true}, {"device", device(slot)}}.dump()});
+    for (const auto& asked : to_engine<protocol::EstimateRequest>(slot)) {
+      nlohmann::json reply = dry_run;
+      reply["device"] = device(slot);
+      from_engine(slot, protocol::EstimateReply{asked.call_id, {}, reply.dump()});
+    }
   for (const auto& reply : to_client<protocol::CallReply>("c"))
     if (reply.call_id == id && reply.status.ok())
       return JobId(nlohmann::json::parse(reply.result_json)["job"].get<std::string>());

@@ -56,6 +56,8 @@ class CoreHarness {
   /// What the next hello of a slot's agent and engine says: the device's name, and (the agent) the
   /// version of its programs.
   std::map<int, std::string> device_names, programs;
+  std::map<int, std::int64_t> base_bytes;  ///< what the next hello of an engine says
+  nlohmann::json dry_run{{"peak_bytes", 10}, {"fits", true}};  ///< of submit(), but for the device
   [[nodiscard]] std::string device(int slot) const { return slot < first_gpu ? "cpu" : "cuda"; }
   static std::string engine_peer(int slot) { return str("engine", slot); }
   static std::string agent_peer(int slot) { return str("agent", slot); }

@@ -195,8 +195,8 @@ TEST_F(FarGangs, AreOfHostsWithOneVersionOfThePrograms) {
   const JobId far = h.submit(kFourRanks);
   EXPECT_EQ(h.job(far).state, JobState::kQueued);
   EXPECT_NE(reason(far).find("needs 4 workers of 2 hosts at once, 3 are free; hosts of a gang have "
-                             "one version of Tandem: host has 0.1.0 (protocol 1.8), far has 0.2.0 "
-                             "(protocol 1.8)"),
+                             "one version of Tandem: host has 0.1.0 (protocol 1.9), far has 0.2.0 "
+                             "(protocol 1.9)"),
             std::string::npos)
       << reason(far);
   for (const int slot : {20, 21}) {
@@ -245,6 +245,84 @@ TEST_F(FarGangs, DoNotWaitForAHostThatIsAwayWhereOthersHaveAsManySlots) {
   }
   EXPECT_EQ(h.job(first).epoch, start.epoch + 1);
   EXPECT_EQ(h.job(first).members, (std::vector<WorkerId>{w(10), w(11), w(20)}));
+}
+
+/// Engines hold "another", of 1,000 MiB of a worker's 1,024; a rank takes 100 and the engine that
+/// serves the job's own base 200.
+struct GangsBesideALargeBase : Gangs {
+  static constexpr std::int64_t kMiB = 1 << 20;
+  GangsBesideALargeBase() {
+    another = h.add_model("another");
+    h.dry_run["peak_bytes"] = 300 * kMiB;
+    h.dry_run["by_kind"]["serving_engine"] = 200 * kMiB;
+    for (int slot = 0; slot < 3; ++slot) {
+      h.base_bytes[slot] = 1000 * kMiB;
+      h.agent(slot);
+      h.engine(slot);
+    }
+  }
+  /// The engines that were told to load the base, which then hold it.
+  std::vector<int> loads(const Digest& model) {
+    std::vector<int> slots;
+    for (int slot = 0; slot < 3; ++slot)
+      for (const auto& load : h.to_engine<protocol::LoadModel>(slot))
+        if (load.model.digest == model) slots.push_back(slot);
+    for (const int slot : slots)
+      h.from_engine(slot, protocol::ModelLoaded{model, {}, 1, 200 * kMiB});
+    return slots;
+  }
+  Digest another;
+};
+
+TEST_F(GangsBesideALargeBase, WaitUntilTheirOwnBaseIsLoadedInItsPlace) {
+  const JobId id = h.submit(kTwoRanks);
+  EXPECT_EQ(h.job(id).state, JobState::kQueued) << "1,100 MiB are not there";
+  EXPECT_NE(reason(id).find("host/cpu2 has 1.00 GiB, a rank and the base that its engine holds "
+                            "need 1.07 GiB"),
+            std::string::npos)
+      << reason(id);
+  h.advance(100);
+  std::vector<WorkerId> loaded;
+  for (int turn = 0; turn < 2; ++turn) {
+    const auto slots = loads(base);
+    ASSERT_EQ(slots.size(), 1u) << reason(id);
+    loaded.push_back(CoreHarness::worker(slots[0]));
+    h.advance(100);
+  }
+  EXPECT_EQ(h.job(id).state, JobState::kStarting) << reason(id);
+  EXPECT_TRUE(std::ranges::is_permutation(h.job(id).members, loaded));
+  EXPECT_TRUE(loads(base).empty()) << "the third engine keeps what it holds";
+}
+
+TEST_F(GangsBesideALargeBase, WaitForABaseThatIsBeingLoadedAndAnEngineIsToldOfAGangWithItsBase) {
+  for (int slot = 0; slot < 3; ++slot) h.base_bytes[slot] = 200 * kMiB;
+  protocol::WorkerHello empty;
+  empty.role = protocol::WorkerRole::kEngine;
+  empty.worker = CoreHarness::worker(2);
+  empty.host = "host";
+  empty.slot = 2;
+  empty.device = "cpu";
+  empty.memory_bytes = 1 << 30;
+  empty.incarnation = 7;
+  h.engine(0);
+  h.engine(1);
+  h.from_engine(2, empty);
+  h.advance(100);
+  const auto told_to_load = h.to_engine<protocol::LoadModel>(2);
+  ASSERT_EQ(told_to_load.size(), 1u);
+  EXPECT_EQ(told_to_load[0].gang_bytes, 0);
+  const JobId id = h.submit({{"train", {{"dp", 3}, {"gradient_accumulation_steps", 3}}}});
+  EXPECT_EQ(h.job(id).state, JobState::kQueued);
+  EXPECT_NE(reason(id).find("host/cpu2 loads a base"), std::string::npos) << reason(id);
+  h.from_engine(2, protocol::ModelLoaded{told_to_load[0].model.digest, {}, 1, 200 * kMiB});
+  h.advance(100);
+  EXPECT_EQ(h.job(id).state, JobState::kStarting) << reason(id);
+  empty.incarnation = 8;  // the engine is another, and holds nothing yet
+  h.from_engine(2, empty);
+  h.advance(100);
+  const auto again = h.to_engine<protocol::LoadModel>(2);
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_EQ(again[0].gang_bytes, 100 * kMiB);
 }
 
 struct MixedGangs : Gangs {

@@ -175,6 +175,40 @@ TEST_F(ReplicaTest, ItsEnginesLeaveItsRanksTheirBytesAndHalfOfWhatAdaptersMayTak
       << "an engine is told before it loads anything";
 }
 
+TEST_F(ReplicaTest, ItsAdaptersHaveHalfOfWhatTheBaseThatAnEngineHoldsLeaves) {
+  constexpr std::int64_t kMemory = 1 << 30;
+  h.base_bytes[1] = 400;
+  h.engine(1);
+  const auto reply = add({{"model", "base"}, {"tp", 2}},
+                         R"({"peak_bytes":600,"by_kind":{"serving_engine":250},"fits":true})");
+  ASSERT_TRUE(reply.status.ok()) << reply.status.to_string();
+  EXPECT_EQ(told(0).adapter_bytes, (kMemory - (600 - 250 + 400)) / 2);
+}
+
+TEST_F(ReplicaTest, WaitsUntilItsBaseIsLoadedInPlaceOfOneThatIsTooLarge) {
+  (void)h.add_model("another");  // engines hold it, the first by name
+  for (int slot = 0; slot < 3; ++slot) {
+    h.base_bytes[slot] = (1 << 30) - 300;
+    h.agent(slot);
+    h.engine(slot);
+  }
+  const auto reply = add({{"model", "base"}, {"tp", 2}},
+                         R"({"peak_bytes":600,"by_kind":{"serving_engine":250},"fits":true})");
+  ASSERT_TRUE(reply.status.ok()) << reply.status.to_string();
+  const JobId id(nlohmann::json::parse(reply.result_json)["replicas"][0]["replica"]);
+  EXPECT_EQ(replica(id).state, ReplicaState::kWaiting);
+  h.advance(100);
+  std::size_t loads = 0;
+  for (int slot = 0; slot < 3; ++slot)  // one after another
+    for (const auto& load : h.to_engine<protocol::LoadModel>(slot)) {
+      ++loads;
+      EXPECT_EQ(load.model.digest, base);
+      h.from_engine(slot, protocol::ModelLoaded{base, {}, 1, 250});
+    }
+  EXPECT_EQ(loads, 2u);
+  EXPECT_EQ(replica(id).state, ReplicaState::kStarting) << shown(id)["reason"];
+}
+
 TEST_F(ReplicaTest, IsRefusedAtSubmissionWithReasonLimitAndValue) {
   const auto code = [&](const nlohmann::json& params, const std::string& dry_run = kFits,
                         const Status& refusal = {}) {

@@ -183,13 +183,42 @@ std::string golden_now() {
 /// TANDEM_WRITE_GOLDEN=1 writes the file again; do so only with a new minor version (the schemas
 /// say when that is).
 TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
-  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_8.txt";
+  const std::string path = std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_9.txt";
   if (std::getenv("TANDEM_WRITE_GOLDEN") != nullptr) std::ofstream(path) << golden_now();
   std::ifstream file(path);
   std::stringstream golden;
   golden << file.rdbuf();
   ASSERT_FALSE(golden.str().empty()) << path << " is missing";
   EXPECT_EQ(golden_now(), golden.str());
+}
+
+TEST(Codec, ReadsWhatVersion18Wrote) {
+  std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_8.txt");
+  int hellos = 0, loaded = 0, loads = 0;
+  for (std::string line; std::getline(file, line);) {
+    const auto bytes = bytes_of_hex(line.substr(line.rfind(' ') + 1));
+    if (line.starts_with("worker ")) {
+      const auto message = decode_worker(bytes);
+      ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+      if (const auto* hello = std::get_if<WorkerHello>(&*message)) {
+        ++hellos;
+        EXPECT_EQ(hello->base_bytes, 0);
+      } else if (const auto* done = std::get_if<ModelLoaded>(&*message)) {
+        ++loaded;
+        EXPECT_EQ(done->base_bytes, 0);
+      }
+    } else if (line.starts_with("control ")) {
+      const auto message = decode_control(bytes);
+      ASSERT_TRUE(message.ok()) << line << ": " << message.status().to_string();
+      if (const auto* load = std::get_if<LoadModel>(&*message)) {
+        ++loads;
+        EXPECT_EQ(load->gang_bytes, -1) << "1.8 did not say";
+      }
+    }
+  }
+  EXPECT_EQ(hellos, 1);
+  EXPECT_EQ(loaded, 1);
+  EXPECT_EQ(loads, 1);
 }
 
 TEST(Codec, ReadsWhatVersion17Wrote) {

@@ -137,6 +137,7 @@ WorkerHello worker_hello(Draw& d) {
   m.adapters = d.digests();
   m.credits = d.count();
   m.program = d.text();
+  m.base_bytes = d.count();
   return m;
 }
 
@@ -224,7 +225,7 @@ WorkerMessage random_worker_message(std::size_t kind, Random& random) {
     case 1:
       return heartbeat(d);
     case 2:
-      return ModelLoaded{d.digest(), d.status(), d.real()};
+      return ModelLoaded{d.digest(), d.status(), d.real(), d.count()};
     case 3:
       return EstimateReply{d.text(), d.status(), d.text()};
     case 4:
@@ -259,7 +260,7 @@ ControlMessage random_control_message(std::size_t kind, Random& random) {
     case 2:
       return AgentCommand{d.value(AgentAction::kUpgrade)};
     case 3:
-      return LoadModel{d.model()};
+      return LoadModel{d.model(), d.count()};
     case 4:
       return EstimateRequest{d.text(), d.model(), d.text(), d.text(), false};
     case 5:

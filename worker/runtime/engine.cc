@@ -143,6 +143,7 @@ class Engine {
     snapshot_ = std::move(beat);
     snapshot_requests_ = serve_.live();
     snapshot_model_ = model_ ? model_->ref().digest : Digest{};
+    snapshot_base_bytes_ = model_ ? model_->serving_bytes() : 0;
   }
 
   // -- I/O thread: reads snapshots only ----------------------------------------------------------
@@ -165,6 +166,7 @@ class Engine {
     hello.pid = ::getpid();
     hello.incarnation = incarnation_;
     hello.model = snapshot_model_;
+    hello.base_bytes = snapshot_base_bytes_;
     hello.jobs = snapshot_.jobs;
     hello.requests = snapshot_requests_;
     hello.adapters = snapshot_.adapters;
@@ -224,6 +226,7 @@ class Engine {
 
   void on(protocol::LoadModel& load) {
     const Digest digest = load.model.digest;
+    if (load.gang_bytes >= 0) leave_to_gang(load.gang_bytes);
     if (model_ && model_->ref().digest == digest) return report_loaded(digest, {}, 0);
     if (loading_ == digest) return;
     if (model_ && (job_ || serve_.live_count() > 0))
@@ -267,7 +270,8 @@ class Engine {
 
   void report_loaded(const Digest& model, const Status& status, double seconds) {
     if (!status.ok()) log_warn("model ", model, " was not loaded: ", status.to_string());
-    io_.send(protocol::ModelLoaded{model, status, seconds});
+    io_.send(
+        protocol::ModelLoaded{model, status, seconds, status.ok() ? model_->serving_bytes() : 0});
   }
 
   void on(protocol::EstimateRequest& request) {
@@ -398,6 +402,7 @@ class Engine {
   protocol::Heartbeat snapshot_;
   std::vector<RequestId> snapshot_requests_;
   Digest snapshot_model_;
+  std::int64_t snapshot_base_bytes_ = 0;
   Inbox serve_inbox_{kInboxMax}, control_inbox_{kInboxMax};
   BoundedQueue<bool> wake_{1};
   EngineIo io_;

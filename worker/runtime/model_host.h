@@ -65,6 +65,8 @@ class ModelHost final : public JobModel, public ServedModel {
     return loaded_.generation;
   }
   serve::ServeEngine& serve() override { return *serve_; }
+  /// Of memory_bytes_max, by the dry run, for all but adapters and a job.
+  [[nodiscard]] std::int64_t serving_bytes() const { return serving_bytes_; }
   /// Of memory_bytes_max so much is a gang's, whose rank runs beside this engine; 0: none does.
   /// Adapters make room, as ServeEngine::set_adapter_bytes_max says.
   void leave_to_gang(std::int64_t bytes);
