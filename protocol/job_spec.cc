@@ -140,7 +140,7 @@ const std::vector<Field>& fields() {
   constexpr std::int64_t kBig = std::int64_t{1} << 40;
   static const std::vector<Field> table{
       words("method", {"lora", "full"}, &S::method),
-      integer("lora_r", &S::lora_r, 1, 512),
+      integer("lora_r", &S::lora_r, 1, kLoraRankMax),
       real("lora_alpha", &S::lora_alpha, {0, kInf, true}),
       real("lora_dropout", &S::lora_dropout, {0, 1, false, true}),
       boolean("use_rslora", &S::use_rslora),

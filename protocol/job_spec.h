@@ -14,6 +14,8 @@ namespace tandem::protocol {
 
 /// Ranks of one job at most.
 inline constexpr std::int64_t kRanksMax = 64;
+/// Of an adapter's low-rank matrices, at most, trained or served.
+inline constexpr std::int64_t kLoraRankMax = 512;
 
 /// What happens to a row longer than max_length.
 enum class OverLength { kRaise, kDrop, kTruncate };
@@ -23,7 +25,7 @@ enum class Schedule { kCosine, kLinear, kConstant };
 struct TrainSettings {
   std::string method = "lora";  ///< "lora", or "full": all weights, published as a model
   // -- lora (PEFT names)
-  std::int64_t lora_r = 16;   ///< 1..512
+  std::int64_t lora_r = 16;   ///< 1..kLoraRankMax
   double lora_alpha = 32.0;   ///< > 0
   double lora_dropout = 0.0;  ///< [0, 1)
   bool use_rslora = false;

@@ -150,9 +150,12 @@ Status check_fields(const Json& json, const std::string& what) {
 
 Status read_numbers(const Json& json, const std::string& what, PeftConfig& config) {
   const Json r = json.value("r", Json(8));
-  if (!r.is_number_integer() || r.get<std::int64_t>() < 1 || r.get<std::int64_t>() > kLoraRankMax)
+  if (!r.is_number_integer() || r.get<std::int64_t>() < 1)
     return invalid_error(
         str(what, ": r ", r.dump(), " is not an integer from 1 to ", kLoraRankMax));
+  if (r.get<std::int64_t>() > kLoraRankMax)
+    return refused_error(
+        str(what, ": r ", r.dump(), "; adapters of rank 1 to ", kLoraRankMax, " are served"));
   config.r = r.get<std::int64_t>();
   const Json alpha = json.value("lora_alpha", Json(8));
   if (!alpha.is_number() || !(alpha.get<double>() > 0))
@@ -240,9 +243,12 @@ Status check_site(const AdapterTensors& site, const PeftConfig& config, const st
                        "; f32, bf16 and f16 are supported"));
   }
   const std::int64_t rank = site.a.shape[0];
-  if (rank < 1 || rank > kLoraRankMax || site.a.shape[1] < 1 || site.b.shape[0] < 1)
+  if (rank < 1 || site.a.shape[1] < 1 || site.b.shape[0] < 1)
     return wrong(str("lora_A ", shape_text(site.a), ", lora_B ", shape_text(site.b),
                      ": the rank must be 1 to ", kLoraRankMax));
+  if (rank > kLoraRankMax)
+    return refused_error(str(what, ", site ", site.site, " has rank ", rank,
+                             "; adapters of rank 1 to ", kLoraRankMax, " are served"));
   if (site.b.shape[1] != rank)
     return wrong("lora_A " + shape_text(site.a) + " and lora_B " + shape_text(site.b) +
                  " do not share a rank");

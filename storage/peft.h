@@ -9,6 +9,7 @@
 // training (lora_dropout, init_lora_weights, ...) are accepted.
 #pragma once
 
+#include "protocol/job_spec.h"
 #include "storage/safetensors.h"
 
 #include <map>
@@ -19,7 +20,7 @@
 namespace tandem::storage {
 
 inline constexpr std::int64_t kAdapterConfigBytesMax = 1 << 20;
-inline constexpr std::int64_t kLoraRankMax = 4096;
+using protocol::kLoraRankMax;  ///< larger ones are refused
 
 /// adapter_config.json, as far as it changes the mathematics.
 struct PeftConfig {

@@ -144,6 +144,9 @@ Status check_adapter_fits(const Manifest& adapter, const Manifest& base) {
       return refused_error(str("adapter tensor ", tensor.name, " has shape ",
                                Json(tensor.shape).dump(), ", this model needs ",
                                is_a ? str("[r,", in, "]") : str("[", out, ",r]")));
+    if (rank > kLoraRankMax)
+      return refused_error(str("adapter tensor ", tensor.name, " has rank ", rank,
+                               "; adapters of rank 1 to ", kLoraRankMax, " are served"));
     ranks[site][is_a ? 0 : 1] = rank;
   }
   for (const auto& [site, rank] : ranks)

@@ -93,6 +93,7 @@ TEST(Peft, RefusesWhatChangesTheMathematicsByName) {
                           R"("init_lora_weights":"pissa")",
                           R"("task_type":"SEQ_CLS")",
                           R"("some_new_field":3)",
+                          R"("r":513)",
                           R"("alora_invocation_tokens":[1])",
                           R"("rank_pattern":{"q_.*":4})",
                           R"("alpha_pattern":{"q_proj":1,"self_attn.q_proj":2})"};
@@ -109,7 +110,7 @@ TEST(Peft, RefusesWhatChangesTheMathematicsByName) {
 
 TEST(Peft, RefusesValuesOutOfRange) {
   for (const std::string field :
-       {R"("r":0)", R"("r":-1)", R"("r":1.5)", R"("r":"8")", R"("r":100000)", R"("lora_alpha":0)",
+       {R"("r":0)", R"("r":-1)", R"("r":1.5)", R"("r":"8")", R"("lora_alpha":0)",
         R"("lora_alpha":"x")", R"("lora_dropout":1)", R"("use_rslora":1)", R"("target_modules":3)",
         R"("target_modules":[3])", R"("rank_pattern":[])", R"("rank_pattern":{"q_proj":0})",
         R"("rank_pattern":{"q_proj":1.5})"})
@@ -283,6 +284,10 @@ TEST(AdapterFit, NamesTheTensorThatTheBaseHasNoPlaceFor) {
   EXPECT_NE(message({a, tensor(b.name, {4, 2})}).find("this model needs [5,r]"), std::string::npos);
   EXPECT_NE(message({a}).find("lora_A of rank 2 and lora_B of rank 0"), std::string::npos);
   EXPECT_NE(message({tensor(a.name, {2, 3}, "u8"), b}).find("dtype u8"), std::string::npos);
+  EXPECT_EQ(message({tensor(a.name, {512, 3}), tensor(b.name, {5, 512})}), "ok");
+  EXPECT_NE(message({tensor(a.name, {513, 3}), tensor(b.name, {5, 513})})
+                .find("q_proj.lora_A.weight has rank 513; adapters of rank 1 to 512 are served"),
+            std::string::npos);
   for (const char* name : {"layers.1.self_attn.q_proj", "layers.0.self_attn.qkv", "embed_tokens"})
     EXPECT_NE(message({tensor(str("base_model.model.model.", name, ".lora_A.weight"), {2, 3})})
                   .find("matches no linear layer"),

@@ -2,6 +2,7 @@
 
 #include "protocol/base/log.h"
 #include "protocol/base/units.h"
+#include "protocol/job_spec.h"
 #include "worker/memory/estimator.h"
 #include "worker/runtime/encoder.h"
 #include "worker/runtime/job_estimate.h"
@@ -148,7 +149,7 @@ serve::ServeOptions serve_options(const ModelHostOptions& options) {
   serve.max_batch_tokens = options.batch_tokens_max;
   serve.max_running = options.running_max;
   serve.max_waiting = options.waiting_max;
-  serve.adapter_rank_max = 512;
+  serve.adapter_rank_max = protocol::kLoraRankMax;
   return serve;
 }
 
