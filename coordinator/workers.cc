@@ -245,10 +245,15 @@ void WorkerTable::set_draining(const WorkerId& id, bool draining) {
 }
 
 void WorkerTable::restart(Worker& worker) {
-  worker.restarting = worker.engine.incarnation;
+  worker.restarting = worker.engine.alive ? worker.engine.incarnation : 0;
+  send_restart(worker);
+}
+
+void WorkerTable::send_restart(Worker& worker) {
   worker.restart_sent_ms = context_.now().ms;
-  context_.send_worker(worker.agent.peer,
-                       protocol::AgentCommand{protocol::AgentAction::kRestartEngine});
+  context_.send_worker(
+      worker.agent.peer,
+      protocol::AgentCommand{protocol::AgentAction::kRestartEngine, worker.restarting});
 }
 
 void WorkerTable::tick() {
@@ -256,7 +261,7 @@ void WorkerTable::tick() {
     if (worker.restarting != worker.engine.incarnation) worker.restarting = 0;
     if (worker.restarting != 0 && worker.agent.alive &&
         context_.now().ms - worker.restart_sent_ms >= context_.limits().resend_ms)
-      restart(worker);
+      send_restart(worker);
   }
 }
 

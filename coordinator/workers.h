@@ -141,13 +141,14 @@ class WorkerTable {
   [[nodiscard]] bool draining(const WorkerId& id) const;
   void set_draining(const WorkerId& id, bool draining);
   /// Tells the worker's agent to end its engine and start another, again and again until there is
-  /// another.
+  /// another; where none is here it is said once, of whichever the agent has.
   void restart(Worker& worker);
   void tick();  ///< repeats restarts
   [[nodiscard]] std::size_t engines_alive() const;
 
  private:
   Process& process(Worker& worker, protocol::WorkerRole role);
+  void send_restart(Worker& worker);
   void take_hello(Engine& engine, const protocol::WorkerHello& hello) const;
   void forget_old();
 

@@ -379,6 +379,8 @@ enum class AgentAction : std::uint8_t {
 };
 struct AgentCommand {
   AgentAction action = AgentAction::kDrain;
+  /// Since 1.9, of a restart: the engine that is to end; 0: whichever there is.
+  Incarnation engine = 0;
   bool operator==(const AgentCommand&) const = default;
 };
 /// Engine: hold this base (replacing none or the same; another base is refused while work runs).

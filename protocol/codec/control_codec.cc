@@ -35,7 +35,9 @@ static void put(wire::ControlMessage::Builder root, const HeartbeatReply& m) {
 }
 
 static void put(wire::ControlMessage::Builder root, const AgentCommand& m) {
-  root.initAgent().setAction(static_cast<wire::AgentAction>(m.action));
+  auto b = root.initAgent();
+  b.setAction(static_cast<wire::AgentAction>(m.action));
+  b.setEngine(m.engine);
 }
 
 static void put(wire::ControlMessage::Builder root, const LoadModel& m) {
@@ -146,8 +148,8 @@ static ControlMessage get(wire::ControlMessage::Reader r) {
       return HeartbeatReply{r.getHeartbeat().getSeq(), get_count(r.getHeartbeat().getGangBytes(),
                                                                  "heartbeat_reply.gang_bytes")};
     case wire::ControlMessage::AGENT:
-      return AgentCommand{
-          get_enum(r.getAgent().getAction(), AgentAction::kUpgrade, "agent.action")};
+      return AgentCommand{get_enum(r.getAgent().getAction(), AgentAction::kUpgrade, "agent.action"),
+                          r.getAgent().getEngine()};
     case wire::ControlMessage::LOAD_MODEL:
       return LoadModel{get(r.getLoadModel().getModel()),
                        std::max<std::int64_t>(r.getLoadModel().getGangBytes(), -1)};

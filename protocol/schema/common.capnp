@@ -39,7 +39,7 @@ struct Version {
 # History: 1.0 the first; 1.1 CallReply.retryAfterMs, Sampling.promptLogprobsFrom,
 # GenerateChunk.promptLogprobs; 1.6 Sampling.repetitionPenalty.unset; 1.7 EstimateRequest.evaluates;
 # 1.8 HeartbeatReply.gangBytes, WorkerHelloReply.gangBytes, StartJob.adapterBytes;
-# 1.9 WorkerHello.baseBytes, ModelLoaded.baseBytes, LoadModel.gangBytes.
+# 1.9 WorkerHello.baseBytes, ModelLoaded.baseBytes, LoadModel.gangBytes, AgentCommand.engine.
 
 enum StatusCode {
   ok @0;

@@ -224,8 +224,9 @@ enum AgentAction {
 
 struct AgentCommand {
   # To an agent. Its worker's next hello or Heartbeats show the effect; the coordinator repeats it until they do.
-  # Doing it twice is doing it once (a restart is repeated only when the engine's incarnation stayed).
+  # Doing it twice is doing it once: since 1.9 a restart names the engine that is to end.
   action @0 :AgentAction;
+  engine @1 :UInt64;     # since 1.9, of a restart: an engine's incarnation; 0: none has said hello, whichever there is
 }
 
 struct LoadModel {

@@ -194,7 +194,7 @@ TEST(Codec, TheWiresBytesAreThoseOfTheGoldens) {
 
 TEST(Codec, ReadsWhatVersion18Wrote) {
   std::ifstream file(std::string(TANDEM_SOURCE_DIR) + "/tests/protocol/golden/wire_1_8.txt");
-  int hellos = 0, loaded = 0, loads = 0;
+  int hellos = 0, loaded = 0, loads = 0, commands = 0;
   for (std::string line; std::getline(file, line);) {
     const auto bytes = bytes_of_hex(line.substr(line.rfind(' ') + 1));
     if (line.starts_with("worker ")) {
@@ -213,12 +213,16 @@ TEST(Codec, ReadsWhatVersion18Wrote) {
       if (const auto* load = std::get_if<LoadModel>(&*message)) {
         ++loads;
         EXPECT_EQ(load->gang_bytes, -1) << "1.8 did not say";
+      } else if (const auto* command = std::get_if<AgentCommand>(&*message)) {
+        ++commands;
+        EXPECT_EQ(command->engine, 0u);
       }
     }
   }
   EXPECT_EQ(hellos, 1);
   EXPECT_EQ(loaded, 1);
   EXPECT_EQ(loads, 1);
+  EXPECT_EQ(commands, 1);
 }
 
 TEST(Codec, ReadsWhatVersion17Wrote) {

@@ -258,7 +258,7 @@ ControlMessage random_control_message(std::size_t kind, Random& random) {
     case 1:
       return HeartbeatReply{d.number(), d.count()};
     case 2:
-      return AgentCommand{d.value(AgentAction::kUpgrade)};
+      return AgentCommand{d.value(AgentAction::kUpgrade), d.number()};
     case 3:
       return LoadModel{d.model(), d.count()};
     case 4:

@@ -25,7 +25,6 @@ constexpr TimeMs kReportMs = 1000;
 constexpr TimeMs kAskMs = 1000;        ///< for a daemon on another host, again
 constexpr TimeMs kLastWordMs = 1000;   ///< of a gang whose worker has been given another one
 constexpr TimeMs kKillAfterMs = 2000;  ///< beyond the drain time-out
-constexpr TimeMs kRestartMs = 3000;    ///< so young an engine is what a repeated order was for
 constexpr TimeMs kLongDelayMs = 1000;  ///< before an engine's start: worth a line in the log
 
 StopSignals g_stop_signals;
@@ -148,8 +147,8 @@ class Agent {
     const auto* command = std::get_if<protocol::AgentCommand>(&message);
     if (!command || command->action != protocol::AgentAction::kRestartEngine) return;
     // Repeated: a second signal would end it without a checkpoint, or end the one that came after.
-    const bool repeated = kill_at_ms_ != 0 || clock_.now_ms() - started_ms_ < scaled_ms(kRestartMs);
-    if (engine_ == 0 || repeated) return;
+    if (engine_ == 0 || kill_at_ms_ != 0) return;
+    if (command->engine != 0 && !runs_as(paths_, engine_, command->engine)) return;
     log_info("asked to restart the engine");
     restarting_ = true;
     kill_engine(SIGTERM);

@@ -55,6 +55,11 @@ std::optional<EngineInfo> running_engine(const SlotPaths& paths) {
   return FileLock::is_held(paths.engine_lock) ? read_engine_info(paths) : std::nullopt;
 }
 
+bool runs_as(const SlotPaths& paths, pid_t pid, Incarnation incarnation) {
+  const auto engine = running_engine(paths);
+  return engine && engine->pid == pid && engine->incarnation == incarnation;
+}
+
 std::string gpu_of(const SlotPaths& paths) {
   const auto info = read_engine_info(paths);
   return info ? info->gpu : "";

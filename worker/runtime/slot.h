@@ -34,6 +34,9 @@ struct EngineInfo {
 Status write_engine_info(const SlotPaths& paths, const EngineInfo& info);
 /// The engine that holds the slot now, if any does.
 std::optional<EngineInfo> running_engine(const SlotPaths& paths);
+/// Whether process `pid` is the engine of that incarnation; false while it has not said which it
+/// is.
+bool runs_as(const SlotPaths& paths, pid_t pid, Incarnation incarnation);
 /// UUID of the GPU that the slot's first engine found, for those that come after it and for ranks
 /// of this slot; empty: a CPU, or no engine has been there.
 std::string gpu_of(const SlotPaths& paths);

@@ -55,6 +55,19 @@ TEST(Slot, ARunningEngineIsKnownOnlyWhileItsLockIsHeld) {
   std::filesystem::remove_all(temporary("run"));
 }
 
+TEST(Slot, AnEngineIsNotTheOneBeforeItHoweverYoungItIs) {
+  const auto paths = SlotPaths::create(temporary("run"), "cpu", 3);
+  ASSERT_TRUE(paths.ok());
+  ASSERT_TRUE(write_engine_info(*paths, {4711, 42, ""}).ok());
+  const auto lock = FileLock::acquire(paths->engine_lock);
+  EXPECT_TRUE(runs_as(*paths, 4711, 42));
+  EXPECT_FALSE(runs_as(*paths, 4712, 42)) << "the next one has not written who it is";
+  ASSERT_TRUE(write_engine_info(*paths, {4712, 43, ""}).ok());
+  EXPECT_FALSE(runs_as(*paths, 4712, 42));
+  EXPECT_TRUE(runs_as(*paths, 4712, 43));
+  std::filesystem::remove_all(temporary("run"));
+}
+
 TEST(Slot, KeepsItsGpuOverEnginesUntilANewSupervisorFindsNoneRunning) {
   const auto paths = SlotPaths::create(temporary("run"), "cuda", 3);
   ASSERT_TRUE(paths.ok());
