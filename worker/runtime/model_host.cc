@@ -53,11 +53,14 @@ class YieldingWeights final : public model::WeightSource {
 /// A session of this one rank.
 class LocalSession final : public JobSession {
  public:
-  /// `while_open` goes last.
-  LocalSession(std::shared_ptr<void> while_open, std::unique_ptr<train::TrainSession> session,
-               serve::ServeEngine& serve, kernels::Backend& backend, kernels::Exec& exec,
-               const model::ModelConfig& config, DType dtype)
+  using Snapshot = std::shared_ptr<const model::AdapterWeights>;
+  /// `while_open` goes last; `made` is told of each snapshot.
+  LocalSession(std::shared_ptr<void> while_open, std::function<void(const Snapshot&)> made,
+               std::unique_ptr<train::TrainSession> session, serve::ServeEngine& serve,
+               kernels::Backend& backend, kernels::Exec& exec, const model::ModelConfig& config,
+               DType dtype)
       : while_open_(std::move(while_open)),
+        made_(std::move(made)),
         session_(std::move(session)),
         serve_(serve),
         dtype_(dtype),
@@ -73,11 +76,14 @@ class LocalSession final : public JobSession {
   [[nodiscard]] std::int64_t total_steps() const override { return session_->total_steps(); }
   [[nodiscard]] const model::LoraConfig& lora() const override { return session_->lora(); }
   Result<train::TrainState> export_state() override { return session_->export_state(); }
-  std::shared_ptr<const model::AdapterWeights> snapshot_adapter() override {
+  Snapshot snapshot_adapter() override {
     // The one before goes first. One that a request uses stays, and where it leaves no room the
     // next is loaded from the checkpoint when it is asked for.
     const auto room = serve_.make_adapter_room({}, session_->flat_elements() * dtype_bytes(dtype_));
-    return room.ok() ? session_->snapshot_adapter() : nullptr;
+    if (!room.ok()) return nullptr;
+    Snapshot snapshot = session_->snapshot_adapter();
+    made_(snapshot);
+    return snapshot;
   }
   Result<model::FlatAdapter> flat_adapter(DType dtype) override {
     return session_->flat_adapter(dtype);
@@ -106,6 +112,7 @@ class LocalSession final : public JobSession {
     return refused_error("an engine trains adapters: its base is everybody's and never changes");
   }
   const std::shared_ptr<void> while_open_;
+  const std::function<void(const Snapshot&)> made_;
   const std::unique_ptr<train::TrainSession> session_;
   serve::ServeEngine& serve_;
   const DType dtype_;
@@ -229,7 +236,13 @@ Status ModelHost::start(const Clock& clock, std::function<bool()> yield) {
 }
 
 void ModelHost::limit_adapters() {
-  serve_->set_adapter_bytes_max(options_.memory_bytes_max - gang_bytes_ - taken_bytes_);
+  std::int64_t unnamed_bytes = 0;
+  std::erase_if(unnamed_, [](const auto& snapshot) { return snapshot.expired(); });
+  for (const auto& snapshot : unnamed_)
+    if (const auto held = snapshot.lock())
+      unnamed_bytes += round_up(held->bytes, kernels::kMapGranularity);
+  serve_->set_adapter_bytes_max(options_.memory_bytes_max - gang_bytes_ - taken_bytes_ -
+                                unnamed_bytes);
 }
 
 void ModelHost::leave_to_gang(std::int64_t bytes) {
@@ -266,9 +279,13 @@ Result<std::unique_ptr<JobSession>> ModelHost::open_session(
   room_for_adapters(need.total() - round_up(session->flat_elements() * dtype_bytes(options_.dtype),
                                             kernels::kMapGranularity));
   if (from.state != nullptr) TANDEM_RETURN_IF_ERROR(session->import_state(*from.state));
-  return std::unique_ptr<JobSession>(
-      std::make_unique<LocalSession>(std::move(while_open), std::move(session), *serve_, backend_,
-                                     memory_->serve_exec, loaded_.config, options_.dtype));
+  return std::unique_ptr<JobSession>(std::make_unique<LocalSession>(
+      std::move(while_open),
+      [this](const auto& snapshot) {
+        unnamed_.push_back(snapshot);
+        limit_adapters();
+      },
+      std::move(session), *serve_, backend_, memory_->serve_exec, loaded_.config, options_.dtype));
 }
 
 void ModelHost::spare_multiprocessors(int count) {
@@ -277,6 +294,8 @@ void ModelHost::spare_multiprocessors(int count) {
 
 Status ModelHost::install_adapter(const Digest& digest,
                                   std::shared_ptr<const model::AdapterWeights> weights) {
+  std::erase_if(unnamed_, [&](const auto& snapshot) { return snapshot.lock() == weights; });
+  limit_adapters();
   // Its memory is the session's already: others that are idle go, but it is never refused for it.
   (void)serve_->make_adapter_room(digest, weights->bytes);
   return serve_->install_adapter(digest, std::move(weights));
@@ -285,6 +304,7 @@ Status ModelHost::install_adapter(const Digest& digest,
 Status ModelHost::load_adapter(const Digest& digest,
                                const std::vector<model::HostAdapterTensor>& tensors) {
   TANDEM_RETURN_IF_ERROR(model::check_adapter(loaded_.config, tensors));
+  limit_adapters();
   const Status room = serve_->make_adapter_room(
       digest, model::adapter_bytes(loaded_.config, options_.dtype, tensors));
   if (!room.ok() && gang_bytes_ > 0)

@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace tandem::worker::runtime {
 
@@ -99,6 +100,8 @@ class ModelHost final : public JobModel, public ServedModel {
   std::int64_t serving_bytes_ = 0;  ///< of all but adapters, at most
   std::int64_t taken_bytes_ = 0;    ///< the same now, with that of a job in this engine
   std::int64_t gang_bytes_ = 0;
+  /// Snapshots of a job here that are not installed, for their checkpoints are being stored.
+  std::vector<std::weak_ptr<const model::AdapterWeights>> unnamed_;
   std::unique_ptr<data::Encoder> encoder_;
   // Arenas first: what lies in them is destroyed before them.
   struct Memory;

@@ -171,6 +171,16 @@ TEST_F(ModelHostMemory, AJobThatFitsByItsEstimateStaysWithinItBesideServingAndAd
     EXPECT_TRUE(host_->install_adapter(name(snapshot), (*session)->snapshot_adapter()).ok());
     EXPECT_EQ(resident().at(0), name(snapshot));
   }
+  {
+    // While one is stored it is nobody's yet, and takes of the room of others all the same.
+    const auto stored = (*session)->snapshot_adapter();
+    ASSERT_NE(stored, nullptr);
+    const auto before = taken();
+    (void)load(0);
+    (void)load(1);
+    EXPECT_EQ(taken(), before);
+    EXPECT_TRUE(host_->install_adapter(name(9), stored).ok());
+  }
   // Requests keep the snapshot that they began with, and none is made that has no room beside it.
   ASSERT_TRUE(use(9).ok());
   EXPECT_EQ((*session)->snapshot_adapter(), nullptr);
