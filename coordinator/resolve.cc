@@ -22,6 +22,31 @@ bool has_prefix(const Digest& digest, const std::string& digits) {
   return digest.hex().compare(0, digits.size(), digits) == 0;
 }
 
+/// Objects that the same digits of a digest fit, each by its digest; none: not found.
+Status ambiguous(const std::string& digits, const std::map<Digest, std::string>& fitting) {
+  std::string names;
+  for (const auto& [digest, name] : fitting)
+    names += str(names.empty() ? "" : ", ", name, " (", digest.hex(), ")");
+  return invalid_error(
+      str("digest ", digits, "… fits ", fitting.size(), " objects: ", names, "; name one of them"));
+}
+
+/// Of records whose digest begins with `digits` the first; null: none does. kInvalid, with their
+/// names: several do that are not the same object.
+template <class Map, class Digester, class Namer>
+Result<const typename Map::mapped_type*> by_digits(const Map& records, const std::string& digits,
+                                                   Digester digest, Namer name) {
+  const typename Map::mapped_type* first = nullptr;
+  std::map<Digest, std::string> fitting;
+  for (const auto& [key, record] : records) {
+    if (!has_prefix(digest(record), digits)) continue;
+    if (first == nullptr) first = &record;
+    fitting.emplace(digest(record), name(record));
+  }
+  if (fitting.size() > 1) return ambiguous(digits, fitting);
+  return first;
+}
+
 template <class Number>
 std::optional<Number> parse_number(const std::string& text) {
   Number number = 0;
@@ -127,9 +152,11 @@ Result<Target> resolve_digest(const Tables& tables, const std::string& digits) {
     TANDEM_ASSIGN_OR_RETURN(found[checkpoint.manifest], target_of(tables, checkpoint));
   }
   if (found.empty()) return not_found_error(str("no model or adapter has a digest ", digits, "…"));
-  if (found.size() > 1)
-    return invalid_error(
-        str("digest ", digits, "… fits ", found.size(), " objects; give more digits"));
+  if (found.size() > 1) {
+    std::map<Digest, std::string> fitting;
+    for (const auto& [digest, target] : found) fitting.emplace(digest, target.name);
+    return ambiguous(digits, fitting);
+  }
   return std::move(found.begin()->second);
 }
 
@@ -164,9 +191,13 @@ Result<const ModelRecord*> find_model(const Tables& tables, const std::string& n
     return &found->second;
   if (tables.aliases.contains(name))
     return invalid_error(str(name, " is an adapter; a base model is needed here"));
-  if (is_digest_prefix(name))
-    for (const auto& [known, model] : tables.models)
-      if (has_prefix(model.digest, name)) return &model;
+  if (is_digest_prefix(name)) {
+    TANDEM_ASSIGN_OR_RETURN(const ModelRecord* model,
+                            by_digits(
+                                tables.models, name, [](const ModelRecord& m) { return m.digest; },
+                                [](const ModelRecord& m) { return m.name; }));
+    if (model != nullptr) return model;
+  }
   std::vector<std::string> known;
   for (const auto& [model_name, model] : tables.models) known.push_back(model_name);
   return not_found_error(str("no model named ", name, suggestion(name, known),
@@ -175,9 +206,13 @@ Result<const ModelRecord*> find_model(const Tables& tables, const std::string& n
 
 Result<const Dataset*> find_dataset(const Tables& tables, const std::string& name) {
   if (const Dataset* found = tables.dataset_by_name(name)) return found;
-  if (is_digest_prefix(name))
-    for (const auto& [digest, dataset] : tables.datasets)
-      if (has_prefix(digest, name)) return &dataset;
+  if (is_digest_prefix(name)) {
+    TANDEM_ASSIGN_OR_RETURN(const Dataset* dataset,
+                            by_digits(
+                                tables.datasets, name, [](const Dataset& d) { return d.root; },
+                                [](const Dataset& d) { return d.name; }));
+    if (dataset != nullptr) return dataset;
+  }
   std::vector<std::string> known;
   for (const auto& [digest, dataset] : tables.datasets) known.push_back(dataset.name);
   return not_found_error(str("no data set ", name, suggestion(name, known)));
@@ -200,9 +235,14 @@ Result<const AdapterVersionRecord*> find_adapter(const Tables& tables, const std
           str(base, " has no version ", *version, "; its current one is ", alias->second.version));
   } else {
     if (const AdapterVersionRecord* found = tables.current_adapter(base)) return found;
-    if (is_digest_prefix(base))
-      for (const auto& [key, adapter] : tables.adapters)
-        if (has_prefix(adapter.digest, base)) return &adapter;
+    if (is_digest_prefix(base)) {
+      TANDEM_ASSIGN_OR_RETURN(
+          const AdapterVersionRecord* adapter,
+          by_digits(
+              tables.adapters, base, [](const AdapterVersionRecord& a) { return a.digest; },
+              [](const AdapterVersionRecord& a) { return str(a.name, "@", a.version); }));
+      if (adapter != nullptr) return adapter;
+    }
   }
   std::vector<std::string> known;
   for (const auto& [alias_name, alias] : tables.aliases) known.push_back(alias_name);

@@ -25,7 +25,8 @@ struct Target {
 /// Errors: kNotFound with the nearest name, kInvalid (malformed, or digits that fit several).
 Result<Target> resolve(const Tables& tables, const std::string& name);
 
-/// A base model by name or digest digits; errors as resolve, and kInvalid for an adapter's name.
+/// A base model by name or digest digits, which may fit no other's digest; errors as resolve, and
+/// kInvalid for an adapter's name.
 Result<const ModelRecord*> find_model(const Tables& tables, const std::string& name);
 /// A data set by name, digest or digest digits.
 Result<const Dataset*> find_dataset(const Tables& tables, const std::string& name);

@@ -116,6 +116,46 @@ TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
   EXPECT_EQ(h.to_client<protocol::GenerateChunk>("c").at(0).status.code(), StatusCode::kNotFound);
 }
 
+/// Digests that begin with the same digits, as no two objects made on purpose do.
+TEST(Names, DigitsThatSeveralDigestsBeginWithAreRefusedWithTheNames) {
+  Tables tables;
+  const auto digest = [](unsigned char last) {
+    Digest d = sha256("prefix");
+    d.bytes.back() = last;
+    return d;
+  };
+  for (const unsigned char i : {1, 2}) {
+    protocol::ModelRecord model;
+    model.name = str("model-", int{i});
+    model.digest = digest(i);
+    tables.apply(model);
+    AdapterVersionRecord adapter;
+    adapter.name = str("adapter-", int{i});
+    adapter.version = 3;
+    adapter.digest = digest(i);
+    tables.apply(adapter);
+    Dataset data;
+    data.name = str("data-", int{i});
+    data.root = digest(i);
+    tables.apply(data);
+  }
+  const std::string digits = digest(0).hex().substr(0, 12);
+  const auto refused = [](const Status& status, const std::string& names) {
+    EXPECT_EQ(status.code(), StatusCode::kInvalid) << status.message();
+    for (const char* i : {"1", "2"}) {
+      std::string name = names;
+      name.replace(name.find('N'), 1, i);
+      EXPECT_NE(status.message().find(name), std::string::npos) << status.message();
+    }
+  };
+  refused(find_model(tables, digits).status(), "model-N");
+  refused(find_adapter(tables, digits).status(), "adapter-N@3");
+  refused(find_dataset(tables, digits).status(), "data-N");
+  EXPECT_EQ(find_model(tables, digest(2).hex()).value()->name, "model-2") << "all digits name one";
+  EXPECT_EQ(find_adapter(tables, digest(2).hex()).value()->name, "adapter-2");
+  EXPECT_EQ(find_dataset(tables, digest(2).hex()).value()->name, "data-2");
+}
+
 TEST(Calls, AnAdapterThatDoesNotFitItsBaseIsNotPublished) {
   CoreHarness h;
   const Digest base = h.add_model("base");
