@@ -105,6 +105,17 @@ void Calls::model_rm(const Ask& ask, Params& params) {
   auto found = find_model(context_.tables(), name);
   if (!found.ok()) return reply(ask, found.status());
   const ModelRecord model = **found;
+  std::string others;  // of the same bytes, which then stay
+  for (const auto& [other, record] : context_.tables().models)
+    if (record.digest == model.digest && other != model.name)
+      others += str(others.empty() ? "" : ", ", other);
+  if (!others.empty() && name == model.name) {
+    context_.put(EraseModel{model.name});
+    return answer(ask, Json::object());
+  }
+  if (!others.empty())
+    return reply(ask, invalid_error(str("digest ", name, " has several names: ", model.name, ", ",
+                                        others, "; remove one of them")));
   for (const auto& [id, job] : context_.tables().jobs)
     if (!is_terminal(job.state) && job.model == model.digest)
       return reply(ask, refused_error(str(id, " needs model ", model.name, "; cancel it first")));
@@ -287,9 +298,18 @@ void Calls::adapter_rm(const Ask& ask, Params& params) {
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   auto found = find_adapter(context_.tables(), name);
   if (!found.ok()) return reply(ask, found.status());
-  const bool one_version = name.find('@') != std::string::npos;
+  const bool one_version = !context_.tables().aliases.contains(name);  // NAME@VERSION, or a digest
   const std::string owner = one_version ? (*found)->name : name;
   const std::uint32_t version = (*found)->version;
+  if (one_version && name.find('@') == std::string::npos) {
+    std::string others;
+    for (const auto& [key, adapter] : context_.tables().adapters)
+      if (adapter.digest == (*found)->digest && &adapter != *found)
+        others += str(", ", adapter.name, "@", adapter.version);
+    if (!others.empty())
+      return reply(ask, invalid_error(str("digest ", name, " has several names: ", owner, "@",
+                                          version, others, "; remove one of them")));
+  }
   for (const auto& [alias_name, alias] : context_.tables().aliases)
     if (alias.adapter == owner && (one_version ? alias.version == version : alias_name != owner))
       return reply(ask, refused_error(str("alias ", alias_name, " points at ", alias.adapter, "@",

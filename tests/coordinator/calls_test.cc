@@ -116,6 +116,41 @@ TEST(Calls, AModelThatSomethingNeedsIsNotRemoved) {
   EXPECT_EQ(h.to_client<protocol::GenerateChunk>("c").at(0).status.code(), StatusCode::kNotFound);
 }
 
+TEST(Calls, OneOfTheNamesOfABaseIsRemovedAtAnyTimeAndItsDigestNamesNone) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  protocol::ModelRecord copy = h.tables().models.at("base");
+  copy.name = "copy";
+  h.add_model_record(copy);
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "w");
+  ASSERT_TRUE(h.call("adapter.import", {{"name", "a"}, {"model", "base"}, {"manifest", text}}, "i")
+                  .status.ok());
+  const Status both = h.call("model.rm", {{"model", base.hex()}}).status;
+  EXPECT_EQ(both.code(), StatusCode::kInvalid);
+  EXPECT_NE(both.message().find("base, copy"), std::string::npos) << both.message();
+  EXPECT_TRUE(h.call("model.rm", {{"model", "base"}}).status.ok()) << "the adapter has copy still";
+  EXPECT_EQ(h.call("model.rm", {{"model", "copy"}}).status.code(), StatusCode::kRefused);
+}
+
+TEST(Calls, AnAdapterIsRemovedByItsDigestUnlessThatHasSeveralNames) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const auto import = [&](const std::string& name) {
+    const std::string text = h.manifest(ManifestKind::kAdapter, base, "w");
+    EXPECT_TRUE(h.call("adapter.import", {{"name", name}, {"model", "base"}, {"manifest", text}})
+                    .status.ok());
+    return sha256(text).hex();
+  };
+  const std::string digest = import("a");
+  EXPECT_EQ(h.call("adapter.rm", {{"adapter", digest}}).status.code(), StatusCode::kRefused)
+      << "its own name points at it";
+  import("b");
+  const Status two = h.call("adapter.rm", {{"adapter", digest}}).status;
+  EXPECT_EQ(two.code(), StatusCode::kInvalid);
+  EXPECT_NE(two.message().find("a@1, b@1"), std::string::npos) << two.message();
+  EXPECT_EQ(h.tables().adapters.size(), 2u);
+}
+
 /// Digests that begin with the same digits, as no two objects made on purpose do.
 TEST(Names, DigitsThatSeveralDigestsBeginWithAreRefusedWithTheNames) {
   Tables tables;

@@ -217,6 +217,11 @@ Digest CoreHarness::add_model(const std::string& name) {
   return model.digest;
 }
 
+void CoreHarness::add_model_record(const ModelRecord& model) {
+  EXPECT_TRUE(store_->commit({model}).ok());
+  restart();
+}
+
 void CoreHarness::add_data(const std::string& name) {
   const std::string rows = "rows of " + name;
   const Digest chunk = sha256(rows);

@@ -86,6 +86,7 @@ class CoreHarness {
 
   // -- furniture
   Digest add_model(const std::string& name);
+  void add_model_record(const ModelRecord& model);  ///< of a base that is there under another name
   void add_data(const std::string& name);
   std::string manifest(ManifestKind kind, const Digest& base, const std::string& bytes,
                        bool upload = true);
