@@ -344,6 +344,9 @@ void Calls::adapter_import(const Ask& ask, Params& params) {
                                                   base.short_hex())));
           if (Status taken = check_unpromised(context_.tables(), name, false); !taken.ok())
             return reply(first, taken);
+          if (context_.tables().model_by_digest(base) == nullptr)
+            return reply(first, not_found_error(str("base ", base.short_hex(), " of adapter ", name,
+                                                    " was removed meanwhile; add it again")));
           const AdapterVersionRecord made = add_version(
               context_, {name, verified.text, verified.digest, base, "", metadata, "import"});
           answer(first, adapter_json(made, context_.tables(), workers_));

@@ -151,6 +151,20 @@ TEST(Calls, AnAdapterIsRemovedByItsDigestUnlessThatHasSeveralNames) {
   EXPECT_EQ(h.tables().adapters.size(), 2u);
 }
 
+TEST(Calls, AnAdapterWhoseBaseGoesWhileItIsVerifiedIsNotPublished) {
+  CoreHarness h;
+  const Digest base = h.add_model("base");
+  const std::string text = h.manifest(ManifestKind::kAdapter, base, "w");
+  h.hold_work = true;
+  (void)h.call("adapter.import", {{"name", "a"}, {"model", "base"}, {"manifest", text}}, "i");
+  ASSERT_TRUE(h.call("model.rm", {{"model", "base"}}).status.ok());
+  h.release_work();
+  const auto replies = h.to_client<protocol::CallReply>("c");
+  ASSERT_EQ(replies.size(), 1u);
+  EXPECT_EQ(replies[0].status.code(), StatusCode::kNotFound);
+  EXPECT_TRUE(h.tables().adapters.empty());
+}
+
 /// Digests that begin with the same digits, as no two objects made on purpose do.
 TEST(Names, DigitsThatSeveralDigestsBeginWithAreRefusedWithTheNames) {
   Tables tables;
