@@ -228,6 +228,8 @@ std::string shape_text(const TensorInfo& tensor) {
   return (text.empty() ? "[" : text) + "]";
 }
 
+}  // namespace
+
 Status check_site(const AdapterTensors& site, const PeftConfig& config, const std::string& what) {
   auto wrong = [&](const std::string& message) {
     return invalid_error(str(what, ", site ", site.site, ": ", message));
@@ -264,6 +266,8 @@ Status check_site(const AdapterTensors& site, const PeftConfig& config, const st
     return wrong("target_modules of the configuration does not name it");
   return {};
 }
+
+namespace {
 
 /// "base_model.model.SITE.lora_A.weight" -> SITE and which half.
 Result<std::pair<std::string, bool>> split_name(const std::string& name, const std::string& what) {

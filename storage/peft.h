@@ -59,6 +59,11 @@ struct PeftAdapter {
 /// Reads config text alone. Errors: invalid or refused, naming the field.
 Result<PeftConfig> parse_peft_config(std::string_view json, const std::string& what);
 
+/// Whether a layer's tensors (their bytes are not read) are a LoRA as the configuration says: both
+/// halves, of types, shapes and a rank that are served, named by target_modules. `what` begins
+/// errors: invalid, and refused for a rank over kLoraRankMax.
+Status check_site(const AdapterTensors& site, const PeftConfig& config, const std::string& what);
+
 /// How many values of a tensor (f32, bf16 or f16) are infinite or no numbers.
 std::int64_t count_not_finite(std::span<const std::byte> values, DType dtype);
 

@@ -4,7 +4,6 @@
 #include "storage/json_strict.h"
 
 #include <algorithm>
-#include <array>
 #include <set>
 
 namespace tandem::storage {
@@ -118,13 +117,26 @@ Result<PeftConfig> lora_config(const std::string& settings_json) {
   }
 }
 
+namespace {
+
+/// As strict as with the configuration of a PEFT folder.
+Result<PeftConfig> strict_config(const std::string& settings_json) {
+  TANDEM_RETURN_IF_ERROR(lora_config(settings_json).status());
+  TANDEM_ASSIGN_OR_RETURN(Json settings, parse_json_strict(settings_json, kSettings));
+  settings.erase("base_model");
+  settings["peft_type"] = "LORA";
+  return parse_peft_config(settings.dump(), kSettings);
+}
+
+}  // namespace
+
 Status check_adapter_fits(const Manifest& adapter, const Manifest& base) {
-  TANDEM_RETURN_IF_ERROR(lora_config(adapter.settings_json).status());
+  TANDEM_ASSIGN_OR_RETURN(const PeftConfig config, strict_config(adapter.settings_json));
   std::map<std::string, std::vector<std::int64_t>> layers;
   for (const ManifestTensor& tensor : base.tensors)
     if (tensor.shape.size() == 2)
       layers[gguf_to_hf_name(tensor.name).value_or(tensor.name)] = tensor.shape;
-  std::map<std::string, std::array<std::int64_t, 2>> ranks;  // of A and B
+  std::map<std::string, AdapterTensors> sites;
   for (const ManifestTensor& tensor : adapter.tensors) {
     const bool is_a = tensor.name.ends_with(kEndingA);
     std::string site = tensor.name;
@@ -144,16 +156,13 @@ Status check_adapter_fits(const Manifest& adapter, const Manifest& base) {
       return refused_error(str("adapter tensor ", tensor.name, " has shape ",
                                Json(tensor.shape).dump(), ", this model needs ",
                                is_a ? str("[r,", in, "]") : str("[", out, ",r]")));
-    if (rank > kLoraRankMax)
-      return refused_error(str("adapter tensor ", tensor.name, " has rank ", rank,
-                               "; adapters of rank 1 to ", kLoraRankMax, " are served"));
-    ranks[site][is_a ? 0 : 1] = rank;
+    sites[site].site = site;
+    (is_a ? sites[site].a : sites[site].b) = {
+        tensor.name, *parse_dtype(tensor.dtype), tensor.shape, {}};
   }
-  for (const auto& [site, rank] : ranks)
-    if (rank[0] != rank[1])
-      return refused_error(str("adapter site ", site, " has lora_A of rank ", rank[0],
-                               " and lora_B of rank ", rank[1]));
-  return ranks.empty() ? refused_error("the adapter has no tensors") : Status();
+  for (const auto& [name, site] : sites)
+    TANDEM_RETURN_IF_ERROR(check_site(site, config, "the adapter"));
+  return sites.empty() ? refused_error("the adapter has no tensors") : Status();
 }
 
 Result<AdapterExport> export_adapter(

@@ -29,9 +29,10 @@ Result<AdapterImport> import_adapter(const PeftAdapter& adapter, const Digest& b
 Result<PeftConfig> lora_config(const std::string& settings_json);
 
 /// Whether an engine that holds `base` (a model's manifest, with Hugging Face's or GGUF's names)
-/// can load this adapter: readable settings, and lora_A [r, in] and lora_B [out, r] in f32, bf16 or
-/// f16 of linear layers that it has as [out, in]. Errors: invalid (the settings), refused (names
-/// the tensor, what it has and what the base needs).
+/// can load this adapter: settings as strict as a PEFT folder's, and lora_A [r, in] and lora_B
+/// [out, r] in f32, bf16 or f16 of linear layers that it has as [out, in], each as the settings say
+/// (check_site). Errors: invalid and refused, naming the setting, or the tensor, what it has and
+/// what the base needs.
 Status check_adapter_fits(const Manifest& adapter, const Manifest& base);
 
 struct AdapterExport {

@@ -179,7 +179,7 @@ std::string CoreHarness::manifest(ManifestKind kind, const Digest& base, const s
   storage::Manifest manifest;
   manifest.kind = kind;
   manifest.settings_json =
-      nlohmann::json{{"base_model", base.hex()}, {"r", 1}, {"lora_alpha", 1}}.dump();
+      nlohmann::json{{"base_model", base.hex()}, {"r", bytes.size()}, {"lora_alpha", 1}}.dump();
   const auto add = [&](const std::string& name, const char* dtype, std::vector<std::int64_t> shape,
                        const std::string& content) {
     manifest.tensors.push_back(
