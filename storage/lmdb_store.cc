@@ -38,6 +38,8 @@ constexpr std::int64_t kLockFileBytes = 64 << 10;
 constexpr std::int64_t kSpareBytes =
     4 << 20;  // what must be free beyond the map before a store is made or enlarged
 constexpr std::int64_t kEarlyBytesMin = 4 << 20;  ///< less is written in no time
+/// Of the map, and at most, what transactions that remove nothing leave free.
+constexpr std::int64_t kRemovalShare = 16, kRemovalBytesMax = 4 << 20;
 constexpr TimeMs kProbeMs = 120'000;
 constexpr const char* kMarkerTable = "_store";
 constexpr const char* kMarkerKey = "kind";
@@ -103,6 +105,28 @@ struct Environment {
     return at->second;
   }
 };
+
+/// Pages in use, as a transaction sees it, and what the map has.
+struct MapUse {
+  std::int64_t used_bytes = 0, map_bytes = 0, entries = 0;
+};
+MapUse map_use(const Environment& environment, MDB_txn* txn) {
+  MDB_envinfo info{};
+  MDB_stat page{};
+  mdb_env_info(environment.env.get(), &info);
+  mdb_env_stat(environment.env.get(), &page);
+  const auto page_bytes = static_cast<std::int64_t>(page.ms_psize);
+  MapUse use{2 * page_bytes, static_cast<std::int64_t>(info.me_mapsize), 0};
+  for (const auto& [name, dbi] : environment.dbis) {
+    MDB_stat stat{};
+    mdb_stat(txn, dbi, &stat);
+    use.entries += name == kMarkerTable ? 0 : static_cast<std::int64_t>(stat.ms_entries);
+    use.used_bytes +=
+        page_bytes * static_cast<std::int64_t>(stat.ms_branch_pages + stat.ms_leaf_pages +
+                                               stat.ms_overflow_pages);
+  }
+  return use;
+}
 
 class LmdbCursor final : public StoreCursor {
  public:
@@ -195,6 +219,8 @@ class LmdbTxn final : public WriteTxn {
           str("a key of ", key.size(), " bytes; 1 to ", kStoreKeyBytesMax, " are allowed"));
     TANDEM_RETURN_IF_ERROR(failure_);
     MDB_val k = to_val(key), v{sealed_bytes(key, value.size()), nullptr};
+    if (!removes_ && !leaves_room(static_cast<std::int64_t>(v.mv_size)))
+      return fail(MDB_MAP_FULL, "write");
     const int code = mdb_put(txn_, environment_->dbi(table), &k, &v, MDB_RESERVE);
     if (code != 0) return fail(code, "write");
     seal_into(static_cast<char*>(v.mv_data), table, key, value);
@@ -205,6 +231,7 @@ class LmdbTxn final : public WriteTxn {
     TANDEM_RETURN_IF_ERROR(failure_);
     MDB_val k = to_val(key);
     const int code = mdb_del(txn_, environment_->dbi(table), &k, nullptr);
+    removes_ = removes_ || code == 0;
     return code == 0 || code == MDB_NOTFOUND ? Status() : fail(code, "delete");
   }
   Status commit() override {
@@ -228,6 +255,13 @@ class LmdbTxn final : public WriteTxn {
   }
 
  private:
+  /// Removing copies pages, and says in others what was removed: a transaction that only adds
+  /// leaves room for that, or nothing could be removed from a map that is full.
+  [[nodiscard]] bool leaves_room(std::int64_t bytes) const {
+    const MapUse use = map_use(*environment_, txn_);
+    const std::int64_t room = std::min(use.map_bytes / kRemovalShare, kRemovalBytesMax);
+    return use.used_bytes + bytes + room <= use.map_bytes;
+  }
   /// Keeps the first failure: LMDB forbids going on with the transaction.
   Status fail(int code, const char* what) {
     failure_ = lmdb_error(code, environment_->directory, what);
@@ -236,6 +270,7 @@ class LmdbTxn final : public WriteTxn {
   std::shared_ptr<Environment> environment_;
   MDB_txn* txn_;
   std::int64_t bytes_ = 0;  ///< of values put
+  bool removes_ = false;
   Status failure_;
 };
 
@@ -272,28 +307,13 @@ class LmdbStore final : public Store {
   }
   Result<StoreStats> stats() override {
     TANDEM_ASSIGN_OR_RETURN(const auto txn, begin_read());
-    MDB_envinfo info{};
-    MDB_stat page{};
-    mdb_env_info(environment_->env.get(), &info);
-    mdb_env_stat(environment_->env.get(), &page);
-    StoreStats stats;
-    stats.map_bytes = static_cast<std::int64_t>(info.me_mapsize);
-    const auto page_bytes = static_cast<std::int64_t>(page.ms_psize);
-    stats.used_bytes = 2 * page_bytes;
     MDB_txn* raw = nullptr;
     if (const int code = mdb_txn_begin(environment_->env.get(), nullptr, MDB_RDONLY, &raw);
         code != 0)
       return lmdb_error(code, environment_->directory, "begin to read");
-    for (const auto& [name, dbi] : environment_->dbis) {
-      MDB_stat stat{};
-      mdb_stat(raw, dbi, &stat);
-      stats.entries += name == kMarkerTable ? 0 : static_cast<std::int64_t>(stat.ms_entries);
-      stats.used_bytes +=
-          page_bytes * static_cast<std::int64_t>(stat.ms_branch_pages + stat.ms_leaf_pages +
-                                                 stat.ms_overflow_pages);
-    }
+    const MapUse use = map_use(*environment_, raw);
     mdb_txn_abort(raw);
-    return stats;
+    return StoreStats{use.map_bytes, use.used_bytes, use.entries};
   }
   void write_ahead(std::int64_t bytes) override {
     MDB_env* env = environment_->env.get();

@@ -59,7 +59,8 @@ class WriteTxn : public ReadTxn {
   /// Inserts or replaces. Errors: invalid (key), internal (full map or disk: the transaction must
   /// be dropped).
   virtual Status put(std::string_view table, std::string_view key, std::string_view value) = 0;
-  /// Removes; absent is fine.
+  /// Removes; absent is fine. From here on the transaction may use what others leave free of a map
+  /// that is nearly full.
   virtual Status del(std::string_view table, std::string_view key) = 0;
   /// Ok means durable. After an error nothing of this transaction was done.
   virtual Status commit() = 0;

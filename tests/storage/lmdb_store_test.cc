@@ -103,6 +103,28 @@ TEST(LmdbStore, WritingAheadStaysInsideTheMap) {
   EXPECT_EQ(file_bytes(scratch / "db/data.mdb"), kMap);
 }
 
+TEST(LmdbStore, WhatIsInAFullMapCanBeRemovedAndThenThereIsRoom) {
+  Scratch scratch;
+  auto store = open_lmdb_store(options_in(scratch / "db", 4 << 20)).value();
+  const auto put = [&](const std::string& key, std::size_t bytes) {
+    auto txn = store->begin_write().value();
+    const Status status = txn->put("t", key, std::string(bytes, 'x'));
+    return status.ok() ? txn->commit() : status;
+  };
+  int count = 0;
+  for (const std::size_t bytes : {7000, 100})  // to the last page
+    while (put("key" + std::to_string(count), bytes).ok()) ++count;
+  ASSERT_GT(count, 400);
+  for (int i = 0; i < count; ++i) {
+    auto txn = store->begin_write().value();
+    ASSERT_TRUE(txn->del("t", "key" + std::to_string(i)).ok());
+    ASSERT_TRUE(txn->put("t", "removed" + std::to_string(i), "what else is said of it").ok()) << i;
+    const Status status = txn->commit();
+    ASSERT_TRUE(status.ok()) << i << ": " << status.message();
+  }
+  EXPECT_TRUE(put("again", 100'000).ok());
+}
+
 TEST(LmdbStore, AFullMapIsAClearErrorAndWhatWasThereStays) {
   Scratch scratch;
   auto store = open_lmdb_store(options_in(scratch / "db", 1 << 20)).value();
