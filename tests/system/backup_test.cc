@@ -97,6 +97,10 @@ TEST_F(ObjectBackup, EveryObjectComesBackWithItsDigestAndAJobGoesOnToTheSameBits
   run(*target_, {"registry", "restore", file("backup-tiny"), "--name", "renamed"});
   EXPECT_EQ(shown(*target_, {"model", "show", "renamed"})["digest"],
             shown(*source_, {"model", "show", "tiny"})["digest"]);
+  run(*target_, {"registry", "restore", file("backup-tiny")});  // again, under a name of its own
+  EXPECT_EQ(shown(*target_, {"model", "show", "tiny"})["digest"],
+            shown(*target_, {"model", "show", "renamed"})["digest"]);
+  run(*target_, {"model", "rm", "tiny"});
   run(*target_, {"registry", "restore", file("backup-guide")});
   const Json adapter = shown(*source_, {"adapter", "show", "guide"});
   EXPECT_EQ(shown(*target_, {"adapter", "show", "guide"})["digest"], adapter["digest"]);

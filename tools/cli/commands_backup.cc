@@ -245,7 +245,8 @@ class Reader {
   /// them.
   Result<Json> model(const Json& info, const std::string& name) {
     const std::string digest = field(info, "digest");
-    if (auto known = session_.call("model.show", {{"model", digest}}); known.ok()) return known;
+    if (auto known = session_.call("model.show", {{"model", digest}}); known.ok())
+      return name_known(*known, name);
     TANDEM_ASSIGN_OR_RETURN(const Json status, session_.call("status", Json::object()));
     TANDEM_RETURN_IF_ERROR(Digest::parse(digest).status());
     const std::string home = field(status, "data_dir") + "/restored";
@@ -267,6 +268,15 @@ class Reader {
   }
 
  private:
+  /// A model that is here has that name too from now on.
+  Result<Json> name_known(const Json& known, const std::string& name) {
+    auto named = session_.call("model.show", {{"model", name}});
+    if (named.ok() && field(*named, "digest") == field(known, "digest")) return named;
+    const std::string path = known.value("path", "");
+    if (!path.empty()) return session_.call("model.add", {{"name", name}, {"path", path}});
+    return conflict_error(str("the model is here already, as ", field(known, "name")));
+  }
+
   /// `added`: digests of those that were not there.
   Status add_datasets(const Json& info, std::vector<std::string>& added) {
     for (Json data : info.value("datasets", Json::array())) {
