@@ -263,6 +263,8 @@ TEST_F(BadInput, AMergeIntoABaseThatChangedSinceItWasAdded) {
   add_copy("swapped");
   expect({"adapter", "import", "s", write_adapter("peft-s", 64), "--model", "swapped"}, 0, {});
   expect({"adapter", "merge", "s", file("merged")}, 0, {});
+  for (const char* verb : {"merge", "export"})
+    expect({"adapter", verb, "s", file("merged")}, 4, {"merged", "not an empty folder"});
   std::fstream(file("swapped/model.safetensors"), std::ios::in | std::ios::out | std::ios::binary)
       .seekp(-4, std::ios::end)
       .write("\1\2\3\4", 4);

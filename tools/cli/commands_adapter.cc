@@ -6,7 +6,6 @@
 #include "worker/model/peft.h"
 #include "worker/runtime/adapter_codec.h"
 
-#include <filesystem>
 #include <iostream>
 
 namespace tandem::tools {
@@ -45,9 +44,7 @@ Result<std::vector<storage::AdapterTensors>> to_peft_sites(
 }  // namespace
 
 Status run_model_export(Session& session, const std::string& name, const std::string& directory) {
-  std::error_code error;
-  if (std::filesystem::exists(directory, error) && !std::filesystem::is_empty(directory, error))
-    return conflict_error(directory + " is not an empty folder; nothing was written");
+  TANDEM_RETURN_IF_ERROR(require_empty(directory));
   TANDEM_ASSIGN_OR_RETURN(const Json model, session.call("model.show", {{"model", name}}));
   TANDEM_RETURN_IF_ERROR(fetch_model(session, model, directory));
   const Json result{{"model", name},
@@ -63,9 +60,13 @@ Status run_model_export(Session& session, const std::string& name, const std::st
 }
 
 Status run_adapter_export(Session& session, const std::string& name, const std::string& directory) {
+  TANDEM_RETURN_IF_ERROR(require_empty(directory));
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.manifest(name));
   TANDEM_ASSIGN_OR_RETURN(const auto manifest,
                           storage::parse_manifest(shown.value("manifest", "")));
+  if (manifest.kind != protocol::ManifestKind::kAdapter)
+    return refused_error(str(name, " is a ", storage::manifest_kind_name(manifest.kind),
+                             ", not an adapter; export what its job publishes"));
   TANDEM_ASSIGN_OR_RETURN(const auto config, worker::runtime::manifest_lora(manifest));
   TANDEM_ASSIGN_OR_RETURN(protocol::client::BulkTransfer* const bulk, session.bulk());
   std::vector<std::vector<std::byte>> blobs;

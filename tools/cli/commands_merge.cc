@@ -19,9 +19,7 @@ namespace model = worker::model;
 Status run_adapter_merge(Session& session, const std::string& name, const std::string& directory,
                          const std::string& dtype_text) {
   const DType dtype = *parse_dtype(dtype_text);
-  std::error_code error;
-  if (fs::exists(directory, error) && !fs::is_empty(directory, error))
-    return conflict_error(directory + " is not an empty folder; nothing was written");
+  TANDEM_RETURN_IF_ERROR(require_empty(directory));
   TANDEM_ASSIGN_OR_RETURN(const Json shown, session.call("adapter.show", {{"adapter", name}}));
   TANDEM_ASSIGN_OR_RETURN(const Json base_shown,
                           session.call("model.show", {{"model", field(shown, "model")}}));

@@ -82,4 +82,11 @@ Status fetch_model(Session& session, const Json& model, const std::string& direc
   return {};
 }
 
+Status require_empty(const std::string& directory) {
+  std::error_code error;
+  if (fs::exists(directory, error) && !fs::is_empty(directory, error))
+    return conflict_error(directory + " is not an empty folder; nothing was written");
+  return {};
+}
+
 }  // namespace tandem::tools

@@ -35,4 +35,8 @@ class ModelFiles {
 /// The files of a model (model.show's answer) into a folder, each verified by its digest.
 Status fetch_model(Session& session, const Json& model, const std::string& directory);
 
+/// conflict_error where something lies in the folder already: what a verb writes has one of its
+/// own.
+Status require_empty(const std::string& directory);
+
 }  // namespace tandem::tools
