@@ -41,9 +41,4 @@ void MemoryLedger::sub(MemoryKind kind, std::int64_t bytes) {
   live_total_ -= bytes;
 }
 
-void MemoryLedger::reset_peaks() {
-  for (std::size_t k = 0; k < kMemoryKindCount; ++k) peak_[k] = live_[k].load();
-  peak_total_ = live_total_.load();
-}
-
 }  // namespace tandem::kernels

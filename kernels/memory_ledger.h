@@ -34,8 +34,6 @@ class MemoryLedger {
   [[nodiscard]] std::int64_t live_total() const { return live_total_; }
   /// The largest sum of all kinds at one moment (at most the sum of the kinds' peaks).
   [[nodiscard]] std::int64_t peak_total() const { return peak_total_; }
-  /// Peaks start again from what lives now.
-  void reset_peaks();
 
  private:
   using Counters = std::array<std::atomic<std::int64_t>, kMemoryKindCount>;

@@ -99,9 +99,6 @@ TEST(MemoryLedger, PeakTotalIsOfOneMoment) {
   ledger.add(MemoryKind::kWeights, 7);
   EXPECT_EQ(ledger.peak_total(), 10);
   EXPECT_EQ(ledger.peak(MemoryKind::kWeights), 7);
-  ledger.reset_peaks();
-  EXPECT_EQ(ledger.peak_total(), 7);
-  EXPECT_EQ(ledger.peak(MemoryKind::kKv), 0);
 }
 
 TEST(MemoryLedgerDeathTest, RefusesToGiveBackWhatIsNotLive) {
