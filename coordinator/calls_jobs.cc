@@ -97,26 +97,27 @@ void Calls::job_list(const Ask& ask, Params& params) {
   if (!known)
     return reply(ask,
                  invalid_error(str("job.list: no job is \"", state, "\"; states are ", states)));
+  // The last one of the page before may be in another state by now.
+  const auto last = context_.tables().jobs.find(JobId(after));
+  if (!after.empty() && last == context_.tables().jobs.end())
+    return reply(ask, conflict_error(str("no page follows ", after, ": it was removed meanwhile; ",
+                                         "list from the beginning again")));
   std::vector<const Job*> jobs;
   for (const auto& [id, job] : context_.tables().jobs)
-    if (state.empty() || state == job_state_name(job.state)) jobs.push_back(&job);
+    if ((state.empty() || state == job_state_name(job.state)) &&
+        (after.empty() || job.order < last->second.order))
+      jobs.push_back(&job);
   std::sort(jobs.begin(), jobs.end(),
             [](const Job* a, const Job* b) { return a->order > b->order; });
   Json items = Json::array();
   std::string next;
-  bool started = after.empty();
   for (const Job* job : jobs) {
-    if (!started) {
-      started = job->id.value == after;
-      continue;
-    }
     if (static_cast<std::int64_t>(items.size()) >= limit) {
       next = items.back()["job"].get<std::string>();
       break;
     }
     items.push_back(job_json(*job, jobs_, context_.tables()));
   }
-  if (!started) return reply(ask, removed_page(after));
   answer(ask, {{"jobs", std::move(items)}, {"next", next}});
 }
 

@@ -13,7 +13,8 @@ constexpr std::int64_t kAnswerRest = 16 << 10;  // what stands in an answer besi
 
 }  // namespace
 
-/// One page in the map's order; `view` returns (name, JSON) or a null JSON to leave one out.
+/// One page in the map's order, which is that of the names, so that a page follows any name, of
+/// what was removed meanwhile too; `view` returns (name, JSON) or a null JSON to leave one out.
 template <class Map, class View>
 void Calls::list(const Ask& ask, Params& params, const char* what, const Map& map, View view) {
   const auto max = static_cast<std::int64_t>(context_.limits().page_max);
@@ -22,14 +23,9 @@ void Calls::list(const Ask& ask, Params& params, const char* what, const Map& ma
   if (Status status = params.finish(); !status.ok()) return reply(ask, status);
   Json items = Json::array();
   std::string last, next;
-  bool started = after.empty();
   for (const auto& entry : map) {
     auto [name, json] = view(entry);
-    if (json.is_null()) continue;
-    if (!started) {
-      started = name == after;
-      continue;
-    }
+    if (json.is_null() || name <= after) continue;
     if (static_cast<std::int64_t>(items.size()) >= limit) {
       next = last;
       break;
@@ -37,7 +33,6 @@ void Calls::list(const Ask& ask, Params& params, const char* what, const Map& ma
     items.push_back(std::move(json));
     last = name;
   }
-  if (!started) return reply(ask, removed_page(after));
   answer(ask, {{what, std::move(items)}, {"next", next}});
 }
 

@@ -122,9 +122,4 @@ Status Params::finish() {
   return {};
 }
 
-Status removed_page(const std::string& after) {
-  return conflict_error(
-      str("no page follows ", after, ": it was removed meanwhile; list from the beginning again"));
-}
-
 }  // namespace tandem::coordinator

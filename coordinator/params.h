@@ -45,7 +45,4 @@ class Params {
   Status status_;
 };
 
-/// A page that follows what is not there any more would be empty, or begin anywhere.
-Status removed_page(const std::string& after);
-
 }  // namespace tandem::coordinator

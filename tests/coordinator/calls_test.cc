@@ -290,6 +290,27 @@ TEST(Calls, ListsComeInPages) {
     after = page["next"];
   } while (!after.empty());
   EXPECT_EQ(names, (std::vector<std::string>{"a0", "a1", "a2", "a3", "a4"}));
+  ASSERT_TRUE(h.call("adapter.rm", {{"adapter", "a1"}}).status.ok());
+  const auto rest = result(h.call("adapter.list", {{"limit", 2}, {"after", "a1"}}));
+  ASSERT_EQ(rest["adapters"].size(), 2u) << "a name that is gone has its place";
+  EXPECT_EQ(rest["adapters"][0]["name"], "a2");
+}
+
+TEST(Calls, APageOfJobsInAStateFollowsOneThatHasLeftIt) {
+  CoreHarness h;
+  h.add_model("base");
+  h.add_data("rows");
+  h.engine(0);
+  std::vector<std::string> jobs;  // the first one runs, the others wait
+  for (int i = 0; i < 4; ++i) jobs.push_back(h.submit({{"adapter", str("a", i)}}).value);
+  const auto queued = [&](const std::string& after) {
+    return h.call("job.list", {{"state", "queued"}, {"limit", 1}, {"after", after}});
+  };
+  EXPECT_EQ(result(queued(""))["next"], jobs[3]) << "newest first";
+  ASSERT_TRUE(h.call("job.cancel", {{"job", jobs[3]}}).status.ok());
+  EXPECT_EQ(result(queued(jobs[3]))["jobs"].at(0)["job"], jobs[2]);
+  ASSERT_TRUE(h.call("job.rm", {{"job", jobs[3]}}).status.ok());
+  EXPECT_EQ(queued(jobs[3]).status.code(), StatusCode::kConflict) << "its place is not known";
 }
 
 TEST(Calls, AFullDiskIsAClearErrorAndTheNextCallSucceeds) {
