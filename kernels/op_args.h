@@ -245,7 +245,8 @@ struct AttentionBackwardArgs {
 /// Attention of new rows against a paged cache that already holds their own k and v. Sequence s
 /// owns rows [q_offsets[s], q_offsets[s+1]); its last row attends to keys 0 .. kv_lens[s]-1,
 /// earlier rows to one less each. Key j lies in block block_tables[s][j / block_size] at j %
-/// block_size. kInvariant: a row's bits equal those of AttentionArgs over the same sequence.
+/// block_size. Keys before a sequence's new rows are older than the last upload on the queue.
+/// kInvariant: a row's bits equal those of AttentionArgs over the same sequence.
 struct PagedAttentionArgs {
   AttentionSpec spec;
   Tensor qkv;           ///< [T, (H + 2K) * D] cd, rotated; only q is read

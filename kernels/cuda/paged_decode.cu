@@ -1,9 +1,11 @@
-// Paged attention for sequences with few new rows: reads each key and value once, straight into the
-// tensor cores' registers. Keys are their rows (16 at a time), pairs of query row and head their
-// columns (8 at a time). Blocks of 16 keys go round robin over the warps of a cluster; each warp
-// keeps a softmax of its own, and they are merged in one order.
+// Paged attention for sequences with few new rows: reads each key and value once, through a ring of
+// stages in shared memory that each warp fills for itself. Keys are the tensor cores' rows (16 at a
+// time), pairs of query row and head their columns (8 at a time). Blocks of 16 keys go round robin
+// over the warps of a cluster; each warp keeps a softmax of its own, and they are merged in one
+// order.
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/paged_attention.cuh"
+#include "kernels/cuda/shared_tiles.cuh"
 #include "kernels/device_profile.h"
 
 #include <cooperative_groups.h>
@@ -17,6 +19,10 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kColumns = 8;  ///< pairs of query row and head of one tile
 constexpr int kKeys = 16;    ///< that a warp takes at a time
 constexpr int kSplitsMax = 8;
+/// Two blocks of a multiprocessor, each warp with so many stages on their way, keep memory busy.
+constexpr int kBlocks = 2;
+template <int kDim>
+constexpr int kStages = kDim == 64 ? 4 : 3;
 constexpr std::int64_t kManyKeys = 2048;  ///< of a block: with lengths that differ, it ends late
 
 /// The transpose of an 8 x 8 matrix of 16-bit elements: lane (g, q) gives row g, columns 2q and 2q
@@ -27,35 +33,56 @@ __device__ inline std::uint32_t transpose_8x8(std::uint32_t x) {
   return y;
 }
 
-/// Keys [0, 16) of a block as the tensor cores' A, head dim along k: lane (g, q) holds elements
+/// Sixteen keys and their values in shared memory, see chunk_at().
+template <class E, int kDim>
+struct Stage {
+  E keys[kKeys * kDim], values[kKeys * kDim];
+};
+
+/// Begins to fill a stage, from the place of its first key; values from key `present` on are zeros.
+template <class E, int kDim>
+__device__ inline void fill(Stage<E, kDim>& stage, const E* keys, const E* values, int present,
+                            int lane) {
+  constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+#pragma unroll
+  for (int i = 0; i < kKeys * kChunks / 32; ++i) {
+    const int chunk = lane + 32 * i, row = chunk / kChunks;
+    copy_16_async(stage.keys + chunk_at<kDim>(row, chunk % kChunks), keys + 8 * chunk, true);
+  }
+#pragma unroll
+  for (int i = 0; i < kKeys * kChunks / 32; ++i) {
+    const int chunk = lane + 32 * i, row = chunk / kChunks;
+    copy_16_async(stage.values + chunk_at<kDim>(row, chunk % kChunks), values + 8 * chunk,
+                  row < present);
+  }
+}
+
+/// Keys of a stage as the tensor cores' A, head dim along k: lane (g, q) holds elements
 /// 32 s + 8 q .. + 8 of keys g and g + 8.
 template <class E, int kDim>
 struct KeyFragments {
   uint4 low[kDim / 32], high[kDim / 32];
-  __device__ void load(const E* block, int g, int q) {
+  __device__ void load(const E* keys, int g, int q) {
 #pragma unroll
     for (int s = 0; s < kDim / 32; ++s) {
-      low[s] = *reinterpret_cast<const uint4*>(block + g * kDim + 32 * s + 8 * q);
-      high[s] = *reinterpret_cast<const uint4*>(block + (g + 8) * kDim + 32 * s + 8 * q);
+      low[s] = *reinterpret_cast<const uint4*>(keys + chunk_at<kDim>(g, 4 * s + q));
+      high[s] = *reinterpret_cast<const uint4*>(keys + chunk_at<kDim>(g + 8, 4 * s + q));
     }
   }
 };
 
 /// Values of the same keys: lane (g, q) holds elements 64 h + 8 g .. + 8 of keys 2q, 2q + 1,
-/// 2q + 8 and 2q + 9; zeros from key `present` on.
+/// 2q + 8 and 2q + 9.
 template <class E, int kDim>
 struct ValueFragments {
   uint4 at[kDim / 64][4];
-  __device__ void load(const E* block, int g, int q, int present) {
+  __device__ void load(const E* values, int g, int q) {
 #pragma unroll
     for (int h = 0; h < kDim / 64; ++h)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = 2 * q + i % 2 + 8 * (i / 2);
-        at[h][i] = {0, 0, 0, 0};
-        if (key < present)
-          at[h][i] = *reinterpret_cast<const uint4*>(block + key * kDim + 64 * h + 8 * g);
-      }
+      for (int i = 0; i < 4; ++i)
+        at[h][i] = *reinterpret_cast<const uint4*>(
+            values + chunk_at<kDim>(2 * q + i % 2 + 8 * (i / 2), 8 * h + g));
   }
 };
 
@@ -155,9 +182,11 @@ __device__ void merge_warps(Merged<kDim>& m, const WarpState<E, kDim>& state) {
 
 /// Block (split, tile, kv head and part of its group); the splits of a tile are one cluster.
 template <class E, int kDim>
-__global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) {
+__global__ void __launch_bounds__(kThreads, kBlocks) decode_kernel(const PagedView v) {
   launch_dependents();
-  __shared__ Merged<kDim> merged;
+  constexpr int kRing = kStages<kDim>;
+  extern __shared__ __align__(128) unsigned char memory[];
+  auto& merged = *reinterpret_cast<Merged<kDim>*>(memory);  // once all keys are through
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, q = lane % 4;
   const int head_tiles = (v.group + kColumns - 1) / kColumns;
@@ -179,15 +208,28 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
   const std::int32_t* table = v.tables + static_cast<std::int64_t>(tile.sequence) * v.blocks_max;
   const auto* k = static_cast<const E*>(v.k);
   const auto* values = static_cast<const E*>(v.v);
-  // Where this warp's next 32 blocks are, one a lane.
+  auto* ring = reinterpret_cast<Stage<E, kDim>*>(memory) + warp * kRing;
+  // Blocks are asked for `filled` in a row, `places` has 32 of them, one a lane.
+  int filled = 0, next = block;
   std::int64_t places = 0;
-  const auto find_places = [&](int from) {
-    const int b = from + lane * stride;
-    if (b < end) places = v.key_at(table, b * kKeys, kv_head);
+  const auto ask = [&] {
+    if (next < end) {
+      if (filled % 32 == 0)
+        if (const int b = next + lane * stride; b < end)
+          places = v.key_at(table, b * kKeys, kv_head);
+      const std::int64_t place = __shfl_sync(0xffffffffu, places, filled % 32);
+      fill<E, kDim>(ring[filled % kRing], k + place, values + place, keys - next * kKeys, lane);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    ++filled;
+    next += stride;
   };
-  // Offsets, lengths and tables come by an upload, behind which no kernel starts early: they may be
-  // read before the kernel before has ended.
-  if (tile.rows > 0) find_places(block);
+  // Offsets, lengths and tables come by an upload, behind which no kernel starts early: they, and
+  // keys that were there before this step, may be read before the kernel before has ended.
+  if (tile.rows > 0) {
+    const int known = tile.position - (tile.row - v.q_offsets[tile.sequence]);
+    while (filled < kRing && next < end && (next + 1) * kKeys <= known) ask();
+  }
   wait_for_inputs();
   if (head0 == 0)
     zero_inert_rows<E>(v, kv_head, static_cast<int>(blockIdx.y) * splits + split,
@@ -209,21 +251,22 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
     position[c] = 2 * q + c < columns ? tile.position + (2 * q + c) / heads : -1;
 
   WarpState<E, kDim> state;
-  KeyFragments<E, kDim> key;
-  std::int64_t place = __shfl_sync(0xffffffffu, places, 0);
-  if (block < end) key.load(k + place, g, q);
-  for (int i = 1; block < end; ++i, block += stride) {
+  while (filled < kRing) ask();
+  for (int i = 0; block < end; ++i, block += stride) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kRing - 1) : "memory");
+    __syncwarp();
+    KeyFragments<E, kDim> key;
     ValueFragments<E, kDim> value;
-    value.load(values + place, g, q, keys - block * kKeys);
+    key.load(ring[i % kRing].keys, g, q);
+    value.load(ring[i % kRing].values, g, q);
+    __syncwarp();
+    ask();
     float x[4] = {};
 #pragma unroll
     for (int s = 0; s < kDim / 32; ++s) {
       mma<E>(x, key.low[s].x, key.high[s].x, key.low[s].y, key.high[s].y, query[s].x, query[s].y);
       mma<E>(x, key.low[s].z, key.high[s].z, key.low[s].w, key.high[s].w, query[s].z, query[s].w);
     }
-    if (i % 32 == 0) find_places(block + stride);
-    place = __shfl_sync(0xffffffffu, places, i % 32);
-    if (block + stride < end) key.load(k + place, g, q);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int at = block * kKeys + g + 8 * (e / 2), ahead = position[e % 2] - at;
@@ -231,6 +274,7 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const PagedView v) 
     }
     state.add(x, value);
   }
+  __syncthreads();  // no warp reads its stages any more
   merge_warps(merged, state);
 #if __CUDA_ARCH__ >= 900
   const cg::cluster_group cluster = cg::this_cluster();
@@ -277,6 +321,12 @@ void launch(cudaStream_t stream, const PagedView& v, int splits) {
   cudaLaunchAttribute attributes[2]{};
   config.gridDim = dim3(static_cast<unsigned>(splits), decode_tiles(v), head_parts(v));
   config.blockDim = dim3(kThreads);
+  constexpr std::size_t kBytes =
+      std::max(kWarps * kStages<kDim> * sizeof(Stage<E, kDim>), sizeof(Merged<kDim>));
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      decode_kernel<E, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  check_cuda(allowed, "decode_kernel: shared memory");
+  config.dynamicSmemBytes = kBytes;
   config.stream = stream;
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

@@ -176,8 +176,7 @@ __global__ void __launch_bounds__(kThreads + (kMakes == Makes::kBefore ? kThread
       Listed listed;
       for (int half = 0; half < T::kHalves; ++half) {
         const auto [begin, end] = own_of(tile, half);
-        list_pieces(p.adapters, begin, end, half * T::kOwn, T::kWeightBytes, leads, c, lane,
-                    listed);
+        list_pieces(p.adapters, begin, end, half * T::kOwn, T::kStageBytes, leads, c, lane, listed);
       }
       end_list(listed, c, lane);
       barrier_arrive(&c.list_full);
