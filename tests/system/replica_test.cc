@@ -377,7 +377,8 @@ TEST_F(Replicas, AreAddedListedAndRemovedOnTheCommandLine) {
   EXPECT_EQ(platform_->cli({"model", "rm", "tiny"}).code, 4) << "it is served";
   const auto cut = platform_->cli({"replica", "add", "--model", "tiny", "--tp", "4"});
   EXPECT_EQ(cut.code, 4);
-  EXPECT_NE(cut.err.find("nearest layout that works: tp 2, pp 2"), std::string::npos) << cut.err;
+  EXPECT_NE(cut.err.find("nearest layout that the model allows: tp 2, pp 2"), std::string::npos)
+      << cut.err;
   const auto many = platform_->cli({"replica", "add", "--model", "tiny", "--tp", "8"});
   EXPECT_EQ(many.code, 4);
   EXPECT_EQ(platform_->cli({"replica", "add", "--model", "tiny"}).code, 4) << "one rank is none";
