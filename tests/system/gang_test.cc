@@ -377,7 +377,8 @@ TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
     return shown.value("epoch", 0) == 2 && shown.value("state", "") == "running";
   })) << show_job(job).dump(1);
   EXPECT_GE(show_job(job).value("step", 0), 13) << "no step is done twice";
-  for (const Json& worker : show_job(job)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  const Json members = show_job(job)["workers"];  // lives as long as the loop
+  for (const Json& worker : members) EXPECT_NE(worker.get<std::string>(), member);
   platform_->call("worker.resume", {{"worker", member}});
   // SIGTERM to the leader's worker: its agent lets the gang write a checkpoint.
   const int slot = leader(job);

@@ -350,7 +350,8 @@ TEST_F(Replicas, AWorkerThatDrainsLetsItMoveAndOneThatEndsDoesToo) {
   const std::string member = show(id)["workers"][1].get<std::string>();
   platform_->call("worker.drain", {{"worker", member}});
   ASSERT_TRUE(serves(id, 2)) << show(id).dump(1);
-  for (const Json& worker : show(id)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  const Json members = show(id)["workers"];  // lives as long as the loop
+  for (const Json& worker : members) EXPECT_NE(worker.get<std::string>(), member);
   platform_->call("worker.resume", {{"worker", member}});
   // SIGTERM to the leader's worker: its agent lets the replica finish what it answers.
   const int slot = leader(id);
