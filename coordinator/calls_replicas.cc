@@ -33,7 +33,7 @@ void Calls::replica_add(const Ask& ask, Params& params) {
   if (!model.ok()) return reply(ask, model.status());
   wanted.tenant = ask.user;
   wanted.model = (*model)->digest;
-  if (const Status status = replicas_.check(wanted); !status.ok()) return reply(ask, status);
+  if (const Status status = replicas_.check_count(wanted); !status.ok()) return reply(ask, status);
   const std::string id =
       start_dry_run(ask, [this, wanted](const std::string& estimate) -> Result<Json> {
         if (context_.tables().model_by_digest(wanted.model) == nullptr)

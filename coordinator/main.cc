@@ -116,10 +116,10 @@ std::vector<std::string> split(const std::string& text, char separator) {
 void scale(Limits& l) {
   for (TimeMs Limits::*time :
        {&Limits::heartbeat_ms, &Limits::lease_ms, &Limits::adoption_ms, &Limits::missing_job_ms,
-        &Limits::load_resend_ms, &Limits::load_backoff_ms, &Limits::load_backoff_max_ms,
-        &Limits::resend_ms, &Limits::estimate_resend_ms, &Limits::estimate_timeout_ms,
-        &Limits::start_timeout_ms, &Limits::no_engine_wait_ms, &Limits::probe_ms,
-        &Limits::orphan_ms, &Limits::idle_engine_ms})
+        &Limits::engine_silent_ms, &Limits::load_resend_ms, &Limits::load_backoff_ms,
+        &Limits::load_backoff_max_ms, &Limits::resend_ms, &Limits::estimate_resend_ms,
+        &Limits::estimate_timeout_ms, &Limits::start_timeout_ms, &Limits::no_engine_wait_ms,
+        &Limits::probe_ms, &Limits::orphan_ms, &Limits::idle_engine_ms})
     l.*time = scaled_ms(l.*time);
 }
 

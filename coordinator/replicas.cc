@@ -25,14 +25,17 @@ std::string layout_json(const Replica& replica) {
 
 }  // namespace
 
-Status Replicas::check(const Wanted& wanted) const {
+Status Replicas::check_count(const Wanted& wanted) const {
   const std::size_t there = context_.tables().replicas.size();
-  if (there + static_cast<std::size_t>(wanted.count) > context_.limits().replicas_max)
-    return refused_error(str("there are ", there, " replicas of at most ",
-                             context_.limits().replicas_max, "; ", wanted.count,
-                             " more do not fit; remove some (tandem replica rm)"));
+  if (there + static_cast<std::size_t>(wanted.count) <= context_.limits().replicas_max) return {};
+  return refused_error(str("there are ", there, " replicas of at most ",
+                           context_.limits().replicas_max, "; ", wanted.count,
+                           " more do not fit; remove some (tandem replica rm)"));
+}
+
+/// After the dry run: a part of a layout that cuts the model cuts it too.
+Status Replicas::check_pool(const Wanted& wanted) const {
   const std::int64_t ranks = wanted.tp * wanted.pp;
-  // Before the dry run its device is not known: whichever has room for more.
   const GangRoom cpus = gang_room(workers_, "cpu"), gpus = gang_room(workers_, "cuda");
   const GangRoom& room = gpus.ranks > cpus.ranks ? gpus : cpus;
   // Right after a start of the coordinator nobody knows how many slots there are.
@@ -50,7 +53,8 @@ Status Replicas::check(const Wanted& wanted) const {
 }
 
 Result<std::vector<JobId>> Replicas::add(const Wanted& wanted, const std::string& estimate_json) {
-  TANDEM_RETURN_IF_ERROR(check(wanted));
+  TANDEM_RETURN_IF_ERROR(check_count(wanted));
+  TANDEM_RETURN_IF_ERROR(check_pool(wanted));
   const auto json = nlohmann::json::parse(estimate_json, nullptr, false);
   if (!json.is_object()) return internal_error("the dry run's answer is not a JSON object");
   const auto number = [&](const char* name) {

@@ -246,14 +246,28 @@ void WorkerTable::set_draining(const WorkerId& id, bool draining) {
 
 void WorkerTable::restart(Worker& worker) {
   worker.restarting = worker.engine.alive ? worker.engine.incarnation : 0;
-  send_restart(worker);
+  send_restart(worker, worker.restarting);
 }
 
-void WorkerTable::send_restart(Worker& worker) {
+void WorkerTable::send_restart(Worker& worker, Incarnation engine) {
   worker.restart_sent_ms = context_.now().ms;
-  context_.send_worker(
-      worker.agent.peer,
-      protocol::AgentCommand{protocol::AgentAction::kRestartEngine, worker.restarting});
+  context_.send_worker(worker.agent.peer,
+                       protocol::AgentCommand{protocol::AgentAction::kRestartEngine, engine});
+}
+
+/// An agent whose engine ended by itself starts another; one that stays away hangs. Said once in a
+/// while: the next one needs some time to be here.
+void WorkerTable::end_silent_engine(Worker& worker) {
+  const TimeMs now = context_.now().ms;
+  if (worker.engine.alive || !worker.agent.alive) {
+    worker.engine_silent_ms = -1;
+  } else if (worker.engine_silent_ms < 0) {
+    worker.engine_silent_ms = now;
+  } else if (now - worker.engine_silent_ms >= context_.limits().engine_silent_ms) {
+    worker.engine_silent_ms = now;
+    context_.log(LogLevel::kWarn, "engine ", worker.id, " is silent; its agent is to end it");
+    send_restart(worker, 0);
+  }
 }
 
 void WorkerTable::tick() {
@@ -261,7 +275,8 @@ void WorkerTable::tick() {
     if (worker.restarting != worker.engine.incarnation) worker.restarting = 0;
     if (worker.restarting != 0 && worker.agent.alive &&
         context_.now().ms - worker.restart_sent_ms >= context_.limits().resend_ms)
-      send_restart(worker);
+      send_restart(worker, worker.restarting);
+    end_silent_engine(worker);
   }
 }
 

@@ -74,6 +74,8 @@ struct Worker {
   Engine gang;                 ///< of the gang that this worker leads or led last
   Incarnation restarting = 0;  ///< the engine that its agent was told to end; 0: none
   TimeMs restart_sent_ms = 0;
+  /// Since when its agent is here and its engine is not, or was last told of it; -1: both are.
+  TimeMs engine_silent_ms = -1;
   [[nodiscard]] bool holds(const Digest& model) const {
     return engine.alive && engine.model == model;
   }
@@ -143,12 +145,14 @@ class WorkerTable {
   /// Tells the worker's agent to end its engine and start another, again and again until there is
   /// another; where none is here it is said once, of whichever the agent has.
   void restart(Worker& worker);
-  void tick();  ///< repeats restarts
+  /// Repeats restarts, and has engines ended that hang: their agents only see that they run.
+  void tick();
   [[nodiscard]] std::size_t engines_alive() const;
 
  private:
   Process& process(Worker& worker, protocol::WorkerRole role);
-  void send_restart(Worker& worker);
+  void send_restart(Worker& worker, Incarnation engine);  ///< 0: whichever there is
+  void end_silent_engine(Worker& worker);
   void take_hello(Engine& engine, const protocol::WorkerHello& hello) const;
   void forget_old();
 

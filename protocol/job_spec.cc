@@ -278,12 +278,15 @@ Status TrainSettings::check_layout() const {
     return refused_error(str("zero ", zero,
                              " shards over data-parallel ranks, and dp is 1; set dp "
                              "to 2 or more, or zero to 0"));
-  if (gradient_accumulation_steps % dp != 0)
+  if (gradient_accumulation_steps % dp != 0) {
+    const std::int64_t fewer = std::gcd(gradient_accumulation_steps, dp);
+    const bool allowed = fewer >= dp_min && (fewer > 1 || zero == 0);
     return refused_error(
         str("dp ", dp, " shares the micro-batches of a step, and gradient_accumulation_steps is ",
             gradient_accumulation_steps, ", not a multiple of ", dp,
             "; set gradient_accumulation_steps to ", (gradient_accumulation_steps / dp + 1) * dp,
-            ", or dp to ", std::gcd(gradient_accumulation_steps, dp)));
+            allowed ? str(", or dp to ", fewer) : std::string()));
+  }
   if (virtual_pipeline_size > 1 && pp == 1)
     return refused_error(str("virtual_pipeline_size ", virtual_pipeline_size,
                              " cuts the stages of a pipeline, and pp is 1; set pp to 2 or more, or "
@@ -304,8 +307,10 @@ Status TrainSettings::check_layout() const {
   }
   if (tp > 1 && lora_dropout > 0)
     return refused_error(str("lora_dropout ", lora_dropout, " over tensor-parallel ranks (tp ", tp,
-                             ") is not supported; set lora_dropout to 0, or use dp ", dp * tp,
-                             " x tp 1 x pp ", pp));
+                             ") is not supported; set lora_dropout to 0, or use ",
+                             gradient_accumulation_steps % (dp * tp) == 0
+                                 ? str("dp ", dp * tp, " x tp 1 x pp ", pp)
+                                 : std::string("tp 1")));
   return {};
 }
 

@@ -378,6 +378,29 @@ TEST(Workers, ARestartIsRepeatedUntilAnotherEngineIsHere) {
   EXPECT_TRUE(h.to_agent<protocol::AgentCommand>(0).empty());
 }
 
+TEST(Workers, AnEngineThatHangsIsEndedByItsAgentAndTheNextHasAsLong) {
+  CoreHarness h;
+  h.engine(0, 5);
+  h.agent(0);
+  const auto told = [&](TimeMs ms, bool engine) {
+    for (TimeMs t = 0; t < ms; t += 1000) {
+      h.advance(1000);
+      h.agent(0);
+      if (engine) h.beat(0);
+    }
+    return h.to_agent<protocol::AgentCommand>(0).size();
+  };
+  EXPECT_EQ(told(120'000, true), 0u) << "it is well";
+  EXPECT_EQ(told(120'000, false), 0u) << "its lease runs out first";
+  EXPECT_EQ(told(10'000, false), 1u);
+  EXPECT_EQ(told(110'000, false), 0u) << "the next one may still start";
+  h.engine(0, 6);
+  EXPECT_EQ(told(120'000, true), 0u);
+  h.restart();  // it knows no engine then
+  h.agent(0);
+  EXPECT_EQ(told(122'000, false), 1u);
+}
+
 TEST(Workers, AnEngineWithoutABaseGetsOneAndAFailedLoadIsRepeatedLaterAndShown) {
   CoreHarness h;
   h.engine(0);

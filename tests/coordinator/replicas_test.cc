@@ -240,6 +240,11 @@ TEST_F(ReplicaTest, IsRefusedAtSubmissionWithReasonLimitAndValue) {
   has(why_many, "4 ranks");
   has(why_many, "3 CPU workers");
   has(why_many, "the nearest layout with as many workers: tp 1, pp 3");
+  // What is wrong with the model comes first: a part of what cannot cut it may not cut it either.
+  const auto [both, why_both] =
+      code({{"model", "base"}, {"tp", 6}}, "", refused_error("tp 6 does not divide the model"));
+  EXPECT_EQ(both, StatusCode::kRefused);
+  has(why_both, "tp 6 does not divide the model");
   EXPECT_TRUE(h.tables().replicas.empty());
 }
 

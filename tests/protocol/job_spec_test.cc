@@ -88,7 +88,9 @@ TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
   refused(R"({"dp": 2})", {"gradient_accumulation_steps is 1", "to 2", "dp to 1"});
   refused(R"({"dp": 4, "gradient_accumulation_steps": 6})", {"to 8", "dp to 2"});
   refused(R"({"zero": 1})", {"zero 1", "dp is 1"});
-  refused(R"({"tp": 2, "lora_dropout": 0.1})", {"lora_dropout 0.1", "dp 2 x tp 1 x pp 1"});
+  refused(R"({"tp": 2, "lora_dropout": 0.1})", {"lora_dropout 0.1", "or use tp 1"});
+  refused(R"({"tp": 2, "lora_dropout": 0.1, "gradient_accumulation_steps": 4})",
+          {"lora_dropout 0.1", "dp 2 x tp 1 x pp 1"});
   refused(R"({"tp": 64, "pp": 2})", {"128 ranks", "at most 64"});
   refused(R"({"virtual_pipeline_size": 2})", {"pp is 1", "virtual_pipeline_size to 1"});
   refused(R"({"pp": 4, "virtual_pipeline_size": 2, "gradient_accumulation_steps": 6, "dp": 2})",
@@ -102,6 +104,12 @@ TEST(TrainSettings, RefusesALayoutThatCannotWorkAndNamesOneThatDoes) {
       R"({"dp": 2, "tp": 2, "pp": 2, "zero": 3, "gradient_accumulation_steps": 2})");
   ASSERT_TRUE(works.ok()) << works.status().to_string();
   EXPECT_EQ(works->ranks(), 8);
+  // ZeRO does not go with dp 1, nor dp_min with a smaller dp.
+  for (const char* json : {R"({"dp": 2, "zero": 3})", R"({"dp": 2, "dp_min": 2})"}) {
+    const std::string said = TrainSettings::parse(json).status().message();
+    EXPECT_NE(said.find("set gradient_accumulation_steps to 2"), std::string::npos) << said;
+    EXPECT_EQ(said.find("dp to 1"), std::string::npos) << said;
+  }
   const auto rows = TrainSettings::parse(R"({"tp": 2, "sequence_parallel": "off"})");
   ASSERT_TRUE(rows.ok()) << rows.status().to_string();
   EXPECT_FALSE(rows->sequence_parallel);

@@ -179,7 +179,7 @@ TEST_F(BadInput, LayoutsThatCannotWork) {
   // Known from the settings alone.
   expect(train(data, {"--dp", "2"}), 4, {"gradient_accumulation_steps", "multiple of 2"});
   expect(train(data, {"--zero", "2"}), 4, {"zero 2", "dp is 1"});
-  expect(train(data, {"--tp", "2", "--lora-dropout", "0.5"}), 4, {"lora_dropout 0.5", "dp 2"});
+  expect(train(data, {"--tp", "2", "--lora-dropout", "0.5"}), 4, {"lora_dropout 0.5", "tp 1"});
   expect(train(data, {"--pp", "2", "--virtual-pp", "2"}), 4,
          {"virtual_pipeline_size 2", "gradient_accumulation_steps to 2"});
   expect(train(data, {"--tp", "0"}), 2, {"tp must be in 1..64", "0"});

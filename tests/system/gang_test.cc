@@ -377,7 +377,8 @@ TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
     return shown.value("epoch", 0) == 2 && shown.value("state", "") == "running";
   })) << show_job(job).dump(1);
   EXPECT_GE(show_job(job).value("step", 0), 13) << "no step is done twice";
-  for (const Json& worker : show_job(job)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  const Json members = show_job(job)["workers"];  // lives as long as the loop
+  for (const Json& worker : members) EXPECT_NE(worker.get<std::string>(), member);
   platform_->call("worker.resume", {{"worker", member}});
   // SIGTERM to the leader's worker: its agent lets the gang write a checkpoint.
   const int slot = leader(job);
@@ -393,6 +394,34 @@ TEST_F(Gangs, AWorkerThatDrainsOrEndsLosesNothingOfIt) {
   platform_->start_worker(slot);
   finish(job);
   EXPECT_EQ(digest("moved-on"), digest("stayed"));
+}
+
+/// As Slurm's scancel tells them: no step is lost, though nothing but the end would be stored.
+TEST_F(Gangs, AStopThatReachesEveryProcessAtOnceLeavesACheckpoint) {
+  const Json settings = with(kSettings, {{"tp", 2}, {"max_steps", 600}, {"save_steps", 0}});
+  const std::string job = submit("told-at-once", settings);
+  ASSERT_TRUE(reaches(job, 13));
+  const int lead = leader(job);
+  std::vector<pid_t> all{platform_->gang_mpirun(lead), platform_->gang_rank(0, lead),
+                         platform_->gang_rank(1, lead)};
+  for (int slot = 0; slot < workers(); ++slot)
+    for (const pid_t pid :
+         {platform_->supervisor(slot), platform_->agent(slot), platform_->engine(slot)})
+      all.push_back(pid);
+  for (const pid_t pid : all) {
+    ASSERT_GT(pid, 0);
+    ::kill(pid, SIGTERM);
+  }
+  for (int slot = 0; slot < workers(); ++slot)
+    EXPECT_TRUE(eventually(30'000, [&] { return platform_->supervisor(slot) == 0; })) << slot;
+  const Json stopped = show_job(job);
+  EXPECT_EQ(stopped.value("state", ""), "queued") << stopped.dump(1);
+  ASSERT_FALSE(stopped["checkpoints"].empty()) << stopped.dump(1);
+  EXPECT_GE(stopped["checkpoints"].back().value("step", 0), 13);
+  for (int slot = 0; slot < workers(); ++slot) platform_->start_worker(slot);
+  await_workers(workers());
+  finish(job);
+  EXPECT_EQ(platform_->losses(job).size(), 600u);
 }
 
 /// Its manifest is longer than other texts of messages may be.

@@ -350,7 +350,8 @@ TEST_F(Replicas, AWorkerThatDrainsLetsItMoveAndOneThatEndsDoesToo) {
   const std::string member = show(id)["workers"][1].get<std::string>();
   platform_->call("worker.drain", {{"worker", member}});
   ASSERT_TRUE(serves(id, 2)) << show(id).dump(1);
-  for (const Json& worker : show(id)["workers"]) EXPECT_NE(worker.get<std::string>(), member);
+  const Json members = show(id)["workers"];  // lives as long as the loop
+  for (const Json& worker : members) EXPECT_NE(worker.get<std::string>(), member);
   platform_->call("worker.resume", {{"worker", member}});
   // SIGTERM to the leader's worker: its agent lets the replica finish what it answers.
   const int slot = leader(id);
@@ -377,7 +378,8 @@ TEST_F(Replicas, AreAddedListedAndRemovedOnTheCommandLine) {
   EXPECT_EQ(platform_->cli({"model", "rm", "tiny"}).code, 4) << "it is served";
   const auto cut = platform_->cli({"replica", "add", "--model", "tiny", "--tp", "4"});
   EXPECT_EQ(cut.code, 4);
-  EXPECT_NE(cut.err.find("nearest layout that works: tp 2, pp 2"), std::string::npos) << cut.err;
+  EXPECT_NE(cut.err.find("nearest layout that the model allows: tp 2, pp 2"), std::string::npos)
+      << cut.err;
   const auto many = platform_->cli({"replica", "add", "--model", "tiny", "--tp", "8"});
   EXPECT_EQ(many.code, 4);
   EXPECT_EQ(platform_->cli({"replica", "add", "--model", "tiny"}).code, 4) << "one rank is none";

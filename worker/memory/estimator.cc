@@ -154,7 +154,7 @@ std::string nearest_replica(const model::ModelConfig& config, const comm::Layout
       if (best.ranks() < 2 || distance(layout) < distance(best)) best = layout;
     }
   if (best.ranks() < 2) return "; no layout of several ranks works";
-  return str("; the nearest layout that works: tp ", best.tp, ", pp ", best.pp);
+  return str("; the nearest layout that the model allows: tp ", best.tp, ", pp ", best.pp);
 }
 
 }  // namespace
@@ -224,8 +224,8 @@ Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profil
     while (tp > 1 && !model::check_shard(config, tp, 1).ok()) --tp;
     const auto pp = std::min<std::int64_t>(layout.pp, config.layers);
     const auto chunks = std::min<std::int64_t>(layout.virtual_pp, config.layers / pp);
-    return refused_error(str(cut.message(), "; the nearest layout that works: dp ", layout.dp,
-                             ", tp ", tp, ", pp ", pp,
+    return refused_error(str(cut.message(), "; the nearest layout that the model allows: dp ",
+                             layout.dp, ", tp ", tp, ", pp ", pp,
                              chunks > 1 ? str(", virtual_pipeline_size ", chunks) : std::string()));
   }
   std::vector<Estimate> ranks;

@@ -88,14 +88,15 @@ BesideLedger beside_ledger(const kernels::DeviceProfile& profile, const comm::La
                            const Estimate& rank);
 
 /// Every rank of a job over several workers, in rank order, each on a process of its own
-/// (tandem-rank). refused_error: the model cannot be cut so, with the nearest layout that works.
+/// (tandem-rank). refused_error: the model cannot be cut so, with the nearest layout that it
+/// allows.
 Result<std::vector<Estimate>> estimate_gang(const kernels::DeviceProfile& profile,
                                             const model::ModelConfig& config, DType dtype,
                                             const protocol::TrainSettings& settings,
                                             const train::BatchBounds& bounds, bool evaluates);
 
 /// Every rank of a replica that serves over several workers, in rank order. refused_error: the
-/// model cannot be cut so, with the nearest layout of two ranks and more that works.
+/// model cannot be cut so, with the nearest layout of two ranks and more that it allows.
 Result<std::vector<Estimate>> estimate_replica(const kernels::DeviceProfile& profile,
                                                const model::ModelConfig& config, DType dtype,
                                                const serve::ServeOptions& options,

@@ -213,6 +213,7 @@ Result<FileLock> GangKeeper::make_folder(const protocol::StartJob& start, bool l
 Status GangKeeper::run(ProcessSpec spec, const FileLock& lock, const protocol::StartJob& start,
                        bool led) {
   spec.own_session = true;
+  spec.without_sigterm = true;  // it would kill its ranks, which are to write a checkpoint
   spec.output = options_.log;
   spec.lock = lock.descriptor();
   TANDEM_ASSIGN_OR_RETURN(mpirun_, start_process(spec));

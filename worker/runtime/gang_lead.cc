@@ -234,7 +234,7 @@ void install_rank_signals() {
   struct sigaction action {};
   action.sa_handler = on_drain;
   sigaction(SIGUSR1, &action, nullptr);
-  for (int signal : {SIGINT, SIGHUP, SIGPIPE}) std::signal(signal, SIG_IGN);
+  for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) std::signal(signal, SIG_IGN);
 }
 
 bool drain_asked() {

@@ -29,8 +29,8 @@ int lead_gang(const GangLeadOptions& options, GangRank& rank, EngineEndpoints en
 /// Under which the chunks of a gang's checkpoints are spared until their manifest comes.
 std::string checkpoint_pin(const protocol::StartJob& start);
 
-/// SIGUSR1 drains the first rank and is nothing to the others; SIGTERM and SIGINT of a terminal are
-/// the agent's business. Before MPI starts, on every rank.
+/// SIGUSR1 drains the first rank and is nothing to the others; SIGTERM, SIGINT and SIGHUP are the
+/// agent's business. Before MPI starts, on every rank.
 void install_rank_signals();
 /// Whether SIGUSR1 came.
 bool drain_asked();

@@ -45,21 +45,23 @@ class SignalsHeld {
   sigset_t before_{};
 };
 
-sigset_t stop_signals() {
+sigset_t no_signals() {
   sigset_t set;
   sigemptyset(&set);
+  return set;
+}
+
+sigset_t stop_signals() {
+  sigset_t set = no_signals();
   for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaddset(&set, signal);
   return set;
 }
 
-/// Of a child that has no program yet. Async-signal-safe.
-void reset_signals(bool stops_wait) {
+/// Of a child that has no program yet; those of `waiting` stay blocked. Async-signal-safe.
+void reset_signals(const sigset_t& waiting) {
   for (int signal : {SIGTERM, SIGINT, SIGHUP, SIGPIPE, SIGUSR1, SIGCHLD})
     std::signal(signal, SIG_DFL);
-  sigset_t mask;
-  sigemptyset(&mask);
-  if (stops_wait) mask = stop_signals();
-  sigprocmask(SIG_SETMASK, &mask, nullptr);
+  sigprocmask(SIG_SETMASK, &waiting, nullptr);
 }
 }  // namespace
 
@@ -81,12 +83,13 @@ Result<pid_t> start_process(const std::string& executable,
   for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   const pid_t parent = ::getpid();
+  const sigset_t waiting = stops_wait ? stop_signals() : no_signals();
   const SignalsHeld held;
   const pid_t pid = ::fork();
   if (pid < 0) return internal_error(str("fork failed: ", std::strerror(errno)));
   if (pid > 0) return pid;
   // In the child, between fork and exec: async-signal-safe calls only.
-  reset_signals(stops_wait);
+  reset_signals(waiting);
   if (die_with_parent) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(1);  // the parent died before prctl took effect
@@ -103,11 +106,13 @@ Result<pid_t> start_process(const ProcessSpec& spec) {
   envp.push_back(nullptr);
   const int out = ::open(spec.output.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   const int in = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  sigset_t waiting = no_signals();
+  if (spec.without_sigterm) sigaddset(&waiting, SIGTERM);
   const SignalsHeld held;
   const pid_t pid = out < 0 || in < 0 ? -1 : ::fork();
   if (pid == 0) {
     // Between fork and exec: async-signal-safe calls only.
-    reset_signals(false);
+    reset_signals(waiting);
     if (spec.own_session) ::setsid();
     ::dup2(in, STDIN_FILENO);
     ::dup2(out, STDOUT_FILENO);

@@ -30,8 +30,11 @@ struct ProcessSpec {
   std::vector<std::string> arguments;
   std::vector<std::string> environment;  ///< "NAME=value", all of it
   bool own_session = false;              ///< no terminal's signals
-  std::string output;                    ///< file that standard output and error are appended to
-  int lock = -1;  ///< a lock's file: stays open in it, and says its pid from its first moment
+  /// SIGTERM does not reach it (what it starts may take it): for one that is asked in another way,
+  /// where somebody (Slurm) tells all processes at once to stop.
+  bool without_sigterm = false;
+  std::string output;  ///< file that standard output and error are appended to
+  int lock = -1;       ///< a lock's file: stays open in it, and says its pid from its first moment
 };
 Result<pid_t> start_process(const ProcessSpec& spec);
 
