@@ -124,7 +124,7 @@ TEST(Deploy, EveryFlagIsOneOfThePrograms) {
       // Slurm
       "batch", "signal", "nodes", "gpus-per-node", "job-name", "ntasks-per-node", "exclusive",
       "no-kill", "requeue", "open-mode", "ntasks", "nodelist", "overlap", "cpu-bind", "immediate",
-      "parsable", "output", "noheader", "format", "user",
+      "parsable", "output", "noheader", "format", "user", "time",
       // munged, coreutils, apt
       "force", "foreground", "socket", "key-file", "pid-file", "seed-file", "log-file",
       "block-signal", "no-install-recommends",
