@@ -19,7 +19,7 @@ struct Limits {
   TimeMs load_backoff_ms = 2000;  ///< after a failed load; doubles up to load_backoff_max_ms
   TimeMs load_backoff_max_ms = 60'000;
   TimeMs engine_silent_ms = 120'000;  ///< an engine without a lease is then ended by its agent
-  std::size_t workers_max = 4096;    ///< known at once, lost ones included
+  std::size_t workers_max = 4096;     ///< known at once, lost ones included
   // -- jobs
   TimeMs resend_ms = 1000;              ///< StartJob and StopJob are repeated
   TimeMs estimate_resend_ms = 5000;     ///< EstimateRequest is repeated (a dry run takes a while)

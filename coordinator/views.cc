@@ -151,7 +151,7 @@ Json worker_json(const Worker& worker, const WorkerTable& workers, const Tables&
           {"state", state},
           {"model", engine.model.empty() ? "" : model_name(tables, engine.model)},
           {"loading", engine.loading.empty() ? "" : model_name(tables, engine.loading)},
-          {"error", engine.load_status.ok() ? "" : engine.load_status.message()},
+          {"error", workers.error(worker)},
           {"jobs", std::move(jobs)},
           {"replica", replica == nullptr ? "" : replica->id.value},
           {"requests", engine.requests.size()},

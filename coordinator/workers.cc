@@ -10,6 +10,7 @@ namespace {
 using protocol::WorkerRole;
 
 constexpr std::size_t kSupersededKept = 16;
+constexpr TimeMs kSilentShownMs = 10'000;  ///< an engine that starts says hello before
 const std::string kDrainPrefix = "drain/";
 
 }  // namespace
@@ -242,6 +243,15 @@ void WorkerTable::set_draining(const WorkerId& id, bool draining) {
     context_.put(SettingRecord{kDrainPrefix + id.value, "1"});
   else
     context_.put(EraseSetting{kDrainPrefix + id.value});
+}
+
+std::string WorkerTable::error(const Worker& worker) const {
+  if (!worker.engine.load_status.ok()) return worker.engine.load_status.message();
+  const TimeMs silent = context_.now().ms - worker.engine_silent_ms;
+  if (worker.engine_silent_ms < 0 || silent < kSilentShownMs) return "";
+  return str("no sign of its engine for ", silent / 1000,
+             " s; its agent ends one that is silent for ",
+             context_.limits().engine_silent_ms / 1000, " s");
 }
 
 void WorkerTable::restart(Worker& worker) {

@@ -142,6 +142,8 @@ class WorkerTable {
   /// Draining is a wish of the operator and outlives restarts.
   [[nodiscard]] bool draining(const WorkerId& id) const;
   void set_draining(const WorkerId& id, bool draining);
+  /// Why it does not serve: a base that it could not load, an engine that says nothing; else "".
+  [[nodiscard]] std::string error(const Worker& worker) const;
   /// Tells the worker's agent to end its engine and start another, again and again until there is
   /// another; where none is here it is said once, of whichever the agent has.
   void restart(Worker& worker);

@@ -392,10 +392,16 @@ TEST(Workers, AnEngineThatHangsIsEndedByItsAgentAndTheNextHasAsLong) {
   };
   EXPECT_EQ(told(120'000, true), 0u) << "it is well";
   EXPECT_EQ(told(120'000, false), 0u) << "its lease runs out first";
+  const auto error = [&] {
+    return result(h.call("worker.list", nlohmann::json::object()))["workers"][0]["error"]
+        .get<std::string>();
+  };
+  EXPECT_TRUE(error().starts_with("no sign of its engine for 1")) << error();
   EXPECT_EQ(told(10'000, false), 1u);
   EXPECT_EQ(told(110'000, false), 0u) << "the next one may still start";
   h.engine(0, 6);
   EXPECT_EQ(told(120'000, true), 0u);
+  EXPECT_EQ(error(), "");
   h.restart();  // it knows no engine then
   h.agent(0);
   EXPECT_EQ(told(122'000, false), 1u);
