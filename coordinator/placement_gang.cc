@@ -30,7 +30,7 @@ std::string base_in_the_way(const Job& job, const Worker& worker) {
   const std::int64_t together = bytes_together(worker, job.peak_bytes, job.engine_bytes);
   if (worker.memory_bytes == 0 || together <= worker.memory_bytes) return "";
   return str("has ", format_bytes(worker.memory_bytes),
-             ", a rank and the base that its engine holds ", "need ", format_bytes(together));
+             ", a rank and the base that its engine holds need ", format_bytes(together));
 }
 
 /// `any_base`: as if every engine held the job's base.

@@ -34,8 +34,8 @@ class Replicas {
   };
   /// The refusal that needs no dry run: too many replicas.
   [[nodiscard]] Status check_count(const Wanted& wanted) const;
-  /// `estimate_json`: of the dry run. kRefused when a rank does not fit, or there
-  /// are more ranks than slots.
+  /// `estimate_json`: of the dry run. kRefused when a rank does not fit, or there are more ranks
+  /// than slots.
   Result<std::vector<JobId>> add(const Wanted& wanted, const std::string& estimate_json);
   /// It ends for good, after what it answers.
   Status remove(const JobId& id);
@@ -73,8 +73,8 @@ class Replicas {
   void save(Replica replica);
   void set_state(Replica& replica, ReplicaState state, const std::string& why);
   void start(Replica replica, const Placement& placement);
-  /// What adapters may take of each rank of it, as placed; less than 0: its workers do not say.
   [[nodiscard]] Status check_pool(const Wanted& wanted) const;
+  /// What adapters may take of each rank of it, as placed; less than 0: its workers do not say.
   [[nodiscard]] std::int64_t adapter_share(const Replica& replica) const;
   void send_start(const Replica& replica);
   void send_stop(const Replica& replica);

@@ -22,7 +22,7 @@ bool has_prefix(const Digest& digest, const std::string& digits) {
   return digest.hex().compare(0, digits.size(), digits) == 0;
 }
 
-/// Objects that the same digits of a digest fit, each by its digest; none: not found.
+/// The refusal of digits that several objects' digests begin with.
 Status ambiguous(const std::string& digits, const std::map<Digest, std::string>& fitting) {
   std::string names;
   for (const auto& [digest, name] : fitting)

@@ -272,9 +272,9 @@ void WorkerTable::end_silent_engine(Worker& worker) {
   if (worker.engine.alive || !worker.agent.alive) {
     worker.engine_silent_ms = -1;
   } else if (worker.engine_silent_ms < 0) {
-    worker.engine_silent_ms = now;
-  } else if (now - worker.engine_silent_ms >= context_.limits().engine_silent_ms) {
-    worker.engine_silent_ms = now;
+    worker.engine_silent_ms = worker.silence_told_ms = now;
+  } else if (now - worker.silence_told_ms >= context_.limits().engine_silent_ms) {
+    worker.silence_told_ms = now;
     context_.log(LogLevel::kWarn, "engine ", worker.id, " is silent; its agent is to end it");
     send_restart(worker, 0);
   }

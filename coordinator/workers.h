@@ -74,8 +74,9 @@ struct Worker {
   Engine gang;                 ///< of the gang that this worker leads or led last
   Incarnation restarting = 0;  ///< the engine that its agent was told to end; 0: none
   TimeMs restart_sent_ms = 0;
-  /// Since when its agent is here and its engine is not, or was last told of it; -1: both are.
+  /// Since when its agent is here and its engine is not; -1: both are, or none.
   TimeMs engine_silent_ms = -1;
+  TimeMs silence_told_ms = 0;  ///< when its agent was last told to end that engine
   [[nodiscard]] bool holds(const Digest& model) const {
     return engine.alive && engine.model == model;
   }

@@ -399,6 +399,7 @@ TEST(Workers, AnEngineThatHangsIsEndedByItsAgentAndTheNextHasAsLong) {
   EXPECT_TRUE(error().starts_with("no sign of its engine for 1")) << error();
   EXPECT_EQ(told(10'000, false), 1u);
   EXPECT_EQ(told(110'000, false), 0u) << "the next one may still start";
+  EXPECT_TRUE(error().starts_with("no sign of its engine for 2")) << error();
   h.engine(0, 6);
   EXPECT_EQ(told(120'000, true), 0u);
   EXPECT_EQ(error(), "");
